@@ -1,0 +1,47 @@
+# Needs Python 3.11 and make, and nothing else.  make demo | test | bench | lint | format | clean
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+BENCH := .venv-bench/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := test
+
+demo: .venv/installed
+	$(BIN)/python examples/char_transformer.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The peers that we measure ourselves against stay out of the environment of the tests.
+bench: .venv-bench/installed
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BENCH)/python -m benchmarks.$$(basename $$script .py); done
+
+clean:
+	rm -rf .venv .venv-bench .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache runs
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call install,.venv,.[dev])
+
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(call install,.venv-bench,.[bench])
+
+define install
+	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found: put it on PATH, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing $(2) into $(1), a few minutes the first time"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(INSTALL) '$(2)'
+	@touch $@
+endef

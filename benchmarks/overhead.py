@@ -1,0 +1,148 @@
+"""What watching costs: trainings with `RankMonitor` and without, in turns, in one run, on one thread.
+
+    python -m benchmarks.overhead --pairs 3
+
+Times of whole trainings are as noisy as the machine. The monitor's own clock counts only what was its own, and is what the limits are for.
+"""
+
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import rich
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.table import Table
+from torch.utils.data import DataLoader, TensorDataset
+
+from examples.char_transformer import CharTransformer, standard_library
+from lightning_lowrank import Monitor, RankMonitor
+
+EVERY_STEP: dict[str, Any] = {"sources": ("gradients",), "every_n_steps": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: how the monitor is made, on what batch, for how many steps, and what it may cost."""
+
+    what: str
+    options: dict[str, Any]
+    batch_size: int
+    steps: int
+    limit: str
+
+
+CASES = [
+    Case("RankMonitor()", {}, 32, 200, "1 %"),
+    Case("gradients, every step", EVERY_STEP, 32, 30, "25 %"),
+    Case("RankMonitor()", {}, 8, 200, ""),
+    Case("gradients, every step", EVERY_STEP, 8, 50, ""),
+]
+
+
+def seconds(windows: TensorDataset, batch_size: int, steps: int, monitor: Monitor | None) -> float:
+    """Time of one training of the demo's model, loggers included."""
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_steps=steps,
+            callbacks=[monitor] if monitor else [],
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        model, batches = CharTransformer(vocabulary=100), DataLoader(windows, batch_size, drop_last=True)
+        begin = time.perf_counter()
+        trainer.fit(model, batches)
+        return time.perf_counter() - begin
+
+
+def row(windows: TensorDataset, case: Case, pairs: int) -> list[str]:
+    """Milliseconds per step without and with, what that is more, and what the monitor's own clock says."""
+    without: list[float] = []
+    watched: list[float] = []
+    clock: list[float] = []
+    run = partial(seconds, windows, case.batch_size, case.steps)
+    for pair in range(pairs):
+        monitor = RankMonitor(**case.options)
+        # First one goes first, then the other: what drifts cancels.
+        for one in (None, monitor) if pair % 2 else (monitor, None):
+            (watched if one else without).append(run(one))
+        clock.append(monitor.overhead)
+    more = sorted(100 * (with_it / plain - 1) for with_it, plain in zip(watched, without, strict=True))
+    times = [f"{1000 * median(of) / case.steps:.1f}" for of in (without, watched)]
+    extra = f"{median(more):+.1f} ({more[0]:+.1f} to {more[-1]:+.1f})"
+    return [case.what, f"{case.batch_size} x 64", *times, extra, f"{median(clock):.2f}", case.limit]
+
+
+def peak_memory(options: dict[str, Any] | None) -> float:
+    """Most MiB that a process of its own held while it trained for 3 steps; Linux."""
+    quiet()
+    windows = TensorDataset(standard_library()[:96])
+    seconds(windows, 32, 3, None if options is None else RankMonitor(**options))
+    # Not `ru_maxrss`: that of a child begins at its parent's.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def extra_memory(options: dict[str, Any]) -> float:
+    """MiB that a training with a monitor holds at its peak beyond one without."""
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        plain, watched = pool.map(peak_memory, [None, options])
+    return watched - plain
+
+
+def import_time() -> float:
+    """Milliseconds of `import lightning_lowrank` in a new process, the best of 5."""
+    timed = "import time; begin = time.perf_counter(); import lightning_lowrank; print(time.perf_counter() - begin)"
+    code = f"{timed}; import sys; assert 'torch' not in sys.modules"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(5)]
+    return 1000 * min(map(float, runs))
+
+
+def quiet() -> None:
+    """One thread, and no messages of the Trainer."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def main(pairs: int = 3) -> None:
+    """Print the table.
+
+    Args:
+        pairs: Trainings with and without, of each row.
+    """
+    quiet()
+    windows = TensorDataset(standard_library())
+    seconds(windows, 32, 10, RankMonitor())  # warms up
+
+    table = Table(title=f"Cost of watching the demo's model, one thread, {pairs} pairs of trainings a row")
+    for heading in ("monitor", "batch", "ms a step", "watched", "more, % (range)", "own clock, %", "limit"):
+        table.add_column(heading, justify="left" if heading == "monitor" else "right")
+    for case in CASES:
+        table.add_row(*row(windows, case, pairs))
+    rich.print(table)
+
+    rest = Table("also", "value", "limit")
+    rest.add_row("peak memory beyond the same training without: RankMonitor()", f"{extra_memory({}):.0f} MiB", "")
+    rest.add_row("the same, gradients at every step", f"{extra_memory(EVERY_STEP):.0f} MiB", "")
+    rest.add_row("import lightning_lowrank, without torch", f"{import_time():.0f} ms", "50 ms")
+    rich.print(rest)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

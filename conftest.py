@@ -1,0 +1,25 @@
+"""For all tests, doctests of the package among them."""
+
+import os
+
+# Two pytest workers share two cores. Before torch is imported, so that processes started by tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Shapes and types of every call are checked in tests, and only there. Here because xdist does not hand pytest's own option to its workers.
+install_import_hook("lightning_lowrank", "beartype.beartype")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def names_in_doctests(doctest_namespace: dict[str, object]) -> None:
+    """What an example in a docstring may use without importing it."""
+    from lightning_lowrank import statistics
+    from lightning_lowrank.spectrum import svd
+    from lightning_lowrank.subspaces import top_subspace
+
+    formulas = {name: function for name, function in vars(statistics).items() if callable(function)}
+    doctest_namespace |= {"torch": torch, "svd": svd, "top_subspace": top_subspace, **formulas}

@@ -1,0 +1,86 @@
+"""How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on what sinks already moved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from rich.table import Table
+
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one report said: quantity -> site -> value, at a step of Lightning's x-axis."""
+
+    step: int
+    values: Mapping[str, Mapping[str, float]]
+
+
+Layout = dict[str, dict[str, list[Any]]]
+
+# TensorBoard keeps one layout per run, the last written: all monitors of a run add to the same one.
+_LAYOUTS: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
+
+
+def layout(quantities: Mapping[str, Sequence[str]]) -> Layout:
+    """Custom-scalars layout: for each source one chart per quantity, the median in the band from least to most.
+
+    Args:
+        quantities: Source -> its quantities, as in `{"gradient": ["gradient_stable_rank"]}`.
+    """
+    return {
+        f"lowrank {source}": {
+            quantity: ["Margin", [f"lowrank/{quantity}_{end}" for end in ("median", "min", "max")]] for quantity in of_source
+        }
+        for source, of_source in quantities.items()
+    }
+
+
+def write_layout(writer: Any, added: Layout) -> None:
+    """Add to the layout of a writer that has `add_custom_scalars`."""
+    whole = _LAYOUTS.setdefault(writer, {})
+    whole.update(added)
+    writer.add_custom_scalars(whole)
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """What a monitor remembers of its run."""
+
+    label: str
+    first: Sample | None
+    latest: Sample | None
+
+    @property
+    def overhead(self) -> float: ...
+
+
+def summary_table(monitor: Watched) -> Table:
+    """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now.
+
+    Args:
+        monitor: One that has watched a run; without a sample the table is empty.
+    """
+    first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
+    table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time")
+    table.add_column("quantity", no_wrap=True)
+    for heading in (f"median, step {first.step}", f"median, step {latest.step}", "lowest"):
+        table.add_column(heading, justify="right")
+    table.add_column("at", overflow="fold")
+    source = ""
+    for quantity, values in latest.values.items():
+        finite = {site: value for site, value in values.items() if np.isfinite(value)}
+        lowest = min(finite, key=finite.__getitem__, default="")
+        row = (_median(first.values.get(quantity, {})), _median(values), f"{finite[lowest]:.3g}" if finite else "-", lowest)
+        if source and not quantity.startswith(source):
+            table.add_section()
+        source = quantity.partition("_")[0]
+        table.add_row(quantity, *row)
+    return table
+
+
+def _median(values: Mapping[str, float]) -> str:
+    finite = [value for value in values.values() if np.isfinite(value)]
+    return f"{np.median(finite):.3g}" if finite else "-"

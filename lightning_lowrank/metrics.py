@@ -1,0 +1,156 @@
+"""Statistics as torchmetrics: one class per way of accumulating, whatever the formula.
+
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S sites   Q quantities   R rows of data
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+from torch import distributed as dist
+from torchmetrics import Metric
+
+from lightning_lowrank.statistics import find
+from lightning_lowrank.spectrum import Spectrum, full_precision, from_gram, svd
+from lightning_lowrank.subspaces import Subspace, top_subspace
+
+
+def state_dtype() -> torch.dtype:
+    """float64, unless the machine has a device that cannot hold it."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
+class SpectralStatistic(Metric):
+    """Mean of one statistic over all matrices seen.
+
+    Args:
+        statistic: A name such as `stable_rank`, `energy_rank_0.01` or `relative_stable_rank`.
+        k: Directions kept where the statistic compares subspaces.
+        kwargs: Those of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: There is no such statistic; the message lists what there is.
+
+    Example:
+        >>> metric = SpectralStatistic("stable_rank")
+        >>> metric.update(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])))
+        >>> metric.compute()
+        tensor(1.5000, dtype=state_dtype())
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, statistic: str, *, k: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.statistic, self.k = find(statistic), k
+        self.add_state("total", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
+
+    def update(self, *matrices: Num[Tensor, "*B M N"]) -> None:
+        """Add a batch of matrices; two of them for a statistic of a pair."""
+        if len(matrices) != len(self.statistic.takes):
+            raise ValueError(f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}")
+        values = self.statistic(*(self._value(kind, m) for kind, m in zip(self.statistic.takes, matrices, strict=True)))
+        self.total += values.sum().to(self.total)
+        self.count += values.numel()
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The mean; NaN before the first update."""
+        return self.total / self.count
+
+    def _value(self, kind: type, matrix: Tensor) -> Spectrum | Subspace:
+        return top_subspace(matrix, self.k) if kind is Subspace else svd(matrix)
+
+
+class SiteMeans(Metric):
+    """Mean of each of Q quantities at each of S sites, over updates and over processes.
+
+    Args:
+        num_quantities: Q.
+        num_sites: S.
+        kwargs: Those of `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, num_quantities: int, num_sites: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(num_quantities, num_sites, dtype=state_dtype()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(num_sites, dtype=state_dtype()), dist_reduce_fx="sum")
+
+    def update(self, values: Float[Tensor, "Q n"], sites: Sequence[int]) -> None:
+        """Add one number per quantity for each of n sites."""
+        columns = torch.tensor(sites, device=self.total.device)
+        self.total.index_add_(1, columns, values.to(self.total))
+        self.count.index_add_(0, columns, torch.ones_like(columns, dtype=self.count.dtype))
+
+    def compute(self) -> Float[Tensor, "Q S"]:
+        """The means; NaN at sites that were never seen."""
+        return self.total / self.count
+
+
+class Gram(Metric):
+    """Sum of outer products of all rows seen, over updates and over processes: pool first, take the rank last.
+
+    Args:
+        width: Length of a row.
+        kwargs: Those of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Gram(2)
+        >>> metric.update(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        >>> metric.spectrum().values
+        tensor([4., 3.], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    gram: Tensor
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+        # Of all processes, were they to see as many rows as this one; known without asking the device.
+        self.num_rows = 0
+        self.add_state("gram", torch.zeros(width, width, dtype=state_dtype()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(width, dtype=state_dtype()), dist_reduce_fx="sum")
+        self.add_state("rows", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
+
+    def update(self, rows: Float[Tensor, "*B N"]) -> None:
+        """Add rows; all axes but the last count them."""
+        with full_precision(rows.device):
+            flat = rows.detach().flatten(0, -2).to(self.gram)
+            self.gram += flat.mT @ flat
+            self.total += flat.sum(0)
+            self.rows += flat.shape[0]
+        self.num_rows += flat.shape[0] * _num_processes()
+
+    def compute(self) -> Float[Tensor, "below N"]:
+        """The Gram matrix, and below it the sum of all rows."""
+        return torch.cat([self.gram, self.total[None]])
+
+    def spectrum(self, *, centred: bool = False) -> Spectrum:
+        """Singular values of the matrix of all rows, as they are or about their mean. Communicates, where there are several processes."""
+        gram, total = self.compute().split([self.width, 1])
+        if centred:
+            gram = gram - total.mT @ total / max(self.num_rows, 1)
+        return from_gram(gram, shape=(self.num_rows, self.width))
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        self.num_rows = 0
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,76 @@
+"""The names that users type: short functions that return a `Monitor`."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_lowrank.monitor import Monitor
+from lightning_lowrank.probe import Probe, offers
+from lightning_lowrank.schedules import Every
+from lightning_lowrank.sources.displacement import Displacement
+from lightning_lowrank.sources.features import Features
+from lightning_lowrank.sources.gradients import Gradients
+from lightning_lowrank.sources.optimizer_state import OptimizerState
+from lightning_lowrank.sources.source import Source
+from lightning_lowrank.sources.updates import Updates
+from lightning_lowrank.sources.weights import Weights
+
+OF_PARAMETERS = {"gradients": Gradients, "weights": Weights, "updates": Updates, "displacement": Displacement}
+SOURCES = (*OF_PARAMETERS, "optimizer_state", "features", "validation_features")
+
+
+def RankMonitor(
+    sources: Sequence[str] = ("gradients", "weights", "updates"),
+    statistics: Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
+    every_n_steps: int = 50,
+    match: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    per_site: bool | Literal["auto"] = "auto",
+    histograms: bool = False,
+    seed: int = 0,
+    name: str | None = None,
+    *,
+    min_size: int = 2,
+    heads: bool = False,
+) -> Monitor:
+    """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
+
+    Cost: one eigensolver call per matrix and due step, on the default three sources; see the benchmark of overhead.
+
+    Args:
+        sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights), `optimizer_state`, `features`,
+            `validation_features`.
+        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. Statistics of a pair of parameter matrices
+            (`weight_ratio`, `subspace_overlap`) are left out for features.
+        every_n_steps: Cadence, in optimizer steps.
+        match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
+        exclude: The same, taken away.
+        per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
+        histograms: Also the spectra, as TensorBoard histograms.
+        seed: Of the sketches of matrices above 1500 a side.
+        name: Prefix of all tags.
+        min_size: Shortest side of a matrix to watch.
+        heads: Split attention weights by head.
+
+    Raises:
+        ValueError: A source, a statistic or an option is unknown; when training starts: a pattern matches nothing.
+
+    Example:
+        >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
+        ['gradient', 'first_moment', 'second_moment']
+    """
+    unknown = [source for source in sources if source not in SOURCES]
+    if unknown or not sources:
+        raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
+    selection = {"match": match, "exclude": exclude}
+    built: list[Source] = []
+    for source in sources:
+        if source == "optimizer_state":
+            built += [OptimizerState(key, **selection, min_size=min_size, heads=heads) for key in ("first_moment", "second_moment")]
+        elif source in OF_PARAMETERS:
+            built += [OF_PARAMETERS[source](**selection, min_size=min_size, heads=heads)]
+        else:
+            built += [Features(**selection, stage="validation" if source == "validation_features" else "train")]
+    pairs = [name for name in statistics if offers(Weights(), name) and not offers(Features(), name)]
+    asked = {True: statistics, False: [name for name in statistics if name not in pairs]}
+    probes = [Probe(one.name, one, asked[one.of_parameters], Every(every_n_steps)) for one in built]
+    return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, name=name, label="rank")

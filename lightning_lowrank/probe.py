@@ -1,0 +1,249 @@
+"""A probe: one source, the statistics asked of it, and when. And a probe at work.
+
+Shape letters:  Q statistics   all: these and whether the matrix was lost   n matrices read at once
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_lowrank.decompose import decompose
+from lightning_lowrank.metrics import SiteMeans
+from lightning_lowrank.registry import Statistic
+from lightning_lowrank.schedules import Every, Schedule
+from lightning_lowrank.sketch import estimate
+from lightning_lowrank.sources.source import Reading, Source
+from lightning_lowrank.spectrum import Spectrum, pooled
+from lightning_lowrank.statistics import available, find
+from lightning_lowrank.subspaces import Subspace, top_subspace
+
+# Directions compared by statistics of subspaces.
+SUBSPACE_RANK = 8
+ORDER = ("moments", "top", "values")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure, of what, and when.
+
+    Args:
+        name: First part of the tags, as in `gradient_stable_rank`.
+        source: Where matrices come from.
+        statistics: Names of statistics.
+        schedule: `step -> bool`.
+
+    Raises:
+        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would work.
+    """
+
+    name: str
+    source: Source
+    statistics: Sequence[str]
+    schedule: Schedule = field(default_factory=lambda: Every(50))
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.statistics if not offers(self.source, name)]
+        if wrong or not self.statistics:
+            offered = [name for name in available() if offers(self.source, name)]
+            raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {offered}")
+
+
+def offers(source: Source, name: str) -> bool:
+    """Whether there is such a statistic of what the source reads."""
+    try:
+        asked = find(name)
+    except ValueError:
+        return False
+    return source.of_parameters or (asked.partner is None and asked.takes == (Spectrum,))
+
+
+@dataclass(frozen=True)
+class Group:
+    """What was read at once of matrices of one shape, and where its numbers belong."""
+
+    columns: list[int]
+    labels: list[str]
+    spectrum: Spectrum
+    weight: Spectrum | None
+    now: Subspace | None
+    before: Subspace | None
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Numbers that count once the optimizer has really stepped."""
+
+    columns: list[int]
+    values: Float[Tensor, "all n"]
+    errors: Float[Tensor, "Q n"]
+    subspaces: Mapping[str, Subspace]
+
+
+class Recorder:
+    """A probe at work: turns readings into numbers per site, staged until the optimizer has really stepped."""
+
+    def __init__(self, probe: Probe, *, prefix: str | None = None, histograms: bool = False) -> None:
+        self.probe = probe
+        self.name = f"{prefix}_{probe.name}" if prefix else probe.name
+        self.statistics: list[Statistic] = [find(name) for name in probe.statistics]
+        self.sites: dict[str, int] = {}
+        self.means, self.errors = self._metrics()
+        self.num_solves = 0
+        self.estimated = False
+        self.spectra: dict[str, Tensor] = {}
+        self._histograms = histograms
+        self._staged: dict[int, list[Staged]] = {}
+        self._previous: dict[str, Subspace] = {}
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of what it measures."""
+        return [f"{self.name}_{statistic.name}" for statistic in self.statistics]
+
+    @property
+    def measured(self) -> set[str]:
+        """Names of the rows of its reports that are numbers per site."""
+        return {*self.quantities, *(f"{name}_error" for name in self.quantities)}
+
+    def take_solves(self) -> int:
+        """Calls of an eigensolver since this was last asked."""
+        taken, self.num_solves = self.num_solves, 0
+        return taken
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the sites; those that were known once stay known."""
+        self.probe.source.plan(module)
+        for label in self.probe.source.labels():
+            self.sites.setdefault(label, len(self.sites))
+
+    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator) -> None:
+        """Measure what was read and stage it under the optimizer's number."""
+        for reading in readings:
+            for label in reading.labels:
+                self.sites.setdefault(label, len(self.sites))
+        self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(readings, generator))
+
+    def commit(self, optimizer: int) -> None:
+        """The optimizer has stepped: what was staged counts."""
+        for staged in self._staged.pop(optimizer, []):
+            self._make_room(staged.values.device)
+            self.means.update(staged.values, staged.columns)
+            self.errors.update(staged.errors, staged.columns)
+            self._previous |= staged.subspaces
+
+    def discard(self, optimizer: int) -> None:
+        """The step did not happen: what was staged never was."""
+        self._staged.pop(optimizer, None)
+
+    def report(self) -> dict[str, Tensor]:
+        """Quantity -> number per site, in the order of `sites`, NaN where nothing was read; then start afresh.
+
+        `<name>_lost` is 1 where the matrix was not finite or its decomposition failed. Spectra, where asked for, are under their own tags.
+        """
+        rows = dict(zip([*self.quantities, f"{self.name}_lost"], self._numbers(self.means), strict=True))
+        if self.estimated:
+            rows |= {f"{name}_error": row for name, row in zip(self.quantities, self._numbers(self.errors), strict=True)}
+        self.means.reset()
+        self.errors.reset()
+        spectra, self.spectra = self.spectra, {}
+        return rows | spectra
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a restart: plain tensors."""
+        previous = {label: {"basis": s.basis, "values": s.values} for label, s in self._previous.items()}
+        return {"source": self.probe.source.state_dict(), "previous": previous}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.probe.source.load_state_dict(state["source"])
+        self._previous = {label: Subspace(**kept) for label, kept in state["previous"].items()}
+
+    def _metrics(self) -> tuple[SiteMeans, SiteMeans]:
+        """Means of the statistics and of whether a site was lost; means of the errors."""
+        num_rows, num_sites = len(self.statistics) + 1, len(self.sites)
+        # Every process has the same numbers: there is nothing to add up.
+        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_rows - 1, num_sites, sync_on_compute=False)
+
+    def _make_room(self, device: torch.device) -> None:
+        """Metrics as wide as the known sites; narrower ones are only ever empty, for sites are planned before a sample."""
+        if self.means.total.shape[1] != len(self.sites):
+            self.means, self.errors = self._metrics()
+        self.means, self.errors = self.means.to(device), self.errors.to(device)
+
+    def _numbers(self, metric: SiteMeans) -> Tensor:
+        return metric.compute() if metric.update_called else torch.full((metric.total.shape[0], len(self.sites)), torch.nan)
+
+    def _measured(self, group: Group) -> Staged:
+        """All statistics of a group, with their errors."""
+        pairs = [self._one(statistic, group) for statistic in self.statistics]
+        values, errors = (torch.stack(column) for column in zip(*pairs, strict=True))
+        lost = torch.isnan(pooled(group.spectrum).top)
+        subspaces = {} if group.now is None else {label: Subspace(group.now.basis[i], group.now.values[i]) for i, label in enumerate(group.labels)}
+        return Staged(group.columns, torch.cat([values, lost[None]]), errors, subspaces)
+
+    def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
+        if statistic.takes == (Spectrum,):
+            return estimate(statistic, group.spectrum)
+        value = statistic(group.now, group.before) if statistic.partner == "previous" else statistic(group.spectrum, group.weight)
+        return value, torch.zeros_like(value)
+
+    def _groups(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Group]:
+        spectra, weights = self._spectra(readings, generator), self._weights(readings)
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for i, spectrum in enumerate(spectra):
+            alike[spectrum.shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole].append(i)
+        return [
+            self._group([readings[i] for i in members], _joined([spectra[i] for i in members]), _joined([weights[i] for i in members]) if weights else None)
+            for members in alike.values()
+        ]
+
+    def _group(self, readings: Sequence[Reading], spectrum: Spectrum, weight: Spectrum | None) -> Group:
+        labels = [label for reading in readings for label in reading.labels]
+        now = before = None
+        if any(Subspace in statistic.takes for statistic in self.statistics):
+            matrices = [r.value.reshape(-1, *r.value.shape[-2:]) for r in readings if isinstance(r.value, Tensor)]
+            now = top_subspace(torch.cat(matrices), SUBSPACE_RANK)
+            before = self._before(labels, now)
+        return Group([self.sites[label] for label in labels], labels, spectrum, weight, now, before)
+
+    def _before(self, labels: Sequence[str], now: Subspace) -> Subspace:
+        """The subspaces of the last sample; NaN where there was none."""
+        nothing = Subspace(torch.full_like(now.basis[0], torch.nan), torch.full_like(now.values[0], torch.nan))
+        known = [self._previous.get(label, nothing) for label in labels]
+        return Subspace(torch.stack([k.basis.to(now.basis) for k in known]), torch.stack([k.values.to(now.values) for k in known]))
+
+    def _spectra(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Spectrum]:
+        """One spectrum per reading, as much of it as the statistics need."""
+        needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        matrices = [r.value for r in readings if isinstance(r.value, Tensor)]
+        solved = decompose(matrices, "values" if self._histograms else needs, generator=generator)
+        self.num_solves += solved.num_solves
+        found = iter(solved.spectra)
+        spectra = [r.value if isinstance(r.value, Spectrum) else next(found) for r in readings]
+        self.estimated |= any(s.num_probes for s in spectra)
+        if self._histograms:
+            self.spectra |= {f"{self.name}_spectrum/{r.labels[0]}": s.magnitudes for r, s in zip(readings, spectra, strict=True) if s.whole}
+        return spectra
+
+    def _weights(self, readings: Sequence[Reading]) -> list[Spectrum]:
+        """The weights beside the readings, where a statistic compares with them."""
+        if not any(statistic.partner == "weight" for statistic in self.statistics):
+            return []
+        return decompose([r.site.weight() for r in readings if r.site is not None], "top").spectra
+
+
+def _joined(spectra: Sequence[Spectrum]) -> Spectrum:
+    """Spectra of one kind as one batch `[n, K]`, behind the axis of probes where there is one."""
+    first, axis = spectra[0], int(spectra[0].num_probes > 0)
+    values, weights = (torch.cat([_flat(getattr(s, field), axis) for s in spectra], axis) for field in ("values", "weights"))
+    coarse = [s.coarse for s in spectra if s.coarse is not None]
+    return replace(first, values=values, weights=weights, coarse=_joined(coarse) if coarse else None)
+
+
+def _flat(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.reshape(*tensor.shape[:axis], -1, tensor.shape[-1])

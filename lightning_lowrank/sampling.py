@@ -1,0 +1,128 @@
+"""A sample in the making: from the batch in which it is due until every optimizer has stepped."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lowrank.probe import Recorder
+from lightning_lowrank.sources.source import Step
+
+# Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.
+BATCH = -1
+
+
+class Sampling:
+    """Leads the due recorders through the moments of training steps.
+
+    An optimizer that does not step in the due batch (accumulation, a GradScaler that skips, alternating networks) is read at its next step.
+
+    Args:
+        module: The one in training.
+        optimizers: The Trainer's.
+        generator: Of the sketches.
+        guard: Context in which to run what the optimizer's hook calls.
+        hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them, so the owner does it after the batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        generator: torch.Generator,
+        guard: Callable[[], AbstractContextManager[None]],
+        hooks: list[RemovableHandle],
+    ) -> None:
+        self.recorders: list[Recorder] = []
+        self.num_skipped = 0
+        self._module, self._optimizers, self._generator, self._guard, self._hooks = module, optimizers, generator, guard, hooks
+        self._pending = set(range(len(optimizers)))
+        self._open: dict[int, Step] = {}
+        self._done: set[int] = set()
+        self._finite: list[Tensor] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every optimizer has been read."""
+        return not self._pending
+
+    def join(self, recorders: Iterable[Recorder]) -> None:
+        """Add recorders that have become due; all optimizers are read anew."""
+        for recorder in recorders:
+            recorder.plan(self._module)
+            if recorder not in self.recorders:
+                self.recorders.append(recorder)
+        self._pending = set(range(len(self._optimizers)))
+
+    def batch_begins(self) -> None:
+        """A batch is about to enter the module."""
+        for recorder in self.recorders:
+            recorder.probe.source.batch_begins(self._module)
+
+    def gradients_final(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        """Read gradients and weights, and wait for the step to happen."""
+        index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+        if index not in self._pending or index in self._open:
+            return  # LBFGS evaluates its closure many times a step
+        step = Step(optimizer, self._to_read(optimizer), scale)
+        for recorder in self.recorders:
+            recorder.record(index, recorder.probe.source.gradients_final(step), self._generator)
+        if scale is not None:
+            self._finite += [torch.isfinite(p.grad).all() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self._open[index] = step
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
+
+    def _step_done(self, index: int) -> None:
+        if index not in self._open:
+            return
+        with self._guard():
+            step = self._open.pop(index)
+            for recorder in self.recorders:
+                recorder.record(index, recorder.probe.source.step_done(step), self._generator)
+                recorder.commit(index)
+            self._pending.discard(index)
+            self._done.add(index)
+
+    def batch_over(self) -> bool:
+        """The batch is over: whether an optimizer stepped, so that there is something to report."""
+        for recorder in self.recorders:
+            recorder.probe.source.batch_over()
+        for index in list(self._open):  # a GradScaler that skips the step never calls the hook
+            self._close(index)
+            self.num_skipped += 1
+        return bool(self._done)
+
+    def report(self) -> dict[str, Tensor]:
+        """Everything measured since the last report. `finite` tells whether the gradients were, where a fused optimizer may have skipped."""
+        for recorder in self.recorders:
+            recorder.record(BATCH, recorder.probe.source.sample_over(), self._generator)
+            recorder.commit(BATCH)
+        report = {key: row for recorder in self.recorders for key, row in recorder.report().items()}
+        if self._finite:
+            report["finite"] = torch.stack(self._finite).all()
+        self._finite, self._done = [], set()
+        # Outputs of layers belong to the batch: what is still to come are parameters.
+        self.recorders = [r for r in self.recorders if r.probe.source.of_parameters]
+        return report
+
+    def abandon(self) -> None:
+        """Leave nothing behind, whatever the state."""
+        for index in list(self._open):
+            self._close(index)
+        for recorder in self.recorders:
+            recorder.discard(BATCH)
+            recorder.probe.source.detach()
+
+    def _close(self, index: int) -> None:
+        del self._open[index]
+        for recorder in self.recorders:
+            recorder.discard(index)
+
+    def _to_read(self, optimizer: Optimizer) -> frozenset[int]:
+        """Ids of its parameters, and of those that no optimizer has if it is the first of the sample."""
+        own = {id(o): {id(p) for g in o.param_groups for p in g["params"]} for o in self._optimizers}
+        free = {id(p) for p in self._module.parameters()}.difference(*own.values())
+        return frozenset(own[id(optimizer)] | (set() if self._open or self._done else free))

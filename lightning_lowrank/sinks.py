@@ -1,0 +1,80 @@
+"""Where reports go: the one place that waits for the device, and all loggers of the Trainer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def step_of(trainer: L.Trainer) -> int:
+    """The x-axis of Lightning's own logging: batches that ended in an optimizer step.
+
+    Private, but what `self.log` and Lightning's monitors use; `global_step` counts every optimizer in manual optimization.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def to_host(report: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    """All tensors of a report as numpy arrays, in one transfer per device.
+
+    Cost: one wait for the device. float64 where the device has it, so that nothing is rounded on the way.
+    """
+    arrays: dict[str, NDArray[np.float64]] = {}
+    for device in {tensor.device for tensor in report.values()}:
+        here = {key: tensor for key, tensor in report.items() if tensor.device == device}
+        flat = torch.cat([tensor.detach().flatten().to(_widest(device)) for tensor in here.values()])
+        parts = np.split(flat.cpu().numpy().astype(np.float64), np.cumsum([t.numel() for t in here.values()])[:-1])
+        arrays |= {key: part.reshape(tuple(tensor.shape)) for (key, tensor), part in zip(here.items(), parts, strict=True)}
+    return arrays
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def write(loggers: Iterable[Logger], scalars: Mapping[str, float], step: int) -> list[Exception]:
+    """Hand one flat dict of scalars to every logger; what a logger raises is returned, not raised.
+
+    `self.log` would be the wrong way: it repeats the last value at every `log_every_n_steps` and drops those in between.
+    """
+    failed: list[Exception] = []
+    for logger in loggers:
+        try:
+            logger.log_metrics(dict(scalars), step=step)
+        except Exception as error:  # a full disk must not end a night's training
+            failed.append(error)
+    return failed
+
+
+def mirror(trainer: L.Trainer, scalars: Mapping[str, float]) -> None:
+    """Make scalars visible to ModelCheckpoint and EarlyStopping."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+
+
+def summaries(values: NDArray[np.float64]) -> dict[str, float]:
+    """Minimum, median and maximum over the sites that gave a number; NaN where none did."""
+    known = values[np.isfinite(values)]
+    if known.size == 0:
+        return dict.fromkeys(("min", "median", "max"), float("nan"))
+    return {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
+
+
+def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int) -> None:
+    """Histograms of log10 of the nonzero singular values, for loggers whose experiment takes histograms (TensorBoard)."""
+    for writer in experiments(loggers, "add_histogram"):
+        for tag, values in spectra.items():
+            positive = values[np.isfinite(values) & (values > 0)]
+            if positive.size:
+                writer.add_histogram(tag, np.log10(positive), step)
+
+
+def experiments(loggers: Iterable[Logger], method: str) -> Sequence[Any]:
+    """The loggers' own writers that have a method; by duck-typing, for there are two packages of loggers."""
+    found = (getattr(logger, "experiment", None) for logger in loggers)
+    return [writer for writer in found if callable(getattr(writer, method, None))]

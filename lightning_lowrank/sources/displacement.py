@@ -1,0 +1,53 @@
+"""Displacement: how far the weights are from where they began."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lowrank.sites import Site
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+
+
+@dataclass(kw_only=True)
+class Displacement(ParameterSource):
+    """Weights less those at the start of the first fit, W_t - W_0.
+
+    Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
+    logged as `lowrank/displacement_bytes` and said at the start.
+    """
+
+    name = "displacement"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._initial: dict[str, Tensor] = {}
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the sites and keep the weights of new ones."""
+        super().plan(module)
+        for site in self.sites:
+            if site.name not in self._initial:
+                self._initial[site.name] = site.weight().clone()
+
+    def gradients_final(self, step: Step) -> list[Reading]:
+        """The distance, before the step."""
+        return [Reading(site.labels, self._moved(site), site) for site in self.sites if step.owns(site)]
+
+    def facts(self) -> dict[str, float]:
+        """Memory that the copy takes."""
+        return {"bytes": float(sum(t.numel() * t.element_size() for t in self._initial.values()))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """W_0."""
+        return dict(self._initial)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """W_0 of the run that is resumed."""
+        self._initial = dict(state)
+
+    def _moved(self, site: Site) -> Tensor:
+        now = site.weight()
+        self._initial[site.name] = self._initial[site.name].to(now.device)
+        return now - self._initial[site.name]

@@ -1,0 +1,37 @@
+"""Gradients."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_lowrank.sites import Site
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+
+
+@dataclass(kw_only=True)
+class Gradients(ParameterSource):
+    """Gradients as the optimizer gets them, before clipping: synchronised, unscaled, accumulated.
+
+    A LoRA pair is read as `B dA + dB A`, what its gradients do to the product. A sparse gradient is read through the rows it has.
+    """
+
+    name = "gradient"
+
+    def gradients_final(self, step: Step) -> list[Reading]:
+        """The gradients of the parameters that have one."""
+        present = [s for s in self.sites if step.owns(s) and self.reads(s) and any(p.grad is not None for p in s.parameters)]
+        return [Reading(site.labels, gradient(site, step.scale), site) for site in present]
+
+    def reads(self, site: Site) -> bool:
+        """Where something is trained."""
+        return any(p.requires_grad for p in site.parameters)
+
+
+def gradient(site: Site, scale: Tensor | None) -> Tensor:
+    """The gradient of a site's matrices, without what a GradScaler multiplied it by."""
+    matrices = site.tangent([None if p.grad is None else _dense(p.grad) for p in site.parameters])
+    return matrices if scale is None else matrices / scale
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor

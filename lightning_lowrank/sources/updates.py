@@ -1,0 +1,40 @@
+"""Updates: what one optimizer step changes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_lowrank.sites import Site
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+
+
+@dataclass(kw_only=True)
+class Updates(ParameterSource):
+    """Weights after the step less those before it: learning rate, momentum, clipping and decay included.
+
+    Keeps a copy of the weights it watches from before each due step until after it.
+    """
+
+    name = "update"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._before: list[tuple[Site, Tensor]] = []
+
+    def gradients_final(self, step: Step) -> list[Reading]:
+        """Keep the weights; nothing to read yet."""
+        self._before = [(site, site.weight().clone()) for site in self.sites if step.owns(site) and self.reads(site)]
+        return []
+
+    def step_done(self, step: Step) -> list[Reading]:
+        """The change."""
+        before, self._before = self._before, []
+        return [Reading(site.labels, site.weight() - old, site) for site, old in before]
+
+    def reads(self, site: Site) -> bool:
+        """Where something is trained."""
+        return any(p.requires_grad for p in site.parameters)
+
+    def detach(self) -> None:
+        """Forget the weights that were kept."""
+        self._before = []

@@ -1,0 +1,221 @@
+"""The value object that every rank is a function of, and the exact ways to one.
+
+Shape letters:  B any batch axes   M rows, N columns of a matrix   K values kept   P probes
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a batch of matrices, largest magnitude first, each with its multiplicity.
+
+    Attributes:
+        values: Singular values; for symmetric operators `sign(lambda) * sqrt(|lambda|)`. Largest magnitude first: `descending` sorts so.
+            NaN for a matrix that was not finite.
+        weights: How many singular values each stands for, fractions included; ones where the spectrum is whole.
+        shape: Rows and columns of the matrix.
+        whole: Every singular value is there. An estimate or a summary by moments is not whole.
+        num_probes: 0 when exact. Otherwise `values` and `weights` have a leading axis of this length, one independent estimate each.
+        coarse: The same estimate from half the work; what a statistic differs by between the two is the error that more probes would not
+            cure.
+    """
+
+    values: Float[Tensor, "*B K"]
+    weights: Float[Tensor, "*B K"]
+    shape: tuple[int, int]
+    whole: bool = True
+    num_probes: int = 0
+    coarse: "Spectrum | None" = None
+
+    @cached_property
+    def magnitudes(self) -> Float[Tensor, "*B K"]:
+        """Absolute values, largest first."""
+        return self.values.abs()
+
+    @cached_property
+    def top(self) -> Float[Tensor, "*B"]:
+        """The largest magnitude."""
+        return self.magnitudes[..., 0]
+
+    @cached_property
+    def unit(self) -> Float[Tensor, "*B K"]:
+        """Magnitudes over the largest one: between 0 and 1, all 0 for the zero matrix. What scale-free statistics read."""
+        return ratio(self.magnitudes, self.top[..., None])
+
+    @cached_property
+    def unit_energies(self) -> Float[Tensor, "*B K"]:
+        """Squared norm that each entry of `unit` carries, multiplicity included."""
+        return self.weights * self.unit.square()
+
+    @cached_property
+    def energy(self) -> Float[Tensor, "*B"]:
+        """Squared Frobenius norm."""
+        return self.unit_energies.sum(-1) * self.top.square()
+
+    def __getitem__(self, index: object) -> "Spectrum":
+        """Some of the batch; the axis of the probes stays."""
+        if self.num_probes:
+            index = (slice(None), *index) if isinstance(index, tuple) else (slice(None), index)
+        return self._at(index)
+
+    def _at(self, index: Any) -> "Spectrum":
+        coarse = self.coarse and self.coarse._at(index)
+        return replace(self, values=self.values[index], weights=self.weights[index], coarse=coarse)
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient, with 0 where the denominator is 0: the rank of the zero matrix is 0."""
+    zero = denominator == 0
+    return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
+
+
+def noise_floor(shape: tuple[int, int]) -> float:
+    """What counts as 0 beside 1 in a matrix of that shape held in float32, as `numpy.linalg.matrix_rank` has it."""
+    return max(shape) * torch.finfo(torch.float32).eps
+
+
+def perplexity(masses: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
+    """Exponential of the entropy of `masses` over their sum: as many equal masses would be as spread out. 0 where all are 0."""
+    total = (weights * masses).sum(-1)
+    shares = ratio(masses, total[..., None])
+    spread = (weights * torch.special.entr(shares)).sum(-1).exp()
+    return torch.where(total == 0, 0.0, spread)
+
+
+def descending(values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
+    """The same values, largest magnitude first, and their weights: the order that a `Spectrum` is in."""
+    order = values.abs().argsort(-1, descending=True)
+    return values.gather(-1, order), weights.gather(-1, order)
+
+
+def pooled(value: Any) -> Any:
+    """The mean of an estimate's probes, as one spectrum; an exact one, or another value object, as it is."""
+    if not isinstance(value, Spectrum) or not value.num_probes:
+        return value
+    values, weights = (x.movedim(0, -2).flatten(-2) for x in (value.values, value.weights / value.num_probes))
+    values, weights = descending(values, weights)
+    return replace(value, values=values, weights=weights, num_probes=0, coarse=None)
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it; float32 on MPS, with the error that `svd` states."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast, which would turn a Gram matrix into bfloat16 without a word."""
+    with torch.no_grad():
+        if torch.amp.is_autocast_available(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+
+
+def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> Spectrum:
+    """All singular values, from the Gram matrix of the short side.
+
+    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). With `dtype=torch.float32`, all that
+    devices without float64 can do, each singular value below about `4e-4` of the largest is noise: the ranks of energies stay within 1e-5,
+    `effective_rank` and the nuclear norm are up to 20 % high on steep spectra.
+
+    Args:
+        matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and leaves its batch alone.
+        dtype: What to work in. float64 where the device has it.
+
+    Returns:
+        `min(M, N)` values; a single 0 where that is none.
+
+    Example:
+        >>> svd(torch.diag(torch.tensor([3.0, 4.0]))).values
+        tensor([4., 3.], dtype=torch.float64)
+    """
+    rows, columns = matrix.shape[-2:]
+    if min(rows, columns) == 0:
+        return _empty(matrix, (rows, columns))
+    with full_precision(matrix.device):
+        gram, scale = short_gram(matrix, dtype or working_dtype(matrix.device))
+        return from_gram(gram, shape=(rows, columns), scale=scale)
+
+
+def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[Tensor, "*B S S"], Float[Tensor, "*B"]]:
+    """Gram matrix of the short side S of the matrix over `scale`, a power of two near its largest entry, and that scale.
+
+    Without it squares of entries leave float32's range at 1e19, and float64's where fourth powers are summed.
+    """
+    largest = matrix.abs().amax((-2, -1)).to(dtype)
+    scale = torch.exp2(torch.floor(torch.log2(largest)))
+    scale = torch.where((largest > 0) & torch.isfinite(scale), scale, 1.0)
+    scaled = (matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT) / scale[..., None, None]
+    return scaled @ scaled.mH, scale
+
+
+def from_gram(gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = None, scale: Float[Tensor, "*B"] | None = None) -> Spectrum:
+    """Spectrum of `scale * A`, given `A A^H` or `A^H A` for either side of A.
+
+    Args:
+        gram: Symmetric or Hermitian, positive semi-definite up to rounding: what is negative counts as 0.
+        shape: Rows and columns of A; `(S, S)` unless given. Only the `min(shape)` largest values are kept.
+        scale: Factor on the singular values; 1 unless given.
+
+    Example:
+        >>> from_gram(torch.tensor([[4.0, 0.0], [0.0, 9.0]])).values
+        tensor([3., 2.])
+    """
+    shape = shape or (gram.shape[-1], gram.shape[-1])
+    with full_precision(gram.device):
+        kept = min(gram.shape[-1], *shape)
+        values = eigenvalues(gram).flip(-1)[..., :kept].clamp(min=0).sqrt()
+        if scale is not None:
+            values = values * scale[..., None]
+    return Spectrum(values, torch.ones_like(values), shape)
+
+
+def eigenvalues(symmetric: Num[Tensor, "*B S S"]) -> Float[Tensor, "*B S"]:
+    """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its batch."""
+    return _solved(symmetric, lambda safe: (torch.linalg.eigvalsh(safe),))[0]
+
+
+def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"], Num[Tensor, "*B S S"]]:
+    """Eigenvalues, ascending, and eigenvectors as columns; NaN as in `eigenvalues`."""
+    values, vectors = _solved(symmetric, torch.linalg.eigh)
+    return values, vectors
+
+
+def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    finite = torch.isfinite(symmetric).all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], symmetric, 0.0)
+    try:
+        results = tuple(solver(safe))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        results = _one_by_one(safe, solver)
+    return tuple(torch.where(finite.reshape(finite.shape + (1,) * (r.ndim - finite.ndim)), r, torch.nan) for r in results)
+
+
+def _one_by_one(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The same where one matrix of the batch made the solver fail: only that one is lost."""
+    flat = symmetric.reshape(-1, *symmetric.shape[-2:])
+    results = []
+    for one in flat:
+        try:
+            results.append(tuple(solver(one)))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # The solution of the zero matrix has the shapes and dtypes that are due.
+            results.append(tuple(torch.full_like(r, torch.nan) for r in solver(torch.zeros_like(one))))
+    return tuple(torch.stack(parts).reshape(*symmetric.shape[:-2], *parts[0].shape) for parts in zip(*results, strict=True))
+
+
+def _empty(matrix: Num[Tensor, "*B M N"], shape: tuple[int, int]) -> Spectrum:
+    """The spectrum of a matrix without entries: one value, 0."""
+    zero = torch.zeros(*matrix.shape[:-2], 1, dtype=working_dtype(matrix.device), device=matrix.device)
+    return Spectrum(zero, torch.ones_like(zero), shape)

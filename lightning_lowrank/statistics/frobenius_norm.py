@@ -1,0 +1,24 @@
+"""Frobenius norm."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum
+
+
+@statistic(unit="entries", needs="moments", scale_free=False, comparable=False)
+def frobenius_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Root of the sum of squared singular values, which is that of the squared entries.
+
+    Args:
+        spectrum: Whole or not.
+
+    Returns:
+        At least the spectral norm; 0 for a zero matrix.
+
+    Example:
+        >>> frobenius_norm(svd(torch.diag(torch.tensor([3.0, 4.0]))))
+        tensor(5., dtype=torch.float64)
+    """
+    return spectrum.top * spectrum.unit_energies.sum(-1).sqrt()

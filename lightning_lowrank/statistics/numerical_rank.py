@@ -1,0 +1,30 @@
+"""Numerical rank."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum, noise_floor
+
+
+@statistic(unit="directions", tail=True)
+def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Number of singular values above `max(M, N) * 2**-23` times the largest one.
+
+    The rounding unit of float32 whatever the dtype of the matrix: from a Gram matrix in float64 nothing below 1e-8 of the largest value can
+    be told from 0. Entries rounded to bfloat16 or float16 give noise far above this cut, so such a matrix has full numerical rank.
+
+    Args:
+        spectrum: Whole, else NaN.
+
+    Returns:
+        A whole number between 1 and `min(M, N)`; 0 for a zero matrix.
+
+    Example:
+        >>> numerical_rank(svd(torch.ones(4, 4)))
+        tensor(1., dtype=torch.float64)
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, Section 5.4.1; the cut is that of `numpy.linalg.matrix_rank` for float32.
+    """
+    return (spectrum.weights * (spectrum.unit > noise_floor(spectrum.shape))).sum(-1)

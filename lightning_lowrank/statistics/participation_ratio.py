@@ -1,0 +1,28 @@
+"""Participation ratio."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum, ratio
+
+
+@statistic(unit="directions", needs="moments")
+def participation_ratio(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Square of the sum of squared singular values over the sum of their squares: as many equal ones would be as spread out.
+
+    Args:
+        spectrum: Whole or not. Only the sums of second and fourth powers are used.
+
+    Returns:
+        Between 1 and `min(M, N)`, at least `stable_rank` and at most its square; 0 for a zero matrix.
+
+    Example:
+        >>> participation_ratio(svd(torch.diag(torch.tensor([1.0, 1.0, 0.0]))))
+        tensor(2., dtype=torch.float64)
+
+    References:
+        Bell & Dean (1970), Discussions of the Faraday Society 50; for covariances Gao et al. (2017), bioRxiv 214262.
+    """
+    energies = spectrum.unit_energies
+    return ratio(energies.sum(-1).square(), (energies * spectrum.unit.square()).sum(-1))

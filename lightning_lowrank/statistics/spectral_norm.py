@@ -1,0 +1,24 @@
+"""Spectral norm."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum
+
+
+@statistic(unit="entries", needs="top", scale_free=False)
+def spectral_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Largest singular value: the most by which the matrix stretches a vector.
+
+    Args:
+        spectrum: Whole or not.
+
+    Returns:
+        Not negative; 0 for a zero matrix.
+
+    Example:
+        >>> spectral_norm(svd(torch.diag(torch.tensor([3.0, 4.0]))))
+        tensor(4., dtype=torch.float64)
+    """
+    return spectrum.top

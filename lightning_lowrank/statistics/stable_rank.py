@@ -1,0 +1,27 @@
+"""Stable rank."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum
+
+
+@statistic(unit="directions", needs="top")
+def stable_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Squared Frobenius norm over squared spectral norm: how many directions rival the top one.
+
+    Args:
+        spectrum: Whole or not. Only the largest value and the energy are used.
+
+    Returns:
+        Between 1 and `min(M, N)`; 0 for a zero matrix.
+
+    Example:
+        >>> stable_rank(svd(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))))
+        tensor(1.5000, dtype=torch.float64)
+
+    References:
+        Rudelson & Vershynin (2007), J. ACM 54(4), Section 1.
+    """
+    return spectrum.unit_energies.sum(-1)

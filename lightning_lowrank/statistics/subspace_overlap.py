@@ -1,0 +1,30 @@
+"""Overlap of subspaces."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import ratio
+from lightning_lowrank.subspaces import Subspace, squared_cosines
+
+
+@statistic(unit="1", partner="previous", comparable=False)
+def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
+    """Mean squared cosine of the principal angles between two top singular subspaces.
+
+    Args:
+        now: Top directions on the short side of the matrix.
+        before: The same for the sample before.
+
+    Returns:
+        Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands `subspace_overlap_chance`.
+
+    Example:
+        >>> from lightning_lowrank.subspaces import top_subspace
+        >>> subspace_overlap(top_subspace(torch.eye(4) * torch.arange(4.0), 2), top_subspace(torch.eye(4) * torch.arange(4.0).roll(1), 2))
+        tensor(0.5000, dtype=torch.float64)
+
+    References:
+        Gur-Ari, Roberts & Dyer (2018), arXiv:1812.04754, for gradients and curvature.
+    """
+    return ratio(squared_cosines(now, before), now.dimension.minimum(before.dimension))

@@ -1,0 +1,27 @@
+"""Overlap of random subspaces."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.subspaces import Subspace
+
+
+@statistic(unit="1", partner="previous", comparable=False)
+def subspace_overlap_chance(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
+    """What `subspace_overlap` is on average between random subspaces of these dimensions.
+
+    Args:
+        now: Top directions on the short side of the matrix.
+        before: The same for the sample before.
+
+    Returns:
+        The larger dimension over that of the space: `k / min(M, N)` for two of dimension k. 0 where either is of a zero matrix.
+
+    Example:
+        >>> from lightning_lowrank.subspaces import top_subspace
+        >>> subspace_overlap_chance(top_subspace(torch.eye(8), 2), top_subspace(torch.eye(8), 2))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    either = now.dimension.maximum(before.dimension) / now.basis.shape[-2]
+    return either * (now.dimension > 0) * (before.dimension > 0)

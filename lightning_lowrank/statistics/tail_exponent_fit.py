@@ -1,0 +1,28 @@
+"""Quality of the tail exponent's fit."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum
+from lightning_lowrank.statistics.tail_exponent import power_law_fit
+
+
+@statistic(unit="1", tail=True, comparable=False)
+def tail_exponent_fit(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Kolmogorov-Smirnov distance between the largest squared singular values and the power law of `tail_exponent`.
+
+    Args:
+        spectrum: Whole, else NaN.
+
+    Returns:
+        Between 0 and 1, small where a power law describes the tail. NaN where `tail_exponent` is.
+
+    Example:
+        >>> bool(tail_exponent_fit(svd(torch.diag(torch.arange(1.0, 201.0) ** -0.5))) < 0.05)
+        True
+
+    References:
+        Clauset, Shalizi & Newman (2009), SIAM Review 51(4), equation 3.9.
+    """
+    return power_law_fit(spectrum)[1]

@@ -1,0 +1,30 @@
+"""Change over weight."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.spectrum import Spectrum, ratio
+
+
+@statistic(unit="1", needs="top", partner="weight", comparable=False)
+def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
+    """Spectral norm of a change (an update, a gradient, a displacement) over that of the weight it belongs to.
+
+    Args:
+        change: Whole or not.
+        weight: Of the same site.
+
+    Returns:
+        Not negative. NaN where the weight is zero.
+
+    Example:
+        >>> weight_ratio(svd(0.01 * torch.eye(3)), svd(torch.eye(3)))
+        tensor(0.0100, dtype=torch.float64)
+
+    References:
+        Yang, Simon & Bernstein (2023), arXiv:2310.17813, Condition 1: feature learning needs an update's ratio that does not depend on
+        width.
+    """
+    return torch.where(weight.top == 0, torch.nan, ratio(change.top, weight.top))

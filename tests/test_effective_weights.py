@@ -1,0 +1,302 @@
+"""Weights that are computed: LoRA pairs against the libraries that train them, parametrised ones against the layer itself."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.testing import assert_close
+
+from lightning_lowrank.sites import Site, sites
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+
+class Experts(nn.Module):
+    """A mixture's weights in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 8, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->beo", x, self.w)
+
+
+class Net(nn.Module):
+    """Layers that peft knows how to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+        self.qkv = nn.Linear(8, 24)
+        self.c_fc = Conv1D(12, 8)
+        self.embed = nn.Embedding(9, 8)
+        self.conv = nn.Conv2d(8, 6, 3)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2)
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.experts = Experts()
+
+
+LAYERS = ["linear", "qkv", "c_fc", "embed", "conv"]
+
+
+@pytest.fixture
+def adapted() -> nn.Module:
+    """A model with two adapters, neither of them at 0."""
+    net = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for adapter, rank in (("default", 2), ("other", 4)):
+            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[*LAYERS, "grouped", "attn"], target_parameters=["experts.w"])
+            net = peft.inject_adapter_in_model(config, net, adapter)
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    return net
+
+
+def site(module: nn.Module, name: str) -> Site:
+    return next(found for found in sites(module) if found.name == name)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_a_pair_is_the_change_that_peft_merges(adapted: nn.Module, layer: str, adapter: str) -> None:
+    merged = adapted.get_submodule(layer).get_delta_weight(adapter).detach()  # type: ignore[operator]
+    expected = {"c_fc": merged.T, "conv": merged.flatten(1), "qkv": merged.reshape(3, 8, 8)}.get(layer, merged)
+
+    assert_close(site(adapted, f"{layer}.lora.{adapter}").weight().float(), expected)
+
+
+def test_a_pair_on_fused_attention_is_queries_keys_and_values(adapted: nn.Module) -> None:
+    assert site(adapted, "qkv.lora.default").labels == ("qkv.lora.default.q", "qkv.lora.default.k", "qkv.lora.default.v")
+    assert site(adapted, "attn.lora.default").weight().shape == (3, 8, 8)
+
+
+def test_a_pair_on_experts_is_one_matrix_each(adapted: nn.Module) -> None:
+    merged = adapted.get_submodule("experts").get_delta_weight("other").detach()  # type: ignore[operator]
+    found = site(adapted, "experts.lora.other")
+
+    # peft merges in the layout of the parameter, experts x inputs x outputs; rows of a site are what B puts out.
+    assert_close(found.weight().float(), merged if found.weight().shape == merged.shape else merged.mT)
+    assert found.labels == tuple(f"experts.lora.other.e{i}" for i in range(3))
+
+
+def test_a_pair_on_a_grouped_convolution_puts_out_what_its_layers_do(adapted: nn.Module) -> None:
+    layer = adapted.get_submodule("grouped")
+    patch = torch.randn(1, 8, 3, 3)
+    out = layer.lora_B["default"](layer.lora_A["default"](patch))  # type: ignore[index, operator]
+
+    assert_close(site(adapted, "grouped.lora.default").weight().float() @ patch.flatten(), out.flatten())
+
+
+def test_base_weights_stand_beside_their_pairs(adapted: nn.Module) -> None:
+    names = {found.name for found in sites(adapted)}
+
+    assert {f"{layer}.base_layer.weight" for layer in LAYERS} <= names
+    assert not any("lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("pattern", ["*.lora.other", "*lora_A.other.weight", "re:lora_(embedding_)?B.other"])
+def test_pairs_answer_to_their_name_and_to_those_of_their_factors(adapted: nn.Module, pattern: str) -> None:
+    assert "linear.lora.other" in [found.name for found in sites(adapted, match=pattern)]
+    assert "linear.lora.default" not in [found.name for found in sites(adapted, match=pattern)]
+
+
+def test_a_pair_has_the_rank_of_its_factors_even_in_bfloat16() -> None:
+    module = nn.Module()
+    module.lora_A = nn.Parameter(torch.randn(2, 32).bfloat16())
+    module.lora_B = nn.Parameter(torch.randn(48, 2).bfloat16())
+
+    assert torch.linalg.matrix_rank(site(module, "lora").weight()) == 2
+
+
+@pytest.mark.parametrize("name", ["linear", "embed", "conv", "qkv", "experts", "grouped"])
+def test_the_tangent_of_a_pair_is_its_derivative(adapted: nn.Module, name: str) -> None:
+    found = site(adapted, f"{name}.lora.default")
+    a, b = (p.detach().double() for p in found.parameters)
+    da, db = torch.randn_like(a), torch.randn_like(b)
+    assert found.product is not None
+    # Exact for what is linear in each factor.
+    expected = found.view(found.product(a + da, b + db) - found.product(a, b) - found.product(da, db))
+
+    assert_close(found.tangent([da, db]), expected)
+    assert_close(found.tangent([da, None]) + found.tangent([None, db]), expected)
+
+
+def pair(a: tuple[int, int], b: tuple[int, int], letters: str = "AB", **attributes: object) -> nn.Module:
+    """A layer with the two factors as parameters, as loralib and litgpt have them."""
+    module = nn.Module()
+    module.register_parameter(f"lora_{letters[0]}", nn.Parameter(torch.randn(a)))
+    module.register_parameter(f"lora_{letters[1]}", nn.Parameter(torch.randn(b)))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return nn.ModuleDict({"layer": module})
+
+
+@pytest.mark.parametrize("letters", ["AB", "ab"])
+def test_factors_may_be_parameters_of_the_layer(letters: str) -> None:
+    module = pair((2, 5), (7, 2), letters)
+    a, b = module.parameters()
+
+    assert_close(site(module, "layer.lora").weight(), b.detach().double() @ a.detach().double())
+
+
+def test_factors_may_be_layers_called_up_and_down() -> None:
+    module = nn.ModuleDict({"lora_down": nn.Linear(5, 2), "lora_up": nn.Linear(2, 7)})
+
+    assert site(module, "lora").weight().shape == (7, 5)
+
+
+def test_factors_may_be_stored_the_other_way_round() -> None:
+    module = pair((5, 2), (2, 7))
+    a, b = module.parameters()
+
+    assert_close(site(module, "layer.lora").weight(), (a.detach().double() @ b.detach().double()).T)
+
+
+def test_merged_pairs_are_one_matrix_per_enabled_part() -> None:
+    module = pair((4, 5), (14, 2), enable_lora=[True, False, True])
+    a, b = (p.detach().double() for p in module.parameters())
+    found = site(module, "layer.lora")
+
+    assert_close(found.weight(), torch.stack([b[:7] @ a[:2], b[7:] @ a[2:]]))
+    assert found.labels == ("layer.lora.q", "layer.lora.v")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [pair((4, 5), (7, 3)), pair((6, 5), (15, 2), qkv_shapes=(9, 3, 3)), nn.ParameterDict({"lora_A": torch.ones(2, 3)})],
+    ids=["shapes", "unequal parts", "alone"],
+)
+def test_factors_that_do_not_make_a_pair_stand_for_themselves(module: nn.Module) -> None:
+    assert [found.parameters for found in sites(module)] == [(parameter,) for parameter in module.parameters()]
+
+
+PARAMETRIZED = {
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(5, 7)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Conv1d(5, 7, 3)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(5, 7)),
+    "orthogonal, Cayley": lambda: parametrizations.orthogonal(nn.Linear(5, 5), orthogonal_map="cayley"),
+}
+
+
+@pytest.fixture(params=PARAMETRIZED)
+def parametrized(request: pytest.FixtureRequest) -> nn.Module:
+    return PARAMETRIZED[request.param]()
+
+
+def test_a_parametrised_weight_is_that_of_the_layer_in_evaluation(parametrized: nn.Module) -> None:
+    found = sites(parametrized)
+    parametrized.eval()
+
+    assert [s.name for s in found] == ["weight"]
+    assert_close(found[0].weight(), parametrized.weight.detach().flatten(1), rtol=0, atol=0)  # type: ignore[operator]
+
+
+def test_a_weight_is_computed_without_a_trace(parametrized: nn.Module) -> None:
+    parametrized.train()
+    state = {name: tensor.clone() for name, tensor in parametrized.state_dict().items()}
+    versions = [tensor._version for tensor in parametrized.state_dict(keep_vars=True).values()]
+    buffers, random = [id(buffer) for buffer in parametrized.buffers()], torch.get_rng_state()
+    found = site(parametrized, "weight")
+    found.weight()
+    found.tangent([torch.ones_like(p) for p in found.parameters])
+
+    assert_close(parametrized.state_dict(), state, rtol=0, atol=0)
+    assert [tensor._version for tensor in parametrized.state_dict(keep_vars=True).values()] == versions
+    assert [id(buffer) for buffer in parametrized.buffers()] == buffers
+    assert all(module.training for module in parametrized.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_types_are_those_of_the_layer_not_of_its_parametrization(parametrized: nn.Module) -> None:
+    assert len(sites(parametrized, match=["type:Linear"] if isinstance(parametrized, nn.Linear) else "type:_ConvNd")) == 1
+
+
+def test_the_tangent_of_a_parametrised_weight_is_the_change_of_its_largest_original() -> None:
+    found = site(parametrizations.weight_norm(nn.Linear(5, 7)), "weight")
+    magnitude, direction = (torch.randn_like(p) for p in found.parameters)
+
+    assert_close(found.tangent([magnitude, direction]), direction)
+
+
+class Noisy(nn.Module):
+    """What no parametrization should do: count in place, draw, depend on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return weight + torch.rand(()) + self.training
+
+
+def test_even_a_noisy_parametrization_leaves_no_trace() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(3, 4), "weight", Noisy())
+    calls, random = layer.get_buffer("parametrizations.weight.0.calls").clone(), torch.get_rng_state()
+    site(layer, "weight").weight()
+
+    assert_close(layer.get_buffer("parametrizations.weight.0.calls"), calls)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_flags_come_back_after_an_exception() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(3, 4), "weight", Noisy())
+    found = site(layer, "weight")
+    layer.get_submodule("parametrizations.weight.0").forward = lambda weight: 1 / 0  # type: ignore[method-assign]
+
+    with pytest.raises(ZeroDivisionError):
+        found.weight()
+    assert all(module.training for module in layer.modules())
+
+
+class Factored(nn.Module):
+    """A weight that is a product of two smaller originals."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[:, :2].clone(), weight[:2].clone()
+
+
+def test_the_tangent_of_smaller_originals_is_pushed_through_the_parametrization() -> None:
+    found = site(parametrize.register_parametrization(nn.Linear(5, 7), "weight", Factored(), unsafe=True), "weight")
+    left, right = (p.detach() for p in found.parameters)
+    d_left, d_right = torch.randn_like(left), torch.randn_like(right)
+
+    assert_close(found.weight(), left @ right)
+    assert_close(found.tangent([d_left, d_right]), d_left @ right + left @ d_right)
+
+
+def test_a_second_parametrization_counts() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(4, 4), "weight", Factored(), unsafe=True)
+    sites(layer)
+    parametrize.register_parametrization(layer, "weight", nn.Tanh(), unsafe=True)
+
+    assert_close(site(layer, "weight").weight(), layer.weight.detach())
+
+
+def test_a_parametrised_out_projection_has_heads() -> None:
+    layer = nn.MultiheadAttention(8, 2)
+    parametrizations.weight_norm(layer.out_proj)
+    found = next(s for s in sites(layer, heads=True) if s.name == "out_proj.weight")
+
+    assert_close(found.weight()[1], layer.out_proj.weight.detach()[:, 4:])
+
+
+def test_autocast_and_grad_mode_do_not_matter() -> None:
+    for module in (pair((2, 5), (7, 2)), parametrizations.weight_norm(nn.Linear(5, 7))):
+        (found,) = sites(module)
+        changes = [torch.randn_like(p) for p in found.parameters]
+        plain = found.weight(), found.tangent(changes)
+        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+            assert_close((found.weight(), found.tangent(changes)), plain, rtol=0, atol=0)
+            assert not found.weight().requires_grad
