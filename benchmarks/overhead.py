@@ -20,10 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-import rich
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -135,13 +135,14 @@ def main(pairs: int = 3) -> None:
         table.add_column(heading, justify="left" if heading == "monitor" else "right")
     for case in CASES:
         table.add_row(*row(windows, case, pairs))
-    rich.print(table)
+    console = Console(width=110)
+    console.print(table)
 
     rest = Table("also", "value", "limit")
     rest.add_row("peak memory beyond the same training without: RankMonitor()", f"{extra_memory({}):.0f} MiB", "")
     rest.add_row("the same, gradients at every step", f"{extra_memory(EVERY_STEP):.0f} MiB", "")
     rest.add_row("import lightning_lowrank, without torch", f"{import_time():.0f} ms", "50 ms")
-    rich.print(rest)
+    console.print(rest)
 
 
 if __name__ == "__main__":

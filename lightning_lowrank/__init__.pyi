@@ -1,4 +1,5 @@
 from . import statistics as statistics
+from .dashboard import Sample as Sample
 from .dashboard import summary_table as summary_table
 from .decompose import decompose as decompose
 from .metrics import Gram as Gram
@@ -9,7 +10,6 @@ from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
 from .registry import statistic as statistic
-from .dashboard import Sample as Sample
 from .schedules import Every as Every
 from .sketch import estimate as estimate
 from .sketch import sketch as sketch

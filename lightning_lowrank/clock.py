@@ -8,7 +8,7 @@ from contextlib import contextmanager
 class Clock:
     """Host seconds spent in training, without validation, and those of them that were ours.
 
-    On CUDA the host waits for the device only when a report is moved; the share then also counts work of the training step that was queued before.
+    On CUDA the host waits for the device only when a report is moved; the share then also counts what the training step had queued before.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from rich.table import Table
 
 
-
 @dataclass(frozen=True)
 class Sample:
     """What one report said: quantity -> site -> value, at a step of Lightning's x-axis."""

@@ -99,7 +99,7 @@ def pushed_forward(parametrization: ParametrizationList, changes: Sequence[Tenso
             return functional_call(parametrization, {**buffers, **dict(zip(names, values, strict=True))}, ())  # type: ignore[no-any-return]
 
         # Not torch.func.jvp: its first call compiles TorchScript, with a deprecation warning that is not the user's.
-        _, change = torch.autograd.functional.jvp(weight, tuple(originals), tuple(c.detach() for c in changes))  # type: ignore[no-untyped-call]
+        _, change = torch.autograd.functional.jvp(weight, tuple(originals), tuple(c.detach() for c in changes))
         return change  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,5 @@
-"""Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device, without waiting for it.
+"""Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device, without waiting for
+it.
 
 Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps
 """
@@ -6,107 +7,135 @@ Shape letters:  B any batch axes   N length of a vector   L length on the other 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
-from lightning_lowrank.spectrum import eigenvectors, ratio
+from lightning_lowrank.spectrum import eigenvalues, eigenvectors, ratio, working_dtype
 
-Operator = Callable[[Float[Tensor, "*B N"]], Tensor]
+# Lengths below so many rounding units of the largest are taken for 0: the Krylov space is exhausted.
+BREAKDOWN = 30
+
+Operator = Callable[[Tensor], Tensor]
+RoundTrip = Callable[[Tensor, Tensor | float], tuple[Tensor, Tensor]]
 
 
-def lanczos(operator: Operator, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K"]:
+def lanczos(operator: Operator, start: Num[Tensor, "*B N"], steps: int) -> Num[Tensor, "*B K K"]:
     """The symmetric operator within the Krylov space of a start vector: a tridiagonal matrix.
 
     Where the space is exhausted early, what follows is zero and decoupled.
 
     Args:
-        operator: Symmetric, `v -> A v` for a batch of vectors.
+        operator: Symmetric or Hermitian, `v -> A v` for a batch of vectors.
         start: Any length but zero.
         steps: Products made; no more than N are of use.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, Algorithm 10.1.1, with full reorthogonalisation.
     """
-    vector, _ = _normalised(start, torch.zeros_like(start[..., 0]))
-    basis, diagonal, off = [vector], [], []
-    scale = torch.zeros_like(start[..., 0])
+    basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
+    tridiagonal = start.new_zeros(*start.shape[:-1], steps, steps)
+    scale = torch.zeros_like(_norm(start))
+    vector, _ = _normalised(start, scale)
     for step in range(steps):
-        product = operator(basis[-1])
-        diagonal.append((product * basis[-1]).sum(-1))
+        basis[..., step, :] = vector
+        product = operator(vector)
+        tridiagonal[..., step, step] = (product * vector.conj()).sum(-1)
         if step + 1 < steps:
             scale = torch.maximum(scale, _norm(product))
-            vector, length = _normalised(_orthogonal(product, basis), scale)
-            basis.append(vector)
-            off.append(length)
-    return _tridiagonal(torch.stack(diagonal, -1), off)
+            vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
+            tridiagonal[..., step, step + 1] = tridiagonal[..., step + 1, step] = across
+    return tridiagonal
 
 
-def bidiagonal(forward: Operator, backward: Operator, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K+1"]:
-    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column more than rows.
+def largest_eigenvalue(operator: Operator, start: Num[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B"]:
+    """The largest eigenvalue of a positive semi-definite operator, from the three-term recurrence alone.
 
-    Small singular values keep their relative accuracy, which a recurrence with the Gram matrix would lose to rounding.
+    Without reorthogonalisation values are found again and again, which does not matter for the largest, and a step costs a product and
+    little else.
 
     Args:
-        forward: `v -> A v`.
-        backward: `u -> A^T u`.
-        start: On the side that `forward` takes.
+        operator: Symmetric, `v -> A v`; the eigenvectors of the conjugate do as well.
+        start: Any length but zero.
+        steps: Products made.
+
+    References:
+        Paige (1980), Linear Algebra and its Applications 34, on what rounding does to the recurrence.
+    """
+    previous, across = torch.zeros_like(start), torch.zeros_like(start[..., :1])
+    scale = torch.zeros_like(_norm(start))
+    vector, _ = _normalised(start, scale)
+    diagonal, beside = [], []
+    for _ in range(steps):
+        product = operator(vector) - across * previous
+        along = (product * vector.conj()).sum(-1, keepdim=True)
+        scale = torch.maximum(scale, along.abs()[..., 0])
+        previous = vector
+        vector, length = _normalised(product - along * vector, scale)
+        across = length[..., None]
+        diagonal.append(along[..., 0])
+        beside.append(length)
+    tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
+    if steps > 1:
+        off = torch.diag_embed(torch.stack(beside[:-1], -1), 1)
+        tridiagonal = tridiagonal + off + off.mT
+    return eigenvalues(tridiagonal.to(torch.promote_types(tridiagonal.dtype, working_dtype(start.device))))[..., -1]
+
+
+def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K+1"]:
+    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column more than rows.
+
+    Small singular values keep more of their digits than in a recurrence with the Gram matrix.
+
+    Args:
+        round_trip: `(v, w) -> u, A^T u` with `u = A v - w`: both products in one reading of A.
+        start: On the side of v.
         steps: Pairs of products.
 
     References:
         Golub & Kahan (1965), SIAM J. Numerical Analysis 2(2), Section 3; one-sided reorthogonalisation as in Simon & Zha (2000), SIAM J.
         Scientific Computing 21(6).
     """
-    scale = torch.zeros_like(start[..., 0])
+    basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
+    wide = start.new_zeros(*start.shape[:-1], steps, steps + 1)
+    scale = torch.zeros_like(_norm(start))
     right, _ = _normalised(start, scale)
-    basis, lengths = [right], []
-    left, across = torch.zeros_like(start[..., :1]), scale
-    for _ in range(steps):
-        product = forward(right) - across[..., None] * left
-        scale = torch.maximum(scale, _norm(product))
-        left, along = _normalised(product, scale)
-        right, across = _normalised(_orthogonal(backward(left), basis), scale)
-        basis.append(right)
-        lengths.append((along, across))
-    along, across = (torch.stack(part, -1) for part in zip(*lengths, strict=True))
-    wide = torch.zeros(*along.shape, steps + 1, dtype=along.dtype, device=along.device)
-    wide.diagonal(0, -2, -1).copy_(along)
-    wide.diagonal(1, -2, -1).copy_(across)
+    shift: Tensor | float = 0.0
+    for step in range(steps):
+        basis[..., step, :] = right
+        there, back = round_trip(right, shift)
+        scale = torch.maximum(scale, _norm(there))
+        left, along = _normalised(there, scale)
+        right, across = _normalised(_orthogonal(ratio(back, along[..., None]), basis[..., : step + 1, :]), scale)
+        shift = across[..., None] * left
+        wide[..., step, step], wide[..., step, step + 1] = along, across
     return wide
 
 
-def quadrature(tridiagonal: Float[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
+def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
     """Nodes, ascending, and weights, with sum 1, of the Gauss quadrature of the operator's spectral measure at the start vector.
 
     References:
         Golub & Welsch (1969), Mathematics of Computation 23(106).
     """
     nodes, vectors = eigenvectors(tridiagonal)
-    return nodes, vectors[..., 0, :].square()
+    return nodes, vectors[..., 0, :].abs().square()
 
 
 def _norm(vector: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vector, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(vector, dim=-1)
+    return length
 
 
 def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vector and length; both 0 where the length is rounding beside `scale`."""
     length = _norm(vector)
-    length = torch.where(length > 10 * torch.finfo(vector.dtype).eps * scale, length, length * torch.isnan(length))
+    length = torch.where(length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale, 0.0, length)
     return ratio(vector, length[..., None]), length
 
 
-def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """What is left of a vector outside of the span of an orthonormal basis."""
-    stacked = torch.stack(basis, -1)
+def _orthogonal(vector: Tensor, basis: Num[Tensor, "*B K N"]) -> Tensor:
+    """What is left of a vector outside of the span of orthonormal rows."""
     # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
     for _ in range(2):
-        vector = vector - (stacked @ (stacked.mT @ vector[..., None]))[..., 0]
+        vector = vector - ((vector[..., None, :] @ basis.mH) @ basis)[..., 0, :]
     return vector
-
-
-def _tridiagonal(diagonal: Tensor, off: list[Tensor]) -> Tensor:
-    matrix = torch.diag_embed(diagonal)
-    if off:
-        beside = torch.stack(off, -1)
-        matrix = matrix + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-    return matrix

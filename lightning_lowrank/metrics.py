@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
-from torch import distributed as dist
 from torchmetrics import Metric
 
+from lightning_lowrank.spectrum import Spectrum, from_gram, full_precision, svd
 from lightning_lowrank.statistics import find
-from lightning_lowrank.spectrum import Spectrum, full_precision, from_gram, svd
 from lightning_lowrank.subspaces import Subspace, top_subspace
 
 
@@ -37,18 +36,20 @@ class SpectralStatistic(Metric):
         >>> metric = SpectralStatistic("stable_rank")
         >>> metric.update(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])))
         >>> metric.compute()
-        tensor(1.5000, dtype=state_dtype())
+        tensor(1.5000, dtype=torch.float64)
     """
 
     is_differentiable = False
     full_state_update = False
-    total: Tensor
     count: Tensor
 
     def __init__(self, statistic: str, *, k: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistic, self.k = find(statistic), k
-        self.add_state("total", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
+        # A MetricCollection feeds only one of the metrics whose states are equal after the first batch, and of the identity all ranks are:
+        # what two statistics add up needs two names.
+        self._sum = f"sum_of_{self.statistic.name}_{k}"
+        self.add_state(self._sum, torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
     def update(self, *matrices: Num[Tensor, "*B M N"]) -> None:
@@ -56,12 +57,17 @@ class SpectralStatistic(Metric):
         if len(matrices) != len(self.statistic.takes):
             raise ValueError(f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}")
         values = self.statistic(*(self._value(kind, m) for kind, m in zip(self.statistic.takes, matrices, strict=True)))
-        self.total += values.sum().to(self.total)
+        setattr(self, self._sum, self.total + values.sum().to(self.total))
         self.count += values.numel()
 
     def compute(self) -> Float[Tensor, ""]:
         """The mean; NaN before the first update."""
         return self.total / self.count
+
+    @property
+    def total(self) -> Tensor:
+        """Sum over all matrices seen."""
+        return getattr(self, self._sum)  # type: ignore[no-any-return]
 
     def _value(self, kind: type, matrix: Tensor) -> Spectrum | Subspace:
         return top_subspace(matrix, self.k) if kind is Subspace else svd(matrix)
@@ -120,8 +126,6 @@ class Gram(Metric):
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width = width
-        # Of all processes, were they to see as many rows as this one; known without asking the device.
-        self.num_rows = 0
         self.add_state("gram", torch.zeros(width, width, dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(width, dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("rows", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
@@ -133,24 +137,19 @@ class Gram(Metric):
             self.gram += flat.mT @ flat
             self.total += flat.sum(0)
             self.rows += flat.shape[0]
-        self.num_rows += flat.shape[0] * _num_processes()
 
-    def compute(self) -> Float[Tensor, "below N"]:
-        """The Gram matrix, and below it the sum of all rows."""
-        return torch.cat([self.gram, self.total[None]])
+    def compute(self) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"], Float[Tensor, ""]]:
+        """The Gram matrix, the sum of all rows and their number."""
+        return self.gram, self.total, self.rows
 
-    def spectrum(self, *, centred: bool = False) -> Spectrum:
-        """Singular values of the matrix of all rows, as they are or about their mean. Communicates, where there are several processes."""
-        gram, total = self.compute().split([self.width, 1])
+    def spectrum(self, *, centred: bool = False, num_rows: int | None = None) -> Spectrum:
+        """Singular values of the matrix of all rows. Communicates, where there are several processes.
+
+        Args:
+            centred: About the mean of the rows, not as they are.
+            num_rows: How many all processes have seen, from who knows: unless given it is read from the device, which has to be waited for.
+        """
+        gram, total, rows = self.compute()
         if centred:
-            gram = gram - total.mT @ total / max(self.num_rows, 1)
-        return from_gram(gram, shape=(self.num_rows, self.width))
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        super().reset()
-        self.num_rows = 0
-
-
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            gram = gram - torch.outer(total, total) / rows.clamp(min=1)
+        return from_gram(gram, shape=(int(rows) if num_rows is None else num_rows, self.width))

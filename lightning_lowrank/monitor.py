@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,9 +28,10 @@ class Monitor(L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
     Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites, single sites as
-    `<quantity>/<site>`, and its own cost as `lowrank/<label>_time_ms` (of the sample), `lowrank/<label>_overhead_percent` (of the training time
-    so far), `lowrank/<label>_failures` (numbers that could not be had, so far) and `lowrank/<label>_solver_calls` (calls of an eigensolver,
-    each of which waits for the device on CUDA). The first are also in `trainer.callback_metrics`.
+    `<quantity>/<site>`, and its own cost as `lowrank/<label>_time_ms` (of the sample), `lowrank/<label>_overhead_percent` (of training
+    time so far), `lowrank/<label>_failures` (numbers that could not be had, so far), `lowrank/<label>_skipped_steps` (by a GradScaler, so
+    far) and `lowrank/<label>_solver_calls` (of an eigensolver, in the sample; each waits for the device on CUDA). The summaries are also in
+    `trainer.callback_metrics`.
 
     Args:
         probes: What to measure.
@@ -65,7 +66,6 @@ class Monitor(L.Callback):
         self.first: Sample | None = None
         self.latest: Sample | None = None
         self.failures = 0
-        self.skipped = 0
         self.skipped = 0
         self._clock = Clock()
         self._warned: set[str] = set()
@@ -105,7 +105,8 @@ class Monitor(L.Callback):
         for other in (c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self):  # type: ignore[attr-defined]
             both = {self.label, *self._quantities()} & {other.label, *other._quantities()}
             if both:
-                raise ValueError(f"monitors {self.label!r} and {other.label!r} would both write {sorted(both)}: give one of them name='...'")
+                names = f"monitors {self.label!r} and {other.label!r}"
+                raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites; what matches nothing is refused here, before training."""
@@ -204,7 +205,7 @@ class Monitor(L.Callback):
         values = {q: self._by_site(r, host[q], complete) for r in recorders for q in host if q in r.measured}
         self.latest = Sample(sinks.step_of(trainer), values)
         self.first = self.first or self.latest
-        self._write(trainer, host)
+        self._write(trainer, recorders, host)
 
     def _repeat(self, recorders: Sequence[Recorder]) -> None:
         """A fused optimizer skipped its step inside: this sample never was, take the next."""
@@ -222,14 +223,16 @@ class Monitor(L.Callback):
         for recorder in recorders:
             flags = zip(recorder.sites, host[f"{recorder.name}_lost"], strict=True)
             lost = [site for site, flag in flags if flag > 0 or (complete and np.isnan(flag))]
-            self.failures += len(lost)
-            if lost:
-                self._warn(f"{recorder.name}: no number for {len(lost)} of {len(recorder.sites)} sites, the first is {lost[0]!r}")
-            elif not recorder.sites and recorder.name not in self._warned:
-                self._warned.add(recorder.name)
+            error = recorder.take_error()
+            self.failures += len(lost) or int(error is not None)
+            if lost or error:
+                where = f"{len(lost)} of {len(recorder.sites)} sites, the first is {lost[0]!r}" if lost else "some sites"
+                self._warn(f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}")
+            elif not recorder.sites and (nothing := f"no {recorder.name}") not in self._warned:
+                self._warned.add(nothing)
                 rank_zero_info(f"lightning_lowrank {self.label}: there is no {recorder.name} to read")
 
-    def _write(self, trainer: L.Trainer, host: Mapping[str, NDArray[np.float64]]) -> None:
+    def _write(self, trainer: L.Trainer, recorders: Sequence[Recorder], host: Mapping[str, NDArray[np.float64]]) -> None:
         """Summaries, sites and our own cost to all loggers, on Lightning's x-axis."""
         assert self.latest is not None
         summaries = {
@@ -240,7 +243,7 @@ class Monitor(L.Callback):
         sites = {f"{quantity}/{site}": value for quantity, values in self.latest.values.items() for site, value in values.items()}
         if self.per_site is False or (self.per_site == "auto" and len(sites) > FEW):
             sites = {}
-        facts = {f"lowrank/{r.name}_{key}": value for r in self.recorders for key, value in r.probe.source.facts().items()}
+        facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
         failed = sinks.write(trainer.loggers, summaries | sites | facts | self._costs(), self.latest.step)
         for error in failed:
@@ -301,7 +304,7 @@ class Monitor(L.Callback):
             self._sampling.abandon()
             self._sampling = None
         for recorder in self.recorders:
-            recorder.probe.source.detach()
+            recorder.abandon()
 
     def _unhook(self) -> None:
         """Take our hooks off the optimizers; not sooner than they are through."""

@@ -2,73 +2,60 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
-from itertools import islice
-from typing import TypeVar
+from functools import cache
 
 from torch import nn
 
-Key = TypeVar("Key")
-
-WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-SHOWN = 12
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Something that a pattern may fit.
-
-    Attributes:
-        names: The clean one, and those that PyTorch knows it by.
-        layer: The layer that it is, or that owns it.
-    """
-
-    names: tuple[str, ...]
-    layer: nn.Module
-
-
-def clean(name: str) -> str:
+@cache
+def tag(name: str) -> str:
     """The name without wrappers' prefixes, in characters that a tag may have."""
     return re.sub(r"[^A-Za-z0-9_./-]", "_", re.sub(r"^(module\.)+", "", WRAPPERS.sub("", name)))
 
 
-def fitting(argument: str, patterns: str | Sequence[str], places: Mapping[Key, Place]) -> set[Key]:
-    """Keys of the places that one of the patterns fits.
+def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module]) -> set[str]:
+    """The names that one of the patterns fits: a glob, `re:` and a regular expression, or `type:` and a class of the layer.
 
     Args:
-        argument: What to call the patterns in an error.
-        patterns: Globs on the full name, `re:` and a regular expression searched in it, or `type:` and the class of the layer or a base of it.
-        places: What there is.
+        argument: What the user calls the patterns: the beginning of the message.
+        layers: For each name the layer behind it.
 
     Raises:
-        ValueError: A pattern fits nothing, or is no regular expression.
+        ValueError: A pattern fits none; the message has the nearest names and some of what there is.
     """
-    found: set[Key] = set()
+    found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         test = _test(argument, pattern)
-        hits = {key for key, place in places.items() if test(place)}
+        hits = {name for name, layer in layers.items() if test(name, layer)}
         if not hits:
-            raise ValueError(f"{argument}: {pattern!r} fits nothing; {_what_there_is(pattern, places)}")
+            raise ValueError(f"{argument}: {pattern!r} fits nothing; {_what_there_is(pattern, layers)}")
         found |= hits
     return found
 
 
-def _test(argument: str, pattern: str) -> Callable[[Place], bool]:
+def _test(argument: str, pattern: str) -> Callable[[str, nn.Module], bool]:
+    """Whether a pattern fits a name or the layer behind it."""
     kind, _, rest = pattern.partition(":")
     if kind == "type":
-        return lambda place: any(cls.__name__ == rest for cls in type(place.layer).__mro__)
+        return lambda name, layer: any(cls.__name__ == rest for cls in type(layer).__mro__)
     try:
         search = re.compile(rest).search if kind == "re" else re.compile(translate(pattern)).match
     except re.error as error:
         raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from error
-    return lambda place: any(search(name) for name in place.names)
+    return lambda name, layer: search(name) is not None or search(tag(name)) is not None
 
 
-def _what_there_is(pattern: str, places: Mapping[Key, Place]) -> str:
-    names = [place.names[0] for place in places.values()]
-    types = sorted({type(place.layer).__name__ for place in places.values()})
-    near = get_close_matches(pattern.strip("*"), [*names, *(f"type:{t}" for t in types)], 3, 0.4)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"near it are {near}; " * bool(near) + f"there are {list(islice(names, SHOWN))}{more}, of types {types}"
+def _what_there_is(pattern: str, layers: Mapping[str, nn.Module]) -> str:
+    """What a pattern might have meant, and the beginning of the list of what it could fit."""
+    kind, _, rest = pattern.rpartition(":")
+    names = [type(layer).__name__ for layer in layers.values()] if kind == "type" else [tag(name) for name in layers]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return "there is nothing to choose from"
+    nearest = get_close_matches(rest.strip("*"), names, 3, cutoff=0)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"nearest: {nearest}; there are {names[:10]}{more}"

@@ -1,7 +1,7 @@
 """The names that users type: short functions that return a `Monitor`."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_lowrank.monitor import Monitor
 from lightning_lowrank.probe import Probe, offers
@@ -19,8 +19,8 @@ SOURCES = (*OF_PARAMETERS, "optimizer_state", "features", "validation_features")
 
 
 def RankMonitor(
-    sources: Sequence[str] = ("gradients", "weights", "updates"),
-    statistics: Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
+    sources: str | Sequence[str] = ("gradients", "weights", "updates"),
+    statistics: str | Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
     every_n_steps: int = 50,
     match: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -39,8 +39,8 @@ def RankMonitor(
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights), `optimizer_state`, `features`,
             `validation_features`.
-        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. Statistics of a pair of parameter matrices
-            (`weight_ratio`, `subspace_overlap`) are left out for features.
+        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. Those of a pair of matrices of
+            parameters (`weight_ratio`, `subspace_overlap`) are left out for features.
         every_n_steps: Cadence, in optimizer steps.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
@@ -58,10 +58,11 @@ def RankMonitor(
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
         ['gradient', 'first_moment', 'second_moment']
     """
+    sources, statistics = _sequence(sources), _sequence(statistics)
     unknown = [source for source in sources if source not in SOURCES]
     if unknown or not sources:
         raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
-    selection = {"match": match, "exclude": exclude}
+    selection: dict[str, Any] = {"match": match, "exclude": exclude}
     built: list[Source] = []
     for source in sources:
         if source == "optimizer_state":
@@ -71,6 +72,11 @@ def RankMonitor(
         else:
             built += [Features(**selection, stage="validation" if source == "validation_features" else "train")]
     pairs = [name for name in statistics if offers(Weights(), name) and not offers(Features(), name)]
-    asked = {True: statistics, False: [name for name in statistics if name not in pairs]}
+    # Where nothing is left for features, the probe says which names it cannot offer.
+    asked = {True: statistics, False: [name for name in statistics if name not in pairs] or statistics}
     probes = [Probe(one.name, one, asked[one.of_parameters], Every(every_n_steps)) for one in built]
     return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, name=name, label="rank")
+
+
+def _sequence(names: str | Sequence[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names

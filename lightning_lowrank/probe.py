@@ -95,6 +95,7 @@ class Recorder:
         self.means, self.errors = self._metrics()
         self.num_solves = 0
         self.estimated = False
+        self.error: str | None = None
         self.spectra: dict[str, Tensor] = {}
         self._histograms = histograms
         self._staged: dict[int, list[Staged]] = {}
@@ -140,6 +141,18 @@ class Recorder:
         """The step did not happen: what was staged never was."""
         self._staged.pop(optimizer, None)
 
+    def abandon(self) -> None:
+        """Forget the sample in the making."""
+        self._staged, self.spectra, self.error = {}, {}, None
+        self.means.reset()
+        self.errors.reset()
+        self.probe.source.detach()
+
+    def take_error(self) -> str | None:
+        """What went wrong since this was last asked."""
+        taken, self.error = self.error, None
+        return taken
+
     def report(self) -> dict[str, Tensor]:
         """Quantity -> number per site, in the order of `sites`, NaN where nothing was read; then start afresh.
 
@@ -170,9 +183,13 @@ class Recorder:
         return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_rows - 1, num_sites, sync_on_compute=False)
 
     def _make_room(self, device: torch.device) -> None:
-        """Metrics as wide as the known sites; narrower ones are only ever empty, for sites are planned before a sample."""
+        """Metrics as wide as the known sites, with what the narrower ones had: states of optimizers show only when each has stepped."""
+        narrow = self.means, self.errors
         if self.means.total.shape[1] != len(self.sites):
             self.means, self.errors = self._metrics()
+            for old, new in zip(narrow, (self.means, self.errors), strict=True):
+                new.total[:, : old.total.shape[1]] += old.total.to(new.total)
+                new.count[: old.count.shape[0]] += old.count.to(new.count)
         self.means, self.errors = self.means.to(device), self.errors.to(device)
 
     def _numbers(self, metric: SiteMeans) -> Tensor:
@@ -183,7 +200,8 @@ class Recorder:
         pairs = [self._one(statistic, group) for statistic in self.statistics]
         values, errors = (torch.stack(column) for column in zip(*pairs, strict=True))
         lost = torch.isnan(pooled(group.spectrum).top)
-        subspaces = {} if group.now is None else {label: Subspace(group.now.basis[i], group.now.values[i]) for i, label in enumerate(group.labels)}
+        now = group.now
+        subspaces = {} if now is None else {label: Subspace(now.basis[i], now.values[i]) for i, label in enumerate(group.labels)}
         return Staged(group.columns, torch.cat([values, lost[None]]), errors, subspaces)
 
     def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
@@ -198,7 +216,11 @@ class Recorder:
         for i, spectrum in enumerate(spectra):
             alike[spectrum.shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole].append(i)
         return [
-            self._group([readings[i] for i in members], _joined([spectra[i] for i in members]), _joined([weights[i] for i in members]) if weights else None)
+            self._group(
+                [readings[i] for i in members],
+                _joined([spectra[i] for i in members]),
+                _joined([weights[i] for i in members]) if weights else None,
+            )
             for members in alike.values()
         ]
 
@@ -212,9 +234,10 @@ class Recorder:
         return Group([self.sites[label] for label in labels], labels, spectrum, weight, now, before)
 
     def _before(self, labels: Sequence[str], now: Subspace) -> Subspace:
-        """The subspaces of the last sample; NaN where there was none."""
+        """The subspaces of the last sample; NaN where there was none of that shape."""
         nothing = Subspace(torch.full_like(now.basis[0], torch.nan), torch.full_like(now.values[0], torch.nan))
         known = [self._previous.get(label, nothing) for label in labels]
+        known = [k if k.basis.shape == nothing.basis.shape else nothing for k in known]
         return Subspace(torch.stack([k.basis.to(now.basis) for k in known]), torch.stack([k.values.to(now.values) for k in known]))
 
     def _spectra(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Spectrum]:

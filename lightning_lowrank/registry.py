@@ -36,6 +36,7 @@ class Statistic:
         partner: What the second value object of a pair is: "weight" (same site) or "previous" (same site, last sample).
         parameter: Name of the number that may stand at the end of the name, None without.
         domain: Lower (excluded) and upper (included) end of that number.
+        counts: A whole number, or in its relative form a multiple of one part.
         comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
     """
 
@@ -49,11 +50,18 @@ class Statistic:
     partner: Literal["weight", "previous"] | None = None
     parameter: str | None = None
     domain: tuple[float, float] = (0.0, float("inf"))
+    counts: bool = False
     comparable: bool = True
 
     def __call__(self, *values: Any) -> Tensor:
         """The statistic of one value object, or of a pair."""
         return self.function(*values)
+
+    def step(self, shape: tuple[int, int]) -> float:
+        """How far apart its values lie on matrices of that shape: 0 for those that move smoothly."""
+        if not self.counts:
+            return 0.0
+        return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
 
 
 def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> Callable[[Formula], Formula]:

@@ -25,7 +25,7 @@ class Sampling:
         optimizers: The Trainer's.
         generator: Of the sketches.
         guard: Context in which to run what the optimizer's hook calls.
-        hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them, so the owner does it after the batch.
+        hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner does it later.
     """
 
     def __init__(
@@ -51,16 +51,13 @@ class Sampling:
 
     def join(self, recorders: Iterable[Recorder]) -> None:
         """Add recorders that have become due; all optimizers are read anew."""
-        for recorder in recorders:
-            recorder.plan(self._module)
-            if recorder not in self.recorders:
-                self.recorders.append(recorder)
+        self.recorders += [recorder for recorder in recorders if recorder not in self.recorders]
+        self._each(lambda r: r.plan(self._module))
         self._pending = set(range(len(self._optimizers)))
 
     def batch_begins(self) -> None:
         """A batch is about to enter the module."""
-        for recorder in self.recorders:
-            recorder.probe.source.batch_begins(self._module)
+        self._each(lambda r: r.probe.source.batch_begins(self._module))
 
     def gradients_final(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Read gradients and weights, and wait for the step to happen."""
@@ -68,8 +65,7 @@ class Sampling:
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
         step = Step(optimizer, self._to_read(optimizer), scale)
-        for recorder in self.recorders:
-            recorder.record(index, recorder.probe.source.gradients_final(step), self._generator)
+        self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator))
         if scale is not None:
             self._finite += [torch.isfinite(p.grad).all() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._open[index] = step
@@ -80,26 +76,26 @@ class Sampling:
             return
         with self._guard():
             step = self._open.pop(index)
-            for recorder in self.recorders:
-                recorder.record(index, recorder.probe.source.step_done(step), self._generator)
-                recorder.commit(index)
+            self._each(lambda r: r.record(index, r.probe.source.step_done(step), self._generator))
+            self._each(lambda r: r.commit(index))
             self._pending.discard(index)
             self._done.add(index)
 
     def batch_over(self) -> bool:
         """The batch is over: whether an optimizer stepped, so that there is something to report."""
-        for recorder in self.recorders:
-            recorder.probe.source.batch_over()
+        self._each(lambda r: r.probe.source.batch_over())
         for index in list(self._open):  # a GradScaler that skips the step never calls the hook
             self._close(index)
             self.num_skipped += 1
         return bool(self._done)
 
     def report(self) -> dict[str, Tensor]:
-        """Everything measured since the last report. `finite` tells whether the gradients were, where a fused optimizer may have skipped."""
+        """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may have skipped."""
+        self._each(lambda r: r.record(BATCH, r.probe.source.sample_over(), self._generator))
+        self._each(lambda r: r.commit(BATCH))
         for recorder in self.recorders:
-            recorder.record(BATCH, recorder.probe.source.sample_over(), self._generator)
-            recorder.commit(BATCH)
+            if recorder.error is not None:  # it may still hold what belongs to this sample
+                recorder.probe.source.detach()
         report = {key: row for recorder in self.recorders for key, row in recorder.report().items()}
         if self._finite:
             report["finite"] = torch.stack(self._finite).all()
@@ -110,11 +106,18 @@ class Sampling:
 
     def abandon(self) -> None:
         """Leave nothing behind, whatever the state."""
-        for index in list(self._open):
-            self._close(index)
+        self._open.clear()
         for recorder in self.recorders:
-            recorder.discard(BATCH)
-            recorder.probe.source.detach()
+            recorder.abandon()
+
+    def _each(self, moment: Callable[[Recorder], object]) -> None:
+        """Every recorder for itself: what goes wrong in one costs its numbers, not those of the others."""
+        for recorder in self.recorders:
+            try:
+                moment(recorder)
+            except Exception as error:
+                # In words: the error itself would keep tensors alive.
+                recorder.error = f"{type(error).__name__}: {error}"
 
     def _close(self, index: int) -> None:
         del self._open[index]

@@ -4,11 +4,8 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix   R rank of a L
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import translate
-from functools import cache
 from itertools import chain, count
 
 import torch
@@ -18,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.effective_weights import Product, computed, computed_shape, pushed_forward, wide
+from lightning_lowrank.names import fitting, tag
 from lightning_lowrank.spectrum import full_precision
 from lightning_lowrank.views import View, view_of
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 PARAMETRIZED = re.compile(r"(?P<layer>(?:.*\.)?)parametrizations\.(?P<local>[^.]+)")
 FACTOR = re.compile(r"(?P<layer>(?:.*\.)?)lora_(?:embedding_)?(?P<letter>A|a|down)(?P<adapter>\.(?!weight$)[^.]+)?(?:\.weight)?")
 PARTNER = {"A": "B", "a": "b", "down": "up"}
@@ -184,12 +181,6 @@ def _named_parameters(layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Par
     }
 
 
-@cache
-def tag(name: str) -> str:
-    """The name without wrappers' prefixes, in characters that a tag may have."""
-    return re.sub(r"[^A-Za-z0-9_./-]", "_", re.sub(r"^(module\.)+", "", WRAPPERS.sub("", name)))
-
-
 def _parametrized(
     name: str, owner: ParametrizationList, layers: Mapping[str, nn.Module], attentions: Mapping[int, nn.MultiheadAttention]
 ) -> _Tensor:
@@ -230,16 +221,13 @@ def _product_view(tensor: _Tensor, product: Product, heads: bool) -> View | None
         return view_of(base, "in_proj_weight", tensor.like, heads=heads)
     if isinstance(base, nn.Embedding):
         return View("d n -> n d")
-    if len(enabled) == 3 and sum(enabled) == product.blocks > 1:
+    if isinstance(enabled, list | tuple) and len(enabled) == 3 and sum(enabled) == product.blocks > 1:
         parts = tuple(part for part, is_there in zip("qkv", enabled, strict=True) if is_there)
         return View("(parts d) n -> parts d n", {"parts": product.blocks}, parts)
     if product.experts:
         return View("(experts d) n -> experts d n", {"experts": product.blocks}).fitted(tensor.name, tensor.like.shape)
     layer = tensor.names[1].partition("lora_")[0]
     return view_of(nn.Identity(), f"{layer}weight", tensor.like)
-
-
-# What users wrote: choices and views
 
 
 def _own_views(views: Mapping[str, str | View], tensors: Sequence[_Tensor]) -> dict[_Tensor, View]:
@@ -256,47 +244,3 @@ def _own_views(views: Mapping[str, str | View], tensors: Sequence[_Tensor]) -> d
 def _owners(tensors: Iterable[_Tensor]) -> dict[str, nn.Module]:
     """The layer of each tensor under each name that it may be matched by."""
     return {name: tensor.owner for tensor in tensors for name in tensor.names}
-
-
-def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module]) -> set[str]:
-    """The names that one of the patterns fits: a glob, `re:` and a regular expression, or `type:` and a class of the layer.
-
-    Args:
-        argument: What the user calls the patterns: the beginning of the message.
-        layers: For each name the layer behind it.
-
-    Raises:
-        ValueError: A pattern fits none; the message has the nearest names and some of what there is.
-    """
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        test = _test(argument, pattern)
-        hits = {name for name, layer in layers.items() if test(name, layer)}
-        if not hits:
-            raise ValueError(f"{argument}: {pattern!r} fits nothing; {_what_there_is(pattern, layers)}")
-        found |= hits
-    return found
-
-
-def _test(argument: str, pattern: str) -> Callable[[str, nn.Module], bool]:
-    """Whether a pattern fits a name or the layer behind it."""
-    kind, _, rest = pattern.partition(":")
-    if kind == "type":
-        return lambda name, layer: any(cls.__name__ == rest for cls in type(layer).__mro__)
-    try:
-        search = re.compile(rest).search if kind == "re" else re.compile(translate(pattern)).match
-    except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from error
-    return lambda name, layer: search(name) is not None or search(tag(name)) is not None
-
-
-def _what_there_is(pattern: str, layers: Mapping[str, nn.Module]) -> str:
-    """What a pattern might have meant, and the beginning of the list of what it could fit."""
-    kind, _, rest = pattern.rpartition(":")
-    names = [type(layer).__name__ for layer in layers.values()] if kind == "type" else [tag(name) for name in layers]
-    names = list(dict.fromkeys(names))
-    if not names:
-        return "there is nothing to choose from"
-    nearest = get_close_matches(rest.strip("*"), names, 3, cutoff=0)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"nearest: {nearest}; there are {names[:10]}{more}"

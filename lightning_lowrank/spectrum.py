@@ -3,7 +3,7 @@
 Shape letters:  B any batch axes   M rows, N columns of a matrix   K values kept   P probes
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,15 +149,48 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
 
 
 def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[Tensor, "*B S S"], Float[Tensor, "*B"]]:
-    """Gram matrix of the short side S of the matrix over `scale`, a power of two near its largest entry, and that scale.
+    """Gram matrix of the short side S of the matrix over `scale`, and that scale: the largest entry, or 1 where none is needed.
 
-    Without it squares of entries leave float32's range at 1e19, and float64's where fourth powers are summed.
+    Squares of entries leave float32's range at 1e19, and float64's at 1e154; what was stored in 32 bits is safe in 64.
     """
-    largest = matrix.abs().amax((-2, -1)).to(dtype)
-    scale = torch.exp2(torch.floor(torch.log2(largest)))
-    scale = torch.where((largest > 0) & torch.isfinite(scale), scale, 1.0)
-    scaled = (matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT) / scale[..., None, None]
-    return scaled @ scaled.mH, scale
+    short = _short(matrix, torch.promote_types(matrix.dtype, dtype))
+    if _safe(matrix, short.dtype):
+        return short @ short.mH, torch.ones(matrix.shape[:-2], dtype=dtype, device=matrix.device)
+    scale = _scale(short.abs().amax((-2, -1)))
+    short = short / scale[..., None, None]
+    return short @ short.mH, scale
+
+
+def short_grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Float[Tensor, "G S S"], Float[Tensor, " G"] | None]:
+    """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is needed."""
+    for matrix in matrices:
+        dtype = torch.promote_types(matrix.dtype, dtype)
+    shorts = [_short(matrix, dtype).reshape(-1, *sorted(matrix.shape[-2:])) for matrix in matrices]
+    sizes = [len(short) for short in shorts]
+    scale = None
+    if not all(_safe(matrix, dtype) for matrix in matrices):
+        scale = _scale(torch.cat([torch.maximum(s.amax((-2, -1)), -s.amin((-2, -1))) for s in shorts]))
+        shorts = [s * inverse for s, inverse in zip(shorts, scale.reciprocal()[:, None, None].split(sizes), strict=True)]
+    gram = shorts[0].new_empty(sum(sizes), *shorts[0].shape[-2:-1] * 2)
+    for short, out in zip(shorts, gram.split(sizes), strict=True):
+        torch.bmm(short, short.mT, out=out)
+    return gram, scale
+
+
+def _short(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> Num[Tensor, "*B S L"]:
+    """No fewer columns than rows."""
+    return (matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT).to(dtype)
+
+
+def _safe(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the fourth power of no entry can leave the range of a dtype."""
+    return dtype in (torch.float64, torch.complex128) and matrix.element_size() <= (8 if matrix.is_complex() else 4)
+
+
+def _scale(largest: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """What to divide by, its reciprocal finite too."""
+    usable = (largest > 0) & torch.isfinite(largest)
+    return torch.where(usable, largest.clamp(min=torch.finfo(largest.dtype).tiny), 1.0)
 
 
 def from_gram(gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = None, scale: Float[Tensor, "*B"] | None = None) -> Spectrum:
@@ -193,13 +226,18 @@ def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"
 
 
 def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    finite = torch.isfinite(symmetric).all(-1).all(-1)
+    finite = torch.isfinite(symmetric.sum((-2, -1), dtype=_accumulator(symmetric)))
     safe = torch.where(finite[..., None, None], symmetric, 0.0)
     try:
         results = tuple(solver(safe))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         results = _one_by_one(safe, solver)
     return tuple(torch.where(finite.reshape(finite.shape + (1,) * (r.ndim - finite.ndim)), r, torch.nan) for r in results)
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    """In which a sum of finite entries is finite."""
+    return torch.promote_types(tensor.dtype, working_dtype(tensor.device))
 
 
 def _one_by_one(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

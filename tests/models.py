@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -114,3 +115,28 @@ class Adversaries(L.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW(self.generator.parameters()), torch.optim.SGD(self.critic.parameters(), lr=0.01)]
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is handed: one pair of step and scalars per call."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are no curves."""
+
+    def curve(self, tag: str) -> dict[int, float]:
+        """Step -> value of one tag."""
+        return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
+
+    def curves(self) -> dict[str, dict[int, float]]:
+        """All of them, by tag."""
+        return {tag: self.curve(tag) for _, scalars in self.rows for tag in scalars}

@@ -34,7 +34,6 @@ class Net(nn.Module):
         super().__init__()
         self.linear = nn.Linear(8, 6)
         self.qkv = nn.Linear(8, 24)
-        self.c_fc = Conv1D(12, 8)
         self.embed = nn.Embedding(9, 8)
         self.conv = nn.Conv2d(8, 6, 3)
         self.grouped = nn.Conv2d(8, 12, 3, groups=2)
@@ -42,22 +41,25 @@ class Net(nn.Module):
         self.experts = Experts()
 
 
-LAYERS = ["linear", "qkv", "c_fc", "embed", "conv"]
+LAYERS = ["linear", "qkv", "embed", "conv"]
+
+
+def adapt(module: nn.Module, *targets: str, **options: object) -> nn.Module:
+    """The module with two adapters, neither of them at 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for adapter, rank in (("default", 2), ("other", 4)):
+            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), **options)
+            module = peft.inject_adapter_in_model(config, module, adapter)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    return module
 
 
 @pytest.fixture
 def adapted() -> nn.Module:
-    """A model with two adapters, neither of them at 0."""
-    net = Net()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for adapter, rank in (("default", 2), ("other", 4)):
-            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[*LAYERS, "grouped", "attn"], target_parameters=["experts.w"])
-            net = peft.inject_adapter_in_model(config, net, adapter)
-    for name, parameter in net.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return net
+    return adapt(Net(), *LAYERS, "grouped", "attn", target_parameters=["experts.w"])
 
 
 def site(module: nn.Module, name: str) -> Site:
@@ -68,9 +70,15 @@ def site(module: nn.Module, name: str) -> Site:
 @pytest.mark.parametrize("adapter", ["default", "other"])
 def test_a_pair_is_the_change_that_peft_merges(adapted: nn.Module, layer: str, adapter: str) -> None:
     merged = adapted.get_submodule(layer).get_delta_weight(adapter).detach()  # type: ignore[operator]
-    expected = {"c_fc": merged.T, "conv": merged.flatten(1), "qkv": merged.reshape(3, 8, 8)}.get(layer, merged)
+    expected = merged.reshape(3, 8, 8) if layer == "qkv" else merged.flatten(1)
 
     assert_close(site(adapted, f"{layer}.lora.{adapter}").weight().float(), expected)
+
+
+def test_a_pair_on_a_transposed_linear_layer_has_outputs_as_rows() -> None:
+    layer = adapt(nn.ModuleDict({"c_fc": Conv1D(12, 8)}), "c_fc").get_submodule("c_fc")
+
+    assert_close(site(layer, "lora.default").weight().float(), layer.get_delta_weight("default").detach().T)  # type: ignore[operator]
 
 
 def test_a_pair_on_fused_attention_is_queries_keys_and_values(adapted: nn.Module) -> None:
@@ -82,8 +90,7 @@ def test_a_pair_on_experts_is_one_matrix_each(adapted: nn.Module) -> None:
     merged = adapted.get_submodule("experts").get_delta_weight("other").detach()  # type: ignore[operator]
     found = site(adapted, "experts.lora.other")
 
-    # peft merges in the layout of the parameter, experts x inputs x outputs; rows of a site are what B puts out.
-    assert_close(found.weight().float(), merged if found.weight().shape == merged.shape else merged.mT)
+    assert_close(found.weight().float(), merged)
     assert found.labels == tuple(f"experts.lora.other.e{i}" for i in range(3))
 
 

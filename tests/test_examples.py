@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = {"char_transformer": ["--max_steps=52", "--batch_size=4"]}
 
-pytestmark = pytest.mark.slow
+# One worker, so that each example runs once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("examples")]
 
 
 @pytest.fixture(scope="module", params=sorted(file.stem for file in (ROOT / "examples").glob("*.py")))

@@ -116,6 +116,17 @@ def test_found_statistics_can_be_pickled(name):
     assert_close(pickle.loads(pickle.dumps(find(name)))(spectrum), find(name)(spectrum))
 
 
+def test_counts_move_by_one():
+    assert [find(name).step((8, 8)) for name in ("energy_rank", "energy_rank_0.01", "stable_rank")] == [1.0, 1.0, 0.0]
+
+
+def test_relative_counts_move_by_one_over_the_null():
+    matrix = gaussian(8, 8)
+    expected = find("relative_energy_rank")(svd(matrix)) / find("energy_rank")(svd(matrix))
+
+    assert_close(find("relative_energy_rank").step((8, 8)), expected.item())
+
+
 def test_a_name_is_taken_once():
     def stable_rank(spectrum: Spectrum):
         return spectrum.top

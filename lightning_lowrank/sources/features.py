@@ -7,34 +7,39 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.metrics import Gram
-from lightning_lowrank.names import Place, clean, fitting
+from lightning_lowrank.names import fitting, tag
 from lightning_lowrank.sources.source import Reading, Source
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+
+# Attributes that say how wide the output of such a layer is.
+WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
 
 
 @dataclass(kw_only=True)
 class Features(Source):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
-    A row is a position of a sequence or of an image; its length is the last axis, for convolutions and other outputs of four axes or more the
-    second. Of a layer that returns several things the first tensor is read. The number of rows is logged as `lowrank/<name>_rows`: with
-    fewer rows than columns it caps every rank.
+    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other outputs of four axes
+    or more along the second. Of a layer that returns several things the first tensor is read. The number of rows is logged as
+    `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left
+    without a number. With several processes each sample costs one exchange of row counts, which waits for the device.
 
     Args:
         match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given all linear,
             convolutional, embedding, attention and recurrent layers.
         exclude: The same, taken away.
-        centred: About the mean of all rows (a covariance, tags begin with `centred_feature`), or as they are (RankMe; tags begin with `feature`).
+        centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe; `feature`).
         stage: "train": the rows of a due step. "validation": those of a whole validation loop; tags begin with `validation_`.
         max_width: Wider outputs are left out: a Gram matrix of that side is kept in float64.
 
     Raises:
-        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled module, whose hooks never run.
+        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled module.
     """
 
     match: str | Sequence[str] | None = None
@@ -50,19 +55,22 @@ class Features(Source):
         self.name = ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         self._layers: dict[str, nn.Module] = {}
         self._grams: dict[str, Gram] = {}
-        self._hooks: list[RemovableHandle] = []
         self._error: Exception | None = None
+        self._device = torch.device("cpu")
+        self._hooks: list[RemovableHandle] = []
+        # Width and number of rows by layer: of the sample being taken here, and of the last one in all processes.
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._pooled: dict[str, tuple[int, int]] = {}
 
     def plan(self, module: nn.Module) -> None:
         """Choose the layers."""
         layers = {name: layer for name, layer in module.named_modules() if name}
-        places = {name: Place((clean(name), name), layer) for name, layer in layers.items()}
-        chosen = {n for n, m in layers.items() if isinstance(m, LAYERS)} if self.match is None else fitting("match", self.match, places)
-        chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, places)
-        hidden = [name for name in layers if name in chosen and _compiled_around(name, module, layers)]
-        if hidden:
-            raise ValueError(f"features of {hidden[0]!r} cannot be read: hooks inside a compiled module never run; match layers outside of it")
-        self._layers = {clean(name): layers[name] for name in layers if name in chosen}
+        chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
+        chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
+        for name in sorted(chosen):
+            around = [layers[name[:i]] for i, letter in enumerate(name) if letter == "."]
+            self._refuse(name, layers[name], [module, *around])
+        self._layers = {tag(name): layers[name] for name in layers if name in chosen}
 
     def labels(self) -> list[str]:
         """One per layer."""
@@ -70,34 +78,62 @@ class Features(Source):
 
     def facts(self) -> dict[str, float]:
         """Rows behind the latest sample, at the layer with the fewest."""
-        return {"rows": float(min((g.num_rows for g in self._grams.values()), default=0))}
+        return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
 
     def batch_begins(self, module: nn.Module) -> None:
         """Hook the layers for this batch."""
+        self._device = next((p.device for p in module.parameters()), self._device)
         if not self._hooks:
             self._hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self._layers.items()]
 
     def batch_over(self) -> None:
         """Take the hooks away, and own up to what went wrong in them."""
         self._unhook()
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        if error is not None:
             raise error
 
     def sample_over(self) -> list[Reading]:
         """Spectra of the pooled rows."""
         grams, self._grams = self._grams, {}
-        return [Reading((f"{name}.out",), gram.spectrum(centred=self.centred)) for name, gram in grams.items()]
+        self._pooled, self._seen = _agreed(self._seen), {}
+        return [
+            Reading((f"{name}.out",), self._gram(grams, name, width).spectrum(centred=self.centred, num_rows=num_rows))
+            for name, (width, num_rows) in self._pooled.items()
+        ]
 
     def detach(self) -> None:
         """Take the hooks away and forget the rows."""
         self._unhook()
-        self._grams, self._error = {}, None
+        self._grams, self._seen, self._error = {}, {}, None
 
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
+        """Layers of the usual types, less the too wide and the projection of an attention, which is never called as a layer."""
+        inner = {id(layer.out_proj) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)}
+        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS) and id(layer) not in inner}
+        return {name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width}
+
+    def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
+        """A layer that a hook does not see, or where it would change the numbers."""
+        if any(map(_compiled, around)):
+            raise ValueError(f"features of {name!r} cannot be read: hooks inside a compiled module never run; match layers outside of it")
+        fast = [m for m in (layer, *around) if isinstance(m, nn.TransformerEncoderLayer)]
+        if any(self.stage == "validation" or not m.training for m in fast):
+            why = "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
+            raise ValueError(f"features of {name!r} cannot be read: {why}")
+
+    def _gram(self, grams: Mapping[str, Gram], name: str, width: int) -> Gram:
+        """What was pooled; where only other processes came by this layer, nothing, which takes part in the sum."""
+        if name in grams:
+            return grams[name]
+        gram = Gram(width).to(self._device)
+        gram.update(torch.zeros(0, width, device=self._device))
+        return gram
 
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         # Activation checkpointing runs the layer again during backward: those are the same rows.
@@ -106,10 +142,28 @@ class Features(Source):
         try:
             rows = _rows(layer, output)
             if rows is not None and rows.shape[-1] <= self.max_width:
-                gram = self._grams.setdefault(name, Gram(rows.shape[-1]).to(rows.device))
-                gram.update(rows)
+                self._pool(name, rows)
         except Exception as error:  # this runs inside the user's forward
-            self._error = error
+            self._seen[name], self._error = (0, 0), error
+
+    def _pool(self, name: str, rows: Tensor) -> None:
+        """Add rows to the layer's; a width of 0 stands for one that cannot be had."""
+        width, before = self._seen.get(name, (rows.shape[-1], 0))
+        if rows.shape[-1] != width:
+            raise ValueError(f"the output of {name!r} changed its width to {rows.shape[-1]}")
+        self._grams.setdefault(name, Gram(width).to(rows.device)).update(rows)
+        self._seen[name] = (width, before + rows.numel() // width)
+
+
+def _agreed(seen: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Widths and numbers of rows of all processes together, in one order: of the layers that every process that came by can read."""
+    parts = [seen]
+    if dist.is_available() and dist.is_initialized():
+        parts = [seen] * dist.get_world_size()
+        dist.all_gather_object(parts, seen)
+    found = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
+    whole = {name: entries for name, entries in found.items() if len({width for width, _ in entries}) == 1 and entries[0][0]}
+    return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
 
 
 def _rows(layer: nn.Module, output: Any) -> Tensor | None:
@@ -120,11 +174,11 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
         output = next((part for part in output if isinstance(part, Tensor)), None)
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
         return None
-    return output.movedim(1, -1) if isinstance(layer, _ConvNd) or output.ndim > 3 else output
+    if isinstance(layer, _ConvNd):
+        return output.movedim(-1 - len(layer.kernel_size), -1)
+    return output.movedim(1, -1) if output.ndim > 3 else output
 
 
-def _compiled_around(name: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether the layer runs inside a graph of torch.compile."""
-    parts = name.split(".")
-    around = [module, *(layers[".".join(parts[:i])] for i in range(1, len(parts)))]
-    return any(getattr(m, "_compiler_ctx", None) or m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in around)
+def _compiled(module: nn.Module) -> bool:
+    """Whether it runs inside a graph of torch.compile."""
+    return bool(getattr(module, "_compiler_ctx", None)) or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

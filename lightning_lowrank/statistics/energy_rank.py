@@ -7,7 +7,7 @@ from lightning_lowrank.registry import statistic
 from lightning_lowrank.spectrum import Spectrum, ratio
 
 
-@statistic(unit="directions", parameter="epsilon", domain=(0.0, 0.99))
+@statistic(unit="directions", counts=True, parameter="epsilon", domain=(0.0, 0.99))
 def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*B"]:
     """Smallest number of directions that hold all but a share `epsilon` of the squared Frobenius norm.
 

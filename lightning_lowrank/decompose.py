@@ -1,0 +1,126 @@
+"""Spectra of many matrices at once, each with as much work as is needed.
+
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S short side of a group of matrices   G matrices in the group
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from lightning_lowrank.registry import Needs
+from lightning_lowrank.sketch import moments_of_gram, sketch, top_of_gram
+from lightning_lowrank.spectrum import Spectrum, eigenvalues, full_precision, short_grams, svd, working_dtype
+
+# Bytes of Gram matrices in one call.
+WORKSPACE = 2**28
+# Of the Gram matrix of its trial space, whole and in part, and of two quadratures each for the estimate and the coarse one.
+SOLVES_OF_A_SKETCH = 6
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Spectra in the order of the matrices.
+
+    Attributes:
+        spectra: Each with the batch axes and the shape of its matrix.
+        num_solves: Calls of an eigensolver that it took; on CUDA each waits for the device.
+    """
+
+    spectra: list[Spectrum]
+    num_solves: int
+
+
+def decompose(
+    matrices: Sequence[Tensor], needs: Needs, *, generator: torch.Generator | None = None, sketch_above: int = 1500
+) -> Decomposition:
+    """Spectra of matrices of any shapes, dtypes and devices; those of one short side share the calls of the solver.
+
+    Args:
+        matrices: `[*B, M, N]` each. One that can't be decomposed gives NaN and does not harm the others.
+        needs: "moments" and "top" take no eigensolver, but for matrices that are sketched.
+        generator: For the sketches; seeded with 0 unless given.
+        sketch_above: Matrices with a longer short side are sketched.
+
+    Example:
+        >>> solved = decompose([torch.eye(3), torch.ones(2, 3, 5)], "values")
+        >>> [tuple(spectrum.values.shape) for spectrum in solved.spectra], solved.num_solves
+        ([(3,), (2, 3)], 1)
+    """
+    spectra: dict[int, Spectrum] = {}
+    num_solves = 0
+    for members in _batches(matrices, sketch_above):
+        batch = [matrices[i] for i in members]
+        found, solves = _attempt(batch, needs, generator, sketch_above)
+        spectra |= zip(members, found, strict=True)
+        num_solves += solves
+    return Decomposition([spectra[i] for i in range(len(matrices))], num_solves)
+
+
+def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int]]:
+    """Numbers of matrices that are solved together."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        short = min(matrix.shape[-2:])
+        alone = short == 0 or short > sketch_above or matrix.is_complex() or matrix.layout != torch.strided
+        alike[i if alone else (matrix.device, short)].append(i)
+    for members in alike.values():
+        bytes_each = [8 * matrices[i].shape[:-2].numel() * min(matrices[i].shape[-2:]) ** 2 for i in members]
+        starts = [sum(bytes_each[:k]) // WORKSPACE for k in range(len(members))]
+        for _, batch in groupby(zip(starts, members, strict=True), key=itemgetter(0)):
+            yield [i for _, i in batch]
+
+
+def _attempt(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int) -> tuple[list[Spectrum], int]:
+    """Spectra, and how many calls of a solver they took; where the whole batch fails, one matrix after the other."""
+    first = batch[0]
+    try:
+        with full_precision(first.device):
+            if len(batch) == 1 and min(first.shape[-2:]) > sketch_above and not first.is_complex():
+                return [sketch(first, generator=_on(first.device, generator))], SOLVES_OF_A_SKETCH
+            if len(batch) == 1 and (first.is_complex() or 0 in first.shape[-2:]):
+                return [svd(first)], 1
+            return _solved(batch, needs), int(needs == "values")
+    except (RuntimeError, TypeError, ValueError):
+        if len(batch) == 1:
+            return [_lost(first)], 0
+        alone = [_attempt([matrix], needs, generator, sketch_above) for matrix in batch]
+        return [found for spectra, _ in alone for found in spectra], sum(solves for _, solves in alone)
+
+
+def _solved(batch: Sequence[Tensor], needs: Needs) -> list[Spectrum]:
+    """Spectra of matrices of one short side from one buffer of Gram matrices."""
+    exact = needs == "values"
+    gram, scale = short_grams(batch, working_dtype(batch[0].device) if exact else torch.float32)
+    if exact:
+        energies = eigenvalues(gram).flip(-1).clamp_(min=0)
+        weights = torch.ones_like(energies)
+    else:
+        energies, weights = (moments_of_gram if needs == "moments" else top_of_gram)(gram)
+    values = energies.sqrt()
+    if scale is not None:
+        values = values * scale[:, None].to(values)
+    sizes = [matrix.shape[:-2].numel() for matrix in batch]
+    return [
+        Spectrum(v.reshape(*m.shape[:-2], -1), w.reshape(*m.shape[:-2], -1), (m.shape[-2], m.shape[-1]), whole=exact)
+        for m, v, w in zip(batch, values.split(sizes), weights.split(sizes), strict=True)
+    ]
+
+
+def _lost(matrix: Tensor) -> Spectrum:
+    """What stands for a matrix that could not be decomposed."""
+    shape = (matrix.shape[-2], matrix.shape[-1])
+    kept = (*matrix.shape[:-2], max(1, min(shape)))
+    values = torch.full(kept, torch.nan, dtype=working_dtype(matrix.device), device=matrix.device)
+    return Spectrum(values, torch.ones_like(values), shape)
+
+
+def _on(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
+    """A generator of that device, with the same seed."""
+    if generator is not None and generator.device.type == device.type:
+        return generator
+    return torch.Generator(device).manual_seed(0 if generator is None else generator.initial_seed())

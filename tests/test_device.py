@@ -1,0 +1,158 @@
+"""Everything stays on the tensor's device until a report is moved, all of it at once."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank.decompose import decompose
+from lightning_lowrank.probe import Probe, Recorder
+from lightning_lowrank.sampling import BATCH
+from lightning_lowrank.sources.displacement import Displacement
+from lightning_lowrank.sources.features import Features
+from lightning_lowrank.sources.gradients import Gradients
+from lightning_lowrank.sources.optimizer_state import OptimizerState
+from lightning_lowrank.sources.source import Source, Step
+from lightning_lowrank.sources.updates import Updates
+from lightning_lowrank.sources.weights import Weights
+from lightning_lowrank.statistics import available, find
+from lightning_lowrank.subspaces import Subspace, top_subspace
+from tests.models import Classifier, MemoryLogger
+
+EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
+STATISTICS = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio", "subspace_overlap", "weight_ratio")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers read from tensors, and copies from one device to another."""
+
+    READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+    COPIES = ("_to_copy", "copy_", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        result = function(*args, **(kwargs or {}))
+        devices = {part.device.type for part in (*args, result) if isinstance(part, Tensor)}
+        if name in self.READS or (name in self.COPIES and len(devices) > 1):
+            self.seen[name] += 1
+        return result
+
+
+def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, moved, guard = Waits(), Counter[str](), Monitor._guard
+
+    @contextmanager
+    def watched(self: Monitor) -> Iterator[None]:
+        with guard(self), waits:
+            yield
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
+
+        def wrapper(tensor: Tensor, *args: Any) -> Any:
+            moved[name] += bool(monitor._clock._depth)
+            return method(tensor, *args)
+
+        return wrapper
+
+    monitor, logger = RankMonitor(EVERYTHING, STATISTICS, every_n_steps=2, per_site=True), MemoryLogger()
+    monkeypatch.setattr(Monitor, "_guard", watched)
+    for name in ("cpu", "numpy", "tolist", "item"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+
+    settings = {"max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(Classifier())
+
+    num_reports = len(logger.curve("lowrank/rank_failures"))
+    assert num_reports == 4
+    assert moved == {"cpu": num_reports, "numpy": num_reports}
+    assert waits.seen == {}
+
+
+# On a GPU that is not there: shapes and devices are real, numbers are not, and to ask for one raises.
+
+
+@pytest.fixture
+def gpu() -> Iterator[Waits]:
+    """A pretended CUDA device, and what makes the host wait for it."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+        yield waits
+
+
+def batch_of_matrices() -> list[Tensor]:
+    """Of shapes that share a solver call, and shapes that do not."""
+    return [torch.empty(*shape, device="cuda") for shape in ((8, 6), (6, 8), (2, 6, 7), (16, 16))]
+
+
+@pytest.mark.parametrize("needs", ["moments", "top", "values"])
+def test_spectra_stay_on_their_device(needs: Any, gpu: Waits) -> None:
+    spectra = decompose(batch_of_matrices(), needs).spectra
+
+    assert {tensor.device.type for s in spectra for tensor in (s.values, s.weights, s.energy)} == {"cuda"}
+    assert gpu.seen == {}
+
+
+@pytest.mark.parametrize("name", available())
+def test_statistics_stay_on_their_device(name: str, gpu: Waits) -> None:
+    statistic = find(name)
+    matrix = torch.empty(3, 8, 6, device="cuda")
+    spectrum = decompose([matrix], "values").spectra[0]
+
+    result = statistic(*(top_subspace(matrix, 2) if kind is Subspace else spectrum for kind in statistic.takes))
+
+    assert (result.device.type, result.shape) == ("cuda", (3,))
+    assert gpu.seen == {}
+
+
+SOURCES: dict[str, tuple[Callable[[], Source], tuple[str, ...]]] = {
+    "gradient": (Gradients, STATISTICS),
+    "weight": (Weights, STATISTICS),
+    "update": (Updates, STATISTICS),
+    "displacement": (Displacement, STATISTICS),
+    "first_moment": (OptimizerState, STATISTICS),
+    "feature": (Features, STATISTICS[:4]),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_sample_stays_on_its_device_from_the_source_to_the_report(name: str, gpu: Waits) -> None:
+    make, statistics = SOURCES[name]
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).to("cuda")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    recorder, generator = Recorder(Probe(name, make(), statistics)), torch.Generator("cpu")
+    gpu.seen.clear()
+
+    for _ in range(2):
+        report = sampled(recorder, module, optimizer, generator)
+
+    assert recorder.error is None
+    assert {tensor.device.type for tensor in report.values()} == {"cuda"}
+    assert gpu.seen == {}
+
+
+def sampled(recorder: Recorder, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+    """One step of training with a sample taken."""
+    source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
+    recorder.plan(module)
+    source.batch_begins(module)
+    module(torch.empty(5, 6, device="cuda")).sum().backward()
+    recorder.record(0, source.gradients_final(step), generator)
+    optimizer.step()
+    recorder.record(0, source.step_done(step), generator)
+    recorder.commit(0)
+    source.batch_over()
+    recorder.record(BATCH, source.sample_over(), generator)
+    recorder.commit(BATCH)
+    return recorder.report()

@@ -1,0 +1,255 @@
+"""Oracles: spectra by construction, numpy's eigenvalues of tridiagonal matrices, and the exact path for what is summarised."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_lowrank.lanczos import bidiagonal, lanczos, largest_eigenvalue, quadrature
+from lightning_lowrank.registry import find
+from lightning_lowrank.sketch import estimate, moments, sketch, top
+from lightning_lowrank.spectrum import Spectrum, svd
+from tests.oracles.spectra import RANKS, entropy_rank, gaussian, generator, singular_values, with_values
+
+SIZE = 500
+STEPS = np.arange(1, SIZE + 1)
+SPECTRA = {
+    "k^-0.5": STEPS**-0.5,
+    "k^-1": 1.0 / STEPS,
+    "k^-2": 1.0 / STEPS**2,
+    "geometric to 1e-3": 1e3 ** -((STEPS - 1) / (SIZE - 1)),
+    "geometric to 1e-8": 1e8 ** -((STEPS - 1) / (SIZE - 1)),
+    "rank 8": np.linspace(2, 1, SIZE) * (STEPS <= 8),
+    "flat": np.ones(SIZE),
+    "gaussian": singular_values(gaussian(SIZE, 2 * SIZE)),
+}
+ESTIMATED = ["energy_rank", "stable_rank", "effective_rank", "effective_rank_energy", "participation_ratio", "nuclear_to_spectral"]
+
+
+def reflected(values, shape, seed=0):
+    """A matrix with those singular values, by two reflections of a diagonal one."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    matrix.diagonal().copy_(torch.from_numpy(values))
+    left, right = gaussian(shape[0], seed=seed), gaussian(shape[1], seed=seed + 1)
+    matrix = matrix - 2 * torch.outer(left, left @ matrix) / left.dot(left)
+    return (matrix - 2 * torch.outer(matrix @ right, right) / right.dot(right)).float()
+
+
+@pytest.fixture(scope="module")
+def sketches():
+    """Four sketches of a matrix of each spectrum."""
+    matrices = {name: reflected(values, (SIZE, SIZE + 50)) for name, values in SPECTRA.items()}
+    return {name: [sketch(m, generator=generator(seed)) for seed in range(4)] for name, m in matrices.items()}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_truth_is_within_the_reported_error(name, spectrum, sketches):
+    truth = float(RANKS[name](SPECTRA[spectrum]))
+    pairs = [estimate(find(name), s) for s in sketches[spectrum]]
+
+    assert all(abs(value.item() - truth) <= error.item() for value, error in pairs)
+
+
+@pytest.mark.parametrize("spectrum", ["k^-0.5", "k^-1", "k^-2", "geometric to 1e-3", "rank 8", "flat", "gaussian"])
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_reported_error_is_of_use(name, spectrum, sketches):
+    pairs = [estimate(find(name), s) for s in sketches[spectrum]]
+
+    assert np.median([(error / value).item() for value, error in pairs]) < 0.15
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_energy_is_exact(spectrum, sketches):
+    energies = torch.stack([s.energy for s in sketches[spectrum]])
+
+    assert_close(energies, torch.full_like(energies, float((SPECTRA[spectrum] ** 2).sum())), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("spectrum", ["k^-0.5", "k^-1", "geometric to 1e-3", "gaussian"])
+def test_number_of_values_is_exact(spectrum, sketches):
+    counts = torch.stack([s.weights.sum(-1) for s in sketches[spectrum]])
+
+    assert_close(counts, torch.full_like(counts, SIZE))
+
+
+def test_tail_is_not_estimated(sketches):
+    assert torch.isnan(find("numerical_rank")(sketches["k^-1"][0]))
+
+
+def test_same_seed_same_sketch():
+    matrix = gaussian(200, 220, dtype=torch.float32)
+
+    assert torch.equal(sketch(matrix, generator=generator(3)).values, sketch(matrix, generator=generator(3)).values)
+
+
+def test_transposed_has_the_same_values():
+    matrix = reflected(SPECTRA["k^-2"], (SIZE, SIZE))
+    one, other = (find("stable_rank")(sketch(m, generator=generator())) for m in (matrix, matrix.mT))
+
+    assert_close(one, other, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_any_scale(scale):
+    matrix = gaussian(200, 220, dtype=torch.float32)
+    one, other = (sketch(m, generator=generator()) for m in (matrix, scale * matrix))
+
+    assert_close(other.values, scale * one.values, rtol=1e-3, atol=1e-6 * scale)
+
+
+def test_batch_and_axis_of_probes():
+    result = sketch(gaussian(2, 3, 80, 90), generator=generator(), num_probes=4)
+
+    assert result.values.shape[:3] == result.coarse.values.shape[:3] == (4, 2, 3)
+
+
+def test_not_finite_is_nan_there_only():
+    matrices = gaussian(3, 80, 90, dtype=torch.float32)
+    matrices[1, 2, 3] = torch.nan
+    value, _ = estimate(find("stable_rank"), sketch(matrices, generator=generator()))
+
+    assert torch.equal(value.isnan(), torch.tensor([False, True, False]))
+
+
+def test_zero_matrix_has_rank_zero():
+    value, error = estimate(find("effective_rank"), sketch(torch.zeros(80, 90), generator=generator()))
+
+    assert (value.item(), error.item()) == (0, 0)
+
+
+def test_exact_spectra_have_no_error():
+    _, error = estimate(find("stable_rank"), svd(gaussian(3, 20, 30)))
+
+    assert_close(error, torch.zeros(3, dtype=torch.float64))
+
+
+def test_error_of_independent_probes_is_three_standard_errors():
+    """For the mean of probes the jackknife is the textbook formula."""
+    values = gaussian(6).abs()[:, None]
+    probes = Spectrum(values, torch.ones_like(values), (1, 1), whole=False, num_probes=6)
+    value, error = estimate(lambda s: (s.weights * s.values).sum(-1), probes)
+
+    assert_close(error, 3 * values.std() / 6**0.5 + 3e-4 * value)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (1, 5), (40, 60), (200, 150)])
+@pytest.mark.parametrize("name", ["participation_ratio", "frobenius_norm"])
+def test_moments_are_exact(name, shape):
+    matrix = gaussian(2, *shape, dtype=torch.float32)
+
+    assert_close(find(name)(moments(matrix)), find(name)(svd(matrix)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (1, 5), (40, 60), (200, 150), (600, 700)])
+@pytest.mark.parametrize("name", ["stable_rank", "spectral_norm", "participation_ratio", "frobenius_norm"])
+def test_top_is_within_its_stated_error(name, shape):
+    matrix = gaussian(2, *shape, dtype=torch.float32)
+
+    assert_close(find(name)(top(matrix)), find(name)(svd(matrix)), rtol=1e-5, atol=0)
+
+
+def test_top_is_deterministic():
+    matrix = gaussian(40, 60)
+
+    assert torch.equal(top(matrix).values, top(matrix).values)
+
+
+@pytest.mark.parametrize("summary", [moments, top])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_summaries_at_any_scale(summary, scale):
+    matrix = gaussian(40, 60, dtype=torch.float32)
+
+    assert_close(summary(scale * matrix).values, scale * summary(matrix).values, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("summary", [moments, top])
+def test_summaries_of_zero_and_nan(summary):
+    ranks = find("participation_ratio")(summary(torch.stack([torch.zeros(4, 5), torch.full((4, 5), torch.nan), torch.eye(4, 5)])))
+
+    assert_close(ranks, torch.tensor([0.0, torch.nan, 4.0], dtype=torch.float64), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("summary", [moments, top])
+def test_summaries_of_complex_matrices(summary):
+    matrix = torch.complex(gaussian(20, 30), gaussian(20, 30, seed=1))
+
+    assert_close(find("participation_ratio")(summary(matrix)), find("participation_ratio")(svd(matrix)), rtol=1e-6, atol=0)
+
+
+def symmetric(size=30):
+    matrix = gaussian(size, size)
+    return matrix + matrix.T
+
+
+def test_lanczos_of_all_steps_has_the_eigenvalues():
+    matrix = symmetric()
+    tridiagonal = lanczos(lambda v: v @ matrix, gaussian(30, seed=1), 30)
+
+    assert_close(torch.from_numpy(np.linalg.eigvalsh(tridiagonal)), torch.from_numpy(np.linalg.eigvalsh(matrix)))
+
+
+def test_lanczos_stops_where_the_space_is_exhausted():
+    """Three distinct eigenvalues: three steps are all there is."""
+    diagonal = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).repeat(10)
+    nodes, weights = quadrature(lanczos(lambda v: diagonal * v, gaussian(30), 8))
+
+    assert_close(nodes[weights > 1e-8], torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("power", range(10))
+def test_quadrature_is_exact_for_moments(power):
+    matrix, start = symmetric() / 10, gaussian(30, seed=1)
+    nodes, weights = quadrature(lanczos(lambda v: v @ matrix, start, 5))
+    expected = start @ torch.linalg.matrix_power(matrix, power) @ start / start.square().sum()
+
+    assert_close((weights * nodes**power).sum(), expected)
+
+
+def test_quadrature_weights_come_from_the_start_vector():
+    matrix, start = symmetric(6), gaussian(6, seed=1)
+    vectors = np.linalg.eigh(matrix)[1]
+    expected = (vectors.T @ start.numpy()) ** 2 / start.square().sum().item()
+
+    assert_close(quadrature(lanczos(lambda v: v @ matrix, start, 6))[1], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("power", range(1, 6))
+def test_bidiagonal_is_exact_for_moments(power):
+    matrix, start = gaussian(40, 30) / 10, gaussian(2, 30, seed=1)
+
+    def round_trip(vectors, shift):
+        there = vectors @ matrix.T - shift
+        return there, there @ matrix
+
+    square = bidiagonal(round_trip, start, 4)[..., :-1]
+    nodes, weights = quadrature(square.mT @ square)
+    gram = torch.linalg.matrix_power(matrix.T @ matrix, power)
+
+    assert_close((weights * nodes**power).sum(-1), ((start @ gram) * start).sum(-1) / start.square().sum(-1))
+
+
+def test_gauss_and_radau_bracket_the_sum_of_singular_values():
+    matrix, start = gaussian(40, 40), torch.eye(40, dtype=torch.float64)
+
+    def round_trip(vectors, shift):
+        there = vectors @ matrix.T - shift
+        return there, there @ matrix
+
+    wide = bidiagonal(round_trip, start, 5)
+    sums = [(w * n.clamp(min=0).sqrt()).sum().item() for n, w in (quadrature(b.mT @ b) for b in (wide, wide[..., :-1]))]
+
+    assert sums[0] < singular_values(matrix).sum() < sums[1]
+
+
+def test_largest_eigenvalue_of_a_batch():
+    grams = gaussian(3, 50, 60)
+    grams = grams @ grams.mT
+    largest = largest_eigenvalue(lambda v: (v[..., None, :] @ grams)[..., 0, :], gaussian(3, 50), 50)
+
+    assert_close(largest, torch.from_numpy(np.linalg.eigvalsh(grams)[:, -1].copy()))
+
+
+def test_entropy_of_a_known_matrix():
+    """The oracle itself, on a spectrum done by hand."""
+    assert_close(entropy_rank(singular_values(with_values([1.0, 1.0], (5, 6)))), 2.0, rtol=1e-6, atol=0)
