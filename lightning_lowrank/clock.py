@@ -61,4 +61,3 @@ class Clock:
                 spent = time.perf_counter() - begun
                 self.own += spent
                 self.sample += spent
-

@@ -49,8 +49,12 @@ class Watched(Protocol):
     """What a monitor remembers of its run."""
 
     label: str
-    first: Sample | None
-    latest: Sample | None
+
+    @property
+    def first(self) -> Sample | None: ...
+
+    @property
+    def latest(self) -> Sample | None: ...
 
     @property
     def overhead(self) -> float: ...

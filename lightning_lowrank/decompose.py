@@ -43,7 +43,7 @@ def decompose(
     Args:
         matrices: `[*B, M, N]` each. One that can't be decomposed gives NaN and does not harm the others.
         needs: "moments" and "top" take no eigensolver, but for matrices that are sketched.
-        generator: For the sketches; seeded with 0 unless given.
+        generator: Its seed makes those of the sketches, which are then the same whatever else is decomposed; 0 unless given.
         sketch_above: Matrices with a longer short side are sketched.
 
     Example:
@@ -120,7 +120,10 @@ def _lost(matrix: Tensor) -> Spectrum:
 
 
 def _on(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
-    """A generator of that device, with the same seed."""
-    if generator is not None and generator.device.type == device.type:
-        return generator
-    return torch.Generator(device).manual_seed(0 if generator is None else generator.initial_seed())
+    """A generator of that device, the same for each matrix, whose seed is mixed.
+
+    Weights drawn with seed 0 and sketched with seed 0 would meet their own entries as probes.
+    """
+    seed = 0 if generator is None else generator.initial_seed()
+    # Fibonacci hashing; the generator of the CPU reads the lower 32 bits of a seed only.
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + 0x5EED5EED5EED5EED) % 2**64 >> 32)

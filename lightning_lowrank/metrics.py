@@ -150,6 +150,8 @@ class Gram(Metric):
             num_rows: How many all processes have seen, from who knows: unless given it is read from the device, which has to be waited for.
         """
         gram, total, rows = self.compute()
+        # torchmetrics makes a single number of a single entry.
+        gram, total = gram.reshape(self.width, self.width), total.reshape(self.width)
         if centred:
             gram = gram - torch.outer(total, total) / rows.clamp(min=1)
         return from_gram(gram, shape=(int(rows) if num_rows is None else num_rows, self.width))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lowrank.decompose import decompose
 from lightning_lowrank.metrics import SiteMeans
-from lightning_lowrank.registry import Statistic
+from lightning_lowrank.registry import Needs, Statistic
 from lightning_lowrank.schedules import Every, Schedule
 from lightning_lowrank.sketch import estimate
 from lightning_lowrank.sources.source import Reading, Source
@@ -24,7 +24,7 @@ from lightning_lowrank.subspaces import Subspace, top_subspace
 
 # Directions compared by statistics of subspaces.
 SUBSPACE_RANK = 8
-ORDER = ("moments", "top", "values")
+ORDER: tuple[Needs, ...] = ("moments", "top", "values")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Probe:
     schedule: Schedule = field(default_factory=lambda: Every(50))
 
     def __post_init__(self) -> None:
+        try:
+            for name in self.statistics:
+                find(name)
+        except ValueError as error:  # which says what is near, or what the parameter may be
+            raise ValueError(f"probe {self.name!r}: {error}") from error
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
             offered = [name for name in available() if offers(self.source, name)]
@@ -185,15 +190,19 @@ class Recorder:
     def _make_room(self, device: torch.device) -> None:
         """Metrics as wide as the known sites, with what the narrower ones had: states of optimizers show only when each has stepped."""
         narrow = self.means, self.errors
-        if self.means.total.shape[1] != len(self.sites):
-            self.means, self.errors = self._metrics()
+        if self.means.total.shape[1] != len(self.sites) or self.means.total.device != device:
+            with device:  # made there: a copy from the host would wait
+                self.means, self.errors = self._metrics()
             for old, new in zip(narrow, (self.means, self.errors), strict=True):
+                if not old.update_called:
+                    continue
                 new.total[:, : old.total.shape[1]] += old.total.to(new.total)
                 new.count[: old.count.shape[0]] += old.count.to(new.count)
-        self.means, self.errors = self.means.to(device), self.errors.to(device)
 
     def _numbers(self, metric: SiteMeans) -> Tensor:
-        return metric.compute() if metric.update_called else torch.full((metric.total.shape[0], len(self.sites)), torch.nan)
+        if not metric.update_called:
+            return torch.full((metric.total.shape[0], len(self.sites)), torch.nan)
+        return metric.compute().reshape(metric.total.shape)  # torchmetrics makes a single number of a single entry
 
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""
@@ -242,22 +251,27 @@ class Recorder:
 
     def _spectra(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Spectrum]:
         """One spectrum per reading, as much of it as the statistics need."""
-        needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        if self._histograms:
+            needs = "values"
         matrices = [r.value for r in readings if isinstance(r.value, Tensor)]
-        solved = decompose(matrices, "values" if self._histograms else needs, generator=generator)
+        solved = decompose(matrices, needs, generator=generator)
         self.num_solves += solved.num_solves
         found = iter(solved.spectra)
         spectra = [r.value if isinstance(r.value, Spectrum) else next(found) for r in readings]
         self.estimated |= any(s.num_probes for s in spectra)
         if self._histograms:
-            self.spectra |= {f"{self.name}_spectrum/{r.labels[0]}": s.magnitudes for r, s in zip(readings, spectra, strict=True) if s.whole}
+            whole = [(r.labels, _flat(s.magnitudes, 0)) for r, s in zip(readings, spectra, strict=True) if s.whole]
+            self.spectra |= {
+                f"{self.name}_spectrum/{label}": row for labels, rows in whole for label, row in zip(labels, rows, strict=True)
+            }
         return spectra
 
     def _weights(self, readings: Sequence[Reading]) -> list[Spectrum]:
         """The weights beside the readings, where a statistic compares with them."""
         if not any(statistic.partner == "weight" for statistic in self.statistics):
             return []
-        return decompose([r.site.weight() for r in readings if r.site is not None], "top").spectra
+        return decompose([r.site.weight() if r.weight is None else r.weight for r in readings if r.site is not None], "top").spectra
 
 
 def _joined(spectra: Sequence[Spectrum]) -> Spectrum:

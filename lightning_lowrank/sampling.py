@@ -104,6 +104,11 @@ class Sampling:
         self.recorders = [r for r in self.recorders if r.probe.source.of_parameters]
         return report
 
+    def take_skipped(self) -> int:
+        """Steps that a GradScaler skipped since this was last asked."""
+        taken, self.num_skipped = self.num_skipped, 0
+        return taken
+
     def abandon(self) -> None:
         """Leave nothing behind, whatever the state."""
         self._open.clear()

@@ -24,7 +24,9 @@ class Every:
     def __post_init__(self) -> None:
         whole = isinstance(self.n, int) and isinstance(self.start, int)
         if not whole or self.n < 1 or self.start < 0:
-            raise ValueError(f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 and start at least 0")
+            raise ValueError(
+                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 and start at least 0"
+            )
 
     def __call__(self, step: int) -> bool:
         """Whether this step is due."""

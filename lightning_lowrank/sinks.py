@@ -1,7 +1,7 @@
 """Where reports go: the one place that waits for the device, and all loggers of the Trainer."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 from torch import Tensor
+
+Listener = TypeVar("Listener")
 
 
 def step_of(trainer: L.Trainer) -> int:
@@ -43,10 +45,15 @@ def write(loggers: Iterable[Logger], scalars: Mapping[str, float], step: int) ->
 
     `self.log` would be the wrong way: it repeats the last value at every `log_every_n_steps` and drops those in between.
     """
+    return tell(loggers, lambda logger: logger.log_metrics(dict(scalars), step=step))
+
+
+def tell(listeners: Iterable[Listener], act: Callable[[Listener], object]) -> list[Exception]:
+    """Do something with each, whatever the others raise; what they raised."""
     failed: list[Exception] = []
-    for logger in loggers:
+    for listener in listeners:
         try:
-            logger.log_metrics(dict(scalars), step=step)
+            act(listener)
         except Exception as error:  # a full disk must not end a night's training
             failed.append(error)
     return failed
@@ -65,13 +72,16 @@ def summaries(values: NDArray[np.float64]) -> dict[str, float]:
     return {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
 
 
-def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int) -> None:
+def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int) -> list[Exception]:
     """Histograms of log10 of the nonzero singular values, for loggers whose experiment takes histograms (TensorBoard)."""
-    for writer in experiments(loggers, "add_histogram"):
-        for tag, values in spectra.items():
-            positive = values[np.isfinite(values) & (values > 0)]
-            if positive.size:
-                writer.add_histogram(tag, np.log10(positive), step)
+    positive = {tag: values[np.isfinite(values) & (values > 0)] for tag, values in spectra.items()}
+
+    def draw(writer: Any) -> None:
+        for tag, values in positive.items():
+            if values.size:
+                writer.add_histogram(tag, np.log10(values), step)
+
+    return tell(experiments(loggers, "add_histogram"), draw)
 
 
 def experiments(loggers: Iterable[Logger], method: str) -> Sequence[Any]:

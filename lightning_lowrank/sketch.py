@@ -36,7 +36,8 @@ def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: i
 
     Args:
         matrix: Best with both sides above 1500; below, `svd` is as fast.
-        generator: On the device of the matrix.
+        generator: On the device of the matrix, and not seeded as the one that the matrix itself was drawn from: probes that repeat its
+            entries are not independent of it, and no error would tell.
         rank: Most directions taken out one by one; only those that have converged are.
         steps: Lanczos steps for the rest. `coarse` has half of them and a smaller trial space for the directions.
         num_probes: Independent start vectors.
@@ -60,8 +61,8 @@ def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: i
 def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """A statistic of a spectrum and its error: 0 where the spectrum is exact, else a bound that the truth rarely leaves.
 
-    Three jackknife standard errors over the probes, what half the work changes, one step for a statistic that counts, and 1e-3 of the value for
-    rounding to float32.
+    Three jackknife standard errors over the probes, what half the work changes, 1e-3 of the value for rounding to float32, and one for a
+    statistic that counts beyond the directions taken out one by one.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equation 1.3.
@@ -74,11 +75,18 @@ def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tup
     bias = (value - statistic(spectrum.coarse)).abs() if spectrum.coarse is not None else 0.0
     # A `Statistic` knows how far apart its values lie; any other function is taken for continuous.
     step = getattr(statistic, "step", _continuous)(spectrum.shape)
-    return value, 3 * spread.sqrt() + bias + step * (value != 0) + ROUNDING * value.abs()
+    inexact = value > step * _num_exact(spectrum)
+    return value, 3 * spread.sqrt() + bias + step * inexact + ROUNDING * value.abs()
 
 
 def _continuous(shape: tuple[int, int]) -> float:
     return 0.0
+
+
+def _num_exact(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """How many of the largest values all probes agree on."""
+    agreed = ((spectrum.values == spectrum.values[:1]) & (spectrum.weights == 1)).all(0)
+    return agreed.to(spectrum.values).cummin(-1).values.sum(-1)
 
 
 def moments(matrix: Num[Tensor, "*B M N"]) -> Spectrum:
@@ -179,9 +187,9 @@ def _trial_space(tall: Float[Tensor, "*B M S"], width: int, generator: torch.Gen
     block = space
     for _ in range(ROUNDS):
         block = tall.mT @ _orthonormal(tall @ block)
+        # Where the block adds nothing what is left is rounding, orthogonal to nothing until it has a length.
         for _ in range(2):
-            block = block - space @ (space.mT @ block)
-        block = _orthonormal(block)
+            block = _orthonormal(block - space @ (space.mT @ block))
         space = torch.cat([space, block], -1)
     return space
 

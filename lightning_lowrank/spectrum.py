@@ -162,18 +162,25 @@ def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[T
 
 
 def short_grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Float[Tensor, "G S S"], Float[Tensor, " G"] | None]:
-    """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is needed."""
+    """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is needed.
+
+    One scratch buffer serves all: fresh memory for each matrix would cost as much as the product.
+    """
     for matrix in matrices:
         dtype = torch.promote_types(matrix.dtype, dtype)
-    shorts = [_short(matrix, dtype).reshape(-1, *sorted(matrix.shape[-2:])) for matrix in matrices]
-    sizes = [len(short) for short in shorts]
-    scale = None
-    if not all(_safe(matrix, dtype) for matrix in matrices):
-        scale = _scale(torch.cat([torch.maximum(s.amax((-2, -1)), -s.amin((-2, -1))) for s in shorts]))
-        shorts = [s * inverse for s, inverse in zip(shorts, scale.reciprocal()[:, None, None].split(sizes), strict=True)]
-    gram = shorts[0].new_empty(sum(sizes), *shorts[0].shape[-2:-1] * 2)
-    for short, out in zip(shorts, gram.split(sizes), strict=True):
-        torch.bmm(short, short.mT, out=out)
+    flat = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices]
+    sizes, short = [len(matrix) for matrix in flat], min(flat[0].shape[-2:])
+    scale: Tensor | None = None
+    inverses: Sequence[Tensor | None] = [None] * len(flat)
+    if not all(_safe(matrix, dtype) for matrix in flat):
+        scale = _scale(torch.cat([torch.maximum(m.amax((-2, -1)), -m.amin((-2, -1))) for m in flat]).to(dtype))
+        inverses = scale.reciprocal()[:, None, None].split(sizes)
+    gram = torch.empty(sum(sizes), short, short, dtype=dtype, device=flat[0].device)
+    scratch = torch.empty(max(m.numel() for m in flat), dtype=dtype, device=flat[0].device)
+    for matrix, inverse, out in zip(flat, inverses, gram.split(sizes), strict=True):
+        wide = scratch[: matrix.numel()].view(matrix.shape)
+        wide.copy_(matrix) if inverse is None else torch.mul(matrix.to(dtype), inverse, out=wide)
+        torch.bmm(*((wide, wide.mT) if matrix.shape[-2] == short else (wide.mT, wide)), out=out)
     return gram, scale
 
 

@@ -1,4 +1,4 @@
-"""However a Trainer is made and run: LightningCLI, the other package's Trainer, a dry run, no training at all, one monitor for several runs."""
+"""However a Trainer is made and run: from a command line, by the other package, dry, without training, or one after another."""
 
 import subprocess
 import sys
@@ -78,7 +78,7 @@ def config(tmp_path: Path) -> str:
 def test_a_configuration_file_makes_a_monitor(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = monitor_of(command_line(monkeypatch, "fit", "--config", config))
 
-    assert [r.quantities for r in monitor.recorders][0] == ["gradient_stable_rank", "gradient_energy_rank_0.01"]
+    assert monitor.recorders[0].quantities == ["gradient_stable_rank", "gradient_energy_rank_0.01"]
     assert monitor.latest is not None and monitor.latest.step == 6
     assert monitor.latest.values["gradient_stable_rank"].keys() == {"net.0.weight"}
     header = (tmp_path / "logs" / "metrics.csv").read_text().partition("\n")[0].split(",")

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from lightning_lowrank.decompose import decompose
-from lightning_lowrank.sketch import moments, top
+from lightning_lowrank.registry import find
+from lightning_lowrank.sketch import estimate, moments, top
 from lightning_lowrank.spectrum import svd
 from tests.oracles.spectra import gaussian, generator
 
@@ -141,6 +142,22 @@ def test_sketches_follow_the_generator():
     one, other = (decompose([matrix], "values", sketch_above=50, generator=generator(5)).spectra[0].values for _ in range(2))
 
     assert torch.equal(one, other)
+
+
+def test_a_sketch_does_not_meet_the_draws_of_its_matrix():
+    """A matrix drawn with the seed of the sketch: unmixed, the probes would be its own rows."""
+    matrix = torch.randn(400, 400, generator=generator(0))
+    estimated = decompose([matrix], "values", sketch_above=50, generator=generator(0)).spectra[0]
+    value, error = estimate(find("effective_rank_energy"), estimated)
+
+    assert abs(value - find("effective_rank_energy")(svd(matrix))) <= error
+
+
+def test_a_sketch_does_not_depend_on_its_company():
+    matrix, other = gaussian(60, 70), gaussian(55, 70)
+    alone, together = (decompose(given, "values", sketch_above=50).spectra[-1].values for given in ([matrix], [other, matrix]))
+
+    assert torch.equal(alone, together)
 
 
 def test_inputs_stay_as_they_are():

@@ -11,32 +11,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = {"char_transformer": ["--max_steps=52", "--batch_size=4"]}
 
-# One worker, so that each example runs once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("examples")]
 
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted(file.stem for file in (ROOT / "examples").glob("*.py")))
+def test_ends_with_the_ranks_and_leaves_the_curves(example: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), *FEW_STEPS[example]]
 
-@pytest.fixture(scope="module", params=sorted(file.stem for file in (ROOT / "examples").glob("*.py")))
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, EventAccumulator]:
-    """What an example printed, and the event file that it wrote."""
-    folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, str(ROOT / "examples" / f"{request.param}.py"), *FEW_STEPS[request.param]]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False)
+
     assert done.returncode == 0, done.stderr
-    (events,) = folder.glob("runs/**/events.out.tfevents.*")
-    return done.stdout, EventAccumulator(str(events)).Reload()
-
-
-def test_ends_with_the_ranks_and_how_to_see_more(run: tuple[str, EventAccumulator]) -> None:
-    printed, _ = run
-
-    for promised in ("gradient_stable_rank", "weight_stable_rank", "update_stable_rank", "lowest", "%", "tensorboard --logdir runs"):
-        assert promised in printed
-
-
-@pytest.mark.parametrize("source", ["gradient", "weight", "update"])
-def test_tensorboard_has_the_curves(run: tuple[str, EventAccumulator], source: str) -> None:
-    _, events = run
-    ranks = {end: [event.value for event in events.Scalars(f"lowrank/{source}_stable_rank_{end}")] for end in ("min", "median", "max")}
-
-    assert len(ranks["median"]) == 2
-    assert all(1 <= low <= middle <= high for low, middle, high in zip(*ranks.values(), strict=True))
+    for promised in ("lowest", "%", "tensorboard --logdir runs"):
+        assert promised in done.stdout
+    (events,) = tmp_path.glob("runs/**/events.out.tfevents.*")
+    curves = EventAccumulator(str(events)).Reload()
+    for source in ("gradient", "weight", "update"):
+        assert f"{source}_stable_rank" in done.stdout
+        low, middle, high = ([e.value for e in curves.Scalars(f"lowrank/{source}_stable_rank_{end}")] for end in ("min", "median", "max"))
+        assert len(middle) == 2
+        assert all(1 <= a <= b <= c for a, b, c in zip(low, middle, high, strict=True))

@@ -95,6 +95,10 @@ def from_mlflow(logger: MLFlowLogger) -> Curves:
     return {tag: {point.step: point.value for point in points} for tag, points in histories.items()}
 
 
+def ours(curves: Curves) -> Curves:
+    return {tag: dict(curve) for tag, curve in curves.items() if "rank" in tag}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of wandb, mlflow and sqlalchemy
 def test_every_logger_has_the_same_points_nan_included(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ every = pytest.mark.parametrize("name", names())
 def batches(name: str, count: int = 3, *, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
     """Arguments of `count` updates: of a pair two batches; of different sizes, so that a mean of means would be another number."""
     steep = torch.diag(torch.logspace(0, -2, 16, dtype=torch.float64))
-    return [
-        tuple((gaussian(i + 1, 24, 16, seed=10 * i + j) @ steep).to(dtype) for j in range(len(find(name).takes))) for i in range(count)
-    ]
+    return [tuple((gaussian(i + 1, 24, 16, seed=10 * i + j) @ steep).to(dtype) for j in range(len(find(name).takes))) for i in range(count)]
 
 
 def value(name: str, matrices: tuple[Tensor, ...]) -> Tensor:

@@ -44,10 +44,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "every -1 steps": (lambda: RankMonitor(every_n_steps=-1), r"n=-1.*at least 1"),
     "a source twice": (lambda: RankMonitor(["weights", "weights"]), r"\['weight', 'weight'\]"),
     "no probe": (lambda: Monitor([]), "at least one probe"),
-    "two probes of one name": (lambda: Monitor([Probe("a", Weights(), ["stable_rank"]), Probe("a", Updates(), ["stable_rank"])]), r"\['a', 'a'\]"),
+    "two probes of one name": (
+        lambda: Monitor([Probe("a", Weights(), ["stable_rank"]), Probe("a", Updates(), ["stable_rank"])]),
+        r"\['a', 'a'\]",
+    ),
     "a probe without statistics": (lambda: Probe("mine", Weights(), []), "'mine'.*Weights.*'stable_rank'"),
     "a probe of a statistic unknown": (lambda: Probe("mine", Weights(), ["rank"]), "'mine'.*'rank'.*'stable_rank'"),
-    "a probe of what features cannot give": (lambda: Probe("mine", Features(), ["subspace_overlap"]), r"'subspace_overlap'.*Features.*'stable_rank'"),
+    "a probe of what features cannot give": (
+        lambda: Probe("mine", Features(), ["subspace_overlap"]),
+        r"'subspace_overlap'.*Features.*'stable_rank'",
+    ),
     "never due": (lambda: Every(0), r"n=0.*at least 1"),
     "due before the start": (lambda: Every(1, start=-1), r"start=-1.*at least 0"),
     "a metric unknown": (lambda: SpectralStatistic("stable_rnak"), "'stable_rnak', did you mean 'stable_rank'"),
@@ -83,6 +89,7 @@ print(json.dumps([said(expression) for expression in json.loads(sys.argv[1])]))
 """
 
 
+@pytest.mark.slow
 def test_a_wrong_type_is_refused_when_it_is_made() -> None:
     asked = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, json.dumps(list(WRONG_TYPES))]
 
@@ -147,7 +154,10 @@ def test_one_name_may_stand_for_a_sequence_of_one() -> None:
 def test_a_pair_is_asked_only_where_there_are_pairs() -> None:
     monitor = RankMonitor(["updates", "features"], ["stable_rank", "weight_ratio"])
 
-    assert {r.name: list(r.probe.statistics) for r in monitor.recorders} == {"update": ["stable_rank", "weight_ratio"], "feature": ["stable_rank"]}
+    assert {r.name: list(r.probe.statistics) for r in monitor.recorders} == {
+        "update": ["stable_rank", "weight_ratio"],
+        "feature": ["stable_rank"],
+    }
 
 
 def test_the_name_goes_before_every_tag() -> None:

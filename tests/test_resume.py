@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
-from tests.models import Adversaries, Classifier, Validated, digits
+from tests.models import Adversaries, Validated, digits
 
 # The second run needs no ModelCheckpoint, and some of them have other monitors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

@@ -5,6 +5,7 @@ Each run and its oracle start from the same weights and see the same batches in 
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -71,7 +72,8 @@ def agrees(logger: MemoryLogger, quantity: str, site: str, expected: Iterable[Ma
     assert values
     for statistic in STATISTICS:
         curve = list(logger.curve(f"{quantity}_{statistic}/{site}").values())
-        assert_close(np.array(curve), np.array([RANKS[statistic](v) for v in values]), rtol=rtol, atol=1e-12)
+        ranks = [RANKS[statistic](v) if v.any() else 0.0 for v in values]
+        assert_close(np.array(curve), np.array(ranks), rtol=rtol, atol=1e-12)
 
 
 def by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, *, window: int = 1, clip: float | None = None) -> dict[str, Record]:
@@ -232,6 +234,7 @@ def adversaries_by_hand(module: Adversaries) -> Record:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_each_of_two_optimizers_is_read_at_its_own_step(every: int) -> None:
+    """The generator steps at every third batch, the critic at the first after that; waiting is no failure."""
     module = Adversaries(every)
     copy = deepcopy(module)
     copy.every = every
@@ -242,7 +245,8 @@ def test_each_of_two_optimizers_is_read_at_its_own_step(every: int) -> None:
     record = adversaries_by_hand(copy)
 
     agrees(logger, "gradient", "generator.weight", record["generator.weight"])
-    agrees(logger, "gradient", "critic.weight", record["critic.weight"][::every][: len(list(logger.curve("gradient_stable_rank/critic.weight")))])
+    agrees(logger, "gradient", "critic.weight", record["critic.weight"][::every])
+    assert len(record["generator.weight"]) == 8 // every
 
 
 def test_lbfgs_is_read_at_its_first_evaluation() -> None:
@@ -334,7 +338,8 @@ def test_sparse_gradients_are_those_of_the_dense_layer() -> None:
     expected = by_hand(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
     agrees(logger, "gradient", "net.embedding.weight", expected["gradient"]["net.embedding.weight"])
-    agrees(logger, "update", "net.embedding.weight", expected["update"]["net.embedding.weight"])
+    # The order of additions differs, and with it the rounding of the weights.
+    agrees(logger, "update", "net.embedding.weight", expected["update"]["net.embedding.weight"], rtol=1e-2)
 
 
 class Attention(nn.Module):
@@ -495,7 +500,7 @@ def test_overlap_is_with_the_sample_before(every: int) -> None:
 
     logger = run(module, [Gradients()], every=every, statistics=["subspace_overlap", "subspace_overlap_chance"])
 
-    pairs = [(directions(one), directions(other)) for one, other in zip(gradients, gradients[1:], strict=False)]
+    pairs = [(directions(one), directions(other)) for one, other in pairwise(gradients)]
     overlaps = [np.square(one.T @ other).sum() / min(one.shape[1], other.shape[1]) for one, other in pairs]
     chances = [max(one.shape[1], other.shape[1]) / 32 for one, other in pairs]
     for name, expected in (("overlap", overlaps), ("overlap_chance", chances)):

@@ -21,11 +21,13 @@ class Reading:
         labels: One tag ending per matrix.
         value: Matrices `[*B, M, N]`, valid until the caller returns; or their spectrum.
         site: Where the weights are, None where there are none.
+        weight: Those to set beside it where they are no longer at the site: the weights before the step.
     """
 
     labels: tuple[str, ...]
     value: Tensor | Spectrum
     site: Site | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Updates(ParameterSource):
     def step_done(self, step: Step) -> list[Reading]:
         """The change."""
         before, self._before = self._before, []
-        return [Reading(site.labels, site.weight() - old, site) for site, old in before]
+        return [Reading(site.labels, site.weight() - old, site, old) for site, old in before]
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""

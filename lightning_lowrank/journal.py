@@ -1,0 +1,155 @@
+"""What a monitor tells: its numbers to all loggers, each kind of trouble once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+
+from lightning_lowrank import dashboard, sinks
+from lightning_lowrank.clock import Clock
+from lightning_lowrank.dashboard import Sample
+from lightning_lowrank.probe import Recorder
+
+# Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
+FEW = 100
+
+Host = Mapping[str, NDArray[np.float64]]
+
+
+class Journal:
+    """Keeps what was measured and what went wrong, and writes it to the loggers.
+
+    Args:
+        label: Word for the monitor in messages and cost tags.
+        per_site: Scalars of single sites.
+        histograms: Also the spectra.
+    """
+
+    def __init__(self, label: str, *, per_site: bool | Literal["auto"], histograms: bool) -> None:
+        self.label, self.per_site, self.histograms = label, per_site, histograms
+        self.first: Sample | None = None
+        self.latest: Sample | None = None
+        self.failures = 0
+        self.skipped = 0
+        self.clock = Clock()
+        self._said: set[str] = set()
+        self._laid_out = False
+        # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
+        self._given: dict[str, set[str]] = {}
+
+    def write(self, trainer: L.Trainer, recorders: Sequence[Recorder], host: Host, *, complete: bool) -> None:
+        """Keep a report and hand it to all loggers.
+
+        Args:
+            recorders: Those that the report is of.
+            host: The report, moved to the host.
+            complete: No optimizer is still to be read: a site that no report of this sample had is lost.
+        """
+        awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
+        self._count_losses(recorders, host, awaited)
+        values = {q: _by_site(r, host[q], awaited[r.name]) for r in recorders for q in host if q in r.measured}
+        step = sinks.step_of(trainer)
+        self.first, self.latest = _merged(step, values, self.first, keep=True), _merged(step, values, self.latest, keep=False)
+        summaries = {
+            f"lowrank/{quantity}_{end}": value
+            for quantity, row in values.items()
+            for end, value in sinks.summaries(np.array(list(row.values()))).items()
+        }
+        facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
+        sinks.mirror(trainer, summaries)
+        self._tell(sinks.write(trainer.loggers, summaries | self._sites(values) | facts | self._costs(recorders), step))
+        if self.histograms:
+            self._tell(sinks.write_histograms(trainer.loggers, {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
+
+    def lay_out(self, trainer: L.Trainer, quantities: Mapping[str, Sequence[str]]) -> None:
+        """TensorBoard's custom-scalars page, once."""
+        if not self._laid_out:
+            self._laid_out = True
+            layout = dashboard.layout(quantities)
+            self._tell(
+                sinks.tell(sinks.experiments(trainer.loggers, "add_custom_scalars"), lambda writer: dashboard.write_layout(writer, layout))
+            )
+
+    def end(self) -> None:
+        """The run is over; another has a clock and a dashboard of its own."""
+        self.clock.pause()
+        self._laid_out = False
+
+    def forget(self) -> None:
+        """The sample in the making is given up."""
+        self._given.clear()
+
+    def trouble(self, message: str, count: int = 1) -> None:
+        """Count what went wrong, and say each kind of it once."""
+        self.failures += count
+        kind = message.partition(":")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            rank_zero_warn(f"lightning_lowrank {self.label}: {message}. Training goes on; counted in lowrank/{self.label}_failures.")
+
+    def _tell(self, errors: Sequence[Exception]) -> None:
+        for error in errors:
+            self.trouble(f"a logger raised {type(error).__name__}: {error}")
+
+    def say(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_info(f"lightning_lowrank {self.label}: {message}")
+
+    def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
+        """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it has had."""
+        read = {site for site, flag in zip(recorder.sites, flags, strict=True) if not np.isnan(flag)}
+        given = self._given.pop(recorder.name, set()) | read
+        if complete:
+            return read | (recorder.sites.keys() - given)
+        self._given[recorder.name] = given
+        return read
+
+    def _count_losses(self, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> None:
+        """Count sites that gave no number: not finite, not decomposed, or not there."""
+        for recorder in recorders:
+            flags = zip(recorder.sites, host[f"{recorder.name}_lost"], strict=True)
+            lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
+            error = recorder.take_error()
+            if lost or error:
+                where = f"{len(lost)} of {len(recorder.sites)} sites, the first is {lost[0]!r}" if lost else "some sites"
+                self.trouble(f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)))
+            elif not recorder.sites:
+                self.say(f"there is no {recorder.name} to read")
+
+    def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Scalars of single sites, if they are few or asked for."""
+        sites = {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
+        return {} if self.per_site is False or (self.per_site == "auto" and len(sites) > FEW) else sites
+
+    def _costs(self, recorders: Sequence[Recorder]) -> dict[str, float]:
+        """Our own cost and failure counts."""
+        numbers = {
+            "time_ms": 1000 * self.clock.take_sample(),
+            "overhead_percent": self.clock.percent,
+            "failures": float(self.failures),
+            "skipped_steps": float(self.skipped),
+            "solver_calls": float(sum(r.take_solves() for r in recorders)),
+        }
+        return {f"lowrank/{self.label}_{key}": value for key, value in numbers.items()}
+
+
+def _by_site(recorder: Recorder, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
+    """Numbers by site."""
+    return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in awaited}
+
+
+def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | None, *, keep: bool) -> Sample:
+    """A sample with what a report adds: probes have schedules of their own, and validation reports by itself.
+
+    Args:
+        keep: What was there first stays; otherwise the new replaces it.
+    """
+    if old is None:
+        return Sample(step, values)
+    both = (values, old.values) if keep else (old.values, values)
+    return Sample(old.step if keep else step, {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **values}})
