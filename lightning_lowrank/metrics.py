@@ -4,6 +4,7 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix   S sites   Q q
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,13 +95,19 @@ class SiteMeans(Metric):
 
     def update(self, values: Float[Tensor, "Q n"], sites: Sequence[int]) -> None:
         """Add one number per quantity for each of n sites."""
-        columns = torch.tensor(sites, device=self.total.device)
+        columns = _index(tuple(sites), self.total.device)
         self.total.index_add_(1, columns, values.to(self.total))
         self.count.index_add_(0, columns, torch.ones_like(columns, dtype=self.count.dtype))
 
     def compute(self) -> Float[Tensor, "Q S"]:
         """The means; NaN at sites that were never seen."""
         return self.total / self.count
+
+
+@lru_cache(maxsize=1024)
+def _index(sites: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: the same sites are read at every sample, and moving their numbers to the device means to wait for it."""
+    return torch.tensor(sites, device=device)
 
 
 class Gram(Metric):

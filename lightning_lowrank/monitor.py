@@ -16,7 +16,7 @@ from lightning_lowrank import sinks
 from lightning_lowrank.dashboard import Sample
 from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe, Recorder
-from lightning_lowrank.sampling import BATCH, Sampling
+from lightning_lowrank.sampling import Sampling
 
 
 class Monitor(L.Callback):
@@ -61,6 +61,7 @@ class Monitor(L.Callback):
         self._checked = -1
         self._enabled = False
         self._sampling: Sampling | None = None
+        self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -109,6 +110,11 @@ class Monitor(L.Callback):
         for recorder in self.recorders:
             recorder.load_state_dict(state_dict["probes"][recorder.name])
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say so if the run that is resumed was watched in another way, or not at all."""
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self._journal.say("the checkpoint has no state of this monitor with these quantities: displacement and overlap begin anew")
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second monitor that would write the same tags."""
         for other in (c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self):  # type: ignore[attr-defined]
@@ -138,9 +144,7 @@ class Monitor(L.Callback):
             due = [r for r in self._watching("train") if step != self._checked and r.probe.schedule(step)]
             self._checked = step
             if due:
-                self._sampling = self._sampling or Sampling(
-                    pl_module, trainer.optimizers, self._generator(pl_module, step), self._guard, self._hooks
-                )
+                self._sampling = self._sampling or self._sampled(pl_module, trainer.optimizers, step)
                 self._sampling.join(due)
             if self._sampling is not None:
                 self._sampling.batch_begins()
@@ -169,24 +173,20 @@ class Monitor(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the training clock; hook what is watched in validation."""
         self._journal.clock.pause()
-        if self._enabled and not trainer.sanity_checking:
-            with self._guard():
-                for recorder in self._watching("validation"):
-                    recorder.plan(pl_module)
-                    recorder.probe.source.batch_begins(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report what was watched in validation."""
         watching = self._watching("validation")
         if self._enabled and watching and not trainer.sanity_checking:
             with self._guard():
-                generator = self._generator(pl_module, sinks.step_of(trainer))
-                for recorder in watching:
-                    recorder.probe.source.batch_over()
-                    recorder.record(BATCH, recorder.probe.source.sample_over(), generator)
-                    recorder.commit(BATCH)
-                report = {key: row for recorder in watching for key, row in recorder.report().items()}
-                self._report(trainer, watching, report, complete=True)
+                self._validation = self._sampled(pl_module, [], sinks.step_of(trainer))
+                self._validation.join(watching)
+                self._validation.batch_begins()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report what was watched in validation."""
+        if self._validation is not None:
+            with self._guard():
+                self._validation.batch_over()
+                self._report(trainer, self._watching("validation"), self._validation.report(), complete=True)
+            self._validation = None
         if self._enabled:
             self._journal.clock.resume()
 
@@ -236,9 +236,10 @@ class Monitor(L.Callback):
         kept = [f"{r.name} keeps {r.probe.source.facts()['bytes']:,.0f} bytes" for r in self.recorders if "bytes" in r.probe.source.facts()]
         return "; ".join([counts, *kept])
 
-    def _generator(self, module: L.LightningModule, step: int) -> torch.Generator:
-        """The same draws at the same step, in a resumed run too."""
-        return torch.Generator(module.device).manual_seed(self.seed + step)
+    def _sampled(self, module: L.LightningModule, optimizers: Sequence[Optimizer], step: int) -> Sampling:
+        """A new sample, with the same draws at the same step, in a resumed run too."""
+        generator = torch.Generator(module.device).manual_seed(self.seed + step)
+        return Sampling(module, optimizers, generator, self._guard, self._hooks)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -252,9 +253,9 @@ class Monitor(L.Callback):
 
     def _abandon(self) -> None:
         self._journal.forget()
-        if self._sampling is not None:
-            self._sampling.abandon()
-            self._sampling = None
+        for sampling in filter(None, (self._sampling, self._validation)):
+            sampling.abandon()
+        self._sampling = self._validation = None
         for recorder in self.recorders:
             recorder.abandon()
 

@@ -223,7 +223,8 @@ class Recorder:
         spectra, weights = self._spectra(readings, generator), self._weights(readings)
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):
-            alike[spectrum.shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole].append(i)
+            # No statistic tells a matrix from its transpose.
+            alike[tuple(sorted(spectrum.shape)), spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole].append(i)
         return [
             self._group(
                 [readings[i] for i in members],

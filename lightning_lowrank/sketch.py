@@ -121,11 +121,16 @@ def top_of_gram(gram: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B 2"], Flo
     """Energies of the nodes of `top`, and their multiplicities."""
     first, second = _traces(gram)
     size = gram.shape[-1]
-    fixed = torch.randn(size, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu").to(gram)
-    largest = largest_eigenvalue(lambda v: (v[..., None, :] @ gram)[..., 0, :], fixed.expand(gram.shape[:-1]), _num_steps(size)).to(first)
+    fixed = _start(gram).expand(gram.shape[:-1])
+    largest = largest_eigenvalue(lambda v: (v[..., None, :] @ gram)[..., 0, :], fixed, _num_steps(size)).to(first)
     left = (first - largest).clamp(min=0)
     other = torch.minimum(ratio((second - largest.square()).clamp(min=0), left), largest)
     return torch.stack([largest, other], -1), torch.stack([torch.ones_like(left), ratio(left, other)], -1)
+
+
+def _start(gram: Tensor) -> Tensor:
+    """A start vector that is always the same: a chirp, whose energy is spread evenly over places and over frequencies."""
+    return torch.arange(1, gram.shape[-1] + 1, dtype=torch.float32, device=gram.device).square().sin().to(gram.dtype)
 
 
 def _num_steps(size: int) -> int:

@@ -16,27 +16,13 @@ from torch import multiprocessing as mp
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lowrank import Gram, Monitor, RankMonitor, SiteMeans, SpectralStatistic
+from lightning_lowrank import Features, Gram, Monitor, RankMonitor, SiteMeans, SpectralStatistic
 from lightning_lowrank.metrics import state_dtype
-from lightning_lowrank.registry import find
 from tests.models import Classifier, digits
 from tests.oracles.spectra import gaussian
+from tests.test_laws import names
 
 pytestmark = pytest.mark.slow
-
-NAMES = (
-    "effective_rank",
-    "energy_rank_0.01",
-    "frobenius_norm",
-    "marchenko_pastur_outliers",
-    "relative_stable_rank",
-    "schatten_quasi_norm_0.5",
-    "subspace_overlap",
-    "subspace_overlap_chance",
-    "tail_exponent",
-    "tail_exponent_fit",
-    "weight_ratio",
-)
 
 
 def free_port() -> int:
@@ -66,7 +52,7 @@ def data(rank: int) -> list[Tensor]:
 
 def measured(parts: list[list[Tensor]]) -> dict[str, Any]:
     """What metrics compute that are shown these in this process."""
-    metrics = {name: SpectralStatistic(name) for name in NAMES}
+    metrics = {name: SpectralStatistic(name) for name in names()}
     gram, means = Gram(16), SiteMeans(1, 3)
     for part in parts:
         for metric in metrics.values():
@@ -87,14 +73,34 @@ def metrics_of(rank: int, size: int, root: Path) -> dict[str, Any]:
 
 
 def test_metrics_of_two_processes_are_those_of_all_data(tmp_path: Path) -> None:
-    assert {find(name).function.__module__ for name in NAMES}
-
     first, second = together(metrics_of, tmp_path)
     alone = measured([data(0), data(1)])
 
     assert_close(first, alone, equal_nan=True)
     assert_close(second, alone, equal_nan=True)
     assert alone["sites"].dtype == state_dtype()
+
+
+def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
+    """A sample for which the second process never came by the second layer, and the first saw fewer rows."""
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    source, module = Features(), Classifier()
+    source.plan(module)
+    source.batch_begins(module)
+    hidden = module.net[0](gaussian(3 + rank, 64, seed=rank, dtype=torch.float32))
+    if rank == 0:
+        module.net[2](hidden)
+    source.batch_over()
+    readings = source.sample_over()
+    dist.destroy_process_group()
+    return {reading.labels[0]: (reading.value.shape, reading.value.values) for reading in readings}  # type: ignore[union-attr]
+
+
+def test_a_layer_that_one_process_never_came_by_is_read_from_the_others(tmp_path: Path) -> None:
+    first, second = together(uneven, tmp_path)
+
+    assert {label: shape for label, (shape, _) in first.items()} == {"net.0.out": (7, 32), "net.2.out": (3, 10)}
+    assert_close(second, first, rtol=0, atol=0)
 
 
 class InOrder(Classifier):

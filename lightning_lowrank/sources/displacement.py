@@ -28,8 +28,10 @@ class Displacement(ParameterSource):
         """Choose the sites and keep the weights of new ones."""
         super().plan(module)
         for site in self.sites:
-            if site.name not in self._initial:
-                self._initial[site.name] = site.weight().clone()
+            weight = site.weight()
+            # A layer that was replaced by one of another size begins anew.
+            if site.name not in self._initial or self._initial[site.name].shape != weight.shape:
+                self._initial[site.name] = weight.clone()
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The distance, before the step."""

@@ -131,7 +131,8 @@ class Features(Source):
         """What was pooled; where only other processes came by this layer, nothing, which takes part in the sum."""
         if name in grams:
             return grams[name]
-        gram = Gram(width).to(self._device)
+        with self._device:
+            gram = Gram(width)
         gram.update(torch.zeros(0, width, device=self._device))
         return gram
 
@@ -151,7 +152,10 @@ class Features(Source):
         width, before = self._seen.get(name, (rows.shape[-1], 0))
         if rows.shape[-1] != width:
             raise ValueError(f"the output of {name!r} changed its width to {rows.shape[-1]}")
-        self._grams.setdefault(name, Gram(width).to(rows.device)).update(rows)
+        if name not in self._grams:
+            with rows.device:
+                self._grams[name] = Gram(width)
+        self._grams[name].update(rows)
         self._seen[name] = (width, before + rows.numel() // width)
 
 
