@@ -1,6 +1,7 @@
 """The names that users type: short functions that return a `Monitor`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning_lowrank.monitor import Monitor
@@ -14,8 +15,19 @@ from lightning_lowrank.sources.source import Source
 from lightning_lowrank.sources.updates import Updates
 from lightning_lowrank.sources.weights import Weights
 
-OF_PARAMETERS = {"gradients": Gradients, "weights": Weights, "updates": Updates, "displacement": Displacement}
-SOURCES = (*OF_PARAMETERS, "optimizer_state", "features", "validation_features")
+OF_PARAMETERS: dict[str, list[Callable[..., Source]]] = {
+    "gradients": [Gradients],
+    "weights": [Weights],
+    "updates": [Updates],
+    "displacement": [Displacement],
+    "optimizer_state": [partial(OptimizerState, "first_moment"), partial(OptimizerState, "second_moment")],
+}
+OF_LAYERS: dict[str, list[Callable[..., Source]]] = {
+    "features": [Features],
+    "centred_features": [partial(Features, centred=True)],
+    "validation_features": [partial(Features, stage="validation")],
+}
+SOURCES = OF_PARAMETERS | OF_LAYERS
 
 
 def RankMonitor(
@@ -31,6 +43,7 @@ def RankMonitor(
     *,
     min_size: int = 2,
     heads: bool = False,
+    views: Mapping[str, str] | None = None,
 ) -> Monitor:
     """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
 
@@ -38,7 +51,7 @@ def RankMonitor(
 
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights), `optimizer_state`, `features`,
-            `validation_features`.
+            `centred_features`, `validation_features`.
         statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. Those of a pair of matrices of
             parameters (`weight_ratio`, `subspace_overlap`) are left out for features.
         every_n_steps: Cadence, in optimizer steps.
@@ -50,6 +63,7 @@ def RankMonitor(
         name: Prefix of all tags.
         min_size: Shortest side of a matrix to watch.
         heads: Split attention weights by head.
+        views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
 
     Raises:
         ValueError: A source, a statistic or an option is unknown; when training starts: a pattern matches nothing.
@@ -62,15 +76,9 @@ def RankMonitor(
     unknown = [source for source in sources if source not in SOURCES]
     if unknown or not sources:
         raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
-    selection: dict[str, Any] = {"match": match, "exclude": exclude}
-    built: list[Source] = []
-    for source in sources:
-        if source == "optimizer_state":
-            built += [OptimizerState(key, **selection, min_size=min_size, heads=heads) for key in ("first_moment", "second_moment")]
-        elif source in OF_PARAMETERS:
-            built += [OF_PARAMETERS[source](**selection, min_size=min_size, heads=heads)]
-        else:
-            built += [Features(**selection, stage="validation" if source == "validation_features" else "train")]
+    of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
+    of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
+    built = [make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]]
     pairs = [name for name in statistics if offers(Weights(), name) and not offers(Features(), name)]
     # Where nothing is left for features, the probe says which names it cannot offer.
     asked = {True: statistics, False: [name for name in statistics if name not in pairs] or statistics}

@@ -28,7 +28,7 @@ TELLABLE = 1e-5
 ROUNDING = 1e-3
 
 
-def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: int = 32, steps: int = 32, num_probes: int = 8) -> Spectrum:
+def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: int = 32, steps: int = 28, num_probes: int = 8) -> Spectrum:
     """An estimate of all singular values in O(M N) work: the strongest directions one by one, the rest by stochastic Lanczos quadrature.
 
     The rest is the mean of Gauss and Gauss-Radau quadrature, which are too high and too low for sums of singular values, reweighted so that
