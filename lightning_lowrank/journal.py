@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_lowrank import dashboard, sinks
 from lightning_lowrank.clock import Clock
 from lightning_lowrank.dashboard import Sample
-from lightning_lowrank.probe import Recorder
+from lightning_lowrank.recorder import Recorder
 
 # Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
 FEW = 100

@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from lightning_lowrank import sinks
 from lightning_lowrank.dashboard import Sample
 from lightning_lowrank.journal import Journal
-from lightning_lowrank.probe import Probe, Recorder
+from lightning_lowrank.probe import Probe
+from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import Sampling
 
 

@@ -37,6 +37,7 @@ class Statistic:
         parameter: Name of the number that may stand at the end of the name, None without.
         domain: Lower (excluded) and upper (included) end of that number.
         counts: A whole number, or in its relative form a multiple of one part.
+        reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative form.
         comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
     """
 
@@ -51,6 +52,7 @@ class Statistic:
     parameter: str | None = None
     domain: tuple[float, float] = (0.0, float("inf"))
     counts: bool = False
+    reads_shape: bool = False
     comparable: bool = True
 
     def __call__(self, *values: Any) -> Tensor:
@@ -145,7 +147,7 @@ def _with_parameter(found: Statistic, name: str, value: float) -> Statistic:
 
 
 def _relative(found: Statistic) -> Statistic:
-    return replace(found, name=f"relative_{found.name}", function=partial(_over_null, found), unit="1", scale_free=True)
+    return replace(found, name=f"relative_{found.name}", function=partial(_over_null, found), unit="1", scale_free=True, reads_shape=True)
 
 
 def _over_null(found: Statistic, spectrum: Spectrum) -> Tensor:

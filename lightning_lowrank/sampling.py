@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.probe import Recorder
+from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sources.source import Step
 
 # Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.

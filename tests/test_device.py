@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Monitor, RankMonitor
 from lightning_lowrank.decompose import decompose
-from lightning_lowrank.probe import Probe, Recorder
+from lightning_lowrank.probe import Probe
+from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import BATCH
 from lightning_lowrank.sources.displacement import Displacement
 from lightning_lowrank.sources.features import Features

@@ -1,5 +1,6 @@
 """Laws that every registered statistic obeys, for free: nothing here names one, but where a law is about it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,13 @@ def test_two_batch_axes(name, pair):
 @every
 def test_transposing_changes_nothing(name, pair):
     assert_close(evaluate(name, *(m.mT for m in pair)), evaluate(name, *pair), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if Spectrum in find(n).takes and not find(n).reads_shape])
+def test_only_what_says_so_reads_the_shape(name, pair):
+    spectra = [svd(m) for m in pair[: len(find(name).takes)]]
+
+    assert_close(find(name)(*(replace(s, shape=(16, 900)) for s in spectra)), find(name)(*spectra), rtol=0, atol=0)
 
 
 @every

@@ -1,6 +1,6 @@
 """Draw the bands that a monitor wrote: median, least and most over all layers, for each source and rank of a run.
 
-    python docs/images/draw_curves.py runs/char_transformer/version_0 --output curves.png
+python docs/images/draw_curves.py runs/char_transformer/version_0 --output curves.png
 """
 
 from pathlib import Path

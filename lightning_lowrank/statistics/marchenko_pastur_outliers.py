@@ -12,7 +12,7 @@ from lightning_lowrank.spectrum import Spectrum, noise_floor
 DEVIATIONS = 6.0
 
 
-@statistic(unit="directions", counts=True, tail=True, comparable=False)
+@statistic(unit="directions", counts=True, tail=True, reads_shape=True, comparable=False)
 def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above the largest that noise with the same median singular value would have.
 

@@ -7,7 +7,7 @@ from lightning_lowrank.registry import statistic
 from lightning_lowrank.spectrum import Spectrum, noise_floor
 
 
-@statistic(unit="directions", counts=True, tail=True)
+@statistic(unit="directions", counts=True, tail=True, reads_shape=True)
 def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above `max(M, N) * 2**-23` times the largest one.
 

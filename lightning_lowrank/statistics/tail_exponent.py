@@ -11,7 +11,7 @@ FEWEST = 10
 WORKSPACE = 2**21
 
 
-@statistic(unit="1", tail=True, comparable=False)
+@statistic(unit="1", tail=True, reads_shape=True, comparable=False)
 def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponent alpha of the power law `density(x) ~ x ** -alpha` that fits the largest squared singular values best.
 

@@ -8,7 +8,7 @@ from lightning_lowrank.spectrum import Spectrum
 from lightning_lowrank.statistics.tail_exponent import power_law_fit
 
 
-@statistic(unit="1", tail=True, comparable=False)
+@statistic(unit="1", tail=True, reads_shape=True, comparable=False)
 def tail_exponent_fit(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Kolmogorov-Smirnov distance between the largest squared singular values and the power law of `tail_exponent`.
 
