@@ -67,19 +67,20 @@ def summary_table(monitor: Watched) -> Table:
         monitor: One that has watched a run; without a sample the table is empty.
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
-    table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time")
+    table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time", caption="medians over sites, and the lowest now")
     table.add_column("quantity", no_wrap=True)
-    for heading in (f"median, step {first.step}", f"median, step {latest.step}", "lowest"):
-        table.add_column(heading, justify="right")
-    table.add_column("at", overflow="fold")
-    source = ""
+    for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("at", overflow="ellipsis", no_wrap=True)
+    before = ""
     for quantity, values in latest.values.items():
         finite = {site: value for site, value in values.items() if np.isfinite(value)}
         lowest = min(finite, key=finite.__getitem__, default="")
-        row = (_median(first.values.get(quantity, {})), _median(values), f"{finite[lowest]:.3g}" if finite else "-", lowest)
-        if source and not quantity.startswith(source):
-            table.add_section()
         source = quantity.partition("_")[0]
+        if source != before:
+            table.add_section()
+        before = source
+        row = (_median(first.values.get(quantity, {})), _median(values), f"{finite[lowest]:.3g}" if finite else "-", lowest)
         table.add_row(quantity, *row)
     return table
 

@@ -18,6 +18,7 @@ from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import Sampling
+from lightning_lowrank.schedules import Every
 
 
 class Monitor(L.Callback):
@@ -233,7 +234,7 @@ class Monitor(L.Callback):
 
     def _plan(self) -> str:
         """What will be measured, said once at the start."""
-        counts = ", ".join(f"{r.name} at {len(r.sites)} sites ({r.probe.schedule})" for r in self.recorders)
+        counts = ", ".join(f"{r.name} at {len(r.sites) or 'its'} sites ({_when(r.probe)})" for r in self.recorders)
         kept = [f"{r.name} keeps {r.probe.source.facts()['bytes']:,.0f} bytes" for r in self.recorders if "bytes" in r.probe.source.facts()]
         return "; ".join([counts, *kept])
 
@@ -265,6 +266,12 @@ class Monitor(L.Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _when(probe: Probe) -> str:
+    if probe.source.stage == "validation":
+        return "every validation"
+    return f"every {probe.schedule.n} steps" if isinstance(probe.schedule, Every) else "as scheduled"
 
 
 def _scale(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:

@@ -14,6 +14,7 @@ from lightning_lowrank.sources.optimizer_state import OptimizerState
 from lightning_lowrank.sources.source import Source
 from lightning_lowrank.sources.updates import Updates
 from lightning_lowrank.sources.weights import Weights
+from lightning_lowrank.views import View
 
 OF_PARAMETERS: dict[str, list[Callable[..., Source]]] = {
     "gradients": [Gradients],
@@ -43,7 +44,7 @@ def RankMonitor(
     *,
     min_size: int = 2,
     heads: bool = False,
-    views: Mapping[str, str] | None = None,
+    views: Mapping[str, str | View] | None = None,
 ) -> Monitor:
     """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
 
@@ -52,8 +53,8 @@ def RankMonitor(
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights), `optimizer_state`, `features`,
             `centred_features`, `validation_features`.
-        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. Those of a pair of matrices of
-            parameters (`weight_ratio`, `subspace_overlap`) are left out for features.
+        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What
+            only some of the sources offer (`weight_ratio`: changes; `subspace_overlap`: not features) is asked of those.
         every_n_steps: Cadence, in optimizer steps.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
@@ -79,10 +80,9 @@ def RankMonitor(
     of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
     of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
     built = [make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]]
-    pairs = [name for name in statistics if offers(Weights(), name) and not offers(Features(), name)]
-    # Where nothing is left for features, the probe says which names it cannot offer.
-    asked = {True: statistics, False: [name for name in statistics if name not in pairs] or statistics}
-    probes = [Probe(one.name, one, asked[one.of_parameters], Every(every_n_steps)) for one in built]
+    # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
+    offered = [[name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)] for one in built]
+    probes = [Probe(one.name, one, asked or statistics, Every(every_n_steps)) for one, asked in zip(built, offered, strict=True)]
     return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, name=name, label="rank")
 
 

@@ -26,7 +26,7 @@ class Probe:
     name: str
     source: Source
     statistics: Sequence[str]
-    schedule: Schedule = field(default_factory=lambda: Every(50))
+    schedule: Every | Schedule = field(default_factory=lambda: Every(50))
 
     def __post_init__(self) -> None:
         try:
@@ -46,4 +46,6 @@ def offers(source: Source, name: str) -> bool:
         asked = find(name)
     except ValueError:
         return False
-    return source.of_parameters or (asked.partner is None and asked.takes == (Spectrum,))
+    if asked.partner == "weight":
+        return source.of_changes
+    return source.of_parameters or asked.takes == (Spectrum,)

@@ -73,8 +73,11 @@ def summaries(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int) -> list[Exception]:
-    """Histograms of log10 of the nonzero singular values, for loggers whose experiment takes histograms (TensorBoard)."""
-    positive = {tag: values[np.isfinite(values) & (values > 0)] for tag, values in spectra.items()}
+    """Histograms of log10 of the singular values, for loggers whose experiment takes histograms (TensorBoard).
+
+    Left out is what is below 1e-8 of the largest: rounding of the Gram matrix, which would stretch the axis without end.
+    """
+    positive = {tag: values[values > 1e-8 * np.nanmax(values, initial=0)] for tag, values in spectra.items()}
 
     def draw(writer: Any) -> None:
         for tag, values in positive.items():

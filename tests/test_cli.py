@@ -238,3 +238,34 @@ def test_two_trainers_in_turn_keep_their_monitors_apart() -> None:
     L.Trainer(max_epochs=1, logger=outer_logger, callbacks=[outer, Inner()], **QUIET).fit(Whole())
 
     assert (list(outer_logger.curve(MEDIAN)), list(inner_logger.curve(MEDIAN))) == ([0, 2, 4, 6], [0, 3, 6])
+
+
+PROBES = """
+trainer:
+  max_steps: 3
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  logger: false
+  callbacks:
+    - class_path: lightning_lowrank.Monitor
+      init_args:
+        probes:
+          - name: gradient
+            source:
+              class_path: lightning_lowrank.Gradients
+              init_args: {views: {net.0.weight: {pattern: "(heads d) n -> heads d n", sizes: {heads: 4}}}}
+            statistics: [stable_rank]
+            schedule: {n: 2}
+"""
+
+
+def test_probes_and_views_of_ones_own_come_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(PROBES)
+
+    monitor = monitor_of(command_line(monkeypatch, "fit", "--config", str(config)))
+
+    assert monitor.latest is not None
+    assert monitor.latest.step == 2
+    assert "net.0.weight.h3" in monitor.latest.values["gradient_stable_rank"]

@@ -19,6 +19,7 @@ class Displacement(ParameterSource):
     """
 
     name = "displacement"
+    of_changes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,6 +65,9 @@ class Features(Source):
     def plan(self, module: nn.Module) -> None:
         """Choose the layers."""
         layers = {name: layer for name, layer in module.named_modules() if name}
+        # The projection of an attention is never called as a layer.
+        inner = {id(layer.out_proj) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)}
+        layers = {name: layer for name, layer in layers.items() if id(layer) not in inner}
         chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
         chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
         for name in sorted(chosen):
@@ -113,9 +116,8 @@ class Features(Source):
         self._hooks = []
 
     def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
-        """Layers of the usual types, less the too wide and the projection of an attention, which is never called as a layer."""
-        inner = {id(layer.out_proj) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)}
-        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS) and id(layer) not in inner}
+        """Layers of the usual types, less the too wide."""
+        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS)}
         return {name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width}
 
     def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:

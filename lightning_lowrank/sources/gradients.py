@@ -16,6 +16,7 @@ class Gradients(ParameterSource):
     """
 
     name = "gradient"
+    of_changes = True
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The gradients of the parameters that have one."""

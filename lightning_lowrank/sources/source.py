@@ -54,12 +54,14 @@ class Source(ABC):
 
     Attributes:
         name: First part of the tags.
-        of_parameters: Its sites are parameters, so that their weights can be set beside what it reads.
+        of_parameters: Its sites are parameters.
+        of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
         stage: The loop whose batches it watches.
     """
 
     name: str
     of_parameters: bool = True
+    of_changes: bool = False
     stage: Literal["train", "validation"] = "train"
 
     @abstractmethod

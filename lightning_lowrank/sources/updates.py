@@ -16,6 +16,7 @@ class Updates(ParameterSource):
     """
 
     name = "update"
+    of_changes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
