@@ -3,6 +3,7 @@
 Shape letters:  M rows, N columns of a weight   R rank of a LoRA pair
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,17 +70,23 @@ def wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed(parametrization: ParametrizationList) -> Iterator[dict[str, Tensor]]:
-    """The parametrization in eval mode, with copies of its buffers to compute with; generators and flags are put back after."""
-    flags = {module: module.training for module in parametrization.modules()}
+    """The parametrization in eval mode, with copies of its buffers to compute with; generators, flags and attributes are put back after."""
+    kept = {module: dict(module.__dict__) for module in parametrization.modules()}
+    tensors = [(t, t.clone()) for attributes in kept.values() for t in attributes.values() if isinstance(t, Tensor)]
+    numbers = random.getstate()
     device = next(parametrization.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), full_precision(device):
         try:
-            for module in flags:
+            for module in kept:
                 module.training = False
             yield {name: buffer.clone() for name, buffer in parametrization.named_buffers()}
         finally:
-            for module, flag in flags.items():
-                module.training = flag
+            for module, attributes in kept.items():
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+            for tensor, content in tensors:
+                tensor.copy_(content)
+            random.setstate(numbers)
 
 
 def computed(parametrization: ParametrizationList) -> Tensor:

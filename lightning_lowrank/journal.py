@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from lightning_lowrank import dashboard, sinks
 from lightning_lowrank.clock import Clock
 from lightning_lowrank.dashboard import Sample
+from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
+from lightning_lowrank.schedules import Every
 
 # Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
 FEW = 100
@@ -64,14 +66,24 @@ class Journal:
         if self.histograms:
             self._tell(sinks.write_histograms(trainer.loggers, {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
 
+    def announce(self, recorders: Sequence[Recorder]) -> None:
+        """Say once what will be measured, and what memory it keeps."""
+        counts = ", ".join(f"{r.name} at {len(r.sites) or 'its'} sites ({_when(r.probe)})" for r in recorders)
+        facts = {r.name: r.probe.source.facts() for r in recorders}
+        kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
+        self.say("; ".join([counts, *kept]))
+
     def lay_out(self, trainer: L.Trainer, quantities: Mapping[str, Sequence[str]]) -> None:
         """TensorBoard's custom-scalars page, once."""
         if not self._laid_out:
             self._laid_out = True
             layout = dashboard.layout(quantities)
-            self._tell(
-                sinks.tell(sinks.experiments(trainer.loggers, "add_custom_scalars"), lambda writer: dashboard.write_layout(writer, layout))
-            )
+            self._tell(sinks.tell_writers(trainer.loggers, "add_custom_scalars", lambda writer: dashboard.write_layout(writer, layout)))
+
+    def begin(self) -> None:
+        """Another run, that is no continuation."""
+        self.first = self.latest = None
+        self.failures = self.skipped = 0
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
@@ -153,3 +165,9 @@ def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | 
         return Sample(step, values)
     both = (values, old.values) if keep else (old.values, values)
     return Sample(old.step if keep else step, {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **values}})
+
+
+def _when(probe: Probe) -> str:
+    if probe.source.stage == "validation":
+        return "every validation"
+    return f"every {probe.schedule.n} steps" if isinstance(probe.schedule, Every) else "as scheduled"

@@ -18,7 +18,6 @@ from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import Sampling
-from lightning_lowrank.schedules import Every
 
 
 class Monitor(L.Callback):
@@ -61,7 +60,7 @@ class Monitor(L.Callback):
         self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms)
         self._checked = -1
-        self._enabled = False
+        self._enabled = self._resumed = False
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
@@ -108,6 +107,7 @@ class Monitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a run was stopped."""
+        self._resumed = True
         self._checked, self._journal.failures, self._journal.skipped = (state_dict[key] for key in ("checked", "failures", "skipped"))
         for recorder in self.recorders:
             recorder.load_state_dict(state_dict["probes"][recorder.name])
@@ -128,10 +128,20 @@ class Monitor(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites; what matches nothing is refused here, before training."""
         self._enabled = not trainer.barebones
+        if not self._resumed:
+            self._checked = -1
+            self._journal.begin()
+            for recorder in self.recorders:
+                recorder.begin()
         if self._enabled:
             for recorder in self.recorders:
-                recorder.plan(pl_module)
-            self._journal.say(self._plan())
+                try:
+                    recorder.plan(pl_module)
+                except ValueError:  # what the user asked for cannot be had
+                    raise
+                except Exception as error:
+                    self._journal.trouble(f"{recorder.name}: {type(error).__name__}: {error}")
+            self._journal.announce(self.recorders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -146,7 +156,7 @@ class Monitor(L.Callback):
             due = [r for r in self._watching("train") if step != self._checked and r.probe.schedule(step)]
             self._checked = step
             if due:
-                self._sampling = self._sampling or self._sampled(pl_module, trainer.optimizers, step)
+                self._sampling = self._sampling or self._sampled(pl_module, trainer.optimizers, step, may_skip=_scaler(trainer) is not None)
                 self._sampling.join(due)
             if self._sampling is not None:
                 self._sampling.batch_begins()
@@ -171,6 +181,12 @@ class Monitor(L.Callback):
                 self._report(trainer, recorders, sampling.report(), complete=sampling.complete)
             if sampling.complete:
                 self._sampling = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take hooks off layers also where the module's `on_train_batch_start` ended the epoch before the batch."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.batch_over()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the training clock; hook what is watched in validation."""
@@ -207,7 +223,7 @@ class Monitor(L.Callback):
         """Be ready for another run."""
         self._end()
         # Not after an exception: a checkpoint may be written after that.
-        self._checked = -1
+        self._resumed = False
 
     def _end(self) -> None:
         """Leave no hook behind; a loop without training is not watched."""
@@ -232,16 +248,10 @@ class Monitor(L.Callback):
     def _quantities(self) -> list[str]:
         return [quantity for recorder in self.recorders for quantity in recorder.quantities]
 
-    def _plan(self) -> str:
-        """What will be measured, said once at the start."""
-        counts = ", ".join(f"{r.name} at {len(r.sites) or 'its'} sites ({_when(r.probe)})" for r in self.recorders)
-        kept = [f"{r.name} keeps {r.probe.source.facts()['bytes']:,.0f} bytes" for r in self.recorders if "bytes" in r.probe.source.facts()]
-        return "; ".join([counts, *kept])
-
-    def _sampled(self, module: L.LightningModule, optimizers: Sequence[Optimizer], step: int) -> Sampling:
+    def _sampled(self, module: L.LightningModule, optimizers: Sequence[Optimizer], step: int, *, may_skip: bool = False) -> Sampling:
         """A new sample, with the same draws at the same step, in a resumed run too."""
         generator = torch.Generator(module.device).manual_seed(self.seed + step)
-        return Sampling(module, optimizers, generator, self._guard, self._hooks)
+        return Sampling(module, optimizers, generator, self._guard, self._hooks, may_skip=may_skip)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -268,15 +278,14 @@ class Monitor(L.Callback):
         self._hooks.clear()
 
 
-def _when(probe: Probe) -> str:
-    if probe.source.stage == "validation":
-        return "every validation"
-    return f"every {probe.schedule.n} steps" if isinstance(probe.schedule, Every) else "as scheduled"
+def _scaler(trainer: L.Trainer) -> Any:
+    """The GradScaler in use, None without."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def _scale(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:
     """What gradients are still multiplied by: fused optimizers unscale inside their step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    scaler, fused = _scaler(trainer), getattr(optimizer, "_step_supports_amp_scaling", False)
     # get_scale() would wait for the device.
-    return scaler._get_scale_async() if scaler is not None and scaler.is_enabled() and fused else None
+    return scaler._get_scale_async() if scaler is not None and fused else None

@@ -108,6 +108,12 @@ class Recorder:
         """The step did not happen: what was staged never was."""
         self._staged.pop(optimizer, None)
 
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.sites, self._previous = {}, {}
+        self.probe.source.load_state_dict({})
+        self.means, self.errors = self._metrics()
+
     def abandon(self) -> None:
         """Forget the sample in the making."""
         self._staged, self.spectra, self.error = {}, {}, None
@@ -186,7 +192,7 @@ class Recorder:
         spectra, weights = self._spectra(readings, generator), self._weights(readings)
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):
-            alike[self._kind(spectrum)].append(i)
+            alike[self._kind(spectrum), weights[i].values.shape[-1] if weights else 0].append(i)
         return [
             self._group(
                 [readings[i] for i in members],

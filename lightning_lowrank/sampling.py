@@ -25,6 +25,7 @@ class Sampling:
         optimizers: The Trainer's.
         generator: Of the sketches.
         guard: Context in which to run what the optimizer's hook calls.
+        may_skip: There is a GradScaler, so that an optimizer that calls no hook has skipped its step.
         hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner does it later.
     """
 
@@ -35,10 +36,13 @@ class Sampling:
         generator: torch.Generator,
         guard: Callable[[], AbstractContextManager[None]],
         hooks: list[RemovableHandle],
+        *,
+        may_skip: bool = False,
     ) -> None:
         self.recorders: list[Recorder] = []
         self.num_skipped = 0
         self._module, self._optimizers, self._generator, self._guard, self._hooks = module, optimizers, generator, guard, hooks
+        self._may_skip = may_skip
         self._pending = set(range(len(optimizers)))
         self._open: dict[int, Step] = {}
         self._done: set[int] = set()
@@ -84,9 +88,12 @@ class Sampling:
     def batch_over(self) -> bool:
         """The batch is over: whether an optimizer stepped, so that there is something to report."""
         self._each(lambda r: r.probe.source.batch_over())
-        for index in list(self._open):  # a GradScaler that skips the step never calls the hook
-            self._close(index)
-            self.num_skipped += 1
+        for index in list(self._open):
+            if self._may_skip:
+                self._close(index)
+                self.num_skipped += 1
+            else:  # an optimizer of the user's that calls no hooks
+                self._step_done(index)
         return bool(self._done)
 
     def report(self) -> dict[str, Tensor]:

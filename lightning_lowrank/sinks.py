@@ -1,6 +1,6 @@
 """Where reports go: the one place that waits for the device, and all loggers of the Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import lightning as L
@@ -84,10 +84,15 @@ def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np
             if values.size:
                 writer.add_histogram(tag, np.log10(values), step)
 
-    return tell(experiments(loggers, "add_histogram"), draw)
+    return tell_writers(loggers, "add_histogram", draw)
 
 
-def experiments(loggers: Iterable[Logger], method: str) -> Sequence[Any]:
-    """The loggers' own writers that have a method; by duck-typing, for there are two packages of loggers."""
-    found = (getattr(logger, "experiment", None) for logger in loggers)
-    return [writer for writer in found if callable(getattr(writer, method, None))]
+def tell_writers(loggers: Iterable[Logger], method: str, act: Callable[[Any], object]) -> list[Exception]:
+    """The same with the loggers' own writers that have a method; by duck-typing, for there are two packages of loggers."""
+
+    def act_on_writer(logger: Logger) -> None:
+        writer = getattr(logger, "experiment", None)
+        if callable(getattr(writer, method, None)):
+            act(writer)
+
+    return tell(loggers, act_on_writer)

@@ -162,7 +162,7 @@ def _tensors(module: nn.Module) -> list[_Tensor]:
         if id(parameter) in known and name not in pairs:
             known[id(parameter)].names += (name,)
             continue
-        if isinstance(owner, ParametrizationList):
+        if isinstance(owner, ParametrizationList) and PARAMETRIZED.match(name) and _computable(owner):
             tensor = _parametrized(name, owner, layers, attentions)
         else:
             tensor = pairs.get(name) or _Tensor((tag(name), name), owner, (parameter,), parameter, attentions.get(id(owner)))
@@ -179,6 +179,15 @@ def _named_parameters(layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Par
         for local, parameter in layer._parameters.items()
         if parameter is not None and not is_lazy(parameter)
     }
+
+
+def _computable(owner: ParametrizationList) -> bool:
+    """Whether the weight can be computed outside of training; else its originals are read as any parameter."""
+    try:
+        computed_shape(owner)
+    except Exception:  # it is the user's code, and may refuse eval mode
+        return False
+    return True
 
 
 def _parametrized(

@@ -50,7 +50,8 @@ def test_every_random_draw_names_its_generator() -> None:
 
 
 def test_nothing_draws_from_the_generators_of_python_or_numpy() -> None:
-    generators = re.compile(r"^\s*(import|from) random\b|\b(np|numpy)\.random\b", re.M)
+    # To put back what a user's parametrization drew is no draw.
+    generators = re.compile(r"\brandom\.(?!getstate|setstate|fork_rng)\w+\(|^\s*from random\b|\b(np|numpy)\.random\b", re.M)
 
     assert [file.name for file in FILES if generators.search(file.read_text())] == []
 

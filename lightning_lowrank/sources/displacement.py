@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step, difference
 
 
 @dataclass(kw_only=True)
 class Displacement(ParameterSource):
-    """Weights less those at the start of the first fit, W_t - W_0.
+    """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0.
 
     Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
     logged as `lowrank/displacement_bytes` and said at the start.
@@ -28,15 +28,14 @@ class Displacement(ParameterSource):
     def plan(self, module: nn.Module) -> None:
         """Choose the sites and keep the weights of new ones."""
         super().plan(module)
-        for site in self.sites:
-            weight = site.weight()
+        for site, weight in self.each(self.sites, lambda site: site.weight()):
             # A layer that was replaced by one of another size begins anew.
             if site.name not in self._initial or self._initial[site.name].shape != weight.shape:
                 self._initial[site.name] = weight.clone()
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The distance, before the step."""
-        return [Reading(site.labels, self._moved(site), site) for site in self.sites if step.owns(site)]
+        return [Reading(site.labels, value, site) for site, value in self.each(filter(step.owns, self.sites), self._moved)]
 
     def facts(self) -> dict[str, float]:
         """Memory that the copy takes."""
@@ -53,4 +52,4 @@ class Displacement(ParameterSource):
     def _moved(self, site: Site) -> Tensor:
         now = site.weight()
         self._initial[site.name] = self._initial[site.name].to(now.device)
-        return now - self._initial[site.name]
+        return difference(now, self._initial[site.name])

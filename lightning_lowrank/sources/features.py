@@ -1,6 +1,6 @@
 """Features: what layers put out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +19,23 @@ LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 # Attributes that say how wide the output of such a layer is.
 WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
+
+    hear: Callable[..., None] | None
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if self.hear is not None:
+            self.hear(layer, inputs, output)
+
+    def __deepcopy__(self, memo: Any) -> "Tap":
+        return Tap(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tap, (None,)
 
 
 @dataclass(kw_only=True)
@@ -87,7 +104,7 @@ class Features(Source):
         """Hook the layers for this batch."""
         self._device = next((p.device for p in module.parameters()), self._device)
         if not self._hooks:
-            self._hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self._layers.items()]
+            self._hooks = [layer.register_forward_hook(Tap(partial(self._add, name))) for name, layer in self._layers.items()]
 
     def batch_over(self) -> None:
         """Take the hooks away, and own up to what went wrong in them."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_lowrank.sites import Site
@@ -21,7 +22,7 @@ class Gradients(ParameterSource):
     def gradients_final(self, step: Step) -> list[Reading]:
         """The gradients of the parameters that have one."""
         present = [s for s in self.sites if step.owns(s) and self.reads(s) and any(p.grad is not None for p in s.parameters)]
-        return [Reading(site.labels, gradient(site, step.scale), site) for site in present]
+        return [Reading(site.labels, value, site) for site, value in self.each(present, lambda site: gradient(site, step.scale))]
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""
@@ -31,7 +32,8 @@ class Gradients(ParameterSource):
 def gradient(site: Site, scale: Tensor | None) -> Tensor:
     """The gradient of a site's matrices, without what a GradScaler multiplied it by."""
     matrices = site.tangent([None if p.grad is None else _dense(p.grad) for p in site.parameters])
-    return matrices if scale is None else matrices / scale
+    # A float32 scale of no dimension would leave half precision as it is, where what is divided underflows.
+    return matrices if scale is None else matrices.to(torch.promote_types(matrices.dtype, scale.dtype)) / scale
 
 
 def _dense(tensor: Tensor) -> Tensor:

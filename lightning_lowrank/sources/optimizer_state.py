@@ -34,7 +34,8 @@ class OptimizerState(ParameterSource):
     def step_done(self, step: Step) -> list[Reading]:
         """The state."""
         found = [(site, self._state(step, site.parameters)) for site in self.sites if step.owns(site)]
-        return [Reading(site.labels, site.matrices(state), site) for site, state in found if state is not None]
+        states = {site: state for site, state in found if state is not None}
+        return [Reading(site.labels, value, site) for site, value in self.each(states, lambda site: site.matrices(states[site]))]
 
     def _state(self, step: Step, parameters: tuple[Tensor, ...]) -> Tensor | None:
         kept = step.optimizer.state.get(parameters[0], {}) if len(parameters) == 1 else {}

@@ -1,10 +1,12 @@
 """What every source of matrices has: sites to read, and the moments of a training step at which it reads them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -129,11 +131,12 @@ class ParameterSource(Source):
 
     def __post_init__(self) -> None:
         self.sites: list[Site] = []
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[tuple[str, int], ...] = ()
 
     def plan(self, module: nn.Module) -> None:
         """Choose the sites, anew only when parameters came or went."""
-        seen = tuple(map(id, module.parameters()))
+        # With names: a parametrization keeps the parameter and changes where it is.
+        seen = tuple((name, id(parameter)) for name, parameter in module.named_parameters())
         if seen != self._seen:
             chosen = {"match": self.match, "exclude": self.exclude, "min_size": self.min_size, "heads": self.heads, "views": self.views}
             self.sites = sites(module, **chosen)  # type: ignore[arg-type]
@@ -143,6 +146,19 @@ class ParameterSource(Source):
         """One name per matrix, in the order of the module's parameters."""
         return [label for site in self.sites if self.reads(site) for label in site.labels]
 
+    def each(self, sites: Iterable[Site], read: Callable[[Site], Tensor]) -> list[tuple[Site, Tensor]]:
+        """What is read of each site. One that cannot be read has no number, which is counted, and does no harm to the others."""
+        found: list[tuple[Site, Tensor]] = []
+        for site in sites:
+            with suppress(Exception):
+                found.append((site, read(site)))
+        return found
+
     def reads(self, site: Site) -> bool:
         """Whether it has something to read there, as things are now."""
         return True
+
+
+def difference(now: Tensor, before: Tensor) -> Tensor:
+    """What changed, in float32 at least: in half precision the difference would be rounded once more."""
+    return now.to(torch.promote_types(now.dtype, torch.float32)) - before

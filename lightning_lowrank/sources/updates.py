@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step, difference
 
 
 @dataclass(kw_only=True)
@@ -24,13 +24,15 @@ class Updates(ParameterSource):
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """Keep the weights; nothing to read yet."""
-        self._before = [(site, site.weight().clone()) for site in self.sites if step.owns(site) and self.reads(site)]
+        moving = [site for site in self.sites if step.owns(site) and self.reads(site)]
+        self._before = self.each(moving, lambda site: site.weight().clone())
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
         """The change."""
-        before, self._before = self._before, []
-        return [Reading(site.labels, site.weight() - old, site, old) for site, old in before]
+        before, self._before = dict(self._before), []
+        changes = self.each(before, lambda site: difference(site.weight(), before[site]))
+        return [Reading(site.labels, change, site, before[site]) for site, change in changes]
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""

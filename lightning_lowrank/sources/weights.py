@@ -13,4 +13,5 @@ class Weights(ParameterSource):
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The weights."""
-        return [Reading(site.labels, site.weight(), site) for site in self.sites if step.owns(site)]
+        read = self.each(filter(step.owns, self.sites), lambda site: site.weight())
+        return [Reading(site.labels, value, site) for site, value in read]
