@@ -235,10 +235,10 @@ def failing(method: Callable[..., Any], error: BaseException, *, on_call: int = 
 def test_a_matrix_that_cannot_be_decomposed_costs_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = torch.linalg.eigvalsh
 
-    def picky(matrix: Tensor) -> Tensor:
+    def picky(matrix: Tensor, **options: str) -> Tensor:
         if matrix.shape[-1] == 10 and matrix.any():
             raise torch.linalg.LinAlgError("did not converge")
-        return solve(matrix)
+        return solve(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", picky)
 
@@ -251,7 +251,7 @@ def test_a_matrix_that_cannot_be_decomposed_costs_its_own_number(monkeypatch: py
 
 
 def test_a_solver_that_always_fails_does_not_end_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(matrix: Tensor) -> Tensor:
+    def broken(matrix: Tensor, **options: str) -> Tensor:
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", broken)
