@@ -39,6 +39,7 @@ class Journal:
         self.clock = Clock()
         self._said: set[str] = set()
         self._laid_out = False
+        self._watched: Sequence[Recorder] = ()
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
         self._given: dict[str, set[str]] = {}
 
@@ -68,6 +69,7 @@ class Journal:
 
     def announce(self, recorders: Sequence[Recorder]) -> None:
         """Say once what will be measured, and what memory it keeps."""
+        self._watched = recorders
         counts = ", ".join(f"{r.name} at {len(r.sites) or 'its'} sites ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
@@ -134,9 +136,14 @@ class Journal:
                 self.say(f"there is no {recorder.name} to read")
 
     def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Scalars of single sites, if they are few or asked for."""
-        sites = {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
-        return {} if self.per_site is False or (self.per_site == "auto" and len(sites) > FEW) else sites
+        """Scalars of single sites, if they are few or asked for.
+
+        Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
+        """
+        few = sum(len(r.sites) * len(r.statistics) for r in self._watched) <= FEW
+        if self.per_site is False or (self.per_site == "auto" and not few):
+            return {}
+        return {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
 
     def _costs(self, recorders: Sequence[Recorder]) -> dict[str, float]:
         """Our own cost and failure counts."""

@@ -29,7 +29,7 @@ ORDER: tuple[Needs, ...] = ("moments", "top", "values")
 
 @dataclass(frozen=True)
 class Group:
-    """What was read at once of matrices of one shape, and where its numbers belong."""
+    """What was read of matrices that can be measured at once, and where their numbers belong."""
 
     columns: list[int]
     labels: list[str]

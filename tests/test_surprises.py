@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank import Every, Gradients, Monitor, Probe, RankMonitor, Weights
 from tests.models import Classifier, MemoryLogger
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -99,6 +99,20 @@ def test_one_matrix_that_cannot_be_read_leaves_the_others() -> None:
 
     assert monitor.latest is not None
     assert monitor.latest.values["displacement_stable_rank"]["net.0.weight"] > 1
+
+
+def test_sites_have_all_their_points_or_none_whatever_else_is_due() -> None:
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(9)), nn.Linear(64, 10))
+    statistics = ["stable_rank", "participation_ratio", "effective_rank_energy", "spectral_norm", "frobenius_norm", "effective_rank"]
+    logger = MemoryLogger()
+    fit(
+        Classifier(net),
+        Monitor([Probe("gradient", Gradients(), statistics, Every(2)), Probe("weight", Weights(), statistics, Every(4))]),
+        logger=logger,
+    )
+
+    assert logger.curve("lowrank/gradient_stable_rank_median").keys() == {0, 2, 4, 6}
+    assert not logger.curve("gradient_stable_rank/net.0.weight")
 
 
 def test_every_fit_begins_anew() -> None:

@@ -28,10 +28,8 @@ class Displacement(ParameterSource):
     def plan(self, module: nn.Module) -> None:
         """Choose the sites and keep the weights of new ones."""
         super().plan(module)
-        for site, weight in self.each(self.sites, lambda site: site.weight()):
-            # A layer that was replaced by one of another size begins anew.
-            if site.name not in self._initial or self._initial[site.name].shape != weight.shape:
-                self._initial[site.name] = weight.clone()
+        new = [site for site in self.sites if site.name not in self._initial]
+        self._initial |= {site.name: weight.clone() for site, weight in self.each(new, lambda site: site.weight())}
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The distance, before the step."""
@@ -51,5 +49,7 @@ class Displacement(ParameterSource):
 
     def _moved(self, site: Site) -> Tensor:
         now = site.weight()
-        self._initial[site.name] = self._initial[site.name].to(now.device)
+        start = self._initial[site.name].to(now.device)
+        # A layer that was replaced by one of another size begins anew.
+        self._initial[site.name] = start if start.shape == now.shape else now.clone()
         return difference(now, self._initial[site.name])
