@@ -10,6 +10,7 @@ from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
 from .registry import statistic as statistic
+from .schedules import Budget as Budget
 from .schedules import Every as Every
 from .sketch import estimate as estimate
 from .sketch import sketch as sketch

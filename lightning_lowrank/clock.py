@@ -1,27 +1,49 @@
 """Training time and our share of it."""
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def cuda_event() -> Any:
+    """What tells the time on the current stream."""
+    return torch.cuda.Event(enable_timing=True)
 
 
 class Clock:
-    """Host seconds spent in training, without validation, and those of them that were ours.
+    """Seconds spent in training, without validation, and those of them that were ours.
 
-    On CUDA the host waits for the device only when a report is moved; the share then also counts what the training step had queued before.
+    Ours are seconds of the host; on CUDA those between two events of the device, so that what the training step had queued before is not
+    ours. They count once the device is past them: nothing waits. Where ours is a collective, waiting for other processes is part of it.
+
+    Args:
+        now: Seconds of the host.
+        event: Makes what is recorded on a device.
     """
 
-    def __init__(self) -> None:
-        self.own = 0.0
-        self.sample = 0.0
+    def __init__(self, now: Callable[[], float] = time.perf_counter, event: Callable[[], Any] = cuda_event) -> None:
+        self._now, self._event = now, event
+        self._on_device = False
+        self._own = self._sample = self._before = 0.0
         self._begun: float | None = None
-        self._before = 0.0
-        self._depth = 0
+        self._inside = False
+        # Pairs of events that the device may not be past yet, and whether they are in training.
+        self._passing: deque[tuple[Any, Any, bool]] = deque()
 
-    def start(self) -> None:
-        """Begin anew."""
-        self.own = self.sample = self._before = 0.0
-        self._begun = time.perf_counter()
+    def start(self, *, on_device: bool = False) -> None:
+        """Begin anew.
+
+        Args:
+            on_device: Events tell our time.
+        """
+        self._on_device = on_device
+        self._own = self._sample = self._before = 0.0
+        self._passing.clear()
+        self._begun = self._now()
 
     def pause(self) -> None:
         """Training is interrupted."""
@@ -31,12 +53,18 @@ class Clock:
     def resume(self) -> None:
         """Training goes on."""
         if self._begun is None:
-            self._begun = time.perf_counter()
+            self._begun = self._now()
 
     @property
     def total(self) -> float:
         """Seconds in training so far."""
-        return self._before + (time.perf_counter() - self._begun if self._begun is not None else 0.0)
+        return self._before + (self._now() - self._begun if self._begun is not None else 0.0)
+
+    @property
+    def own(self) -> float:
+        """Our seconds in training so far."""
+        self._settle()
+        return self._own
 
     @property
     def percent(self) -> float:
@@ -44,20 +72,44 @@ class Clock:
         return 100 * self.own / self.total if self.total else 0.0
 
     def take_sample(self) -> float:
-        """Our seconds since this was last asked."""
-        spent, self.sample = self.sample, 0.0
+        """Our seconds since this was last asked, in validation too."""
+        self._settle()
+        spent, self._sample = self._sample, 0.0
         return spent
 
     @contextmanager
     def ours(self) -> Iterator[None]:
         """Count what happens inside as ours, once where it is nested."""
-        begun = time.perf_counter()
-        self._depth += 1
+        if self._inside:
+            yield
+            return
+        begun = self._read()
+        self._inside = True
         try:
             yield
         finally:
-            self._depth -= 1
-            if not self._depth:
-                spent = time.perf_counter() - begun
-                self.own += spent
-                self.sample += spent
+            self._inside = False
+            ended, training = self._read(), self._begun is not None
+            if self._on_device:
+                self._passing.append((begun, ended, training))
+            else:
+                self._add(ended - begun, training)
+
+    def _read(self) -> Any:
+        """Seconds, or an event from which they will be known."""
+        if not self._on_device:
+            return self._now()
+        event = self._event()
+        event.record()
+        return event
+
+    def _settle(self) -> None:
+        """Count what the device is past."""
+        while self._passing and self._passing[0][1].query():
+            begun, ended, training = self._passing.popleft()
+            self._add(begun.elapsed_time(ended) / 1000, training)
+
+    def _add(self, seconds: float, training: bool) -> None:
+        self._sample += seconds
+        if training:
+            self._own += seconds

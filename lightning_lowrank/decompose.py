@@ -5,8 +5,10 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix   S short side 
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 
 import torch
@@ -16,6 +18,8 @@ from lightning_lowrank.registry import Needs
 from lightning_lowrank.sketch import moments_of_gram, sketch, top_of_gram
 from lightning_lowrank.spectrum import Spectrum, eigenvalues, full_precision, short_grams, svd, working_dtype
 
+# Longest short side that is solved exactly.
+SKETCH_ABOVE = 1500
 # Bytes of Gram matrices in one call.
 WORKSPACE = 2**28
 # Of the Gram matrix of its trial space, whole and in part, and of two quadratures each for the estimate and the coarse one.
@@ -36,7 +40,7 @@ class Decomposition:
 
 
 def decompose(
-    matrices: Sequence[Tensor], needs: Needs, *, generator: torch.Generator | None = None, sketch_above: int = 1500
+    matrices: Sequence[Tensor], needs: Needs, *, generator: torch.Generator | None = None, sketch_above: int = SKETCH_ABOVE
 ) -> Decomposition:
     """Spectra of matrices of any shapes, dtypes and devices; those of one short side share the calls of the solver.
 
@@ -61,6 +65,13 @@ def decompose(
     return Decomposition([spectra[i] for i in range(len(matrices))], num_solves)
 
 
+def flops(shape: Sequence[int]) -> float:
+    """Work of decomposing matrices `[*B, M, N]`, roughly: Gram products and tridiagonalisation, or products with a block of probes."""
+    short, long = sorted(shape[-2:])
+    batch = prod(shape[:-2])
+    return batch * (2.0 * short * long * (short + 1.0) + 4 / 3 * short**3 if short <= SKETCH_ABOVE else 800.0 * short * long)
+
+
 def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int]]:
     """Numbers of matrices that are solved together."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
@@ -76,20 +87,41 @@ def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int
 
 
 def _attempt(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int) -> tuple[list[Spectrum], int]:
-    """Spectra, and how many calls of a solver they took; where the whole batch fails, one matrix after the other."""
+    """Spectra, and how many calls of a solver they took; where all at once fails, one matrix after the other."""
+    with suppress(RuntimeError, TypeError, ValueError):
+        return _together(batch, needs, generator, sketch_above)
+    # Not while the error is handled: it holds the memory that did not suffice.
     first = batch[0]
-    try:
-        with full_precision(first.device):
-            if len(batch) == 1 and min(first.shape[-2:]) > sketch_above and not first.is_complex():
-                return [sketch(first, generator=_on(first.device, generator))], SOLVES_OF_A_SKETCH
-            if len(batch) == 1 and (first.is_complex() or 0 in first.shape[-2:]):
-                return [svd(first)], 1
-            return _solved(batch, needs), int(needs == "values")
-    except (RuntimeError, TypeError, ValueError):
-        if len(batch) == 1:
-            return [_lost(first)], 0
-        alone = [_attempt([matrix], needs, generator, sketch_above) for matrix in batch]
-        return [found for spectra, _ in alone for found in spectra], sum(solves for _, solves in alone)
+    parts = batch if len(batch) > 1 else list(first.reshape(-1, *first.shape[-2:])) if _divisible(first, sketch_above) else []
+    if not parts:
+        return [_lost(first)], 0
+    alone = [_attempt([matrix], needs, generator, sketch_above) for matrix in parts]
+    spectra, num_solves = [found for spectra, _ in alone for found in spectra], sum(solves for _, solves in alone)
+    return (spectra if len(batch) > 1 else [_stacked(spectra, first)]), num_solves
+
+
+def _together(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int) -> tuple[list[Spectrum], int]:
+    first = batch[0]
+    with full_precision(first.device):
+        if len(batch) == 1 and min(first.shape[-2:]) > sketch_above and not first.is_complex():
+            return [sketch(first, generator=_on(first.device, generator))], SOLVES_OF_A_SKETCH
+        if len(batch) == 1 and (first.is_complex() or 0 in first.shape[-2:]):
+            return [svd(first)], 1
+        return _solved(batch, needs), int(needs == "values")
+
+
+def _divisible(matrices: Tensor, sketch_above: int) -> bool:
+    """Whether it is several matrices; the sketch of a lost one would have no probes to be put beside the others'."""
+    return matrices.ndim > 2 and matrices.layout == torch.strided and min(matrices.shape[-2:]) <= sketch_above
+
+
+def _stacked(spectra: Sequence[Spectrum], matrices: Tensor) -> Spectrum:
+    """Spectra of single matrices as one, with their batch axes; NaN as long as the others for one that was lost."""
+    size = min(s.values.shape[-1] for s in spectra)
+    values, weights = (torch.stack([getattr(s, field)[:size] for s in spectra]) for field in ("values", "weights"))
+    whole = all(s.whole for s in spectra)
+    batch = matrices.shape[:-2]
+    return Spectrum(values.reshape(*batch, -1), weights.reshape(*batch, -1), (matrices.shape[-2], matrices.shape[-1]), whole=whole)
 
 
 def _solved(batch: Sequence[Tensor], needs: Needs) -> list[Spectrum]:

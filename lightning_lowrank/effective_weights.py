@@ -89,25 +89,30 @@ def undisturbed(parametrization: ParametrizationList) -> Iterator[dict[str, Tens
             random.setstate(numbers)
 
 
-def computed(parametrization: ParametrizationList) -> Tensor:
-    """The weight as the layer would have it in evaluation."""
+def computed(parametrization: ParametrizationList, values: Sequence[Tensor] = ()) -> Tensor:
+    """The weight as the layer would have it in evaluation, at values of its originals; at those of now unless given."""
+    given = dict(zip(_originals(parametrization), values, strict=True)) if values else {}
     with undisturbed(parametrization) as buffers:
-        weight: Tensor = functional_call(parametrization, buffers, ())
+        weight: Tensor = functional_call(parametrization, {**buffers, **given}, ())
         return weight.detach()
 
 
-def pushed_forward(parametrization: ParametrizationList, changes: Sequence[Tensor]) -> Tensor:
+def pushed_forward(parametrization: ParametrizationList, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
     """Change of the weight to first order in changes of its originals."""
-    names = [name for name, parameter in parametrization._parameters.items() if parameter is not None]
+    names = _originals(parametrization)
     with undisturbed(parametrization) as buffers:
-        originals = [parametrization.get_parameter(name).detach() for name in names]
 
         def weight(*values: Tensor) -> Tensor:
             return functional_call(parametrization, {**buffers, **dict(zip(names, values, strict=True))}, ())  # type: ignore[no-any-return]
 
         # Not torch.func.jvp: its first call compiles TorchScript, with a deprecation warning that is not the user's.
-        _, change = torch.autograd.functional.jvp(weight, tuple(originals), tuple(c.detach() for c in changes))
+        _, change = torch.autograd.functional.jvp(weight, tuple(v.detach() for v in values), tuple(c.detach() for c in changes))
         return change  # type: ignore[no-any-return]
+
+
+def _originals(parametrization: ParametrizationList) -> list[str]:
+    """Names of the parameters that the weight is computed from."""
+    return [name for name, parameter in parametrization._parameters.items() if parameter is not None]
 
 
 def computed_shape(parametrization: ParametrizationList) -> torch.Size:

@@ -1,5 +1,6 @@
 """What a monitor tells: its numbers to all loggers, each kind of trouble once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,7 +14,9 @@ from lightning_lowrank.clock import Clock
 from lightning_lowrank.dashboard import Sample
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
-from lightning_lowrank.schedules import Every
+from lightning_lowrank.schedules import WARM_UP, Budget, Every
+from lightning_lowrank.team import Team
+from lightning_lowrank.trainers import loggers_of
 
 # Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
 FEW = 100
@@ -28,10 +31,11 @@ class Journal:
         label: Word for the monitor in messages and cost tags.
         per_site: Scalars of single sites.
         histograms: Also the spectra.
+        budget: What the monitor keeps to.
     """
 
-    def __init__(self, label: str, *, per_site: bool | Literal["auto"], histograms: bool) -> None:
-        self.label, self.per_site, self.histograms = label, per_site, histograms
+    def __init__(self, label: str, *, per_site: bool | Literal["auto"], histograms: bool, budget: Budget | None = None) -> None:
+        self.label, self.per_site, self.histograms, self.budget = label, per_site, histograms, budget
         self.first: Sample | None = None
         self.latest: Sample | None = None
         self.failures = 0
@@ -41,7 +45,7 @@ class Journal:
         self._laid_out = False
         self._watched: Sequence[Recorder] = ()
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
-        self._given: dict[str, set[str]] = {}
+        self.given: dict[str, set[str]] = {}
 
     def write(self, trainer: L.Trainer, recorders: Sequence[Recorder], host: Host, *, complete: bool) -> None:
         """Keep a report and hand it to all loggers.
@@ -63,14 +67,14 @@ class Journal:
         }
         facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
-        self._tell(sinks.write(trainer.loggers, summaries | self._sites(values) | facts | self._costs(recorders), step))
+        self.tell(sinks.write(loggers_of(trainer), summaries | self._sites(values) | facts | self._costs(recorders), step))
         if self.histograms:
-            self._tell(sinks.write_histograms(trainer.loggers, {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
+            self.tell(sinks.write_histograms(loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
 
     def announce(self, recorders: Sequence[Recorder]) -> None:
         """Say once what will be measured, and what memory it keeps."""
         self._watched = recorders
-        counts = ", ".join(f"{r.name} at {len(r.sites) or 'its'} sites ({_when(r.probe)})" for r in recorders)
+        counts = ", ".join(f"{r.name} at {len(r.expected) or 'its'} sites ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
         self.say("; ".join([counts, *kept]))
@@ -80,12 +84,27 @@ class Journal:
         if not self._laid_out:
             self._laid_out = True
             layout = dashboard.layout(quantities)
-            self._tell(sinks.tell_writers(trainer.loggers, "add_custom_scalars", lambda writer: dashboard.write_layout(writer, layout)))
+            self.tell(sinks.tell_writers(loggers_of(trainer), "add_custom_scalars", lambda writer: dashboard.write_layout(writer, layout)))
 
     def begin(self) -> None:
         """Another run, that is no continuation."""
         self.first = self.latest = None
         self.failures = self.skipped = 0
+        if self.budget is not None:
+            self.budget.forget()
+
+    def start(self, *, on_device: bool) -> None:
+        """Training begins, or goes on: from here the cost counts."""
+        self.clock.start(on_device=on_device)
+        if self.budget is not None:
+            self.budget.begin()
+
+    def step_begins(self, step: int, team: Team) -> None:
+        """Hold the cost so far against the budget, and say what that has chosen."""
+        budget = self.budget
+        if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
+            times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
+            self.say(f"every {budget.every} steps from now on: {times}, {_percent(budget)} of the time may be spent")
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
@@ -94,17 +113,20 @@ class Journal:
 
     def forget(self) -> None:
         """The sample in the making is given up."""
-        self._given.clear()
+        self.given.clear()
 
     def trouble(self, message: str, count: int = 1) -> None:
         """Count what went wrong, and say each kind of it once."""
         self.failures += count
-        kind = message.partition(":")[0]
+        self._warn(message.partition(":")[0], f"{message}. Training goes on; counted in lowrank/{self.label}_failures.")
+
+    def _warn(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            rank_zero_warn(f"lightning_lowrank {self.label}: {message}. Training goes on; counted in lowrank/{self.label}_failures.")
+            rank_zero_warn(f"lightning_lowrank {self.label}: {message}")
 
-    def _tell(self, errors: Sequence[Exception]) -> None:
+    def tell(self, errors: Sequence[Exception]) -> None:
+        """Count what loggers raised."""
         for error in errors:
             self.trouble(f"a logger raised {type(error).__name__}: {error}")
 
@@ -117,10 +139,11 @@ class Journal:
     def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
         """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it has had."""
         read = {site for site, flag in zip(recorder.sites, flags, strict=True) if not np.isnan(flag)}
-        given = self._given.pop(recorder.name, set()) | read
+        recorder.expected |= dict.fromkeys(sorted(read))
+        given = self.given.pop(recorder.name, set()) | read
         if complete:
-            return read | (recorder.sites.keys() - given)
-        self._given[recorder.name] = given
+            return read | (recorder.expected.keys() - given)
+        self.given[recorder.name] = given
         return read
 
     def _count_losses(self, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> None:
@@ -130,9 +153,9 @@ class Journal:
             lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
             error = recorder.take_error()
             if lost or error:
-                where = f"{len(lost)} of {len(recorder.sites)} sites, the first is {lost[0]!r}" if lost else "some sites"
+                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {lost[0]!r}" if lost else "some sites"
                 self.trouble(f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)))
-            elif not recorder.sites:
+            elif not recorder.expected:
                 self.say(f"there is no {recorder.name} to read")
 
     def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -140,7 +163,7 @@ class Journal:
 
         Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
         """
-        few = sum(len(r.sites) * len(r.statistics) for r in self._watched) <= FEW
+        few = sum(len(r.expected) * len(r.statistics) for r in self._watched) <= FEW
         if self.per_site is False or (self.per_site == "auto" and not few):
             return {}
         return {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
@@ -154,7 +177,49 @@ class Journal:
             "skipped_steps": float(self.skipped),
             "solver_calls": float(sum(r.take_solves() for r in recorders)),
         }
-        return {f"lowrank/{self.label}_{key}": value for key, value in numbers.items()}
+        return {f"lowrank/{self.label}_{key}": value for key, value in (numbers | self._of_budget()).items()}
+
+    def _of_budget(self) -> dict[str, float]:
+        """The cadence that was chosen and what it costs; a word if that is too much."""
+        budget = self.budget
+        if budget is None or budget.every is None:
+            return {}
+        if budget.exceeded:
+            spent = f"it took {budget.overhead:.2g} % of the time since the warm-up, {_percent(budget)} were allowed"
+            self._warn("budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable.")
+        known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
+        return known | {"every_n_steps": float(budget.every)}
+
+
+class Account:
+    """What a monitor can say of its run."""
+
+    _journal: Journal
+
+    @property
+    def first(self) -> Sample | None:
+        """The first number of everything measured, None before."""
+        return self._journal.first
+
+    @property
+    def latest(self) -> Sample | None:
+        """The latest number of everything measured, None before."""
+        return self._journal.latest
+
+    @property
+    def failures(self) -> int:
+        """Numbers that could not be had so far."""
+        return self._journal.failures
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a GradScaler skipped when a sample was due."""
+        return self._journal.skipped
+
+    @property
+    def overhead(self) -> float:
+        """What this monitor cost so far, in percent of the training time: host time, validation not counted."""
+        return self._journal.clock.percent
 
 
 def _by_site(recorder: Recorder, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
@@ -177,4 +242,13 @@ def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | 
 def _when(probe: Probe) -> str:
     if probe.source.stage == "validation":
         return "every validation"
-    return f"every {probe.schedule.n} steps" if isinstance(probe.schedule, Every) else "as scheduled"
+    match probe.schedule:
+        case Every(n=steps) | Budget(every=int(steps)):
+            return f"every {steps} steps"
+        case Budget() as budget:
+            return f"for at most {_percent(budget)} of the time, measured in the first {WARM_UP} steps"
+    return "as scheduled"
+
+
+def _percent(budget: Budget) -> str:
+    return f"{100 * budget.share:g} %"

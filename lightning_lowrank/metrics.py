@@ -96,8 +96,10 @@ class SiteMeans(Metric):
     def update(self, values: Float[Tensor, "Q n"], sites: Sequence[int]) -> None:
         """Add one number per quantity for each of n sites."""
         columns = _index(tuple(sites), self.total.device)
-        self.total.index_add_(1, columns, values.to(self.total))
-        self.count.index_add_(0, columns, torch.ones_like(columns, dtype=self.count.dtype))
+        # Memory first: a total that goes without its count would make a number of what is none.
+        values, ones = values.to(self.total), torch.ones_like(columns, dtype=self.count.dtype)
+        self.total.index_add_(1, columns, values)
+        self.count.index_add_(0, columns, ones)
 
     def compute(self) -> Float[Tensor, "Q S"]:
         """The means; NaN at sites that were never seen."""
@@ -126,28 +128,23 @@ class Gram(Metric):
 
     is_differentiable = False
     full_state_update = False
-    gram: Tensor
-    total: Tensor
+    sums: Tensor
     rows: Tensor
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width = width
-        self.add_state("gram", torch.zeros(width, width, dtype=state_dtype()), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(width, dtype=state_dtype()), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(width + 1, width, dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("rows", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
     def update(self, rows: Float[Tensor, "*B N"]) -> None:
         """Add rows; all axes but the last count them."""
-        with full_precision(rows.device):
-            flat = rows.detach().flatten(0, -2).to(self.gram)
-            self.gram += flat.mT @ flat
-            self.total += flat.sum(0)
-            self.rows += flat.shape[0]
+        add_rows(self.sums, rows)
+        self.rows += rows.shape[:-1].numel()
 
     def compute(self) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"], Float[Tensor, ""]]:
         """The Gram matrix, the sum of all rows and their number."""
-        return self.gram, self.total, self.rows
+        return self.sums[:-1], self.sums[-1], self.rows
 
     def spectrum(self, *, centred: bool = False, num_rows: int | None = None) -> Spectrum:
         """Singular values of the matrix of all rows. Communicates, where there are several processes.
@@ -158,7 +155,22 @@ class Gram(Metric):
         """
         gram, total, rows = self.compute()
         # torchmetrics makes a single number of a single entry.
-        gram, total = gram.reshape(self.width, self.width), total.reshape(self.width)
-        if centred:
-            gram = gram - torch.outer(total, total) / rows.clamp(min=1)
-        return from_gram(gram, shape=(int(rows) if num_rows is None else num_rows, self.width))
+        sums = torch.cat([gram.reshape(self.width, self.width), total.reshape(1, self.width)])
+        return spectrum_of_rows(sums, num_rows=int(rows) if num_rows is None else num_rows, centred=centred)
+
+
+def spectrum_of_rows(sums: Float[Tensor, "_ N"], *, num_rows: int, centred: bool) -> Spectrum:
+    """Singular values of a matrix of rows, as they are or about their mean, from their Gram matrix and their sum."""
+    gram, total = sums[:-1], sums[-1]
+    if centred:
+        gram = gram - torch.outer(total, total) / max(num_rows, 1)
+    return from_gram(gram, shape=(num_rows, gram.shape[-1]))
+
+
+def add_rows(sums: Float[Tensor, "_ N"], rows: Float[Tensor, "*B N"]) -> None:
+    """Add rows to their Gram matrix and, below it, to their sum; all axes but the last count them."""
+    with full_precision(rows.device):
+        # Products of sparse tensors warn.
+        flat = (rows.to_dense() if rows.layout != torch.strided else rows).detach().flatten(0, -2).to(sums)
+        sums[:-1].addmm_(flat.mT, flat)
+        sums[-1] += flat.sum(0)

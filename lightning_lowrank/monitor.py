@@ -12,21 +12,22 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-from lightning_lowrank import sinks
-from lightning_lowrank.dashboard import Sample
-from lightning_lowrank.journal import Journal
+from lightning_lowrank import sinks, trainers
+from lightning_lowrank.journal import Account, Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
-from lightning_lowrank.sampling import Sampling
+from lightning_lowrank.sampling import Sampling, plan
+from lightning_lowrank.schedules import shared_budget
 
 
-class Monitor(L.Callback):
+class Monitor(Account, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
     Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites, single sites as
     `<quantity>/<site>`, and its own cost as `lowrank/<label>_time_ms` (of the sample), `lowrank/<label>_overhead_percent` (of training
     time so far), `lowrank/<label>_failures` (numbers that could not be had, so far), `lowrank/<label>_skipped_steps` (by a GradScaler, so
-    far) and `lowrank/<label>_solver_calls` (of an eigensolver, in the sample; each waits for the device on CUDA). The summaries are also in
+    far) and `lowrank/<label>_solver_calls` (of an eigensolver, in the sample; each waits for the device on CUDA); with a `Budget` also
+    `lowrank/<label>_every_n_steps` and `lowrank/<label>_overhead_percent_after_warm_up`. The summaries are also in
     `trainer.callback_metrics`.
 
     Args:
@@ -58,42 +59,22 @@ class Monitor(L.Callback):
             raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
         self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
-        self._journal = Journal(self.label, per_site=per_site, histograms=histograms)
+        for recorder in self.recorders:
+            recorder.probe.source.ours = lambda: self._journal.clock.ours()
+        self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
+        self._journal = Journal(self.label, per_site=per_site, histograms=histograms, budget=self.budget)
         self._checked = -1
         self._enabled = self._resumed = False
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
+        # What a sample still owed when the run that is resumed was stopped.
+        self._waiting: dict[str, Any] = {}
 
     @property
     def metrics(self) -> dict[str, Metric]:
         """The torchmetrics that hold the numbers of the sample being taken, by probe."""
         return {recorder.name: recorder.means for recorder in self.recorders}
-
-    @property
-    def first(self) -> Sample | None:
-        """The first number of everything measured, None before."""
-        return self._journal.first
-
-    @property
-    def latest(self) -> Sample | None:
-        """The latest number of everything measured, None before."""
-        return self._journal.latest
-
-    @property
-    def failures(self) -> int:
-        """Numbers that could not be had so far."""
-        return self._journal.failures
-
-    @property
-    def skipped(self) -> int:
-        """Steps that a GradScaler skipped when a sample was due."""
-        return self._journal.skipped
-
-    @property
-    def overhead(self) -> float:
-        """What this monitor cost so far, in percent of the training time: host time, validation not counted."""
-        return self._journal.clock.percent
 
     @property
     def state_key(self) -> str:
@@ -103,14 +84,24 @@ class Monitor(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
         counts = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
-        return counts | {"probes": {r.name: r.state_dict() for r in self.recorders}}
+        budget = {} if self.budget is None else self.budget.state_dict()
+        return counts | {"budget": budget, "waiting": self._owed(), "probes": {r.name: r.state_dict() for r in self.recorders}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a run was stopped."""
         self._resumed = True
         self._checked, self._journal.failures, self._journal.skipped = (state_dict[key] for key in ("checked", "failures", "skipped"))
+        self._waiting = state_dict["waiting"]
+        if self.budget is not None:
+            self.budget.load_state_dict(state_dict["budget"])
         for recorder in self.recorders:
             recorder.load_state_dict(state_dict["probes"][recorder.name])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have the curves on disk before the checkpoint is, so that a run that is killed and resumed has a gap in none."""
+        if self._enabled:
+            with self._guard():
+                self._journal.tell(sinks.save(trainers.loggers_of(trainer)))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say so if the run that is resumed was watched in another way, or not at all."""
@@ -118,34 +109,30 @@ class Monitor(L.Callback):
             self._journal.say("the checkpoint has no state of this monitor with these quantities: displacement and overlap begin anew")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second monitor that would write the same tags."""
+        """Refuse what cannot be measured, and a second monitor that would write the same tags."""
+        trainers.refuse_hidden(trainer, pl_module)
         for other in (c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self):  # type: ignore[attr-defined]
-            both = {self.label, *self._quantities()} & {other.label, *other._quantities()}
-            if both:
-                names = f"monitors {self.label!r} and {other.label!r}"
-                raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
+            self._refuse_double(other)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites; what matches nothing is refused here, before training."""
         self._enabled = not trainer.barebones
         if not self._resumed:
-            self._checked = -1
+            self._checked, self._waiting = -1, {}
             self._journal.begin()
             for recorder in self.recorders:
                 recorder.begin()
         if self._enabled:
-            for recorder in self.recorders:
-                try:
-                    recorder.plan(pl_module)
-                except ValueError:  # what the user asked for cannot be had
-                    raise
-                except Exception as error:
-                    self._journal.trouble(f"{recorder.name}: {type(error).__name__}: {error}")
+            self._journal.tell(sinks.reopen(trainers.loggers_of(trainer)))
+            trainers.refuse_hidden(trainer, pl_module)
+            troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
+            for trouble in troubles:
+                self._journal.trouble(trouble)
             self._journal.announce(self.recorders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._journal.clock.start()
+        self._journal.start(on_device=pl_module.device.type == "cuda")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the schedules, and let sources hook what they must."""
@@ -153,11 +140,13 @@ class Monitor(L.Callback):
             return
         with self._guard():
             step = sinks.step_of(trainer)
+            if step != self._checked:
+                self._journal.step_begins(step, trainers.team_of(trainer))
             due = [r for r in self._watching("train") if step != self._checked and r.probe.schedule(step)]
             self._checked = step
-            if due:
-                self._sampling = self._sampling or self._sampled(pl_module, trainer.optimizers, step, may_skip=_scaler(trainer) is not None)
-                self._sampling.join(due)
+            if due or self._waiting:
+                self._sampling = self._sampling or self._sampled(trainer, trainer.optimizers, step)
+                self._go_on(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins()
 
@@ -165,7 +154,7 @@ class Monitor(L.Callback):
         """Read gradients and weights."""
         if self._sampling is not None:
             with self._guard():
-                self._sampling.gradients_final(optimizer, _scale(trainer, optimizer))
+                self._sampling.gradients_final(optimizer, trainers.scale_of(trainer, optimizer))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
@@ -194,7 +183,7 @@ class Monitor(L.Callback):
         watching = self._watching("validation")
         if self._enabled and watching and not trainer.sanity_checking:
             with self._guard():
-                self._validation = self._sampled(pl_module, [], sinks.step_of(trainer))
+                self._validation = self._sampled(trainer, [], sinks.step_of(trainer))
                 self._validation.join(watching)
                 self._validation.batch_begins()
 
@@ -210,9 +199,9 @@ class Monitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever seen."""
-        if self._enabled and self.latest is None and self._sampling is not None:
+        if self._enabled and self.latest is None and self._sampling is not None and not pl_module.automatic_optimization:
             self._journal.trouble("no optimizer step was seen: in manual optimization, step the optimizers that `self.optimizers()` gives")
-        self._abandon()
+        self._stop()
         self._journal.clock.pause()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -227,7 +216,7 @@ class Monitor(L.Callback):
 
     def _end(self) -> None:
         """Leave no hook behind; a loop without training is not watched."""
-        self._abandon()
+        self._stop()
         self._unhook()
         self._journal.end()
         self._enabled = False
@@ -236,11 +225,38 @@ class Monitor(L.Callback):
         """Move a report to the host and write it down."""
         host = sinks.to_host(report)
         if host.pop("finite", np.array(1.0)):
-            self._journal.write(trainer, recorders, host, complete=complete)
-            self._journal.lay_out(trainer, {r.name: r.quantities for r in self.recorders})
+            with self._guard(loses=False):
+                self._journal.write(trainer, recorders, host, complete=complete)
+                self._journal.lay_out(trainer, {r.name: r.quantities for r in self.recorders})
         elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
             self._journal.skipped += 1
             self._sampling.join(recorders)
+
+    def _owed(self) -> dict[str, Any]:
+        """What a sample in the making waits for, as plain numbers: it is taken up by a run that is resumed."""
+        return self._waiting if self._sampling is None else self._sampling.owed(self._journal.given)
+
+    def _go_on(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
+        """Take up what a sample owed when the run was stopped, and what has become due."""
+        waiting, self._waiting = self._waiting, {}
+        if waiting:
+            sampling.take_up(waiting, self.recorders)
+            self._journal.given |= {name: set(sites) for name, sites in waiting["given"].items()}
+        if due:
+            sampling.join(due)
+
+    def _stop(self) -> None:
+        """Give up the sample in the making, but let a checkpoint know of it that is still to be written."""
+        self._waiting = self._owed()
+        self._abandon()
+
+    def _refuse_double(self, other: "Monitor") -> None:
+        both = {self.label, *self._quantities()} & {other.label, *other._quantities()}
+        if both:
+            names = f"monitors {self.label!r} and {other.label!r}"
+            raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
+        if self.budget is not None and self.budget is other.budget:
+            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object: give each its own")
 
     def _watching(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
@@ -248,20 +264,26 @@ class Monitor(L.Callback):
     def _quantities(self) -> list[str]:
         return [quantity for recorder in self.recorders for quantity in recorder.quantities]
 
-    def _sampled(self, module: L.LightningModule, optimizers: Sequence[Optimizer], step: int, *, may_skip: bool = False) -> Sampling:
+    def _sampled(self, trainer: L.Trainer, optimizers: Sequence[Optimizer], step: int) -> Sampling:
         """A new sample, with the same draws at the same step, in a resumed run too."""
+        module, team = trainer.lightning_module, trainers.team_of(trainer)
         generator = torch.Generator(module.device).manual_seed(self.seed + step)
-        return Sampling(module, optimizers, generator, self._guard, self._hooks, may_skip=may_skip)
+        return Sampling(module, optimizers, generator, team, self._guard, self._hooks, may_skip=trainers.may_skip(trainer))
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Ours is timed, and what goes wrong in it ends the sample, never the run."""
+    def _guard(self, *, loses: bool = True) -> Iterator[None]:
+        """Ours is timed, and what goes wrong in it never ends the run.
+
+        Args:
+            loses: It ends the sample. Not so what only one process does: the others would wait for it in the next report.
+        """
         with self._journal.clock.ours():
             try:
                 yield
             except Exception as error:
-                self._journal.trouble(f"{type(error).__name__}: {error}; this sample is lost")
-                self._abandon()
+                self._journal.trouble(f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}")
+                if loses:
+                    self._abandon()
 
     def _abandon(self) -> None:
         self._journal.forget()
@@ -276,16 +298,3 @@ class Monitor(L.Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-
-def _scaler(trainer: L.Trainer) -> Any:
-    """The GradScaler in use, None without."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _scale(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:
-    """What gradients are still multiplied by: fused optimizers unscale inside their step."""
-    scaler, fused = _scaler(trainer), getattr(optimizer, "_step_supports_amp_scaling", False)
-    # get_scale() would wait for the device.
-    return scaler._get_scale_async() if scaler is not None and fused else None

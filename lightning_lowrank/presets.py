@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning_lowrank.monitor import Monitor
 from lightning_lowrank.probe import Probe, offers
-from lightning_lowrank.schedules import Every
+from lightning_lowrank.schedules import Budget, Every
 from lightning_lowrank.sources.displacement import Displacement
 from lightning_lowrank.sources.features import Features
 from lightning_lowrank.sources.gradients import Gradients
@@ -34,7 +34,7 @@ SOURCES = OF_PARAMETERS | OF_LAYERS
 def RankMonitor(
     sources: str | Sequence[str] = ("gradients", "weights", "updates"),
     statistics: str | Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
-    every_n_steps: int = 50,
+    every_n_steps: int | None = None,
     match: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     per_site: bool | Literal["auto"] = "auto",
@@ -45,6 +45,7 @@ def RankMonitor(
     min_size: int = 2,
     heads: bool = False,
     views: Mapping[str, str | View] | None = None,
+    max_overhead: float | None = None,
 ) -> Monitor:
     """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
 
@@ -55,7 +56,7 @@ def RankMonitor(
             `centred_features`, `validation_features`.
         statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What
             only some of the sources offer (`weight_ratio`: changes; `subspace_overlap`: not features) is asked of those.
-        every_n_steps: Cadence, in optimizer steps.
+        every_n_steps: Cadence, in optimizer steps; 50 unless given.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
         per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
@@ -65,9 +66,11 @@ def RankMonitor(
         min_size: Shortest side of a matrix to watch.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
+        max_overhead: Share of training time that watching may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: A source, a statistic or an option is unknown; when training starts: a pattern matches nothing.
+        ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training starts: a pattern
+            matches nothing.
 
     Example:
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
@@ -80,10 +83,19 @@ def RankMonitor(
     of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
     of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
     built = [make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]]
+    schedule = _schedule(every_n_steps, max_overhead)
     # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
     offered = [[name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)] for one in built]
-    probes = [Probe(one.name, one, asked or statistics, Every(every_n_steps)) for one, asked in zip(built, offered, strict=True)]
+    probes = [Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)]
     return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, name=name, label="rank")
+
+
+def _schedule(every_n_steps: int | None, max_overhead: float | None) -> Every | Budget:
+    if max_overhead is None:
+        return Every(50 if every_n_steps is None else every_n_steps)
+    if every_n_steps is not None:
+        raise ValueError(f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: one of them, for the budget chooses the cadence")
+    return Budget(max_overhead)
 
 
 def _sequence(names: str | Sequence[str]) -> Sequence[str]:

@@ -1,6 +1,6 @@
 """A probe at work: from readings to numbers per site.
 
-Shape letters:  Q statistics   all: these and whether the matrix was lost   n matrices read at once
+Shape letters:  n matrices read at once
 """
 
 from collections import defaultdict
@@ -9,29 +9,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_lowrank.decompose import decompose
 from lightning_lowrank.metrics import SiteMeans
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.registry import Needs, Statistic
+from lightning_lowrank.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
 from lightning_lowrank.sketch import estimate
 from lightning_lowrank.sources.source import Reading
 from lightning_lowrank.spectrum import Spectrum, pooled
 from lightning_lowrank.statistics import find
-from lightning_lowrank.subspaces import Subspace, top_subspace
+from lightning_lowrank.subspaces import Subspace, top_subspaces
+from lightning_lowrank.taken import Taken, take
+from lightning_lowrank.team import Team
 
-# Directions compared by statistics of subspaces.
-SUBSPACE_RANK = 8
 ORDER: tuple[Needs, ...] = ("moments", "top", "values")
 
 
 @dataclass(frozen=True)
 class Group:
-    """What was read of matrices that can be measured at once, and where their numbers belong."""
+    """What was read of matrices that can be measured at once."""
 
-    columns: list[int]
     labels: list[str]
     spectrum: Spectrum
     weight: Spectrum | None
@@ -39,33 +38,25 @@ class Group:
     before: Subspace | None
 
 
-@dataclass(frozen=True)
-class Staged:
-    """Numbers that count once the optimizer has really stepped."""
-
-    columns: list[int]
-    values: Float[Tensor, "all n"]
-    errors: Float[Tensor, "Q n"] | None
-    subspaces: Mapping[str, Subspace]
-
-
 class Recorder:
-    """A probe at work: turns readings into numbers per site, staged until the optimizer has really stepped."""
+    """A probe at work: turns readings into numbers per site, staged until the optimizer has really stepped.
+
+    Attributes:
+        expected: Sites that are to have a number.
+        error: What went wrong since it was last asked for.
+    """
 
     def __init__(self, probe: Probe, *, prefix: str | None = None, histograms: bool = False) -> None:
         self.probe = probe
         self.name = f"{prefix}_{probe.name}" if prefix else probe.name
         self.statistics: list[Statistic] = [find(name) for name in probe.statistics]
-        self.sites: dict[str, int] = {}
-        self.means, self.errors = self._metrics()
+        self.expected: dict[str, None] = {}
         self.num_solves = 0
-        self.estimated = False
         self.error: str | None = None
-        self.spectra: dict[str, Tensor] = {}
         self._histograms = histograms
         self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
+        self._results = Results(len(self.statistics), spectra=histograms, subspaces=self._compares_subspaces)
         self._staged: dict[int, list[Staged]] = {}
-        self._previous: dict[str, Subspace] = {}
 
     @property
     def quantities(self) -> list[str]:
@@ -77,6 +68,16 @@ class Recorder:
         """Names of the rows of its reports that are numbers per site."""
         return {*self.quantities, *(f"{name}_error" for name in self.quantities)}
 
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site that it knows, in the order of its reports."""
+        return list(self._results.columns)
+
+    @property
+    def means(self) -> SiteMeans:
+        """The numbers of the sample being taken."""
+        return self._results.means
+
     def take_solves(self) -> int:
         """Calls of an eigensolver since this was last asked."""
         taken, self.num_solves = self.num_solves, 0
@@ -85,24 +86,21 @@ class Recorder:
     def plan(self, module: nn.Module) -> None:
         """Choose the sites; those that were known once stay known."""
         self.probe.source.plan(module)
-        for label in self.probe.source.labels():
-            self.sites.setdefault(label, len(self.sites))
+        self.expected |= dict.fromkeys(self.probe.source.labels())
+        self._results.know(self.probe.source.shapes())
 
-    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator) -> None:
-        """Measure what was read and stage it under the optimizer's number."""
-        for reading in readings:
-            for label in reading.labels:
-                self.sites.setdefault(label, len(self.sites))
-        self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(readings, generator))
+    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
+        """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
+        self._results.know({label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels})
+        self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
+        beside = any(statistic.partner == "weight" for statistic in self.statistics)
+        taken = take(readings, team, spectra_only=not self._compares_subspaces, beside=beside)
+        self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
 
     def commit(self, optimizer: int) -> None:
         """The optimizer has stepped: what was staged counts."""
         for staged in self._staged.pop(optimizer, []):
-            self._make_room(staged.values.device)
-            self.means.update(staged.values, staged.columns)
-            if staged.errors is not None:
-                self.errors.update(staged.errors, staged.columns)
-            self._previous |= staged.subspaces
+            self._results.add(staged)
 
     def discard(self, optimizer: int) -> None:
         """The step did not happen: what was staged never was."""
@@ -110,15 +108,14 @@ class Recorder:
 
     def begin(self) -> None:
         """Forget an earlier run."""
-        self.sites, self._previous = {}, {}
+        self.expected = {}
         self.probe.source.load_state_dict({})
-        self.means, self.errors = self._metrics()
+        self._results = Results(len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces)
 
     def abandon(self) -> None:
         """Forget the sample in the making."""
-        self._staged, self.spectra, self.error = {}, {}, None
-        self.means.reset()
-        self.errors.reset()
+        self._staged, self.error = {}, None
+        self._results.drop()
         self.probe.source.detach()
 
     def take_error(self) -> str | None:
@@ -126,61 +123,47 @@ class Recorder:
         taken, self.error = self.error, None
         return taken
 
+    def packed(self, device: torch.device) -> Tensor:
+        """What was found here, as one vector to be added up over all processes."""
+        self._results.know(self.probe.source.shapes())
+        return self._results.packed(device)
+
+    def unpack(self, vector: Tensor) -> None:
+        """Take the sum in its place."""
+        self._results.unpack(vector)
+
     def report(self) -> dict[str, Tensor]:
         """Quantity -> number per site, in the order of `sites`, NaN where nothing was read; then start afresh.
 
         `<name>_lost` is 1 where the matrix was not finite or its decomposition failed. Spectra, where asked for, are under their own tags.
         """
-        rows = dict(zip([*self.quantities, f"{self.name}_lost"], self._numbers(self.means), strict=True))
-        if self.estimated:
-            rows |= {f"{name}_error": row for name, row in zip(self.quantities, self._numbers(self.errors), strict=True)}
-        self.means.reset()
-        self.errors.reset()
-        spectra, self.spectra = self.spectra, {}
-        return rows | spectra
+        means, errors, spectra = self._results.take()
+        rows = dict(zip([*self.quantities, f"{self.name}_lost"], means, strict=True))
+        if self._results.estimated:
+            rows |= {f"{name}_error": row for name, row in zip(self.quantities, errors, strict=True)}
+        return rows | {f"{self.name}_spectrum/{label}": row for label, row in spectra.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart: plain tensors."""
-        previous = {label: {"basis": s.basis, "values": s.values} for label, s in self._previous.items()}
-        return {"source": self.probe.source.state_dict(), "previous": previous}
+        return {"source": self.probe.source.state_dict(), "previous": self._results.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.probe.source.load_state_dict(state["source"])
-        self._previous = {label: Subspace(**kept) for label, kept in state["previous"].items()}
-
-    def _metrics(self) -> tuple[SiteMeans, SiteMeans]:
-        """Means of the statistics and of whether a site was lost; means of the errors."""
-        num_rows, num_sites = len(self.statistics) + 1, len(self.sites)
-        # Every process has the same numbers: there is nothing to add up.
-        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_rows - 1, num_sites, sync_on_compute=False)
-
-    def _make_room(self, device: torch.device) -> None:
-        """Metrics as wide as the known sites, with what the narrower ones had: states of optimizers show only when each has stepped."""
-        narrow = self.means, self.errors
-        if self.means.total.shape[1] != len(self.sites) or self.means.total.device != device:
-            with device:  # made there: a copy from the host would wait
-                self.means, self.errors = self._metrics()
-            for old, new in zip(narrow, (self.means, self.errors), strict=True):
-                if not old.update_called:
-                    continue
-                new.total[:, : old.total.shape[1]] += old.total.to(new.total)
-                new.count[: old.count.shape[0]] += old.count.to(new.count)
-
-    def _numbers(self, metric: SiteMeans) -> Tensor:
-        if not metric.update_called:
-            return torch.full((metric.total.shape[0], len(self.sites)), torch.nan)
-        return metric.compute().reshape(metric.total.shape)  # torchmetrics makes a single number of a single entry
+        self._results.load_state_dict(state["previous"])
 
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""
         pairs = [self._one(statistic, group) for statistic in self.statistics]
         values = torch.stack([value for value, _ in pairs])
-        errors = torch.stack([error for _, error in pairs]) if self.estimated else None
+        errors = torch.stack([error for _, error in pairs]) if self._results.estimated else None
         lost = torch.isnan(pooled(group.spectrum).top)
-        now = group.now
-        subspaces = {} if now is None else {label: Subspace(now.basis[i], now.values[i]) for i, label in enumerate(group.labels)}
-        return Staged(group.columns, torch.cat([values, lost[None]]), errors, subspaces)
+        kept: dict[str, Sequence[Tensor]] = {}
+        if self._histograms and group.spectrum.whole:
+            kept[SPECTRUM] = list(group.spectrum.magnitudes)
+        if group.now is not None:
+            kept |= {BASIS: list(group.now.basis), VALUES: list(group.now.values)}
+        return Staged(group.labels, torch.cat([values, lost[None]]), errors, kept)
 
     def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
         if statistic.takes == (Spectrum,):
@@ -188,14 +171,16 @@ class Recorder:
         value = statistic(group.now, group.before) if statistic.partner == "previous" else statistic(group.spectrum, group.weight)
         return value, torch.zeros_like(value)
 
-    def _groups(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Group]:
-        spectra, weights = self._spectra(readings, generator), self._weights(readings)
+    def _groups(self, taken: Sequence[Taken], generator: torch.Generator) -> list[Group]:
+        needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        spectra = self._spectra([t.value for t in taken], "values" if self._histograms else needs, generator)
+        weights = self._spectra([t.weight for t in taken if t.weight is not None], "top", generator)
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):
             alike[self._kind(spectrum), weights[i].values.shape[-1] if weights else 0].append(i)
         return [
             self._group(
-                [readings[i] for i in members],
+                [taken[i] for i in members],
                 _joined([spectra[i] for i in members]),
                 _joined([weights[i] for i in members]) if weights else None,
             )
@@ -211,45 +196,22 @@ class Recorder:
             shape = spectrum.shape
         return shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole
 
-    def _group(self, readings: Sequence[Reading], spectrum: Spectrum, weight: Spectrum | None) -> Group:
-        labels = [label for reading in readings for label in reading.labels]
+    def _group(self, taken: Sequence[Taken], spectrum: Spectrum, weight: Spectrum | None) -> Group:
+        labels = [label for one in taken for label in one.labels]
         now = before = None
         if self._compares_subspaces:
-            matrices = [r.value.reshape(-1, *r.value.shape[-2:]) for r in readings if isinstance(r.value, Tensor)]
-            now = top_subspace(torch.cat(matrices), SUBSPACE_RANK)
-            before = self._before(labels, now)
-        return Group([self.sites[label] for label in labels], labels, spectrum, weight, now, before)
+            now = top_subspaces([t.value for t in taken if isinstance(t.value, Tensor)], SUBSPACE_RANK)
+            before = self._results.before(labels, now)
+        return Group(labels, spectrum, weight, now, before)
 
-    def _before(self, labels: Sequence[str], now: Subspace) -> Subspace:
-        """The subspaces of the last sample; NaN where there was none of that shape."""
-        nothing = Subspace(torch.full_like(now.basis[0], torch.nan), torch.full_like(now.values[0], torch.nan))
-        known = [self._previous.get(label, nothing) for label in labels]
-        known = [k if k.basis.shape == nothing.basis.shape else nothing for k in known]
-        return Subspace(torch.stack([k.basis.to(now.basis) for k in known]), torch.stack([k.values.to(now.values) for k in known]))
-
-    def _spectra(self, readings: Sequence[Reading], generator: torch.Generator) -> list[Spectrum]:
-        """One spectrum per reading, as much of it as the statistics need."""
-        needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
-        if self._histograms:
-            needs = "values"
-        matrices = [r.value for r in readings if isinstance(r.value, Tensor)]
-        solved = decompose(matrices, needs, generator=generator)
+    def _spectra(self, values: Sequence[Tensor | Spectrum], needs: Needs, generator: torch.Generator) -> list[Spectrum]:
+        """One spectrum per value, as much of it as is needed."""
+        solved = decompose([value for value in values if isinstance(value, Tensor)], needs, generator=generator)
         self.num_solves += solved.num_solves
         found = iter(solved.spectra)
-        spectra = [r.value if isinstance(r.value, Spectrum) else next(found) for r in readings]
-        self.estimated |= any(s.num_probes for s in spectra)
-        if self._histograms:
-            whole = [(r.labels, _flat(s.magnitudes, 0)) for r, s in zip(readings, spectra, strict=True) if s.whole]
-            self.spectra |= {
-                f"{self.name}_spectrum/{label}": row for labels, rows in whole for label, row in zip(labels, rows, strict=True)
-            }
+        spectra = [value if isinstance(value, Spectrum) else next(found) for value in values]
+        self._results.estimated |= any(spectrum.num_probes for spectrum in spectra)
         return spectra
-
-    def _weights(self, readings: Sequence[Reading]) -> list[Spectrum]:
-        """The weights beside the readings, where a statistic compares with them."""
-        if not any(statistic.partner == "weight" for statistic in self.statistics):
-            return []
-        return decompose([r.site.weight() if r.weight is None else r.weight for r in readings if r.site is not None], "top").spectra
 
 
 def _joined(spectra: Sequence[Spectrum]) -> Spectrum:

@@ -1,7 +1,8 @@
 """A sample in the making: from the batch in which it is due until every optimizer has stepped."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.recorder import Recorder
+from lightning_lowrank.shards import local
 from lightning_lowrank.sources.source import Step
+from lightning_lowrank.spectrum import working_dtype
+from lightning_lowrank.team import Team
 
 # Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.
 BATCH = -1
@@ -24,6 +28,7 @@ class Sampling:
         module: The one in training.
         optimizers: The Trainer's.
         generator: Of the sketches.
+        team: The processes that share the work.
         guard: Context in which to run what the optimizer's hook calls.
         may_skip: There is a GradScaler, so that an optimizer that calls no hook has skipped its step.
         hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner does it later.
@@ -34,6 +39,7 @@ class Sampling:
         module: nn.Module,
         optimizers: Sequence[Optimizer],
         generator: torch.Generator,
+        team: Team,
         guard: Callable[[], AbstractContextManager[None]],
         hooks: list[RemovableHandle],
         *,
@@ -41,9 +47,10 @@ class Sampling:
     ) -> None:
         self.recorders: list[Recorder] = []
         self.num_skipped = 0
-        self._module, self._optimizers, self._generator, self._guard, self._hooks = module, optimizers, generator, guard, hooks
-        self._may_skip = may_skip
+        self._module, self._optimizers, self._generator, self._team = module, optimizers, generator, team
+        self._guard, self._hooks, self._may_skip = guard, hooks, may_skip
         self._pending = set(range(len(optimizers)))
+        self._has_read_free = False
         self._open: dict[int, Step] = {}
         self._done: set[int] = set()
         self._finite: list[Tensor] = []
@@ -58,6 +65,18 @@ class Sampling:
         self.recorders += [recorder for recorder in recorders if recorder not in self.recorders]
         self._each(lambda r: r.plan(self._module))
         self._pending = set(range(len(self._optimizers)))
+        self._has_read_free = False
+
+    def owed(self, given: Mapping[str, set[str]]) -> dict[str, Any]:
+        """What it still waits for, as plain numbers: optimizers, and of each recorder the sites that had their number."""
+        sites = {r.name: dict.fromkeys(sorted(given.get(r.name, ())), True) for r in self.recorders}
+        return {"optimizers": dict.fromkeys(map(str, sorted(self._pending)), True), "given": sites}
+
+    def take_up(self, owed: Mapping[str, Any], recorders: Iterable[Recorder]) -> None:
+        """Wait for what another sample still waited for."""
+        self.join(recorder for recorder in recorders if recorder.name in owed["given"])
+        self._pending &= {int(index) for index in owed["optimizers"]}
+        self._has_read_free = len(self._pending) < len(self._optimizers)
 
     def batch_begins(self) -> None:
         """A batch is about to enter the module."""
@@ -68,10 +87,12 @@ class Sampling:
         index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
+        # Once more, since between batches FSDP2 may have parameters gathered that it steps in shards.
+        self._each(lambda r: r.plan(self._module))
         step = Step(optimizer, self._to_read(optimizer), scale)
-        self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator))
+        self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator, self._team))
         if scale is not None:
-            self._finite += [torch.isfinite(p.grad).all() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            self._finite += [torch.isfinite(local(p.grad)).all() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._open[index] = step
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
 
@@ -80,7 +101,7 @@ class Sampling:
             return
         with self._guard():
             step = self._open.pop(index)
-            self._each(lambda r: r.record(index, r.probe.source.step_done(step), self._generator))
+            self._each(lambda r: r.record(index, r.probe.source.step_done(step), self._generator, self._team))
             self._each(lambda r: r.commit(index))
             self._pending.discard(index)
             self._done.add(index)
@@ -98,11 +119,12 @@ class Sampling:
 
     def report(self) -> dict[str, Tensor]:
         """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may have skipped."""
-        self._each(lambda r: r.record(BATCH, r.probe.source.sample_over(), self._generator))
+        self._each(lambda r: r.record(BATCH, r.probe.source.sample_over(self._team), self._generator, self._team))
         self._each(lambda r: r.commit(BATCH))
         for recorder in self.recorders:
             if recorder.error is not None:  # it may still hold what belongs to this sample
                 recorder.probe.source.detach()
+        self._pool()
         report = {key: row for recorder in self.recorders for key, row in recorder.report().items()}
         if self._finite:
             report["finite"] = torch.stack(self._finite).all()
@@ -110,6 +132,19 @@ class Sampling:
         # Outputs of layers belong to the batch: what is still to come are parameters.
         self.recorders = [r for r in self.recorders if r.probe.source.of_parameters]
         return report
+
+    def _pool(self) -> None:
+        """Add up what all processes found, in one collective: each has measured its share."""
+        if self._team.size == 1:
+            return
+        device = self._generator.device
+        dtype = working_dtype(device)
+        lost = torch.stack([~finite for finite in self._finite]).sum() if self._finite else torch.zeros((), device=device)
+        vectors = [lost.to(dtype).reshape(1), *(recorder.packed(device) for recorder in self.recorders)]
+        parts = self._team.summed(torch.cat(vectors)).split([len(vector) for vector in vectors])
+        for recorder, part in zip(self.recorders, parts[1:], strict=True):
+            recorder.unpack(part)
+        self._finite = [parts[0] == 0] if self._finite else []
 
     def take_skipped(self) -> int:
         """Steps that a GradScaler skipped since this was last asked."""
@@ -139,5 +174,25 @@ class Sampling:
     def _to_read(self, optimizer: Optimizer) -> frozenset[int]:
         """Ids of its parameters, and of those that no optimizer has if it is the first of the sample."""
         own = {id(o): {id(p) for g in o.param_groups for p in g["params"]} for o in self._optimizers}
-        free = {id(p) for p in self._module.parameters()}.difference(*own.values())
-        return frozenset(own[id(optimizer)] | (set() if self._open or self._done else free))
+        free = set() if self._has_read_free else {id(p) for p in self._module.parameters()}.difference(*own.values())
+        self._has_read_free = True
+        return frozenset(own[id(optimizer)] | free)
+
+
+def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[list[str], bool]:
+    """Let every recorder choose its sites: what went wrong, and whether all processes have chosen the same.
+
+    Raises:
+        ValueError: What the user asked for cannot be had.
+    """
+    troubles = []
+    for recorder in recorders:
+        try:
+            recorder.plan(module)
+        except ValueError:
+            raise
+        except Exception as error:
+            troubles.append(f"{recorder.name}: {type(error).__name__}: {error}")
+    sites = [list(recorder.sites) for recorder in recorders]
+    agreed = all(others == sites for others in team.said(sites))
+    return troubles if agreed else [*troubles, "the processes have different matrices, so that nothing is watched"], agreed

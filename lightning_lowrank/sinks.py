@@ -1,7 +1,8 @@
 """Where reports go: the one place that waits for the device, and all loggers of the Trainer."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -9,8 +10,6 @@ import torch
 from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 from torch import Tensor
-
-Listener = TypeVar("Listener")
 
 
 def step_of(trainer: L.Trainer) -> int:
@@ -45,18 +44,59 @@ def write(loggers: Iterable[Logger], scalars: Mapping[str, float], step: int) ->
 
     `self.log` would be the wrong way: it repeats the last value at every `log_every_n_steps` and drops those in between.
     """
-    return tell(loggers, lambda logger: logger.log_metrics(dict(scalars), step=step))
+
+    def hand(logger: Logger) -> None:
+        if _closed(logger):
+            raise OSError("its file could not be written; it is tried again when a checkpoint is saved")
+        logger.log_metrics(dict(scalars), step=step)
+        logger.save()  # what fails later, fails in a call of Lightning's, which would end the run
+
+    return tell(loggers, hand)
 
 
-def tell(listeners: Iterable[Listener], act: Callable[[Listener], object]) -> list[Exception]:
+def save(loggers: Iterable[Logger]) -> list[Exception]:
+    """Have every logger write what it holds back; what failed is tried again."""
+    return [*reopen(loggers), *tell(loggers, lambda logger: logger.save())]
+
+
+def reopen(loggers: Iterable[Logger]) -> list[Exception]:
+    """Have closed TensorBoard writers begin another file."""
+    return tell(loggers, lambda logger: _experiment(logger)._get_file_writer() if _closed(logger) else None)
+
+
+def tell(loggers: Iterable[Logger], act: Callable[[Logger], object]) -> list[Exception]:
     """Do something with each, whatever the others raise; what they raised."""
     failed: list[Exception] = []
-    for listener in listeners:
+    for logger in loggers:
         try:
-            act(listener)
+            act(logger)
         except Exception as error:  # a full disk must not end a night's training
-            failed.append(error)
+            cause = error.__cause__  # Lightning says of every error of TensorBoard's that the type cannot be logged
+            failed.append(cause if isinstance(cause, Exception) else error)
+            with suppress(Exception):
+                _give_up(logger)
     return failed
+
+
+def _give_up(logger: Logger) -> None:
+    """Take back what a logger could not write: it would raise again when Lightning saves it, and end the run."""
+    experiment = _experiment(logger)
+    if hasattr(experiment, "all_writers"):  # TensorBoard's, whose thread does not outlive an error
+        with suppress(Exception):
+            experiment.close()
+        experiment.file_writer = experiment.all_writers = None
+    if isinstance(getattr(experiment, "metrics", None), list):  # Lightning's CSV file: rows that wait, of which not all are ours
+        experiment.metrics = [row for row in experiment.metrics if not any("lowrank/" in key for key in row)]
+
+
+def _closed(logger: Logger) -> bool:
+    """Whether it is a TensorBoard writer without a file: given up, or at the end of an earlier run."""
+    return getattr(_experiment(logger), "all_writers", ()) is None
+
+
+def _experiment(logger: Logger) -> Any:
+    """A logger's own writer, by duck-typing: there are two packages of loggers."""
+    return getattr(logger, "experiment", None)
 
 
 def mirror(trainer: L.Trainer, scalars: Mapping[str, float]) -> None:
@@ -88,11 +128,12 @@ def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np
 
 
 def tell_writers(loggers: Iterable[Logger], method: str, act: Callable[[Any], object]) -> list[Exception]:
-    """The same with the loggers' own writers that have a method; by duck-typing, for there are two packages of loggers."""
+    """The same with the loggers' own writers that have a method."""
 
     def act_on_writer(logger: Logger) -> None:
-        writer = getattr(logger, "experiment", None)
-        if callable(getattr(writer, method, None)):
+        writer = _experiment(logger)
+        if callable(getattr(writer, method, None)) and not _closed(logger):
             act(writer)
+            logger.save()
 
     return tell(loggers, act_on_writer)

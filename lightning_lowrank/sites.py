@@ -33,6 +33,7 @@ class Site:
         parameters: What the optimizer steps: one; A and B of a LoRA pair; the originals of a parametrised weight.
         view: How the weight becomes matrices.
         labels: One per matrix: the name, with the part appended where there are several.
+        shape: Of the matrices, batch axes first; of the whole ones where they are sharded.
         product: Of a LoRA pair: `(A, B) -> B A`.
         parametrization: Of a parametrised weight: what computes it.
     """
@@ -41,37 +42,44 @@ class Site:
     parameters: tuple[nn.Parameter, ...]
     view: View
     labels: tuple[str, ...]
+    shape: torch.Size
     product: Product | None = None
     parametrization: ParametrizationList | None = None
 
-    def weight(self) -> Num[Tensor, "*B M N"]:
-        """The matrices that the layer multiplies by, now. Of a LoRA pair their product, without its scaling factor."""
+    @property
+    def linear(self) -> bool:
+        """Whether the matrices are a view of one parameter, so that what changes it changes them alike."""
+        return self.product is None and self.parametrization is None
+
+    def values(self) -> list[Tensor]:
+        """The parameters as they are now, sharded ones as this process has them."""
+        return [parameter.detach() for parameter in self.parameters]
+
+    def weight(self, *values: Tensor) -> Num[Tensor, "*B M N"]:
+        """The matrices that the layer multiplies by, at whole values of the parameters; at those of now unless given.
+
+        Of a LoRA pair their product, without its scaling factor.
+        """
+        values = values or tuple(self.values())
         if self.product is not None:
-            with full_precision(self.parameters[0].device):
-                return self.view(self.product(*map(wide, self.parameters)))
-        if self.parametrization is not None:
-            return self.view(computed(self.parametrization))
-        return self.view(self.parameters[0].detach())
+            with full_precision(values[0].device):
+                return self.view(self.product(*map(wide, values)))
+        return self.view(values[0] if self.parametrization is None else computed(self.parametrization, values))
 
-    def matrices(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "*B M N"]:
-        """The same view of another tensor of the weight's shape: its gradient, its momentum."""
-        return self.view(tensor)
-
-    def tangent(self, changes: Sequence[Tensor | None]) -> Num[Tensor, "*B M N"]:
-        """What changes of the parameters mean for the matrices to first order; None stands for no change.
+    def tangent(self, changes: Sequence[Tensor], values: Sequence[Tensor] = ()) -> Num[Tensor, "*B M N"]:
+        """What changes of the parameters mean for the matrices to first order, at whole values of them; at those of now unless given.
 
         Of a LoRA pair `dB A + B dA`. Of a parametrised weight the change of its largest original, as it is where it has the weight's shape.
         """
-        given = [torch.zeros_like(p) if change is None else change for p, change in zip(self.parameters, changes, strict=True)]
-        with full_precision(self.parameters[0].device):
+        values = values or self.values()
+        with full_precision(changes[0].device):
             if self.product is not None:
-                (a, b), (da, db) = map(wide, self.parameters), map(wide, given)
+                (a, b), (da, db) = map(wide, values), map(wide, changes)
                 return self.view(self.product(a, db) + self.product(da, b))
-            largest = max(range(len(given)), key=lambda i: self.parameters[i].numel())
-            change = given[largest].detach()
-            if self.parametrization is not None and change.shape != computed_shape(self.parametrization):
-                return self.view(pushed_forward(self.parametrization, given))
-            return self.view(change)
+            largest = max(changes, key=Tensor.numel).detach()
+            if self.parametrization is not None and largest.shape != computed_shape(self.parametrization):
+                return self.view(pushed_forward(self.parametrization, values, changes))
+            return self.view(largest)
 
 
 def sites(
@@ -147,7 +155,7 @@ class _Tensor:
             if taken.isdisjoint(labels):
                 break
         taken.update(labels)
-        return Site(name, self.parameters, view, labels, self.product, self.parametrization)
+        return Site(name, self.parameters, view, labels, view.shape(self.name, self.like.shape), self.product, self.parametrization)
 
 
 def _tensors(module: nn.Module) -> list[_Tensor]:

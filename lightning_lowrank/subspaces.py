@@ -3,6 +3,8 @@
 Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short side   K directions kept
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,7 +57,29 @@ def top_subspace(matrix: Num[Tensor, "*B M N"], k: int) -> Subspace:
         gram, scale = short_gram(matrix, dtype)
         values, vectors = eigenvectors(gram)
         kept = values.flip(-1)[..., :k].clamp(min=0).sqrt() * scale[..., None]
-        return Subspace(vectors.flip(-1)[..., :k], kept)
+        # Cut out before it is copied: a view of all vectors would keep them.
+        return Subspace(vectors[..., -k:].flip(-1), kept)
+
+
+def top_subspaces(matrices: Sequence[Num[Tensor, "*_ M N"]], k: int) -> Subspace:
+    """Those of batches of matrices of one shape as one batch: in one call, or one after the other where that takes too much memory.
+
+    NaN for a matrix that even alone cannot be decomposed.
+    """
+    with suppress(RuntimeError):
+        return top_subspace(torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices]), k)
+    # Not while the error is handled: it holds what did not suffice.
+    alone = [_alone(one, k) for matrix in matrices for one in matrix.reshape(-1, *matrix.shape[-2:])]
+    return Subspace(torch.stack([s.basis for s in alone]), torch.stack([s.values for s in alone]))
+
+
+def _alone(matrix: Num[Tensor, "M N"], k: int) -> Subspace:
+    with suppress(RuntimeError):
+        return top_subspace(matrix, k)
+    dtype, kept = working_dtype(matrix.device), max(1, min(k, *matrix.shape))
+    values = torch.full((kept,), torch.nan, dtype=dtype, device=matrix.device)
+    basis = values.to(torch.promote_types(matrix.dtype, dtype)).expand(max(1, min(matrix.shape)), kept)
+    return Subspace(basis, values)
 
 
 def squared_cosines(one: Subspace, other: Subspace) -> Float[Tensor, "*B"]:

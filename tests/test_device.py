@@ -25,6 +25,7 @@ from lightning_lowrank.sources.updates import Updates
 from lightning_lowrank.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
 from lightning_lowrank.subspaces import Subspace, top_subspace
+from lightning_lowrank.team import Team
 from tests.models import Classifier, MemoryLogger
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
@@ -54,10 +55,10 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
     waits, moved, ours, guard = Waits("cpu"), Counter[str](), list[bool](), Monitor._guard
 
     @contextmanager
-    def watched(self: Monitor) -> Iterator[None]:
+    def watched(self: Monitor, **options: bool) -> Iterator[None]:
         ours.append(True)
         try:
-            with guard(self), waits:
+            with guard(self, **options), waits:
                 yield
         finally:
             ours.pop()
@@ -152,11 +153,11 @@ def sampled(recorder: Recorder, module: nn.Module, optimizer: torch.optim.Optimi
     recorder.plan(module)
     source.batch_begins(module)
     module(torch.empty(5, 6, device="meta")).sum().backward()
-    recorder.record(0, source.gradients_final(step), generator)
+    recorder.record(0, source.gradients_final(step), generator, Team())
     optimizer.step()
-    recorder.record(0, source.step_done(step), generator)
+    recorder.record(0, source.step_done(step), generator, Team())
     recorder.commit(0)
     source.batch_over()
-    recorder.record(BATCH, source.sample_over(), generator)
+    recorder.record(BATCH, source.sample_over(Team()), generator, Team())
     recorder.commit(BATCH)
     return recorder.report()

@@ -1,48 +1,28 @@
-"""Two processes that talk by gloo give the numbers of one."""
+"""Metrics and sharded tensors of processes that talk by gloo are those of one."""
 
-import os
-import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lowrank import Features, Gram, Monitor, RankMonitor, SiteMeans, SpectralStatistic
+from lightning_lowrank import Features, Gram, SiteMeans, SpectralStatistic
 from lightning_lowrank.metrics import state_dtype
-from tests.models import Classifier, digits
+from lightning_lowrank.taken import take
+from lightning_lowrank.team import Team
+from tests.models import Classifier
 from tests.oracles.spectra import gaussian
+from tests.processes import together
 from tests.test_laws import names
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def as_rank(rank: int, size: int, port: int, function: Callable[[int, int, Path], Any], root: Path) -> None:
-    """In a process of its own: what the function gives is saved by rank."""
-    environment = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in environment.items()})
-    torch.set_num_threads(1)
-    torch.save(function(rank, size, root), root / f"{rank}_of_{size}.pt")
-
-
-def together(function: Callable[[int, int, Path], Any], root: Path, size: int = 2) -> list[Any]:
-    """What the function gives on each of some processes."""
-    mp.spawn(as_rank, args=(size, free_port(), function, root), nprocs=size)
-    return [torch.load(root / f"{rank}_of_{size}.pt", weights_only=False) for rank in range(size)]
 
 
 def data(rank: int) -> list[Tensor]:
@@ -91,73 +71,57 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     if rank == 0:
         module.net[2](hidden)
     source.batch_over()
-    readings = source.sample_over()
+    team = Team(rank, size)
+    taken = take(source.sample_over(team), team, spectra_only=True, beside=False)
     dist.destroy_process_group()
-    return {reading.labels[0]: (reading.value.shape, reading.value.values) for reading in readings}  # type: ignore[union-attr]
+    return {one.labels[0]: (one.value.shape, one.value.values) for one in taken}  # type: ignore[union-attr]
 
 
 def test_a_layer_that_one_process_never_came_by_is_read_from_the_others(tmp_path: Path) -> None:
     first, second = together(uneven, tmp_path)
 
-    assert {label: shape for label, (shape, _) in first.items()} == {"net.0.out": (7, 32), "net.2.out": (3, 10)}
-    assert_close(second, first, rtol=0, atol=0)
+    assert first.keys() == {"net.0.out"}
+    assert second.keys() == {"net.2.out"}
+    assert {label: shape for label, (shape, _) in (first | second).items()} == {"net.0.out": (7, 32), "net.2.out": (3, 10)}
+    assert all(torch.isfinite(values).all() for _, values in (first | second).values())
 
 
-class InOrder(Classifier):
-    """Sees 16 digits a step, on one process or on several together."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(optimizer="sgd", lr=0.1, momentum=0.9)
-        self.rank, self.size = rank, size
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        # The sampler that Lightning would put here shuffles.
-        sampler = DistributedSampler(digits(), self.size, self.rank, shuffle=False)
-        return DataLoader(digits(), batch_size=16 // self.size, sampler=sampler)
-
-
-class Keep(L.Callback):
-    """The samples of a monitor."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor = monitor
-        self.samples: list[Any] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        assert self.monitor.latest is not None
-        self.samples.append((self.monitor.latest.step, {k: dict(v) for k, v in self.monitor.latest.values.items()}))
+def placed(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """A tensor of several processes; one that is to be added up in equal parts that are not equal."""
+    kinds = [p if not p.is_partial() else Replicate() for p in placements]
+    sharded = distribute_tensor(tensor, mesh, kinds)
+    share, own = 1.0, sharded.to_local()
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Partial):
+            at, count = mesh.get_coordinate()[axis], mesh.shape[axis]
+            share *= 2 * (at + 1) / (count * (count + 1)) * (count if placement.reduce_op == "avg" else 1)
+    return DTensor.from_local(own * share, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
-def trained(rank: int, size: int, root: Path) -> Any:
-    torch.manual_seed(0)
-    module = InOrder(rank, size)
-    sources = ("gradients", "weights", "updates", "displacement", "features")
-    monitor = RankMonitor(sources, every_n_steps=1)
-    keep = Keep(monitor)
-    options: dict[str, Any] = {"strategy": "ddp", "devices": size} if size > 1 else {}
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=CSVLogger(root / f"logs_{size}", version=0, flush_logs_every_n_steps=1),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[monitor, keep],
-        use_distributed_sampler=False,
-        **options,
-    )
-    trainer.fit(module)
-    assert monitor.failures == 0
-    facts = {r.name: r.probe.source.facts() for r in monitor.recorders}
-    return {"samples": keep.samples, "facts": facts}
+S0, S1, R, SUM, MEAN = Shard(0), Shard(1), Replicate(), Partial(), Partial("avg")
+PLACEMENTS = [(S0, R), (R, S0), (S1, R), (S0, S1), (S1, S0), (S0, S0), (_StridedShard(0, split_factor=2), S0), (R, R)]
+PLACEMENTS += [(SUM, R), (R, MEAN), (SUM, SUM), (S0, SUM), (MEAN, S1)]
+SHAPES = [(10, 6), (7, 5), (3, 9), (1, 4), (40, 3), (5, 4, 3)]
 
 
-def test_numbers_of_two_processes_are_those_of_one_on_the_same_batches(tmp_path: Path) -> None:
-    first, second = together(trained, tmp_path)
-    alone = trained(0, 1, tmp_path)
+def put_together(rank: int, size: int, root: Path) -> Any:
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    wrong, team = [], Team(rank, size)
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        for shape in SHAPES:
+            true = gaussian(*shape, seed=len(shape)).to(dtype)
+            kinds = [k for k in PLACEMENTS if not (isinstance(k[0], _StridedShard) and shape[0] % 4)]
+            parts = [[placed(true, mesh, kind), placed(true[0].clone(), mesh["tensor"], (S0,))] for kind in kinds]
+            owners = [i % size for i in range(len(kinds))]
+            for kind, owner, found in zip(kinds, owners, team.gathered(parts, owners), strict=True):
+                assert (found is None) == (owner != rank)
+                for one, whole in zip(found or [], (true, true[0]), strict=False):
+                    close = torch.allclose(one, whole, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+                    wrong += [] if close else [f"{dtype} {shape} {kind}"]
+    dist.destroy_process_group()
+    return wrong
 
-    assert len(alone["samples"]) == 4
-    assert_close(first, alone, rtol=1e-3, atol=1e-6)
-    assert_close(second, first, rtol=0, atol=0)
-    assert first["facts"]["feature"] == {"rows": 16.0}
-    assert len((tmp_path / "logs_2/lightning_logs/version_0/metrics.csv").read_text().splitlines()) == 5
+
+def test_a_tensor_in_every_placement_is_put_together_on_its_owner(tmp_path: Path) -> None:
+    assert together(put_together, tmp_path, 4) == [[]] * 4

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import Every, Features, Monitor, Probe
+from lightning_lowrank.team import Team
 from tests.models import Classifier, ImageNet, MemoryLogger, Validated
 from tests.oracles.spectra import RANKS
 
@@ -227,7 +228,7 @@ def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> di
         source.batch_begins(module)
         module(batch)
     source.batch_over()
-    return {reading.labels[0]: reading.value.shape for reading in source.sample_over()}  # type: ignore[union-attr]
+    return {reading.labels[0]: tuple(reading.shape) for reading in source.sample_over(Team())}
 
 
 def test_unbatched_outputs_of_a_convolution_have_their_channels_first() -> None:
@@ -239,7 +240,7 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
     with pytest.raises(ValueError, match=r"the output of 'net\.0' changed its width to 5"):
         sampled(source, module, torch.ones(4, 9), torch.ones(4, 5))
 
-    assert [reading.labels for reading in source.sample_over()] == [("net.out",), ("net.1.out",)]
+    assert [reading.labels for reading in source.sample_over(Team())] == [("net.out",), ("net.1.out",)]
 
 
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_lowrank import (
+    Budget,
     Displacement,
     Every,
     Features,
@@ -42,6 +43,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a pair asked of features only": (lambda: RankMonitor(["features"], ["weight_ratio"]), r"'weight_ratio'.*Features.*'stable_rank'"),
     "every 0 steps": (lambda: RankMonitor(every_n_steps=0), r"n=0.*at least 1"),
     "every -1 steps": (lambda: RankMonitor(every_n_steps=-1), r"n=-1.*at least 1"),
+    "no time": (lambda: RankMonitor(max_overhead=0.0), "max_overhead.*share=0.0.*above 0 and below 1"),
+    "all the time": (lambda: RankMonitor(max_overhead=1.0), "max_overhead.*share=1.0.*above 0 and below 1"),
+    "a time that is no number": (lambda: RankMonitor(max_overhead=float("nan")), "max_overhead.*share=nan.*above 0 and below 1"),
+    "a cadence and a budget": (lambda: RankMonitor(every_n_steps=20, max_overhead=0.01), "every_n_steps=20 and max_overhead=0.01: one of"),
+    "a budget for one of two probes": (
+        lambda: Monitor([Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"])]),
+        "one and the same Budget",
+    ),
+    "two budgets": (
+        lambda: Monitor([Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"], Budget(0.01))]),
+        "one and the same Budget",
+    ),
     "a source twice": (lambda: RankMonitor(["weights", "weights"]), r"\['weight', 'weight'\]"),
     "no probe": (lambda: Monitor([]), "at least one probe"),
     "two probes of one name": (
@@ -73,7 +86,7 @@ WRONG_TYPES = {
     "RankMonitor(per_site='maybe')": r"per_site='maybe'.*True, False or 'auto'",
     "RankMonitor(per_site=None)": r"per_site=None.*True, False or 'auto'",
     "RankMonitor(every_n_steps=2.5)": r"n=2.5.*whole",
-    "RankMonitor(every_n_steps=None)": r"n=None.*whole",
+    "RankMonitor(max_overhead='1 %')": r"max_overhead.*share='1 %'.*above 0 and below 1",
     "RankMonitor(every_n_steps='50')": r"n='50'.*whole",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
 }

@@ -11,6 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
@@ -163,6 +166,9 @@ def plain(value: Any) -> Iterator[bool]:
         for key, part in value.items():
             yield isinstance(key, str)
             yield from plain(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from plain(part)
     else:
         yield isinstance(value, torch.Tensor | int | float)
 
@@ -233,3 +239,112 @@ def test_other_probes_may_go_on_from_a_checkpoint(change: str, tmp_path: Path) -
         steps = [step for step, _ in curves[f"{quantity}/net.0.weight"]]
         assert steps == [9, 12, 15]
         assert not math.isnan(curves[f"{quantity}/net.0.weight"][-1][1])
+
+
+# A sample that still waits when the run is stopped
+
+
+class Seldom(Adversaries):
+    """Two optimizers; the first steps in one batch of four, the third."""
+
+    def __init__(self) -> None:
+        super().__init__(every=3)
+        self.critic = nn.Linear(64, 4)  # not a single row, which is no matrix
+
+    def train_dataloader(self) -> Resumable:
+        return Resumable()
+
+
+class StopAfter(L.Callback):
+    """Writes a checkpoint when a number of batches is over, and ends the run."""
+
+    def __init__(self, num_batches: int, path: Path) -> None:
+        self.num_batches, self.path = num_batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.num_batches:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def seldom() -> Monitor:
+    """At a cadence that leaves time for a sample to wait."""
+    return monitor(SOURCES[:-1], every_n_steps=4)
+
+
+def stopped(root: Path, num_batches: int, make: type[L.LightningModule], **options: Any) -> Curves:
+    """Curves of a run that is stopped after some batches, and of its continuation."""
+    stop = StopAfter(num_batches, root / "stopped.ckpt")
+    trained(root / "first", [seldom(), stop], make, **options)
+    trained(root / "second", [seldom()], make, resume=stop.path, **options)
+    return read(*(folder for folder in (root / "first", root / "second") if [*folder.rglob("metrics.csv")]))
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 5, 6])
+def test_a_sample_that_waits_for_an_optimizer_goes_on_in_the_resumed_run(num_batches: int, tmp_path: Path) -> None:
+    trained(tmp_path / "whole", [seldom()], Seldom)
+
+    found = stopped(tmp_path, num_batches, Seldom)
+
+    expected = read(tmp_path / "whole")
+    assert [step for step, _ in expected["gradient_effective_rank/generator.weight"]] == [2, 6, 10, 14]
+    assert_same_curves(found, expected)
+
+
+def test_what_waits_is_known_after_the_run_as_in_its_last_checkpoint(tmp_path: Path) -> None:
+    watching, stop = seldom(), StopAfter(2, tmp_path / "stopped.ckpt")
+
+    trained(tmp_path, [watching, stop], Seldom)
+
+    kept = torch.load(stop.path, weights_only=True)["callbacks"][watching.state_key]["waiting"]
+    assert watching.state_dict()["waiting"] == kept
+    assert list(kept["optimizers"]) == ["0"] and "critic.weight" in kept["given"]["gradient"]
+
+
+def scaled() -> MixedPrecision:
+    """Mixed precision in which the first step overflows, so that it is skipped."""
+    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-8))
+
+
+def test_a_sample_of_a_skipped_step_goes_on_in_the_resumed_run(tmp_path: Path) -> None:
+    trained(tmp_path / "whole", [seldom()], Ordered, plugins=[scaled()])
+
+    found = stopped(tmp_path, 1, Ordered, plugins=[scaled()])
+
+    expected = read(tmp_path / "whole")
+    assert [step for step, _ in expected["gradient_effective_rank/net.0.weight"]] == [1, 4, 8, 12]
+    # Rows of the skipped batch were never reported, nor the work on it: features are those of fewer rows, which are logged beside them.
+    for curves in (found, expected):
+        for tag in [tag for tag in curves if tag.startswith(("feature", "lowrank/feature", "lowrank/rank_solver"))]:
+            del curves[tag]
+    assert_same_curves(found, expected)
+
+
+def test_a_run_stopped_among_accumulated_batches_has_the_point_of_their_step(tmp_path: Path) -> None:
+    curves = stopped(tmp_path, 9, Ordered, accumulate_grad_batches=2)
+
+    for tag in ("gradient_effective_rank/net.0.weight", "feature_effective_rank/net.0.out", "lowrank/rank_failures"):
+        assert [step for step, _ in curves[tag]] == [0, 4]
+    assert curves["lowrank/rank_failures"] == [(0, 0), (4, 0)]
+
+
+class Interrupted(Seldom):
+    """Raises in the second batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            raise ValueError("the user's own")
+        super().training_step(batch, batch_idx)
+
+
+def test_a_checkpoint_written_on_an_error_knows_what_still_waits(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_on_exception=True)
+    with pytest.raises(ValueError, match="own"):
+        trained(tmp_path / "first", [seldom(), checkpoint], Interrupted)
+
+    trained(tmp_path / "second", [seldom()], Seldom, resume=saved(tmp_path / "checkpoints"))
+
+    curves = read(tmp_path / "first", tmp_path / "second")
+    critic, generator = ([step for step, _ in curves[f"gradient_effective_rank/{site}.weight"]] for site in ("critic", "generator"))
+    assert critic[:2] == [0, 4] and 0 < generator[0] < 4
+    assert curves["lowrank/rank_failures"][-1][1] == 0

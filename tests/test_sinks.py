@@ -1,11 +1,13 @@
 """What leaves the device: one transfer, summaries that leave out what is missing, histograms of spectra."""
 
+import csv
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,3 +92,29 @@ def test_spectra_are_sampled_at_the_cadence_of_the_curves(tmp_path: Path) -> Non
 
 def test_there_are_no_histograms_unless_asked_for(tmp_path: Path) -> None:
     assert watched(tmp_path, RankMonitor(every_n_steps=5)).Tags()["histograms"] == []
+
+
+def test_a_writer_that_an_earlier_run_closed_is_written_to_again(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    settings = {"max_steps": 5, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+    for _ in range(2):
+        L.Trainer(logger=logger, callbacks=[RankMonitor(every_n_steps=2)], **settings).fit(Classifier())
+
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("lowrank/gradient_stable_rank_median")
+    assert sorted(event.step for event in events) == [0, 0, 2, 2, 4, 4]
+
+
+def test_points_are_in_the_file_before_the_checkpoint_is(tmp_path: Path) -> None:
+    found: list[list[int]] = []
+
+    class Reader(L.Callback):
+        def on_save_checkpoint(self, *_: object) -> None:
+            rows = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
+            found.append([int(row["step"]) for row in rows if row["lowrank/gradient_stable_rank_median"]])
+
+    callbacks = [RankMonitor(every_n_steps=3), ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5), Reader()]
+    settings = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 100}
+    L.Trainer(logger=CSVLogger(tmp_path, name="", version=""), callbacks=callbacks, **settings).fit(Classifier())
+
+    assert found[:3] == [[0, 3], [0, 3, 6, 9], [0, 3, 6, 9, 12]]

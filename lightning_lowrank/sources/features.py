@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.metrics import Gram
+from lightning_lowrank.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.names import fitting, tag
+from lightning_lowrank.shards import whole
 from lightning_lowrank.sources.source import Reading, Source
+from lightning_lowrank.team import Team
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
@@ -71,7 +73,7 @@ class Features(Source):
         self.of_parameters = False
         self.name = ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         self._layers: dict[str, nn.Module] = {}
-        self._grams: dict[str, Gram] = {}
+        self._grams: dict[str, Tensor] = {}
         self._error: Exception | None = None
         self._device = torch.device("cpu")
         self._hooks: list[RemovableHandle] = []
@@ -104,7 +106,7 @@ class Features(Source):
         """Hook the layers for this batch."""
         self._device = next((p.device for p in module.parameters()), self._device)
         if not self._hooks:
-            self._hooks = [layer.register_forward_hook(Tap(partial(self._add, name))) for name, layer in self._layers.items()]
+            self._hooks = [self._tapped(name, layer) for name, layer in self._layers.items()]
 
     def batch_over(self) -> None:
         """Take the hooks away, and own up to what went wrong in them."""
@@ -113,12 +115,23 @@ class Features(Source):
         if error is not None:
             raise error
 
-    def sample_over(self) -> list[Reading]:
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the last sample, of all processes together."""
+        return {f"{name}.out": (num_rows, width) for name, (width, num_rows) in self._pooled.items()}
+
+    def sample_over(self, team: Team) -> list[Reading]:
         """Spectra of the pooled rows."""
         grams, self._grams = self._grams, {}
-        self._pooled, self._seen = _agreed(self._seen), {}
+        if not team.sees_data:
+            grams, self._seen = {}, {}
+        self._pooled, self._seen = _agreed(team.said(self._seen)), {}
         return [
-            Reading((f"{name}.out",), self._gram(grams, name, width).spectrum(centred=self.centred, num_rows=num_rows))
+            Reading(
+                (f"{name}.out",),
+                torch.Size((num_rows, width)),
+                [team.summand(grams[name] if name in grams else _no_rows(width, self._device))],
+                partial(spectrum_of_rows, num_rows=num_rows, centred=self.centred),
+            )
             for name, (width, num_rows) in self._pooled.items()
         ]
 
@@ -126,6 +139,11 @@ class Features(Source):
         """Take the hooks away and forget the rows."""
         self._unhook()
         self._grams, self._seen, self._error = {}, {}, None
+
+    def _tapped(self, name: str, layer: nn.Module) -> RemovableHandle:
+        # Of a layer that works in parallel before it takes its output apart.
+        parallel = any(isinstance(p, DTensor) for p in layer.parameters(recurse=False))
+        return layer.register_forward_hook(Tap(partial(self._add, name)), prepend=parallel)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -146,25 +164,19 @@ class Features(Source):
             why = "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
             raise ValueError(f"features of {name!r} cannot be read: {why}")
 
-    def _gram(self, grams: Mapping[str, Gram], name: str, width: int) -> Gram:
-        """What was pooled; where only other processes came by this layer, nothing, which takes part in the sum."""
-        if name in grams:
-            return grams[name]
-        with self._device:
-            gram = Gram(width)
-        gram.update(torch.zeros(0, width, device=self._device))
-        return gram
-
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         # Activation checkpointing runs the layer again during backward: those are the same rows.
         if torch._C._current_graph_task_id() != -1:
             return
-        try:
-            rows = _rows(layer, output)
-            if rows is not None and rows.shape[-1] <= self.max_width:
-                self._pool(name, rows)
-        except Exception as error:  # this runs inside the user's forward
-            self._seen[name], self._error = (0, 0), error
+        with self.ours():
+            try:
+                rows = _rows(layer, output)
+                if rows is not None and rows.shape[-1] <= self.max_width:
+                    self._pool(name, rows)
+            except Exception as error:  # this runs inside the user's forward
+                # Its traceback would keep the output of the layer until the batch is over.
+                self._seen[name], self._error = (0, 0), error.with_traceback(None)
+                self._grams.pop(name, None)
 
     def _pool(self, name: str, rows: Tensor) -> None:
         """Add rows to the layer's; a width of 0 stands for one that cannot be had."""
@@ -172,18 +184,21 @@ class Features(Source):
         if rows.shape[-1] != width:
             raise ValueError(f"the output of {name!r} changed its width to {rows.shape[-1]}")
         if name not in self._grams:
-            with rows.device:
-                self._grams[name] = Gram(width)
-        self._grams[name].update(rows)
+            self._grams[name] = _no_rows(width, rows.device)
+        add_rows(self._grams[name], rows)
         self._seen[name] = (width, before + rows.numel() // width)
 
 
-def _agreed(seen: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+def _no_rows(width: int, device: torch.device) -> Tensor:
+    """Gram matrix and sum of no rows; where only other processes came by a layer, they take part in the sum.
+
+    Not a metric: torchmetrics keeps a second copy of each state, and refers to itself, so that both would stay until garbage is collected.
+    """
+    return torch.zeros(width + 1, width, dtype=state_dtype(), device=device)
+
+
+def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
     """Widths and numbers of rows of all processes together, in one order: of the layers that every process that came by can read."""
-    parts = [seen]
-    if dist.is_available() and dist.is_initialized():
-        parts = [seen] * dist.get_world_size()
-        dist.all_gather_object(parts, seen)
     found = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
     whole = {name: entries for name, entries in found.items() if len({width for width, _ in entries}) == 1 and entries[0][0]}
     return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
@@ -197,9 +212,10 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
         output = next((part for part in output if isinstance(part, Tensor)), None)
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
         return None
+    rows = whole(output.detach())
     if isinstance(layer, _ConvNd):
-        return output.movedim(-1 - len(layer.kernel_size), -1)
-    return output.movedim(1, -1) if output.ndim > 3 else output
+        return rows.movedim(-1 - len(layer.kernel_size), -1)
+    return rows.movedim(1, -1) if rows.ndim > 3 else rows
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -1,12 +1,13 @@
 """Gradients."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step, attempt, weights
 
 
 @dataclass(kw_only=True)
@@ -20,20 +21,31 @@ class Gradients(ParameterSource):
     of_changes = True
 
     def gradients_final(self, step: Step) -> list[Reading]:
-        """The gradients of the parameters that have one."""
-        present = [s for s in self.sites if step.owns(s) and self.reads(s) and any(p.grad is not None for p in s.parameters)]
-        return [Reading(site.labels, value, site) for site, value in self.each(present, lambda site: gradient(site, step.scale))]
+        """The gradients; of a site without any there is nothing to read."""
+        return [gradient(site, step.scale) for site in self.sites if step.owns(site) and self.reads(site)]
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""
         return any(p.requires_grad for p in site.parameters)
 
 
-def gradient(site: Site, scale: Tensor | None) -> Tensor:
+def gradient(site: Site, scale: Tensor | None) -> Reading:
     """The gradient of a site's matrices, without what a GradScaler multiplied it by."""
-    matrices = site.tangent([None if p.grad is None else _dense(p.grad) for p in site.parameters])
-    # A float32 scale of no dimension would leave half precision as it is, where what is divided underflows.
-    return matrices if scale is None else matrices.to(torch.promote_types(matrices.dtype, scale.dtype)) / scale
+    count = 0 if site.linear else len(site.parameters)
+
+    def made(*parts: Tensor) -> Tensor:
+        matrices = site.tangent(parts[count:], parts[:count])
+        # A float32 scale of no dimension would leave half precision as it is, where what is divided underflows.
+        return matrices if scale is None else matrices.to(torch.promote_types(matrices.dtype, scale.dtype)) / scale
+
+    values = site.parameters if count else ()
+    return Reading(site.labels, site.shape, attempt(lambda: _parts(site, values)), made, (*values, *site.parameters), weights(site))
+
+
+def _parts(site: Site, values: Sequence[Tensor]) -> list[Tensor]:
+    if all(p.grad is None for p in site.parameters):
+        return []
+    return [*values, *(torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in site.parameters)]
 
 
 def _dense(tensor: Tensor) -> Tensor:

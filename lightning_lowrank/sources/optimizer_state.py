@@ -33,11 +33,14 @@ class OptimizerState(ParameterSource):
 
     def step_done(self, step: Step) -> list[Reading]:
         """The state."""
-        found = [(site, self._state(step, site.parameters)) for site in self.sites if step.owns(site)]
-        states = {site: state for site, state in found if state is not None}
-        return [Reading(site.labels, value, site) for site, value in self.each(states, lambda site: site.matrices(states[site]))]
+        return [
+            Reading(site.labels, site.shape, state, site.view, site.parameters)
+            for site in self.sites
+            if step.owns(site) and (state := self._state(step, site.parameters))
+        ]
 
-    def _state(self, step: Step, parameters: tuple[Tensor, ...]) -> Tensor | None:
+    def _state(self, step: Step, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+        """The entry, none where there is none."""
         kept = step.optimizer.state.get(parameters[0], {}) if len(parameters) == 1 else {}
         entries = (kept.get(key) for key in ALIASES.get(self.key, (self.key,)))
-        return next((e for e in entries if isinstance(e, Tensor) and e.shape == parameters[0].shape), None)
+        return [e for e in entries if isinstance(e, Tensor) and e.shape == parameters[0].shape][:1]

@@ -1,8 +1,8 @@
 """What every source of matrices has: sites to read, and the moments of a training step at which it reads them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,24 +12,31 @@ from torch.optim import Optimizer
 
 from lightning_lowrank.sites import Site, sites
 from lightning_lowrank.spectrum import Spectrum
+from lightning_lowrank.team import Team
 from lightning_lowrank.views import View
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One value of a source: the matrices of a site, or a spectrum where only that is known.
+    """What a source has to offer for one place: made into matrices, or their spectrum, only by the process that measures it.
+
+    Every process has the same readings in the same order; their parts differ where tensors are sharded or summands.
 
     Attributes:
         labels: One tag ending per matrix.
-        value: Matrices `[*B, M, N]`, valid until the caller returns; or their spectrum.
-        site: Where the weights are, None where there are none.
-        weight: Those to set beside it where they are no longer at the site: the weights before the step.
+        shape: Of the matrices, `[*B, M, N]`.
+        parts: What it is made from, valid until the caller returns; empty where there is nothing to read.
+        make: Takes the parts, each whole.
+        like: Tensors of the shapes and placements of the parts, for a process that could not read its own.
+        weight: The weights to set beside it.
     """
 
     labels: tuple[str, ...]
-    value: Tensor | Spectrum
-    site: Site | None = None
-    weight: Tensor | None = None
+    shape: torch.Size
+    parts: Sequence[Tensor]
+    make: Callable[..., Tensor | Spectrum]
+    like: Sequence[Tensor] = ()
+    weight: "Reading | None" = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,14 @@ class Source(ABC):
         of_parameters: Its sites are parameters.
         of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
         stage: The loop whose batches it watches.
+        ours: Counts the time of what happens inside the user's own code.
     """
 
     name: str
     of_parameters: bool = True
     of_changes: bool = False
     stage: Literal["train", "validation"] = "train"
+    ours: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod
     def plan(self, module: nn.Module) -> None:
@@ -76,7 +85,11 @@ class Source(ABC):
 
     @abstractmethod
     def labels(self) -> Sequence[str]:
-        """One name per matrix that it can give."""
+        """One name per matrix that it is to give now."""
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
 
     def batch_begins(self, module: nn.Module) -> None:
         """A batch of a due step is about to enter the module."""
@@ -92,7 +105,7 @@ class Source(ABC):
     def batch_over(self) -> None:
         """The batch is over; nothing may be left in the module."""
 
-    def sample_over(self) -> list[Reading]:
+    def sample_over(self, team: Team) -> list[Reading]:
         """All batches of the due step are over. Called on every process at the same step, so it may communicate."""
         return []
 
@@ -146,19 +159,44 @@ class ParameterSource(Source):
         """One name per matrix, in the order of the module's parameters."""
         return [label for site in self.sites if self.reads(site) for label in site.labels]
 
-    def each(self, sites: Iterable[Site], read: Callable[[Site], Tensor]) -> list[tuple[Site, Tensor]]:
-        """What is read of each site. One that cannot be read has no number, which is counted, and does no harm to the others."""
-        found: list[tuple[Site, Tensor]] = []
-        for site in sites:
-            with suppress(Exception):
-                found.append((site, read(site)))
-        return found
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Those of all sites, frozen ones too."""
+        return {label: (site.shape[-2], site.shape[-1]) for site in self.sites for label in site.labels}
 
     def reads(self, site: Site) -> bool:
         """Whether it has something to read there, as things are now."""
         return True
 
 
+def weights(site: Site, values: Sequence[Tensor] | None = None) -> Reading:
+    """The matrices of a site, at values of its parameters; at those of now unless given."""
+    return Reading(site.labels, site.shape, site.values() if values is None else values, site.weight, site.parameters)
+
+
+def change(site: Site, before: Sequence[Tensor]) -> Reading:
+    """What a site's matrices are now less what they were; nothing to read where it is not known what they were."""
+    count = len(site.parameters) if before else 0
+
+    def made(*parts: Tensor) -> Tensor:
+        return difference(site.weight(*parts[:count]), site.weight(*parts[count:]))
+
+    if site.linear:  # each process subtracts what it has
+        parts = attempt(lambda: [difference(*pair) for pair in zip(site.values(), before, strict=bool(before))])
+        return Reading(site.labels, site.shape, parts, site.view, site.parameters, weights(site, before))
+    parts = [*site.values(), *before] if before else ()
+    return Reading(site.labels, site.shape, parts, made, site.parameters * 2, weights(site, before))
+
+
+def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What was read; nothing where that is not possible, which is counted and does no harm to other sites."""
+    try:
+        return read()
+    except Exception:
+        return ()
+
+
 def difference(now: Tensor, before: Tensor) -> Tensor:
     """What changed, in float32 at least: in half precision the difference would be rounded once more."""
+    if now.shape != before.shape:  # a single row would be subtracted from each
+        raise ValueError(f"a tensor of shape {tuple(before.shape)} has become one of {tuple(now.shape)}")
     return now.to(torch.promote_types(now.dtype, torch.float32)) - before

@@ -1,11 +1,13 @@
 """Updates: what one optimizer step changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.source import ParameterSource, Reading, Step, difference
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step, attempt, change
 
 
 @dataclass(kw_only=True)
@@ -20,19 +22,18 @@ class Updates(ParameterSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._before: list[tuple[Site, Tensor]] = []
+        self._before: list[tuple[Site, Sequence[Tensor]]] = []
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """Keep the weights; nothing to read yet."""
         moving = [site for site in self.sites if step.owns(site) and self.reads(site)]
-        self._before = self.each(moving, lambda site: site.weight().clone())
+        self._before = [(site, attempt(partial(_copied, site))) for site in moving]
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
         """The change."""
-        before, self._before = dict(self._before), []
-        changes = self.each(before, lambda site: difference(site.weight(), before[site]))
-        return [Reading(site.labels, change, site, before[site]) for site, change in changes]
+        before, self._before = self._before, []
+        return [change(site, values) for site, values in before]
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""
@@ -41,3 +42,7 @@ class Updates(ParameterSource):
     def detach(self) -> None:
         """Forget the weights that were kept."""
         self._before = []
+
+
+def _copied(site: Site) -> list[Tensor]:
+    return [value.clone() for value in site.values()]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_lowrank.sources.source import ParameterSource, Reading, Step
+from lightning_lowrank.sources.source import ParameterSource, Reading, Step, weights
 
 
 @dataclass(kw_only=True)
@@ -13,5 +13,4 @@ class Weights(ParameterSource):
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """The weights."""
-        read = self.each(filter(step.owns, self.sites), lambda site: site.weight())
-        return [Reading(site.labels, value, site) for site, value in read]
+        return [weights(site) for site in self.sites if step.owns(site)]
