@@ -1,4 +1,5 @@
-"""What large models cost: 1,000 layers, and one embedding of 250,000 x 64. Time of a sample, memory at its peak, scalars written.
+"""What large models cost: 1,000 layers, and one embedding of 250,000 x 64. Processor time of a sample, memory at its peak,
+scalars written.
 
     python -m benchmarks.load
 
@@ -55,7 +56,7 @@ class Words(nn.Module):
 
 
 class Trained(L.LightningModule):
-    """A network with a loss; the time of each step without what callbacks do after it."""
+    """A network with a loss."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ def row(case: Case) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    table = Table(title=f"A sample every step, {STEPS} steps, one thread")
+    table = Table(title=f"A sample every step, {STEPS} steps, milliseconds of processor time")
     headings = ("network", "step, ms", "sample, ms", "training, MiB", "more, MiB", "scalars", "failures")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "network" else "right")

@@ -1,12 +1,13 @@
 """What a monitor tells: its numbers to all loggers, each kind of trouble once."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_lowrank import dashboard, sinks
@@ -115,15 +116,25 @@ class Journal:
         """The sample in the making is given up."""
         self.given.clear()
 
-    def trouble(self, message: str, count: int = 1) -> None:
-        """Count what went wrong, and say each kind of it once."""
-        self.failures += count
-        self._warn(message.partition(":")[0], f"{message}. Training goes on; counted in lowrank/{self.label}_failures.")
+    def trouble(self, message: str, count: int = 1, *, everywhere: bool = False) -> None:
+        """Count what went wrong, and say each kind of it once.
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+        Args:
+            everywhere: Also where it is not the first process that knows of it.
+        """
+        self.failures += count
+        kind = message.partition(":")[0]
+        self._warn(kind, f"{message}. Training goes on; counted in lowrank/{self.label}_failures.", everywhere=everywhere)
+
+    def _warn(self, kind: str, message: str, *, everywhere: bool = False) -> None:
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        process = getattr(rank_zero_only, "rank", 0)
+        if process == 0:
             rank_zero_warn(f"lightning_lowrank {self.label}: {message}")
+        elif everywhere:
+            warnings.warn(f"lightning_lowrank {self.label}, process {process}: {message}", stacklevel=4)
 
     def tell(self, errors: Sequence[Exception]) -> None:
         """Count what loggers raised."""
@@ -154,7 +165,9 @@ class Journal:
             error = recorder.take_error()
             if lost or error:
                 where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {lost[0]!r}" if lost else "some sites"
-                self.trouble(f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)))
+                self.trouble(
+                    f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)), everywhere=bool(error)
+                )
             elif not recorder.expected:
                 self.say(f"there is no {recorder.name} to read")
 

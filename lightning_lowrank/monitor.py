@@ -281,7 +281,7 @@ class Monitor(Account, L.Callback):
             try:
                 yield
             except Exception as error:
-                self._journal.trouble(f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}")
+                self._journal.trouble(f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}", everywhere=True)
                 if loses:
                     self._abandon()
 

