@@ -59,10 +59,10 @@ class Monitor(Account, L.Callback):
             raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
         self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
-        for recorder in self.recorders:
-            recorder.probe.source.ours = lambda: self._journal.clock.ours()
         self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms, budget=self.budget)
+        for recorder in self.recorders:
+            recorder.probe.source.ours = self._journal.clock.ours
         self._checked = -1
         self._enabled = self._resumed = False
         self._sampling: Sampling | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank.decompose import decompose
+from lightning_lowrank.decompose import decompose, flops
 from lightning_lowrank.metrics import SiteMeans
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.registry import Needs, Statistic
@@ -57,6 +57,7 @@ class Recorder:
         self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
         self._results = Results(len(self.statistics), spectra=histograms, subspaces=self._compares_subspaces)
         self._staged: dict[int, list[Staged]] = {}
+        self._owners: dict[str, int] = {}
 
     @property
     def quantities(self) -> list[str]:
@@ -89,12 +90,17 @@ class Recorder:
         self.expected |= dict.fromkeys(self.probe.source.labels())
         self._results.know(self.probe.source.shapes())
 
+    def share(self, team: Team) -> None:
+        """Share out what will be read, so that it does not depend on what goes wrong when it is."""
+        units = self.probe.source.units()
+        self._owners = dict(zip(units, team.assigned([flops(shape) for shape in units.values()]), strict=True))
+
     def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
         """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
         self._results.know({label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels})
         self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
         beside = any(statistic.partner == "weight" for statistic in self.statistics)
-        taken = take(readings, team, spectra_only=not self._compares_subspaces, beside=beside)
+        taken = take(readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside)
         self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
 
     def commit(self, optimizer: int) -> None:
@@ -151,6 +157,12 @@ class Recorder:
         """Take back what `state_dict` gave."""
         self.probe.source.load_state_dict(state["source"])
         self._results.load_state_dict(state["previous"])
+
+    def _share(self, readings: Sequence[Reading], team: Team) -> list[int]:
+        """Who measures each of the readings."""
+        new = {reading.labels[0]: flops(reading.shape) for reading in readings if reading.labels[0] not in self._owners}
+        owners = self._owners | dict(zip(new, team.assigned(list(new.values())), strict=True))
+        return [owners[reading.labels[0]] for reading in readings]
 
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""

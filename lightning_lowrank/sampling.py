@@ -64,6 +64,8 @@ class Sampling:
         """Add recorders that have become due; all optimizers are read anew."""
         self.recorders += [recorder for recorder in recorders if recorder not in self.recorders]
         self._each(lambda r: r.plan(self._module))
+        self._team.loads = []
+        self._each(lambda r: r.share(self._team))
         self._pending = set(range(len(self._optimizers)))
         self._has_read_free = False
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lowrank.decompose import SKETCH_ABOVE, flops
+from lightning_lowrank.decompose import SKETCH_ABOVE
 from lightning_lowrank.shards import is_sharded, local, of_local, sharded_axes
 from lightning_lowrank.sources.source import Reading
 from lightning_lowrank.spectrum import Spectrum, from_gram, full_precision, working_dtype
@@ -27,23 +27,23 @@ class Taken:
     weight: Tensor | Spectrum | None = None
 
 
-def take(readings: Sequence[Reading], team: Team, *, spectra_only: bool, beside: bool) -> list[Taken]:
+def take(readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool) -> list[Taken]:
     """What of these readings is this process's to measure. Communicates where tensors are sharded, in one collective.
 
     What cannot be read or made is left out; whoever misses it counts it as lost.
 
     Args:
         readings: The same on every process but for their parts.
+        owners: Who measures each.
         team: The processes.
         spectra_only: Nothing but singular values is asked for, so that of a tall sharded matrix only Gram matrices have to move.
         beside: Also the weights beside them.
     """
-    owners = team.assigned([flops(reading.shape) for reading in readings])
     weights = [reading.weight for reading in readings if reading.weight is not None] if beside else []
     assert len(weights) in (0, len(readings))
     every = [_complete(reading) for reading in (*readings, *weights)]
     every = [_condensed(reading) if spectra_only else reading for reading in every]
-    whole = team.gathered([reading.parts for reading in every], owners * (1 + bool(weights)))
+    whole = team.gathered([reading.parts for reading in every], [*owners] * (1 + bool(weights)))
     made = [_made(reading, parts) for reading, parts in zip(every, whole, strict=True)]
     partners = made[len(readings) :] or [None] * len(readings)
     return [

@@ -141,7 +141,7 @@ def numbers(text: str) -> list[dict[str, float]]:
 
 
 class Tampering(L.Callback):
-    """Puts a fault into one of the processes at the third step, and takes it out after."""
+    """Puts a fault into one of the processes at the third step, and takes it out before the fourth."""
 
     def __init__(self, begin: Callable[[L.LightningModule], Callable[[], None]], rank: int) -> None:
         self.begin, self.rank = begin, rank
@@ -151,21 +151,18 @@ class Tampering(L.Callback):
         if trainer.global_step == 2 and trainer.global_rank == self.rank:
             self.mend = self.begin(pl_module)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self.mend()
 
 
-class Mending(Tampering):
-    """The same for a fault that must not reach the optimizer: mended behind the monitor's back, which reads before."""
+class Mending(L.Callback):
+    """Takes a fault out before it reaches the optimizer, behind the monitor's back."""
 
     def __init__(self, tampering: Tampering) -> None:
         self.tampering = tampering
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.tampering.mend()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Done."""
 
 
 def not_a_number(module: L.LightningModule) -> Callable[[], None]:
@@ -212,7 +209,8 @@ def faulty(rank: int, size: int, root: Path) -> Any:
             L.seed_everything(0, verbose=False)
             monitor, tampering = RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True), Tampering(begin, at)
             keep, module = Keep(monitor), InOrder(rank, size)
-            fitted(module, [tampering, monitor, Mending(tampering), keep], False, size)
+            mending = [Mending(tampering)] if begin is not_a_number else []
+            fitted(module, [tampering, monitor, *mending, keep], False, size)
             found[name, at] = {"samples": keep.samples, "failures": monitor.failures, "losses": module.losses}
     L.seed_everything(0, verbose=False)
     monitor = RankMonitor(SOURCES, STATISTICS, every_n_steps=1)
@@ -227,11 +225,13 @@ def test_what_goes_wrong_in_one_process_costs_its_numbers_and_keeps_nobody_waiti
     sound = first.pop("sound")
 
     assert sound["failures"] >= 1  # of the logger
+    assert first["a NaN", 0]["failures"] + first["a NaN", 1]["failures"] == 1
     for (name, at), run in first.items():
         assert run["losses"] == sound["losses"], name
         assert_close(run["samples"], second[name, at]["samples"], rtol=0, atol=0, equal_nan=True)
         assert len(run["samples"]) == 4
-        assert (run["failures"], second[name, at]["failures"]) >= (1, 1), (name, at)
+        # A NaN is only seen by who measures that matrix.
+        assert name == "a NaN" or max(run["failures"], second[name, at]["failures"]) >= 1, (name, at)
         for i in (0, 1, 3):  # the samples before and after
             assert_close(known(run["samples"][i][1]), known(sound["samples"][i][1]), rtol=1e-6, atol=1e-9, equal_nan=True)
 

@@ -72,7 +72,8 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
         module.net[2](hidden)
     source.batch_over()
     team = Team(rank, size)
-    taken = take(source.sample_over(team), team, spectra_only=True, beside=False)
+    readings = source.sample_over(team)
+    taken = take(readings, list(range(len(readings))), team, spectra_only=True, beside=False)
     dist.destroy_process_group()
     return {one.labels[0]: (one.value.shape, one.value.values) for one in taken}  # type: ignore[union-attr]
 

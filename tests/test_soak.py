@@ -75,11 +75,11 @@ def test_a_sample_leaves_no_tensor_to_the_garbage_collector(no_collector: None) 
 
 @pytest.mark.slow
 def test_a_thousand_layers_are_watched_without_a_failure() -> None:
-    monitor, logger = RankMonitor(("gradients", "weights", "updates", "features"), every_n_steps=1), MemoryLogger()
+    monitor, logger = RankMonitor(("gradients", "updates", "features"), every_n_steps=1), MemoryLogger()
     settings = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
     batches = DataLoader(TensorDataset(rows()), 8)
 
-    L.Trainer(**settings, max_steps=2, logger=logger, callbacks=[monitor]).fit(Trained(Layers(1000, 32)), batches)
+    L.Trainer(**settings, max_steps=1, logger=logger, callbacks=[monitor]).fit(Trained(Layers(1000, 32)), batches)
 
     assert monitor.failures == 0
     assert monitor.latest is not None

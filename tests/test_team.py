@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from examples.char_transformer import CharTransformer
+from lightning_lowrank.decompose import flops
 from lightning_lowrank.sources.gradients import Gradients
 from lightning_lowrank.sources.source import Step
 from lightning_lowrank.taken import Taken, take
@@ -28,7 +29,8 @@ def shares(module: nn.Module, size: int) -> list[list[Taken]]:
     source, optimizer = Gradients(), torch.optim.SGD(module.parameters())
     source.plan(module)
     readings = source.gradients_final(Step(optimizer, frozenset(map(id, module.parameters()))))
-    return [take(readings, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
+    owners = Team(0, size).assigned([flops(reading.shape) for reading in readings])
+    return [take(readings, owners, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

@@ -91,6 +91,10 @@ class Source(ABC):
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
 
+    def units(self) -> Mapping[str, torch.Size]:
+        """What can be shared out between processes before it is read: shapes of the readings to come, by their first label."""
+        return {}
+
     def batch_begins(self, module: nn.Module) -> None:
         """A batch of a due step is about to enter the module."""
 
@@ -162,6 +166,10 @@ class ParameterSource(Source):
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Those of all sites, frozen ones too."""
         return {label: (site.shape[-2], site.shape[-1]) for site in self.sites for label in site.labels}
+
+    def units(self) -> dict[str, torch.Size]:
+        """Those of the sites that it reads."""
+        return {site.labels[0]: site.shape for site in self.sites if self.reads(site)}
 
     def reads(self, site: Site) -> bool:
         """Whether it has something to read there, as things are now."""
