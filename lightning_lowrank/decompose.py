@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
 from operator import itemgetter
 
@@ -81,8 +81,8 @@ def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int
         alike[i if alone else (matrix.device, short)].append(i)
     for members in alike.values():
         bytes_each = [8 * matrices[i].shape[:-2].numel() * min(matrices[i].shape[-2:]) ** 2 for i in members]
-        starts = [sum(bytes_each[:k]) // WORKSPACE for k in range(len(members))]
-        for _, batch in groupby(zip(starts, members, strict=True), key=itemgetter(0)):
+        starts = [before // WORKSPACE for before in accumulate(bytes_each, initial=0)]
+        for _, batch in groupby(zip(starts, members, strict=False), key=itemgetter(0)):
             yield [i for _, i in batch]
 
 

@@ -150,8 +150,9 @@ class Monitor(Account, L.Callback):
             if self._sampling is not None:
                 self._sampling.batch_begins()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Read gradients and weights."""
+        """Read gradients and weights; uncompiled also where the user compiles the whole step."""
         if self._sampling is not None:
             with self._guard():
                 self._sampling.gradients_final(optimizer, trainers.scale_of(trainer, optimizer))

@@ -88,7 +88,7 @@ class Recorder:
         """Choose the sites; those that were known once stay known."""
         self.probe.source.plan(module)
         self.expected |= dict.fromkeys(self.probe.source.labels())
-        self._results.know(self.probe.source.shapes())
+        self._results.know(self.probe.source.shapes(), self.expected)
 
     def share(self, team: Team) -> None:
         """Share out what will be read, so that it does not depend on what goes wrong when it is."""

@@ -3,7 +3,7 @@
 Shape letters:  Q statistics   all: these and whether the matrix was lost   n matrices measured at once   S sites   K values kept
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -58,9 +58,14 @@ class Results:
         self._previous: dict[tuple[str, str], Tensor] = {}
         self.means, self.errors = self._metrics()
 
-    def know(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Matrices that may be measured, the same on every process; those that were known once stay known."""
-        for label in shapes:
+    def know(self, shapes: Mapping[str, tuple[int, int]], labels: Iterable[str] = ()) -> None:
+        """Matrices that may be measured, the same on every process; those that were known once stay known.
+
+        Args:
+            shapes: Rows and columns.
+            labels: More, of which the shape is not known yet.
+        """
+        for label in (*shapes, *labels):
             self.columns.setdefault(label, len(self.columns))
         self._shapes |= shapes
         self.estimated |= any(min(shape) > SKETCH_ABOVE for shape in shapes.values())

@@ -89,8 +89,8 @@ class Sampling:
         index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
-        # Once more, since between batches FSDP2 may have parameters gathered that it steps in shards.
-        self._each(lambda r: r.plan(self._module) if r.probe.source.of_parameters else None)
+        if self._team.size > 1:  # between batches FSDP2 may have parameters gathered that it steps in shards
+            self._each(lambda r: r.plan(self._module))
         step = Step(optimizer, self._to_read(optimizer), scale)
         self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator, self._team))
         if scale is not None:
@@ -98,6 +98,7 @@ class Sampling:
         self._open[index] = step
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_done(self, index: int) -> None:
         if index not in self._open:
             return

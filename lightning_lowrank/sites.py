@@ -71,15 +71,18 @@ class Site:
 
         Of a LoRA pair `dB A + B dA`. Of a parametrised weight the change of its largest original, as it is where it has the weight's shape.
         """
+        if self.linear:
+            return self.view(changes[0].detach())
         values = values or self.values()
         with full_precision(changes[0].device):
             if self.product is not None:
                 (a, b), (da, db) = map(wide, values), map(wide, changes)
                 return self.view(self.product(a, db) + self.product(da, b))
             largest = max(changes, key=Tensor.numel).detach()
-            if self.parametrization is not None and largest.shape != computed_shape(self.parametrization):
-                return self.view(pushed_forward(self.parametrization, values, changes))
-            return self.view(largest)
+            assert self.parametrization is not None
+            if largest.shape == computed_shape(self.parametrization):
+                return self.view(largest)
+            return self.view(pushed_forward(self.parametrization, values, changes))
 
 
 def sites(

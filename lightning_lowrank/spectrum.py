@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+# Entries of a matrix that are multiplied at once: a tall one would take as much memory again, in double precision.
+SCRATCH = 2**22
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -176,11 +179,16 @@ def short_grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Float[T
         scale = _scale(torch.cat([torch.maximum(m.amax((-2, -1)), -m.amin((-2, -1))) for m in flat]).to(dtype))
         inverses = scale.reciprocal()[:, None, None].split(sizes)
     gram = torch.empty(sum(sizes), short, short, dtype=dtype, device=flat[0].device)
-    scratch = torch.empty(max(m.numel() for m in flat), dtype=dtype, device=flat[0].device)
+    scratch = torch.empty(min(max(m.numel() for m in flat), max(SCRATCH, max(sizes) * short)), dtype=dtype, device=flat[0].device)
     for matrix, inverse, out in zip(flat, inverses, gram.split(sizes), strict=True):
-        wide = scratch[: matrix.numel()].view(matrix.shape)
-        wide.copy_(matrix) if inverse is None else torch.mul(matrix.to(dtype), inverse, out=wide)
-        torch.bmm(*((wide, wide.mT) if matrix.shape[-2] == short else (wide.mT, wide)), out=out)
+        long = matrix if matrix.shape[-2] == short else matrix.mT
+        step = max(1, scratch.numel() // (len(long) * short))
+        for begin in range(0, max(1, long.shape[-1]), step):
+            part = long[..., begin : begin + step]
+            # In the order of the matrix in memory.
+            wide = scratch[: part.numel()].view(part.mT.shape).mT if long is not matrix else scratch[: part.numel()].view(part.shape)
+            wide.copy_(part) if inverse is None else torch.mul(part.to(dtype), inverse, out=wide)
+            torch.baddbmm(out, wide, wide.mT, beta=float(begin > 0), out=out)
     return gram, scale
 
 

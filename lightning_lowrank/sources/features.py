@@ -30,7 +30,8 @@ class Tap:
     hear: Callable[..., None] | None
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if self.hear is not None:
+        # In a compiled function a hook would become part of the graph, or break it.
+        if self.hear is not None and not torch.compiler.is_compiling():
             self.hear(layer, inputs, output)
 
     def __deepcopy__(self, memo: Any) -> "Tap":
