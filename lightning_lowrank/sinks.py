@@ -18,7 +18,7 @@ def step_of(trainer: L.Trainer) -> int:
     Private, but what `self.log` and Lightning's monitors use; `global_step` counts every optimizer in manual optimization.
     """
     loop: Any = trainer.fit_loop.epoch_loop
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+    return int(loop._batches_that_stepped if hasattr(loop, "_batches_that_stepped") else trainer.global_step)
 
 
 def to_host(report: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
