@@ -162,15 +162,15 @@ class Monitor(Account, L.Callback):
         self._unhook()
         if self._sampling is None:
             return
+        sampling = self._sampling
         with self._guard():
-            sampling = self._sampling
             stepped = sampling.batch_over()
             self._journal.skipped += sampling.take_skipped()
             if stepped:
                 recorders = list(sampling.recorders)
                 self._report(trainer, recorders, sampling.report(), complete=sampling.complete)
-            if sampling.complete:
-                self._sampling = None
+        if sampling.complete:
+            self._sampling = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hooks off layers also where the module's `on_train_batch_start` ended the epoch before the batch."""
@@ -249,7 +249,7 @@ class Monitor(Account, L.Callback):
     def _stop(self) -> None:
         """Give up the sample in the making, but let a checkpoint know of it that is still to be written."""
         self._waiting = self._owed()
-        self._abandon()
+        self._abandon(for_good=True)
 
     def _refuse_double(self, other: "Monitor") -> None:
         both = {self.label, *self._quantities()} & {other.label, *other._quantities()}
@@ -273,11 +273,7 @@ class Monitor(Account, L.Callback):
 
     @contextmanager
     def _guard(self, *, loses: bool = True) -> Iterator[None]:
-        """Ours is timed, and what goes wrong in it never ends the run.
-
-        Args:
-            loses: It ends the sample. Not so what only one process does: the others would wait for it in the next report.
-        """
+        """Ours is timed; what goes wrong in it never ends the run, only the sample: and not even that where one process works alone."""
         with self._journal.clock.ours():
             try:
                 yield
@@ -286,11 +282,14 @@ class Monitor(Account, L.Callback):
                 if loses:
                     self._abandon()
 
-    def _abandon(self) -> None:
+    def _abandon(self, *, for_good: bool = False) -> None:
+        """Give up what was found so far. Other processes may still wait for this one in the next report."""
         self._journal.forget()
-        for sampling in filter(None, (self._sampling, self._validation)):
+        samplings = [s for s in (self._sampling, self._validation) if s is not None]
+        for sampling in samplings:
             sampling.abandon()
-        self._sampling = self._validation = None
+        if for_good or not any(sampling.awaited for sampling in samplings):
+            self._sampling = self._validation = None
         for recorder in self.recorders:
             recorder.abandon()
 

@@ -118,7 +118,7 @@ class Sampling:
                 self.num_skipped += 1
             else:  # an optimizer of the user's that calls no hooks
                 self._step_done(index)
-        return bool(self._done)
+        return self._agreed()
 
     def report(self) -> dict[str, Tensor]:
         """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may have skipped."""
@@ -159,6 +159,17 @@ class Sampling:
         self._open.clear()
         for recorder in self.recorders:
             recorder.abandon()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether other processes wait for this one, also if it has nothing to tell."""
+        return self._team.size > 1
+
+    def _agreed(self) -> bool:
+        """Whether an optimizer stepped in any process, which is then through with it in all of them."""
+        words = self._team.said((sorted(self._done), sorted(self._pending)))
+        self._pending.intersection_update(*(pending for _, pending in words))
+        return any(done for done, _ in words)
 
     def _each(self, moment: Callable[[Recorder], object]) -> None:
         """Every recorder for itself: what goes wrong in one costs its numbers, not those of the others."""

@@ -37,6 +37,15 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def unspent(tensor: Tensor) -> Tensor:
+    """The same, so that its owner can still add it up: the sum of an embedding that is sharded by rows spends a mask."""
+    for placement in getattr(tensor, "placements", ()):
+        mask = getattr(placement, "mask_buffer", None)
+        if mask is not None and mask.data is not None:
+            mask.refcount += 1
+    return tensor
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """The same tensor sharded as another one of its shape, from what every process has of it."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):

@@ -57,7 +57,7 @@ def _complete(reading: Reading) -> Reading:
     """Something to send in the place of shards that this process could not read: the others wait for them."""
     if reading.parts or not any(map(is_sharded, reading.like)):
         return reading
-    return replace(reading, parts=[torch.full_like(tensor.detach(), torch.nan) for tensor in reading.like])
+    return replace(reading, parts=[torch.full_like(t.detach(), torch.nan, dtype=reading.dtype or t.dtype) for t in reading.like])
 
 
 def _condensed(reading: Reading) -> Reading:

@@ -221,4 +221,13 @@ def test_numbers_of_sharded_weights_are_those_of_whole_ones(run: Any, size: int,
             assert_close(rank[name]["samples"], found[0][name]["samples"], rtol=0, atol=0)
         # The sharded products round otherwise, and what training makes of that grows.
         assert_close(found[0][name]["samples"][0], alone[0], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
-        assert_close(found[0][name]["samples"], alone, rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Where it was resumed Lightning begins with the first batch again: only what was there before is the same.
+        known = 2 if name == "resumed" else 4
+        assert_close(found[0][name]["samples"][:known], alone[:known], rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        before = [standing(samples[2]) for samples in (found[0][name]["samples"], alone)]
+        assert_close(*before, rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def standing(sample: tuple[int, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What is read before the batch has an effect."""
+    return {quantity: row for quantity, row in sample[1].items() if quantity.startswith(("weight_", "displacement_"))}

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.names import fitting, tag
-from lightning_lowrank.shards import whole
+from lightning_lowrank.shards import unspent, whole
 from lightning_lowrank.sources.source import Reading, Source
 from lightning_lowrank.team import Team
 
@@ -213,7 +213,7 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
         output = next((part for part in output if isinstance(part, Tensor)), None)
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
         return None
-    rows = whole(output.detach())
+    rows = whole(unspent(output.detach()))
     if isinstance(layer, _ConvNd):
         return rows.movedim(-1 - len(layer.kernel_size), -1)
     return rows.movedim(1, -1) if rows.ndim > 3 else rows

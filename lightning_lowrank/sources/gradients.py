@@ -39,7 +39,8 @@ def gradient(site: Site, scale: Tensor | None) -> Reading:
         return matrices if scale is None else matrices.to(torch.promote_types(matrices.dtype, scale.dtype)) / scale
 
     values = site.parameters if count else ()
-    return Reading(site.labels, site.shape, attempt(lambda: _parts(site, values)), made, (*values, *site.parameters), weights(site))
+    parts = attempt(lambda: _parts(site, values))
+    return Reading(site.labels, site.shape, parts, made, (*values, *site.parameters), weight=weights(site))
 
 
 def _parts(site: Site, values: Sequence[Tensor]) -> list[Tensor]:

@@ -28,6 +28,7 @@ class Reading:
         parts: What it is made from, valid until the caller returns; empty where there is nothing to read.
         make: Takes the parts, each whole.
         like: Tensors of the shapes and placements of the parts, for a process that could not read its own.
+        dtype: Of the parts, where it is not that of `like`.
         weight: The weights to set beside it.
     """
 
@@ -36,6 +37,7 @@ class Reading:
     parts: Sequence[Tensor]
     make: Callable[..., Tensor | Spectrum]
     like: Sequence[Tensor] = ()
+    dtype: torch.dtype | None = None
     weight: "Reading | None" = None
 
 
@@ -190,9 +192,10 @@ def change(site: Site, before: Sequence[Tensor]) -> Reading:
 
     if site.linear:  # each process subtracts what it has
         parts = attempt(lambda: [difference(*pair) for pair in zip(site.values(), before, strict=bool(before))])
-        return Reading(site.labels, site.shape, parts, site.view, site.parameters, weights(site, before))
+        dtype = torch.promote_types(site.parameters[0].dtype, torch.float32)
+        return Reading(site.labels, site.shape, parts, site.view, site.parameters, dtype, weights(site, before))
     parts = [*site.values(), *before] if before else ()
-    return Reading(site.labels, site.shape, parts, made, site.parameters * 2, weights(site, before))
+    return Reading(site.labels, site.shape, parts, made, site.parameters * 2, weight=weights(site, before))
 
 
 def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
