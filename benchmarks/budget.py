@@ -75,7 +75,7 @@ CASES = [
         64,
         {"sources": "gradients", "statistics": ("stable_rank", "participation_ratio"), "per_site": False},
     ),
-    Case("expensive: digits, default", DigitsMLP, digits, 1536, {}),
+    Case("expensive: digits, default", DigitsMLP, digits, 2304, {}),
 ]
 
 
