@@ -1,4 +1,4 @@
-# Needs Python 3.11 and make, and nothing else.  make demo | test | bench | lint | format | clean
+# Needs Python 3.11 and make, and nothing else.  make demo | test | bench | browser | lint | format | clean
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -6,14 +6,24 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test browser lint format bench clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
 	$(BIN)/python examples/char_transformer.py
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint browser
+	$(BIN)/python -m pytest -rs
+
+# What the tests of TensorBoard's tab need: Debian's, where we may install it. They say so where they were left out, and in CI they fail.
+browser:
+	@has() { command -v chromium && command -v chromedriver; }; \
+	has >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium, for the tests of TensorBoard's tab"; \
+		{ apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } >/tmp/chromium.log 2>&1 || tail -5 /tmp/chromium.log; \
+	fi; \
+	has >/dev/null || echo "NO BROWSER: the tab of TensorBoard will NOT BE TESTED. It takes chromium and chromedriver; as root, make browser installs Debian's." >&2
 
 lint: .venv/installed
 	$(BIN)/ruff check

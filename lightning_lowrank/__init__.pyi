@@ -1,4 +1,9 @@
 from . import statistics as statistics
+from .alerts.ready_made import ChangePointAlert as ChangePointAlert
+from .alerts.ready_made import RankCollapseAlert as RankCollapseAlert
+from .alerts.rules import Alert as Alert
+from .alerts.rules import AlertEvent as AlertEvent
+from .alerts.rules import RankCollapseError as RankCollapseError
 from .dashboard import Sample as Sample
 from .dashboard import summary_table as summary_table
 from .decompose import decompose as decompose

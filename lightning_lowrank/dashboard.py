@@ -48,7 +48,8 @@ def write_layout(writer: Any, added: Layout) -> None:
 class Watched(Protocol):
     """What a monitor remembers of its run."""
 
-    label: str
+    @property
+    def label(self) -> str: ...
 
     @property
     def first(self) -> Sample | None: ...

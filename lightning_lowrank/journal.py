@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from numpy.typing import NDArray
 
 from lightning_lowrank import dashboard, sinks
+from lightning_lowrank.alerts.watch import Watch
 from lightning_lowrank.clock import Clock
 from lightning_lowrank.dashboard import Sample
 from lightning_lowrank.probe import Probe
@@ -18,6 +19,7 @@ from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.schedules import WARM_UP, Budget, Every
 from lightning_lowrank.team import Team
 from lightning_lowrank.trainers import loggers_of
+from lightning_lowrank.vectors import Vectors, rows
 
 # Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
 FEW = 100
@@ -32,16 +34,20 @@ class Journal:
         label: Word for the monitor in messages and cost tags.
         per_site: Scalars of single sites.
         histograms: Also the spectra.
+        alerts: The rules that reports are shown to.
         budget: What the monitor keeps to.
     """
 
-    def __init__(self, label: str, *, per_site: bool | Literal["auto"], histograms: bool, budget: Budget | None = None) -> None:
-        self.label, self.per_site, self.histograms, self.budget = label, per_site, histograms, budget
+    def __init__(
+        self, label: str, *, per_site: bool | Literal["auto"], histograms: bool, alerts: Watch, budget: Budget | None = None
+    ) -> None:
+        self.label, self.per_site, self.histograms, self.alerts, self.budget = label, per_site, histograms, alerts, budget
         self.first: Sample | None = None
         self.latest: Sample | None = None
         self.failures = 0
         self.skipped = 0
         self.clock = Clock()
+        self._vectors = Vectors()
         self._said: set[str] = set()
         self._laid_out = False
         self._watched: Sequence[Recorder] = ()
@@ -57,9 +63,11 @@ class Journal:
             complete: No optimizer is still to be read: a site that no report of this sample had is lost.
         """
         awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
-        self._count_losses(recorders, host, awaited)
         values = {q: _by_site(r, host[q], awaited[r.name]) for r in recorders for q in host if q in r.measured}
         step = sinks.step_of(trainer)
+        # First, since all processes must decide alike: what comes after may fail in one of them.
+        self.alerts.observe(step, values)
+        self._count_losses(recorders, host, awaited)
         self.first, self.latest = _merged(step, values, self.first, keep=True), _merged(step, values, self.latest, keep=False)
         summaries = {
             f"lowrank/{quantity}_{end}": value
@@ -68,7 +76,9 @@ class Journal:
         }
         facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
-        self.tell(sinks.write(loggers_of(trainer), summaries | self._sites(values) | facts | self._costs(recorders), step))
+        scalars = summaries | self._sites(values) | facts | self._costs(recorders) | self.alerts.scalars()
+        self.tell(sinks.write(loggers_of(trainer), scalars, step))
+        self.tell(self._vectors.write(loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step))
         if self.histograms:
             self.tell(sinks.write_histograms(loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
 
@@ -79,6 +89,11 @@ class Journal:
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
         self.say("; ".join([counts, *kept]))
+
+    def act(self, trainer: L.Trainer) -> None:
+        """Do what alerts ask for, save raising."""
+        for trouble in self.alerts.act(trainer):
+            self.trouble(trouble)
 
     def lay_out(self, trainer: L.Trainer, quantities: Mapping[str, Sequence[str]]) -> None:
         """TensorBoard's custom-scalars page, once."""
@@ -91,6 +106,7 @@ class Journal:
         """Another run, that is no continuation."""
         self.first = self.latest = None
         self.failures = self.skipped = 0
+        self.alerts.begin()
         if self.budget is not None:
             self.budget.forget()
 
@@ -111,6 +127,8 @@ class Journal:
         """The run is over; another has a clock and a dashboard of its own."""
         self.clock.pause()
         self._laid_out = False
+        for trouble in self.alerts.calls.wait():
+            self.trouble(trouble)
 
     def forget(self) -> None:
         """The sample in the making is given up."""
@@ -202,37 +220,6 @@ class Journal:
             self._warn("budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable.")
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}
-
-
-class Account:
-    """What a monitor can say of its run."""
-
-    _journal: Journal
-
-    @property
-    def first(self) -> Sample | None:
-        """The first number of everything measured, None before."""
-        return self._journal.first
-
-    @property
-    def latest(self) -> Sample | None:
-        """The latest number of everything measured, None before."""
-        return self._journal.latest
-
-    @property
-    def failures(self) -> int:
-        """Numbers that could not be had so far."""
-        return self._journal.failures
-
-    @property
-    def skipped(self) -> int:
-        """Steps that a GradScaler skipped when a sample was due."""
-        return self._journal.skipped
-
-    @property
-    def overhead(self) -> float:
-        """What this monitor cost so far, in percent of the training time: host time, validation not counted."""
-        return self._journal.clock.percent
 
 
 def _by_site(recorder: Recorder, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import Metric
 
 from lightning_lowrank import sinks, trainers
-from lightning_lowrank.journal import Account, Journal
+from lightning_lowrank.account import Account
+from lightning_lowrank.alerts.rules import Alert
+from lightning_lowrank.alerts.watch import Watch
+from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import Sampling, plan
@@ -35,11 +37,12 @@ class Monitor(Account, L.Callback):
         per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
         histograms: Also the spectra, as histograms of log10 of the singular values (TensorBoard).
         seed: Of the sketches of large matrices.
+        alerts: Rules that say when to warn, or "default".
         name: Prefix of all tags; two monitors in one Trainer need different ones where they measure the same.
         label: Word for this monitor in messages and cost tags.
 
     Raises:
-        ValueError: There is no probe, two have one name, or an option is another word.
+        ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not measured.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Monitor(Account, L.Callback):
         per_site: bool | Literal["auto"] = "auto",
         histograms: bool = False,
         seed: int = 0,
+        alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
         label: str = "monitor",
     ) -> None:
@@ -60,7 +64,8 @@ class Monitor(Account, L.Callback):
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
         self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
         self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
-        self._journal = Journal(self.label, per_site=per_site, histograms=histograms, budget=self.budget)
+        watch = Watch(alerts, self._quantities(), prefix=name, label=self.label)
+        self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.ours = self._journal.clock.ours
         self._checked = -1
@@ -72,19 +77,15 @@ class Monitor(Account, L.Callback):
         self._waiting: dict[str, Any] = {}
 
     @property
-    def metrics(self) -> dict[str, Metric]:
-        """The torchmetrics that hold the numbers of the sample being taken, by probe."""
-        return {recorder.name: recorder.means for recorder in self.recorders}
-
-    @property
     def state_key(self) -> str:
         """Names and probes, so that several monitors have their own place in a checkpoint."""
         return self._generate_state_key(label=self.label, quantities=self._quantities())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
-        counts = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
+        counts: dict[str, Any] = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
         budget = {} if self.budget is None else self.budget.state_dict()
+        counts |= {"alerts": self._journal.alerts.state_dict()}
         return counts | {"budget": budget, "waiting": self._owed(), "probes": {r.name: r.state_dict() for r in self.recorders}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,6 +93,7 @@ class Monitor(Account, L.Callback):
         self._resumed = True
         self._checked, self._journal.failures, self._journal.skipped = (state_dict[key] for key in ("checked", "failures", "skipped"))
         self._waiting = state_dict["waiting"]
+        self._journal.alerts.load_state_dict(state_dict.get("alerts", {}))
         if self.budget is not None:
             self.budget.load_state_dict(state_dict["budget"])
         for recorder in self.recorders:
@@ -128,6 +130,7 @@ class Monitor(Account, L.Callback):
             troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
             for trouble in troubles:
                 self._journal.trouble(trouble)
+            self._journal.alerts.check({quantity: list(r.expected) for r in self.recorders for quantity in r.quantities})
             self._journal.announce(self.recorders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,6 +174,7 @@ class Monitor(Account, L.Callback):
                 self._report(trainer, recorders, sampling.report(), complete=sampling.complete)
         if sampling.complete:
             self._sampling = None
+        self._alert(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hooks off layers also where the module's `on_train_batch_start` ended the epoch before the batch."""
@@ -195,6 +199,7 @@ class Monitor(Account, L.Callback):
                 self._validation.batch_over()
                 self._report(trainer, self._watching("validation"), self._validation.report(), complete=True)
             self._validation = None
+            self._alert(trainer)
         if self._enabled:
             self._journal.clock.resume()
 
@@ -233,6 +238,12 @@ class Monitor(Account, L.Callback):
             self._journal.skipped += 1
             self._sampling.join(recorders)
 
+    def _alert(self, trainer: L.Trainer) -> None:
+        """Do what alerts ask for; only what the user wants to end the run leaves here."""
+        with self._guard(loses=False):
+            self._journal.act(trainer)
+        self._journal.alerts.raise_if_asked()
+
     def _owed(self) -> dict[str, Any]:
         """What a sample in the making waits for, as plain numbers: it is taken up by a run that is resumed."""
         return self._waiting if self._sampling is None else self._sampling.owed(self._journal.given)
@@ -250,20 +261,6 @@ class Monitor(Account, L.Callback):
         """Give up the sample in the making, but let a checkpoint know of it that is still to be written."""
         self._waiting = self._owed()
         self._abandon(for_good=True)
-
-    def _refuse_double(self, other: "Monitor") -> None:
-        both = {self.label, *self._quantities()} & {other.label, *other._quantities()}
-        if both:
-            names = f"monitors {self.label!r} and {other.label!r}"
-            raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
-        if self.budget is not None and self.budget is other.budget:
-            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object: give each its own")
-
-    def _watching(self, stage: str) -> list[Recorder]:
-        return [r for r in self.recorders if r.probe.source.stage == stage]
-
-    def _quantities(self) -> list[str]:
-        return [quantity for recorder in self.recorders for quantity in recorder.quantities]
 
     def _sampled(self, trainer: L.Trainer, optimizers: Sequence[Optimizer], step: int) -> Sampling:
         """A new sample, with the same draws at the same step, in a resumed run too."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from lightning_lowrank.alerts.rules import Alert
 from lightning_lowrank.monitor import Monitor
 from lightning_lowrank.probe import Probe, offers
 from lightning_lowrank.schedules import Budget, Every
@@ -42,6 +43,7 @@ def RankMonitor(
     seed: int = 0,
     name: str | None = None,
     *,
+    alerts: Sequence[Alert] | Literal["default"] | None = "default",
     min_size: int = 2,
     heads: bool = False,
     views: Mapping[str, str | View] | None = None,
@@ -63,6 +65,7 @@ def RankMonitor(
         histograms: Also the spectra, as TensorBoard histograms.
         seed: Of the sketches of matrices above 1500 a side.
         name: Prefix of all tags.
+        alerts: Rules that say when to warn; "default" warns of what is rarely healthy, None of nothing.
         min_size: Shortest side of a matrix to watch.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
@@ -70,7 +73,7 @@ def RankMonitor(
 
     Raises:
         ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training starts: a pattern
-            matches nothing.
+            matches nothing; an alert is on what is not measured.
 
     Example:
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
@@ -87,7 +90,7 @@ def RankMonitor(
     # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
     offered = [[name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)] for one in built]
     probes = [Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)]
-    return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, name=name, label="rank")
+    return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name, label="rank")
 
 
 def _schedule(every_n_steps: int | None, max_overhead: float | None) -> Every | Budget:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lowrank.decompose import decompose, flops
 from lightning_lowrank.metrics import SiteMeans
+from lightning_lowrank.order_statistics import COUNT, order_statistics
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.registry import Needs, Statistic
 from lightning_lowrank.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
@@ -55,7 +56,10 @@ class Recorder:
         self.error: str | None = None
         self._histograms = histograms
         self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
-        self._results = Results(len(self.statistics), spectra=histograms, subspaces=self._compares_subspaces)
+        # Where a statistic reads all singular values they cost nothing; they are not decomposed for.
+        self.needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        self.needs = "values" if histograms else self.needs
+        self._results = self._fresh()
         self._staged: dict[int, list[Staged]] = {}
         self._owners: dict[str, int] = {}
 
@@ -78,6 +82,15 @@ class Recorder:
     def means(self) -> SiteMeans:
         """The numbers of the sample being taken."""
         return self._results.means
+
+    @property
+    def orders(self) -> str:
+        """Name of the row of its reports that has the order statistics of each site, where there are any."""
+        return f"{self.name}_orders"
+
+    def shape(self, site: str) -> tuple[int, int]:
+        """Rows and columns of the matrix there."""
+        return self._results.shape(site)
 
     def take_solves(self) -> int:
         """Calls of an eigensolver since this was last asked."""
@@ -116,7 +129,7 @@ class Recorder:
         """Forget an earlier run."""
         self.expected = {}
         self.probe.source.load_state_dict({})
-        self._results = Results(len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces)
+        self._results = self._fresh()
 
     def abandon(self) -> None:
         """Forget the sample in the making."""
@@ -144,7 +157,9 @@ class Recorder:
         `<name>_lost` is 1 where the matrix was not finite or its decomposition failed. Spectra, where asked for, are under their own tags.
         """
         means, errors, spectra = self._results.take()
-        rows = dict(zip([*self.quantities, f"{self.name}_lost"], means, strict=True))
+        rows = dict(zip([*self.quantities, f"{self.name}_lost"], means, strict=False))
+        if self.needs == "values":
+            rows[self.orders] = means[len(rows) :]
         if self._results.estimated:
             rows |= {f"{name}_error": row for name, row in zip(self.quantities, errors, strict=True)}
         return rows | {f"{self.name}_spectrum/{label}": row for label, row in spectra.items()}
@@ -164,6 +179,10 @@ class Recorder:
         owners = self._owners | dict(zip(new, team.assigned(list(new.values())), strict=True))
         return [owners[reading.labels[0]] for reading in readings]
 
+    def _fresh(self) -> Results:
+        orders = 1 + COUNT if self.needs == "values" else 0
+        return Results(len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders)
+
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""
         pairs = [self._one(statistic, group) for statistic in self.statistics]
@@ -175,7 +194,8 @@ class Recorder:
             kept[SPECTRUM] = list(group.spectrum.magnitudes)
         if group.now is not None:
             kept |= {BASIS: list(group.now.basis), VALUES: list(group.now.values)}
-        return Staged(group.labels, torch.cat([values, lost[None]]), errors, kept)
+        orders = [order_statistics(group.spectrum).to(values)] if self.needs == "values" else []
+        return Staged(group.labels, torch.cat([values, lost[None], *orders]), errors, kept)
 
     def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
         if statistic.takes == (Spectrum,):
@@ -184,8 +204,7 @@ class Recorder:
         return value, torch.zeros_like(value)
 
     def _groups(self, taken: Sequence[Taken], generator: torch.Generator) -> list[Group]:
-        needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
-        spectra = self._spectra([t.value for t in taken], "values" if self._histograms else needs, generator)
+        spectra = self._spectra([t.value for t in taken], self.needs, generator)
         weights = self._spectra([t.weight for t in taken if t.weight is not None], "top", generator)
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):

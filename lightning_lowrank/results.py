@@ -1,6 +1,7 @@
 """Numbers of a sample in the making, per site, here and over all processes.
 
-Shape letters:  Q statistics   all: these and whether the matrix was lost   n matrices measured at once   S sites   K values kept
+Shape letters:  Q statistics   all: these, whether the matrix was lost, and order statistics   n matrices measured at once   S sites
+                K values kept
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ class Staged:
 
     Attributes:
         labels: Of the matrices.
-        values: The statistics, and whether the matrix was lost.
+        values: The statistics, whether the matrix was lost, and its order statistics where they are kept.
         errors: Of estimates.
         kept: What else is kept of each matrix: by kind, one tensor per matrix.
     """
@@ -46,17 +47,22 @@ class Results:
         num_statistics: Q.
         spectra: Singular values are kept, for histograms.
         subspaces: Top subspaces are kept, for the next sample.
+        num_orders: Order statistics that are kept.
     """
 
-    def __init__(self, num_statistics: int, *, spectra: bool, subspaces: bool) -> None:
+    def __init__(self, num_statistics: int, *, spectra: bool, subspaces: bool, num_orders: int = 0) -> None:
         self.columns: dict[str, int] = {}
         self.estimated = False
-        self._num_statistics = num_statistics
+        self._num_statistics, self._num_orders = num_statistics, num_orders
         self._kinds = (SPECTRUM,) * spectra + (BASIS, VALUES) * subspaces
         self._shapes: dict[str, tuple[int, int]] = {}
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._previous: dict[tuple[str, str], Tensor] = {}
         self.means, self.errors = self._metrics()
+
+    def shape(self, label: str) -> tuple[int, int]:
+        """Rows and columns of a matrix, as it was last."""
+        return self._shapes[label]
 
     def know(self, shapes: Mapping[str, tuple[int, int]], labels: Iterable[str] = ()) -> None:
         """Matrices that may be measured, the same on every process; those that were known once stay known.
@@ -86,7 +92,7 @@ class Results:
             self._make_room(device)
             kept = [_sized(self._kept.get(key), size, self.means.total) for key, size in self._sizes()]
             return torch.cat([tensor.flatten() for tensor in (*self._sums(), *kept)])
-        rows = (2 * self._num_statistics + 3 if self.estimated else self._num_statistics + 2) * len(self.columns)
+        rows = ((2 * self._num_statistics + 3 if self.estimated else self._num_statistics + 2) + self._num_orders) * len(self.columns)
         return torch.full((rows + sum(size.numel() for _, size in self._sizes()),), torch.nan, dtype=working_dtype(device), device=device)
 
     def unpack(self, vector: Float[Tensor, " _"]) -> None:
@@ -148,9 +154,9 @@ class Results:
 
     def _metrics(self) -> tuple[SiteMeans, SiteMeans]:
         """Means of the statistics and of whether a site was lost; means of the errors."""
-        num_rows, num_sites = self._num_statistics + 1, len(self.columns)
+        num_rows, num_errors, num_sites = self._num_statistics + 1 + self._num_orders, self._num_statistics, len(self.columns)
         # They are added up with everything else of a report, in one collective.
-        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_rows - 1, num_sites, sync_on_compute=False)
+        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_errors, num_sites, sync_on_compute=False)
 
     def _make_room(self, device: torch.device) -> None:
         """Metrics as wide as the known sites, with what the narrower ones had."""

@@ -72,6 +72,7 @@ class Features(Source):
         if self.stage not in ("train", "validation"):
             raise ValueError(f"Features(stage={self.stage!r}): it is 'train' or 'validation'")
         self.of_parameters = False
+        self.level = "functions"
         self.name = ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         self._layers: dict[str, nn.Module] = {}
         self._grams: dict[str, Tensor] = {}

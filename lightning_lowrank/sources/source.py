@@ -68,6 +68,7 @@ class Source(ABC):
         of_parameters: Its sites are parameters.
         of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
         stage: The loop whose batches it watches.
+        level: Where what it reads belongs, in overviews.
         ours: Counts the time of what happens inside the user's own code.
     """
 
@@ -75,6 +76,7 @@ class Source(ABC):
     of_parameters: bool = True
     of_changes: bool = False
     stage: Literal["train", "validation"] = "train"
+    level: Literal["parameters", "functions", "structure", "subnetworks"] = "parameters"
     ours: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod

@@ -1,0 +1,121 @@
+"""Rules that are ready to use: rank collapse, change points, and what every preset watches for."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from lightning_lowrank.alerts.rules import Action, Alert, AlertEvent, Baseline
+
+Source = Literal[
+    "weight", "gradient", "update", "displacement", "first_moment", "second_moment", "feature", "centred_feature", "validation_feature"
+]
+
+# Share of the baseline that may be lost. Gradients lose most of their rank in health, and updates of Adam follow them; weights do not.
+ALLOWED_DROP = {"weight": 0.5, "feature": 0.7, "centred_feature": 0.7, "validation_feature": 0.7}
+LARGEST_DROP = 0.9
+
+
+def RankCollapseAlert(
+    source: Source = "weight",
+    statistic: str = "stable_rank",
+    sites: str | Sequence[str] = "*",
+    floor: float | None = None,
+    drop: float | None = None,
+    baseline: Baseline = "running",
+    for_samples: int = 3,
+    quorum: int | float = 1,
+    cooldown_steps: int = 500,
+    warm_up_samples: int = 10,
+    warm_up_steps: int = 0,
+    actions: Sequence[Action] = ("warn", "log", "wandb"),
+    call: Callable[[AlertEvent], Any] | None = None,
+    name: str | None = None,
+) -> Alert:
+    """An alert for a rank that falls far below what it was, or below a floor.
+
+    Args:
+        source: Whose rank.
+        statistic: Which rank.
+        sites: As in `Alert`, like all that follows except for these:
+        floor: Least rank allowed; 0.5 is what a zero matrix, whose rank is 0, falls below, and no other.
+        drop: Share of the baseline that may be lost. If there is no floor either, it depends on the source: 0.5 for weights, 0.7 for
+            features, 0.9 for gradients, updates and what they add up to, since low rank is normal there. Updates of optimizers that
+            orthogonalise (Muon) are flat by construction: for those give 0.3.
+
+    Example:
+        >>> RankCollapseAlert("gradient", floor=0.5, drop=0.95, actions=["warn", "stop"]).conditions
+        ['below', 'drop']
+    """
+    if floor is None and drop is None:
+        drop = ALLOWED_DROP.get(source, LARGEST_DROP)
+    return Alert(
+        f"{source}_{statistic}",
+        sites,
+        below=floor,
+        drop=drop,
+        baseline=baseline,
+        for_samples=for_samples,
+        quorum=quorum,
+        cooldown_steps=cooldown_steps,
+        warm_up_samples=warm_up_samples,
+        warm_up_steps=warm_up_steps,
+        actions=actions,
+        call=call,
+        name=name,
+    )
+
+
+def ChangePointAlert(
+    quantity: str,
+    sites: str | Sequence[str] = "*",
+    change: float = 8.0,
+    window: int = 20,
+    for_samples: int = 3,
+    quorum: int | float = 1,
+    cooldown_steps: int = 0,
+    warm_up_steps: int = 0,
+    actions: Sequence[Action] = ("warn", "log", "wandb"),
+    call: Callable[[AlertEvent], Any] | None = None,
+    name: str | None = None,
+) -> Alert:
+    """An alert for a quantity that leaves its level for another, up or down: a phase transition such as grokking.
+
+    Args:
+        quantity: As in `Alert`, like all others.
+        change: Spreads of the last `window` samples. A steady trend is no change: it widens the spread along with the distance.
+
+    Example:
+        >>> ChangePointAlert("weight_effective_rank", "blocks.*").conditions
+        ['change']
+    """
+    return Alert(
+        quantity,
+        sites,
+        change=change,
+        window=window,
+        for_samples=for_samples,
+        quorum=quorum,
+        cooldown_steps=cooldown_steps,
+        warm_up_samples=window,
+        warm_up_steps=warm_up_steps,
+        severity="info",
+        actions=actions,
+        call=call,
+        cause="a phase transition (grokking, a new circuit), or a jump of the learning rate",
+        name=name,
+    )
+
+
+def default_alerts(quantities: Iterable[str]) -> list[Alert]:
+    """What every preset watches for, as far as it measures it: quiet in health."""
+    known = list(quantities)
+    first_of_gradient = next((q for q in known if q.startswith("gradient_")), None)
+    rules = [
+        # Chosen so that no healthy run of the benchmark fires; at first weights lose a third of their stable rank in health.
+        RankCollapseAlert("weight", "effective_rank", drop=0.05, warm_up_samples=20),
+        RankCollapseAlert("weight", "stable_rank", drop=0.3, warm_up_samples=20),
+        RankCollapseAlert("gradient", "stable_rank", floor=0.5),
+        RankCollapseAlert("feature", "participation_ratio", drop=0.6, baseline="warm-up"),
+        RankCollapseAlert("validation_feature", "participation_ratio", drop=0.6, baseline="warm-up"),
+    ]
+    lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
+    return [rule for rule in rules if rule.quantity in known] + lost

@@ -1,0 +1,113 @@
+"""Answers to the questions of the tab: the same over HTTP and in the file that `lightning-lowrank report` writes."""
+
+import base64
+import csv
+from collections.abc import Callable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_lowrank.tensorboard.series import GAP, Part, Reader, Table, thinned
+
+Arguments = Mapping[str, str]
+
+# What asks, in the browser.
+MODULE = Path(__file__).with_name("index.js")
+
+# Samples that are sent at once; more columns than a heat map has pixels would not be seen.
+LIMIT = 512
+MOST = 5000
+# What a spreadsheet takes for the beginning of a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """Every run with what it has."""
+    shown = ("kind", "name", "source", "statistic", "unit", "level")
+    found = reader.runs()
+    return {
+        "runs": [
+            {"run": run, "entries": [{key: str(series[entry][-1].known.get(key, "")) for key in shown} for entry in sorted(series)]}
+            for run, series in found.items()
+        ]
+    }
+
+
+def matrix(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """Samples x sites of a quantity, of our cost or of alerts, thinned to what can be seen; all samples of one site if one is named."""
+    table = _table(reader, arguments)
+    if "site" in arguments:
+        table = table.of(arguments["site"])
+    return _answer(table, arguments)
+
+
+def spectra(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """Frobenius norm and order statistics of one site or of all, their ranks, and what noise has there."""
+    run, name = _needed(arguments, "run"), _needed(arguments, "name")
+    parts = reader.parts(run, "spectrum", name)
+    table = reader.table(run, parts)
+    if "site" in arguments:
+        table = table.of(arguments["site"])
+    return _answer(table, arguments) | {"noise": [_noise(parts, site) for site in table.sites], "width": int(table.values.shape[-1])}
+
+
+def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """What alerts have said."""
+    return {"texts": reader.texts(_needed(arguments, "run"))}
+
+
+def sheet(reader: Reader, arguments: Arguments) -> str:
+    """Every sample of a quantity as CSV: a row per step, a column per site; nothing where it was not read."""
+    table = _table(reader, arguments)
+    out = StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["step", *(f"'{site}" if site.startswith(FORMULA) else site for site in table.sites)])
+    gaps = table.values.view(np.uint32) == GAP
+    for step, row, missing in zip(table.steps, table.values, gaps, strict=True):
+        writer.writerow([int(step), *("" if gap else str(value) for value, gap in zip(row, missing, strict=True))])
+    return out.getvalue()
+
+
+ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {"runs": runs, "matrix": matrix, "spectra": spectra, "texts": texts}
+
+
+def _table(reader: Reader, arguments: Arguments) -> Table:
+    run, kind, name = (_needed(arguments, key) for key in ("run", "kind", "name"))
+    if kind == "spectrum":
+        raise ValueError("spectra have an answer of their own")
+    return reader.table(run, reader.parts(run, kind, name))
+
+
+def _answer(table: Table, arguments: Arguments) -> dict[str, Any]:
+    limit = min(MOST, max(2, _number(arguments, "limit", LIMIT)))
+    ends = (_number(arguments, "first", None), _number(arguments, "last", None))
+    shown = table.at(thinned(table.steps, limit, *ends))
+    return {
+        "steps": shown.steps.tolist(),
+        "sites": shown.sites,
+        "total": len(table.steps),
+        "between": len(thinned(table.steps, len(table.steps), *ends)),
+        # JSON knows neither NaN nor infinity, and digits would make it three times as long.
+        "values": base64.b64encode(shown.values.astype("<f4").tobytes()).decode(),
+    }
+
+
+def _noise(parts: list[Part], site: str) -> dict[str, Any]:
+    """Ranks, and what a Gaussian matrix of Frobenius norm 1 has there."""
+    known = next(part.known for part in reversed(parts) if site in part.sites)
+    return dict(known["shapes"][known["shape_of"][known["sites"].index(site)]])
+
+
+def _needed(arguments: Arguments, key: str) -> str:
+    if key not in arguments:
+        raise ValueError(f"{key}= is missing")
+    return arguments[key]
+
+
+def _number(arguments: Arguments, key: str, default: Any) -> Any:
+    try:
+        return int(arguments[key]) if arguments.get(key) else default
+    except ValueError as error:
+        raise ValueError(f"{key}={arguments[key]!r} is no whole number") from error
