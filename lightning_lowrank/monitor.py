@@ -15,6 +15,7 @@ from lightning_lowrank import sinks, trainers
 from lightning_lowrank.account import Account
 from lightning_lowrank.alerts.rules import Alert
 from lightning_lowrank.alerts.watch import Watch
+from lightning_lowrank.gauges import recorder_of
 from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
@@ -62,7 +63,7 @@ class Monitor(Account, L.Callback):
         if per_site not in (True, False, "auto"):
             raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
-        self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
+        self.recorders = [recorder_of(probe, name, histograms=histograms) for probe in probes]
         self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
         watch = Watch(alerts, self._quantities(), prefix=name, label=self.label)
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
@@ -151,7 +152,14 @@ class Monitor(Account, L.Callback):
                 self._sampling = self._sampling or self._sampled(trainer, trainer.optimizers, step)
                 self._go_on(self._sampling, due)
             if self._sampling is not None:
-                self._sampling.batch_begins()
+                self._sampling.batch_begins(batch, batch_idx)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Let sources look at the live loss."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.loss_live(loss, trainers.loss_scale(trainer, pl_module))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -190,7 +198,7 @@ class Monitor(Account, L.Callback):
             with self._guard():
                 self._validation = self._sampled(trainer, [], sinks.step_of(trainer))
                 self._validation.join(watching)
-                self._validation.batch_begins()
+                self._validation.batch_begins(None, 0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report what was watched in validation."""
