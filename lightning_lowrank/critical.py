@@ -1,6 +1,6 @@
 """How far the loss could have followed the last update: curvature from forward passes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,34 @@ def critical_multiple(
         at = torch.where(below == 0, above / LEAP, torch.where(torch.isinf(above), below * LEAP, between))
     known = (below > 0) & torch.isfinite(above) & torch.isfinite(start)
     return torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan)
+
+
+def along_update(
+    params: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Float[Tensor, ""]], guess: Float[Tensor, ""]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The same of parameters that have just been updated; they are moved, and put back bit for bit.
+
+    Args:
+        start: What they were before the update.
+        loss: At the parameters as they are.
+    """
+    end = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def move(multiple: Tensor) -> None:
+        for p, a, b in zip(params, start, end, strict=True):
+            p.copy_(a + multiple.to(a.dtype) * (b - a))
+
+    def loss_at(multiple: Tensor) -> Tensor:
+        move(multiple)
+        return loss()
+
+    try:
+        return critical_multiple(loss_at, guess)
+    finally:
+        with torch.no_grad():
+            for p, b in zip(params, end, strict=True):
+                p.copy_(b)
 
 
 def _is_higher(loss: Float[Tensor, ""], start: Float[Tensor, ""]) -> Bool[Tensor, ""]:

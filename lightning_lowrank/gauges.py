@@ -58,6 +58,9 @@ class GaugeRecorder(Recorder):
         """Stage the numbers of the sample: one process speaks for all, which have the same."""
         self._device = generator.device
         found = self._gauge.numbers(team)
+        trouble, self._gauge.trouble = self._gauge.trouble, None
+        if trouble is not None:
+            self.error = f"{type(trouble).__name__}: {trouble}"
         self._results.know({}, [numbers.site for numbers in found])
         self.expected |= dict.fromkeys(numbers.site for numbers in found)
         if found and team.rank == 0:

@@ -51,10 +51,12 @@ class Gauge(Source):
 
     Attributes:
         quantities: What it gives; settled when it is made.
+        trouble: Why a part of a sample is missing, until it was told.
     """
 
     quantities: Sequence[Quantity]
     of_parameters = False
+    trouble: Exception | None = None
 
     @abstractmethod
     def numbers(self, team: Team) -> Sequence[Numbers]:
