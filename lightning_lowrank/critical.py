@@ -1,6 +1,7 @@
 """How far the loss could have followed the last update: curvature from forward passes alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,12 +9,27 @@ from torch import Tensor
 
 # How much farther, or less far, the next guess is while only one side of the answer is known.
 LEAP = 4.0
+# Forward passes of the first search: updates of small learning rates could go on a hundred thousand times as far.
+COLD = 20
 
 
-def critical_multiple(
-    loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = 8
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The multiple of the last update beyond which the loss is higher than before it, and how much farther it may be.
+@dataclass(frozen=True)
+class Critical:
+    """Where the loss is as high as before the update.
+
+    Attributes:
+        multiple: Of the update.
+        error: How much farther it may be.
+        guess: Where to begin the next search.
+    """
+
+    multiple: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+    guess: Float[Tensor, ""]
+
+
+def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = 8) -> Critical:
+    """The multiple of the last update beyond which the loss is higher than before it.
 
     On a quadratic with gradient descent it is 2 / (learning rate * sharpness along the gradient): below 1 the step went too far. The
     search never waits for the device. It finds one crossing, as a rule the first. NaN where the loss is higher (an update that climbs), or
@@ -36,17 +52,18 @@ def critical_multiple(
         between = (below * above).sqrt()
         at = torch.where(below == 0, above / LEAP, torch.where(torch.isinf(above), below * LEAP, between))
     known = (below > 0) & torch.isfinite(above) & torch.isfinite(start)
-    return torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan)
+    return Critical(torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan), at)
 
 
 def along_update(
-    params: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Float[Tensor, ""]], guess: Float[Tensor, ""]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    params: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Float[Tensor, ""]], guess: Float[Tensor, ""] | None
+) -> Critical:
     """The same of parameters that have just been updated; they are moved, and put back bit for bit.
 
     Args:
         start: What they were before the update.
         loss: At the parameters as they are.
+        guess: Where to begin, None where nothing is known yet: the search is longer then.
     """
     end = [p.detach().clone() for p in params]
 
@@ -60,7 +77,7 @@ def along_update(
         return loss()
 
     try:
-        return critical_multiple(loss_at, guess)
+        return critical_multiple(loss_at, end[0].new_ones(()), COLD) if guess is None else critical_multiple(loss_at, guess)
     finally:
         with torch.no_grad():
             for p, b in zip(params, end, strict=True):

@@ -26,12 +26,9 @@ from lightning_lowrank.schedules import shared_budget
 class Monitor(Account, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
-    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites, single sites as
-    `<quantity>/<site>`, and its own cost as `lowrank/<label>_time_ms` (of the sample), `lowrank/<label>_overhead_percent` (of training
-    time so far), `lowrank/<label>_failures` (numbers that could not be had, so far), `lowrank/<label>_skipped_steps` (by a GradScaler, so
-    far) and `lowrank/<label>_solver_calls` (of an eigensolver, in the sample; each waits for the device on CUDA); with a `Budget` also
-    `lowrank/<label>_every_n_steps` and `lowrank/<label>_overhead_percent_after_warm_up`. The summaries are also in
-    `trainer.callback_metrics`.
+    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites (also in
+    `trainer.callback_metrics`), single sites as `<quantity>/<site>`, numbers of the whole model as `<quantity>`, and what it cost itself as
+    `lowrank/<label>_...`: docs/reference.md has all tags.
 
     Args:
         probes: What to measure.
@@ -85,8 +82,7 @@ class Monitor(Account, L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
         counts: dict[str, Any] = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
-        budget = {} if self.budget is None else self.budget.state_dict()
-        counts |= {"alerts": self._journal.alerts.state_dict()}
+        counts["alerts"], budget = self._journal.alerts.state_dict(), {} if self.budget is None else self.budget.state_dict()
         return counts | {"budget": budget, "waiting": self._owed(), "probes": {r.name: r.state_dict() for r in self.recorders}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -142,6 +142,8 @@ class WriteGuard(TorchDispatchMode):
         undo: Is told how to put back what they held.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Sequence[Tensor], undo: ExitStack) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
@@ -166,7 +168,8 @@ class WriteGuard(TorchDispatchMode):
 @cache
 def _written(function: Any) -> list[tuple[int, str]]:
     """Place and name of the arguments that an operator writes to."""
-    arguments = enumerate(function._schema.arguments)
+    # Operators that take functions have no schema.
+    arguments = enumerate(function._schema.arguments if hasattr(function, "_schema") else ())
     return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 

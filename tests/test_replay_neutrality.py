@@ -266,6 +266,7 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 def test_everything_that_a_step_does_is_undone() -> None:
     callback = Replaying()
 
@@ -292,6 +293,7 @@ def half_way(module: Any, batch: Any) -> Tensor:
     raise RuntimeError("half way")
 
 
+@pytest.mark.slow
 def test_everything_is_undone_after_an_exception() -> None:
     without, watched = busy([]), busy([Failing()])
 

@@ -96,6 +96,7 @@ class Curvature(Gauge):
         self._choice: Choice | None = None
         self._named: dict[str, nn.Parameter] = {}
         self._module: Any = None
+        self._trainer: Any = None
         self._multiple: Tensor | None = None
         self._sample = Sample()
 
@@ -106,12 +107,16 @@ class Curvature(Gauge):
         chosen = set(named) if self.match is None else fitting("match", self.match, layers)
         chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
         self._named = {tag(name): parameter for name, parameter in named.items() if name in chosen}
-        if self._module is not module or self._choice is None:
+        if self._module is not module:
             self._begin(module)
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters where each has numbers of its own."""
-        return [WHOLE, *self._trained] if self.effort.probes else [WHOLE]
+        return [WHOLE, *self._trained] if self.effort.probes and self.operators else [WHOLE]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches a run of its own."""
+        return vars(self) | {"_module": None, "_trainer": None, "_named": {}, "_replay": Replay(self.loss_fn), "_sample": Sample()}
 
     def _begin(self, module: Any) -> None:
         """Choose how to see the loss, in a run that begins."""
@@ -197,7 +202,7 @@ class Curvature(Gauge):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self._choice = None
+        self._module = None  # another run, in which the loss may have to be seen in another way
         self.state.tops = dict(state.get("tops", {}))
         self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
 
@@ -227,9 +232,8 @@ class Curvature(Gauge):
                 return team.summed(seen.loss.detach().clone()) / team.size
 
         params, sample = list(self._trained.values()), self._sample
-        guess = params[0].new_ones(()) if self._multiple is None else self._multiple
-        multiple, error = along_update(params, sample.start, loss, guess)
-        self._multiple = torch.where(torch.isfinite(multiple), multiple, guess)
+        critical = along_update(params, sample.start, loss, self._multiple)
+        multiple, error, self._multiple = critical.multiple, critical.error, critical.guess
         found.note("critical_multiple", Estimate(multiple, error))
         found.note("critical_sharpness", Estimate(2 / (sample.rate * multiple), 2 * error / (sample.rate * multiple.square())))
 
