@@ -250,7 +250,8 @@ def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
             for is_watched in (True, False):
                 torch.manual_seed(0)
                 module, logger = InParts(rank, size, MODELS[model]()), MemoryLogger()
-                monitor = CurvatureMonitor("standard", top_k=2, every_n_steps=1)
+                # A static graph is replayed, from the first batch.
+                monitor = CurvatureMonitor("standard", top_k=2, every_n_steps=1, batch="live" if strategy == "plain" else "fixed")
                 options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
                 options |= {"use_distributed_sampler": False, "accelerator": "cpu", "max_epochs": 1}
                 options |= {"devices": size, "strategy": make()} if size > 1 else {}
