@@ -257,8 +257,8 @@ const SHADES = {
 
 /** Layers x steps on a canvas, one column per sample, with a cursor for mouse and keyboard. */
 class HeatMap {
-  constructor({ run, table, sites, alerts, shade, domain, unit, quantity, onPick }) {
-    Object.assign(this, { run, table, sites, alerts, shade, domain, unit, quantity, onPick });
+  constructor({ run, table, sites, alerts, lanes, shade, domain, unit, quantity, onPick }) {
+    Object.assign(this, { run, table, sites, alerts, lanes, shade, domain, unit, quantity, onPick });
     this.firsts = new Map(sites.map((site) => [site, firstKnown(table.curve(site))]));
     this.row = this.column = 0;
     this.canvas = h("canvas", {
@@ -277,7 +277,7 @@ class HeatMap {
   /** Draw as wide as there is room. */
   draw() {
     const width = Math.max(280, this.element.clientWidth || 600);
-    const strip = 7 * this.alerts.length;
+    const strip = 7 * this.lanes;
     this.left = Math.min(230, Math.max(90, width * 0.3));
     this.top = strip ? strip + 4 : 0;
     this.height = Math.max(2, Math.min(22, Math.floor(520 / Math.max(this.sites.length, 1)))) * this.sites.length;
@@ -550,12 +550,13 @@ class Page {
     this.tables = await Promise.all(runs.map((run) => this.table("matrix", { run, ...args })));
     this.ordered = this.order(this.tables);
     const alerts = await Promise.all(runs.map((run) => this.states(run)));
+    const spoken = alerts.map((rules) => rules.filter(({ steps }) => steps.some(([, state]) => state >= 1)));
     const [shade, entry] = [SHADES[this.shade], this.quantities().find(({ name }) => name === this.quantity)];
     const domain = ends(this.tables.flatMap((table) => this.shades(table, shade)));
     this.maps = this.tables.map((table, i) => new HeatMap({
       run: runs[i], table, shade, domain, unit: entry?.unit ?? "1", quantity: this.quantity,
       sites: this.ordered.filter((site) => table.index.has(site)),
-      alerts: alerts[i].filter(({ steps }) => steps.some(([, state]) => state >= 1)),
+      alerts: spoken[i], lanes: Math.max(...spoken.map(({ length }) => length)),
       onPick: (site, step) => this.pick(site, step),
     }));
     this.details = h("section", { id: "details", "aria-label": "The chosen layer" });
@@ -807,8 +808,8 @@ svg.chart { width: 100%; max-width: 680px; } svg text { fill: var(--soft); font-
 svg .line { fill: none; stroke-width: 1.8; } svg .faint { fill: none; stroke-width: 0.6; opacity: 0.3; } svg .marker { stroke: var(--accent); stroke-dasharray: 2 2; }
 svg.time { width: 300px; height: 14px; } .slider { flex-direction: row; align-items: center; max-width: none; }
 table { border-collapse: collapse; font-size: 13px; margin: 8px 0; } caption { text-align: left; color: var(--soft); padding: 4px 0; }
-th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; overflow-wrap: anywhere; }
-tbody th { font-weight: normal; } [role=alert], .note { color: var(--accent); } pre { white-space: pre-wrap; }
+th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; overflow-wrap: anywhere; min-width: 4.5em; }
+tbody th { font-weight: normal; min-width: 13em; } [role=alert], .note { color: var(--accent); } pre { white-space: pre-wrap; }
 @media (prefers-reduced-motion: no-preference) { main[aria-busy=true] { opacity: 0.6; transition: opacity 0.2s 0.2s; } }
 `;
 
