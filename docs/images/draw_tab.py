@@ -22,8 +22,6 @@ from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import RankMonitor
 from tests.tab import chromium, open_tab, settled, tensorboard, wait, wait_for_runs
 
-SITE = "blocks.2.mlp.2.weight"
-
 
 class Transformer(CharTransformer):
     """The demo's, with a learning rate of one's choice."""
@@ -49,7 +47,7 @@ def photograph(page: WebDriver, picture: Path) -> None:
     """The map of one quantity, with the curve and the spectra of one layer below."""
     page.find_element(By.ID, "view-map").click()
     settled(page)
-    Select(page.find_element(By.ID, "quantity")).select_by_value("weight_stable_rank")
+    Select(page.find_element(By.ID, "quantity")).select_by_value("weight_effective_rank")
     settled(page)
     page.find_element(By.CSS_SELECTOR, "canvas").send_keys(Keys.END, *[Keys.ARROW_DOWN] * 16, Keys.ENTER)
     wait(page, lambda: page.find_elements(By.ID, "spectrum"))
@@ -71,7 +69,7 @@ def main(runs: Path = Path("runs/tab"), output: Path = Path("docs/images/tab.png
         if not folder.exists():
             train(folder, learning_rate, max_steps)
     with TemporaryDirectory() as profile, tensorboard(runs) as address, chromium(Path(profile)) as page:
-        page.set_window_size(1400, 1280)
+        page.set_window_size(1400, 1330)
         wait_for_runs(address, 3)
         open_tab(page, address)
         photograph(page, output)
