@@ -66,8 +66,7 @@ class Monitor(Account, L.Callback):
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.ours = self._journal.clock.ours
-        self._checked = -1
-        self._enabled = self._resumed = False
+        self._checked, self._enabled, self._resumed = -1, False, False
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
