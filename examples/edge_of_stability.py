@@ -2,9 +2,9 @@
 
     python examples/edge_of_stability.py --output edge_of_stability.png
 
-Full-batch gradient descent sharpens until the largest eigenvalue of the Hessian is 2 over the learning rate, and then hovers there (Cohen et al.
-2021, arXiv 2103.00065). Of minibatches it is the sharpness along the batch's own gradient that comes there (Andreyev & Beneventano 2024, arXiv
-2412.20553), of Adam that of the preconditioned Hessian (Cohen et al. 2022, arXiv 2207.14484).
+Full-batch gradient descent sharpens until the largest eigenvalue of the Hessian is 2 over the learning rate, and then hovers there (Cohen
+et al. 2021, arXiv 2103.00065). Of minibatches it is the sharpness along the batch's own gradient that is to come there (Andreyev &
+Beneventano 2024, arXiv 2412.20553), of Adam that of the preconditioned Hessian (Cohen et al. 2022, arXiv 2207.14484).
 """
 
 import warnings
