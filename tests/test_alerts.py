@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -363,3 +365,32 @@ def test_defaults_are_on_what_is_measured() -> None:
 
     assert [alert.quantity for alert in rules] == ["weight_stable_rank"]
     assert all(set(alert.actions) <= {"warn", "log", "wandb"} for alert in default_alerts(["weight_stable_rank", "gradient_stable_rank"]))
+
+
+@pytest.mark.parametrize("quorum", [2, 20])
+def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> None:
+    watch = Watch(
+        [Alert("weight_stable_rank", sites="net.0*", below=1.0, quorum=quorum)], ["weight_stable_rank"], prefix=None, label="rank"
+    )
+
+    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 sites"):
+        watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("Alert('weight_stable_rank', below=1.0)", "a list of Alert"),
+        ("[{'quantity': 'weight_stable_rank', 'drop': 0.5}]", "a list of Alert"),
+        ("[Alert('weight_stable_rank', below=1.0, call='my.function')]", "call='my.function': a function"),
+    ],
+)
+def test_rules_of_the_wrong_type_are_refused_in_words(rules: str, message: str) -> None:
+    """In a process without the type checks of the tests, which would be first."""
+    code = f"from lightning_lowrank import Alert, RankMonitor\nRankMonitor(alerts={rules})"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert f"ValueError: {'alert' if 'call' in rules else 'alerts'}" in done.stderr
+    assert message in done.stderr

@@ -121,6 +121,7 @@ def save_checkpoint(trainer: L.Trainer, event: AlertEvent) -> None:
 
 def stop(trainer: L.Trainer) -> None:
     """End training after this batch; called by all processes, so that all end at the same one."""
+    rank_zero_info("lightning_lowrank: an alert stops the training after this batch")
     trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(True, all=False)
 
 

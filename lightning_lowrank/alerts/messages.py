@@ -14,7 +14,7 @@ CAUSES = {
     "displacement": "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples",
     "feature": "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or with too little variance, "
     "dead units, a normalisation that is missing",
-    "gradient": "dead units or a saturated loss (the gradient is zero), a layer cut off, or one batch direction that drowns the others",
+    "gradient": "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, dead units or a saturated loss",
     "update": "a learning rate too high, momentum on few directions, or clipping at every step",
     "weight": "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others",
 }

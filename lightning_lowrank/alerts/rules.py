@@ -183,6 +183,7 @@ class Alert:
             f"hysteresis={self.hysteresis!r}: from 0 on and below 1": not 0 <= self.hysteresis < 1,
             f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0": not self._has_quorum(),
             f"name={self.name!r}: letters, digits, '_', '.' and '-' only": not fullmatch(r"[\w.-]+", self.name or "x", ASCII),
+            f"call={self.call!r}: a function that takes an AlertEvent (a dotted path only in YAML)": not callable(self.call or print),
             f"call_timeout={self.call_timeout!r}: seconds above 0": not self.call_timeout > 0,
             f"{needed} samples at least to learn from (warm_up_samples, window), for {list(given)}": learnt < needed,
         }

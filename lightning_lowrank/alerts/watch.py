@@ -40,6 +40,8 @@ class Watch:
     ) -> None:
         if isinstance(rules, str) and rules != "default":
             raise ValueError(f"alerts={rules!r}: a list of alerts, 'default' or None")
+        if isinstance(rules, Alert) or any(not isinstance(rule, Alert) for rule in rules or () if not isinstance(rules, str)):
+            raise ValueError(f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML")
         start = f"{prefix}_" if prefix else ""
         given = default_alerts(q.removeprefix(start) for q in quantities) if isinstance(rules, str) else rules or ()
         self.states = [_state(rule, quantities, start) for rule in given]
@@ -72,6 +74,9 @@ class Watch:
             if known and not any(map(state.matches, known)):
                 more = f" and {len(known) - 10} more" if len(known) > 10 else ""
                 raise ValueError(f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} has {known[:10]}{more}")
+            there = sum(map(state.matches, known))
+            if known and isinstance(state.rule.quorum, int) and state.rule.quorum > there:
+                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {there} sites")
 
     def observe(self, step: int, values: Values) -> None:
         """Show a report to the rules."""
