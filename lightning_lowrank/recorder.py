@@ -68,8 +68,8 @@ class Recorder(ABC):
         """Whether it is one number for the whole model."""
         return False
 
-    def shape(self, site: str) -> tuple[int, int]:
-        """Rows and columns of the matrix there."""
+    def shape(self, site: str) -> tuple[int, int] | None:
+        """Rows and columns of the matrix there, None where it was never read."""
         return self._results.shape(site)
 
     def take_solves(self) -> int:

@@ -60,9 +60,9 @@ class Results:
         self._previous: dict[tuple[str, str], Tensor] = {}
         self.means, self.errors = self._metrics()
 
-    def shape(self, label: str) -> tuple[int, int]:
-        """Rows and columns of a matrix, as it was last."""
-        return self._shapes[label]
+    def shape(self, label: str) -> tuple[int, int] | None:
+        """Rows and columns of a matrix, as it was last; None where it was never read."""
+        return self._shapes.get(label)
 
     def know(self, shapes: Mapping[str, tuple[int, int]], labels: Iterable[str] = ()) -> None:
         """Matrices that may be measured, the same on every process; those that were known once stay known.

@@ -66,7 +66,7 @@ class Measured(Protocol):
     @property
     def sites(self) -> Sequence[str]: ...
 
-    def shape(self, site: str) -> tuple[int, int]: ...
+    def shape(self, site: str) -> tuple[int, int] | None: ...
 
 
 class Vectors:
@@ -159,8 +159,9 @@ def _of_recorder(recorder: Measured, values: Mapping[str, Mapping[str, float]], 
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             found.append(Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit}))
     if recorder.orders in host:
-        read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in found[0].values}
-        found.append(Row("spectrum", recorder.name, read, known, [recorder.shape(site) for site in read]))
+        shapes = {site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None}
+        read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in shapes}
+        found.append(Row("spectrum", recorder.name, read, known, [shapes[site] for site in read]))
     return found
 
 

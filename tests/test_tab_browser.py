@@ -105,8 +105,8 @@ def only(page: WebDriver, run: str) -> None:
 
 def keys(page: WebDriver, *pressed: str) -> str:
     """Press keys on the first heat map; what it then says."""
-    canvas = page.find_element(By.CSS_SELECTOR, "canvas")
-    canvas.send_keys(*pressed)
+    wait(page, page.find_element(By.CSS_SELECTOR, "canvas").is_displayed)
+    page.find_element(By.CSS_SELECTOR, "canvas").send_keys(*pressed)
     return page.find_element(By.CSS_SELECTOR, ".heat .status").text
 
 
