@@ -1,11 +1,15 @@
 """Oracle: Dijkstra's algorithm by scipy, on the whole network as a sparse matrix."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_lowrank.scaling.boxes import box_counting
 from lightning_lowrank.scaling.paths import path_distances, path_scaling
+from lightning_lowrank.scaling.scaling import ORDERS
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian, generator
 
@@ -14,7 +18,7 @@ SIZES = [7, 20, 33, 12, 9]
 
 def chain(density=1.0, seed=0):
     """Weights of successive layers, some of them zero."""
-    draws = [gaussian(one, other, seed=seed + i) for i, (one, other) in enumerate(zip(SIZES, SIZES[1:], strict=False))]
+    draws = [gaussian(one, other, seed=seed + i) for i, (one, other) in enumerate(pairwise(SIZES))]
     return [draw * (gaussian(*draw.shape, seed=50 + i).abs() < 5 * density) for i, draw in enumerate(draws)]
 
 
@@ -62,13 +66,13 @@ def test_masses_grow_from_five_neurons_to_half_of_all():
     assert_close(scaling.mean_masses[[0, -1]], torch.tensor([5.0, 128.0], dtype=torch.float64), rtol=0.05, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:distances between neurons")
-def test_paths_through_stacked_cascades():
-    """Within 0.08 of the exponents of one layer: a path through more adds the shortest edge at every step."""
-    layers = [torch.as_tensor(networks.cascade_weights((1, 2), 3, 5, seed)) for seed in range(2)]
-    scaling = path_scaling(layers, generator=generator(), num_sources=200)
+def test_stacked_cascades_have_the_exponents_of_one():
+    """Two steps of at most r lead to the whole of a class in all three layers, and one out of it takes 3 r."""
+    weights = 1 / torch.as_tensor(networks.cascade_distances((1, 2), 3, 5)).clamp(min=3.0**-5)
+    distances = path_distances([weights, weights], torch.arange(3 * 243))
+    scaling = box_counting(distances, [2.001 * 3.0**-k for k in range(5, -1, -1)])
 
-    assert_close(scaling.alpha_at(0.0).item(), 0.579, rtol=0, atol=0.08)
+    assert_close(scaling.tau, torch.as_tensor(networks.cascade_tau((1, 2), 3, ORDERS)), rtol=0, atol=1e-10)
 
 
 def test_neurons_without_ways_are_refused():

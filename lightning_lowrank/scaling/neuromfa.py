@@ -57,15 +57,13 @@ def neuromfa_scaling(
         if max_neurons is None:
             return _scaling(_edge_counts(weights, threshold), orders)
         if generator is None:
-            raise ValueError(
-                f"neuromfa with max_neurons={max_neurons} draws them at random: name a generator, torch.Generator().manual_seed(0)"
-            )
+            raise ValueError(f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)")
         samples = [sample_neurons(weights, max_neurons, generator=generator) for _ in range(num_repeats)]
         return _scaling(torch.stack([_edge_counts(sample, threshold) for sample in samples]), orders)
 
 
 def sample_neurons(weights: Sequence[Num[Tensor, "_ _"]], max_neurons: int, *, generator: torch.Generator) -> list[Num[Tensor, "_ _"]]:
-    """The weights between neurons that are drawn from each layer, the same ones for the matrix that ends there and the one that begins there."""
+    """The weights between neurons drawn from each layer: the same for the matrix that ends in a layer and that which begins there."""
     narrowest = min(min(weight.shape) for weight in weights)
     sampled: list[Tensor] = []
     targets = torch.empty(0)
@@ -114,8 +112,8 @@ def _scaling(counts: Float[Tensor, "*B S T"], orders: Sequence[float]) -> Scalin
 def published_summary(scaling: Scaling, *, drop_hooks: bool = False, drop_non_monotone: bool = False) -> tuple[Tensor, Tensor]:
     """Position of the spectrum's maximum and its width by forward differences of tau, as published; statistics use exact derivatives.
 
-    The maximum of these differences is shared by the steps before and after q = 0, which are apart by some per cent in alpha0: in the published
-    code rounding decides between them, here it is the first.
+    The steps before and after q = 0 share the maximum of these differences, and their alpha are some per cent apart: in the published code
+    rounding decides between them, here it is the first.
 
     Args:
         scaling: With a leading axis of samples, say; the authors average over it.

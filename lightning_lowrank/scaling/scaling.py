@@ -4,7 +4,6 @@ Shape letters:  B any batch axes   S nodes   R radii   Q orders
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -92,7 +91,7 @@ class Scaling:
 
     @cached_property
     def slope_weights(self) -> Float[Tensor, "*B R"]:
-        """By which a curve over the radii is multiplied, and summed, to give its slope; NaN with fewer than five radii or two nodes, or where lost."""
+        """What a curve over the radii is multiplied by and summed, to give its slope; NaN with fewer than five radii or two nodes."""
         count = self.fit.sum(-1, keepdim=True)
         centred = self.fit * (self.abscissa - (self.fit * self.abscissa).sum(-1, keepdim=True) / count)
         none = (count < FEWEST_RADII) | (self.counted.sum(-1, keepdim=True) < 2) | self.lost[..., None]
@@ -164,11 +163,11 @@ class Scaling:
 
     def tau_at(self, q: float) -> Float[Tensor, "*B"]:
         """tau at one order, in the grid or not."""
-        return self.slope(next(self._moments_at((q,)))[0])
+        return self.slope(self._moments_at((q,))[0])[..., 0]
 
     def alpha_at(self, q: float) -> Float[Tensor, "*B"]:
         """alpha at one order."""
-        return self.slope(next(self._moments_at((q,)))[1])
+        return self.slope(self._moments_at((q,))[1])[..., 0]
 
     @cached_property
     def c2(self) -> Float[Tensor, "*B"]:
@@ -187,19 +186,21 @@ class Scaling:
 
     @cached_property
     def _moments(self) -> tuple[Float[Tensor, "*B Q R"], Float[Tensor, "*B Q R"]]:
-        parts = tuple(zip(*self._moments_at(self.orders), strict=True))
-        return torch.stack(parts[0], -2), torch.stack(parts[1], -2)
+        return self._moments_at(self.orders)
 
-    def _moments_at(self, orders: tuple[float, ...]) -> Iterator[tuple[Float[Tensor, "*B R"], Float[Tensor, "*B R"]]]:
-        """ln Z_q and the mean of ln p under p ** q, at each order."""
-        centre = self.mean(self.log_shares)
-        logs = torch.where(self.live, self.log_shares - centre[..., None, :], 0.0)
+    def _moments_at(self, orders: tuple[float, ...]) -> tuple[Float[Tensor, "*B Q R"], Float[Tensor, "*B Q R"]]:
+        """ln Z_q, and the mean of ln p under the weights p ** q, at each order."""
+        centre = self.mean(self.log_shares)[..., None, :]
+        logs = torch.where(self.live, self.log_shares - centre, 0.0)
         powers, step, last = self.live.to(logs), math.nan, 0.0
+        sums, products = [], []
         for q in orders:
-            # On an even grid a product does for an exponential; after a hundred of them 14 digits are left.
+            # On an even grid a product does for an exponential; after sixty of them 14 digits are left.
             if not math.isclose(q - last, step, rel_tol=1e-9):
                 step = q - last
                 factors = (step * logs).exp()
             powers, last = powers * factors, q
-            total = powers.sum(-2)
-            yield total.log() + q * centre, (powers * logs).sum(-2) / total + centre
+            sums.append(powers.sum(-2))
+            products.append((powers * logs).sum(-2))
+        total = torch.stack(sums, -2)
+        return total.log() + logs.new_tensor(orders)[:, None] * centre, torch.stack(products, -2) / total + centre

@@ -12,7 +12,7 @@ def width(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Largest less smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise included.
 
     NeuroMFA calls it heterogeneity. A few extreme neurons set it, and with finitely many weights it is never 0: read it beside
-    `width_floor`. Independent weights have 1.1 to 1.3 times that on average, and by chance up to three times.
+    `width_floor`. Independent weights have about that on average, and once in a thousand three times as much or more.
 
     Args:
         scaling: Of any mode.

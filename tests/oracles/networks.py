@@ -73,9 +73,8 @@ def chain_distances(weights, sources, *, directed):
     one = np.concatenate([starts[i] + rows for i, (rows, _) in enumerate(places)])
     other = np.concatenate([starts[i + 1] + columns for i, (_, columns) in enumerate(places)])
     lengths = np.concatenate([1 / np.abs(weight[place]) for weight, place in zip(weights, places, strict=True)])
-    return shortest_path(
-        coo_matrix((lengths, (one, other)), shape=(starts[-1], starts[-1])), method="D", directed=directed, indices=sources
-    )
+    network = coo_matrix((lengths, (one, other)), shape=(starts[-1], starts[-1]))
+    return shortest_path(network, method="D", directed=directed, indices=sources)
 
 
 def hops(nodes, edges):
@@ -130,7 +129,7 @@ def tree_distances(children, factor, generations):
 
 
 def published_tau(lengths, orders, threshold):
-    """The recipe of NeuroMFA's authors in loops: lengths of each neuron's edges -> tau, and the forward differences' alpha0 and width."""
+    """The recipe of NeuroMFA's authors in loops: lengths of each neuron's edges -> tau, and alpha0 and width by forward differences."""
     neurons = [Counter(np.round([d for d in row if 1 < d <= threshold]).tolist()) for row in lengths]
     neurons = [kept for kept in neurons if sum(kept.values()) > 10]
     radii = sorted(set().union(*neurons))
@@ -139,4 +138,5 @@ def published_tau(lengths, orders, threshold):
     tau = np.array([linregress(np.log(np.array(radii) / radii[-1]), np.log((shares**q).sum(0))).slope for q in orders])
     alpha = np.diff(tau) / np.diff(orders)
     f = np.array(orders)[:-1] * alpha - tau[:-1]
-    return tau, alpha[f.argmax()], alpha.max() - alpha.min()
+    # Two steps share the maximum but for rounding.
+    return tau, alpha[np.round(f, 12).argmax()], alpha.max() - alpha.min()
