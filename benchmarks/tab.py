@@ -60,22 +60,23 @@ def spectrum(num_layers: int, step: int) -> list[Row]:
     return [Row("spectrum", "gradient", dict(zip(sites, draws.uniform(0, 1, (num_layers, 33)), strict=True)), shapes=shapes)]
 
 
-def written(write: Write, samples: int) -> tuple[float, float, float]:
-    """Milliseconds and kB of a sample, and kB that the first one has beyond that; the event file is flushed after each."""
-    times, sizes = [], []
+def written(write: Write, samples: int) -> tuple[float, float, float, float]:
+    """Milliseconds, those of the CPU and kB of a sample, with the event file flushed; and kB that the first one has beyond that."""
+    times, worked, sizes = [], [], []
     with TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder, name="", version="")
         logger.experiment.flush()
         (file,) = Path(folder).glob("events.*")
         for step in range(samples):
             before = file.stat().st_size
-            begin = time.perf_counter()
+            begin, work = time.perf_counter(), time.process_time()
             write(logger, step)
             times.append(time.perf_counter() - begin)
+            worked.append(time.process_time() - work)
             sizes.append((file.stat().st_size - before) / 1000)
         logger.experiment.close()
     usual = median(sizes[1:])
-    return 1000 * median(times[1:]), usual, sizes[0] - usual
+    return 1000 * median(times[1:]), 1000 * median(worked[1:]), usual, sizes[0] - usual
 
 
 def writing(num_layers: int, samples: int) -> Table:
@@ -89,7 +90,7 @@ def writing(num_layers: int, samples: int) -> Table:
         "spectra of one source": lambda logger, step: [spectra.write([logger], made[step][1], i) for i in range(10)] and None,
     }
     table = Table(title=f"{num_layers} layers x {QUANTITIES} quantities, medians of {samples} samples")
-    for heading in ("written", "ms per sample", "kB per sample", "kB once"):
+    for heading in ("written", "ms per sample", "of it CPU", "kB per sample", "kB once"):
         table.add_column(heading, justify="left" if heading == "written" else "right")
     for what, write in cases.items():
         table.add_row(what, *(f"{value:,.1f}" for value in written(write, samples)))
@@ -135,6 +136,26 @@ def seconds_to_paint(page: webdriver.Chrome) -> float:
     return float(page.execute_script("return performance.getEntriesByName('lowrank-painted')[0].startTime")) / 1000
 
 
+def seconds_of(page: webdriver.Chrome, act: str, claim: str) -> float:
+    """From a deed of the user to the frame after that in which it shows."""
+    shown = f"requestAnimationFrame(({claim}) ? () => done(performance.now() - begin) : wait)"
+    script = f"const begin = performance.now(), done = arguments[0], wait = () => {shown}; {act}; wait();"
+    return float(page.execute_async_script(script)) / 1000
+
+
+def deeds(page: webdriver.Chrome) -> list[float]:
+    """Another quantity, another order, one letter of a filter, a layer picked."""
+    change = "const e = document.getElementById('{0}'); e.value = '{1}'; e.dispatchEvent(new Event('{2}', {{bubbles: true}}))"
+    drawn = "document.querySelector('#view').getAttribute('aria-busy') === 'false'"
+    enter = "document.querySelector('canvas').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))"
+    return [
+        seconds_of(page, change.format("quantity", "gradient_quantity_5", "change"), drawn),
+        seconds_of(page, change.format("sort", "change", "change"), drawn),
+        seconds_of(page, change.format("filter", "v", "input"), drawn),
+        seconds_of(page, enter, "document.querySelector('#curve')"),
+    ]
+
+
 def showing(num_layers: int, samples: int, repeats: int) -> Table:
     """The second table."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as profile:
@@ -145,17 +166,19 @@ def showing(num_layers: int, samples: int, repeats: int) -> Table:
         with served(folder) as address, browser(profile) as page:
             page.get(f"{address}/#lowrank")
             WebDriverWait(page, 60).until(lambda p: p.find_elements(By.CSS_SELECTOR, "iframe"))
-            times = []
+            times, acted = [], []
             for _ in range(repeats):
                 page.switch_to.frame(page.find_element(By.CSS_SELECTOR, "iframe"))
                 times.append(seconds_to_paint(page))
+                acted.append(deeds(page))
                 page.switch_to.default_content()
                 page.execute_script("document.querySelector('iframe').contentWindow.location.reload()")
                 time.sleep(1)
     table = Table(title=f"{num_layers} layers x {samples:,} samples x {QUANTITIES} quantities, in headless Chromium")
-    for heading in ("first paint", "again, median", "again, worst"):
+    for heading in ("first paint", "again, median", "again, worst", "another quantity", "sorted", "filtered", "a layer's curve"):
         table.add_column(heading, justify="right")
-    table.add_row(*(f"{value:.2f} s" for value in (times[0], median(times[1:]), max(times[1:]))))
+    taken = [median(of_deed) for of_deed in zip(*acted, strict=True)]
+    table.add_row(*(f"{value:.2f} s" for value in (times[0], median(times[1:]), max(times[1:]), *taken)))
     return table
 
 

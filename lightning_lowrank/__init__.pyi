@@ -11,6 +11,7 @@ from .metrics import Gram as Gram
 from .metrics import SiteMeans as SiteMeans
 from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
+from .presets import CurvatureMonitor as CurvatureMonitor
 from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
@@ -29,6 +30,7 @@ from .schedules import Budget as Budget
 from .schedules import Every as Every
 from .sketch import estimate as estimate
 from .sketch import sketch as sketch
+from .sources.curvature import Curvature as Curvature
 from .sources.displacement import Displacement as Displacement
 from .sources.features import Features as Features
 from .sources.gradients import Gradients as Gradients

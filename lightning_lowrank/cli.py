@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import rich
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from rich.markup import escape
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -74,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"lightning-lowrank: {error}")
     if asked.subcommand == "report":
-        _write_page(reader, Path(options.run_dir), Path(options.output), options.samples)
+        try:
+            _write_page(reader, Path(options.run_dir), Path(options.output), options.samples)
+        except OSError as error:
+            sys.exit(f"lightning-lowrank: {options.output} cannot be written: {error.strerror}")
     else:
         _tell([_run(reader, name, series) for name, series in reader.runs().items()], as_json=options.json)
 
@@ -83,7 +87,7 @@ def page(reader: Reader, title: str, samples: int) -> str:
     """The tab as one file that needs no server and no other host."""
     # A site or a run may have any name: without "<" nothing in it can end the script element.
     content = json.dumps(_all_answers(reader, samples), allow_nan=False).replace("<", "\\u003c")
-    return PAGE.format(title=html.escape(title), answers=content, module=answers.MODULE.read_text(encoding="utf-8"))
+    return PAGE.format(title=html.escape(title), answers=content, module=answers.script())
 
 
 def _parser() -> ArgumentParser:
@@ -93,7 +97,7 @@ def _parser() -> ArgumentParser:
     for parser in (report, summary):
         parser.add_argument("run_dir", type=str, help="a folder with event files, of one run or of several")
     report.add_argument("-o", "--output", type=str, default="report.html", help="the file to write")
-    report.add_argument("--samples", type=int, default=answers.LIMIT, help="most samples of each quantity, evenly spread")
+    report.add_argument("--samples", type=PositiveInt, default=answers.LIMIT, help="most samples of each quantity, evenly spread")
     summary.add_argument("--json", action="store_true", help="numbers of all sites, null where there is none")
     whole = ArgumentParser(prog="lightning-lowrank", description="What lightning_lowrank has written beside a training.")
     commands = whole.add_subcommands()
@@ -109,14 +113,18 @@ def reader_of(folder: Path) -> Reader:
         ValueError: There are none.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is no folder: give that of a run, or of several, in which the event files are")
     multiplexer = EventMultiplexer(tensor_size_guidance={"lowrank": 0})
     multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
     reader = Reader(MultiplexerDataProvider(multiplexer, str(folder)), RequestContext(), "")
     if not reader.runs():
         there = [str(file.relative_to(folder)) for file in sorted(folder.rglob("events.out.tfevents.*"))[:3]]
-        raise ValueError(f"no event file below {folder} has vectors of a monitor; there are {there or 'no event files'}")
+        if not there:
+            raise ValueError(f"{folder} has no event files: give the folder that TensorBoardLogger wrote to, or one above it")
+        raise ValueError(
+            f"{folder} has event files, {there}, none with vectors of a monitor: was it trained with one and TensorBoardLogger?"
+        )
     return reader
 
 

@@ -71,7 +71,7 @@ def summary_table(monitor: Watched) -> Table:
     table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time", caption="medians over sites, and the lowest now")
     table.add_column("quantity", no_wrap=True)
     for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     table.add_column("at", overflow="ellipsis", no_wrap=True)
     before = ""
     for quantity, values in latest.values.items():

@@ -17,6 +17,7 @@ from lightning_lowrank.dashboard import Sample
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.schedules import WARM_UP, Budget, Every
+from lightning_lowrank.sources.gauge import WHOLE
 from lightning_lowrank.team import Team
 from lightning_lowrank.trainers import loggers_of
 from lightning_lowrank.vectors import Vectors, rows
@@ -63,20 +64,22 @@ class Journal:
             complete: No optimizer is still to be read: a site that no report of this sample had is lost.
         """
         awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
-        values = {q: _by_site(r, host[q], awaited[r.name]) for r in recorders for q in host if q in r.measured}
+        values = {q: _by_site(r, q, host[q], awaited[r.name]) for r in recorders for q in host if q in r.measured}
         step = sinks.step_of(trainer)
         # First, since all processes must decide alike: what comes after may fail in one of them.
         self.alerts.observe(step, values)
         self._count_losses(recorders, host, awaited)
         self.first, self.latest = _merged(step, values, self.first, keep=True), _merged(step, values, self.latest, keep=False)
-        summaries = {
+        of_sites = {q: row for r in recorders for q, row in values.items() if q in r.measured and not r.is_global(q)}
+        of_model = {quantity: next(iter(row.values()), math.nan) for quantity, row in values.items() if quantity not in of_sites}
+        summaries = of_model | {
             f"lowrank/{quantity}_{end}": value
-            for quantity, row in values.items()
+            for quantity, row in of_sites.items()
             for end, value in sinks.summaries(np.array(list(row.values()))).items()
         }
         facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
-        scalars = summaries | self._sites(values) | facts | self._costs(recorders) | self.alerts.scalars()
+        scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
         self.tell(sinks.write(loggers_of(trainer), scalars, step))
         self.tell(self._vectors.write(loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step))
         if self.histograms:
@@ -194,7 +197,7 @@ class Journal:
 
         Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
         """
-        few = sum(len(r.expected) * len(r.statistics) for r in self._watched) <= FEW
+        few = sum(len(r.expected) * len(r.quantities) for r in self._watched) <= FEW
         if self.per_site is False or (self.per_site == "auto" and not few):
             return {}
         return {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
@@ -222,9 +225,10 @@ class Journal:
         return known | {"every_n_steps": float(budget.every)}
 
 
-def _by_site(recorder: Recorder, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
-    """Numbers by site."""
-    return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in awaited}
+def _by_site(recorder: Recorder, quantity: str, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
+    """Numbers by site: of the whole model, or of each of its sites."""
+    there = awaited & ({WHOLE} if recorder.is_global(quantity) else awaited - {WHOLE})
+    return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in there}
 
 
 def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | None, *, keep: bool) -> Sample:

@@ -5,6 +5,7 @@ Shape letters:  B any batch axes   N length of a vector   L length on the other 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Num
@@ -15,46 +16,62 @@ from lightning_lowrank.spectrum import eigenvalues, eigenvectors, ratio, working
 # Lengths below so many rounding units of the largest are taken for 0: the Krylov space is exhausted.
 BREAKDOWN = 30
 
-Operator = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor], Tensor]
 RoundTrip = Callable[[Tensor, Tensor | float], tuple[Tensor, Tensor]]
 
 
-def lanczos(operator: Operator, start: Num[Tensor, "*B N"], steps: int) -> Num[Tensor, "*B K K"]:
-    """The symmetric operator within the Krylov space of a start vector: a tridiagonal matrix.
+@dataclass(frozen=True)
+class Krylov:
+    """A symmetric operator within the Krylov space of a start vector.
 
-    Where the space is exhausted early, what follows is zero and decoupled.
+    Attributes:
+        basis: Orthonormal rows, the start vector first.
+        projected: The operator in that basis: tridiagonal.
+        remainder: What the operator's product with the last row has outside of the space; other rows' have nothing.
+    """
+
+    basis: Num[Tensor, "*B K N"]
+    projected: Num[Tensor, "*B K K"]
+    remainder: Num[Tensor, "*B N"]
+
+
+def krylov(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int, *, spare: Num[Tensor, "*B N"] | None = None) -> Krylov:
+    """The Krylov space of a start vector, by the Lanczos recurrence.
 
     Args:
-        operator: Symmetric or Hermitian, `v -> A v` for a batch of vectors.
+        multiply: Symmetric or Hermitian, `v -> A v` for a batch of vectors.
         start: Any length but zero.
         steps: Products made; no more than N are of use.
+        spare: Where the space is exhausted early, the recurrence starts again outside of it with this vector, its entries shifted. Without
+            it, what follows is zero and decoupled.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, Algorithm 10.1.1, with full reorthogonalisation.
     """
     basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
-    tridiagonal = start.new_zeros(*start.shape[:-1], steps, steps)
-    scale = torch.zeros_like(_norm(start))
+    projected = start.new_zeros(*start.shape[:-1], steps, steps)
+    scale = across = torch.zeros_like(_norm(start))
     vector, _ = _normalised(start, scale)
     for step in range(steps):
+        if step > 0:
+            projected[..., step - 1, step] = projected[..., step, step - 1] = across
+            vector = vector if spare is None else _or_else(vector, across, spare.roll(step, -1), basis[..., :step, :])
         basis[..., step, :] = vector
-        product = operator(vector)
-        tridiagonal[..., step, step] = (product * vector.conj()).sum(-1)
-        if step + 1 < steps:
-            scale = torch.maximum(scale, _norm(product))
-            vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
-            tridiagonal[..., step, step + 1] = tridiagonal[..., step + 1, step] = across
-    return tridiagonal
+        product = multiply(vector)
+        projected[..., step, step] = (product * vector.conj()).sum(-1)
+        scale = torch.maximum(scale, _norm(product))
+        vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
+    return Krylov(basis, projected, across[..., None] * vector)
 
 
-def largest_eigenvalue(operator: Operator, start: Num[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B"]:
+def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B"]:
     """The largest eigenvalue of a positive semi-definite operator, from the three-term recurrence alone.
 
     Without reorthogonalisation values are found again and again, which does not matter for the largest, and a step costs a product and
     little else.
 
     Args:
-        operator: Symmetric, `v -> A v`; the eigenvectors of the conjugate do as well.
+        multiply: Symmetric, `v -> A v`; the eigenvectors of the conjugate do as well.
         start: Any length but zero.
         steps: Products made.
 
@@ -66,7 +83,7 @@ def largest_eigenvalue(operator: Operator, start: Num[Tensor, "*B N"], steps: in
     vector, _ = _normalised(start, scale)
     diagonal, beside = [], []
     for _ in range(steps):
-        product = operator(vector) - across * previous
+        product = multiply(vector) - across * previous
         along = (product * vector.conj()).sum(-1, keepdim=True)
         scale = torch.maximum(scale, along.abs()[..., 0])
         previous = vector
@@ -131,6 +148,12 @@ def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     length = _norm(vector)
     length = torch.where(length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale, 0.0, length)
     return ratio(vector, length[..., None]), length
+
+
+def _or_else(vector: Tensor, length: Tensor, spare: Tensor, basis: Tensor) -> Tensor:
+    """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit vector."""
+    fresh, _ = _normalised(_orthogonal(spare, basis), _norm(spare))
+    return torch.where(length[..., None] == 0, fresh, vector)
 
 
 def _orthogonal(vector: Tensor, basis: Num[Tensor, "*B K N"]) -> Tensor:

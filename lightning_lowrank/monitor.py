@@ -15,6 +15,7 @@ from lightning_lowrank import sinks, trainers
 from lightning_lowrank.account import Account
 from lightning_lowrank.alerts.rules import Alert
 from lightning_lowrank.alerts.watch import Watch
+from lightning_lowrank.gauges import recorder_of
 from lightning_lowrank.journal import Journal
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import Recorder
@@ -25,12 +26,9 @@ from lightning_lowrank.schedules import shared_budget
 class Monitor(Account, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
-    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites, single sites as
-    `<quantity>/<site>`, and its own cost as `lowrank/<label>_time_ms` (of the sample), `lowrank/<label>_overhead_percent` (of training
-    time so far), `lowrank/<label>_failures` (numbers that could not be had, so far), `lowrank/<label>_skipped_steps` (by a GradScaler, so
-    far) and `lowrank/<label>_solver_calls` (of an eigensolver, in the sample; each waits for the device on CUDA); with a `Budget` also
-    `lowrank/<label>_every_n_steps` and `lowrank/<label>_overhead_percent_after_warm_up`. The summaries are also in
-    `trainer.callback_metrics`.
+    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites (also in
+    `trainer.callback_metrics`), single sites as `<quantity>/<site>`, numbers of the whole model as `<quantity>`, and what it cost itself as
+    `lowrank/<label>_...`: docs/reference.md has all tags.
 
     Args:
         probes: What to measure.
@@ -62,14 +60,13 @@ class Monitor(Account, L.Callback):
         if per_site not in (True, False, "auto"):
             raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
-        self.recorders = [Recorder(probe, prefix=name, histograms=histograms) for probe in probes]
+        self.recorders = [recorder_of(probe, name, histograms=histograms) for probe in probes]
         self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
         watch = Watch(alerts, self._quantities(), prefix=name, label=self.label)
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.ours = self._journal.clock.ours
-        self._checked = -1
-        self._enabled = self._resumed = False
+        self._checked, self._enabled, self._resumed = -1, False, False
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
@@ -84,8 +81,7 @@ class Monitor(Account, L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
         counts: dict[str, Any] = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
-        budget = {} if self.budget is None else self.budget.state_dict()
-        counts |= {"alerts": self._journal.alerts.state_dict()}
+        counts["alerts"], budget = self._journal.alerts.state_dict(), {} if self.budget is None else self.budget.state_dict()
         return counts | {"budget": budget, "waiting": self._owed(), "probes": {r.name: r.state_dict() for r in self.recorders}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -151,7 +147,14 @@ class Monitor(Account, L.Callback):
                 self._sampling = self._sampling or self._sampled(trainer, trainer.optimizers, step)
                 self._go_on(self._sampling, due)
             if self._sampling is not None:
-                self._sampling.batch_begins()
+                self._sampling.batch_begins(batch, batch_idx)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Let sources look at the live loss."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.loss_live(loss, trainers.loss_scale(trainer, pl_module))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -190,7 +193,7 @@ class Monitor(Account, L.Callback):
             with self._guard():
                 self._validation = self._sampled(trainer, [], sinks.step_of(trainer))
                 self._validation.join(watching)
-                self._validation.batch_begins()
+                self._validation.batch_begins(None, 0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report what was watched in validation."""

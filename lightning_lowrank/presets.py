@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_lowrank.alerts.rules import Alert
 from lightning_lowrank.monitor import Monitor
 from lightning_lowrank.probe import Probe, offers
 from lightning_lowrank.schedules import Budget, Every
+from lightning_lowrank.sources.curvature import Curvature, Detail
 from lightning_lowrank.sources.displacement import Displacement
 from lightning_lowrank.sources.features import Features
 from lightning_lowrank.sources.gradients import Gradients
@@ -93,9 +96,66 @@ def RankMonitor(
     return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name, label="rank")
 
 
-def _schedule(every_n_steps: int | None, max_overhead: float | None) -> Every | Budget:
+def CurvatureMonitor(
+    level: Detail = "light",
+    operators: Sequence[str] = ("hessian", "gauss_newton"),
+    top_k: int = 5,
+    every_n_steps: int | None = None,
+    batch: Literal["live", "fixed"] = "live",
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    output_module: str | None = None,
+    match: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    per_site: bool | Literal["auto"] = "auto",
+    seed: int = 0,
+    name: str | None = None,
+    *,
+    alerts: Sequence[Alert] | Literal["default"] | None = "default",
+    max_overhead: float | None = None,
+) -> Monitor:
+    """Curvature of the training's own loss: sharpness against the edge of stability, sketches of Hessian, Gauss-Newton and Fisher matrix.
+
+    The loss is seen on the graph of the training step itself, with no second forward pass and no second loss function; where that would
+    change the training's last bits, or shows nothing (fused attention, compiled modules, static graphs of DDP), a kept batch is run through
+    `training_step` once more, with everything put back that it changes. Which of both is said at the start.
+
+    Args:
+        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, participation ratios, critical sharpness, and
+            what part of gradient and update lies in the top directions. "full": also all of the spectrum by quadrature: effective
+            ranks, negative mass, the smallest eigenvalue.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical sharpness alone, which
+            takes forward passes only and works where the loss cannot be differentiated twice.
+        top_k: Directions that are followed.
+        every_n_steps: Cadence, in optimizer steps; 50, 500 or 5000 by level unless given.
+        batch: "live": the loss of the step. "fixed": always that of the first batch that was seen, so that curves compare over time.
+        loss_fn: `(module, batch) -> loss` in the place of `training_step`; the batch is then fixed.
+        output_module: The layer whose output goes into the loss, where that is none of torch's.
+        match: Parameters to differentiate by: globs, `re:REGEX`, `type:LAYERCLASS`.
+        exclude: The same, taken away.
+        per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
+        seed: Of the random vectors.
+        name: Prefix of all tags.
+        alerts: Rules that say when to warn; there are none by default.
+        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+
+    Raises:
+        ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen; the message says
+            what to do.
+
+    Example:
+        >>> CurvatureMonitor("light").recorders[0].quantities[2:]
+        ['batch_sharpness', 'batch_sharpness_over_threshold']
+    """
+    chosen: dict[str, Any] = {"batch": batch, "loss_fn": loss_fn, "output_module": output_module, "match": match, "exclude": exclude}
+    source = Curvature(level, operators, top_k=top_k, **chosen)
+    schedule = _schedule(every_n_steps, max_overhead, source.effort.every)
+    probe = Probe(source.name, source, [quantity.name for quantity in source.quantities], schedule)
+    return Monitor([probe], per_site=per_site, seed=seed, alerts=alerts, name=name, label="curvature")
+
+
+def _schedule(every_n_steps: int | None, max_overhead: float | None, default: int = 50) -> Every | Budget:
     if max_overhead is None:
-        return Every(50 if every_n_steps is None else every_n_steps)
+        return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:
         raise ValueError(f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: one of them, for the budget chooses the cadence")
     return Budget(max_overhead)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.schedules import Every, Schedule
+from lightning_lowrank.sources.gauge import Gauge
 from lightning_lowrank.sources.source import Source
 from lightning_lowrank.spectrum import Spectrum
 from lightning_lowrank.statistics import available, find
@@ -17,7 +18,7 @@ class Probe:
     Args:
         name: First part of the tags, as in `gradient_stable_rank`.
         source: Where matrices come from.
-        statistics: Names of statistics.
+        statistics: Names of statistics; of a gauge those of its quantities.
         schedule: `step -> bool`.
 
     Raises:
@@ -30,19 +31,21 @@ class Probe:
     schedule: Every | Schedule = field(default_factory=lambda: Every(50))
 
     def __post_init__(self) -> None:
-        try:
-            for name in self.statistics:
-                find(name)
-        except ValueError as error:  # which says what is near, or what the parameter may be
-            raise ValueError(f"probe {self.name!r}: {error}") from error
+        if not isinstance(self.source, Gauge):
+            try:
+                for name in self.statistics:
+                    find(name)
+            except ValueError as error:  # which says what is near, or what the parameter may be
+                raise ValueError(f"probe {self.name!r}: {error}") from error
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
-            offered = [name for name in available() if offers(self.source, name)]
-            raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {offered}")
+            raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {_offered(self.source)}")
 
 
 def offers(source: Source, name: str) -> bool:
     """Whether there is such a statistic of what the source reads."""
+    if isinstance(source, Gauge):
+        return name in _offered(source)
     try:
         asked = find(name)
     except ValueError:
@@ -50,3 +53,9 @@ def offers(source: Source, name: str) -> bool:
     if asked.partner == "weight":
         return source.of_changes
     return asked.takes == (Spectrum,) or (source.of_parameters and Scaling not in asked.takes)
+
+
+def _offered(source: Source) -> list[str]:
+    if isinstance(source, Gauge):
+        return [quantity.name for quantity in source.quantities]
+    return [name for name in available() if offers(source, name)]

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.recorder import Recorder
+from lightning_lowrank.recorder import BATCH, Recorder
 from lightning_lowrank.shards import local
-from lightning_lowrank.sources.source import Step
+from lightning_lowrank.sources.source import Begun, Step
 from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.team import Team
-
-# Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.
-BATCH = -1
 
 
 class Sampling:
@@ -80,9 +77,14 @@ class Sampling:
         self._pending &= {int(index) for index in owed["optimizers"]}
         self._has_read_free = len(self._pending) < len(self._optimizers)
 
-    def batch_begins(self) -> None:
+    def batch_begins(self, batch: Any, index: int) -> None:
         """A batch is about to enter the module."""
-        self._each(lambda r: r.probe.source.batch_begins(self._module))
+        begun = Begun(self._module, batch, index, self._optimizers, self._team, self._generator.initial_seed())
+        self._each(lambda r: r.probe.source.batch_begins(begun))
+
+    def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
+        """The loss is computed, and multiplied by `scale`; the backward pass is next."""
+        self._each(lambda r: r.probe.source.loss_live(loss, scale))
 
     def gradients_final(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Read gradients and weights, and wait for the step to happen."""
@@ -122,7 +124,7 @@ class Sampling:
 
     def report(self) -> dict[str, Tensor]:
         """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may have skipped."""
-        self._each(lambda r: r.record(BATCH, r.probe.source.sample_over(self._team), self._generator, self._team))
+        self._each(lambda r: r.sample_over(self._generator, self._team))
         self._each(lambda r: r.commit(BATCH))
         for recorder in self.recorders:
             if recorder.error is not None:  # it may still hold what belongs to this sample

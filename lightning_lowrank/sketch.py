@@ -70,7 +70,7 @@ def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tup
     value = statistic(spectrum)
     if not spectrum.num_probes:
         return value, torch.zeros_like(value)
-    left_out = statistic(_leave_one_out(spectrum))
+    left_out = statistic(leave_one_out(spectrum))
     spread = (spectrum.num_probes - 1) * (left_out - left_out.mean(0)).square().mean(0)
     bias = (value - statistic(spectrum.coarse)).abs() if spectrum.coarse is not None else 0.0
     # A `Statistic` knows how far apart its values lie; any other function is taken for continuous.
@@ -268,7 +268,7 @@ def _reweighted(nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"]
     return tilted / tilted.sum(-1, keepdim=True)
 
 
-def _leave_one_out(spectrum: Spectrum) -> Spectrum:
+def leave_one_out(spectrum: Spectrum) -> Spectrum:
     """As a batch in front: the pooled spectrum of all probes but one."""
     parts: list[Spectrum] = [pooled(_without(spectrum, i)) for i in range(spectrum.num_probes)]
     return replace(parts[0], values=torch.stack([p.values for p in parts]), weights=torch.stack([p.weights for p in parts]))

@@ -52,6 +52,13 @@ def may_skip(trainer: L.Trainer) -> bool:
     return _scaler(trainer) is not None
 
 
+def loss_scale(trainer: L.Trainer, module: L.LightningModule) -> Tensor | float:
+    """What the loss has been multiplied by before its backward pass."""
+    scaler = _scaler(trainer)
+    share = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
+    return share if scaler is None else share * scaler._get_scale_async()
+
+
 def scale_of(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:
     """What gradients are still multiplied by: fused optimizers unscale inside their step."""
     scaler, fused = _scaler(trainer), getattr(optimizer, "_step_supports_amp_scaling", False)

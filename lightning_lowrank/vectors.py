@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from lightning_lowrank import sinks
 from lightning_lowrank.order_statistics import of_noise, ranks
 from lightning_lowrank.probe import Probe
-from lightning_lowrank.registry import Statistic
 
 # The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
 PLUGIN = "lowrank"
+
+# What the tab shows in the place of a site for numbers of the whole model.
+MODEL = "whole model"
 
 # Samples from one spectrum to the next.
 SPECTRUM_EVERY = 10
@@ -51,7 +53,12 @@ class Measured(Protocol):
 
     probe: Probe
     name: str
-    statistics: list[Statistic]
+
+    @property
+    def quantities(self) -> list[str]: ...
+
+    @property
+    def units(self) -> list[str]: ...
 
     @property
     def orders(self) -> str: ...
@@ -147,10 +154,10 @@ def rows(
 def _of_recorder(recorder: Measured, values: Mapping[str, Mapping[str, float]], host: Mapping[str, NDArray[np.float64]]) -> list[Row]:
     known = {"source": recorder.name, "level": recorder.probe.source.level}
     found, sites = [], list(recorder.sites)
-    for statistic in recorder.statistics:
-        for name in (statistic.name, f"{statistic.name}_error"):
-            row = values.get(f"{recorder.name}_{name}", {})
-            found.append(Row("vector", f"{recorder.name}_{name}", row, {**known, "statistic": name, "unit": statistic.unit}))
+    for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
+        for name in (quantity, f"{quantity}_error"):
+            row = {site or MODEL: value for site, value in values.get(name, {}).items()}
+            found.append(Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit}))
     if recorder.orders in host:
         read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in found[0].values}
         found.append(Row("spectrum", recorder.name, read, known, [recorder.shape(site) for site in read]))

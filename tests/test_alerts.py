@@ -224,8 +224,18 @@ def test_a_change_point_is_told_once_and_then_the_new_level_is_learnt() -> None:
     assert [(event.step, event.state) for event in events] == [(42, "firing"), (62, "resolved"), (82, "firing"), (102, "resolved")]
 
 
-def test_a_steady_trend_is_no_change_point() -> None:
-    assert told(ChangePointAlert(QUANTITY), [1.0 + 0.2 * i for i in range(200)]) == []
+def test_a_slow_transition_is_a_change_point_once() -> None:
+    slow = [10.0] * 40 + [10.0 - 0.1 * i for i in range(20)] + [8.0] * 60
+
+    assert [state for _, state in told(ChangePointAlert(QUANTITY), slow)] == ["firing", "resolved"]
+
+
+def test_a_level_that_follows_sees_jumps_and_neither_slow_transitions_nor_trends() -> None:
+    alert = ChangePointAlert(QUANTITY, baseline="running")
+
+    assert told(alert, [1.0 + 0.2 * i for i in range(200)]) == []
+    assert told(alert, [10.0 - 0.01 * i for i in range(200)]) == []
+    assert [state for _, state in told(alert, [10.0] * 40 + [8.0] * 40)] == ["firing", "resolved"]
 
 
 def test_a_message_says_what_where_how_much_against_what_since_when_why_and_where_it_is_explained() -> None:
@@ -327,6 +337,25 @@ def test_a_collapse_is_judged_by_what_is_normal_for_its_source() -> None:
 
     assert weight.drop is not None and gradient.drop is not None and weight.drop < gradient.drop
     assert RankCollapseAlert("weight", floor=2.0).drop is None
+
+
+def test_defaults_are_silent_in_the_first_steps_whatever_the_cadence() -> None:
+    for every in (1, 5, 50):
+        for alert in default_alerts([QUANTITY, "weight_effective_rank", "feature_participation_ratio"]):
+            state = at_work(alert)
+            events = [state.observe(step, {"a": 100.0 / (1 + sample)}, {}) for sample, step in enumerate(range(0, 500, every))]
+            assert not any(events), (alert.quantity, every)
+
+
+def test_defaults_allow_what_is_normal_for_each_source() -> None:
+    known = [QUANTITY, "weight_effective_rank", "gradient_stable_rank", "update_stable_rank"]
+
+    rules = {alert.quantity: alert for alert in default_alerts(known) if alert.of_sites}
+
+    assert rules["gradient_stable_rank"].conditions == ["below"]
+    assert rules[QUANTITY].drop == 0.35
+    assert rules["weight_effective_rank"].drop == 0.06
+    assert "update_stable_rank" not in rules
 
 
 def test_defaults_are_on_what_is_measured() -> None:

@@ -13,7 +13,7 @@ import pytest
 from lightning_lowrank import RankMonitor
 from lightning_lowrank.cli import main
 from tests.tab import train, written
-from tests.test_tab import write
+from tests.test_tab import forge, write
 
 SCRIPT = "</script><script>owned=1</script>"
 
@@ -107,9 +107,32 @@ def test_a_report_asks_for_nothing_and_no_name_breaks_out_of_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("command", ["report", "summary"])
 def test_a_folder_without_a_run_is_refused_in_words(command: str, tmp_path: Path) -> None:
-    for folder, words in ((tmp_path, "no event file"), (tmp_path / "nothing", "is no folder")):
+    for folder, words in ((tmp_path, "has no event files"), (tmp_path / "nothing", "is no folder")):
         with pytest.raises(SystemExit, match=words):
             main([command, str(folder)])
+
+
+@pytest.mark.parametrize("command", ["report", "summary"])
+def test_what_is_no_run_beside_a_run_is_no_hindrance(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "logs" / "run", (0, {"a": 1.0}))
+    forge(tmp_path / "logs" / "forged", b'{"kind":"vector","name":"q","sites":["a"]}', np.array([b"x"]))
+    (written,) = (tmp_path / "logs" / "run").glob("events.*")
+    for name, content in (("empty", b""), ("rubbish", b"no event"), ("cut", written.read_bytes()[:-7])):
+        (tmp_path / "logs" / name).mkdir()
+        (tmp_path / "logs" / name / "events.out.tfevents.1.host").write_bytes(content)
+
+    main([command, "logs"])
+
+    assert (tmp_path / "report.html").exists() == (command == "report")
+
+
+@pytest.mark.parametrize("output", [".", "missing/report.html"])
+def test_a_report_that_cannot_be_written_says_so(output: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit, match="cannot be written"):
+        main(["report", str(run), "-o", output])
 
 
 @pytest.mark.slow

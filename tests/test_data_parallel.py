@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lowrank import Monitor, RankMonitor, recorder, sinks
+from lightning_lowrank import Monitor, RankMonitor, matrices, sinks
 from lightning_lowrank.sources.features import Features
 from lightning_lowrank.sources.gradients import Gradients
 from tests.models import Classifier, MemoryLogger, digits
@@ -219,11 +219,11 @@ class Broken(MemoryLogger):
 
 FAULTS: dict[str, Callable[[L.LightningModule], Callable[[], None]]] = {
     "a NaN": not_a_number,
-    "a decomposition": raising(recorder, "decompose"),
+    "a decomposition": raising(matrices, "decompose"),
     "an eigensolver": raising(sys.modules["lightning_lowrank.decompose"], "eigenvalues"),
     "a source": raising(Gradients, "gradients_final"),
     "pooled features": raising(Features, "batch_over"),
-    "a statistic": raising(recorder, "estimate"),
+    "a statistic": raising(matrices, "estimate"),
     "a report": raising(sinks, "to_host"),
 }
 

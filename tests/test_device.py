@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Monitor, RankMonitor
 from lightning_lowrank.decompose import decompose
+from lightning_lowrank.matrices import MatrixRecorder
 from lightning_lowrank.probe import Probe
-from lightning_lowrank.recorder import Recorder
-from lightning_lowrank.sampling import BATCH
+from lightning_lowrank.recorder import BATCH
 from lightning_lowrank.sources.displacement import Displacement
 from lightning_lowrank.sources.features import Features
 from lightning_lowrank.sources.gradients import Gradients
 from lightning_lowrank.sources.optimizer_state import OptimizerState
-from lightning_lowrank.sources.source import Source, Step
+from lightning_lowrank.sources.source import Begun, Source, Step
 from lightning_lowrank.sources.updates import Updates
 from lightning_lowrank.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
@@ -136,7 +136,7 @@ def test_a_sample_stays_on_its_device_from_the_source_to_the_report(name: str, w
     make, statistics = SOURCES[name]
     module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).to("meta")
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    recorder, generator = Recorder(Probe(name, make(), statistics)), torch.Generator("cpu")
+    recorder, generator = MatrixRecorder(Probe(name, make(), statistics)), torch.Generator("cpu")
     waits.seen.clear()
 
     for _ in range(2):
@@ -147,11 +147,11 @@ def test_a_sample_stays_on_its_device_from_the_source_to_the_report(name: str, w
     assert waits.seen == {}
 
 
-def sampled(recorder: Recorder, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+def sampled(recorder: MatrixRecorder, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
     """One step of training with a sample taken."""
     source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
     recorder.plan(module)
-    source.batch_begins(module)
+    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
     module(torch.empty(5, 6, device="meta")).sum().backward()
     recorder.record(0, source.gradients_final(step), generator, Team())
     optimizer.step()

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank import Features, Gram, SiteMeans, SpectralStatistic
 from lightning_lowrank.metrics import state_dtype
+from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.taken import take
 from lightning_lowrank.team import Team
 from tests.models import Classifier
@@ -66,7 +67,7 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", rank=rank, world_size=size)
     source, module = Features(), Classifier()
     source.plan(module)
-    source.batch_begins(module)
+    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
     hidden = module.net[0](gaussian(3 + rank, 64, seed=rank, dtype=torch.float32))
     if rank == 0:
         module.net[2](hidden)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import Every, Features, Monitor, Probe
+from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.team import Team
 from tests.models import Classifier, ImageNet, MemoryLogger, Validated
 from tests.oracles.spectra import RANKS
@@ -225,7 +226,7 @@ def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> di
     """Shapes of the matrices that a sample of these batches gives, by label; hooks taken away."""
     source.plan(module)
     for batch in batches:
-        source.batch_begins(module)
+        source.batch_begins(Begun(module, None, 0, [], Team(), 0))
         module(batch)
     source.batch_over()
     return {reading.labels[0]: tuple(reading.shape) for reading in source.sample_over(Team())}
@@ -246,7 +247,7 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:
     source, module = Features(), Classifier()
     source.plan(module)
-    source.batch_begins(module)
+    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
     module(torch.ones(3, 64))
     source.detach()
 

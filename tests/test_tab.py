@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client, TestResponse
 
 from lightning_lowrank import RankMonitor
+from lightning_lowrank.tensorboard.answers import MODULES, script
 from lightning_lowrank.tensorboard.loader import LowRankLoader
 from lightning_lowrank.tensorboard.plugin import LowRankPlugin
 from lightning_lowrank.tensorboard.series import GAP, thinned
@@ -37,6 +38,20 @@ def write(folder: Path, *samples: tuple[int, dict[str, float]], name: str = "q",
     for step, values in samples:
         assert vectors.write([logger], [Row(kind, name, values)], step) == []
     logger.experiment.close()
+
+
+def forge(folder: Path, content: bytes, *tensors: np.ndarray[Any, Any]) -> None:
+    """A run of somebody else under our name."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    writer = SummaryWriter(folder)
+    for step, tensor in enumerate(tensors):
+        value = Summary.Value(tag="t", tensor=make_tensor_proto(tensor))
+        value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "lowrank", content
+        value.metadata.data_class = 2
+        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    writer.close()
 
 
 def served(logs: Path, **flags: Any) -> LowRankPlugin:
@@ -133,7 +148,7 @@ def test_a_sheet_has_every_sample_and_no_formula(tmp_path: Path) -> None:
     assert answer.headers["Content-Disposition"] == 'attachment; filename="lowrank.csv"'
 
 
-@pytest.mark.parametrize("route", ["runs", "matrix", "spectra", "texts", "csv", "index.js"])
+@pytest.mark.parametrize("route", ["runs", "matrix", "spectra", "texts", "csv", "index.js", "page.js"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 def test_every_answer_says_what_it_is_and_is_never_guessed_at(route: str, method: str, tmp_path: Path) -> None:
     write(tmp_path / "logs" / "run", (0, {"a": 1.0}))
@@ -141,7 +156,7 @@ def test_every_answer_says_what_it_is_and_is_never_guessed_at(route: str, method
     answer = get(served(tmp_path / "logs"), route, method, run="run", **Q)
 
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    types = {"csv": "text/csv; charset=utf-8", "index.js": "application/javascript; charset=utf-8"}
+    types = {"csv": "text/csv; charset=utf-8", **dict.fromkeys(("index.js", "page.js"), "application/javascript; charset=utf-8")}
     assert answer.headers["Content-Type"] == (types.get(route, "application/json") if answer.status_code == 200 else "application/json")
     assert answer.status_code == (405 if method == "POST" else 404 if route == "spectra" else 200)
 
@@ -172,23 +187,29 @@ def test_a_question_that_makes_no_sense_is_refused_in_words(asked: dict[str, str
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff", b"[]", b'{"kind":"vector"}', b'{"kind":"vector","name":"q","sites":[1]}', b'{"kind":"x","name":"q","sites":[]}'],
+    [
+        *(b"", b"\xff", b"[]", b"[" * 100_000, b'{"kind":"vector"}', b'{"kind":"vector","name":"q","sites":[1]}'),
+        *(b'{"kind":"x","name":"q","sites":[]}', b'{"kind":"vector","name":"\\ud800","sites":["a"]}'),
+        b'{"kind":"spectrum","name":"s","sites":["a"],"shape_of":[0],"shapes":[{"ranks":[0],"null":[NaN]}]}',
+        b'{"kind":"spectrum","name":"s","sites":["a"],"shape_of":[0],"shapes":[{"ranks":["x"],"null":[1]}]}',
+    ],
 )
 def test_event_files_of_others_are_passed_over(content: bytes, tmp_path: Path) -> None:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.util.tensor_util import make_tensor_proto
-
     write(tmp_path / "logs" / "good", (0, {"a": 1.0}))
-    writer = SummaryWriter(tmp_path / "logs" / "bad")
-    value = Summary.Value(tag="t", tensor=make_tensor_proto(np.ones(1)))
-    value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "lowrank", content
-    value.metadata.data_class = 2
-    writer._get_file_writer().add_summary(Summary(value=[value]), 0)
-    writer.close()
+    forge(tmp_path / "logs" / "bad", content, np.ones(1))
 
     found = json.loads(get(served(tmp_path / "logs"), "runs").data)["runs"]
 
     assert [run["run"] for run in found] == ["good"]
+
+
+@pytest.mark.parametrize("forged", [np.array([b"x"]), np.array(1.0), np.ones((1, 4)), np.ones(2), np.array([1j])])
+def test_samples_that_are_no_vector_of_ours_are_passed_over(forged: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    forge(tmp_path / "logs" / "run", b'{"kind":"vector","name":"q","sites":["a"]}', np.array([2.0]), forged)
+
+    found = get(served(tmp_path / "logs"), "matrix", run="run", **Q)
+
+    assert json.loads(found.data)["steps"] == [0] and values(found).ravel().tolist() == [2]
 
 
 def test_a_limit_of_the_users_own_is_kept_and_said(tmp_path: Path) -> None:
@@ -250,10 +271,28 @@ def test_the_tab_needs_neither_torch_nor_lightning() -> None:
 
 
 def test_the_page_asks_no_other_host_and_makes_no_markup_of_text() -> None:
-    code = (ROOT / "lightning_lowrank" / "tensorboard" / "index.js").read_text()
+    code = script()
 
     addresses = set(re.findall(r"https?://[^\"'`]*|[\"'`]//[^\"'`]*", code))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of SVG, which is not fetched
     assert not any(
         word in code for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "</script")
     )
+
+
+def test_every_module_is_served_and_none_imports_what_stands_behind_it(tmp_path: Path) -> None:
+    write(tmp_path / "logs" / "run", (0, {"a": 1.0}))
+    plugin, before = served(tmp_path / "logs"), set[str]()
+
+    for module in MODULES:
+        code = get(plugin, module.name).text
+
+        assert code == module.read_text() and set(re.findall(r'^import .* from "./(.*)";$', code, re.M)) <= before
+        before.add(module.name)
+    assert {module.name for module in MODULES} == {path.name for path in MODULES[0].parent.glob("*.js")}
+
+
+def test_a_report_is_the_same_modules_as_one() -> None:
+    names = re.findall(r"^(?:async )?(?:const|class|function) (\w+)", script(), re.M)
+
+    assert len(names) == len(set(names)) and not re.search(r"^(import|export) ", script(), re.M)

@@ -285,24 +285,90 @@ def test_what_watching_cost_is_shown(page: WebDriver, logs: Path) -> None:
 
     view(page, "cost")
 
-    figure = next(f for f in page.find_elements(By.TAG_NAME, "figure") if f.text.startswith("overhead percent"))
+    figure = page.find_element(By.ID, "cost-overhead_percent")
     vectors, known = written(logs / "calm")
     percent = vectors["lowrank_cost/rank"][23][known["lowrank_cost/rank"]["sites"].index("overhead_percent")]
-    assert math.isclose(float(re.findall(r"Latest: (\S+)", figure.text)[0]), percent, rel_tol=1e-3)
+    assert math.isclose(float(re.findall(r"calm: (\S+)", figure.text)[0]), percent, rel_tol=1e-3)
+
+
+def sheet(page: WebDriver, button: str) -> list[list[str]]:
+    """What a button would download."""
+    page.execute_script("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return 'blob:null'; }")
+    page.execute_script("document.addEventListener('click', (e) => e.target.tagName === 'A' && e.preventDefault(), true)")
+    page.find_element(By.CSS_SELECTOR, button).click()
+    wait(page, lambda: page.execute_script("return window.saved"))
+    return [line.split(",") for line in page.execute_script("const text = window.saved; delete window.saved; return text").splitlines()]
 
 
 def test_what_is_shown_can_be_taken_along(page: WebDriver, logs: Path) -> None:
     only(page, "calm")
     choose(page, "quantity", "gradient_stable_rank")
-    page.execute_script("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return 'blob:null'; }")
 
-    page.execute_script("document.addEventListener('click', (e) => e.target.tagName === 'A' && e.preventDefault(), true)")
-    page.find_element(By.ID, "csv").click()
+    lines = sheet(page, "#csv")
 
-    wait(page, lambda: page.execute_script("return window.saved"))
-    lines = [line.split(",") for line in page.execute_script("return window.saved").splitlines()]
     assert lines[0] == ["run", "step", *SITES] and len(lines) == 25
     assert torch.tensor(float(lines[8][2])) == value_at(logs / "calm", "gradient_stable_rank", SITES[0], 7)
+
+
+def test_every_view_can_be_taken_along(page: WebDriver, logs: Path) -> None:
+    only(page, "calm")
+    choose(page, "quantity", "weight_effective_rank")
+    keys(page, Keys.END, Keys.ENTER)
+    wait(page, lambda: page.find_elements(By.ID, "spectrum"))
+
+    curve, spectra = sheet(page, "#curve figcaption button"), sheet(page, "#spectrum figcaption button")
+    others = {}
+    for name in ("overview", "alerts", "cost"):
+        view(page, name)
+        others[name] = sheet(page, "#csv")
+
+    assert curve[0] == ["run", "step", SITES[0]] and len(curve) == 25 and curve[24][:2] == ["calm", "23"]
+    assert torch.tensor(float(curve[24][2])) == value_at(logs / "calm", "weight_effective_rank", SITES[0], 23)
+    largest = written(logs / "calm")[0]["lowrank_spectrum/weight"][20][0, 1]
+    assert [row[3] for row in spectra if row[:3] == ["calm", "20", "1"]] == [str(largest)]
+    assert ["parameters", "weight_effective_rank", "calm", SITES[0], curve[1][2], curve[24][2]] in others["overview"]
+    assert ["calm", "low", "pending", "0", "0"] in others["alerts"]
+    assert [row[1] for row in others["cost"][1:25]] == ["overhead_percent"] * 24
+
+
+def test_pointing_at_a_curve_reads_it_out(page: WebDriver, logs: Path) -> None:
+    only(page, "calm")
+    choose(page, "quantity", "weight_stable_rank")
+    keys(page, Keys.HOME, Keys.ENTER)
+    wait(page, lambda: page.find_elements(By.CSS_SELECTOR, "#curve svg"))
+
+    ActionChains(page).move_to_element(page.find_element(By.CSS_SELECTOR, "#curve svg")).perform()
+
+    step, said = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
+    value = value_at(logs / "calm", "weight_stable_rank", SITES[0], int(step.removeprefix("step ")))
+    assert 8 < int(step.removeprefix("step ")) < 15 and float(said.removeprefix("calm: ")) == pytest.approx(value, rel=1e-3)
+
+
+def test_a_layer_that_was_picked_comes_into_sight(page: WebDriver) -> None:
+    choose(page, "quantity", "weight_effective_rank")
+    page.execute_script("window.scrollTo(0, 0); document.querySelector('.maps').style.minHeight = '1500px'")
+
+    keys(page, Keys.END, Keys.ENTER)
+
+    bottom = "return document.querySelector('#details').getBoundingClientRect().bottom - window.innerHeight"
+    wait(page, lambda: page.find_elements(By.ID, "spectrum") and page.execute_script(bottom) < 1)
+
+
+def test_what_fits_nothing_says_so(page: WebDriver) -> None:
+    only(page, "calm")
+
+    page.find_element(By.ID, "filter").send_keys("nothing like it")
+    settled(page)
+    without_layers = page.find_element(By.CSS_SELECTOR, ".heat").text
+    page.find_element(By.ID, "filter").send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    page.find_element(By.ID, "first").send_keys("1000", Keys.TAB)
+    settled(page)
+    without_samples = page.find_element(By.CSS_SELECTOR, ".heat").text
+    page.find_element(By.ID, "run-0").click()
+    settled(page)
+
+    assert "No layer has that in its name." in without_layers and "No sample between these steps." in without_samples
+    assert page.find_element(By.ID, "view").text == "No run is chosen: tick one above."
 
 
 def test_the_map_is_there_as_a_table_too(page: WebDriver, logs: Path) -> None:

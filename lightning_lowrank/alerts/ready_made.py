@@ -13,6 +13,9 @@ Source = Literal[
 ALLOWED_DROP = {"weight": 0.5, "feature": 0.7, "centred_feature": 0.7, "validation_feature": 0.7}
 LARGEST_DROP = 0.9
 
+# Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
+PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
+
 
 def RankCollapseAlert(
     source: Source = "weight",
@@ -67,8 +70,9 @@ def RankCollapseAlert(
 def ChangePointAlert(
     quantity: str,
     sites: str | Sequence[str] = "*",
-    change: float = 8.0,
+    change: float = 4.0,
     window: int = 20,
+    baseline: Baseline = "warm-up",
     for_samples: int = 3,
     quorum: int | float = 1,
     cooldown_steps: int = 0,
@@ -81,7 +85,10 @@ def ChangePointAlert(
 
     Args:
         quantity: As in `Alert`, like all others.
-        change: Spreads of the last `window` samples. A steady trend is no change: it widens the spread along with the distance.
+        change: Spreads of the level, of which each is at least 2 % of it.
+        window: Samples that a level is learnt from.
+        baseline: "warm-up": a level is kept until it is left, however slowly, so that a steady trend is told too once it has come far
+            enough. "running": the level follows what is slower than `window`, and only jumps are told.
 
     Example:
         >>> ChangePointAlert("weight_effective_rank", "blocks.*").conditions
@@ -92,6 +99,7 @@ def ChangePointAlert(
         sites,
         change=change,
         window=window,
+        baseline=baseline,
         for_samples=for_samples,
         quorum=quorum,
         cooldown_steps=cooldown_steps,
@@ -110,12 +118,12 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     known = list(quantities)
     first_of_gradient = next((q for q in known if q.startswith("gradient_")), None)
     rules = [
-        # Chosen so that no healthy run of the benchmark fires; at first weights lose a third of their stable rank in health.
-        RankCollapseAlert("weight", "effective_rank", drop=0.05, warm_up_samples=20),
-        RankCollapseAlert("weight", "stable_rank", drop=0.3, warm_up_samples=20),
+        RankCollapseAlert("weight", "stable_rank", drop=0.35, **PATIENT),
+        RankCollapseAlert("weight", "effective_rank", drop=0.06, **PATIENT),
         RankCollapseAlert("gradient", "stable_rank", floor=0.5),
-        RankCollapseAlert("feature", "participation_ratio", drop=0.6, baseline="warm-up"),
-        RankCollapseAlert("validation_feature", "participation_ratio", drop=0.6, baseline="warm-up"),
+        RankCollapseAlert("feature", "participation_ratio", drop=0.5, **PATIENT),
+        # There is a sample for each validation, not for some steps: twenty would be too long.
+        RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
     ]
     lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
     return [rule for rule in rules if rule.quantity in known] + lost

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lowrank.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.names import fitting, tag
 from lightning_lowrank.shards import unspent, whole
-from lightning_lowrank.sources.source import Reading, Source
+from lightning_lowrank.sources.source import Begun, Reading, Source
 from lightning_lowrank.team import Team
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
@@ -104,9 +104,9 @@ class Features(Source):
         """Rows behind the latest sample, at the layer with the fewest."""
         return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
 
-    def batch_begins(self, module: nn.Module) -> None:
+    def batch_begins(self, begun: Begun) -> None:
         """Hook the layers for this batch."""
-        self._device = next((p.device for p in module.parameters()), self._device)
+        self._device = next((p.device for p in begun.module.parameters()), self._device)
         if not self._hooks:
             self._hooks = [self._tapped(name, layer) for name, layer in self._layers.items()]
 

@@ -60,6 +60,27 @@ class Step:
         return id(site.parameters[0]) in self.parameters
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A batch that is about to enter the module.
+
+    Attributes:
+        module: The one in training.
+        batch: What the loader gave.
+        index: Its number in the epoch.
+        optimizers: The Trainer's.
+        team: The processes that share the work.
+        seed: Of what is drawn in this sample; the same on every process.
+    """
+
+    module: nn.Module
+    batch: Any
+    index: int
+    optimizers: Sequence[Optimizer]
+    team: Team
+    seed: int
+
+
 class Source(ABC):
     """Where matrices come from. Each moment is called on due steps only; a source answers at the moments that it reads at.
 
@@ -99,8 +120,16 @@ class Source(ABC):
         """What can be shared out between processes before it is read: shapes of the readings to come, by their first label."""
         return {}
 
-    def batch_begins(self, module: nn.Module) -> None:
+    def batch_begins(self, begun: Begun) -> None:
         """A batch of a due step is about to enter the module."""
+
+    def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
+        """The loss is computed and its graph is there; the backward pass is next.
+
+        Args:
+            loss: The step's own.
+            scale: What it has been multiplied by, for accumulation and half precision.
+        """
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """Gradients are synchronised, unscaled and accumulated, not yet clipped; weights are those before the step."""

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import re
 from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
@@ -13,8 +14,8 @@ from lightning_lowrank.tensorboard.series import GAP, Part, Reader, Table, thinn
 
 Arguments = Mapping[str, str]
 
-# What asks, in the browser.
-MODULE = Path(__file__).with_name("index.js")
+# What asks, in the browser: none imports what stands behind it.
+MODULES = tuple(Path(__file__).with_name(f"{name}.js") for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index"))
 
 # Samples that are sent at once; more columns than a heat map has pixels would not be seen.
 LIMIT = 512
@@ -68,6 +69,12 @@ def sheet(reader: Reader, arguments: Arguments) -> str:
     for step, row, missing in zip(table.steps, table.values, gaps, strict=True):
         writer.writerow([int(step), *("" if gap else str(value) for value, gap in zip(row, missing, strict=True))])
     return out.getvalue()
+
+
+def script() -> str:
+    """All modules as one, for a page that asks no server."""
+    text = "\n".join(module.read_text(encoding="utf-8") for module in MODULES)
+    return re.sub(r"^import .*\n|^export ", "", text, flags=re.MULTILINE)
 
 
 ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {"runs": runs, "matrix": matrix, "spectra": spectra, "texts": texts}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tensorboard import plugin_util
@@ -35,7 +36,8 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
     def get_plugin_apps(self) -> dict[str, Application]:
         """Route -> WSGI application."""
         routes = {f"/{route}": self._application(partial(self._data, answer)) for route, answer in answers.ANSWERS.items()}
-        return {**routes, "/csv": self._application(self._sheet), "/index.js": self._application(_module)}
+        modules = {f"/{module.name}": self._application(partial(_module, module)) for module in answers.MODULES}
+        return {**routes, **modules, "/csv": self._application(self._sheet)}
 
     def is_active(self) -> bool:
         """TensorBoard finds out by itself, from the name."""
@@ -71,8 +73,8 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
         return Response(text, content_type="text/csv; charset=utf-8", headers=headers)
 
 
-def _module(request: Request) -> Response:
-    return Response(answers.MODULE.read_bytes(), content_type="application/javascript; charset=utf-8", headers=HEADERS)
+def _module(module: Path, request: Request) -> Response:
+    return Response(module.read_bytes(), content_type="application/javascript; charset=utf-8", headers=HEADERS)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

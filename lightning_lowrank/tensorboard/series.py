@@ -40,6 +40,11 @@ class Part:
         """In the order of its vectors."""
         return list(self.known["sites"])
 
+    def fits(self, array: NDArray[Any]) -> bool:
+        """Whether a sample is as we write it: a number per site, of spectra some."""
+        whole = array.shape[:1] == (len(self.sites),) and array.ndim == (2 if self.known["kind"] == "spectrum" else 1)
+        return whole and array.dtype.kind in "fiu"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -117,7 +122,7 @@ class Reader:
         sites = list(dict.fromkeys(site for part in parts for site in part.sites))
         found = self._read(run, PLUGIN, [part.tag for part in parts])
         samples = [(datum.wall_time, datum.step, part, datum.numpy) for part in parts for datum in found.get(part.tag, ())]
-        samples = [sample for sample in samples if sample[3].shape[:1] == (len(sample[2].sites),)]
+        samples = [sample for sample in samples if sample[2].fits(sample[3])]
         steps = np.array(sorted({step for _, step, _, _ in samples}), np.int64)
         widths = {array.shape[1:] for *_, array in samples} or {()}
         values = np.full((len(steps), len(sites), *max(widths)), GAP, np.uint32).view(np.float32)
@@ -163,6 +168,8 @@ def _known(content: bytes) -> dict[str, Any] | None:
     """What belongs to a tag, None where it was not written by us: anybody can write event files."""
     try:
         known = json.loads(content)
+        # What cannot be sent on as JSON in UTF-8 would make every answer fail.
+        json.dumps(known, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     if not isinstance(known, dict) or known.get("kind") not in KINDS or not isinstance(known.get("name"), str):
@@ -178,10 +185,12 @@ def _has_shapes(known: Mapping[str, Any]) -> bool:
     shapes, places = known.get("shapes"), known.get("shape_of")
     if not isinstance(shapes, list) or not isinstance(places, list) or len(places) != len(known["sites"]):
         return False
-    whole = all(
-        isinstance(shape, dict) and isinstance(shape.get("ranks"), list) and isinstance(shape.get("null"), list) for shape in shapes
-    )
+    whole = all(isinstance(shape, dict) and _numbers(shape.get("ranks")) and _numbers(shape.get("null")) for shape in shapes)
     return whole and all(isinstance(place, int) and 0 <= place < len(shapes) for place in places)
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def _text(array: NDArray[Any]) -> str:

@@ -1,0 +1,243 @@
+"""Second derivatives of a loss as operators: products with vectors on a graph that is kept, never a matrix.
+
+All by double backward. Compositions of forward and reverse mode that go through `jacrev` are wrong through normalisation layers, and
+forward mode is not there for fused attention.
+
+Shape letters:  P entries of all parameters   L parameters   R rows of the model's outputs   C columns of them   n size of an operator
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.spectrum import ratio
+
+RowsToRows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A symmetric matrix that is only ever multiplied with.
+
+    Attributes:
+        size: Rows and columns.
+        multiply: Its product with one vector of `dtype` on `device`.
+    """
+
+    size: int
+    multiply: Callable[[Tensor], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter stands in a vector that holds all of them, one after the other.
+
+    Attributes:
+        names: Of the parameters, in order.
+        shapes: Theirs.
+        dtype: Of the vectors: wide enough for every parameter, and at least float32.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> "Layout":
+        """That of named parameters."""
+        return cls(tuple(named), tuple(tuple(p.shape) for p in named.values()), _dtype(list(named.values())))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Entries of each parameter."""
+        return [prod(shape) for shape in self.shapes]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Float[Tensor, " P"]:
+        """One vector of a tensor per parameter."""
+        return _flat(tensors, self.dtype)
+
+    def split(self, vector: Float[Tensor, " P"]) -> list[Tensor]:
+        """A view of a vector per parameter, in its shape."""
+        return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)]
+
+    def sums(self, entries: Float[Tensor, "*B P"]) -> Float[Tensor, "*B L"]:
+        """Sum over the entries of each parameter."""
+        return torch.stack([part.sum(-1) for part in entries.split(self.sizes, -1)], -1)
+
+
+def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Tensor, " P"], Operator]:
+    """The gradient of a loss, and its Hessian.
+
+    A product is one backward pass through the graph of the gradient, which lives as long as the operator: about three times the memory of
+    the forward pass. Parameters that the loss does not depend on have zeros.
+    """
+    dtype = _dtype(params)
+    gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+
+    def multiply(vector: Tensor) -> Tensor:
+        return _flat(_products(gradient, params, _parts(vector, params)), dtype)
+
+    flat = _flat([g.detach() for g in gradient], dtype)
+    return flat, Operator(len(flat), multiply, flat.device, dtype)
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """Derivative of all outputs of a model by all parameters.
+
+    Attributes:
+        outputs: With the graph that made them, which is kept.
+        params: What they are differentiated by.
+    """
+
+    outputs: Float[Tensor, "R C"]
+    params: Sequence[Tensor]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors on both sides."""
+        return _dtype(self.params)
+
+    @cached_property
+    def size(self) -> int:
+        """Entries of all parameters."""
+        return sum(p.numel() for p in self.params)
+
+    @cached_property
+    def _adjoint(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """A vector, and its product with the transpose as a function of it: linear, so that its derivative is the Jacobian."""
+        at = torch.zeros_like(self.outputs, requires_grad=True)
+        keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        return at, torch.autograd.grad(self.outputs, self.params, at, **keep)
+
+    def forward(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
+        """Change of the outputs along a direction in parameter space."""
+        at, image = self._adjoint
+        (change,) = _products(image, [at], _parts(vector, self.params))
+        return change.to(self.dtype)
+
+    def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
+        """Product of the transpose with a vector in output space."""
+        return _flat(_products([self.outputs], self.params, [rows]), self.dtype)
+
+
+def gauss_newton(jacobian: Jacobian, product: RowsToRows) -> Operator:
+    """Gauss-Newton matrix J^T H J: the Hessian of the loss if the outputs were linear in the parameters.
+
+    Args:
+        product: With H, the Hessian of the loss in the outputs.
+    """
+    return _in_parameters(jacobian, lambda vector: jacobian.backward(product(jacobian.forward(vector))))
+
+
+def output_gauss_newton(jacobian: Jacobian, factor: RowsToRows, factor_transposed: RowsToRows) -> Operator:
+    """L^T J J^T L, of the size of the outputs: its eigenvalues are those of the Gauss-Newton matrix, up to zeros.
+
+    Args:
+        factor: Product with L, where L L^T is the Hessian of the loss in the outputs.
+        factor_transposed: Product with L^T.
+    """
+    shape = jacobian.outputs.shape
+
+    def multiply(vector: Tensor) -> Tensor:
+        return factor_transposed(jacobian.forward(jacobian.backward(factor(vector.view(shape))))).reshape(-1)
+
+    return Operator(shape.numel(), multiply, jacobian.outputs.device, jacobian.dtype)
+
+
+def fisher(jacobian: Jacobian, gradients: Float[Tensor, "R C"], *, num_examples: int | None = None) -> Operator:
+    """Mean over examples of the outer product of the gradient of the example's loss with itself.
+
+    The empirical Fisher with the gradients at the targets; the Monte Carlo estimate of the Fisher with those at targets drawn from the
+    model, unbiased with one row per example.
+
+    Args:
+        gradients: Of each row's own loss by its outputs, not divided by the number of rows.
+        num_examples: Rows of an example follow each other, as many for each, and its loss is the mean of theirs. One row each unless given.
+    """
+    num_examples = num_examples or len(gradients)
+    if len(gradients) % num_examples:
+        raise ValueError(f"{len(gradients)} rows of outputs cannot be {num_examples} examples with as many rows each")
+    rows_each = len(gradients) // num_examples
+
+    def multiply(vector: Tensor) -> Tensor:
+        slopes = (gradients * jacobian.forward(vector)).sum(-1).view(num_examples, rows_each).mean(-1)
+        weights = slopes.repeat_interleave(rows_each, output_size=len(gradients)) / len(gradients)
+        return jacobian.backward(gradients * weights[:, None])
+
+    return _in_parameters(jacobian, multiply)
+
+
+def preconditioned(operator: Operator, diagonal: Float[Tensor, " n"]) -> Operator:
+    """D^(1/2) A D^(1/2): symmetric, with the eigenvalues of D A.
+
+    Args:
+        diagonal: Of D; nowhere negative.
+    """
+    root = diagonal.sqrt()
+    return _with(operator, lambda vector: root * operator.multiply(root * vector))
+
+
+def difference(one: Operator, other: Operator) -> Operator:
+    """A - B: what the Hessian has besides the Gauss-Newton matrix."""
+    return _with(one, lambda vector: one.multiply(vector) - other.multiply(vector))
+
+
+def dense(operator: Operator) -> Float[Tensor, "n n"]:
+    """The matrix, its symmetric part, by as many products as it has rows."""
+    unit = torch.eye(operator.size, device=operator.device, dtype=operator.dtype)
+    matrix = torch.stack([operator.multiply(row) for row in unit])
+    return (matrix + matrix.mT) / 2
+
+
+def symmetry_defect(operator: Operator, generator: torch.Generator) -> Float[Tensor, ""]:
+    """|u^T A v - v^T A u| over the mean length of A u and A v, for two Gaussian vectors: rounding where A is symmetric, as it should be.
+
+    Two products. An antisymmetric part of a share s of the Frobenius norm shows as about 1.6 s.
+    """
+    size, dtype, device = operator.size, operator.dtype, operator.device
+    one, other = torch.randn(2, size, generator=generator, dtype=dtype, device=device)
+    images = operator.multiply(one), operator.multiply(other)
+    lengths = torch.linalg.vector_norm(torch.stack(images), dim=-1)
+    return ratio((one.dot(images[1]) - other.dot(images[0])).abs(), lengths.mean())
+
+
+def _in_parameters(jacobian: Jacobian, multiply: Callable[[Tensor], Tensor]) -> Operator:
+    return Operator(jacobian.size, multiply, jacobian.outputs.device, jacobian.dtype)
+
+
+def _with(operator: Operator, multiply: Callable[[Tensor], Tensor]) -> Operator:
+    return Operator(operator.size, multiply, operator.device, operator.dtype)
+
+
+def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, " P"]:
+    return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+
+
+def _parts(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _products(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Vectors times the derivative of outputs by inputs, on a graph that is kept; 0 for outputs that depend on nothing."""
+    pairs = [(output, vector.to(output.dtype)) for output, vector in zip(outputs, vectors, strict=True) if output.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    differentiated, along = zip(*pairs, strict=True)
+    # Never with `create_graph`: the graph of a product would cost as much memory again.
+    return torch.autograd.grad(differentiated, inputs, along, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -1,0 +1,71 @@
+"""Gauges: sources of finished numbers, where what is measured is not the spectrum of one matrix."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.sources.source import Source
+from lightning_lowrank.team import Team
+
+# The site of what belongs to the whole model.
+WHOLE = ""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that a gauge gives, of the whole model or of each site.
+
+    Attributes:
+        name: Its tag, without the monitor's prefix.
+        unit: What it counts.
+        per_site: There is one for each site, and none for the whole model.
+        estimated: It comes with a standard error.
+    """
+
+    name: str
+    unit: str = "1"
+    per_site: bool = False
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a gauge found in one place, the same on every process.
+
+    Attributes:
+        site: Its label, or `WHOLE`.
+        values: By quantity; what is not there is NaN.
+        errors: Standard errors of those that are estimated.
+    """
+
+    site: str
+    values: Mapping[str, Float[Tensor, ""]]
+    errors: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+class Gauge(Source):
+    """A source of finished numbers.
+
+    Attributes:
+        quantities: What it gives; settled when it is made.
+        trouble: Why a part of a sample is missing, until it was told.
+    """
+
+    quantities: Sequence[Quantity]
+    of_parameters = False
+    trouble: Exception | None = None
+
+    @abstractmethod
+    def numbers(self, team: Team) -> Sequence[Numbers]:
+        """What was found in this sample: all batches of the due step are over. Called on every process, so it may communicate."""
+
+    def labels(self) -> Sequence[str]:
+        """The sites, and the whole model."""
+        return [WHOLE]
+
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """None: nothing is decomposed later."""
+        return {}

@@ -1,0 +1,173 @@
+// The first view: a heat map per run, and below it the curve and the spectra of the layer that was picked.
+
+import { brief, ends, exact, firstKnown } from "./answers.js";
+import { chart, grid, h, legend } from "./charts.js";
+import { colour, colourBar, HeatMap, SHADES } from "./heat_map.js";
+import { rulesOf } from "./views.js";
+
+// Spectra of a layer that are asked for at once.
+const SPECTRA = 100;
+
+export async function layers(page) {
+  const args = { kind: "vector", name: page.quantity, first: page.first, last: page.last };
+  const runs = page.shown().filter((run) => page.has(run, "vector", page.quantity));
+  if (!runs.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has this quantity.")], rows: () => [] };
+  const tables = await Promise.all(runs.map((run) => page.table("matrix", { run, ...args })));
+  const spoken = (await Promise.all(runs.map((run) => rulesOf(page, run)))).map((rules) => rules.filter(({ steps }) => steps.some(([, state]) => state >= 1)));
+  const ordered = inOrder(tables, page);
+  const [shade, unit] = [SHADES[page.shade], page.entry().unit === "1" ? "" : page.entry().unit];
+  const domain = ends(tables.flatMap((table) => shades(table, ordered, shade)));
+  const details = h("section", { id: "details", "aria-label": "The chosen layer" });
+  const pick = (site, step) => {
+    page.picked = { site, step };
+    return detail(page, details).then(() => details.scrollIntoView({ block: "nearest" }));
+  };
+  page.maps = tables.map((table, i) => new HeatMap({
+    run: runs[i], table, shade, domain, unit, quantity: page.quantity, sites: ordered.filter((site) => table.index.has(site)),
+    alerts: spoken[i], lanes: Math.max(...spoken.map(({ length }) => length)), onPick: pick,
+  }));
+  if (page.picked) await detail(page, details);
+  const maps = h("div", { class: "maps" }, page.maps.map((map) => map.element));
+  return { content: [colourBar(shade, domain, unit, tables), maps, details, asTable(page, tables, ordered, pick)], rows: () => rows(page.maps, ordered) };
+}
+
+/** Every value as it is coloured, to find the ends of the scale. */
+function shades(table, sites, shade) {
+  return sites.filter((site) => table.index.has(site)).flatMap((site) => {
+    const curve = table.curve(site);
+    return curve.some(Number.isFinite) ? ends(curve.map((value) => (value === undefined ? NaN : shade.of(value, firstKnown(curve))))) : [];
+  });
+}
+
+/** Sites of all runs that fit the filter, as they are to be sorted: by the first run's numbers. */
+function inOrder(tables, { filter, sort }) {
+  const sites = [...new Set(tables.flatMap((table) => table.sites))].filter((site) => site.toLowerCase().includes(filter.toLowerCase()));
+  if (sort === "depth") return sites;
+  const rank = (site) => {
+    const known = (tables.find((table) => table.index.has(site))?.curve(site) ?? []).filter(Number.isFinite);
+    if (!known.length) return Infinity;
+    return sort === "value" ? known.at(-1) : -Math.abs(known.at(-1) - known[0]) / (Math.abs(known[0]) || 1);
+  };
+  const ranks = new Map(sites.map((site) => [site, rank(site)]));
+  return sites.sort((a, b) => ranks.get(a) - ranks.get(b) || 0);
+}
+
+/** What the maps show, as rows. */
+function rows(maps, sites) {
+  const cell = (value) => (value === undefined ? "" : exact(value));
+  const lines = maps.flatMap(({ run, table }) => table.steps.map((step, column) => [run, step, ...sites.map((site) => cell(table.at(column, site)))]));
+  return [["run", "step", ...sites], ...lines];
+}
+
+/** The same as a table, for those who do not see the map. */
+function asTable(page, tables, ordered, pick) {
+  const lines = () => page.maps.flatMap(({ run }, i) => ordered.filter((site) => tables[i].index.has(site)).map((site) => {
+    const curve = tables[i].curve(site);
+    const known = curve.filter((value) => value !== undefined);
+    return [h("button", { type: "button", class: "link", onclick: () => pick(site, tables[i].steps.at(-1)) }, site), run,
+      brief(known[0]), brief(known.at(-1)), brief(ends(curve)[0]), brief(ends(curve)[1]), String(known.filter((value) => !Number.isFinite(value)).length)];
+  }));
+  const fold = h("details", { id: "words", open: page.words, ontoggle: () => {
+    page.words = fold.open;
+    if (fold.open && fold.children.length === 1) fold.append(grid(["layer", "run", "first", "latest", "least", "most", "no number"], lines(), page.quantity));
+  } }, h("summary", {}, "The same as a table"));
+  return fold;
+}
+
+/** Curve and spectra of the layer that was picked. */
+async function detail(page, details) {
+  const { site, step } = page.picked;
+  const tables = await curvesOf(page, site);
+  const spectra = await spectraOf(page, site);
+  if (page.picked.site !== site || page.picked.step !== step) return;
+  if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
+  const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + Math.max(spectra.length, 1)) - 16));
+  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), spectrumFigure(page, spectra, site, step, width));
+  box.style.setProperty("--spectra", `${Math.max(spectra.length, 1)}fr`);
+  details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
+}
+
+/** Run and table of each run that has the layer. */
+async function curvesOf(page, site) {
+  const runs = page.shown().filter((run) => page.maps.some((map) => map.run === run && map.table.index.has(site)));
+  const args = { kind: "vector", name: page.quantity, site, limit: 5000 };
+  return Promise.all(runs.map(async (run) => [run, await page.table("matrix", { run, ...args })]));
+}
+
+async function spectraOf(page, site) {
+  const name = page.entry().source;
+  const runs = page.shown().filter((run) => page.has(run, "spectrum", name));
+  // A report has all sites in one answer.
+  const args = { name, site: page.source.live ? site : undefined, limit: SPECTRA };
+  // A run may have spectra of this source and none of this layer: the server says so.
+  const tables = await Promise.all(runs.map((run) => page.table("spectra", { run, ...args }).catch(() => undefined)));
+  return tables.map((table, i) => [runs[i], table]).filter(([, table]) => table?.index.has(site) && table.steps.length);
+}
+
+function curveFigure(page, tables, site, step, width) {
+  const lines = tables.map(([run, table]) => ({ name: run, xs: table.steps, ys: table.curve(site), colour: page.colour(run) }));
+  const unit = page.entry().unit === "1" ? "" : page.entry().unit;
+  const values = tables.map(([run, table]) => `${run}: ${exact(table.at(table.column(step), site))}`).join("; ");
+  const counted = [...new Set(tables.map(([, table]) => table.counted()))].join("; ");
+  const sheet = () => [["run", "step", site], ...lines.flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, x, ys[i] === undefined ? "" : exact(ys[i])]))];
+  return h("figure", { id: "curve" }, h("figcaption", {}, h("b", {}, page.quantity.replaceAll("_", " ")), ` ${counted} `, csv(page, sheet, "curve")),
+    chart(lines, { title: `${page.quantity} of ${site}`, x: "step", y: unit, marker: step, width, height: 260 }), legend(lines),
+    h("p", { class: "status" }, `At step ${step}: ${values}`));
+}
+
+function csv(page, sheet, of) {
+  return h("button", { type: "button", class: "link", "aria-label": `CSV of the ${of}`, onclick: () => page.save(sheet()) }, "CSV");
+}
+
+/** Spectra of one layer over steps, run by run on the same axes; a slider chooses the one that is drawn strongly. */
+function spectrumFigure(page, found, site, step, width) {
+  const source = page.entry().source.replaceAll("_", " ");
+  if (!found.length) {
+    return h("figure", { id: "spectrum" }, h("figcaption", {}, h("b", {}, `Spectrum of the ${source}`)),
+      h("p", { class: "empty" }, "None was written: no statistic of this source reads all singular values."));
+  }
+  const steps = [...new Set(found.flatMap(([, table]) => table.steps))].sort((a, b) => a - b);
+  const at = Math.max(0, steps.findLastIndex((s) => s <= (page.picked.spectrum ?? step)));
+  const box = h("div", {});
+  const slider = h("input", { type: "range", id: "spectrum-step", min: 0, max: steps.length - 1, value: at, oninput: () => draw(steps[slider.value]) });
+  const draw = (chosen) => {
+    page.picked.spectrum = chosen;
+    slider.setAttribute("aria-valuetext", `step ${chosen}`);
+    box.replaceChildren(...spectraAt(found, site, chosen, source, width));
+  };
+  draw(steps[at]);
+  return h("figure", { id: "spectrum" },
+    h("figcaption", {}, h("b", {}, `Singular values of the ${source}`), " every tenth sample, first (dark) to latest (bright); dashed: Gaussian matrix of that shape and norm ", csv(page, () => spectrumRows(found, site), "spectra")),
+    box, h("label", { class: "slider" }, "Step", slider));
+}
+
+function spectraAt(found, site, step, source, width) {
+  const largest = found.map(([, table]) => Math.max(...table.steps.map((_, i) => table.at(i, site, 1)).filter(Number.isFinite)));
+  // What is below 1e-8 of the largest is rounding of the Gram matrix.
+  const floor = 1e-8 * Math.max(...largest);
+  const drawn = found.map(([run, table]) => [run, spectrumLines(table, site, step)]);
+  const domain = ends(drawn.flatMap(([, lines]) => lines.flatMap(({ ys }) => ys.filter((value) => value > floor))));
+  const charts = drawn.map(([run, lines]) => h("div", {}, h("p", { class: "run" }, run),
+    chart(lines, { title: `Singular values of the ${source} of ${site}, ${run}`, x: "rank", logX: true, logY: true, floor, domain, width, height: 240 }), legend(lines)));
+  const values = found.map(([run, table]) => `${run}, step ${table.steps[table.column(step)]}: largest ${exact(table.at(table.column(step), site, 1))}`);
+  return [h("div", { class: "spectra" }, charts), h("p", { class: "status", role: "status" }, values.join("; "))];
+}
+
+/** Spectra from the first, dark, to the latest, bright; the chosen one in ink, and what noise would give. */
+function spectrumLines(table, site, step) {
+  const { ranks, null: noise } = table.noise[table.index.get(site)];
+  const [chosen, last] = [table.column(step), Math.max(table.steps.length - 1, 1)];
+  const of = (i) => table.spectrum(i, site).slice(1, 1 + ranks.length);
+  const faint = table.steps.flatMap((_, i) => (i === chosen ? [] : [{ name: "", xs: ranks, ys: of(i), colour: `rgb(${colour(i / last)})`, faint: true }]));
+  const norm = table.at(chosen, site, 0);
+  return [...faint, { name: "Gaussian (Marchenko–Pastur)", xs: ranks, ys: noise.map((value) => value * norm), colour: "var(--soft)", dashed: true },
+    { name: `step ${table.steps[chosen]}`, xs: ranks, ys: of(chosen), colour: "var(--accent)" }];
+}
+
+function spectrumRows(found, site) {
+  const lines = found.flatMap(([run, table]) => {
+    const { ranks, null: noise } = table.noise[table.index.get(site)];
+    return table.steps.flatMap((step, i) => ranks.map((rank, k) => [run, step, rank + 1, exact(table.at(i, site, k + 1)), exact(noise[k] * table.at(i, site, 0))]));
+  });
+  return [["run", "step", "rank", "singular value", "of a Gaussian matrix"], ...lines];
+}

@@ -1,0 +1,166 @@
+// The other views: an overview by the four levels, alerts, our own cost.
+
+import { brief, ends, exact, median } from "./answers.js";
+import { chart, grid, h, legend, swatch } from "./charts.js";
+import { FIRING, PENDING } from "./heat_map.js";
+
+const LEVELS = [
+  ["parameters", "Parameters", "weights, gradients, updates, optimizer state"],
+  ["functions", "Functions", "features, curvature, kernels: what the network computes"],
+  ["structure", "Structure", "how neurons are organised"],
+  ["subnetworks", "Subnetworks", "sparse parts that carry the training"],
+];
+
+// Sites that are named as the worst.
+const WORST = 2;
+
+export async function overview(page) {
+  const levels = await Promise.all(LEVELS.map(async ([level, title, what]) => {
+    const names = page.quantities().filter((entry) => entry.level === level && !entry.name.endsWith("_error")).map(({ name }) => name);
+    return { level, title, what, quantities: (await Promise.all(names.map((name) => endsOf(page, name)))).filter((runs) => runs.length) };
+  }));
+  const content = levels.map(({ level, title, what, quantities }) => h("section", { id: `level-${level}` }, h("h2", {}, title), h("p", { class: "what" }, what),
+    quantities.length ? levelTable(page, quantities) : h("p", { class: "empty" }, "Nothing was watched here.")));
+  return { content: [h("div", { class: "cards" }, levels.map((level) => card(page, level))), ...content], rows: () => overviewRows(levels) };
+}
+
+/** Of each run that has a quantity: medians first and now, the lowest sites, and those that fell most. */
+async function endsOf(page, name) {
+  return Promise.all(page.shown().filter((run) => page.has(run, "vector", name)).map(async (run) => {
+    const table = await page.table("matrix", { run, kind: "vector", name, limit: 2 });
+    const last = table.steps.length - 1;
+    const sites = table.sites.map((site) => ({ name, run, site, step: table.steps[last], first: table.at(0, site), now: table.at(last, site) }));
+    const known = sites.filter(({ now }) => Number.isFinite(now));
+    const fallen = known.filter(({ first, now }) => first > now).sort((a, b) => a.now / a.first - b.now / b.first);
+    return { name, run, sites, fallen, lowest: known.sort((a, b) => a.now - b.now), first: median(sites.map(({ first }) => first)), now: median(sites.map(({ now }) => now)) };
+  }));
+}
+
+/** A level at a glance, with its worst site. */
+function card(page, { level, title, quantities }) {
+  const worst = quantities.flatMap((runs) => runs.flatMap(({ fallen }) => fallen.slice(0, 1))).sort((a, b) => a.now / a.first - b.now / b.first)[0];
+  const count = quantities.length === 1 ? "1 quantity" : `${quantities.length} quantities`;
+  const said = worst ? [h("span", { class: "what" }, "fell most: "), lead(page, worst, `${worst.site} ${percent(worst)}`), h("div", { class: "what" }, `${worst.name.replaceAll("_", " ")}, ${worst.run}`)]
+    : [h("span", { class: "what" }, quantities.length ? "nothing fell" : "nothing was watched here")];
+  const jump = () => document.getElementById(`level-${level}`).scrollIntoView();
+  return h("div", { class: "card" }, h("button", { type: "button", class: "title", onclick: jump }, `${title} · ${quantities.length ? count : "none"}`), h("div", {}, said));
+}
+
+function lead(page, { name, site, step }, text) {
+  return h("button", { type: "button", class: "link", onclick: () => page.go(name, site, step) }, text);
+}
+
+function percent({ first, now }) {
+  return `${brief(Number((100 * (now / first - 1)).toFixed(1))).replace("-", "−")} %`;
+}
+
+function levelTable(page, quantities) {
+  const headings = ["quantity", "run", "median, first", "latest", "lowest now", "fell most"].map((heading) => h("th", { scope: "col" }, heading));
+  const bodies = quantities.map((runs) => h("tbody", {}, runs.map(({ name, run, first, now, lowest, fallen }, i) => h("tr", {},
+    i ? undefined : h("th", { scope: "rowgroup", rowspan: runs.length }, name),
+    h("td", {}, run), h("td", { class: "number" }, brief(first)), h("td", { class: "number" }, brief(now)),
+    h("td", {}, lowest.slice(0, WORST).map((site) => lead(page, site, `${site.site} ${brief(site.now)}`))),
+    h("td", {}, fallen.length ? fallen.slice(0, WORST).map((site) => lead(page, site, `${site.site} ${percent(site)}`)) : "–")))));
+  return h("div", { class: "wide" }, h("table", { class: "levels" }, h("thead", {}, h("tr", {}, headings)), bodies));
+}
+
+function overviewRows(levels) {
+  const lines = levels.flatMap(({ level, quantities }) => quantities.flat().flatMap(({ name, run, sites }) =>
+    sites.map(({ site, first, now }) => [level, name, run, site, ...[first, now].map((value) => (value === undefined ? "" : exact(value)))])));
+  return [["level", "quantity", "run", "layer", "first", "latest"], ...lines];
+}
+
+/** Rules of a run, each with its states by step. */
+export async function rulesOf(page, run) {
+  const entries = page.runs.get(run).filter(({ kind }) => kind === "alert");
+  const tables = await Promise.all(entries.map(({ name }) => page.table("matrix", { run, kind: "alert", name, limit: 5000 })));
+  return tables.flatMap((table) => table.sites.map((rule) => {
+    const steps = table.steps.map((step, column) => [step, table.at(column, rule) ?? 0]);
+    const known = new Map(steps);
+    return { rule, steps, states: (step) => known.get(step) ?? steps[table.column(step)]?.[1] ?? 0 };
+  }));
+}
+
+export async function alerts(page) {
+  const runs = await Promise.all(page.shown().map(async (run) => {
+    const [rules, { texts }] = await Promise.all([rulesOf(page, run), page.source.get("texts", { run })]);
+    return { run, rules, texts };
+  }));
+  // The same time line for all, so that runs compare.
+  const range = ends(runs.flatMap(({ rules }) => rules.flatMap(({ steps }) => steps.map(([step]) => step))));
+  const sections = runs.map(({ run, rules, texts }) => {
+    const rows = rules.map(({ rule, steps }) => [rule, timeLine(steps, range), stretches(steps).map(inWords).join(", ") || "never"]);
+    const content = rules.length ? grid(["rule", `steps ${range[0]} to ${range[1]}`, "when"], rows) : h("p", { class: "empty" }, "No rule was watching this run.");
+    return h("section", {}, h("h2", {}, run), content, ...texts.map((text) => markdownTable(text)));
+  });
+  const rows = () => [["run", "rule", "state", "from step", "to step"], ...runs.flatMap(({ run, rules }) => rules.flatMap(({ rule, steps }) =>
+    stretches(steps).map(({ state, begin, end }) => [run, rule, state >= 2 ? "firing" : "pending", begin, end])))];
+  return { content: [h("p", { class: "legend" }, swatch(PENDING, "pending"), swatch(FIRING, "firing")), ...sections], rows };
+}
+
+/** Stretches in which a rule was not at rest; each lasts until the next sample that says otherwise. */
+function stretches(steps) {
+  const found = [];
+  steps.forEach(([step, state], i) => {
+    const next = steps[i + 1]?.[0] ?? step;
+    if (state < 1) return;
+    if (found.length && found.at(-1).state === state && steps[i - 1][1] === state) Object.assign(found.at(-1), { end: step, next });
+    else found.push({ state, begin: step, end: step, next });
+  });
+  return found;
+}
+
+function inWords({ state, begin, end }) {
+  return `${state >= 2 ? "firing" : "pending"} from step ${begin} to ${end}`;
+}
+
+function timeLine(steps, [low, high]) {
+  const found = stretches(steps);
+  const svg = h("svg:svg", { viewBox: "0 0 300 14", class: "time", role: "img", "aria-label": found.map(inWords).join(", ") || "never" });
+  const toX = (step) => (300 * (step - low)) / (high - low || 1);
+  const [begin, end] = [toX(steps[0]?.[0] ?? low), toX(steps.at(-1)?.[0] ?? low)];
+  svg.append(h("svg:rect", { x: begin, y: 6, width: Math.max(end - begin, 1), height: 2, class: "rule" }));
+  for (const { state, begin: from, next } of found) {
+    svg.append(h("svg:rect", { x: Math.min(toX(from), 297), y: 0, width: Math.max(toX(next) - toX(from), 3), height: 14, fill: state >= 2 ? FIRING : PENDING }));
+  }
+  return svg;
+}
+
+/** A table in Markdown as a table, any other text as it is. */
+function markdownTable(text) {
+  const rows = text.split("\n").filter((line) => line.startsWith("|") && !/^[|\s:-]+$/.test(line)).map((line) => line.split("|").slice(1, -1).map((cell) => cell.trim()));
+  return rows.length ? grid(rows[0], rows.slice(1), "What they said") : h("pre", {}, text);
+}
+
+// What costs are called, most telling first; others follow under the name that they were written with.
+const COSTS = {
+  overhead_percent: ["Share of the training time so far", "%"],
+  time_ms: ["Time of each sample", "ms"],
+  failures: ["Numbers that could not be had", "in all"],
+  skipped_steps: ["Due samples that were skipped with their step", "in all"],
+  solver_calls: ["Calls of eigensolvers", "per sample"],
+};
+
+export async function cost(page) {
+  const lines = new Map(Object.keys(COSTS).map((key) => [key, []]));
+  for (const run of page.shown()) {
+    const names = page.runs.get(run).filter(({ kind }) => kind === "cost").map(({ name }) => name);
+    for (const name of names) {
+      const table = await page.table("matrix", { run, kind: "cost", name, limit: 2000 });
+      for (const key of table.sites) {
+        const ys = table.curve(key);
+        lines.set(key, [...(lines.get(key) ?? []), { name: names.length > 1 ? `${run}: ${name}` : run, xs: table.steps, ys, colour: page.colour(run), dashed: name !== names[0] }]);
+      }
+    }
+  }
+  const known = [...lines].filter(([, of]) => of.length);
+  if (!known.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has written what watching cost.")], rows: () => [] };
+  const rows = known.flatMap(([key, of]) => of.flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, key, x, ys[i] === undefined ? "" : exact(ys[i])])));
+  return { content: [h("p", {}, "What watching cost."), h("div", { class: "costs" }, known.map(([key, of]) => costFigure(key, of)))], rows: () => [["run", "cost", "step", "value"], ...rows] };
+}
+
+function costFigure(key, lines) {
+  const [title, unit] = COSTS[key] ?? [key.replaceAll("_", " "), ""];
+  return h("figure", { id: `cost-${key}` }, h("figcaption", {}, h("b", {}, title)), chart(lines, { title, x: "step", y: unit, zero: true, width: 420, height: 210 }),
+    legend(lines.map((line) => ({ ...line, name: `${line.name}: ${brief(line.ys.at(-1))}` }))));
+}

@@ -1,0 +1,47 @@
+"""An alert comes before a run fails, and never in one that does not: real training in small. `benchmarks.alerts` has it at length."""
+
+import lightning as L
+import pytest
+from torch import nn
+from torch.optim import AdamW
+
+from benchmarks.alerts import Run, characters, classes, failure, first, mlp, train, writer
+from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
+
+
+def often() -> Monitor:
+    """The default rule on the stable rank of weights, for a run too short for its warm-up."""
+    rule = RankCollapseAlert("weight", "stable_rank", drop=0.35, warm_up_samples=20)
+    return RankMonitor("weights", "stable_rank", every_n_steps=5, alerts=[rule])
+
+
+@pytest.mark.slow
+def test_weights_lose_their_rank_before_a_transformer_without_normalisation_diverges() -> None:
+    L.seed_everything(0, verbose=False)
+    run, monitor = Run(writer(nn.Identity), characters, AdamW, 1e-3, 1.025), often()
+
+    train(run, 170, monitor)
+
+    failed, alarmed = failure(run), first(monitor, "*")
+    assert failed is not None and alarmed is not None
+    assert alarmed <= failed - 15
+
+
+@pytest.mark.slow
+def test_the_same_transformer_with_normalisation_and_a_steady_rate_gives_no_alarm() -> None:
+    L.seed_everything(0, verbose=False)
+    run, monitor = Run(writer(), characters, AdamW, 1e-3), often()
+
+    train(run, 170, monitor)
+
+    assert (failure(run), monitor.events) == (None, [])
+
+
+@pytest.mark.slow
+def test_an_mlp_on_digits_gives_no_alarm_by_default() -> None:
+    L.seed_everything(0, verbose=False)
+    run, monitor = Run(mlp(), classes, AdamW, 1e-3), RankMonitor(every_n_steps=20)
+
+    train(run, 600, monitor)
+
+    assert (failure(run), monitor.events) == (None, [])
