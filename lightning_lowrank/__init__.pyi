@@ -16,6 +16,16 @@ from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
 from .registry import statistic as statistic
+from .scaling.bootstrap import standard_error as standard_error
+from .scaling.boxes import box_counting as box_counting
+from .scaling.boxes import graph_distances as graph_distances
+from .scaling.multifractal import multifractal_spectrum as multifractal_spectrum
+from .scaling.neuromfa import emergence as emergence
+from .scaling.nulls import gaussian_like as gaussian_like
+from .scaling.nulls import shuffled as shuffled
+from .scaling.paths import path_distances as path_distances
+from .scaling.paths import path_scaling as path_scaling
+from .scaling.scaling import Scaling as Scaling
 from .schedules import Budget as Budget
 from .schedules import Every as Every
 from .sketch import estimate as estimate

@@ -12,6 +12,8 @@ from jaxtyping import Float, Num
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lowrank.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.spectrum import Spectrum, from_gram, full_precision, svd
 from lightning_lowrank.statistics import find
 from lightning_lowrank.subspaces import Subspace, top_subspace
@@ -53,11 +55,12 @@ class SpectralStatistic(Metric):
         self.add_state(self._sum, torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
-    def update(self, *matrices: Num[Tensor, "*B M N"]) -> None:
-        """Add a batch of matrices; two of them for a statistic of a pair."""
+    def update(self, *matrices: Num[Tensor, "*_ M N"] | Spectrum | Subspace | Scaling) -> None:
+        """Add a batch of matrices; two of them for a statistic of a pair. Or of the value objects that the statistic takes."""
         if len(matrices) != len(self.statistic.takes):
             raise ValueError(f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}")
-        values = self.statistic(*(self._value(kind, m) for kind, m in zip(self.statistic.takes, matrices, strict=True)))
+        pairs = zip(self.statistic.takes, matrices, strict=True)
+        values = self.statistic(*(self._value(kind, m) if isinstance(m, Tensor) else m for kind, m in pairs))
         setattr(self, self._sum, self.total + values.sum().to(self.total))
         self.count += values.numel()
 
@@ -70,7 +73,9 @@ class SpectralStatistic(Metric):
         """Sum over all matrices seen."""
         return getattr(self, self._sum)  # type: ignore[no-any-return]
 
-    def _value(self, kind: type, matrix: Tensor) -> Spectrum | Subspace:
+    def _value(self, kind: type, matrix: Tensor) -> Spectrum | Subspace | Scaling:
+        if kind is Scaling:
+            return multifractal_spectrum(matrix)
         return top_subspace(matrix, self.k) if kind is Subspace else svd(matrix)
 
 

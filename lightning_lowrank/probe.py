@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.schedules import Every, Schedule
 from lightning_lowrank.sources.gauge import Gauge
 from lightning_lowrank.sources.source import Source
@@ -51,7 +52,7 @@ def offers(source: Source, name: str) -> bool:
         return False
     if asked.partner == "weight":
         return source.of_changes
-    return source.of_parameters or asked.takes == (Spectrum,)
+    return asked.takes == (Spectrum,) or (source.of_parameters and Scaling not in asked.takes)
 
 
 def _offered(source: Source) -> list[str]:

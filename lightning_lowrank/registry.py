@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowrank.marchenko_pastur import null
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.spectrum import Spectrum, pooled, ratio
 
 Needs = Literal["moments", "top", "values"]
@@ -83,6 +84,8 @@ def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> 
 
         @wraps(function)
         def guarded(*values: Any, **parameters: float) -> Tensor:
+            if isinstance(values[0], Scaling):  # It knows itself where there is none of it, and `valid` is 0 there.
+                return function(*values, **parameters)
             values = tuple(map(pooled, values))
             reads = reads_tail(next(iter(parameters.values()), default))
             return _with_losses(function(*values, **parameters), values, whole_only=reads)

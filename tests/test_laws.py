@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import statistics
 from lightning_lowrank.registry import REGISTERED, find
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.spectrum import Spectrum, svd
 from lightning_lowrank.subspaces import top_subspace
 from tests.oracles.spectra import RANKS, gaussian, geometric, singular_values, with_values
@@ -19,10 +20,9 @@ PARAMETERS = {"epsilon": (0.01, 0.5), "p": (0.5, 1, 1.5, 2)}
 
 
 def names():
-    """Every statistic, with parameters, and the relative form of each that has one."""
-    plain = [n for n, s in REGISTERED.items()] + [
-        f"{n}_{value}" for n, s in REGISTERED.items() for value in PARAMETERS.get(s.parameter, ())
-    ]
+    """Every statistic of spectra and subspaces, with parameters, and the relative form of each that has one."""
+    of_matrices = {n: s for n, s in REGISTERED.items() if Scaling not in s.takes}
+    plain = [*of_matrices, *(f"{n}_{value}" for n, s in of_matrices.items() for value in PARAMETERS.get(s.parameter, ()))]
     return sorted(plain + [f"relative_{n}" for n in plain if find(n).comparable])
 
 

@@ -2,14 +2,24 @@
 
 from lightning_lowrank.registry import available as available
 from lightning_lowrank.registry import find as find
+from lightning_lowrank.statistics.alpha0 import alpha0 as alpha0
+from lightning_lowrank.statistics.asymmetry import asymmetry as asymmetry
+from lightning_lowrank.statistics.box_dimension import box_dimension as box_dimension
+from lightning_lowrank.statistics.c2_excess import c2_excess as c2_excess
+from lightning_lowrank.statistics.correlation_dimension import correlation_dimension as correlation_dimension
+from lightning_lowrank.statistics.decades import decades as decades
+from lightning_lowrank.statistics.dispersion import dispersion as dispersion
+from lightning_lowrank.statistics.dispersion_chance import dispersion_chance as dispersion_chance
 from lightning_lowrank.statistics.effective_rank import effective_rank as effective_rank
 from lightning_lowrank.statistics.effective_rank_energy import effective_rank_energy as effective_rank_energy
 from lightning_lowrank.statistics.energy_rank import energy_rank as energy_rank
 from lightning_lowrank.statistics.frobenius_norm import frobenius_norm as frobenius_norm
+from lightning_lowrank.statistics.kept_share import kept_share as kept_share
 from lightning_lowrank.statistics.marchenko_pastur_outliers import marchenko_pastur_outliers as marchenko_pastur_outliers
 from lightning_lowrank.statistics.nuclear_to_spectral import nuclear_to_spectral as nuclear_to_spectral
 from lightning_lowrank.statistics.numerical_rank import numerical_rank as numerical_rank
 from lightning_lowrank.statistics.participation_ratio import participation_ratio as participation_ratio
+from lightning_lowrank.statistics.scaling_fit import scaling_fit as scaling_fit
 from lightning_lowrank.statistics.schatten_quasi_norm import schatten_quasi_norm as schatten_quasi_norm
 from lightning_lowrank.statistics.spectral_norm import spectral_norm as spectral_norm
 from lightning_lowrank.statistics.stable_rank import stable_rank as stable_rank
@@ -17,4 +27,7 @@ from lightning_lowrank.statistics.subspace_overlap import subspace_overlap as su
 from lightning_lowrank.statistics.subspace_overlap_chance import subspace_overlap_chance as subspace_overlap_chance
 from lightning_lowrank.statistics.tail_exponent import tail_exponent as tail_exponent
 from lightning_lowrank.statistics.tail_exponent_fit import tail_exponent_fit as tail_exponent_fit
+from lightning_lowrank.statistics.valid import valid as valid
 from lightning_lowrank.statistics.weight_ratio import weight_ratio as weight_ratio
+from lightning_lowrank.statistics.width import width as width
+from lightning_lowrank.statistics.width_floor import width_floor as width_floor

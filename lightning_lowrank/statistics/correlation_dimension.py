@@ -1,0 +1,27 @@
+"""Dimension of order 2."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.scaling.scaling import Scaling
+
+
+@statistic(unit="1", comparable=False)
+def correlation_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
+    """Generalised dimension of order 2, `tau(1)`: the exponent with which the mean mass grows.
+
+    Args:
+        scaling: In rank mode it is 1, for there the mean mass itself is what radii are measured by.
+
+    Returns:
+        At most `alpha0`. NaN where there is no spectrum: see `valid`.
+
+    Example:
+        >>> correlation_dimension(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))).round(decimals=9)
+        tensor(1., dtype=torch.float64)
+
+    References:
+        Grassberger & Procaccia (1983), Physica D 9(1-2).
+    """
+    return scaling.only_valid(scaling.tau_at(1.0))

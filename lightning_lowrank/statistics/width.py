@@ -1,0 +1,30 @@
+"""Width of the spectrum."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.scaling.scaling import Scaling
+
+
+@statistic(unit="1", comparable=False)
+def width(scaling: Scaling) -> Float[Tensor, "*B"]:
+    """Largest less smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise included.
+
+    NeuroMFA calls it heterogeneity. A few extreme neurons set it, and with finitely many weights it is never 0: read it beside
+    `width_floor`. Independent weights have about that on average, and once in a thousand three times as much or more.
+
+    Args:
+        scaling: Of any mode.
+
+    Returns:
+        Not negative. NaN where there is no spectrum: see `valid`.
+
+    Example:
+        >>> width(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        tensor(0.1801, dtype=torch.float64)
+
+    References:
+        Xiao et al. (2025), ICLR, arXiv:2402.09099.
+    """
+    return scaling.only_valid(scaling.alpha.amax(-1) - scaling.alpha.amin(-1))

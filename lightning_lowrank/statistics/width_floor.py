@@ -1,0 +1,27 @@
+"""What chance alone makes of the width."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.scaling.scaling import Scaling
+
+
+@statistic(unit="1", comparable=False)
+def width_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
+    """Width that neurons which are all alike have from counting finitely many weights: the range of q times the size of the floor of c2.
+
+    Args:
+        scaling: Of any mode.
+
+    Returns:
+        Not negative. NaN where there are too few radii.
+
+    Example:
+        >>> width_floor(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        tensor(0.1751, dtype=torch.float64)
+
+    References:
+        This library: to first order in the variance of the logarithm of counts.
+    """
+    return (scaling.orders[-1] - scaling.orders[0]) * scaling.c2_floor.abs()
