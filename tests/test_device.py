@@ -16,6 +16,8 @@ from lightning_lowrank.decompose import decompose
 from lightning_lowrank.matrices import MatrixRecorder
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import BATCH
+from lightning_lowrank.scaling.rank import rank_scaling
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.sources.displacement import Displacement
 from lightning_lowrank.sources.features import Features
 from lightning_lowrank.sources.gradients import Gradients
@@ -23,6 +25,7 @@ from lightning_lowrank.sources.optimizer_state import OptimizerState
 from lightning_lowrank.sources.source import Begun, Source, Step
 from lightning_lowrank.sources.updates import Updates
 from lightning_lowrank.sources.weights import Weights
+from lightning_lowrank.spectrum import Spectrum
 from lightning_lowrank.statistics import available, find
 from lightning_lowrank.subspaces import Subspace, top_subspace
 from lightning_lowrank.team import Team
@@ -113,9 +116,13 @@ def test_spectra_stay_on_their_device(needs: Any, waits: Waits) -> None:
 def test_statistics_stay_on_their_device(name: str, waits: Waits) -> None:
     statistic = find(name)
     matrix = torch.empty(3, 8, 6, device="meta")
-    spectrum = decompose([matrix], "values").spectra[0]
+    value_objects: dict[type, Callable[[], object]] = {
+        Spectrum: lambda: decompose([matrix], "values").spectra[0],
+        Subspace: lambda: top_subspace(matrix, 2),
+        Scaling: lambda: rank_scaling(matrix),
+    }
 
-    result = statistic(*(top_subspace(matrix, 2) if kind is Subspace else spectrum for kind in statistic.takes))
+    result = statistic(*(value_objects[kind]() for kind in statistic.takes))
 
     assert (result.device.type, result.shape) == ("meta", (3,))
     assert waits.seen == {}
