@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lightning_lowrank.moves import moving
+
 # How much farther, or less far, the next guess is while only one side of the answer is known.
 LEAP = 4.0
 # Forward passes of the first search: updates of small learning rates could go on a hundred thousand times as far.
@@ -65,23 +67,13 @@ def along_update(
         loss: At the parameters as they are.
         guess: Where to begin, None where nothing is known yet: the search is longer then.
     """
-    end = [p.detach().clone() for p in params]
+    with moving(params) as (end, put):
 
-    @torch.no_grad()
-    def move(multiple: Tensor) -> None:
-        for p, a, b in zip(params, start, end, strict=True):
-            p.copy_(a + multiple.to(a.dtype) * (b - a))
+        def loss_at(multiple: Tensor) -> Tensor:
+            put(a + multiple.to(a.dtype) * (b - a) for a, b in zip(start, end, strict=True))
+            return loss()
 
-    def loss_at(multiple: Tensor) -> Tensor:
-        move(multiple)
-        return loss()
-
-    try:
         return critical_multiple(loss_at, end[0].new_ones(()), COLD) if guess is None else critical_multiple(loss_at, guess)
-    finally:
-        with torch.no_grad():
-            for p, b in zip(params, end, strict=True):
-                p.copy_(b)
 
 
 def _is_higher(loss: Float[Tensor, ""], start: Float[Tensor, ""]) -> Bool[Tensor, ""]:

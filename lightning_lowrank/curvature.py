@@ -1,11 +1,10 @@
 """One measurement of curvature: what is asked of each operator of a loss, and how much work goes into it.
 
-Shape letters:  P entries of all parameters   L parameters   k directions
+Shape letters:  P entries of all parameters   L parameters   k directions   G cells of a density
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,10 +13,13 @@ from torch import Tensor
 from lightning_lowrank import statistics, traces
 from lightning_lowrank.eigenspaces import Eigenpairs, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
 from lightning_lowrank.loss_operators import LossOperators
-from lightning_lowrank.operators import Layout, Operator, preconditioned, symmetry_defect
+from lightning_lowrank.operators import Layout, Operator, difference, preconditioned
+from lightning_lowrank.registry import find
+from lightning_lowrank.self_check import VALID, is_wrong, symmetry_defect
 
-# Largest symmetry defect of a product that is believed: rounding in bfloat16 makes a tenth of it, in float32 a thousandth of that.
-VALID = 0.05
+# Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in it.
+CELLS = 128
+DENSITY = ("eigenvalue", "density", "density_error", "density_counts")
 # Products for the one eigenvalue that is held against the edge of stability.
 EDGE = 6
 
@@ -52,12 +54,13 @@ EFFORTS = {
 
 @dataclass
 class Found:
-    """Numbers with their errors, of the whole model and per parameter."""
+    """Numbers with their errors, of the whole model and per parameter, and densities."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, Float[Tensor, " L"]] = field(default_factory=dict)
     layer_errors: dict[str, Float[Tensor, " L"]] = field(default_factory=dict)
+    curves: dict[str, Float[Tensor, " G"]] = field(default_factory=dict)
 
     def note(self, name: str, estimate: traces.Estimate) -> None:
         """Keep a number and its error."""
@@ -77,7 +80,7 @@ class Curvatures:
 
     Attributes:
         tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under "edge".
-        valid: 1 where the first products were symmetric, 0 where not, None before the first measurement.
+        valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
     """
 
     def __init__(self, effort: Effort, top_k: int) -> None:
@@ -96,7 +99,16 @@ class Curvatures:
                 self._sharpness(operator, loss, found, generator)
             if self.effort.probes:
                 self._of_operator(name, operator, loss, found, generator)
+        if self.effort.probes and loss.operators.keys() >= RESIDUAL:
+            self._residual(loss, found, generator)
         return self._judged(found)
+
+    def hold(self, found: Found, defect: traces.Estimate) -> None:
+        """Believe nothing from now on if a product with the Hessian is not the slope of the gradient."""
+        assert self.valid is not None
+        found.note("curvature_difference_defect", defect)
+        self.valid = self.valid * (1 - is_wrong(defect)).to(self.valid)
+        self._judged(found)
 
     def before(self, name: str, size: int) -> Float[Tensor, "_ P"] | None:
         """Eigenvectors of the last measurement, None where there was none of this size."""
@@ -146,13 +158,22 @@ class Curvatures:
         if self.effort.lowest:
             for label, formula in DEEP.items():
                 found.note(f"{name}_{label}", traces.debiased(formula, whole.spectrum))
+            density = traces.density(whole.spectrum, num_cells=CELLS)
+            found.curves |= {f"{name}_{label}": row for label, row in zip(DENSITY, vars(density).values(), strict=True)}
+
+    def _residual(self, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
+        """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left to learn."""
+        rest = difference(loss.operators["hessian"], loss.operators["gauss_newton"])
+        estimate = traces.spectral_estimate(rest, num_probes=self.effort.probes, steps=1, generator=generator, layout=loss.layout)
+        found.note("residual_trace", traces.sample_mean(estimate.layer_traces.sum(-1)))
+        found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
 
     def _judged(self, found: Found) -> Found:
-        """Everything is NaN where the first products were not symmetric, so that nothing is believed."""
+        """Everything is NaN where the first products were wrong, so that nothing is believed."""
         if self.valid is not None:
-            for numbers in (found.values, found.layers):
+            for numbers in (found.values, found.layers, found.curves):
                 for name, value in numbers.items():
-                    if name != "curvature_symmetry_defect":
+                    if not name.endswith("_defect"):
                         numbers[name] = torch.where(self.valid > 0, value, torch.nan)
             found.values["curvature_valid"] = self.valid
         return found
@@ -160,9 +181,13 @@ class Curvatures:
 
 DEEP: dict[str, Callable[..., Tensor]] = {
     "effective_rank_energy": statistics.effective_rank_energy,
-    "energy_rank": partial(statistics.energy_rank, epsilon=0.1),
+    "energy_rank": find("energy_rank_0.1"),
     "negative_mass": traces.negative_mass,
 }
+
+
+# The operators whose difference is the residual.
+RESIDUAL = {"hessian", "gauss_newton"}
 
 
 def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tuple[bool, bool]]:
@@ -170,6 +195,7 @@ def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tup
     known: dict[str, tuple[bool, bool]] = {}
     if operators:
         known |= dict.fromkeys(("curvature_valid", "curvature_symmetry_defect"), (False, False))
+        known["curvature_difference_defect"] = (False, True)
     if "hessian" in operators:
         known |= dict.fromkeys(("batch_sharpness", "batch_sharpness_over_threshold"), (False, False))
         known |= dict.fromkeys(["sharpness_over_threshold"] * bool(effort.probes), (False, True))
@@ -179,6 +205,8 @@ def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tup
         known[f"{name}_eigenspace_overlap"] = (False, False)
         known[f"{name}_top_share"] = (True, False)
         known |= dict.fromkeys([f"{name}_{label}" for label in ("layer_trace", "layer_squared_norm")], (True, True))
+    if effort.probes and set(operators) >= RESIDUAL:
+        known |= dict.fromkeys(("residual_trace", "residual_squared_norm"), (False, True))
     return known
 
 

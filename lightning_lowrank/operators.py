@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.spectrum import ratio
-
 RowsToRows = Callable[[Tensor], Tensor]
 
 
@@ -195,18 +193,6 @@ def dense(operator: Operator) -> Float[Tensor, "n n"]:
     unit = torch.eye(operator.size, device=operator.device, dtype=operator.dtype)
     matrix = torch.stack([operator.multiply(row) for row in unit])
     return (matrix + matrix.mT) / 2
-
-
-def symmetry_defect(operator: Operator, generator: torch.Generator) -> Float[Tensor, ""]:
-    """|u^T A v - v^T A u| over the mean length of A u and A v, for two Gaussian vectors: rounding where A is symmetric, as it should be.
-
-    Two products. An antisymmetric part of a share s of the Frobenius norm shows as about 1.6 s.
-    """
-    size, dtype, device = operator.size, operator.dtype, operator.device
-    one, other = torch.randn(2, size, generator=generator, dtype=dtype, device=device)
-    images = operator.multiply(one), operator.multiply(other)
-    lengths = torch.linalg.vector_norm(torch.stack(images), dim=-1)
-    return ratio((one.dot(images[1]) - other.dot(images[0])).abs(), lengths.mean())
 
 
 def _in_parameters(jacobian: Jacobian, multiply: Callable[[Tensor], Tensor]) -> Operator:

@@ -73,10 +73,16 @@ def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tup
     left_out = statistic(leave_one_out(spectrum))
     spread = (spectrum.num_probes - 1) * (left_out - left_out.mean(0)).square().mean(0)
     bias = (value - statistic(spectrum.coarse)).abs() if spectrum.coarse is not None else 0.0
-    # A `Statistic` knows how far apart its values lie; any other function is taken for continuous.
+    return value, 3 * spread.sqrt() + bias + counting_error(statistic, spectrum, value) + ROUNDING * value.abs()
+
+
+def counting_error(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum, value: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """One, for a statistic that counts beyond the directions taken out one by one; 0 for one that moves smoothly.
+
+    A `Statistic` knows how far apart its values lie; any other function is taken for continuous.
+    """
     step = getattr(statistic, "step", _continuous)(spectrum.shape)
-    inexact = value > step * _num_exact(spectrum)
-    return value, 3 * spread.sqrt() + bias + step * inexact + ROUNDING * value.abs()
+    return step * (value > step * _num_exact(spectrum)).to(value)
 
 
 def _continuous(shape: tuple[int, int]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lowrank.eigenspaces import Eigenpairs
 from lightning_lowrank.lanczos import krylov, quadrature
 from lightning_lowrank.operators import Layout, Operator, dense
-from lightning_lowrank.sketch import leave_one_out
+from lightning_lowrank.sketch import counting_error, leave_one_out
 from lightning_lowrank.spectrum import Spectrum, descending, eigenvalues, full_precision, pooled, ratio, working_dtype
 
 
@@ -98,7 +98,8 @@ def exact_spectrum(operator: Operator) -> Spectrum:
 def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Estimate:
     """A statistic of a spectrum, corrected for what chance adds to it on average, by the jackknife over its probes.
 
-    Nothing to correct, and no error, where the spectrum is exact.
+    Nothing to correct, and no error, where the spectrum is exact. The error of a statistic that counts is at least one step where it
+    counts beyond what is known.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.
@@ -109,7 +110,8 @@ def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Est
     left_out = statistic(leave_one_out(spectrum))
     others = spectrum.num_probes - 1
     spread = (left_out - left_out.mean(0)).square().mean(0)
-    return Estimate(value - others * (left_out.mean(0) - value), (others * spread).sqrt())
+    error = (others * spread).sqrt() + counting_error(statistic, spectrum, value)
+    return Estimate(value - others * (left_out.mean(0) - value), error)
 
 
 def sample_mean(samples: Float[Tensor, "n *B"]) -> Estimate:

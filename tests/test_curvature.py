@@ -272,3 +272,93 @@ def test_two_processes_find_the_curvature_of_their_whole_batch_and_train_as_unwa
         torch.testing.assert_close(weights, first[f"{case}, False"][1], rtol=0, atol=0)
         for tag in ("batch_sharpness", "hessian_lambda_max", "gauss_newton_lambda_max"):
             torch.testing.assert_close(curves[tag], alone[f"{case}, True"][0][tag], rtol=2e-2, atol=1e-3)
+
+
+def test_the_residual_is_what_the_hessian_has_beside_the_gauss_newton_matrix() -> None:
+    module = FullBatch()
+
+    logger = watched(module, CurvatureMonitor("full", top_k=3, every_n_steps=1), max_epochs=8)
+
+    rest, error = logger.curve("residual_trace"), logger.curve("residual_trace_error")
+    other = {step: trace - logger.curve("gauss_newton_trace")[step] for step, trace in logger.curve("hessian_trace").items()}
+    assert sorted(abs(rest[step] - other[step]) / error[step] for step in rest)[len(rest) // 2] < 3
+    assert all(value > 0 for value in logger.curve("residual_squared_norm").values())
+
+
+def test_a_linear_model_has_no_residual() -> None:
+    logger = watched(FullBatch(nn.Sequential(nn.Linear(64, 10))), CurvatureMonitor("standard", every_n_steps=1))
+
+    squares, whole = logger.curve("residual_squared_norm"), logger.curve("hessian_squared_norm")
+    assert all(squares[step] < 1e-8 * whole[step] for step in squares)
+
+
+class Tops(L.Callback):
+    """What was steepest after each step."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.source: Any = monitor.recorders[0].probe.source
+        self.found: list[Tensor] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.found.append(self.source.state.tops["hessian"].clone())
+
+
+def test_the_way_from_the_start_is_held_against_the_directions_of_the_last_sample() -> None:
+    module, monitor = FullBatch(), CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1)
+    tops = Tops(monitor)
+    logger = MemoryLogger()
+    trainer = L.Trainer(max_epochs=4, logger=logger, callbacks=[monitor, tops], enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(module)
+
+    places = [torch.cat([p.flatten() for p in at]) for at in [*module.seen, [p.detach() for p in module.parameters()]]]
+    for step in range(1, 4):
+        way = places[step + 1] - places[0]
+        expected = (tops.found[step - 1] @ way).square().sum() / way.square().sum()
+        assert logger.curve("displacement_in_top")[step] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_run_that_is_resumed_still_knows_where_the_first_began(tmp_path: Path) -> None:
+    def run(epochs: int, start: Path | None) -> MemoryLogger:
+        logger = MemoryLogger()
+        monitor = CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1)
+        options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "max_epochs": epochs}
+        trainer = L.Trainer(**options, logger=logger, callbacks=[monitor])
+        trainer.fit(FullBatch(), ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return logger
+
+    run(3, None)
+    resumed = run(6, tmp_path / "last.ckpt").curve("displacement_in_top")
+
+    whole = run(6, None).curve("displacement_in_top")
+    assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-3)
+    assert list(resumed) == [3, 4, 5]
+
+
+class Detached(torch.autograd.Function):
+    """The square, whose derivative hides what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * 2 * ctx.saved_tensors[0].detach()
+
+
+class Hiding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        squared: Tensor = Detached.apply(x)
+        return squared
+
+
+def test_a_layer_whose_second_derivative_is_wrong_makes_curvature_invalid() -> None:
+    net = nn.Sequential(nn.Linear(64, 6), Hiding(), nn.Linear(6, 10))
+
+    logger = watched(FullBatch(net, lr=0.01), CurvatureMonitor(every_n_steps=1))
+
+    assert set(logger.curve("curvature_valid").values()) == {0.0}
+    assert all(value != value for value in logger.curve("batch_sharpness").values())
+    assert logger.curve("curvature_difference_defect")[0] > 0.05

@@ -22,7 +22,6 @@ from lightning_lowrank.operators import (
     hessian,
     output_gauss_newton,
     preconditioned,
-    symmetry_defect,
 )
 from tests.oracles.spectra import gaussian, generator
 
@@ -344,20 +343,6 @@ def test_a_product_does_not_keep_a_graph_of_its_own():
 
     assert not gradient.requires_grad
     assert not operator.multiply(gradient).requires_grad
-
-
-def test_symmetric_operators_have_no_defect():
-    matrix = gaussian(50, 50)
-
-    assert symmetry_defect(of_matrix(matrix + matrix.T), generator()) < 1e-12
-
-
-def test_an_antisymmetric_part_shows():
-    matrix = gaussian(50, 50)
-    symmetric, other = matrix + matrix.T, matrix - matrix.T
-    found = torch.stack([symmetry_defect(of_matrix(symmetric + 0.1 * other), generator(seed)) for seed in range(50)])
-
-    assert_close(found.mean().item(), 0.16, rtol=0.2, atol=0)
 
 
 def test_a_layout_takes_apart_what_it_put_together():

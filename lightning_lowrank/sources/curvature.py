@@ -4,23 +4,23 @@ Shape letters:  P entries of all parameters   k directions
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_lowrank.critical import along_update
 from lightning_lowrank.curvature import EFFORTS, Curvatures, Found, names
 from lightning_lowrank.double_backward import Choice, choose, look
-from lightning_lowrank.eigenspaces import energy_share
 from lightning_lowrank.loss_operators import OPERATORS, loss_operators
 from lightning_lowrank.losses import OutputLoss
 from lightning_lowrank.names import fitting, tag
-from lightning_lowrank.operators import Layout
 from lightning_lowrank.replay import Replay, refuse_replay
+from lightning_lowrank.self_check import difference_defect
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.sources.movement import Movement
 from lightning_lowrank.sources.source import Begun, Step
 from lightning_lowrank.tap import LossTap, module_named
 from lightning_lowrank.team import Team
@@ -38,18 +38,12 @@ class Sample:
         begun: The latest batch.
         tap: Listens to the step.
         found: What was measured on the step's own graph.
-        before: The top directions of the last measurement: those of now are made for this very batch.
-        gradient: Of the step, as the optimizer had it.
-        start: The parameters before it.
-        rate: Its learning rate.
+        rate: The learning rate of the step.
     """
 
     begun: Begun | None = None
     tap: LossTap | None = None
     found: Found | None = None
-    before: Float[Tensor, "k P"] | None = None
-    gradient: Float[Tensor, " P"] | None = None
-    start: Sequence[Tensor] = ()
     rate: float | Tensor = 0.0
 
 
@@ -98,6 +92,7 @@ class Curvature(Gauge):
         self._module: Any = None
         self._trainer: Any = None
         self._multiple: Tensor | None = None
+        self._movement = Movement()
         self._sample = Sample()
 
     def plan(self, module: nn.Module) -> None:
@@ -109,6 +104,8 @@ class Curvature(Gauge):
         self._named = {tag(name): parameter for name, parameter in named.items() if name in chosen}
         if self._module is not module:
             self._begin(module)
+        if self.operators and self._follows:
+            self._movement.begin(self._named)
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters where each has numbers of its own."""
@@ -116,7 +113,14 @@ class Curvature(Gauge):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
-        return vars(self) | {"_module": None, "_trainer": None, "_named": {}, "_replay": Replay(self.loss_fn), "_sample": Sample()}
+        return vars(self) | {
+            "_module": None,
+            "_trainer": None,
+            "_named": {},
+            "_replay": Replay(self.loss_fn),
+            "_sample": Sample(),
+            "_movement": Movement(),
+        }
 
     def _begin(self, module: Any) -> None:
         """Choose how to see the loss, in a run that begins."""
@@ -138,7 +142,7 @@ class Curvature(Gauge):
         if self._sample.found is not None or self._sample.tap is not None:
             return
         if self.operators and self.effort.probes:
-            self._sample.before = self.state.before(self.operators[0], sum(p.numel() for p in self._trained.values()))
+            self._movement.before = self.state.before(self.operators[0], sum(p.numel() for p in self._trained.values()))
         if self._replay.batch is None or (self.batch == "live" and self._follows and not self._is_replayed):
             self._replay.keep(begun.batch, begun.index)
         if self._choice is not None and self._choice.mode == "inline":
@@ -159,12 +163,7 @@ class Curvature(Gauge):
         """Keep the gradient, and the weights from which the update is reckoned."""
         if self._follows:
             self._sample.rate = step.optimizer.param_groups[0]["lr"]
-            self._sample.start = self._sample.start or [p.detach().clone() for p in self._trained.values()]
-        if self._sample.before is not None:
-            own = [(p, p.grad if id(p) in step.parameters else None) for p in self._trained.values()]
-            gradient = self._flat([torch.zeros_like(p) if grad is None else grad for p, grad in own])
-            gradient = gradient if step.scale is None else gradient / step.scale
-            self._sample.gradient = gradient if self._sample.gradient is None else self._sample.gradient + gradient
+            self._movement.step_begins(step, self._trained)
         return []
 
     def batch_over(self) -> None:
@@ -178,32 +177,39 @@ class Curvature(Gauge):
             with self._replay(self._trainer, self._module) as seen:
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
         found = self._sample.found or Found()
-        if self._sample.before is not None:
-            self._in_top(self._sample.before, found)
-        if self._sample.start:
+        found.values |= self._movement.shares(self._trained)
+        if self._movement.start:
             self._critical(team, found)
+        if "curvature_symmetry_defect" in found.values:
+            self.state.hold(found, self._difference_defect(team))
         parameters = list(self._trained)
-        self._sample = Sample()
+        self._drop()
         return list(_numbers(found, parameters))
 
     def detach(self) -> None:
         """Let go of the sample."""
         self.batch_over()
+        self._drop()
+
+    def _drop(self) -> None:
         self._sample = Sample()
+        self._movement.drop()
 
     def facts(self) -> dict[str, float]:
-        """How the loss is seen."""
-        return {} if self._choice is None else {"replayed": float(self._is_replayed)}
+        """How the loss is seen, and what the weights at the start take."""
+        kept = {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
+        return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The top directions, so that a run that is resumed goes on from there; and the kept batch is not in it."""
+        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the kept batch."""
         known = {"multiple": self._multiple, "valid": self.state.valid}
-        return {"tops": dict(self.state.tops), **{name: tensor for name, tensor in known.items() if tensor is not None}}
+        kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
+        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self._module = None  # another run, in which the loss may have to be seen in another way
-        self.state.tops = dict(state.get("tops", {}))
+        self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
         self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
 
     @property
@@ -215,14 +221,21 @@ class Curvature(Gauge):
         """Whether it looks at gradients and updates."""
         return bool(self.effort.probes) or not self.operators
 
-    def _in_top(self, before: Float[Tensor, "k P"], found: Found) -> None:
-        """What part of gradient and update is within the top directions of last time."""
-        now = self._flat(list(self._trained.values()))
-        found.values["in_top_chance"] = now.new_tensor(before.shape[0] / before.shape[1])
-        if self._sample.gradient is not None:
-            found.values["gradient_in_top"] = energy_share(self._sample.gradient, before)
-        if self._sample.start:
-            found.values["update_in_top"] = energy_share(now - self._flat(self._sample.start), before)
+    def _difference_defect(self, team: Team) -> Estimate:
+        """The same on every process; NaN where the step cannot be run again, or not in one of them."""
+        params = list(self._trained.values())
+
+        @contextmanager
+        def losses() -> Iterator[Tensor]:
+            with self._replay(self._trainer, self._module) as seen:
+                yield seen.loss
+
+        found = torch.full((2,), torch.nan, device=params[0].device)
+        if self._choice is not None and self._choice.only is None:
+            with suppress(Exception):
+                defect = difference_defect(losses, params)
+                found = torch.stack([defect.value, defect.error]).to(found)
+        return Estimate(*(team.summed(found) / team.size))
 
     def _critical(self, team: Team, found: Found) -> None:
         """How far the loss could have followed the update."""
@@ -231,11 +244,11 @@ class Curvature(Gauge):
             with self._replay(self._trainer, self._module) as seen:
                 return team.summed(seen.loss.detach().clone()) / team.size
 
-        params, sample = list(self._trained.values()), self._sample
-        critical = along_update(params, sample.start, loss, self._multiple)
+        params, rate = list(self._trained.values()), self._sample.rate
+        critical = along_update(params, self._movement.start, loss, self._multiple)
         multiple, error, self._multiple = critical.multiple, critical.error, critical.guess
         found.note("critical_multiple", Estimate(multiple, error))
-        found.note("critical_sharpness", Estimate(2 / (sample.rate * multiple), 2 * error / (sample.rate * multiple.square())))
+        found.note("critical_sharpness", Estimate(2 / (rate * multiple), 2 * error / (rate * multiple.square())))
 
     def _measured(self, loss: Tensor, outputs: Callable[[], OutputLoss]) -> Found:
         """All operators of a loss, the same on every process."""
@@ -250,12 +263,9 @@ class Curvature(Gauge):
         for name, (per_site, estimated) in names(self.operators, self.effort, top_k).items():
             yield Quantity(name, per_site=per_site, estimated=estimated)
         if self.effort.probes and self.operators:
-            yield from (Quantity(name) for name in ("gradient_in_top", "update_in_top", "in_top_chance"))
+            yield from (Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance"))
         if self._follows:
             yield from (Quantity(name, estimated=True) for name in ("critical_multiple", "critical_sharpness"))
-
-    def _flat(self, tensors: Sequence[Tensor]) -> Float[Tensor, " P"]:
-        return Layout.of(self._trained).flatten([tensor.detach() for tensor in tensors])
 
 
 def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
