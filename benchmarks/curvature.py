@@ -27,7 +27,7 @@ from benchmarks.budget import digits
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import CurvatureMonitor
-from lightning_lowrank.eigenspaces import top_eigenpairs
+from lightning_lowrank.eigenspaces import Eigenpairs, overlap, top_eigenpairs
 from lightning_lowrank.operators import Jacobian, dense, gauss_newton, hessian
 from lightning_lowrank.tap import LossTap
 from lightning_lowrank.traces import debiased, spectral_estimate, trace
@@ -145,6 +145,48 @@ def samples() -> Table:
     return table
 
 
+def products_needed(net: nn.Module, images: Tensor, labels: Tensor, start: Tensor | None) -> tuple[int, Tensor]:
+    """How many products the largest eigenvalue takes to be known within 1 %; and the five top directions."""
+    gradient, operator = hessian(F.cross_entropy(net(images), labels), list(net.parameters()))
+
+    def found(number: int, k: int, begin: Tensor | None) -> Eigenpairs:
+        draw = torch.Generator().manual_seed(number)
+        return top_eigenpairs(operator, k, start=begin, further=gradient[None], num_products=number, generator=draw)
+
+    truth = found(60, 5, None)
+    return next(n for n in range(1, 60) if abs(found(n, 1, start).values[0] / truth.values[0] - 1) < 0.01), truth.vectors
+
+
+def following() -> Table:
+    """Products with the Hessian until its top is known, from nothing and from the directions of the last sample."""
+    torch.manual_seed(0)
+    images, labels = digits().tensors
+    images, labels = images[:512], labels[:512]
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+    rows: dict[str, list[tuple[int, int]]] = {"little moved (overlap above 0.9)": [], "moved": []}
+    before: Tensor | None = None
+    for step in range(401):
+        if step % 20 == 0:
+            cold, vectors = products_needed(net, images, labels, None)
+            if before is not None:
+                name = next(iter(rows)) if overlap(vectors, before) > 0.9 else "moved"
+                rows[name].append((products_needed(net, images, labels, before)[0], cold))
+            before = vectors
+        optimizer.zero_grad()
+        drawn = torch.randint(len(images), (64,))
+        F.cross_entropy(net(images[drawn]), labels[drawn]).backward()
+        optimizer.step()
+    table = Table(title="Products until the largest eigenvalue is known within 1 %, digits MLP, a sample every 20 steps")
+    for heading in ("top directions since the last sample", "samples", "from them: median", "worst", "from the gradient: median", "worst"):
+        table.add_column(heading, justify="right")
+    for name, counts in rows.items():
+        warm, cold_counts = (sorted(column) for column in zip(*counts, strict=True)) if counts else ([0], [0])
+        known = (len(counts), int(median(warm)), warm[-1], int(median(cold_counts)), cold_counts[-1])
+        table.add_row(name, *map(str, known))
+    return table
+
+
 def peer(repeats: int) -> Table | None:
     """Five eigenvalues and the trace, with their errors, by us and by PyHessian."""
     try:
@@ -194,6 +236,7 @@ def main(repeats: int = 7) -> None:
     torch.set_num_threads(1)
     console = Console(width=150)
     console.print(products(repeats))
+    console.print(following())
     console.print(samples())
     if (table := peer(3)) is not None:
         console.print(table)
