@@ -1,23 +1,30 @@
 """Multifractal statistics of all neurons: ours against the published recipe in loops, on one thread, in one run.
 
-And what independent weights give, and weights whose rows differ.
+And what independent weights give, and weights whose rows differ; and what watching costs in a training.
 
-python -m benchmarks.multifractal [--repeats 5] [--without-block] [--draws 2000]
+python -m benchmarks.multifractal [--repeats 5] [--without-block] [--draws 2000] [--watching-only]
 """
 
 import argparse
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
+from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from examples.char_transformer import CharTransformer
+from examples.char_transformer import CharTransformer, standard_library
+from examples.multifractal_training import convolutional, digits
+from lightning_lowrank import MultifractalMonitor
 from lightning_lowrank.registry import REGISTERED
 from lightning_lowrank.scaling.multifractal import multifractal_spectrum
 from lightning_lowrank.scaling.scaling import ORDERS, Scaling
@@ -119,20 +126,64 @@ def chance_row(shape: tuple[int, int], draws: int) -> tuple[str, ...]:
     return f"{shape[0]} x {shape[1]}", *cells, *(f"{float(part):.1f}" for part in parts), f"{chance['valid'].mean():.1%}"
 
 
+class Clock(L.Callback):
+    """Processor time when each batch begins, before the monitor."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun.append(time.process_time())
+
+
+def watching_row(what: str, module: L.LightningModule, data: TensorDataset, batch_size: int, **options: Any) -> tuple[str, ...]:
+    """What a sample takes, by the steps in which one is due and those in which none is, and its share at the default cadence."""
+    clock, batches = Clock(), DataLoader(data, batch_size, shuffle=True, drop_last=True)
+    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False, "logger": False}
+    L.Trainer(max_steps=15, callbacks=[clock, MultifractalMonitor(every_n_steps=2, **options)], **silent).fit(module, batches)
+    taken = [after - before for before, after in pairwise(clock.begun[2:])]
+    with_it, plain = median(taken[::2]), median(taken[1::2])
+    sample = with_it - plain
+    share = sample / (sample + 500 * plain)
+    return (
+        what,
+        " ".join(f"{key}={value!r}" for key, value in options.items()),
+        f"{1000 * plain:.0f}",
+        f"{1000 * sample:.0f}",
+        f"{share:.1%}",
+    )
+
+
+def watching() -> Table:
+    """What it costs in trainings."""
+    warnings.filterwarnings("ignore")
+    columns = ["training", "options", "a step, ms", "a sample, ms", "share, every 500 steps"]
+    table = Table(*columns, title="Cost of watching, processor time of one thread")
+    text = TensorDataset(standard_library())
+    for options in ({"mode": "rank"}, {"mode": "neuromfa"}, {"mode": "neuromfa", "max_neurons": 32}):
+        table.add_row(*watching_row("the demo's transformer, 32 x 64", CharTransformer(vocabulary=100), text, 32, **options))
+        table.add_row(*watching_row("convolutions on digits, 64", convolutional(), digits(), 64, **options))
+    return table
+
+
 def main() -> None:
     """Print the table."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--without-block", action="store_true")
     options.add_argument("--draws", type=int, default=2000)
+    options.add_argument("--watching-only", action="store_true")
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    console = Console(width=140)
+    console.print(watching())
+    if chosen.watching_only:
+        return
     columns = ["network", "neurons", "million weights", "rank, s", "neuromfa, s", "loops, s", "loops / rank", "loops / neuromfa"]
     table = Table(*columns, title="Multifractal statistics of all neurons in both directions, one thread")
     table.add_row(*row("the demo's transformer", demo(), chosen.repeats))
     if not chosen.without_block:
         table.add_row(*row("a block of GPT-2 small", block(), chosen.repeats))
-    console = Console(width=140)
     console.print(table)
     console.print(f"neuromfa and loops differ by at most {difference(demo()[:4]):.0e} in tau")
     columns = [

@@ -12,6 +12,7 @@ from .metrics import SiteMeans as SiteMeans
 from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
 from .presets import CurvatureMonitor as CurvatureMonitor
+from .presets import MultifractalMonitor as MultifractalMonitor
 from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
@@ -34,6 +35,8 @@ from .sources.curvature import Curvature as Curvature
 from .sources.displacement import Displacement as Displacement
 from .sources.features import Features as Features
 from .sources.gradients import Gradients as Gradients
+from .sources.multifractal import Multifractal as Multifractal
+from .sources.neuromfa import NeuroMFA as NeuroMFA
 from .sources.optimizer_state import OptimizerState as OptimizerState
 from .sources.source import Reading as Reading
 from .sources.source import Source as Source

@@ -135,9 +135,10 @@ def _all_answers(reader: Reader, samples: int) -> list[dict[str, Any]]:
         found.append({"route": "texts", "run": run, "answer": answers.texts(reader, {"run": run})})
         for kind, name in series:
             asked = {"run": run, "kind": kind, "name": name}
-            if kind == "spectrum":
-                answer = answers.spectra(reader, asked | {"limit": str(min(SPECTRA, samples))})
-                found.append({"route": "spectra", "run": run, "name": name, "answer": answer})
+            if kind in ("spectrum", "curve"):
+                route = "spectra" if kind == "spectrum" else "curves"
+                answer = answers.ANSWERS[route](reader, asked | {"limit": str(min(SPECTRA, samples))})
+                found.append({"route": route, "run": run, "name": name, "answer": answer})
             else:
                 found.append({"route": "matrix", **asked, "answer": answers.matrix(reader, asked | {"limit": str(samples)})})
     return found
@@ -149,7 +150,7 @@ def _write_page(reader: Reader, folder: Path, output: Path, samples: int) -> Non
 
 
 def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Run:
-    tables = {key: reader.table(name, parts) for key, parts in series.items() if key[0] != "spectrum"}
+    tables = {key: reader.table(name, parts) for key, parts in series.items() if key[0] not in ("spectrum", "curve")}
     tables = {key: table for key, table in tables.items() if len(table.steps)}
     first, latest = (_sample({quantity: table for (kind, quantity), table in tables.items() if kind == "vector"}, end) for end in (0, -1))
     costs = _sample({key[1]: table for key, table in tables.items() if key[0] == "cost"}, -1)

@@ -1,6 +1,7 @@
 """Gauges at work: finished numbers, of the whole model or of each site."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from lightning_lowrank.matrices import MatrixRecorder
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.recorder import BATCH, Recorder
 from lightning_lowrank.results import Results, Staged
-from lightning_lowrank.sources.gauge import Gauge, Numbers, Quantity
+from lightning_lowrank.sources.gauge import Curve, Gauge, Numbers, Quantity
 from lightning_lowrank.sources.source import Reading
 from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.team import Team
@@ -46,6 +47,11 @@ class GaugeRecorder(Recorder):
         """Also the errors of what is estimated."""
         return {*self.quantities, *(f"{self._prefix}{quantity.name}_error" for quantity in self._asked if quantity.estimated)}
 
+    @property
+    def curves(self) -> list[Curve]:
+        """Its vectors."""
+        return [replace(curve, name=self._prefix + curve.name) for curve in self._gauge.curves]
+
     def is_global(self, quantity: str) -> bool:
         """Whether it is one number for the whole model."""
         plain = quantity.removeprefix(self._prefix).removesuffix("_error")
@@ -55,7 +61,7 @@ class GaugeRecorder(Recorder):
         """A gauge reads for itself."""
 
     def sample_over(self, generator: torch.Generator, team: Team) -> None:
-        """Stage the numbers of the sample: one process speaks for all, which have the same."""
+        """Stage the numbers of the sample: each process its share, or one for all, which have the same."""
         self._device = generator.device
         found = self._gauge.numbers(team)
         trouble, self._gauge.trouble = self._gauge.trouble, None
@@ -63,18 +69,25 @@ class GaugeRecorder(Recorder):
             self.error = f"{type(trouble).__name__}: {trouble}"
         self._results.know({}, [numbers.site for numbers in found])
         self.expected |= dict.fromkeys(numbers.site for numbers in found)
-        if found and team.rank == 0:
+        if found and (self._gauge.shared or team.rank == 0):
             self._staged[BATCH] = [self._laid_out(found)]
+
+    def report(self) -> dict[str, Tensor]:
+        """Also the vectors, `[axis, sites]`."""
+        means, errors, _ = self._results.take()
+        vectors = means[len(self._asked) + 1 :].split([len(curve.axis) for curve in self.curves])
+        return self._rows(means, errors) | dict(zip([curve.name for curve in self.curves], vectors, strict=True))
 
     def _laid_out(self, found: Sequence[Numbers]) -> Staged:
         like = torch.zeros((), dtype=working_dtype(self._device), device=self._device)
         values = torch.stack([_column(self._asked, numbers.values, like) for numbers in found], -1)
         errors = torch.stack([_column(self._asked, numbers.errors, like) for numbers in found], -1)
         lost = torch.isnan(values).all(0)
-        return Staged([numbers.site for numbers in found], torch.cat([values, lost[None]]), errors, {})
+        vectors = [torch.stack([_vector(curve, numbers, like) for numbers in found], -1) for curve in self._gauge.curves]
+        return Staged([numbers.site for numbers in found], torch.cat([values, lost[None], *vectors]), errors, {})
 
     def _fresh(self) -> Results:
-        results = Results(len(self._asked), spectra=False, subspaces=False)
+        results = Results(len(self._asked), spectra=False, subspaces=False, num_orders=sum(len(curve.axis) for curve in self._gauge.curves))
         # Which of them are estimates may differ from sample to sample.
         results.estimated = True
         return results
@@ -84,6 +97,11 @@ def _column(asked: Sequence[Quantity], known: Mapping[str, Tensor], like: Tensor
     """What is known of each quantity, NaN where nothing is."""
     nothing = torch.full_like(like, torch.nan)
     return torch.stack([known.get(quantity.name, nothing).to(like) for quantity in asked])
+
+
+def _vector(curve: Curve, numbers: Numbers, like: Tensor) -> Tensor:
+    known = numbers.curves.get(curve.name)
+    return like.new_full((len(curve.axis),), torch.nan) if known is None else known.to(like)
 
 
 def recorder_of(probe: Probe, prefix: str | None, *, histograms: bool) -> Recorder:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lowrank.metrics import SiteMeans
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.results import Results, Staged
+from lightning_lowrank.sources.gauge import Curve
 from lightning_lowrank.sources.source import Reading
 from lightning_lowrank.team import Team
 
@@ -48,6 +49,11 @@ class Recorder(ABC):
     def orders(self) -> str:
         """Name of the row of its reports that has the order statistics of each site; there may be none."""
         return ""
+
+    @property
+    def curves(self) -> list[Curve]:
+        """Rows of its reports that have a vector of each site; there may be none."""
+        return []
 
     @property
     def measured(self) -> set[str]:

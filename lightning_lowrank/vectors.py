@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lightning_lowrank import sinks
 from lightning_lowrank.order_statistics import of_noise, ranks
 from lightning_lowrank.probe import Probe
+from lightning_lowrank.sources.gauge import Curve
 
 # The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
 PLUGIN = "lowrank"
@@ -30,10 +31,10 @@ _ANNOUNCED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Row:
-    """One number, or one spectrum, per site.
+    """One number, one spectrum or one vector per site.
 
     Attributes:
-        kind: "vector", "spectrum", "cost" or "alert".
+        kind: "vector" (of sites), "spectrum", "curve" (a vector at each site), "cost" or "alert".
         name: Of the quantity, of the source, or of who speaks.
         values: Site -> number(s), in the order in which they are shown.
         known: What else the tab shows of it.
@@ -62,6 +63,9 @@ class Measured(Protocol):
 
     @property
     def orders(self) -> str: ...
+
+    @property
+    def curves(self) -> list[Curve]: ...
 
     @property
     def sites(self) -> Sequence[str]: ...
@@ -162,6 +166,10 @@ def _of_recorder(recorder: Measured, values: Mapping[str, Mapping[str, float]], 
         shapes = {site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None}
         read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in shapes}
         found.append(Row("spectrum", recorder.name, read, known, [shapes[site] for site in read]))
+    for curve in recorder.curves:
+        there = {site or MODEL: host[curve.name][:, i] for i, site in enumerate(sites) if curve.name in host}
+        read = {site: row for site, row in there.items() if site in found[0].values}
+        found.append(Row("curve", curve.name, read, {**known, "axis": curve.axis}))
     return found
 
 

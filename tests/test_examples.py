@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FEW_STEPS = {
     "char_transformer": (["--max_steps=52", "--batch_size=4"], ["lowest", "%", "tensorboard --logdir runs"]),
     "edge_of_stability": (["--share=0.03"], ["largest eigenvalue, preconditioned", "edge_of_stability.png"]),
+    "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
     "grokking": (["--max_steps=30"], ["%"]),
 }
 

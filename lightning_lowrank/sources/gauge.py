@@ -32,18 +32,33 @@ class Quantity:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A vector that a gauge gives at each site, for the tab.
+
+    Attributes:
+        name: Its tag, without the monitor's prefix.
+        axis: Where its numbers stand.
+    """
+
+    name: str
+    axis: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Numbers:
-    """What a gauge found in one place, the same on every process.
+    """What a gauge found in one place.
 
     Attributes:
         site: Its label, or `WHOLE`.
         values: By quantity; what is not there is NaN.
         errors: Standard errors of those that are estimated.
+        curves: Vectors, as long as their axes.
     """
 
     site: str
     values: Mapping[str, Float[Tensor, ""]]
     errors: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    curves: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
 
 
 class Gauge(Source):
@@ -52,11 +67,15 @@ class Gauge(Source):
     Attributes:
         quantities: What it gives; settled when it is made.
         trouble: Why a part of a sample is missing, until it was told.
+        curves: What vectors it gives beside them, at every site.
+        shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first speaks for them.
     """
 
     quantities: Sequence[Quantity]
     of_parameters = False
     trouble: Exception | None = None
+    curves: Sequence[Curve] = ()
+    shared = False
 
     @abstractmethod
     def numbers(self, team: Team) -> Sequence[Numbers]:

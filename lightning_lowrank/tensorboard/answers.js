@@ -59,6 +59,7 @@ export class Table {
     this.between = answer.keep ? this.rows.length : answer.between;
     this.width = answer.width ?? 1;
     this.noise = answer.noise;
+    this.axis = answer.axis;
     this.index = new Map(this.sites.map((site, i) => [site, i]));
   }
 

@@ -54,6 +54,16 @@ def spectra(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     return _answer(table, arguments) | {"noise": [_noise(parts, site) for site in table.sites], "width": int(table.values.shape[-1])}
 
 
+def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """Vectors of one site or of all, and where their numbers stand."""
+    run, name = _needed(arguments, "run"), _needed(arguments, "name")
+    parts = reader.parts(run, "curve", name)
+    table = reader.table(run, parts)
+    if "site" in arguments:
+        table = table.of(arguments["site"])
+    return _answer(table, arguments) | {"axis": parts[-1].known["axis"], "width": int(table.values.shape[-1])}
+
+
 def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """What alerts have said."""
     return {"texts": reader.texts(_needed(arguments, "run"))}
@@ -77,13 +87,19 @@ def script() -> str:
     return re.sub(r"^import .*\n|^export ", "", text, flags=re.MULTILINE)
 
 
-ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {"runs": runs, "matrix": matrix, "spectra": spectra, "texts": texts}
+ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {
+    "runs": runs,
+    "matrix": matrix,
+    "spectra": spectra,
+    "curves": curves,
+    "texts": texts,
+}
 
 
 def _table(reader: Reader, arguments: Arguments) -> Table:
     run, kind, name = (_needed(arguments, key) for key in ("run", "kind", "name"))
-    if kind == "spectrum":
-        raise ValueError("spectra have an answer of their own")
+    if kind in ("spectrum", "curve"):
+        raise ValueError("spectra and curves have answers of their own")
     return reader.table(run, reader.parts(run, kind, name))
 
 

@@ -69,7 +69,8 @@ export function chart(lines, { title, x, y = "", logX = false, logY = false, mar
     svg.append(h("svg:line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: toY(tick), y2: toY(tick), class: "rule" }),
       h("svg:text", { x: MARGIN.left - 6, y: toY(tick) + 4, "text-anchor": "end" }, text));
   }
-  for (const [mark, text] of logX ? doublings(x1) : ticks(x0, x1, width / 70, 1).map((v) => [v, brief(v)])) {
+  const steps = lines.every((line) => line.xs.every(Number.isInteger));
+  for (const [mark, text] of logX ? doublings(x1) : ticks(x0, x1, width / 70, steps ? 1 : 0).map((v) => [v, brief(v)])) {
     svg.append(h("svg:text", { x: toX(mark), y: height - MARGIN.bottom + 16, "text-anchor": "middle" }, text));
   }
   svg.append(h("svg:text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 5, "text-anchor": "middle" }, x), h("svg:text", { x: 0, y: 11 }, y));

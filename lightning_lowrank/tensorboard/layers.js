@@ -79,11 +79,14 @@ async function detail(page, details) {
   const { site, step } = page.picked;
   const tables = await curvesOf(page, site);
   const spectra = await spectraOf(page, site);
+  const exponents = await exponentsOf(page, site);
   if (page.picked.site !== site || page.picked.step !== step) return;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
-  const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + Math.max(spectra.length, 1)) - 16));
-  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), spectrumFigure(page, spectra, site, step, width));
-  box.style.setProperty("--spectra", `${Math.max(spectra.length, 1)}fr`);
+  const beside = Math.max(spectra.length, exponents.length, 1);
+  const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + beside) - 16));
+  const second = exponents.length ? exponentFigure(page, exponents, site, step, width) : spectrumFigure(page, spectra, site, step, width);
+  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), second);
+  box.style.setProperty("--spectra", `${beside}fr`);
   details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
 }
 
@@ -102,6 +105,36 @@ async function spectraOf(page, site) {
   // A run may have spectra of this source and none of this layer: the server says so.
   const tables = await Promise.all(runs.map((run) => page.table("spectra", { run, ...args }).catch(() => undefined)));
   return tables.map((table, i) => [runs[i], table]).filter(([, table]) => table?.index.has(site) && table.steps.length);
+}
+
+/** Run, alpha and f of each run that has multifractal spectra of the layer. */
+async function exponentsOf(page, site) {
+  const { source } = page.entry();
+  const runs = page.shown().filter((run) => page.has(run, "curve", `${source}_f`));
+  const of = (run, name) => page.table("curves", { run, name: `${source}_${name}`, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
+  const found = await Promise.all(runs.map(async (run) => [run, await of(run, "alpha"), await of(run, "f")]));
+  return found.filter(([, alpha, f]) => alpha?.index.has(site) && f?.index.has(site) && f.steps.length);
+}
+
+/** Multifractal spectra of one layer over steps, run by run. */
+function exponentFigure(page, found, site, step, width) {
+  const charts = found.map(([run, alpha, f]) => {
+    const lines = exponentLines(alpha, f, site, step);
+    return h("div", {}, h("p", { class: "run" }, run),
+      chart(lines, { title: `Multifractal spectrum of ${site}, ${run}`, x: "alpha", y: "f", width, height: 260 }), legend(lines));
+  });
+  const sheet = () => [["run", "step", "q", "alpha", "f"], ...found.flatMap(([run, alpha, f]) => f.steps.flatMap((at, i) =>
+    f.axis.map((q, k) => [run, at, q, exact(alpha.at(i, site, k)), exact(f.at(i, site, k))])))];
+  return h("figure", { id: "exponents" }, h("figcaption", {}, h("b", {}, "Multifractal spectrum f(alpha)"), " first (dark) to latest (bright); none where it is not valid ", csv(page, sheet, "spectra")),
+    h("div", { class: "spectra" }, charts));
+}
+
+/** From the first, dark, to the latest, bright; the chosen one in ink. */
+function exponentLines(alpha, f, site, step) {
+  const [chosen, last] = [f.column(step), Math.max(f.steps.length - 1, 1)];
+  const line = (i, style) => ({ name: `step ${f.steps[i]}`, xs: alpha.spectrum(i, site), ys: f.spectrum(i, site), ...style });
+  const lines = f.steps.map((_, i) => line(i, i === chosen ? { colour: "var(--accent)" } : { colour: `rgb(${colour(i / last)})`, faint: true }));
+  return lines.filter(({ ys }) => ys.some(Number.isFinite));
 }
 
 function curveFigure(page, tables, site, step, width) {

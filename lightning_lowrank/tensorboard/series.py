@@ -1,6 +1,6 @@
 """What the event files have for the tab, read through TensorBoard's data provider, whichever loader is behind it.
 
-Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum
+Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum or a curve
 """
 
 import json
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tensorboard.data.provider import RunTagFilter
 
 PLUGIN = "lowrank"
-KINDS = ("vector", "spectrum", "cost", "alert")
+KINDS = ("vector", "spectrum", "curve", "cost", "alert")
 
 # "Every sample" where TensorBoard's data providers ask for a number of them.
 ALL = 2**31 - 1
@@ -41,8 +41,8 @@ class Part:
         return list(self.known["sites"])
 
     def fits(self, array: NDArray[Any]) -> bool:
-        """Whether a sample is as we write it: a number per site, of spectra some."""
-        whole = array.shape[:1] == (len(self.sites),) and array.ndim == (2 if self.known["kind"] == "spectrum" else 1)
+        """Whether a sample is as we write it: a number per site, of spectra and curves some."""
+        whole = array.shape[:1] == (len(self.sites),) and array.ndim == (2 if self.known["kind"] in ("spectrum", "curve") else 1)
         return whole and array.dtype.kind in "fiu"
 
 
@@ -177,6 +177,8 @@ def _known(content: bytes) -> dict[str, Any] | None:
     sites = known.get("sites")
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites) or len(set(sites)) < len(sites):
         return None
+    if known["kind"] == "curve":
+        return known if _numbers(known.get("axis")) else None
     return known if known["kind"] != "spectrum" or _has_shapes(known) else None
 
 
