@@ -3,8 +3,8 @@
     python examples/fine_tuning.py --output fine_tuning.png
 
 It is said that around pretrained weights the loss is flat in nearly all directions, and that fine-tuning goes along the few in which it is
-not. Here are the five steepest of the 3.5 million of the last two layers: how much of the gradient, of the update and of the whole way from the pretrained weights
-lies in them, beside what would by chance.
+not. Here are the five steepest of the 3.5 million of the last two layers: how much of the gradient, of the update and of the whole way from
+the pretrained weights lies in them, beside what would by chance.
 """
 
 import ast
@@ -80,7 +80,7 @@ class Sorter(L.LightningModule):
         return self.optimizer(self.parameters())
 
 
-OPTIMIZERS = {"SGD, 0.05": partial(torch.optim.SGD, lr=0.05), "AdamW, 0.0001": partial(torch.optim.AdamW, lr=1e-4)}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SGD, 0.05": partial(torch.optim.SGD, lr=0.05), "AdamW, 0.0001": partial(torch.optim.AdamW, lr=1e-4)}
 
 
 def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: int) -> Curves:

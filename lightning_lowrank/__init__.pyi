@@ -13,6 +13,7 @@ from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
 from .presets import CurvatureMonitor as CurvatureMonitor
 from .presets import MultifractalMonitor as MultifractalMonitor
+from .presets import NTKMonitor as NTKMonitor
 from .presets import RankMonitor as RankMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
@@ -40,6 +41,7 @@ from .sources.neuromfa import NeuroMFA as NeuroMFA
 from .sources.optimizer_state import OptimizerState as OptimizerState
 from .sources.source import Reading as Reading
 from .sources.source import Source as Source
+from .sources.tangent_kernel import TangentKernel as TangentKernel
 from .sources.updates import Updates as Updates
 from .sources.weights import Weights as Weights
 from .spectrum import Spectrum as Spectrum

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from lightning_lowrank.spectrum import ratio
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,15 @@ class OutputLoss(ABC):
     @abstractmethod
     def hessian_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         """Product with H, the Hessian of the loss in the outputs."""
+
+    def labels(self) -> Float[Tensor, "R C"] | None:
+        """What each row is to become: shares of the classes, or values; None where the loss does not say."""
+        return None
+
+    @property
+    def counted(self) -> Bool[Tensor, " R"]:
+        """Rows that have a share in the loss."""
+        return self._counts() > 0
 
     def row_gradients(self) -> Float[Tensor, "R C"]:
         """Gradients of the rows' own losses, of which the loss is the mean, at the targets that were given.
@@ -140,6 +151,9 @@ class CrossEntropy(ClosedForm):
     def gradient(self) -> Float[Tensor, "R C"]:
         return self.mass * self._probabilities - self.targets()
 
+    def labels(self) -> Float[Tensor, "R C"]:
+        return ratio(self.targets(), self.mass)
+
     def hessian_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         weighted = self._probabilities * rows
         return self.mass * (weighted - self._probabilities * weighted.sum(-1, keepdim=True))
@@ -182,6 +196,9 @@ class Entrywise(ClosedForm, ABC):
     @abstractmethod
     def _curvature(self) -> Float[Tensor, "R C"]:
         """The diagonal."""
+
+    def labels(self) -> Float[Tensor, "R C"]:
+        return self.targets
 
     def hessian_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         return self._curvature * rows

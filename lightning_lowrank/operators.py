@@ -93,10 +93,13 @@ class Jacobian:
     Attributes:
         outputs: With the graph that made them, which is kept.
         params: What they are differentiated by.
+        summed: Adds up over all processes, of which each has rows of its own and zeros elsewhere: every product is then that of all
+            rows, the same on every process, and NaN where one of them failed, so that none is waited for.
     """
 
     outputs: Float[Tensor, "R C"]
     params: Sequence[Tensor]
+    summed: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -117,13 +120,25 @@ class Jacobian:
 
     def forward(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
         """Change of the outputs along a direction in parameter space."""
+        return self._everywhere(lambda: self._change(vector), self.outputs.shape)
+
+    def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
+        """Product of the transpose with a vector in output space."""
+        return self._everywhere(lambda: _flat(_products([self.outputs], self.params, [rows]), self.dtype), torch.Size([self.size]))
+
+    def _change(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
         at, image = self._adjoint
         (change,) = _products(image, [at], _parts(vector, self.params))
         return change.to(self.dtype)
 
-    def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
-        """Product of the transpose with a vector in output space."""
-        return _flat(_products([self.outputs], self.params, [rows]), self.dtype)
+    def _everywhere(self, make: Callable[[], Tensor], shape: torch.Size) -> Tensor:
+        if self.summed is None:
+            return make()
+        try:
+            product = make().contiguous()
+        except Exception:
+            product = torch.full(shape, torch.nan, dtype=self.dtype, device=self.outputs.device)
+        return self.summed(product)
 
 
 def gauss_newton(jacobian: Jacobian, product: RowsToRows) -> Operator:

@@ -74,6 +74,10 @@ class Replay:
         """Take a copy of a batch, for all replays from now on."""
         self.batch, self.batch_idx = first_examples(copy.deepcopy(batch), self.num_examples), batch_idx
 
+    def take_back(self, batch: Any, batch_idx: int, device: torch.device) -> None:
+        """Go on with a batch that another run kept."""
+        self.batch, self.batch_idx = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)), batch_idx
+
     @contextmanager
     def __call__(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Replayed]:
         """The loss of the kept batch, with its graph; leaving puts everything back, after an exception too.
