@@ -91,7 +91,8 @@ class Curvatures:
         for name, operator in loss.operators.items():
             if self.valid is None:
                 found.values["curvature_symmetry_defect"] = defect = symmetry_defect(operator, generator)
-                self.valid = (defect < VALID).to(defect)
+                # What is no number says nothing of the samples to come.
+                self.valid = torch.where(torch.isfinite(defect), (defect < VALID).to(defect), torch.nan)
             if name == "hessian":
                 self._sharpness(operator, loss, found, generator)
             if self.effort.probes:
@@ -153,7 +154,7 @@ class Curvatures:
             for numbers in (found.values, found.layers):
                 for name, value in numbers.items():
                     if name != "curvature_symmetry_defect":
-                        numbers[name] = torch.where(self.valid > 0, value, torch.nan)
+                        numbers[name] = torch.where(self.valid != 0, value, torch.nan)
             found.values["curvature_valid"] = self.valid
         return found
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lowrank.critical import along_update
 from lightning_lowrank.curvature import EFFORTS, Curvatures, Found, names
-from lightning_lowrank.double_backward import Choice, choose, look
+from lightning_lowrank.double_backward import Choice, choose, look_together
 from lightning_lowrank.eigenspaces import energy_share
 from lightning_lowrank.loss_operators import OPERATORS, loss_operators
 from lightning_lowrank.losses import OutputLoss
@@ -22,6 +22,7 @@ from lightning_lowrank.operators import Layout
 from lightning_lowrank.replay import Replay, refuse_replay
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
 from lightning_lowrank.sources.source import Begun, Step
+from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.tap import LossTap, module_named
 from lightning_lowrank.team import Team
 from lightning_lowrank.traces import Estimate
@@ -38,6 +39,7 @@ class Sample:
         begun: The latest batch.
         tap: Listens to the step.
         found: What was measured on the step's own graph.
+        measured: Names of the parameters by which it was: those that are trained may be others a moment later.
         before: The top directions of the last measurement: those of now are made for this very batch.
         gradient: Of the step, as the optimizer had it.
         start: The parameters before it.
@@ -47,6 +49,7 @@ class Sample:
     begun: Begun | None = None
     tap: LossTap | None = None
     found: Found | None = None
+    measured: Sequence[str] = ()
     before: Float[Tensor, "k P"] | None = None
     gradient: Float[Tensor, " P"] | None = None
     start: Sequence[Tensor] = ()
@@ -147,11 +150,11 @@ class Curvature(Gauge):
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """Measure on the step's own graph, once a sample."""
-        if self._sample.tap is None or self._choice is None:
+        if self._sample.tap is None or self._choice is None or self._sample.begun is None:
             return
         tap, self._sample.tap = self._sample.tap, None
         tap.exit()
-        self._choice = look(self._choice, loss)
+        self._choice = look_together(self._choice, loss, self._sample.begun.team)
         if self._choice.mode == "inline":
             self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
 
@@ -174,15 +177,18 @@ class Curvature(Gauge):
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """What was measured, and what moved along the top directions."""
-        if self._is_replayed:
-            with self._replay(self._trainer, self._module) as seen:
+        if self._choice is not None and self._is_replayed:
+            with self._replay.together(self._trainer, self._module, team) as seen:
+                self._choice = look_together(self._choice, seen.loss, team)
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
-        found = self._sample.found or Found()
+        found, parameters = self._sample.found or Found(), self._sample.measured
         if self._sample.before is not None:
             self._in_top(self._sample.before, found)
         if self._sample.start:
-            self._critical(team, found)
-        parameters = list(self._trained)
+            try:
+                self._critical(team, found)
+            except Exception as error:  # the rest is known
+                self.trouble = self.trouble or error
         self._sample = Sample()
         return list(_numbers(found, parameters))
 
@@ -218,8 +224,10 @@ class Curvature(Gauge):
     def _in_top(self, before: Float[Tensor, "k P"], found: Found) -> None:
         """What part of gradient and update is within the top directions of last time."""
         now = self._flat(list(self._trained.values()))
+        if before.shape[1] != len(now):  # some were frozen, or thawed
+            return
         found.values["in_top_chance"] = now.new_tensor(before.shape[0] / before.shape[1])
-        if self._sample.gradient is not None:
+        if self._sample.gradient is not None and len(self._sample.gradient) == len(now):
             found.values["gradient_in_top"] = energy_share(self._sample.gradient, before)
         if self._sample.start:
             found.values["update_in_top"] = energy_share(now - self._flat(self._sample.start), before)
@@ -228,8 +236,16 @@ class Curvature(Gauge):
         """How far the loss could have followed the update."""
 
         def loss() -> Tensor:
-            with self._replay(self._trainer, self._module) as seen:
-                return team.summed(seen.loss.detach().clone()) / team.size
+            device = self._module.device
+            try:
+                with self._replay(self._trainer, self._module) as seen:
+                    value = seen.loss.detach().to(working_dtype(device), copy=True)
+            except Exception as error:
+                if team.size == 1:
+                    raise
+                # The others wait for this one.
+                self.trouble, value = error, torch.full((), torch.nan, dtype=working_dtype(device), device=device)
+            return team.summed(value) / team.size
 
         params, sample = list(self._trained.values()), self._sample
         critical = along_update(params, sample.start, loss, self._multiple)
@@ -244,6 +260,7 @@ class Curvature(Gauge):
         known: dict[str, Any] = {"optimizers": begun.optimizers, "team": begun.team, "seed": begun.seed}
         operators = loss_operators(loss, outputs, self._trained, self.operators, **known)
         self.trouble = operators.error
+        self._sample.measured = operators.layout.names
         return self.state.measure(operators, torch.Generator(loss.device).manual_seed(begun.seed))
 
     def _quantities(self, top_k: int) -> Iterator[Quantity]:
