@@ -80,7 +80,10 @@ class Sorter(L.LightningModule):
         return self.optimizer(self.parameters())
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SGD, 0.05": partial(torch.optim.SGD, lr=0.05), "AdamW, 0.0001": partial(torch.optim.AdamW, lr=1e-4)}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD, 0.05": partial(torch.optim.SGD, lr=0.05),
+    "AdamW, 0.0001": partial(torch.optim.AdamW, lr=1e-4),
+}
 
 
 def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: int) -> Curves:

@@ -8,11 +8,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_lowrank.moves import moving
+from lightning_lowrank.shards import local
 
 # How much farther, or less far, the next guess is while only one side of the answer is known.
 LEAP = 4.0
 # Forward passes of the first search: updates of small learning rates could go on a hundred thousand times as far.
 COLD = 20
+# Of a later one.
+WARM = 8
+# Guesses farther from 1 than this, either way, are no guesses: where there was no crossing for long, the search begins anew.
+FAR = 1e12
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Critical:
     guess: Float[Tensor, ""]
 
 
-def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = 8) -> Critical:
+def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = WARM) -> Critical:
     """The multiple of the last update beyond which the loss is higher than before it.
 
     On a quadratic with gradient descent it is 2 / (learning rate * sharpness along the gradient): below 1 the step went too far. The
@@ -54,13 +59,14 @@ def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
         between = (below * above).sqrt()
         at = torch.where(below == 0, above / LEAP, torch.where(torch.isinf(above), below * LEAP, between))
     known = (below > 0) & torch.isfinite(above) & torch.isfinite(start)
-    return Critical(torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan), at)
+    guess = torch.where((at > 1 / FAR) & (at < FAR), at, 1.0)
+    return Critical(torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan), guess)
 
 
 def along_update(
     params: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Float[Tensor, ""]], guess: Float[Tensor, ""] | None
 ) -> Critical:
-    """The same of parameters that have just been updated; they are moved, and put back bit for bit.
+    """The same of parameters that have just been updated; they are moved, each process its own shards, and put back bit for bit.
 
     Args:
         start: What they were before the update.
@@ -68,12 +74,17 @@ def along_update(
         guess: Where to begin, None where nothing is known yet: the search is longer then.
     """
     with moving(params) as (end, put):
+        begin, passes = (torch.ones(()), COLD) if guess is None else (guess, WARM)
+
+        def between(a: Tensor, b: Tensor, multiple: Tensor) -> Tensor:
+            wide = torch.promote_types(torch.float32, a.dtype)
+            return a.to(wide) + multiple.to(wide) * (b.to(wide) - a.to(wide))
 
         def loss_at(multiple: Tensor) -> Tensor:
-            put(a + multiple.to(a.dtype) * (b - a) for a, b in zip(start, end, strict=True))
+            put(between(local(a), b, multiple) for a, b in zip(start, end, strict=True))
             return loss()
 
-        return critical_multiple(loss_at, end[0].new_ones(()), COLD) if guess is None else critical_multiple(loss_at, guess)
+        return critical_multiple(loss_at, begin.to(end[0].device), passes)
 
 
 def _is_higher(loss: Float[Tensor, ""], start: Float[Tensor, ""]) -> Bool[Tensor, ""]:

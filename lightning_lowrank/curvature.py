@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_lowrank import statistics, traces
 from lightning_lowrank.eigenspaces import Eigenpairs, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
-from lightning_lowrank.loss_operators import LossOperators
+from lightning_lowrank.loss_operators import OPERATORS, LossOperators
 from lightning_lowrank.operators import Layout, Operator, difference, preconditioned
 from lightning_lowrank.registry import find
 from lightning_lowrank.self_check import VALID, is_wrong, symmetry_defect
@@ -94,7 +94,8 @@ class Curvatures:
         for name, operator in loss.operators.items():
             if self.valid is None:
                 found.values["curvature_symmetry_defect"] = defect = symmetry_defect(operator, generator)
-                self.valid = (defect < VALID).to(defect)
+                # What is no number says nothing of the samples to come.
+                self.valid = torch.where(torch.isfinite(defect), (defect < VALID).to(defect), torch.nan)
             if name == "hessian":
                 self._sharpness(operator, loss, found, generator)
             if self.effort.probes:
@@ -107,7 +108,7 @@ class Curvatures:
         """Believe nothing from now on if a product with the Hessian is not the slope of the gradient."""
         assert self.valid is not None
         found.note("curvature_difference_defect", defect)
-        self.valid = self.valid * (1 - is_wrong(defect)).to(self.valid)
+        self.valid = torch.where(is_wrong(defect) > 0, 0.0, self.valid)
         self._judged(found)
 
     def before(self, name: str, size: int) -> Float[Tensor, "_ P"] | None:
@@ -174,7 +175,7 @@ class Curvatures:
             for numbers in (found.values, found.layers, found.curves):
                 for name, value in numbers.items():
                     if not name.endswith("_defect"):
-                        numbers[name] = torch.where(self.valid > 0, value, torch.nan)
+                        numbers[name] = torch.where(self.valid != 0, value, torch.nan)
             found.values["curvature_valid"] = self.valid
         return found
 
@@ -208,6 +209,23 @@ def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tup
     if effort.probes and set(operators) >= RESIDUAL:
         known |= dict.fromkeys(("residual_trace", "residual_squared_norm"), (False, True))
     return known
+
+
+def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
+    """What cannot be measured.
+
+    Raises:
+        ValueError: An option is another word, or operators do not go with the detail.
+    """
+    unknown = [name for name in operators if name not in OPERATORS]
+    if isinstance(operators, str) or unknown:
+        raise ValueError(f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for critical sharpness alone")
+    if detail not in EFFORTS:
+        raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
+    if detail == "light" and operators and "hessian" not in operators:
+        raise ValueError(f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take level='standard'")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: at least 1")
 
 
 def _labels(top_k: int, lowest: int) -> list[str]:

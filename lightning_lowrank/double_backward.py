@@ -1,14 +1,16 @@
 """How the user's loss can be differentiated twice: on its own live graph, by a replay, or not at all; and why, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lightning_lowrank.replay import LossFunction, refuse_replay
+from lightning_lowrank.team import Team
 
 # Beginnings of the names of nodes in a graph that have no second derivative. In a replay plain torch takes the place of the first.
 REPLACEABLE = {
@@ -26,6 +28,8 @@ FINAL = {
     "_fMHA": "the kernels of xformers; use scaled_dot_product_attention",
     "SyncBatchNorm": "SyncBatchNorm, whose exchange between processes has no derivative; use BatchNorm or GroupNorm",
 }
+# What the decorator puts in the place of a backward: torch takes its gradients for constants, and does not say so.
+ONCE = once_differentiable(lambda ctx: None).__code__
 FORWARD_ONLY = "; critical sharpness needs forward passes only and remains"
 
 
@@ -73,10 +77,14 @@ def look(choice: Choice, loss: Tensor) -> Choice:
     Raises:
         ValueError: There is no second derivative; the message says what to do.
     """
-    names = {node.name() for node in _nodes(loss)}
+    nodes = list(_nodes(loss))
+    names = {node.name() for node in nodes}
     for start, what in FINAL.items():
         if any(name.startswith(start) for name in names):
             raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
+    if (once := _differentiable_once(nodes)) is not None:
+        what = f"{once}, whose backward is marked @once_differentiable; write one of operations that can be differentiated"
+        raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
     if not found:
         return choice
@@ -85,6 +93,23 @@ def look(choice: Choice, loss: Tensor) -> Choice:
     if choice.only is not None:
         raise ValueError(f"the loss cannot be differentiated twice through {found[0]}; {choice.only}")
     return Choice("replay", found[0])
+
+
+def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
+    """The same for several processes, whose graphs may differ: a replay where one of them needs it.
+
+    Raises:
+        ValueError: One of them has no second derivative; the message says what to do.
+    """
+    try:
+        found: Choice | str = look(choice, loss)
+    except ValueError as error:
+        found = str(error)
+    words = team.said(found)
+    for refusal in (word for word in words if isinstance(word, str)):
+        raise ValueError(refusal)
+    choices = [word for word in words if isinstance(word, Choice)]
+    return next((word for word in choices if word.mode == "replay"), choices[0])
 
 
 def compiled(module: nn.Module) -> str | None:
@@ -134,6 +159,12 @@ def _is_compiled_function(function: Any) -> bool:
     # What torch.compiler.disable gives has an original too.
     described: dict[str, Any] = getattr(function, "__dict__", {}) if callable(function) else {}
     return "_torchdynamo_orig_callable" in described and not described.get("_torchdynamo_disable", False)
+
+
+def _differentiable_once(nodes: Sequence[Any]) -> str | None:
+    """Name of the first function whose author says that it has no second derivative."""
+    functions = (getattr(type(node), "_forward_cls", None) for node in nodes)
+    return next((f.__name__ for f in functions if f is not None and getattr(f.backward, "__code__", None) is ONCE), None)
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

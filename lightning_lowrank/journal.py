@@ -77,6 +77,7 @@ class Journal:
             for quantity, row in of_sites.items()
             for end, value in sinks.summaries(np.array(list(row.values()))).items()
         }
+        self._remark(recorders)
         facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
         scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
@@ -92,6 +93,7 @@ class Journal:
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
         self.say("; ".join([counts, *kept]))
+        self._remark(recorders)
 
     def act(self, trainer: L.Trainer) -> None:
         """Do what alerts ask for, save raising."""
@@ -168,6 +170,12 @@ class Journal:
             self._said.add(message)
             rank_zero_info(f"lightning_lowrank {self.label}: {message}")
 
+    def _remark(self, recorders: Sequence[Recorder]) -> None:
+        """Say how sources read, and again when that has changed."""
+        for recorder in recorders:
+            if remark := recorder.probe.source.remark():
+                self.say(f"{recorder.name} is {remark}")
+
     def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
         """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it has had."""
         read = {site for site, flag in zip(recorder.sites, flags, strict=True) if not np.isnan(flag)}
@@ -197,7 +205,7 @@ class Journal:
 
         Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
         """
-        few = sum(len(r.expected) * len(r.quantities) for r in self._watched) <= FEW
+        few = sum(len(r.expected) * sum(not r.is_global(q) for q in r.quantities) for r in self._watched) <= FEW
         if self.per_site is False or (self.per_site == "auto" and not few):
             return {}
         return {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}

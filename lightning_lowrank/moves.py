@@ -3,21 +3,25 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
+
+from lightning_lowrank.shards import local
 
 Put = Callable[[Iterable[Tensor]], None]
 
 
 @contextmanager
 def moving(params: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], Put]]:
-    """Where the parameters are, and a function that puts them elsewhere; leaving puts them back, after an exception too."""
-    kept = [p.detach().clone() for p in params]
+    """Where the parameters are, and a function that puts them elsewhere; leaving puts them back, after an exception too.
 
-    @torch.no_grad()
+    Of sharded parameters, this process's shards.
+    """
+    pieces = [local(p) for p in params]
+    kept = [piece.clone() for piece in pieces]
+
     def put(places: Iterable[Tensor]) -> None:
-        for p, place in zip(params, places, strict=True):
-            p.copy_(place)
+        for piece, place in zip(pieces, places, strict=True):
+            piece.copy_(place)
 
     try:
         yield kept, put

@@ -15,17 +15,20 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_lowrank.losses import OutputLoss
 from lightning_lowrank.protection import Snapshot
 from lightning_lowrank.tap import LossTap
+from lightning_lowrank.team import Team
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 INSTEAD = "give loss_fn(module, batch) -> loss"
+PLAIN = "let the loader give tensors and plain containers"
 SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -69,10 +72,15 @@ class Replay:
     seed: int = 0
     batch: Any = field(default=None, init=False)
     batch_idx: int = field(default=0, init=False)
+    _uncopied: str = field(default="no batch has been kept yet", init=False)
 
     def keep(self, batch: Any, batch_idx: int = 0) -> None:
-        """Take a copy of a batch, for all replays from now on."""
-        self.batch, self.batch_idx = first_examples(copy.deepcopy(batch), self.num_examples), batch_idx
+        """Take a copy of a batch, for all replays from now on; where it cannot be copied they are refused."""
+        self.batch, self.batch_idx = None, batch_idx
+        try:
+            self.batch = first_examples(copy.deepcopy(batch), self.num_examples)
+        except Exception as error:
+            self._uncopied = f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
 
     def take_back(self, batch: Any, batch_idx: int, device: torch.device) -> None:
         """Go on with a batch that another run kept."""
@@ -86,12 +94,14 @@ class Replay:
             ValueError: There is no batch yet, the step cannot be run again, or it gave no loss.
         """
         if self.batch is None:
-            raise ValueError("no batch has been kept yet")
+            raise ValueError(self._uncopied)
         refuse_replay(module, self.loss_fn)
+        _reshard(module)
         snapshot = Snapshot(module, [optimizer.param_groups for optimizer in trainer.optimizers])
         snapshot.attributes_of(trainer)
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
+            stack.callback(_reshard, module)
             stack.enter_context(differentiable_twice(module))
             stack.enter_context(seeded(self.seed + trainer.global_rank))
             self._prepare(trainer, module)
@@ -100,6 +110,25 @@ class Replay:
             with snapshot.guard(), trainer.precision_plugin.train_step_context(), tap:
                 loss = self._loss(module)
             yield Replayed(loss, tap)
+
+    @contextmanager
+    def loss(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Tensor]:
+        """The loss alone."""
+        with self(trainer, module) as seen:
+            yield seen.loss
+
+    @contextmanager
+    def together(self, trainer: L.Trainer, module: L.LightningModule, team: Team) -> Iterator[Replayed]:
+        """The same on several processes: what one of them cannot do, none does, for the others would wait for it."""
+        with ExitStack() as stack:
+            trouble: Exception | None = None
+            try:
+                seen = stack.enter_context(self(trainer, module))
+            except Exception as error:
+                trouble = error
+            if not all(team.said(trouble is None)):
+                raise trouble or RuntimeError("another process could not run its step again")
+            yield seen
 
     def _prepare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Mute what would be heard outside; all of this is undone by the snapshot."""
@@ -216,6 +245,13 @@ def _silence(part: nn.Module) -> None:
         hooks = getattr(part, kind)
         for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__}.")]:
             del hooks[key]
+
+
+def _reshard(module: nn.Module) -> None:
+    """Without a backward pass FSDP2 keeps some parameters gathered, and would go on with those whatever became of the shards."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _set_environment(name: str, value: str | None) -> None:

@@ -76,7 +76,8 @@ def _diagonal(parameter: Tensor, group: dict[str, Any] | None, state: dict[str, 
         return torch.zeros_like(one)
     inverse = _reciprocal(group) / _denominator(group, state, one)
     room = 1 - _coupled_decay(group) * inverse
-    return torch.where((room > 0) & (inverse >= 0), inverse / room, torch.inf)
+    # What has no axes takes the dtype of the steps.
+    return torch.where((room > 0) & (inverse >= 0), inverse / room, torch.inf).to(one)
 
 
 def _limit(group: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lowrank.critical import critical_multiple
+from lightning_lowrank.critical import along_update, critical_multiple
 
 
 def quadratic(sharpness: float, rate: float) -> object:
@@ -71,3 +71,27 @@ def test_a_search_that_was_too_short_goes_on_where_it_ended() -> None:
         guess = result.guess
 
     assert abs(result.multiple - 2e5) <= result.error
+
+
+@pytest.mark.parametrize("slope", [1.0, -1.0])
+def test_a_search_recovers_from_any_time_without_a_crossing(slope: float) -> None:
+    """Warm-up at a rate of zero, updates that climb, losses that are no numbers: the guess must not be lost in them."""
+    guess = torch.tensor(1.0)
+    for _ in range(60):
+        guess = critical_multiple(lambda multiple: slope * multiple, guess).guess
+    for _ in range(4):
+        result = critical_multiple(quadratic(10.0, 0.2), guess)
+        guess = result.guess
+
+    assert abs(result.multiple - 1.0) <= result.error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parameters_of_any_precision_are_put_back_and_have_a_multiple_in_float32(dtype: torch.dtype) -> None:
+    end, start = torch.tensor([0.5, 0.0], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype)
+    before = end.clone()
+
+    found = along_update([end], [start], lambda: end.float().square().sum(), None)
+
+    torch.testing.assert_close(end, before, rtol=0, atol=0)
+    torch.testing.assert_close(found.multiple, torch.tensor(4.0), rtol=1e-2, atol=0)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lowrank.double_backward import Choice, choose, compiled, look
+from lightning_lowrank.double_backward import Choice, choose, compiled, look, look_together
+from lightning_lowrank.team import Team
 from tests.models import Adversaries, Classifier
 from tests.processes import together
 
@@ -229,3 +231,37 @@ def test_kernels_of_other_packages_are_refused_with_what_to_use_instead() -> Non
 
     with pytest.raises(ValueError, match="kernels of flash-attn; use scaled_dot_product_attention"):
         look(INLINE, loss)
+
+
+class Marked(torch.autograd.Function):
+    """Its author has written no second derivative, of which torch says nothing where the first is used."""
+
+    forward = staticmethod(FlashAttnFunc.forward)
+    backward = staticmethod(once_differentiable(FlashAttnFunc.backward))
+
+
+def test_functions_that_are_marked_as_differentiable_once_are_refused_by_name() -> None:
+    loss = Marked.apply(torch.ones(2, requires_grad=True)).sum()
+
+    with pytest.raises(ValueError, match="twice through Marked, whose backward is marked @once_differentiable"):
+        look(INLINE, loss)
+
+
+def of_two_kinds(rank: int, size: int, root: Path) -> list[str]:
+    """The kernel of attention may depend on the batch, and with it what each process sees."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    team, plain = Team(rank, size), torch.ones(2, requires_grad=True).sin().sum()
+    found = [look_together(INLINE, plain if rank else attention(SDPBackend.FLASH_ATTENTION), team).mode]
+    try:
+        look_together(REPLAY, plain if rank else attention(SDPBackend.FLASH_ATTENTION), team)
+    except ValueError as error:
+        found.append(str(error))
+    torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+def test_processes_whose_graphs_differ_see_their_losses_in_one_way(tmp_path: Path) -> None:
+    first, second = together(of_two_kinds, tmp_path)
+
+    assert first == second and first[0] == "replay" and "in a replay either" in first[1]

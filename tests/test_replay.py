@@ -217,3 +217,11 @@ def test_a_muted_logger_is_what_it_was_and_writes_nothing() -> None:
 
     assert isinstance(mute, MemoryLogger) and mute.name == "memory" and mute.log_dir == "somewhere"
     assert logger.rows == logger.experiment.rows == []
+
+
+def test_a_batch_that_cannot_be_copied_is_refused_with_the_reason() -> None:
+    trainer, module = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Classifier()
+    message = r"cannot be copied \(TypeError: cannot pickle 'generator' object\).*let the loader give tensors"
+
+    with pytest.raises(ValueError, match=message), kept(row for row in [1])(trainer, module):
+        pass

@@ -183,3 +183,12 @@ def test_where_no_edge_is_known_it_says_why(make, why):
 
     assert threshold(make(parameter), [parameter]) is None
     assert why in why_unknown(make(parameter))
+
+
+def test_a_parameter_that_is_one_number_does_not_widen_the_others() -> None:
+    params = [torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)]
+    optimizer = torch.optim.AdamW(params)
+    sum(p.square().sum() for p in params).backward()
+    optimizer.step()
+
+    assert threshold(optimizer, params).diagonal.dtype == torch.float32

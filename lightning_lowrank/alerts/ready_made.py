@@ -17,6 +17,10 @@ LARGEST_DROP = 0.9
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
 
 
+# What is said where curvature is not believed: all of it is NaN then.
+WRONG = "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others by match"
+
+
 def RankCollapseAlert(
     source: Source = "weight",
     statistic: str = "stable_rank",
@@ -116,7 +120,7 @@ def ChangePointAlert(
 def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     """What every preset watches for, as far as it measures it: quiet in health."""
     known = list(quantities)
-    first_of_gradient = next((q for q in known if q.startswith("gradient_")), None)
+    first_of_gradient = next((q for q in known if q.startswith("gradient_") and q != "gradient_in_top"), None)
     rules = [
         RankCollapseAlert("weight", "stable_rank", drop=0.35, **PATIENT),
         RankCollapseAlert("weight", "effective_rank", drop=0.06, **PATIENT),
@@ -124,6 +128,7 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
         RankCollapseAlert("feature", "participation_ratio", drop=0.5, **PATIENT),
         # There is a sample for each validation, not for some steps: twenty would be too long.
         RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
+        Alert("curvature_valid", below=0.5, for_samples=1, warm_up_samples=0, cause=WRONG),
     ]
     lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
     return [rule for rule in rules if rule.quantity in known] + lost

@@ -4,17 +4,18 @@ Shape letters:  P entries of all parameters   k directions
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.critical import along_update
-from lightning_lowrank.curvature import EFFORTS, Curvatures, Found, names
-from lightning_lowrank.double_backward import Choice, choose, look
-from lightning_lowrank.loss_operators import OPERATORS, loss_operators
+from lightning_lowrank.curvature import EFFORTS, Curvatures, Found, names, refuse
+from lightning_lowrank.double_backward import Choice, choose, look_together
+from lightning_lowrank.loss_operators import loss_operators
 from lightning_lowrank.losses import OutputLoss
 from lightning_lowrank.names import fitting, tag
 from lightning_lowrank.replay import Replay, refuse_replay
@@ -22,6 +23,7 @@ from lightning_lowrank.self_check import difference_defect
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
 from lightning_lowrank.sources.movement import Movement
 from lightning_lowrank.sources.source import Begun, Step
+from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.tap import LossTap, module_named
 from lightning_lowrank.team import Team
 from lightning_lowrank.traces import Estimate
@@ -38,12 +40,14 @@ class Sample:
         begun: The latest batch.
         tap: Listens to the step.
         found: What was measured on the step's own graph.
+        measured: Names of the parameters by which it was: those that are trained may be others a moment later.
         rate: The learning rate of the step.
     """
 
     begun: Begun | None = None
     tap: LossTap | None = None
     found: Found | None = None
+    measured: Sequence[str] = ()
     rate: float | Tensor = 0.0
 
 
@@ -80,7 +84,9 @@ class Curvature(Gauge):
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> None:
-        _refuse(detail, operators, top_k, batch)
+        refuse(detail, operators, top_k)
+        if batch not in get_args(Batch):
+            raise ValueError(f"batch={batch!r}: one of {list(get_args(Batch))}")
         self.batch, self.loss_fn, self.output_module, self.match, self.exclude = batch, loss_fn, output_module, match, exclude
         self.effort = EFFORTS[detail]
         self.operators = tuple(name for name in operators if self.effort.probes or name == "hessian")
@@ -151,11 +157,11 @@ class Curvature(Gauge):
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """Measure on the step's own graph, once a sample."""
-        if self._sample.tap is None or self._choice is None:
+        if self._sample.tap is None or self._choice is None or self._sample.begun is None:
             return
         tap, self._sample.tap = self._sample.tap, None
         tap.exit()
-        self._choice = look(self._choice, loss)
+        self._choice = look_together(self._choice, loss, self._sample.begun.team)
         if self._choice.mode == "inline":
             self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
 
@@ -173,16 +179,19 @@ class Curvature(Gauge):
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """What was measured, and what moved along the top directions."""
-        if self._is_replayed:
-            with self._replay(self._trainer, self._module) as seen:
+        if self._choice is not None and self._is_replayed:
+            with self._replay.together(self._trainer, self._module, team) as seen:
+                self._choice = look_together(self._choice, seen.loss, team)
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
-        found = self._sample.found or Found()
+        found, parameters = self._sample.found or Found(), self._sample.measured
         found.values |= self._movement.shares(self._trained)
         if self._movement.start:
-            self._critical(team, found)
+            try:
+                self._critical(team, found)
+            except Exception as error:  # the rest is known
+                self.trouble = self.trouble or error
         if "curvature_symmetry_defect" in found.values:
             self.state.hold(found, self._difference_defect(team))
-        parameters = list(self._trained)
         self._drop()
         return list(_numbers(found, parameters))
 
@@ -199,6 +208,10 @@ class Curvature(Gauge):
         """How the loss is seen, and what the weights at the start take."""
         kept = {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
         return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
+
+    def remark(self) -> str:
+        """How the loss is seen, and why so."""
+        return "" if self._choice is None else f"seen by a {self._choice.mode}, {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
         """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the kept batch."""
@@ -225,15 +238,10 @@ class Curvature(Gauge):
         """The same on every process; NaN where the step cannot be run again, or not in one of them."""
         params = list(self._trained.values())
 
-        @contextmanager
-        def losses() -> Iterator[Tensor]:
-            with self._replay(self._trainer, self._module) as seen:
-                yield seen.loss
-
         found = torch.full((2,), torch.nan, device=params[0].device)
         if self._choice is not None and self._choice.only is None:
             with suppress(Exception):
-                defect = difference_defect(losses, params)
+                defect = difference_defect(partial(self._replay.loss, self._trainer, self._module), params)
                 found = torch.stack([defect.value, defect.error]).to(found)
         return Estimate(*(team.summed(found) / team.size))
 
@@ -241,11 +249,19 @@ class Curvature(Gauge):
         """How far the loss could have followed the update."""
 
         def loss() -> Tensor:
-            with self._replay(self._trainer, self._module) as seen:
-                return team.summed(seen.loss.detach().clone()) / team.size
+            device = self._module.device
+            try:
+                with self._replay(self._trainer, self._module) as seen:
+                    value = seen.loss.detach().to(working_dtype(device), copy=True)
+            except Exception as error:
+                if team.size == 1:
+                    raise
+                # The others wait for this one.
+                self.trouble, value = error, torch.full((), torch.nan, dtype=working_dtype(device), device=device)
+            return team.summed(value) / team.size
 
         params, rate = list(self._trained.values()), self._sample.rate
-        critical = along_update(params, self._movement.start, loss, self._multiple)
+        critical = along_update(params, list(self._movement.start.values()), loss, self._multiple)
         multiple, error, self._multiple = critical.multiple, critical.error, critical.guess
         found.note("critical_multiple", Estimate(multiple, error))
         found.note("critical_sharpness", Estimate(2 / (rate * multiple), 2 * error / (rate * multiple.square())))
@@ -257,6 +273,7 @@ class Curvature(Gauge):
         known: dict[str, Any] = {"optimizers": begun.optimizers, "team": begun.team, "seed": begun.seed}
         operators = loss_operators(loss, outputs, self._trained, self.operators, **known)
         self.trouble = operators.error
+        self._sample.measured = operators.layout.names
         return self.state.measure(operators, torch.Generator(loss.device).manual_seed(begun.seed))
 
     def _quantities(self, top_k: int) -> Iterator[Quantity]:
@@ -273,17 +290,3 @@ def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     yield Numbers(WHOLE, found.values, found.errors)
     for i, parameter in enumerate(parameters if found.layers else ()):
         yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))
-
-
-def _refuse(detail: str, operators: Sequence[str], top_k: int, batch: str) -> None:
-    unknown = [name for name in operators if name not in OPERATORS]
-    if isinstance(operators, str) or unknown:
-        raise ValueError(f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for critical sharpness alone")
-    if detail not in EFFORTS:
-        raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
-    if batch not in get_args(Batch):
-        raise ValueError(f"batch={batch!r}: one of {list(get_args(Batch))}")
-    if detail == "light" and operators and "hessian" not in operators:
-        raise ValueError(f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take level='standard'")
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least 1")

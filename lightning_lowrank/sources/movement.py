@@ -34,7 +34,7 @@ class Movement:
     def drop(self) -> None:
         """The sample is over."""
         self.before: Float[Tensor, "k P"] | None = None
-        self.start: Sequence[Tensor] = ()
+        self.start: dict[str, Tensor] = {}
         self._gradient: Float[Tensor, " P"] | None = None
 
     def begin(self, named: Named) -> None:
@@ -43,7 +43,7 @@ class Movement:
 
     def step_begins(self, step: Step, trained: Named) -> None:
         """Keep what an optimizer is about to use, and the weights from which the update is reckoned."""
-        self.start = self.start or [p.detach().clone() for p in trained.values()]
+        self.start = self.start or {name: p.detach().clone() for name, p in trained.items()}
         if self.before is not None:
             own = [(p, p.grad if id(p) in step.parameters else None) for p in trained.values()]
             gradient = _flat(trained, [torch.zeros_like(p) if grad is None else grad for p, grad in own])
@@ -55,12 +55,20 @@ class Movement:
         if self.before is None:
             return {}
         now = _flat(trained, list(trained.values()))
-        moves = {"gradient": self._gradient, "update": now - _flat(trained, self.start) if self.start else None}
-        initial = [self.initial[name].to(p) for name, p in trained.items() if name in self.initial]
-        if [p.shape for p in initial] == [p.shape for p in trained.values()]:
-            moves["displacement"] = now - _flat(trained, initial)
-        found = {f"{name}_in_top": energy_share(move, self.before) for name, move in moves.items() if move is not None}
-        return found | {"in_top_chance": now.new_tensor(self.before.shape[0] / self.before.shape[1])}
+        size, gradient = self.before.shape[1], self._gradient
+        if size != len(now):  # some were frozen, or thawed
+            return {}
+        began = {"update": self.start, "displacement": self.initial}
+        moves = {name: now - _flat(trained, places) for name, then in began.items() if (places := _placed(trained, then))}
+        moves |= {} if gradient is None or len(gradient) != size else {"gradient": gradient}
+        found = {f"{name}_in_top": energy_share(move, self.before) for name, move in moves.items()}
+        return found | {"in_top_chance": now.new_tensor(self.before.shape[0] / size)}
+
+
+def _placed(trained: Named, then: Named) -> list[Tensor]:
+    """Where the parameters were; nothing if they were others then."""
+    places = [then[name].to(p) for name, p in trained.items() if name in then]
+    return places if [p.shape for p in places] == [p.shape for p in trained.values()] else []
 
 
 def _flat(trained: Named, tensors: Sequence[Tensor]) -> Float[Tensor, " P"]:

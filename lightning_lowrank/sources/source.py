@@ -150,6 +150,10 @@ class Source(ABC):
         """Numbers to log beside what was read, known on the host."""
         return {}
 
+    def remark(self) -> str:
+        """What a user should know of how it reads, to be said once; nothing unless there is something."""
+        return ""
+
     def detach(self) -> None:
         """Let go of everything that is held or hooked, whatever the state."""
 
