@@ -102,14 +102,13 @@ class Curvatures:
                 self._of_operator(name, operator, loss, found, generator)
         if self.effort.probes and loss.operators.keys() >= RESIDUAL:
             self._residual(loss, found, generator)
-        return self._judged(found)
+        return found
 
     def hold(self, found: Found, defect: traces.Estimate) -> None:
         """Believe nothing from now on if a product with the Hessian is not the slope of the gradient."""
         assert self.valid is not None
         found.note("curvature_difference_defect", defect)
         self.valid = torch.where(is_wrong(defect) > 0, 0.0, self.valid)
-        self._judged(found)
 
     def before(self, name: str, size: int) -> Float[Tensor, "_ P"] | None:
         """Eigenvectors of the last measurement, None where there was none of this size."""
@@ -169,7 +168,7 @@ class Curvatures:
         found.note("residual_trace", traces.sample_mean(estimate.layer_traces.sum(-1)))
         found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
 
-    def _judged(self, found: Found) -> Found:
+    def judge(self, found: Found) -> None:
         """Everything is NaN where the first products were wrong, so that nothing is believed."""
         if self.valid is not None:
             for numbers in (found.values, found.layers, found.curves):
@@ -177,7 +176,6 @@ class Curvatures:
                     if not name.endswith("_defect"):
                         numbers[name] = torch.where(self.valid != 0, value, torch.nan)
             found.values["curvature_valid"] = self.valid
-        return found
 
 
 DEEP: dict[str, Callable[..., Tensor]] = {

@@ -141,7 +141,7 @@ def CurvatureMonitor(
         per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the random vectors.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Rules that say when to warn; "default" warns where products with the Hessian are wrong.
         max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:

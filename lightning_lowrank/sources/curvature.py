@@ -185,13 +185,14 @@ class Curvature(Gauge):
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
         found, parameters = self._sample.found or Found(), self._sample.measured
         found.values |= self._movement.shares(self._trained)
+        if "curvature_symmetry_defect" in found.values:
+            self.state.hold(found, self._difference_defect(team))
+        self.state.judge(found)
         if self._movement.start:
             try:
                 self._critical(team, found)
             except Exception as error:  # the rest is known
                 self.trouble = self.trouble or error
-        if "curvature_symmetry_defect" in found.values:
-            self.state.hold(found, self._difference_defect(team))
         self._drop()
         return list(_numbers(found, parameters))
 
