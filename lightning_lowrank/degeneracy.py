@@ -1,7 +1,7 @@
 """Directions in which a small network can move without any change of its outputs, counted and explained.
 
-Shape letters:  P entries of all parameters   T tangent vectors   V singular values   H neurons of a hidden layer   I weights into one, bias
-included   O neurons of the next layer   D duplicates
+Shape letters:  P entries of all parameters   T tangent vectors   V singular values   F directions of no change   H neurons of a hidden
+layer   I weights into one, bias included   O neurons of the next layer   D duplicates
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -93,10 +93,12 @@ def flat_directions(
     params = dict(model.named_parameters())
     layout = Layout.of(params)
     jacobian = _jacobian(model, inputs.double(), list(params.values()), factor)
-    values = torch.linalg.svdvals(jacobian)
+    # Triangular first: no square matrix of all outputs is made.
+    _, values, rows = torch.linalg.svd(torch.linalg.qr(jacobian, mode="r").R)
     floor = tolerance * values[0]
-    found = [_flat_ones(jacobian, floor, _tangents(layers, layout, params, of)) for of in (_duplicated, _scaled)]
-    duplicates, both = _rank(found[0]), _rank(torch.cat(found))
+    flat = rows[(values > floor).sum() :]
+    found = [_flat_ones(jacobian, floor, _tangents(layers, layout, params, of)) @ flat.mT for of in (_duplicated, _scaled)]
+    duplicates, both = _rank(found[0], tolerance), _rank(torch.cat(found), tolerance)
     total = jacobian.shape[-1] - (values > floor).sum()
     return FlatDirections(total, duplicates, both - duplicates, total - both, _gap(values, floor))
 
@@ -211,8 +213,10 @@ def _flat_ones(jacobian: Float[Tensor, "_ P"], floor: Tensor, tangents: Float[Te
     return tangents[torch.linalg.vector_norm(tangents @ jacobian.mT, dim=-1) <= floor]
 
 
-def _rank(rows: Float[Tensor, "T P"]) -> Int[Tensor, ""]:
-    return torch.linalg.matrix_rank(rows) if len(rows) else torch.zeros((), dtype=torch.int64, device=rows.device)
+def _rank(rows: Float[Tensor, "T F"], tolerance: float) -> Int[Tensor, ""]:
+    """Tangents that differ by no more than the tolerance are one: those of neurons that are alike in a few digits do."""
+    none = torch.zeros((), dtype=torch.int64, device=rows.device)
+    return torch.linalg.matrix_rank(rows, atol=tolerance) if rows.numel() else none
 
 
 def _gap(values: Float[Tensor, " V"], floor: Tensor) -> Float[Tensor, ""]:

@@ -50,7 +50,8 @@ class GaugeRecorder(Recorder):
     @property
     def curves(self) -> list[Curve]:
         """Its vectors."""
-        return [replace(curve, name=self._prefix + curve.name) for curve in self._gauge.curves]
+        with_prefix = ((curve, self._prefix + curve.name, curve.middles and self._prefix + curve.middles) for curve in self._gauge.curves)
+        return [replace(curve, name=name, middles=middles) for curve, name, middles in with_prefix]
 
     def is_global(self, quantity: str) -> bool:
         """Whether it is one number for the whole model."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import lightning as L
@@ -83,6 +83,7 @@ class Journal:
         scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
         self.tell(sinks.write(loggers_of(trainer), scalars, step))
         self.tell(self._vectors.write(loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step))
+        self.tell(sinks.write_counts(loggers_of(trainer), dict(_counts(recorders, host)), step))
         if self.histograms:
             self.tell(sinks.write_histograms(loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step))
 
@@ -237,6 +238,15 @@ def _by_site(recorder: Recorder, quantity: str, row: NDArray[np.float64], awaite
     """Numbers by site: of the whole model, or of each of its sites."""
     there = awaited & ({WHOLE} if recorder.is_global(quantity) else awaited - {WHOLE})
     return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in there}
+
+
+def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Sequence[NDArray[np.float64]]]]:
+    """What recorders count in cells, by the tag of its histogram: the middles of the cells, and how much is in each."""
+    for recorder in recorders:
+        for curve in (curve for curve in recorder.curves if curve.middles and curve.name in host):
+            for site, middles, inside in zip(recorder.sites, host[curve.middles].T, host[curve.name].T, strict=True):
+                if np.isfinite(inside).all():
+                    yield "/".join(filter(None, (curve.name, site))), (middles, inside)
 
 
 def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | None, *, keep: bool) -> Sample:

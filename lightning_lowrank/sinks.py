@@ -1,6 +1,6 @@
 """Where reports go: the one place that waits for the device, and all loggers of the Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -125,6 +125,19 @@ def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np
                 writer.add_histogram(tag, np.log10(values), step)
 
     return tell_writers(loggers, "add_histogram", draw)
+
+
+def write_counts(loggers: Iterable[Logger], counts: Mapping[str, Sequence[NDArray[np.float64]]], step: int) -> list[Exception]:
+    """Histograms from the middles of cells of one width and from what is in each, for loggers as above."""
+
+    def draw(writer: Any) -> None:
+        for tag, (middles, inside) in counts.items():
+            half = (middles[1] - middles[0]) / 2
+            ends = {"min": middles[0] - half, "max": middles[-1] + half, "bucket_limits": (middles + half).tolist()}
+            sums = {"num": inside.sum(), "sum": (inside * middles).sum(), "sum_squares": (inside * middles**2).sum()}
+            writer.add_histogram_raw(tag, **ends, **sums, bucket_counts=inside.tolist(), global_step=step)
+
+    return tell_writers(loggers, "add_histogram_raw", draw)
 
 
 def tell_writers(loggers: Iterable[Logger], method: str, act: Callable[[Any], object]) -> list[Exception]:

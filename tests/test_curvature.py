@@ -7,7 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -363,3 +365,19 @@ def test_a_layer_whose_second_derivative_is_wrong_makes_curvature_invalid() -> N
     assert set(logger.curve("curvature_valid").values()) == {0.0}
     assert all(value != value for value in logger.curve("batch_sharpness").values())
     assert logger.curve("curvature_difference_defect")[0] > 0.05
+
+
+def test_the_density_of_the_eigenvalues_is_a_histogram_in_tensorboard(tmp_path: Path) -> None:
+    module = FullBatch()
+    monitor = CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1)
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "max_epochs": 2}
+
+    L.Trainer(**options, logger=TensorBoardLogger(tmp_path, name="", version=""), callbacks=[monitor]).fit(module)
+
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    found = events.Histograms("hessian_density_counts")
+    assert [event.step for event in found] == [0, 1]
+    for event, at in zip(found, module.seen, strict=True):
+        values = torch.linalg.eigvalsh(dense(module, at))
+        assert sum(event.histogram_value.bucket) == pytest.approx(len(values), rel=0.05)
+        assert event.histogram_value.min < values[0] and event.histogram_value.max > values[-1]

@@ -188,3 +188,11 @@ def test_images_are_flattened():
 def test_other_networks_are_refused(model):
     with pytest.raises(ValueError, match=r"flat directions are counted in an nn.Sequential of nn.Linear layers"):
         flat_directions(model, INPUTS)
+
+
+def test_neurons_that_are_alike_in_a_few_digits_are_counted_like_copies():
+    wider = split(net(4, 5, 2, activation=nn.ReLU))
+    expected = counts(flat_directions(wider, INPUTS))
+    wider[0].weight.data[-1] *= 1 + 1e-8 * gaussian(4)
+
+    assert counts(flat_directions(wider, INPUTS, tolerance=1e-6)) == expected

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.critical import along_update
-from lightning_lowrank.curvature import EFFORTS, Curvatures, Found, names, refuse
+from lightning_lowrank.curvature import CELLS, EFFORTS, Curvatures, Found, densities_of, names, refuse
 from lightning_lowrank.double_backward import Choice, choose, look_together
 from lightning_lowrank.loss_operators import loss_operators
 from lightning_lowrank.losses import OutputLoss
 from lightning_lowrank.names import fitting, tag
 from lightning_lowrank.replay import Replay, refuse_replay
 from lightning_lowrank.self_check import difference_defect
-from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.sources.gauge import WHOLE, Curve, Gauge, Numbers, Quantity
 from lightning_lowrank.sources.movement import Movement
 from lightning_lowrank.sources.source import Begun, Step
 from lightning_lowrank.spectrum import working_dtype
@@ -30,6 +30,9 @@ from lightning_lowrank.traces import Estimate
 
 Detail = Literal["light", "standard", "full"]
 Batch = Literal["live", "fixed"]
+
+# How a loss is seen, in words.
+HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
 
 
 @dataclass
@@ -92,6 +95,8 @@ class Curvature(Gauge):
         self.operators = tuple(name for name in operators if self.effort.probes or name == "hessian")
         self.state = Curvatures(self.effort, top_k)
         self.quantities = list(self._quantities(top_k))
+        densities = [Curve(name, CELLS, middles) for name, middles in densities_of(self.operators)]
+        self.curves = densities if self.effort.lowest else []
         self._replay = Replay(loss_fn)
         self._choice: Choice | None = None
         self._named: dict[str, nn.Parameter] = {}
@@ -111,7 +116,7 @@ class Curvature(Gauge):
         if self._module is not module:
             self._begin(module)
         if self.operators and self._follows:
-            self._movement.begin(self._named)
+            self._movement.begin(self._trained)
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters where each has numbers of its own."""
@@ -167,6 +172,8 @@ class Curvature(Gauge):
 
     def gradients_final(self, step: Step) -> list[Any]:
         """Keep the gradient, and the weights from which the update is reckoned."""
+        if self.operators and self._follows:
+            self._movement.begin(self._trained)  # those that were frozen have not moved
         if self._follows:
             self._sample.rate = step.optimizer.param_groups[0]["lr"]
             self._movement.step_begins(step, self._trained)
@@ -212,7 +219,7 @@ class Curvature(Gauge):
 
     def remark(self) -> str:
         """How the loss is seen, and why so."""
-        return "" if self._choice is None else f"seen by a {self._choice.mode}, {self._choice.reason}"
+        return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
         """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the kept batch."""
@@ -288,6 +295,6 @@ class Curvature(Gauge):
 
 def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     """Of the whole model, and of each parameter."""
-    yield Numbers(WHOLE, found.values, found.errors)
+    yield Numbers(WHOLE, found.values, found.errors, found.curves)
     for i, parameter in enumerate(parameters if found.layers else ()):
         yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))

@@ -38,10 +38,12 @@ class Curve:
     Attributes:
         name: Its tag, without the monitor's prefix.
         axis: Where its numbers stand.
+        middles: Of what counts what lies in cells: the name of the curve that has their middles. It is a histogram too.
     """
 
     name: str
     axis: tuple[float, ...]
+    middles: str = ""
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,12 @@ async function detail(page, details) {
   const { site, step } = page.picked;
   const tables = await curvesOf(page, site);
   const spectra = await spectraOf(page, site);
-  const exponents = await exponentsOf(page, site);
+  const pairs = await pairsOf(page, site);
   if (page.picked.site !== site || page.picked.step !== step) return;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
-  const beside = Math.max(spectra.length, exponents.length, 1);
+  const beside = Math.max(spectra.length, pairs.length, 1);
   const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + beside) - 16));
-  const second = exponents.length ? exponentFigure(page, exponents, site, step, width) : spectrumFigure(page, spectra, site, step, width);
+  const second = pairs.length ? pairFigure(page, pairs, site, step, width) : spectrumFigure(page, spectra, site, step, width);
   const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), second);
   box.style.setProperty("--spectra", `${beside}fr`);
   details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
@@ -107,30 +107,41 @@ async function spectraOf(page, site) {
   return tables.map((table, i) => [runs[i], table]).filter(([, table]) => table?.index.has(site) && table.steps.length);
 }
 
-/** Run, alpha and f of each run that has multifractal spectra of the layer. */
-async function exponentsOf(page, site) {
+/** Which curves are drawn against which, of what is looked at. */
+function pairOf(page) {
+  const operator = page.quantity.match(/^(.*?(hessian|gauss_newton|empirical_fisher|monte_carlo_fisher))_/)?.[1];
+  if (operator) return { x: `${operator}_eigenvalue`, y: `${operator}_density`, title: "Density of the eigenvalues", over: "cell", axes: ["eigenvalue", "density"], logY: true };
   const { source } = page.entry();
-  const runs = page.shown().filter((run) => page.has(run, "curve", `${source}_f`));
-  const of = (run, name) => page.table("curves", { run, name: `${source}_${name}`, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
-  const found = await Promise.all(runs.map(async (run) => [run, await of(run, "alpha"), await of(run, "f")]));
-  return found.filter(([, alpha, f]) => alpha?.index.has(site) && f?.index.has(site) && f.steps.length);
+  return { x: `${source}_alpha`, y: `${source}_f`, title: "Multifractal spectrum f(alpha)", over: "q", axes: ["alpha", "f"], logY: false };
 }
 
-/** Multifractal spectra of one layer over steps, run by run. */
-function exponentFigure(page, found, site, step, width) {
+/** Run, x and y of each run that has such curves of the layer. */
+async function pairsOf(page, site) {
+  const { x, y } = pairOf(page);
+  const runs = page.shown().filter((run) => page.has(run, "curve", y));
+  const of = (run, name) => page.table("curves", { run, name, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
+  const found = await Promise.all(runs.map(async (run) => [run, await of(run, x), await of(run, y)]));
+  return found.filter(([, xs, ys]) => xs?.index.has(site) && ys?.index.has(site) && ys.steps.length);
+}
+
+/** Curves of one layer over steps, run by run. */
+function pairFigure(page, found, site, step, width) {
+  const { title, over, axes, logY } = pairOf(page);
   const charts = found.map(([run, alpha, f]) => {
-    const lines = exponentLines(alpha, f, site, step);
+    const lines = pairLines(alpha, f, site, step);
+    // The tails of a Gaussian would stretch the axis without end.
+    const floor = logY ? 1e-6 * Math.max(...lines.flatMap(({ ys }) => ys.filter(Number.isFinite))) : 0;
     return h("div", {}, h("p", { class: "run" }, run),
-      chart(lines, { title: `Multifractal spectrum of ${site}, ${run}`, x: "alpha", y: "f", width, height: 260 }), legend(lines));
+      chart(lines, { title: `${title}, ${site}, ${run}`, x: axes[0], y: axes[1], logY, floor, width, height: 260 }), legend(lines));
   });
-  const sheet = () => [["run", "step", "q", "alpha", "f"], ...found.flatMap(([run, alpha, f]) => f.steps.flatMap((at, i) =>
-    f.axis.map((q, k) => [run, at, q, exact(alpha.at(i, site, k)), exact(f.at(i, site, k))])))];
-  return h("figure", { id: "exponents" }, h("figcaption", {}, h("b", {}, "Multifractal spectrum f(alpha)"), " first (dark) to latest (bright); none where it is not valid ", csv(page, sheet, "spectra")),
+  const sheet = () => [["run", "step", over, ...axes], ...found.flatMap(([run, xs, ys]) => ys.steps.flatMap((at, i) =>
+    ys.axis.map((q, k) => [run, at, q, exact(xs.at(i, site, k)), exact(ys.at(i, site, k))])))];
+  return h("figure", { id: "pairs" }, h("figcaption", {}, h("b", {}, title), " first (dark) to latest (bright); none where it is not valid ", csv(page, sheet, "spectra")),
     h("div", { class: "spectra" }, charts));
 }
 
 /** From the first, dark, to the latest, bright; the chosen one in ink. */
-function exponentLines(alpha, f, site, step) {
+function pairLines(alpha, f, site, step) {
   const [chosen, last] = [f.column(step), Math.max(f.steps.length - 1, 1)];
   const line = (i, style) => ({ name: `step ${f.steps[i]}`, xs: alpha.spectrum(i, site), ys: f.spectrum(i, site), ...style });
   const lines = f.steps.map((_, i) => line(i, i === chosen ? { colour: "var(--accent)" } : { colour: `rgb(${colour(i / last)})`, faint: true }));
