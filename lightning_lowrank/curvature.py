@@ -43,8 +43,8 @@ class Effort:
     steps: int = 0
 
 
-# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than directions follow five
-# that have moved. Two steps are enough for the trace and the trace of the square; the quadrature of an indefinite operator takes 40.
+# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than directions follow
+# five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature of an indefinite operator takes 40.
 EFFORTS = {
     "light": Effort(100),
     "standard": Effort(2500, further=7, probes=3, steps=2),

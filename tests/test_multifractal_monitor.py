@@ -397,8 +397,10 @@ def test_a_checkpoint_loads_with_weights_only(mode: Any, tmp_path: Path) -> None
     assert_close(again.state_dict()["probes"], monitor.state_dict()["probes"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("source", [Multifractal(), Multifractal(max_neurons=20), NeuroMFA(), NeuroMFA(max_neurons=20)], ids=repr)
-def test_the_device_is_not_waited_for(source: Multifractal | NeuroMFA) -> None:
+@pytest.mark.parametrize("kind", [Multifractal, NeuroMFA])
+@pytest.mark.parametrize("max_neurons", [None, 20])
+def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA], max_neurons: int | None) -> None:
+    source = kind(max_neurons=max_neurons)
     net, waits = nn.Sequential(ImageNet(), mlp()), Waits("cpu")
     source.plan(net)
 
