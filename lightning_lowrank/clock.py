@@ -31,6 +31,7 @@ class Clock:
         self._own = self._sample = self._before = 0.0
         self._begun: float | None = None
         self._inside = False
+        self._entered: Any = None
         # Pairs of events that the device may not be past yet, and whether they are in training.
         self._passing: deque[tuple[Any, Any, bool]] = deque()
 
@@ -83,17 +84,21 @@ class Clock:
         if self._inside:
             yield
             return
-        begun = self._read()
-        self._inside = True
+        self._entered, self._inside = self._read(), True
         try:
             yield
         finally:
+            self._pass()
             self._inside = False
-            ended, training = self._read(), self._begun is not None
-            if self._on_device:
-                self._passing.append((begun, ended, training))
-            else:
-                self._add(ended - begun, training)
+
+    def _pass(self) -> None:
+        """Count what has passed inside so far: a report is written from within, and is to hold what it cost."""
+        begun, self._entered = self._entered, self._read()
+        training = self._begun is not None
+        if self._on_device:
+            self._passing.append((begun, self._entered, training))
+        else:
+            self._add(self._entered - begun, training)
 
     def _read(self) -> Any:
         """Seconds, or an event from which they will be known."""
@@ -105,6 +110,8 @@ class Clock:
 
     def _settle(self) -> None:
         """Count what the device is past."""
+        if self._inside:
+            self._pass()
         while self._passing and self._passing[0][1].query():
             begun, ended, training = self._passing.popleft()
             self._add(begun.elapsed_time(ended) / 1000, training)

@@ -93,7 +93,9 @@ class Curvatures:
         found = Found()
         for name, operator in loss.operators.items():
             if self.valid is None:
-                found.values["curvature_symmetry_defect"] = defect = symmetry_defect(operator, generator)
+                found.values["curvature_symmetry_defect"] = defect = symmetry_defect(
+                    operator, torch.Generator(operator.device).manual_seed(0)
+                )
                 # What is no number says nothing of the samples to come.
                 self.valid = torch.where(torch.isfinite(defect), (defect < VALID).to(defect), torch.nan)
             if name == "hessian":
@@ -152,7 +154,8 @@ class Curvatures:
         whole = traces.spectral_estimate(operator, known=known, num_probes=probes, steps=steps, generator=generator, layout=layout)
         found.note(f"{name}_trace", traces.debiased(traces.trace, whole.spectrum))
         found.note(f"{name}_squared_norm", traces.trace_of_square(whole))
-        found.note(f"{name}_participation_ratio", traces.participation_ratio(whole))
+        if _knows_magnitudes(name, self.effort):
+            found.note(f"{name}_participation_ratio", traces.participation_ratio(whole))
         found.note_layers(f"{name}_layer_trace", traces.sample_mean(whole.layer_traces))
         found.note_layers(f"{name}_layer_squared_norm", traces.sample_mean(whole.layer_squares))
         if self.effort.lowest:
@@ -204,7 +207,8 @@ def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tup
         known |= dict.fromkeys(("batch_sharpness", "batch_sharpness_over_threshold"), (False, False))
         known |= dict.fromkeys(["sharpness_over_threshold"] * bool(effort.probes), (False, True))
     for name in operators if effort.probes else ():
-        sums = ["trace", "squared_norm", "participation_ratio", *(DEEP if effort.lowest else ())]
+        ranks = ["participation_ratio"] * _knows_magnitudes(name, effort)
+        sums = ["trace", "squared_norm", *ranks, *(DEEP if effort.lowest else ())]
         known |= dict.fromkeys([f"{name}_{label}" for label in (*_labels(top_k, effort.lowest), *sums)], (False, True))
         known[f"{name}_eigenspace_overlap"] = (False, False)
         known[f"{name}_top_share"] = (True, False)
@@ -229,6 +233,11 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
         raise ValueError(f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take level='standard'")
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1")
+
+
+def _knows_magnitudes(name: str, effort: Effort) -> bool:
+    """Whether eigenvalues are summed by magnitude: where some are negative that takes the whole quadrature."""
+    return name != "hessian" or effort.lowest > 0
 
 
 def _labels(top_k: int, lowest: int) -> list[str]:

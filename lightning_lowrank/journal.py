@@ -194,7 +194,7 @@ class Journal:
             lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
             error = recorder.take_error()
             if lost or error:
-                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {lost[0]!r}" if lost else "some sites"
+                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {lost[0]!r}" if lost else "a part of it"
                 self.trouble(
                     f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)), everywhere=bool(error)
                 )

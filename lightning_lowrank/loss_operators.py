@@ -64,7 +64,8 @@ def loss_operators(
     try:
         gradient, found["hessian"] = hessian(loss, params)
         if set(asked) - {"hessian"}:
-            found |= dict(_of_outputs(outputs(), params, asked, seed))
+            for name, operator in _of_outputs(outputs(), params, asked, seed):
+                found[name] = operator
     except Exception as failed:
         error = failed
     # What one process cannot do, none does: the others would wait for it.
@@ -86,7 +87,7 @@ def _of_outputs(outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[s
         yield "empirical_fisher", fisher(jacobian, outputs.row_gradients(), num_examples=outputs.num_examples)
     if "monte_carlo_fisher" in asked:
         if not isinstance(outputs, ClosedForm):
-            raise ValueError("a Fisher matrix by Monte Carlo takes a loss of torch's that says how probable targets are")
+            raise ValueError("monte_carlo_fisher takes a loss of torch's that says how probable targets are: leave it out of operators=")
         generator = torch.Generator(outputs.outputs.device).manual_seed(seed)
         yield "monte_carlo_fisher", fisher(jacobian, outputs.sampled_gradients(generator))
 

@@ -126,7 +126,7 @@ class Monitor(Account, L.Callback):
             troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
             for trouble in troubles:
                 self._journal.trouble(trouble)
-            self._journal.alerts.check({quantity: list(r.expected) for r in self.recorders for quantity in r.quantities})
+            self._journal.alerts.check({quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities})
             self._journal.announce(self.recorders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

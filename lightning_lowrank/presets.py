@@ -126,9 +126,9 @@ def CurvatureMonitor(
     `training_step` once more, with everything put back that it changes. Which of both is said at the start.
 
     Args:
-        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, participation ratios, critical sharpness, and
-            what part of gradient and update lies in the top directions. "full": also all of the spectrum by quadrature: effective
-            ranks, negative mass, the smallest eigenvalue.
+        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, critical sharpness, what part of gradient,
+            update and displacement lies in the top directions, participation ratios of all but the Hessian. "full": also all of the
+            spectrum by quadrature: effective ranks, negative mass, the smallest eigenvalue, densities.
         operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical sharpness alone, which
             takes forward passes only and works where the loss cannot be differentiated twice.
         top_k: Directions that are followed.
@@ -149,7 +149,7 @@ def CurvatureMonitor(
             what to do.
 
     Example:
-        >>> CurvatureMonitor("light").recorders[0].quantities[2:]
+        >>> CurvatureMonitor("light").recorders[0].quantities[3:]
         ['batch_sharpness', 'batch_sharpness_over_threshold']
     """
     chosen: dict[str, Any] = {"batch": batch, "loss_fn": loss_fn, "output_module": output_module, "match": match, "exclude": exclude}

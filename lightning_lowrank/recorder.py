@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lowrank.metrics import SiteMeans
 from lightning_lowrank.probe import Probe
 from lightning_lowrank.results import Results, Staged
-from lightning_lowrank.sources.gauge import Curve
+from lightning_lowrank.sources.gauge import WHOLE, Curve
 from lightning_lowrank.sources.source import Reading
 from lightning_lowrank.team import Team
 
@@ -73,6 +73,10 @@ class Recorder(ABC):
     def is_global(self, quantity: str) -> bool:
         """Whether it is one number for the whole model."""
         return False
+
+    def sites_of(self, quantity: str) -> list[str]:
+        """Where a quantity is to be had: the whole model, or sites."""
+        return [site for site in self.expected if (site == WHOLE) == self.is_global(quantity)]
 
     def shape(self, site: str) -> tuple[int, int] | None:
         """Rows and columns of the matrix there, None where it was never read."""

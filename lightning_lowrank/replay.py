@@ -153,7 +153,7 @@ class Replay:
             output = module.training_step(*[batch, self.batch_idx][: _num_arguments(module.training_step)])
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"the step gave no loss that can be differentiated but {type(output).__name__}")
+            raise ValueError(f"{'the step' if self.loss_fn is None else 'loss_fn'} gave {_described(loss)} instead of a loss")
         return loss.reshape(())
 
 
@@ -245,6 +245,14 @@ def _silence(part: nn.Module) -> None:
         hooks = getattr(part, kind)
         for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__}.")]:
             del hooks[key]
+
+
+def _described(output: Any) -> str:
+    """What was given in the place of a loss."""
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__}"
+    shape = tuple(output.shape)
+    return f"a tensor of shape {shape}" if output.numel() != 1 else "a number without a gradient (detached, or under no_grad)"
 
 
 def _reshard(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_lowrank import CurvatureMonitor, Monitor
+from lightning_lowrank import Alert, CurvatureMonitor, Monitor
 from tests.models import Classifier, ImageNet, MemoryLogger, digits
 from tests.processes import together
 
@@ -381,3 +381,67 @@ def test_the_density_of_the_eigenvalues_is_a_histogram_in_tensorboard(tmp_path: 
         values = torch.linalg.eigvalsh(dense(module, at))
         assert sum(event.histogram_value.bucket) == pytest.approx(len(values), rel=0.05)
         assert event.histogram_value.min < values[0] and event.histogram_value.max > values[-1]
+
+
+def test_the_rank_of_the_hessian_is_that_of_the_dense_one() -> None:
+    """Where eigenvalues are negative as well as positive: two steps would give the square of the trace over the sum of squares."""
+    module = FullBatch(lr=1.0)
+
+    logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1), max_epochs=8)
+
+    found, error = logger.curve("hessian_participation_ratio"), logger.curve("hessian_participation_ratio_error")
+    off = []
+    for step, at in enumerate(module.seen):
+        values = torch.linalg.eigvalsh(dense(module, at))
+        exact = (values.abs().sum().square() / values.square().sum()).item()
+        assert found[step] == pytest.approx(exact, rel=0.3)
+        off.append(abs(found[step] - exact) / error[step])
+    assert sorted(off)[len(off) // 2] < 3
+
+
+def test_two_steps_say_nothing_of_magnitudes_of_the_hessian() -> None:
+    quantities = CurvatureMonitor("standard").recorders[0].quantities
+
+    assert "hessian_participation_ratio" not in quantities
+    assert "gauss_newton_participation_ratio" in quantities
+
+
+def test_an_operator_that_cannot_be_had_does_not_take_the_others_with_it() -> None:
+    with pytest.warns(UserWarning, match="monte_carlo_fisher takes a loss of torch's"):
+        logger = watched(Unusual(), CurvatureMonitor("standard", ["gauss_newton", *FISHERS], top_k=2, every_n_steps=2, output_module="net"))
+
+    assert all(value > 0 for value in logger.curve("gauss_newton_lambda_max").values())
+    assert all(value > 0 for value in logger.curve("empirical_fisher_lambda_max").values())
+    assert all(value != value for value in logger.curve("monte_carlo_fisher_lambda_max").values())
+
+
+def test_sums_of_a_batch_that_stays_are_left_to_the_same_chance() -> None:
+    logger = watched(FullBatch(lr=0.0), CurvatureMonitor("standard", ["gauss_newton"], top_k=1, batch="fixed", every_n_steps=1))
+
+    first, *others = logger.curve("gauss_newton_layer_trace/net.2.weight").values()
+    assert others == pytest.approx([first] * len(others), rel=1e-2)
+
+
+def test_an_alert_on_sites_of_a_number_of_the_whole_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="hessian_trace is one number of the whole model: leave sites= away"):
+        watched(FullBatch(), CurvatureMonitor("standard", alerts=[Alert("hessian_trace", sites="net*", above=1.0)]))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda module, batch: module(batch[0]), r"loss_fn gave a tensor of shape \(64, 10\)"),
+        (lambda module, batch: module(batch[0]).mean().detach(), "a number without a gradient"),
+        (lambda module, batch: None, "a NoneType"),
+    ],
+)
+def test_what_a_loss_function_gave_instead_of_a_loss_is_said(loss_fn: Any, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        watched(FullBatch(), CurvatureMonitor(loss_fn=loss_fn, every_n_steps=1))
+
+
+def test_a_replay_is_in_the_cost_of_its_own_sample() -> None:
+    logger = watched(FullBatch(), CurvatureMonitor("standard", ["hessian"], batch="fixed", every_n_steps=2), max_epochs=1)
+
+    (cost,) = logger.curve("lowrank/curvature_time_ms").values()
+    assert cost > 20

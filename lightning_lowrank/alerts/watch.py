@@ -73,10 +73,11 @@ class Watch:
             known = list(sites.get(state.quantity, ()))
             if known and not any(map(state.matches, known)):
                 more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-                raise ValueError(f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} has {known[:10]}{more}")
-            there = sum(map(state.matches, known))
-            if known and isinstance(state.rule.quorum, int) and state.rule.quorum > there:
-                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {there} sites")
+                there = f"has {known[:10]}{more}" if any(known) else "is one number of the whole model: leave sites= away"
+                raise ValueError(f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} {there}")
+            looked_at = sum(map(state.matches, known))
+            if known and isinstance(state.rule.quorum, int) and state.rule.quorum > looked_at:
+                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {looked_at} sites")
 
     def observe(self, step: int, values: Values) -> None:
         """Show a report to the rules."""

@@ -172,9 +172,8 @@ class Curvature(Gauge):
 
     def gradients_final(self, step: Step) -> list[Any]:
         """Keep the gradient, and the weights from which the update is reckoned."""
-        if self.operators and self._follows:
-            self._movement.begin(self._trained)  # those that were frozen have not moved
         if self._follows:
+            self._movement.begin(self._trained if self.operators else {})  # those that were frozen have not moved
             self._sample.rate = step.optimizer.param_groups[0]["lr"]
             self._movement.step_begins(step, self._trained)
         return []
@@ -282,7 +281,8 @@ class Curvature(Gauge):
         operators = loss_operators(loss, outputs, self._trained, self.operators, **known)
         self.trouble = operators.error
         self._sample.measured = operators.layout.names
-        return self.state.measure(operators, torch.Generator(loss.device).manual_seed(begun.seed))
+        seed = 0 if self.batch == "fixed" else begun.seed  # of a batch that stays the random vectors stay too
+        return self.state.measure(operators, torch.Generator(loss.device).manual_seed(seed))
 
     def _quantities(self, top_k: int) -> Iterator[Quantity]:
         for name, (per_site, estimated) in names(self.operators, self.effort, top_k).items():
