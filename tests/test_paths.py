@@ -31,6 +31,14 @@ def test_distances_are_exactly_dijkstras(directed, density):
     assert_close(path_distances(chain(density), sources, directed=directed), torch.as_tensor(expected), rtol=0, atol=0)
 
 
+def test_nothing_that_memory_held_before_ends_the_search(monkeypatch):
+    weights, sources = chain(0.02), torch.arange(9)
+    expected = networks.chain_distances([weight.numpy() for weight in weights], sources.numpy(), directed=False)
+    monkeypatch.setattr(torch, "empty_like", torch.clone)
+
+    assert_close(path_distances(weights, sources), torch.as_tensor(expected), rtol=0, atol=0)
+
+
 def test_precision_of_the_weights_is_kept():
     weights = [weight.float() for weight in chain()]
     expected = networks.chain_distances([weight.double().numpy() for weight in weights], np.arange(5), directed=False)

@@ -53,12 +53,13 @@ def path_distances(weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, "
         _sweep(layers, lengths)
         if directed:
             return found
-        back, before = [length.mT.contiguous() for length in reversed(lengths)], torch.empty_like(found)
-        while not torch.equal(found, before):
-            before.copy_(found)
+        back = [length.mT.contiguous() for length in reversed(lengths)]
+        while True:
+            before = found.clone()
             _sweep(layers[::-1], back)
             _sweep(layers, lengths)
-        return found
+            if torch.equal(found, before):
+                return found
 
 
 def _sweep(layers: Sequence[Float[Tensor, "S _"]], lengths: Sequence[Float[Tensor, "_ _"]]) -> None:
