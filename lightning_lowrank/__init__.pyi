@@ -11,10 +11,10 @@ from .metrics import Gram as Gram
 from .metrics import SiteMeans as SiteMeans
 from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
-from .presets import CurvatureMonitor as CurvatureMonitor
-from .presets import MultifractalMonitor as MultifractalMonitor
-from .presets import NTKMonitor as NTKMonitor
-from .presets import RankMonitor as RankMonitor
+from .presets.curvature import CurvatureMonitor as CurvatureMonitor
+from .presets.multifractal import MultifractalMonitor as MultifractalMonitor
+from .presets.rank import RankMonitor as RankMonitor
+from .presets.tangent_kernel import NTKMonitor as NTKMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
 from .registry import statistic as statistic

@@ -37,6 +37,19 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
     return found
 
 
+def chosen_parameters(module: nn.Module, match: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """By tag the parameters that `match` fits, all unless given, without those that `exclude` fits.
+
+    Raises:
+        ValueError: A pattern fits none.
+    """
+    named = dict(module.named_parameters())
+    layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
+    chosen = set(named) if match is None else fitting("match", match, layers)
+    chosen -= set() if exclude is None else fitting("exclude", exclude, layers)
+    return {tag(name): parameter for name, parameter in named.items() if name in chosen}
+
+
 def _test(argument: str, pattern: str) -> Callable[[str, nn.Module], bool]:
     """Whether a pattern fits a name or the layer behind it."""
     kind, _, rest = pattern.partition(":")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Features, Monitor, RankMonitor
 from lightning_lowrank.decompose import decompose
-from lightning_lowrank.presets import OF_LAYERS, OF_PARAMETERS, SOURCES
+from lightning_lowrank.presets.rank import OF_LAYERS, OF_PARAMETERS, SOURCES
 from lightning_lowrank.subspaces import top_subspace, top_subspaces
 from tests.models import Classifier, MemoryLogger, Validated
 

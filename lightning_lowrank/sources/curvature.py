@@ -17,7 +17,7 @@ from lightning_lowrank.curvature import CELLS, EFFORTS, Curvatures, Found, densi
 from lightning_lowrank.double_backward import Choice, choose, look_together
 from lightning_lowrank.loss_operators import loss_operators
 from lightning_lowrank.losses import OutputLoss
-from lightning_lowrank.names import fitting, tag
+from lightning_lowrank.names import chosen_parameters
 from lightning_lowrank.replay import Replay, refuse_replay
 from lightning_lowrank.self_check import difference_defect
 from lightning_lowrank.sources.gauge import WHOLE, Curve, Gauge, Numbers, Quantity
@@ -108,11 +108,7 @@ class Curvature(Gauge):
 
     def plan(self, module: nn.Module) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
-        named = dict(module.named_parameters())
-        layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
-        chosen = set(named) if self.match is None else fitting("match", self.match, layers)
-        chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
-        self._named = {tag(name): parameter for name, parameter in named.items() if name in chosen}
+        self._named = chosen_parameters(module, self.match, self.exclude)
         if self._module is not module:
             self._begin(module)
         if self.operators and self._follows:

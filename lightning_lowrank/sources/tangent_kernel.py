@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from lightning_lowrank.curvature import Found
 from lightning_lowrank.kernel_outputs import KernelOutputs, OwnOutputs, kernel_outputs
 from lightning_lowrank.kernels import FEWEST, KernelName
-from lightning_lowrank.names import fitting, tag
+from lightning_lowrank.names import chosen_parameters
 from lightning_lowrank.replay import Replay, refuse_replay
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
 from lightning_lowrank.sources.source import Begun
@@ -91,11 +91,7 @@ class TangentKernel(Gauge):
 
     def plan(self, module: nn.Module) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
-        named = dict(module.named_parameters())
-        layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
-        chosen = set(named) if self.match is None else fitting("match", self.match, layers)
-        chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
-        self._named = {tag(name): parameter for name, parameter in named.items() if name in chosen}
+        self._named = chosen_parameters(module, self.match, self.exclude)
         if self._module is not module:
             self._begin(module)
 

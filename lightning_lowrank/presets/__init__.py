@@ -1,0 +1,1 @@
+"""The names that users type: short functions that return a `Monitor`."""
