@@ -98,7 +98,7 @@ def _everywhere(operator: Operator, team: Team) -> Operator:
     def multiply(vector: Tensor) -> Tensor:
         try:
             product = operator.multiply(vector)
-        except Exception:
+        except Exception:  # the others would wait for this process
             product = torch.full_like(vector, torch.nan)
         return team.summed(product) / team.size
 

@@ -136,7 +136,7 @@ class Jacobian:
             return make()
         try:
             product = make().contiguous()
-        except Exception:
+        except Exception:  # the others would wait for this process
             product = torch.full(shape, torch.nan, dtype=self.dtype, device=self.outputs.device)
         return self.summed(product)
 

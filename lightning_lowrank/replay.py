@@ -79,7 +79,7 @@ class Replay:
         self.batch, self.batch_idx = None, batch_idx
         try:
             self.batch = first_examples(copy.deepcopy(batch), self.num_examples)
-        except Exception as error:
+        except Exception as error:  # batches may be of any class of the user's
             self._uncopied = f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
 
     def take_back(self, batch: Any, batch_idx: int, device: torch.device) -> None:
@@ -124,7 +124,7 @@ class Replay:
             trouble: Exception | None = None
             try:
                 seen = stack.enter_context(self(trainer, module))
-            except Exception as error:
+            except Exception as error:  # the others would wait for this process
                 trouble = error
             if not all(team.said(trouble is None)):
                 raise trouble or RuntimeError("another process could not run its step again")

@@ -178,7 +178,7 @@ class Sampling:
         for recorder in self.recorders:
             try:
                 moment(recorder)
-            except Exception as error:
+            except Exception as error:  # of one source, which does no harm to the others
                 # In words: the error itself would keep tensors alive.
                 recorder.error = f"{type(error).__name__}: {error}"
 
@@ -207,7 +207,7 @@ def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[
             recorder.plan(module)
         except ValueError:
             raise
-        except Exception as error:
+        except Exception as error:  # no argument of the user's is wrong: the run goes on without this source
             troubles.append(f"{recorder.name}: {type(error).__name__}: {error}")
     sites = [list(recorder.sites) for recorder in recorders]
     agreed = all(others == sites for others in team.said(sites))

@@ -16,7 +16,6 @@ LARGEST_DROP = 0.9
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
 
-
 # What is said where curvature is not believed: all of it is NaN then.
 WRONG = "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others by match"
 

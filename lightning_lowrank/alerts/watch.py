@@ -147,7 +147,7 @@ def _all(act: Callable[[Alert, AlertEvent], None], due: Sequence[tuple[Alert, Al
     for rule, event in due:
         try:
             act(rule, event)
-        except Exception as error:
+        except Exception as error:  # of a user's function or a full disk, which must not end the run
             failed.append(f"an alert could not be told as asked ({type(error).__name__}): {error}")
     return failed
 
