@@ -62,7 +62,7 @@ class Watched(Protocol):
 
 
 def summary_table(monitor: Watched) -> Table:
-    """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now.
+    """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now, with its standard error.
 
     Args:
         monitor: One that has watched a run; without a sample the table is empty.
@@ -74,16 +74,23 @@ def summary_table(monitor: Watched) -> Table:
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     table.add_column("at", overflow="ellipsis", no_wrap=True)
     before = ""
+    errors = {quantity: latest.values.get(f"{quantity}_error", {}) for quantity in latest.values}
     for quantity, values in latest.values.items():
+        if quantity.removesuffix("_error") in errors.keys() - {quantity}:
+            continue
         finite = {site: value for site, value in values.items() if np.isfinite(value)}
         lowest = min(finite, key=finite.__getitem__, default="")
         source = quantity.partition("_")[0]
         if source != before:
             table.add_section()
         before = source
-        row = (_median(first.values.get(quantity, {})), _median(values), f"{finite[lowest]:.3g}" if finite else "-", lowest)
-        table.add_row(quantity, *row)
+        now = _with_error(finite[lowest], errors[quantity].get(lowest, 0.0)) if finite else "-"
+        table.add_row(quantity, _median(first.values.get(quantity, {})), _median(values), now, lowest)
     return table
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3g} \N{PLUS-MINUS SIGN} {error:.2g}" if error > 0 else f"{value:.3g}"
 
 
 def _median(values: Mapping[str, float]) -> str:

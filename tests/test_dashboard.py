@@ -101,6 +101,12 @@ def test_the_table_has_a_dash_where_there_is_no_number() -> None:
     assert rows(Kept(nothing, nothing)) == [("gradient_stable_rank", "-", "-", "-", "")]
 
 
+def test_an_error_stands_behind_its_number_and_has_no_row_of_its_own() -> None:
+    latest = Sample(50, {"hessian_trace": {"": 12.0}, "exact": {"": 1.0}, "hessian_trace_error": {"": 0.25}, "exact_error": {"": 0.0}})
+
+    assert rows(Kept(None, latest)) == [("hessian_trace", "-", "12", "12 \N{PLUS-MINUS SIGN} 0.25", ""), ("exact", "-", "1", "1", "")]
+
+
 def test_the_table_without_a_sample_is_empty() -> None:
     assert rows(Kept(None, None)) == []
 
