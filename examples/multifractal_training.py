@@ -20,7 +20,6 @@ import lightning as L
 import rich
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch.loggers import Logger
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.char_transformer import CharTransformer, standard_library
+from examples.edge_of_stability import Curves
 from lightning_lowrank import MultifractalMonitor
 
 NETWORKS = {"": "trained", "_shuffled": "entries shuffled", "_gaussian": "Gaussian, same variance"}
@@ -68,32 +68,16 @@ def digits() -> TensorDataset:
     return TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
 
 
-class Curves(Logger):
-    """Keeps what a monitor tells, to draw it."""
+def at(curves: Curves, tag: str, end: int) -> float:
+    """The first (0) or last (-1) value."""
+    return list(curves.points.get(tag, {0: nan}).values())[end]
 
-    name, version = "curves", 0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.points: dict[str, dict[int, float]] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep them by tag and step."""
-        for tag, value in metrics.items():
-            self.points.setdefault(tag, {})[step or 0] = value
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are no curves."""
-
-    def at(self, tag: str, end: int) -> float:
-        """The first (0) or last (-1) value."""
-        return list(self.points.get(tag, {0: nan}).values())[end]
-
-    def sites(self, quantity: str) -> Iterator[tuple[str, dict[int, float]]]:
-        """Those that ever have a number, with their curves."""
-        for tag, curve in self.points.items():
-            if tag.startswith(f"{quantity}/") and any(map(isfinite, curve.values())):
-                yield tag.partition("/")[2], curve
+def sites(curves: Curves, quantity: str) -> Iterator[tuple[str, dict[int, float]]]:
+    """Those that ever have a number, with their curves."""
+    for tag, curve in curves.points.items():
+        if tag.startswith(f"{quantity}/") and any(map(isfinite, curve.values())):
+            yield tag.partition("/")[2], curve
 
 
 @dataclass(frozen=True)
@@ -137,7 +121,7 @@ def trained(case: Case, share: float) -> Curves:
 
 def ends(curves: Curves, tag: str) -> str:
     """The first and the last value."""
-    return f"{curves.at(tag, 0):.2f} -> {curves.at(tag, -1):.2f}"
+    return f"{at(curves, tag, 0):.2f} -> {at(curves, tag, -1):.2f}"
 
 
 def whole_model(found: list[tuple[Case, Curves]]) -> Table:
@@ -147,12 +131,9 @@ def whole_model(found: list[tuple[Case, Curves]]) -> Table:
         table.add_column(heading, justify="left" if heading in ("training", "network") else "right")
     for case, curves in found:
         for i, (end, what) in enumerate(NETWORKS.items()):
-            both = [
-                f"{curves.at(f'neuromfa_{name}{end}', 0):.2f} -> {curves.at(f'neuromfa_{name}{end}', -1):.2f}"
-                for name in ("alpha0", "width")
-            ]
+            both = [ends(curves, f"neuromfa_{name}{end}") for name in ("alpha0", "width")]
             share = curves.points[f"neuromfa_valid{end}"].values()
-            last = f"{curves.at(f'neuromfa_emergence{end}', -1):.2f}", f"{sum(share) / len(share):.0%}"
+            last = f"{at(curves, f'neuromfa_emergence{end}', -1):.2f}", f"{sum(share) / len(share):.0%}"
             table.add_row(*("" if i else cell for cell in (case.title, ends(curves, "loss"))), what, *both, *last)
     return table
 
@@ -160,8 +141,8 @@ def whole_model(found: list[tuple[Case, Curves]]) -> Table:
 def beyond_chance(curves: Curves, end: int) -> str:
     """At how many sites neurons differ by more than chance gives one network in a hundred."""
     known = [
-        (curves.at(f"multifractal_dispersion/{site}", end), curves.at(f"multifractal_dispersion_chance/{site}", end))
-        for site, _ in curves.sites("multifractal_dispersion")
+        (at(curves, f"multifractal_dispersion/{site}", end), at(curves, f"multifractal_dispersion_chance/{site}", end))
+        for site, _ in sites(curves, "multifractal_dispersion")
     ]
     return f"{sum(seen > chance for seen, chance in known)} of {len(known)}"
 
@@ -172,10 +153,10 @@ def by_matrix(found: list[tuple[Case, Curves]]) -> Table:
     for heading in ("training", "beyond chance", "median", "largest", "where", "spectrum at"):
         table.add_column(heading, justify="left" if heading in ("training", "where") else "right")
     for case, curves in found:
-        last = {site: list(curve.values())[-1] for site, curve in curves.sites("multifractal_dispersion")}
-        first = [next(iter(curve.values())) for _, curve in curves.sites("multifractal_dispersion")]
+        last = {site: list(curve.values())[-1] for site, curve in sites(curves, "multifractal_dispersion")}
+        first = [next(iter(curve.values())) for _, curve in sites(curves, "multifractal_dispersion")]
         where = max(last, key=last.__getitem__)
-        valid = [curves.at(f"multifractal_valid/{site}", -1) for site in last]
+        valid = [at(curves, f"multifractal_valid/{site}", -1) for site in last]
         cells = f"{beyond_chance(curves, 0)} -> {beyond_chance(curves, -1)}", f"{median(first):.3f} -> {median(last.values()):.3f}"
         table.add_row(case.title, *cells, f"{max(first):.2f} -> {last[where]:.2f}", where, f"{sum(valid):.0f} of {len(valid)}")
     return table
@@ -192,12 +173,12 @@ def draw(found: list[tuple[Case, Curves]], output: Path) -> None:
                 points = curves.points[f"neuromfa_{name}{end}"]
                 panel.plot(list(points), list(points.values()), label=what, linewidth=1.4 if end == "" else 1)
             panel.set(ylabel=f"{name}, whole model")
-        for site, points in curves.sites("multifractal_dispersion"):
+        for site, points in sites(curves, "multifractal_dispersion"):
             colour, style = ("tab:red", "solid") if site.endswith(".out") else ("tab:blue", "dashed")
             bottom.plot(list(points), list(points.values()), color=colour, linestyle=style, linewidth=0.8, alpha=0.7)
         bottom.plot([], [], color="tab:red", label="columns, outgoing weights")
         bottom.plot([], [], color="tab:blue", linestyle="dashed", label="rows, incoming weights")
-        chance = max(max(points.values()) for _, points in curves.sites("multifractal_dispersion_chance"))
+        chance = max(max(points.values()) for _, points in sites(curves, "multifractal_dispersion_chance"))
         bottom.axhspan(-chance, chance, color="black", alpha=0.12, label="chance, at the smallest matrix")
         bottom.set(ylabel="dispersion, each matrix", xlabel="optimizer step")
         top.set_title(case.title)

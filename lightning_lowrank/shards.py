@@ -65,6 +65,16 @@ def sharded_axes(tensor: Tensor) -> tuple[set[int], int]:
     return {getattr(placement, "dim", -1) for placement, _ in split}, prod(count for _, count in split)
 
 
+def held(tensor: Tensor) -> list[Stretches]:
+    """What this process has of each axis of a sharded tensor; nothing where it has but a copy of what another one has."""
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh
+    at = mesh.get_coordinate()
+    if at is None or any(p.is_replicate() and place > 0 for p, place in zip(tensor.placements, at, strict=True)):
+        return [[] for _ in tensor.shape]
+    return _stretches(tensor.placements, tuple(mesh.mesh.shape), tuple(at), tensor.shape)
+
+
 def of_local(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor of which this process has that part, and the others theirs, to be added up where the other tensor is sharded."""
     assert isinstance(other, DTensor)

@@ -20,8 +20,11 @@ from torch.testing import assert_close
 from lightning_lowrank import Monitor, MultifractalMonitor, emergence, multifractal_spectrum, statistics
 from lightning_lowrank.cli import main, reader_of
 from lightning_lowrank.scaling.bootstrap import FEWEST_NODES
+from lightning_lowrank.scaling.scaling import ORDERS
+from lightning_lowrank.sources import neuromfa
 from lightning_lowrank.sources.multifractal import OF_A_MATRIX, Multifractal
 from lightning_lowrank.sources.neuromfa import NeuroMFA
+from lightning_lowrank.sources.scaling_curves import vectors
 from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.team import Team
 from lightning_lowrank.tensorboard import answers
@@ -208,17 +211,45 @@ def test_spectra_are_written_for_the_tab(tmp_path: Path) -> None:
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
 
-    vectors, known = written(tmp_path / "run")
+    found, known = written(tmp_path / "run")
     weights = [snapshots.weights[4][f"net.{i}.weight"] for i in (0, 2, 4)]
     of_layer, of_model = multifractal_spectrum(weights[1], direction="in"), multifractal_spectrum(weights, "neuromfa")
     sites = known["lowrank_curve/multifractal_f"]["sites"]
     for name in ("tau", "alpha", "f", "dimensions"):
-        row = vectors[f"lowrank_curve/multifractal_{name}"][4]
+        row = found[f"lowrank_curve/multifractal_{name}"][4]
         assert_close(torch.tensor(row[sites.index("net.2.weight.in")]).double(), getattr(of_layer, name)[::2], rtol=1e-5, atol=1e-5)
         assert row[sites.index("net.4.weight.out")].max() != row[sites.index("net.4.weight.out")].max()  # fan-out of 10: no spectrum
-        model = torch.tensor(vectors[f"lowrank_curve/neuromfa_{name}"][4][0]).double()
+        model = torch.tensor(found[f"lowrank_curve/neuromfa_{name}"][4][0]).double()
         assert_close(model, getattr(of_model, name)[::2], rtol=1e-5, atol=1e-5)
     assert known["lowrank_curve/neuromfa_f"]["axis"] == pytest.approx([q / 5 for q in range(-15, 16)])
+
+
+def test_partition_functions_and_neurons_are_written_for_the_tab(tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    monitors = [MultifractalMonitor(every_n_steps=4), MultifractalMonitor("neuromfa", every_n_steps=4, max_neurons=50, num_repeats=2)]
+
+    L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
+
+    found, known = written(tmp_path / "run")
+    weights = [snapshots.weights[4][f"net.{i}.weight"] for i in (0, 2, 4)]
+    draws = torch.Generator().manual_seed(0)
+    samples = multifractal_spectrum(weights, "neuromfa", max_neurons=50, num_repeats=2, generator=draws)
+    at = known["lowrank_curve/multifractal_log_partition"]["sites"].index("net.2.weight.in")
+    for source, place, scaling in (("multifractal", at, multifractal_spectrum(weights[1], direction="in")), ("neuromfa", 0, samples[0])):
+        for name, row in vectors(source, scaling).items():
+            if "log_" in name or name.endswith("_density"):
+                assert_close(torch.tensor(found[f"lowrank_curve/{name}"][4][place]).double(), row, rtol=1e-5, atol=1e-5)
+
+
+def test_curves_for_the_tab_do_not_flood_the_other_tabs(tmp_path: Path) -> None:
+    train(tmp_path / "run", MultifractalMonitor(every_n_steps=8), Classifier(mlp()))
+    train(tmp_path / "other", MultifractalMonitor("neuromfa", every_n_steps=8), Classifier(mlp()))
+
+    tags, of_model = (EventAccumulator(str(tmp_path / run)).Reload().Tags() for run in ("run", "other"))
+    assert tags["histograms"] == [] and of_model["histograms"] == ["neuromfa_neuron_dimension_counts"]
+    assert not [tag for tag in tags["scalars"] + of_model["scalars"] if "log_" in tag or "neuron_dimension" in tag]
 
 
 def test_the_tabs_answers_have_the_spectra(tmp_path: Path) -> None:
@@ -270,6 +301,16 @@ def test_nulls_have_the_norms_and_not_the_structure() -> None:
 
     assert found["neuromfa_width"] > 2 * max(found["neuromfa_width_shuffled"], found["neuromfa_width_gaussian"])
     assert found["neuromfa_kept_share"] == 1
+
+
+def test_fewer_orders_change_nothing_of_the_nulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp(128)
+    few = numbers(NeuroMFA(), net)
+    monkeypatch.setattr(neuromfa, "FEW_ORDERS", ORDERS)
+
+    every = numbers(NeuroMFA(), net)
+
+    assert_close(few, every, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_growing_weights_emerge_and_their_nulls_as_much() -> None:

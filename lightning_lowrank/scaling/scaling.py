@@ -124,6 +124,12 @@ class Scaling:
         return torch.where(q == 0, self.alpha, self.tau / torch.where(q == 0, 1.0, q))
 
     @cached_property
+    def node_dimensions(self) -> Float[Tensor, "*B S"]:
+        """The local dimension of each node, slope of ln N_i; NaN of a node that has no mass at a radius that fits read."""
+        whole = (self.live | (self.fit == 0)[..., None, :]).all(-1)
+        return torch.where(whole & self.counted, self.slope(self.log_masses), torch.nan)
+
+    @cached_property
     def valid(self) -> Bool[Tensor, "*B"]:
         """There are enough radii, and tau is concave: otherwise there is no spectrum."""
         steps = self.alpha[..., 1:] - self.alpha[..., :-1]

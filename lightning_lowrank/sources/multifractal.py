@@ -1,12 +1,13 @@
 """How unlike each other the neurons of a model are, layer by layer, free of scale.
 
-Shape letters:  B any batch axes   M rows, N columns of a matrix   C channels in   n matrices measured at once   Q orders
+Shape letters:  B any batch axes   M rows, N columns of a matrix   C channels in   n matrices measured at once
 """
 
 import re
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from math import prod
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from lightning_lowrank.effective_weights import computed_shape
 from lightning_lowrank.scaling.bootstrap import FEWEST_NODES, TRUSTED, standard_error
 from lightning_lowrank.scaling.multifractal import DIRECTIONS, multifractal_spectrum
-from lightning_lowrank.scaling.scaling import ORDERS, Scaling
+from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.gauge import Curve, Gauge, Numbers, Quantity
+from lightning_lowrank.sources.gauge import Gauge, Numbers, Quantity
+from lightning_lowrank.sources.scaling_curves import curves, vectors
 from lightning_lowrank.sources.source import Begun
+from lightning_lowrank.sources.weight_parts import counted_apart, lies_apart, parts
 from lightning_lowrank.sources.weights import Weights
 from lightning_lowrank.spectrum import full_precision
 from lightning_lowrank.statistics import find
@@ -28,12 +31,9 @@ from lightning_lowrank.views import View
 
 # What rank mode has to say of a matrix: not the correlation dimension, which is 1 there.
 OF_A_MATRIX = (
-    *("dispersion", "dispersion_chance", "alpha0", "width", "width_floor", "c2_excess", "box_dimension", "asymmetry"),
-    *("scaling_fit", "decades", "kept_share", "valid"),
+    *("dispersion", "dispersion_chance", "alpha0", "width", "width_floor", "width_over_floor", "c2_excess"),
+    *("box_dimension", "asymmetry", "scaling_fit", "decades", "kept_share", "valid"),
 )
-
-# Vectors over every second order q.
-VECTORS = ("tau", "dimensions", "alpha", "f")
 
 # How views of convolutions end: columns are channels times taps.
 KERNELS = re.compile(r"\(d_in( k\d)+\)$")
@@ -47,15 +47,21 @@ class Neurons(Gauge):
 
     Args:
         weights: Which of them.
+        max_neurons: Neurons that are looked at in each matrix or layer.
         seed: Of what is drawn.
+
+    Raises:
+        ValueError: `max_neurons` is below 2.
     """
 
     level = "structure"
     # Every process has the same weights, or its part of them: each measures its share.
     shared = True
 
-    def __init__(self, weights: Weights, *, seed: int) -> None:
-        self._weights, self._seed = weights, seed
+    def __init__(self, weights: Weights, *, max_neurons: int | None, seed: int) -> None:
+        if max_neurons is not None and max_neurons < 2:
+            raise ValueError(f"max_neurons={max_neurons}: at least 2, or None for all")
+        self._weights, self._max_neurons, self._seed = weights, max_neurons, seed
         self._found: Sequence[Numbers] | None = None
 
     @abstractmethod
@@ -115,10 +121,10 @@ class Multifractal(Neurons):
         views: Mapping[str, str | View] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(Weights(match=match, exclude=exclude, heads=heads, views=views), seed=seed)
-        self._max_neurons = refuse_few(max_neurons)
+        super().__init__(Weights(match=match, exclude=exclude, heads=heads, views=views), max_neurons=max_neurons, seed=seed)
         self._estimated = TRUSTED.keys() if max_neurons is not None and max_neurons >= FEWEST_NODES else ()
-        self.curves = curves("multifractal")
+        # A tag for each matrix would flood the list of histograms: the tab draws them.
+        self.curves = curves("multifractal", histogram=False)
         self.quantities = [
             Quantity(f"multifractal_{name}", find(name).unit, per_site=True, estimated=name in self._estimated) for name in OF_A_MATRIX
         ]
@@ -129,38 +135,49 @@ class Multifractal(Neurons):
 
     def measured(self, begun: Begun) -> list[Numbers]:
         """The statistics of this process's share."""
-        alike: dict[torch.Size, list[tuple[str, Tensor]]] = defaultdict(list)
-        for label, matrix in self._matrices(begun.team):
-            alike[matrix.shape].append((label, matrix))
-        return [
-            numbers
-            for shape, members in alike.items()
-            for some in _split(members, max(1, CHUNK // max(1, shape.numel())))
-            for direction in DIRECTIONS
-            for numbers in self._statistics(some, direction)
-        ]
+        apart = [site for site in self._weights.sites if lies_apart(site)]
+        together = [site for site in self._weights.sites if site not in apart]
+        return [*self._of_parts(apart, begun.team), *self._of_matrices(together, begun.team)]
 
-    def _matrices(self, team: Team) -> Iterator[tuple[str, Num[Tensor, "_ _"]]]:
+    def _of_parts(self, sites: Sequence[Site], team: Team) -> Iterator[Numbers]:
+        """Of large sharded matrices: every process counts in its parts, and one of them has the statistics."""
+        for site, owner in zip(sites, team.assigned([float(sum(site.shape[-2:])) for site in sites]), strict=True):
+            for part, direction in product(parts(site), DIRECTIONS):
+                draws = self._drawn(part.entries.device)
+                scaling = counted_apart(part, direction, team, max_neurons=self._max_neurons, generator=draws)
+                if owner == team.rank:
+                    yield from self._statistics([part.label], direction, scaling, draws)
+
+    def _of_matrices(self, sites: Sequence[Site], team: Team) -> Iterator[Numbers]:
+        """Of those that come whole to one process: all of one shape at once."""
+        alike: dict[torch.Size, list[tuple[str, Tensor]]] = defaultdict(list)
+        for label, matrix in self._matrices(sites, team):
+            alike[matrix.shape].append((label, matrix))
+        for shape, members in alike.items():
+            for some in _split(members, max(1, CHUNK // max(1, shape.numel()))):
+                # A matrix larger than a chunk is by itself, and is not copied.
+                matrices = torch.stack([matrix for _, matrix in some]) if len(some) > 1 else some[0][1][None]
+                for direction in DIRECTIONS:
+                    draws = self._drawn(matrices.device)
+                    scaling = multifractal_spectrum(matrices, direction=direction, max_neurons=self._max_neurons, generator=draws)
+                    yield from self._statistics([label for label, _ in some], direction, scaling, draws)
+
+    def _matrices(self, sites: Sequence[Site], team: Team) -> Iterator[tuple[str, Num[Tensor, "_ _"]]]:
         """What is this process's to measure, whole."""
-        sites = self._weights.sites
-        parts = team.gathered([site.values() for site in sites], team.assigned([float(prod(site.shape)) for site in sites]))
-        for site, whole in zip(sites, parts, strict=True):
+        gathered = team.gathered([site.values() for site in sites], team.assigned([float(prod(site.shape)) for site in sites]))
+        for site, whole in zip(sites, gathered, strict=True):
             if whole is None:
                 continue
             try:
                 yield from zip(site.labels, connections(site, site.weight(*whole)).flatten(0, -3), strict=True)
-            except Exception as error:  # of the user's parametrization, which does no harm to other sites
+            except Exception as error:  # a user's parametrization may raise anything, and the other sites are none the worse for it
                 self.trouble = error
 
-    def _statistics(self, members: Sequence[tuple[str, Tensor]], direction: str) -> Iterator[Numbers]:
-        """Of matrices of one shape."""
-        # A matrix larger than a chunk is by itself, and is not copied.
-        matrices = torch.stack([matrix for _, matrix in members]) if len(members) > 1 else members[0][1][None]
-        draws = self._drawn(matrices.device)
-        scaling = multifractal_spectrum(matrices, direction=direction, max_neurons=self._max_neurons, generator=draws)
+    def _statistics(self, labels: Sequence[str], direction: str, scaling: Scaling, draws: torch.Generator) -> Iterator[Numbers]:
+        """Of a batch of matrices."""
         values = {f"multifractal_{name}": find(name)(scaling) for name in OF_A_MATRIX}
         found = values, self._errors(scaling, draws), vectors("multifractal", scaling)
-        for i, (label, _) in enumerate(members):
+        for i, label in enumerate(labels):
             yield Numbers(f"{label}.{direction}", *({name: row[i] for name, row in rows.items()} for rows in found))
 
     def _errors(self, scaling: Scaling, draws: torch.Generator) -> dict[str, Float[Tensor, " n"]]:
@@ -175,27 +192,6 @@ def connections(site: Site, weight: Num[Tensor, "*B M N"]) -> Num[Tensor, "*_ M 
         with full_precision(weight.device):
             weight = weight.unflatten(-1, (-1, taps)).to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=-1)
     return weight if weight.ndim > 2 else weight[None]
-
-
-def curves(source: str) -> list[Curve]:
-    """What `vectors` gives."""
-    return [Curve(f"{source}_{name}", ORDERS[::2]) for name in VECTORS]
-
-
-def vectors(source: str, scaling: Scaling) -> dict[str, Float[Tensor, "*B Q"]]:
-    """Exponents, dimensions and the spectrum over the orders; NaN where there is no spectrum."""
-    return {f"{source}_{name}": torch.where(scaling.valid[..., None], getattr(scaling, name), torch.nan)[..., ::2] for name in VECTORS}
-
-
-def refuse_few(max_neurons: int | None) -> int | None:
-    """The number, if so many neurons can be compared.
-
-    Raises:
-        ValueError: They can not.
-    """
-    if max_neurons is not None and max_neurons < 2:
-        raise ValueError(f"max_neurons={max_neurons}: at least 2, or None for all")
-    return max_neurons
 
 
 def _num_taps(site: Site) -> int:

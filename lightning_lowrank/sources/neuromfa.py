@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_lowrank.scaling.multifractal import multifractal_spectrum
 from lightning_lowrank.scaling.neuromfa import THRESHOLD, emergence, typical_threshold
 from lightning_lowrank.scaling.nulls import gaussian_like, shuffled
-from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.sites import Site
 from lightning_lowrank.sources.gauge import WHOLE, Numbers, Quantity
-from lightning_lowrank.sources.multifractal import Neurons, connections, curves, refuse_few, vectors
+from lightning_lowrank.sources.multifractal import Neurons, connections
+from lightning_lowrank.sources.scaling_curves import SPECTRUM, curves, vectors
 from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.sources.weights import Weights
 from lightning_lowrank.statistics import find
@@ -26,6 +27,9 @@ from lightning_lowrank.views import View
 # Said of the network and of both nulls; and of the network only.
 COMPARED = ("alpha0", "width", "dispersion", "valid")
 OF_THE_NETWORK = ("asymmetry", "scaling_fit", "decades", "kept_share")
+
+# The orders of nulls: a concave tau has its width at the ends, and the sums over a network take most of the time.
+FEW_ORDERS = ORDERS[::5]
 
 # Of thresholds that are chosen: a table has a column for each integer radius, and weights may be zero.
 LONGEST = 10_000.0
@@ -62,16 +66,16 @@ class NeuroMFA(Neurons):
         views: Mapping[str, str | View] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(Weights(match=match, exclude=exclude, views=views), seed=seed)
+        super().__init__(Weights(match=match, exclude=exclude, views=views), max_neurons=max_neurons, seed=seed)
         if num_repeats < 1:
             raise ValueError(f"num_repeats={num_repeats}: at least 1")
         if threshold is not None and not (isfinite(threshold) and threshold >= 2):
             raise ValueError(f"threshold={threshold}: the longest edge 1 / |w| that is kept, at least 2; published is {THRESHOLD:g}")
-        self._max_neurons, self._num_repeats, self._threshold = refuse_few(max_neurons), num_repeats, threshold
+        self._num_repeats, self._threshold = num_repeats, threshold
         self._frozen: float | None = None
         self._first: dict[str, Tensor] = {}
         self._sites: list[Site] = []
-        self.curves = curves("neuromfa")
+        self.curves = curves("neuromfa", histogram=True)
         self.quantities = list(self._quantities())
 
     def plan(self, module: nn.Module) -> None:
@@ -101,12 +105,12 @@ class NeuroMFA(Neurons):
         }
         values: dict[str, Tensor] = {}
         errors: dict[str, Tensor] = {}
-        means: dict[str, Tensor] = {}
+        drawn: dict[str, Tensor] = {}
         for end, matrices in nulls.items():
-            scaling = self._scaling(list(matrices))
+            scaling = self._scaling(list(matrices), FEW_ORDERS if end else ORDERS)
             self._describe(scaling, end, values, errors)
-            means = means or {name: rows.reshape(-1, rows.shape[-1]).nanmean(0) for name, rows in vectors("neuromfa", scaling).items()}
-        return [Numbers(WHOLE, values, errors, means)]
+            drawn = drawn or _for_the_tab(scaling)
+        return [Numbers(WHOLE, values, errors, drawn)]
 
     def state_dict(self) -> dict[str, Any]:
         """What emergence is held against, so that a resumed run goes on from there."""
@@ -122,12 +126,12 @@ class NeuroMFA(Neurons):
             matrices = connections(site, weight)
             yield from [matrices.flatten(0, -2)] if "qkv" in site.view.pattern else matrices.flatten(0, -3)
 
-    def _scaling(self, matrices: Sequence[Tensor]) -> Scaling:
+    def _scaling(self, matrices: Sequence[Tensor], orders: Sequence[float]) -> Scaling:
         if self._frozen is None:
             # The one wait for the device, in the first sample of a run: the number of radii depends on it.
             self._frozen = self._threshold or min(max(2.0, float(typical_threshold(matrices))), LONGEST)
         known: dict[str, Any] = {"max_neurons": self._max_neurons, "num_repeats": self._num_repeats, "threshold": self._frozen}
-        return multifractal_spectrum(matrices, "neuromfa", generator=self._drawn(matrices[0].device), **known)
+        return multifractal_spectrum(matrices, "neuromfa", generator=self._drawn(matrices[0].device), orders=orders, **known)
 
     def _describe(self, scaling: Scaling, end: str, values: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
         """Means over the samples of neurons that have a spectrum, with their errors."""
@@ -156,6 +160,13 @@ def _gaussian(weight: Num[Tensor, "*B M N"], draws: torch.Generator) -> Float[Te
     """Independent entries of the same mean and variance, before kernels become norms."""
     wide = weight.abs() if weight.is_complex() else weight.to(torch.promote_types(weight.dtype, torch.float32))
     return gaussian_like(wide.flatten(0, -2), generator=draws).view(weight.shape)
+
+
+def _for_the_tab(scaling: Scaling) -> dict[str, Float[Tensor, " _"]]:
+    """Spectra are means over the samples of neurons that have one; the rest, by which a single fit is judged, is of the first sample."""
+    rows = {name: row.reshape(-1, row.shape[-1]) for name, row in vectors("neuromfa", scaling).items()}
+    means = {f"neuromfa_{name}" for name in SPECTRUM}
+    return {name: row.nanmean(0) if name in means else row[0] for name, row in rows.items()}
 
 
 def _error(found: Float[Tensor, " K"]) -> Float[Tensor, ""]:

@@ -31,3 +31,4 @@ from lightning_lowrank.statistics.valid import valid as valid
 from lightning_lowrank.statistics.weight_ratio import weight_ratio as weight_ratio
 from lightning_lowrank.statistics.width import width as width
 from lightning_lowrank.statistics.width_floor import width_floor as width_floor
+from lightning_lowrank.statistics.width_over_floor import width_over_floor as width_over_floor

@@ -38,29 +38,19 @@ def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 
 def matrix(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Samples x sites of a quantity, of our cost or of alerts, thinned to what can be seen; all samples of one site if one is named."""
-    table = _table(reader, arguments)
-    if "site" in arguments:
-        table = table.of(arguments["site"])
+    _, table = _series(reader, arguments, _kind(arguments))
     return _answer(table, arguments)
 
 
 def spectra(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Frobenius norm and order statistics of one site or of all, their ranks, and what noise has there."""
-    run, name = _needed(arguments, "run"), _needed(arguments, "name")
-    parts = reader.parts(run, "spectrum", name)
-    table = reader.table(run, parts)
-    if "site" in arguments:
-        table = table.of(arguments["site"])
+    parts, table = _series(reader, arguments, "spectrum")
     return _answer(table, arguments) | {"noise": [_noise(parts, site) for site in table.sites], "width": int(table.values.shape[-1])}
 
 
 def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Vectors of one site or of all, and where their numbers stand."""
-    run, name = _needed(arguments, "run"), _needed(arguments, "name")
-    parts = reader.parts(run, "curve", name)
-    table = reader.table(run, parts)
-    if "site" in arguments:
-        table = table.of(arguments["site"])
+    parts, table = _series(reader, arguments, "curve")
     return _answer(table, arguments) | {"axis": parts[-1].known["axis"], "width": int(table.values.shape[-1])}
 
 
@@ -71,7 +61,7 @@ def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 
 def sheet(reader: Reader, arguments: Arguments) -> str:
     """Every sample of a quantity as CSV: a row per step, a column per site; nothing where it was not read."""
-    table = _table(reader, arguments)
+    _, table = _series(reader, arguments, _kind(arguments))
     out = StringIO()
     writer = csv.writer(out)
     writer.writerow(["step", *(f"'{site}" if site.startswith(FORMULA) else site for site in table.sites)])
@@ -96,11 +86,20 @@ ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {
 }
 
 
-def _table(reader: Reader, arguments: Arguments) -> Table:
-    run, kind, name = (_needed(arguments, key) for key in ("run", "kind", "name"))
+def _series(reader: Reader, arguments: Arguments, kind: str) -> tuple[list[Part], Table]:
+    """All parts of a series, and their table: of one site if one is named."""
+    run, name = _needed(arguments, "run"), _needed(arguments, "name")
+    parts = reader.parts(run, kind, name)
+    table = reader.table(run, parts)
+    return parts, table.of(arguments["site"]) if "site" in arguments else table
+
+
+def _kind(arguments: Arguments) -> str:
+    """Of what has a number per site."""
+    kind = _needed(arguments, "kind")
     if kind in ("spectrum", "curve"):
         raise ValueError("spectra and curves have answers of their own")
-    return reader.table(run, reader.parts(run, kind, name))
+    return kind
 
 
 def _answer(table: Table, arguments: Arguments) -> dict[str, Any]:

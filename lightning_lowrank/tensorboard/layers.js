@@ -1,7 +1,7 @@
 // The first view: a heat map per run, and below it the curve and the spectra of the layer that was picked.
 
 import { brief, ends, exact, firstKnown } from "./answers.js";
-import { chart, grid, h, legend } from "./charts.js";
+import { chart, COLOURS, grid, h, legend } from "./charts.js";
 import { colour, colourBar, HeatMap, SHADES } from "./heat_map.js";
 import { rulesOf } from "./views.js";
 
@@ -79,13 +79,15 @@ async function detail(page, details) {
   const { site, step } = page.picked;
   const tables = await curvesOf(page, site);
   const spectra = await spectraOf(page, site);
-  const pairs = await pairsOf(page, site);
+  const pictures = await picturesOf(page, site);
   if (page.picked.site !== site || page.picked.step !== step) return;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
-  const beside = Math.max(spectra.length, pairs.length, 1);
+  // Several pictures stand in two columns, with the curve.
+  const beside = pictures.length > 1 ? 1 : Math.max(spectra.length, pictures[0]?.found.length ?? 0, 1);
   const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + beside) - 16));
-  const second = pairs.length ? pairFigure(page, pairs, site, step, width) : spectrumFigure(page, spectra, site, step, width);
-  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), second);
+  const each = pictures.length > 1 ? Math.max(280, width / Math.max(...pictures.map(({ found }) => found.length)) - 16) : width;
+  const figures = pictures.length ? pictures.map((picture) => pictureFigure(page, picture, site, step, each)) : [spectrumFigure(page, spectra, site, step, width)];
+  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), figures);
   box.style.setProperty("--spectra", `${beside}fr`);
   details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
 }
@@ -107,45 +109,69 @@ async function spectraOf(page, site) {
   return tables.map((table, i) => [runs[i], table]).filter(([, table]) => table?.index.has(site) && table.steps.length);
 }
 
-/** Which curves are drawn against which, of what is looked at. */
-function pairOf(page) {
+const EVERY = "first (dark) to latest (bright)";
+
+/** Which curves are drawn against which, of what is looked at; those of a fit at the chosen sample only. */
+function pairsOf(page) {
   const operator = page.quantity.match(/^(.*?(hessian|gauss_newton|empirical_fisher|monte_carlo_fisher))_/)?.[1];
-  if (operator) return { x: `${operator}_eigenvalue`, y: `${operator}_density`, title: "Density of the eigenvalues", over: "cell", axes: ["eigenvalue", "density"], logY: true };
+  if (operator) {
+    return [{ id: "density", x: `${operator}_eigenvalue`, y: `${operator}_density`, title: "Density of the eigenvalues", note: `${EVERY}; none where it is not valid`,
+      over: "cell", axes: ["eigenvalue", "density"], logY: true }];
+  }
   const { source } = page.entry();
-  return { x: `${source}_alpha`, y: `${source}_f`, title: "Multifractal spectrum f(alpha)", over: "q", axes: ["alpha", "f"], logY: false };
+  const radius = source.endsWith("neuromfa") ? "ln r" : "ln of the mean mass";
+  return [
+    { id: "f", x: `${source}_alpha`, y: `${source}_f`, title: "Multifractal spectrum f(alpha)", note: `${EVERY}; none where it is not valid`, over: "q", axes: ["alpha", "f"] },
+    { id: "partition", x: `${source}_log_radius`, y: `${source}_log_partition`, fit: `${source}_log_partition_fit`, title: "Partition function",
+      note: "at the chosen step; dashed: the lines that were fitted", over: "q", axes: [radius, "ln Z"] },
+    { id: "dimensions", x: `${source}_neuron_dimension`, y: `${source}_neuron_dimension_density`, title: "Dimensions of single neurons", note: EVERY,
+      over: "cell", axes: ["dimension", "density"] },
+  ];
 }
 
-/** Run, x and y of each run that has such curves of the layer. */
-async function pairsOf(page, site) {
-  const { x, y } = pairOf(page);
-  const runs = page.shown().filter((run) => page.has(run, "curve", y));
+/** Pictures that the chosen runs have of the layer, each with run, x, y and fit of each. */
+async function picturesOf(page, site) {
   const of = (run, name) => page.table("curves", { run, name, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
-  const found = await Promise.all(runs.map(async (run) => [run, await of(run, x), await of(run, y)]));
-  return found.filter(([, xs, ys]) => xs?.index.has(site) && ys?.index.has(site) && ys.steps.length);
+  const pictures = await Promise.all(pairsOf(page).map(async (pair) => {
+    const runs = page.shown().filter((run) => page.has(run, "curve", pair.y));
+    const names = [pair.x, pair.y, pair.fit].filter(Boolean);
+    const found = await Promise.all(runs.map(async (run) => [run, ...await Promise.all(names.map((name) => of(run, name)))]));
+    return { ...pair, found: found.filter(([, ...tables]) => tables.every((table) => table?.index.has(site) && table.steps.length)) };
+  }));
+  return pictures.filter(({ found }) => found.length);
 }
 
 /** Curves of one layer over steps, run by run. */
-function pairFigure(page, found, site, step, width) {
-  const { title, over, axes, logY } = pairOf(page);
-  const charts = found.map(([run, alpha, f]) => {
-    const lines = pairLines(alpha, f, site, step);
+function pictureFigure(page, { id, title, note, over, axes, logY, found }, site, step, width) {
+  const charts = found.map(([run, xs, ys, fits]) => {
+    const lines = fits ? fitLines(xs, ys, fits, site, step) : stepLines(xs, ys, site, step);
     // The tails of a Gaussian would stretch the axis without end.
-    const floor = logY ? 1e-6 * Math.max(...lines.flatMap(({ ys }) => ys.filter(Number.isFinite))) : 0;
+    const floor = logY ? 1e-6 * Math.max(...lines.flatMap((line) => line.ys.filter(Number.isFinite))) : 0;
     return h("div", {}, h("p", { class: "run" }, run),
       chart(lines, { title: `${title}, ${site}, ${run}`, x: axes[0], y: axes[1], logY, floor, width, height: 260 }), legend(lines));
   });
   const sheet = () => [["run", "step", over, ...axes], ...found.flatMap(([run, xs, ys]) => ys.steps.flatMap((at, i) =>
-    ys.axis.map((q, k) => [run, at, q, exact(xs.at(i, site, k)), exact(ys.at(i, site, k))])))];
-  return h("figure", { id: "pairs" }, h("figcaption", {}, h("b", {}, title), " first (dark) to latest (bright); none where it is not valid ", csv(page, sheet, "spectra")),
-    h("div", { class: "spectra" }, charts));
+    ys.axis.map((q, k) => [run, at, q, exact(xs.at(i, site, k % xs.width)), exact(ys.at(i, site, k))])))];
+  return h("figure", { id }, h("figcaption", {}, h("b", {}, title), ` ${note} `, csv(page, sheet, title)), h("div", { class: "spectra" }, charts));
 }
 
 /** From the first, dark, to the latest, bright; the chosen one in ink. */
-function pairLines(alpha, f, site, step) {
-  const [chosen, last] = [f.column(step), Math.max(f.steps.length - 1, 1)];
-  const line = (i, style) => ({ name: `step ${f.steps[i]}`, xs: alpha.spectrum(i, site), ys: f.spectrum(i, site), ...style });
-  const lines = f.steps.map((_, i) => line(i, i === chosen ? { colour: "var(--accent)" } : { colour: `rgb(${colour(i / last)})`, faint: true }));
-  return lines.filter(({ ys }) => ys.some(Number.isFinite));
+function stepLines(xs, ys, site, step) {
+  const [chosen, last] = [ys.column(step), Math.max(ys.steps.length - 1, 1)];
+  const line = (i, style) => ({ name: `step ${ys.steps[i]}`, xs: xs.spectrum(i, site), ys: ys.spectrum(i, site), ...style });
+  const lines = ys.steps.map((_, i) => line(i, i === chosen ? { colour: "var(--accent)" } : { colour: `rgb(${colour(i / last)})`, faint: true }));
+  return lines.filter((line) => line.ys.some(Number.isFinite));
+}
+
+/** Of the chosen sample, a curve for each number that the axis repeats, and the line that was fitted to it. */
+function fitLines(xs, ys, fits, site, step) {
+  const at = ys.column(step);
+  const x = xs.spectrum(at, site);
+  return [...new Set(ys.axis)].flatMap((q, i) => {
+    const of = (table) => table.spectrum(at, site).filter((_, k) => table.axis[k] === q);
+    const style = { colour: COLOURS[i % COLOURS.length] };
+    return [{ name: `q = ${q}`, xs: x, ys: of(ys), ...style }, { name: "", xs: [x[0], x.at(-1)], ys: of(fits), ...style, faint: true, dashed: true }];
+  });
 }
 
 function curveFigure(page, tables, site, step, width) {

@@ -1,0 +1,34 @@
+"""How far the width is beyond counting."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.registry import statistic
+from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.statistics.width import width
+from lightning_lowrank.statistics.width_floor import width_floor
+
+
+@statistic(unit="1", comparable=False)
+def width_over_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
+    """Width of the spectrum over that which counting finitely many weights gives to neurons that are all alike.
+
+    Unlike the width it can be held against that of a layer of another shape. A few extreme neurons set it all the same.
+
+    Args:
+        scaling: Of any mode.
+
+    Returns:
+        About 1 for independent weights, with few of them per neuron now and then up to 5. NaN where there is no spectrum
+        (see `valid`) or no floor.
+
+    Example:
+        >>> width_over_floor(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        tensor(1.0288, dtype=torch.float64)
+
+    References:
+        This library.
+    """
+    floor = width_floor(scaling)
+    return torch.where(floor > 0, width(scaling) / floor, torch.nan)
