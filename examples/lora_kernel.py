@@ -3,9 +3,10 @@
     python examples/lora_kernel.py --output lora_kernel.png
 
 Where a kernel stays what it was, training is a linear model of the features that were there (Malladi et al. 2023, arXiv 2210.05643). Here
-it is that of the LoRA factors alone, and that of the last two layers where these are tuned themselves.
+it is that of LoRA factors at the last two layers, and that of these layers where they are tuned themselves.
 """
 
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import lightning as L
 import rich
 import torch
 from edge_of_stability import Curves  # type: ignore[import-not-found]
-from fine_tuning import Sorter, docstring_tokens  # type: ignore[import-not-found]
+from fine_tuning import LAYERS, Sorter, docstring_tokens  # type: ignore[import-not-found]
 from jsonargparse import auto_cli
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
@@ -27,11 +28,13 @@ TAGS = {"ntk_velocity": "velocity", "ntk_distance_to_start": "distance to start"
 
 
 def sorter(rate: float, *, lora: bool) -> L.LightningModule:
-    """MiniLM with its last two layers to be tuned, or with factors of rank 8 at the queries and values of all layers."""
+    """MiniLM with its last two layers to be tuned, or with factors of rank 8 at their queries and values."""
     module = Sorter(partial(torch.optim.AdamW, lr=rate))
     if lora:
-        module.minilm = get_peft_model(module.minilm, LoraConfig(r=8, target_modules=["query", "value"], lora_alpha=16))
-    return module  # type: ignore[no-any-return]
+        last = list(range(len(module.minilm.encoder.layer)))[-LAYERS:]
+        config = LoraConfig(r=8, target_modules=["query", "value"], lora_alpha=16, layers_to_transform=last)
+        module.minilm = get_peft_model(module.minilm, config)
+    return module
 
 
 CASES = {
@@ -53,6 +56,12 @@ def tuned(name: str, steps: int, every: int, num_examples: int) -> Curves:
     return curves
 
 
+def share_of_first_factors(curves: Curves, step: int) -> float:
+    """Part of the kernel that the factors A carry, next to the input: nothing while B is 0."""
+    shares = [points[step] for tag, points in curves.points.items() if tag.startswith("ntk_layer_share/") and "lora_A" in tag]
+    return sum(shares) if shares else math.nan
+
+
 def draw(found: dict[str, Curves], output: Path) -> None:
     """One panel per quantity."""
     import matplotlib.pyplot as plt
@@ -68,7 +77,7 @@ def draw(found: dict[str, Curves], output: Path) -> None:
     figure.savefig(output, dpi=130)
 
 
-def main(output: Path = Path("lora_kernel.png"), steps: int = 81, every: int = 20, num_examples: int = 16) -> None:
+def main(output: Path = Path("lora_kernel.png"), steps: int = 61, every: int = 20, num_examples: int = 16) -> None:
     """Fine-tune three times and print the table.
 
     Args:
@@ -81,11 +90,13 @@ def main(output: Path = Path("lora_kernel.png"), steps: int = 81, every: int = 2
     torch.set_num_threads(1)
     found = {name: tuned(name, steps, every, num_examples) for name in CASES}
     table = Table(title=f"The kernel of {num_examples} docstrings, for the sum of the logits")
-    for heading in ("tuned", "step", "loss", *TAGS.values()):
+    for heading in ("tuned", "step", "loss", *TAGS.values(), "share of the factors A"):
         table.add_column(heading, justify="right")
     for name, curves in found.items():
-        for step, loss in [(step, curves.points["loss"][step]) for step in curves.points["ntk_trace"]]:
-            table.add_row(name, str(step), f"{loss:.2f}", *(f"{curves.points[tag].get(step, float('nan')):.2g}" for tag in TAGS))
+        for step in curves.points["ntk_trace"]:
+            values = [curves.points[tag].get(step, math.nan) for tag in TAGS]
+            cells = ["-" if math.isnan(value) else f"{value:.2g}" for value in (*values, share_of_first_factors(curves, step))]
+            table.add_row(name, str(step), f"{curves.points['loss'][step]:.2f}", *cells)
     rich.print(table)
     draw(found, output)
     print(f"The curves are in {output}")
