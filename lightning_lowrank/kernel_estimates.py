@@ -7,6 +7,7 @@ Shape letters:  R rows of the model's outputs   C columns of them   L parameters
 """
 
 from dataclasses import replace
+from math import sqrt
 
 import torch
 from jaxtyping import Bool, Float
@@ -161,6 +162,11 @@ def jackknife(replicates: Float[Tensor, "k1 *B"]) -> Estimate:
         return Estimate(value, torch.zeros_like(value))
     spread = (left_out - left_out.mean(0)).square().mean(0)
     return Estimate(value - others * (left_out.mean(0) - value), (spread / (others - 2)).sqrt() * others)
+
+
+def widened(found: Estimate, num: int) -> Estimate:
+    """With the jackknife's error over so many probes times the standard deviation of Student's t, as `jackknife` has it; none, no error."""
+    return replace(found, error=found.error * sqrt((num - 1) / (num - 3))) if num else found
 
 
 def _means(samples: Float[Tensor, "k *B"]) -> Float[Tensor, "k1 *B"]:

@@ -16,7 +16,7 @@ from lightning_lowrank.losses import ClosedForm, OutputLoss
 from lightning_lowrank.operators import Jacobian, Layout, Operator, RowsToRows, gauss_newton, output_gauss_newton
 from lightning_lowrank.team import Team
 
-# Columns of labels of which all can be compared with a kernel.
+# Columns of labels, beyond which they are not compared with a kernel of examples.
 MANY = 1024
 
 
@@ -83,16 +83,18 @@ class OwnOutputs:
         rows: Those that the kernel is of, with their graph.
         labels: What they are to become.
         whole: They are all there are.
+        apart: Each of them has a row of the kernel.
     """
 
     loss: OutputLoss
     rows: Float[Tensor, "S c"]
     labels: Float[Tensor, "S C"] | None
     whole: bool
+    apart: bool
 
     @classmethod
     def of(cls, loss: OutputLoss, kernel: KernelName, *, num_columns: int, seed: int) -> "OwnOutputs":
-        """The rows that have a share in the loss; waits for the device once.
+        """The rows that have a share in the loss; waits for the device.
 
         Args:
             num_columns: If there are more columns than that, so many are drawn; not for the sum of the outputs.
@@ -105,8 +107,8 @@ class OwnOutputs:
         drawn = kernel != "sum_of_logits" and num_columns < rows.shape[1]
         if drawn:
             rows = sampled_outputs(rows, num_columns, generator=torch.Generator(rows.device).manual_seed(seed))
-            labels = labels if kernel == "class_summed" and loss.outputs.shape[1] <= MANY else None
-        return cls(loss, rows, labels, complete and not drawn)
+        apart = kernel == "full"
+        return cls(loss, rows, None if drawn and apart else labels, complete and not drawn, apart)
 
     @property
     def word(self) -> tuple[int, int, tuple[object, ...]]:
@@ -131,8 +133,20 @@ def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Te
     everything = _jacobian(own.loss.outputs, of_loss, named)
     # Together, so that each process decides alike: the graph of the products is made once.
     jacobian = everything if own.whole and of_loss == place else _jacobian(own.rows, place, named)
-    labels = None if own.labels is None else place.everywhere(own.labels.to(jacobian.dtype))
-    return KernelOutputs(jacobian, labels, _gauss_newton(own.loss, everything, of_loss), Layout.of(named))
+    return KernelOutputs(jacobian, _labels(own, place, jacobian.dtype), _gauss_newton(own.loss, everything, of_loss), Layout.of(named))
+
+
+def _labels(own: OwnOutputs, place: Place, dtype: torch.dtype) -> Float[Tensor, "R c"] | None:
+    """Without the columns that no row has, where a kernel of examples does not see them: of a vocabulary few are left."""
+    if own.labels is None:
+        return None
+    labels = place.everywhere(own.labels.to(dtype))
+    if own.apart:
+        return labels
+    seen = labels.any(0)
+    seen[0] = True
+    labels = labels[:, seen]
+    return labels if labels.shape[1] <= MANY else None
 
 
 def _jacobian(outputs: Float[Tensor, "S C"], place: Place, named: Mapping[str, Tensor]) -> Jacobian:

@@ -47,7 +47,7 @@ class Effort:
         top_k: Modes that are followed.
         num_projections: Of the parameters, from which sums and comparisons are estimated; also probes of the parameters' own kernels.
         further: Products for the top, beyond one for each mode.
-        probes: Random vectors for effective ranks.
+        probes: Random vectors for sums over the spectrum and ranks; with fewer than 4 their errors would be without bounds.
         steps: Products with the Krylov space of each; with one there would be no squared norm.
     """
 
@@ -58,7 +58,7 @@ class Effort:
     steps: int = 6
 
     def __post_init__(self) -> None:
-        assert self.steps > 1
+        assert self.steps > 1 and self.probes > 3
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ class TangentKernels:
         for label, value, residual in zip(_labels(self.effort.top_k), modes.top.values, modes.top.residuals, strict=False):
             found.note(f"{name}_{label}", Estimate(value, residual))
         spectrum = modes.spectrum
-        found.note(f"{name}_trace", traces.debiased(traces.trace, spectrum.spectrum))
-        found.note(f"{name}_squared_norm", traces.trace_of_square(spectrum))
-        found.note(f"{name}_participation_ratio", traces.participation_ratio(spectrum))
+        sums = {"trace": traces.debiased(traces.trace, spectrum.spectrum), "squared_norm": traces.trace_of_square(spectrum)}
+        for label, found_sum in (sums | {"participation_ratio": traces.participation_ratio(spectrum)}).items():
+            found.note(f"{name}_{label}", estimates.widened(found_sum, spectrum.spectrum.num_probes))
         for statistic in (statistics.effective_rank_energy, statistics.energy_rank):
             # Few steps do not resolve the tail: what half of them would have said otherwise is in this error.
             found.note(f"{name}_{statistic.__name__}", Estimate(*estimate(statistic, spectrum.spectrum)))
@@ -243,7 +243,8 @@ class TangentKernels:
         for label, constant, error in zip(_labels(self.effort.top_k), constants, _relative(modes.top) * constants, strict=False):
             found.note(f"ntk_{label.replace('lambda', 'time_constant')}".removesuffix("_max"), Estimate(constant, error))
         time = rate * steps
-        found.note("ntk_modes_learnt", traces.debiased(lambda spectrum: estimates.num_learnt(spectrum, time), modes.spectrum.spectrum))
+        learnt = traces.debiased(lambda spectrum: estimates.num_learnt(spectrum, time), modes.spectrum.spectrum)
+        found.note("ntk_modes_learnt", estimates.widened(learnt, modes.spectrum.spectrum.num_probes))
 
 
 def names(top_k: int) -> dict[str, tuple[bool, bool]]:

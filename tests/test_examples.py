@@ -16,6 +16,8 @@ FEW_STEPS = {
     "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
     "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
     "grokking": (["--max_steps=30"], ["%"]),
+    "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
+    "lora_kernel": (["--steps=2", "--every=1", "--num_examples=4"], ["share of the factors A", "lora_kernel.png"]),
     "hessian_outliers": (["--only=conv net", "--share=0.02"], ["Gauss-Newton", "hessian_outliers.png"]),
 }
 

@@ -15,7 +15,10 @@ from lightning_lowrank.kernels import (
     projections,
     sketched_kernel,
 )
-from lightning_lowrank.operators import Jacobian, Layout
+from lightning_lowrank.operators import Jacobian, Layout, Operator
+from lightning_lowrank.sources.tangent_kernel import STEPS
+from lightning_lowrank.tangent_kernel import Effort
+from lightning_lowrank.traces import debiased, participation_ratio, spectral_estimate, trace, trace_of_square
 from tests.oracles.kernels import (
     COLUMNS,
     NAMES,
@@ -177,6 +180,27 @@ def test_truth_is_within_two_errors_in_nine_of_ten_trials(name, quantity, all_tr
     values, errors = all_trials[name][True][quantity]
 
     assert ((values - truths[name][quantity]).abs() <= 2 * errors).double().mean() >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SKETCHED)
+def test_truth_is_within_two_errors_of_a_monitors_quadrature_in_nine_of_ten_trials(name, moved, inputs, truths):
+    matrix, effort = oracle(moved[0], inputs, name), Effort(3, NUM, steps=STEPS[name])
+    operator = Operator(len(matrix), lambda vector: matrix @ vector, matrix.device, matrix.dtype)
+    found = [quadrature_of(operator, effort, seed) for seed in range(TRIALS)]
+
+    for quantity in found[0]:
+        within = torch.stack([(f[quantity].value - truths[name][quantity]).abs() <= 2 * f[quantity].error for f in found])
+        assert within.double().mean() >= 0.9, quantity
+
+
+def quadrature_of(operator, effort, seed):
+    draw = generator(seed)
+    known = top_eigenpairs(operator, effort.top_k, num_products=effort.top_k + effort.further, generator=draw)
+    whole = spectral_estimate(operator, known=known, num_probes=effort.probes, steps=effort.steps, generator=draw)
+    sums = {"trace": debiased(trace, whole.spectrum), "squared_norm": trace_of_square(whole)}
+    sums |= {"participation_ratio": participation_ratio(whole)}
+    return {name: estimates.widened(found, effort.probes) for name, found in sums.items()}
 
 
 @pytest.mark.parametrize("quantity", ["trace", "squared_norm", "participation_ratio", "alignment", "centred_alignment", "velocity"])

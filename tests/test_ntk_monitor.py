@@ -13,12 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lowrank import Monitor, NTKMonitor
+from lightning_lowrank.sources.tangent_kernel import TangentKernel
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, digits
 from tests.processes import together
+from tests.test_fsdp_curvature import fitted
 
 SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -228,6 +232,75 @@ def test_what_cannot_be_seen_is_refused_before_training(module: Callable[[], Any
     with pytest.raises(ValueError, match=message):
         watched(made, NTKMonitor(**options))
     assert made.losses == []
+
+
+def planned(module: L.LightningModule, **options: Any) -> None:
+    """As before the first step of two processes."""
+    module.trainer = L.Trainer(**SILENT, accelerator="cpu", strategy="ddp", devices=2, logger=False)
+    TangentKernel(**options).plan(module)
+
+
+def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
+    planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))))
+
+    with pytest.raises(ValueError, match=r"'net\.1': .* SyncBatchNorm has no second derivative; leave train_mode=False"):
+        planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))), train_mode=True)
+
+
+def sharded(rank: int, size: int, root: Path) -> str:
+    try:
+        fitted(size, NTKMonitor())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    for message in together(sharded, tmp_path):
+        assert message.startswith("'net.0.weight' is sharded") and "train with strategy='ddp' or on one device" in message
+
+
+LETTERS = 6
+
+
+class HuggingFace(L.LightningModule):
+    """A small GPT-2 with the loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shape = {"n_positions": 10, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=LETTERS, bos_token_id=0, eos_token_id=0, **shape))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch[0], labels=batch[0]).loss
+        return loss
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        letters = torch.randint(LETTERS, (16, 10), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(letters), batch_size=4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_a_hugging_face_model_shows_the_kernel_of_the_positions_in_its_own_loss() -> None:
+    module = HuggingFace()
+    logger = watched(module, NTKMonitor(kernel="full", num_examples=2, every_n_steps=1))
+    letters = next(iter(module.train_dataloader()))[0][:2]
+    net, named = module.model.eval(), {name: p.detach() for name, p in module.model.named_parameters()}
+
+    def logits(named: dict[str, Tensor]) -> Tensor:
+        found: Tensor = functional_call(net, named, (letters,)).logits[:, :-1]
+        return found
+
+    # Forward mode is not there for fused attention.
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = sum(part.square().sum().item() for part in jacrev(logits)(named).values())
+    assert set(logger.curve("lowrank/ntk_rows").values()) == {18.0}
+    assert logger.curve("lowrank/ntk_exact")[2] == 1.0
+    assert logger.curve("ntk_trace")[2] == pytest.approx(truth, rel=1e-4)
 
 
 def test_a_loss_function_takes_the_place_of_a_step_that_cannot_be_run_again() -> None:

@@ -189,6 +189,20 @@ def test_the_full_kernel_of_drawn_outputs_is_not_held_against_labels() -> None:
     assert "ntk_label_alignment" not in found.values
 
 
+@pytest.mark.parametrize("kernel", ["class_summed", "sum_of_logits"])
+def test_labels_of_a_vocabulary_are_those_that_occur(kernel: KernelName) -> None:
+    model, targets, tap = filled(nn.Linear(5, 1500)), torch.arange(FEW) % 5 * 300, LossTap()
+    with tap:
+        loss = F.cross_entropy(model(random(FEW, 5, seed=7)), targets)
+    outputs = kernel_outputs(OwnOutputs.of(tap.reproduce(loss), kernel, num_columns=4, seed=0), dict(model.named_parameters()), Team())
+    assert outputs is not None
+    found = fresh(kernel).measure(outputs, 0.1, 10, generator())
+    inputs, same = random(FEW, 5, seed=7), (targets[:, None] == targets).double()
+
+    # Every output of a linear model has the same kernel.
+    assert_close(found.values["ntk_label_alignment"], cosine(inputs @ inputs.T + 1, same), rtol=1e-8, atol=0)
+
+
 def test_other_rows_begin_a_new_reference() -> None:
     state = fresh("class_summed")
     measured(state, mlp(), MANY)
