@@ -1,6 +1,9 @@
 from . import statistics as statistics
 from .alerts.ready_made import ChangePointAlert as ChangePointAlert
+from .alerts.ready_made import NotLowRankAlert as NotLowRankAlert
+from .alerts.ready_made import PhaseShiftAlert as PhaseShiftAlert
 from .alerts.ready_made import RankCollapseAlert as RankCollapseAlert
+from .alerts.ready_made import ResidueSuppressedAlert as ResidueSuppressedAlert
 from .alerts.rules import Alert as Alert
 from .alerts.rules import AlertEvent as AlertEvent
 from .alerts.rules import RankCollapseError as RankCollapseError
@@ -11,6 +14,7 @@ from .metrics import Gram as Gram
 from .metrics import SiteMeans as SiteMeans
 from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
+from .presets.anatomy import GradientAnatomyMonitor as GradientAnatomyMonitor
 from .presets.curvature import CurvatureMonitor as CurvatureMonitor
 from .presets.multifractal import MultifractalMonitor as MultifractalMonitor
 from .presets.rank import RankMonitor as RankMonitor
@@ -18,6 +22,10 @@ from .presets.tangent_kernel import NTKMonitor as NTKMonitor
 from .probe import Probe as Probe
 from .registry import Statistic as Statistic
 from .registry import statistic as statistic
+from .regularisers import JacobianPenalty as JacobianPenalty
+from .regularisers import input_noise as input_noise
+from .regularisers import jacobian_penalty as jacobian_penalty
+from .regularisers import weight_decay as weight_decay
 from .scaling.bootstrap import standard_error as standard_error
 from .scaling.boxes import box_counting as box_counting
 from .scaling.boxes import graph_distances as graph_distances
@@ -32,6 +40,7 @@ from .schedules import Budget as Budget
 from .schedules import Every as Every
 from .sketch import estimate as estimate
 from .sketch import sketch as sketch
+from .sources.anatomy import Anatomy as Anatomy
 from .sources.curvature import Curvature as Curvature
 from .sources.displacement import Displacement as Displacement
 from .sources.features import Features as Features
@@ -47,6 +56,8 @@ from .sources.weights import Weights as Weights
 from .spectrum import Spectrum as Spectrum
 from .spectrum import from_gram as from_gram
 from .spectrum import svd as svd
+from .spikes import SpikedData as SpikedData
+from .spikes import spiked_data as spiked_data
 from .subspaces import Subspace as Subspace
 from .subspaces import top_subspace as top_subspace
 from .views import View as View

@@ -15,6 +15,7 @@ FEW_STEPS = {
     "flat_directions": (["--widest=4", "--steps=60"], ["duplicates", "flat_directions.png"]),
     "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
     "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
+    "gradient_anatomy": (["--n=40", "--steps=12", "--only=real"], ["residue", "every 1000 steps", "gradient_anatomy.png"]),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
     "lora_kernel": (["--steps=2", "--every=1", "--num_examples=4"], ["share of the factors A", "lora_kernel.png"]),

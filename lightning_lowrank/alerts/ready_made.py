@@ -116,6 +116,58 @@ def ChangePointAlert(
     )
 
 
+def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs, and one more.
+
+    Args:
+        below: Least share of the energy.
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> NotLowRankAlert().quantity
+        'anatomy_low_rank_share'
+    """
+    cause = "strong weight decay or noise in the loss, a loss near its minimum, inputs without a common direction"
+    return Alert("anatomy_low_rank_share", sites, **_with(options, below=below, warm_up_samples=0, cause=cause))
+
+
+def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An alert for a gradient in which the spike of the inputs takes the place of the residue.
+
+    Args:
+        above: Largest share of the spike in what both have.
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> ResidueSuppressedAlert(sites="net.0.*").sites
+        'net.0.*'
+    """
+    cause = "an activation with a kink (ReLU) on inputs with a strong common direction: standardise them, add noise, or take a smooth one"
+    return Alert("anatomy_spike_dominance", sites, **_with(options, above=above, warm_up_samples=0, cause=cause))
+
+
+def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An event, not a warning: a gradient that the residue ruled is ruled by the spike of the inputs now.
+
+    Args:
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> PhaseShiftAlert().severity
+        'info'
+    """
+    told: dict[str, Any] = {"severity": "info", "actions": ("log", "wandb"), "for_samples": 1, "warm_up_samples": 0}
+    cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
+    return Alert("anatomy_phase_shift", sites, **_with(options, above=0.5, cause=cause, **told))
+
+
+def _with(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    return defaults | options
+
+
 def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     """What every preset watches for, as far as it measures it: quiet in health."""
     known = list(quantities)
@@ -128,6 +180,7 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
         # There is a sample for each validation, not for some steps: twenty would be too long.
         RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
         Alert("curvature_valid", below=0.5, for_samples=1, warm_up_samples=0, cause=WRONG),
+        PhaseShiftAlert(),
     ]
     lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
     return [rule for rule in rules if rule.quantity in known] + lost

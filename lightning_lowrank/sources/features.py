@@ -159,7 +159,7 @@ class Features(Source):
 
     def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
         """A layer that a hook does not see, or where it would change the numbers."""
-        if any(map(_compiled, around)):
+        if any(map(compiled, around)):
             raise ValueError(f"features of {name!r} cannot be read: hooks inside a compiled module never run; match layers outside of it")
         fast = [m for m in (layer, *around) if isinstance(m, nn.TransformerEncoderLayer)]
         if any(self.stage == "validation" or not m.training for m in fast):
@@ -220,6 +220,6 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
     return rows.movedim(1, -1) if rows.ndim > 3 else rows
 
 
-def _compiled(module: nn.Module) -> bool:
+def compiled(module: nn.Module) -> bool:
     """Whether it runs inside a graph of torch.compile."""
     return bool(getattr(module, "_compiler_ctx", None)) or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

@@ -1,0 +1,158 @@
+"""Three regularisers that move the components of a gradient: weight decay, input noise, and a penalty on the Jacobian.
+
+Shape letters:  B examples   N inputs of a layer   M its outputs   C outputs of the model
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_lowrank import trainers
+from lightning_lowrank.names import chosen_parameters
+
+
+def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor, ""]:
+    """Half the squared length of parameters, times the strength, to be added to a loss: what a gradient gets of it is `strength * W`.
+
+    Example:
+        >>> weight_decay([torch.ones(2, 2)], 0.5)
+        tensor(1.)
+    """
+    return 0.5 * strength * torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+
+
+def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: torch.Generator | None = None) -> Float[Tensor, "*B"]:
+    """Inputs with independent Gaussian noise on every entry.
+
+    Args:
+        inputs: Any.
+        deviation: Standard deviation of the noise.
+        generator: Of the noise; torch's own unless given.
+    """
+    return inputs + deviation * torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
+
+
+def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[str] | None = None) -> Float[Tensor, ""]:
+    """Half the mean over examples of the squared length of the outputs' Jacobian by the weights of linear layers.
+
+    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout, running statistics), and
+    gone through backward once for every output; what other examples of the batch are does not count.
+
+    Args:
+        module: Called with the inputs alone.
+        inputs: Examples along the first axis.
+        match: Weights, as for monitors: of all linear layers unless given.
+
+    Raises:
+        ValueError: There is no weight of a linear layer among those that fit.
+
+    Example:
+        >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
+        tensor(1.5000)
+    """
+    wanted = {id(p) for p in chosen_parameters(module, match, None).values()}
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
+    if not layers:
+        raise ValueError(f"jacobian_penalty: match={match!r} fits no weight of a linear layer of {type(module).__name__}")
+    with _heard(layers) as calls, _in_eval_mode(module):
+        outputs = module(inputs)
+    rows = outputs.reshape(len(inputs), -1)
+    total: Tensor = rows.new_zeros(())
+    for column in rows.unbind(1):
+        signals = torch.autograd.grad(column.sum(), [output for _, output in calls], create_graph=True, allow_unused=True)
+        for (rows_in, _), signal in zip(calls, signals, strict=True):
+            total = total if signal is None else total + _squared(rows_in, signal)
+    return 0.5 / len(inputs) * total
+
+
+class JacobianPenalty(L.Callback):
+    """Logs the Jacobian penalty of every batch as `jacobian_penalty`, and adds it to the loss if it is asked to.
+
+    It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and DDP treat it as a
+    part of the loss; the loss that `training_step` logged is without it. On steps at which `GradientAnatomyMonitor` is due the penalty's
+    own pass is heard too, and its shares are blank.
+
+    Args:
+        strength: What the penalty is multiplied by.
+        add: Add it to the loss; else it is only logged, and training stays as it is.
+        match: Weights, as for `jacobian_penalty`.
+        inputs_of: `batch -> inputs`; the batch, or the first of a tuple or list, unless given.
+
+    Raises:
+        ValueError: When training starts: the module optimises by hand, and the penalty is to be added.
+
+    Example:
+        >>> JacobianPenalty(1e-3, add=True).add
+        True
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        add: bool = False,
+        match: str | Sequence[str] | None = None,
+        inputs_of: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.strength, self.add, self.match, self.inputs_of = strength, add, match, inputs_of or _first
+        self._inputs: Tensor | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what it cannot know: which of several losses to add to."""
+        if self.add and not pl_module.automatic_optimization:
+            raise ValueError("JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the inputs."""
+        self._inputs = self.inputs_of(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Measure, and add."""
+        assert self._inputs is not None
+        penalty = jacobian_penalty(pl_module, self._inputs, self.match)
+        pl_module.log("jacobian_penalty", penalty.detach())
+        if self.add:
+            loss.add_((self.strength * trainers.loss_scale(trainer, pl_module) * penalty).to(loss.dtype))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let go of the inputs."""
+        self._inputs = None
+
+
+def _squared(inputs: Tensor, signals: Tensor) -> Float[Tensor, ""]:
+    """Sum over examples of the squared length of the gradient of one output by the weight."""
+    if inputs.ndim == 2:
+        return (inputs.square().sum(1) * signals.square().sum(1)).sum()
+    return (signals.flatten(1, -2).mT @ inputs.flatten(1, -2)).square().sum()
+
+
+def _first(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+@contextmanager
+def _heard(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inputs and outputs of all calls."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hooks = [layer.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output))) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
