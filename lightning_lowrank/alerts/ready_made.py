@@ -117,6 +117,40 @@ def ChangePointAlert(
     )
 
 
+def EarlyBirdAlert(
+    density: float = 0.5,
+    below: float = 0.2,
+    warm_up_steps: int = 0,
+    actions: Sequence[Action] = ("warn", "log", "wandb"),
+    call: Callable[[AlertEvent], Any] | None = None,
+    name: str | None = None,
+) -> Alert:
+    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al. (2020).
+
+    Args:
+        density: Of the mask; one of those that the monitor has.
+        below: Largest distance of the newest mask to the four before it, over that of independent masks. 0.2 at a density of 0.5 is the
+            published tenth of the weights. Samples that are closer together settle sooner.
+        warm_up_steps: As in `Alert`, like all that follows.
+
+    Example:
+        >>> EarlyBirdAlert().quantity
+        'concentration_mask_early_bird_0.5'
+    """
+    return Alert(
+        f"concentration_mask_early_bird_{density:g}",
+        below=below,
+        for_samples=1,
+        warm_up_samples=0,
+        warm_up_steps=warm_up_steps,
+        severity="info",
+        actions=actions,
+        call=call,
+        cause="the ticket has emerged: pruned to this mask now, training would keep nearly the same weights",
+        name=name,
+    )
+
+
 def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     """What every preset watches for, as far as it measures it: quiet in health."""
     known = list(quantities)
