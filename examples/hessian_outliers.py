@@ -20,7 +20,6 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from char_transformer import CharTransformer, standard_library  # type: ignore[import-not-found]
 from jsonargparse import auto_cli
 from lightning.pytorch.loggers import Logger
 from rich.table import Table
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import CurvatureMonitor
 
 OPERATORS = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}

@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from edge_of_stability import Curves  # type: ignore[import-not-found]
 from jsonargparse import auto_cli
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples.edge_of_stability import Curves
 from lightning_lowrank import NTKMonitor
 from lightning_lowrank.kernel_estimates import time_constants
 from lightning_lowrank.kernels import exact_modes, kernel_operator

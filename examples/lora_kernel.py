@@ -15,13 +15,13 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from edge_of_stability import Curves  # type: ignore[import-not-found]
-from fine_tuning import LAYERS, Sorter, docstring_tokens  # type: ignore[import-not-found]
 from jsonargparse import auto_cli
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from examples.edge_of_stability import Curves
+from examples.fine_tuning import LAYERS, Sorter, docstring_tokens
 from lightning_lowrank import NTKMonitor
 
 TAGS = {"ntk_velocity": "velocity", "ntk_distance_to_start": "distance to start", "ntk_centred_label_alignment": "alignment with labels"}

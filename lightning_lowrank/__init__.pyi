@@ -1,5 +1,6 @@
 from . import statistics as statistics
 from .alerts.ready_made import ChangePointAlert as ChangePointAlert
+from .alerts.ready_made import EarlyBirdAlert as EarlyBirdAlert
 from .alerts.ready_made import NotLowRankAlert as NotLowRankAlert
 from .alerts.ready_made import PhaseShiftAlert as PhaseShiftAlert
 from .alerts.ready_made import RankCollapseAlert as RankCollapseAlert
@@ -15,6 +16,7 @@ from .metrics import SiteMeans as SiteMeans
 from .metrics import SpectralStatistic as SpectralStatistic
 from .monitor import Monitor as Monitor
 from .presets.anatomy import GradientAnatomyMonitor as GradientAnatomyMonitor
+from .presets.concentration import ConcentrationMonitor as ConcentrationMonitor
 from .presets.curvature import CurvatureMonitor as CurvatureMonitor
 from .presets.multifractal import MultifractalMonitor as MultifractalMonitor
 from .presets.rank import RankMonitor as RankMonitor
@@ -41,6 +43,7 @@ from .schedules import Every as Every
 from .sketch import estimate as estimate
 from .sketch import sketch as sketch
 from .sources.anatomy import Anatomy as Anatomy
+from .sources.concentration import Concentration as Concentration
 from .sources.curvature import Curvature as Curvature
 from .sources.displacement import Displacement as Displacement
 from .sources.features import Features as Features

@@ -11,6 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = {
     "char_transformer": (["--max_steps=52", "--batch_size=4"], ["lowest", "%", "tensorboard --logdir runs"]),
+    "circuits": (["--steps=8"], ["tuned on English", "Spearman", "circuits.png"]),
+    "concentration": (["--share=0.02", "--seeds=1"], ["Gini, null", "mask_early_bird", "concentration.png"]),
     "edge_of_stability": (["--share=0.03"], ["largest eigenvalue", "edge_of_stability.png"]),
     "flat_directions": (["--widest=4", "--steps=60"], ["duplicates", "flat_directions.png"]),
     "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),

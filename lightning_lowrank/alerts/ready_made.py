@@ -16,6 +16,9 @@ LARGEST_DROP = 0.9
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
 
+# Of rules that tell of an event as soon as it is seen, whatever it is.
+EVENT: dict[str, Any] = {"severity": "info", "for_samples": 1, "warm_up_samples": 0}
+
 # What is said where curvature is not believed: all of it is NaN then.
 WRONG = "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others by match"
 
@@ -159,9 +162,26 @@ def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
         >>> PhaseShiftAlert().severity
         'info'
     """
-    told: dict[str, Any] = {"severity": "info", "actions": ("log", "wandb"), "for_samples": 1, "warm_up_samples": 0}
     cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
-    return Alert("anatomy_phase_shift", sites, **_with(options, above=0.5, cause=cause, **told))
+    return Alert("anatomy_phase_shift", sites, **_with(EVENT | options, above=0.5, actions=("log", "wandb"), cause=cause))
+
+
+def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> Alert:
+    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al. (2020).
+
+    Args:
+        density: Of the mask; one of those that the monitor has.
+        below: Largest distance of the newest mask to the four before it, over that of independent masks. 0.2 at a density of 0.5 is the
+            published tenth of the weights. Samples that are closer together settle sooner.
+        options: Others of `Alert`.
+
+    Example:
+        >>> EarlyBirdAlert().quantity
+        'concentration_mask_early_bird_0.5'
+    """
+    cause = "the ticket has emerged: pruned to this mask now, training would keep nearly the same weights"
+    told = _with(EVENT | options, below=below, actions=("warn", "log", "wandb"), cause=cause)
+    return Alert(f"concentration_mask_early_bird_{density:g}", **told)
 
 
 def _with(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -1,0 +1,266 @@
+"""How unequally modules, attention heads, neurons and directions share the learning.
+
+Shape letters:  n units
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowrank.decompose import decompose
+from lightning_lowrank.gates import energies, gate_gradients
+from lightning_lowrank.names import chosen_parameters
+from lightning_lowrank.parts import Part, heads_of, modules_of, neurons_of
+from lightning_lowrank.shards import is_sharded
+from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.sources.ledger import GROWTH, INEQUALITY, OF_A_REFERENCE, OF_THE_START, Ledger
+from lightning_lowrank.sources.source import Begun, Step, difference
+from lightning_lowrank.sources.tickets import Tickets
+from lightning_lowrank.team import Team
+
+UNITS = ("module", "head", "neuron", "direction")
+SIGNALS = ("gradient", "update", "gate")
+
+# A gate is on what a layer reads; a direction has no name by which it could be found again.
+WITHOUT_GATES = ("module", "direction")
+
+
+class Concentration(Gauge):
+    """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start; masks of weights.
+
+    Args:
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an eigensolver).
+        signals: Any of `gradient` and `update` (energy per entry), `gate` (of heads and neurons: what the loss does when they are scaled).
+        densities: Of the masks of the largest weights; none without.
+        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
+        exclude: The same, taken away.
+        heads: Number of heads by pattern of output projections that are not found.
+        neurons: Layers whose inputs are neurons; pairs of layers unless given.
+        reference: Checkpoint of another run that was watched so, with which importances are compared.
+        seed: Of the weights that are drawn for the masks of large models.
+
+    Raises:
+        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a pattern fits nothing, or
+            parameters are sharded.
+    """
+
+    name = "concentration"
+    level = "subnetworks"
+
+    def __init__(
+        self,
+        units: Sequence[str] = ("module", "head", "neuron"),
+        signals: Sequence[str] = ("gradient", "update", "gate"),
+        *,
+        densities: Sequence[float] = (0.1, 0.5),
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        heads: Mapping[str, int] | None = None,
+        neurons: str | Sequence[str] | None = None,
+        reference: str | PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        _refuse(units, signals, densities)
+        self._units, self._signals, self._match, self._exclude = list(units), list(signals), match, exclude
+        self._heads, self._neurons = dict(heads or {}), neurons
+        self._reference = {} if reference is None else _importances(reference)
+        self._tickets = Tickets(densities, seed=seed) if densities else None
+        self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
+        self._ledgers = {f"{unit}_{signal}": Ledger() for unit, signal in self._keys}
+        self.quantities = [Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()]
+        self._seen: tuple[tuple[str, int, bool], ...] = ()
+        self._parts: dict[str, list[Part]] = {}
+        self._matrices: list[nn.Parameter] = []
+        self._read: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._before: dict[int, Tensor] = {}
+        self._weights: dict[str, Tensor] | None = None
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose what is trained, anew only when parameters came, went, froze or thawed."""
+        chosen = chosen_parameters(module, self._match, self._exclude)
+        seen = tuple((name, id(parameter), parameter.requires_grad) for name, parameter in chosen.items())
+        if seen == self._seen:
+            return
+        sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
+        if sharded is not None:
+            raise ValueError(f"ConcentrationMonitor: {sharded!r} is sharded, and units are read whole; use DDP, or name others by match")
+        trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+        self._parts = {unit: parts for unit, parts in self._found(module, trained).items() if unit in self._units}
+        self._matrices = [parameter for parameter in chosen.values() if parameter.ndim > 1]
+        known = {part.name for parts in self._parts.values() for part in parts}
+        if self._reference and known.isdisjoint(name for rows in self._reference.values() for name in rows):
+            theirs = [name for rows in self._reference.values() for name in rows][:5]
+            raise ValueError(f"reference: it has importances of {theirs}, and here are {sorted(known)[:5]}: none in common")
+        self._seen = seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches a run of its own."""
+        return vars(self) | {"_seen": (), "_parts": {}, "_matrices": [], "_read": {}, "_before": {}, "_weights": None}
+
+    def labels(self) -> list[str]:
+        """The whole model, and its heads."""
+        return [WHOLE, *(label for part in self._headed for label in _labels(part))]
+
+    def batch_begins(self, begun: Begun) -> None:
+        """Look at the weights, once in a sample."""
+        if self._weights is None and self._tickets is not None:
+            self._weights = {f"concentration_{name}": value for name, value in self._tickets.compared(self._matrices).items()}
+
+    def gradients_final(self, step: Step) -> list[Any]:
+        """Read gradients and gates; keep the weights from which the update is reckoned."""
+        for unit, part in self._stepping(step):
+            gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in part.parameters if p.grad is not None]
+            if len(gradients) < len(part.parameters):
+                continue  # what was not used has no gradient, which is not the same as a small one
+            scale = 1.0 if step.scale is None else step.scale
+            self._note(unit, "gradient", part, partial(_energy, unit, part, gradients), scale**2)
+            self._note(unit, "gate", part, partial(_importance, part, gradients[0]), scale)
+            if "update" in self._signals:
+                self._before |= {id(p): p.detach().clone() for p in part.parameters if id(p) not in self._before}
+        return []
+
+    def step_done(self, step: Step) -> list[Any]:
+        """Read the update."""
+        for unit, part in self._stepping(step):
+            if all(id(p) in self._before for p in part.parameters):
+                moves = [difference(p.detach(), self._before[id(p)]) for p in part.parameters]
+                self._note(unit, "update", part, partial(_energy, unit, part, moves))
+        for parameter in step.parameters:
+            self._before.pop(parameter, None)
+        return []
+
+    def numbers(self, team: Team) -> Sequence[Numbers]:
+        """What was found, the same on every process."""
+        counts = {unit: sum(part.count for part in self._parts.get(unit, ())) for unit in self._units}
+        values = {f"concentration_{unit}_count": torch.tensor(float(count)) for unit, count in counts.items()} | (self._weights or {})
+        for (unit, signal), rows in self._read.items():
+            ledger = self._ledgers[f"{unit}_{signal}"]
+            found = ledger.entered(rows)
+            if signal == "gate":
+                found |= ledger.against(self._reference.get(f"{unit}_gate", {}))
+            values |= {f"concentration_{unit}_{signal}_{name}": value for name, value in found.items()}
+        self._drop()
+        return [Numbers(WHOLE, values), *self._of_heads()]
+
+    def detach(self) -> None:
+        """Forget the sample in the making."""
+        self._drop()
+
+    def facts(self) -> dict[str, float]:
+        """Memory that masks and accounts take, once there are some."""
+        kept = [row for ledger in self._ledgers.values() for rows in ledger.state_dict().values() for row in rows.values()]
+        num_bytes = sum(row.nbytes for row in kept) + (self._tickets.num_bytes if self._tickets else 0)
+        return {"bytes": float(num_bytes)} if num_bytes else {}
+
+    def remark(self) -> str:
+        """What it is of."""
+        counts = {unit: sum(part.count for part in parts) for unit, parts in self._parts.items()}
+        return "of " + ", ".join(f"{count:,} {unit}s" for unit, count in counts.items()) if counts else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The accounts and the masks."""
+        ledgers = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
+        return {"ledgers": ledgers, "tickets": self._tickets.state_dict() if self._tickets else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        for name, ledger in self._ledgers.items():
+            ledger.load_state_dict(state.get("ledgers", {}).get(name, {}))
+        if self._tickets:
+            self._tickets.load_state_dict(state.get("tickets", {}))
+
+    @property
+    def _headed(self) -> list[Part]:
+        return self._parts.get("head", []) if ("head", "gate") in self._keys else []
+
+    def _drop(self) -> None:
+        self._read, self._before, self._weights = {}, {}, None
+
+    def _names(self) -> Iterator[str]:
+        yield from (f"{unit}_count" for unit in self._units)
+        for unit, signal in self._keys:
+            of_gates = OF_A_REFERENCE if signal == "gate" and self._reference else ()
+            named = (*(GROWTH if unit != "direction" else ()), *(OF_THE_START if signal == "gate" else ()))
+            names = [name + end for name in INEQUALITY for end in ("", "_start")]
+            yield from (f"{unit}_{signal}_{name}" for name in (*names, *named, *of_gates))
+        yield from self._tickets.names if self._tickets else ()
+        if ("head", "gate") in self._keys:
+            yield "head_importance"
+
+    def _found(self, module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
+        """All kinds of parts that are trained."""
+        heads = heads_of(module, self._heads)
+        neurons = neurons_of(module, self._neurons, list(heads))
+        ids = set(map(id, trained.values()))
+        kinds = {"head": heads.values(), "neuron": neurons.values()}
+        read = {unit: [part for part in parts if id(part.parameters[0]) in ids] for unit, parts in kinds.items()}
+        matrices = [Part(name, (p,), count=min(p.flatten(1).shape)) for name, p in trained.items() if p.ndim > 1]
+        return {"module": modules_of(trained), **read, "direction": matrices}
+
+    def _stepping(self, step: Step) -> list[tuple[str, Part]]:
+        return [(unit, part) for unit, parts in self._parts.items() for part in parts if id(part.parameters[0]) in step.parameters]
+
+    def _note(self, unit: str, signal: str, part: Part, measure: Callable[[], Tensor], scale: float | Tensor = 1.0) -> None:
+        if (unit, signal) in self._keys:
+            self._read.setdefault((unit, signal), {})[part.name] = measure() / scale
+
+    def _of_heads(self) -> Iterator[Numbers]:
+        recent = self._ledgers["head_gate"].recent if self._headed else {}
+        for part in self._headed:
+            if part.name in recent:
+                for label, value in zip(_labels(part), recent[part.name].unbind(), strict=True):
+                    yield Numbers(label, {"concentration_head_importance": value})
+
+
+def _energy(unit: str, part: Part, tensors: Sequence[Tensor]) -> Tensor:
+    """Mean square per unit."""
+    if unit == "direction":
+        # A sketch has no value of each direction.
+        (spectrum,) = decompose([tensors[0].detach().flatten(1)], "values", sketch_above=sys.maxsize).spectra
+        return spectrum.magnitudes.square() / tensors[0].numel()
+    if part.count == 1 and len(tensors) > 1:
+        sizes = [tensor.numel() for tensor in tensors]
+        means = [energies(tensor) * size for tensor, size in zip(tensors, sizes, strict=True)]
+        return torch.stack(means).sum(0) / sum(sizes)
+    return energies(tensors[0], part.count, part.axis)
+
+
+def _importance(part: Part, gradient: Tensor) -> Tensor:
+    return gate_gradients(part.parameters[0], gradient, part.count, part.axis).abs()
+
+
+def _labels(part: Part) -> list[str]:
+    return [f"{part.name}.h{i}" for i in range(part.count)]
+
+
+def _importances(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Recent gates by kind of units and part, out of a checkpoint of Lightning's.
+
+    Raises:
+        ValueError: It cannot be read, or has none.
+    """
+    try:
+        callbacks = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+    except Exception as error:
+        raise ValueError(f"reference={str(path)!r}: {type(error).__name__}: {error}") from error
+    for state in callbacks.values():
+        for probe, kept in (state.get("probes", {}) if isinstance(state, dict) else {}).items():
+            if probe.endswith("concentration"):
+                ledgers = kept["source"]["ledgers"]
+                return {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate")}
+    raise ValueError(f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}")
+
+
+def _refuse(units: Sequence[str], signals: Sequence[str], densities: Sequence[float]) -> None:
+    for argument, given, known in (("units", units, UNITS), ("signals", signals, SIGNALS)):
+        if isinstance(given, str) or not given or not set(given) <= set(known):
+            raise ValueError(f"{argument}={given!r}: a list of one or more of {list(known)}")
+    if set(signals) == {"gate"} and set(units) <= set(WITHOUT_GATES):
+        raise ValueError(f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'")
+    if not all(isinstance(density, float) and 0 < density < 1 for density in densities) or len(set(densities)) < len(densities):
+        raise ValueError(f"densities={densities!r}: different parts of the weights, each above 0 and below 1")
