@@ -43,6 +43,8 @@ def participation_ratio(kernel: Kernel) -> Estimate:
 def alignment(kernel: Kernel, targets: Float[Tensor, "R C"], *, centred: bool = False) -> Estimate:
     """Cosine between a kernel and that of the labels, Y Y^T: 1 where the kernel knows the labels and nothing else.
 
+    NaN where one of them is 0, as it is of a single row without its mean.
+
     Args:
         targets: One-hot labels, values to fit, or what is left to fit.
         centred: Subtract the mean over rows from both first, as centred kernel alignment does.
@@ -60,7 +62,7 @@ def velocity(now: Kernel, before: Kernel) -> Estimate:
     """One minus the cosine between a kernel and an earlier one of the same examples: 0 while training is lazy, whatever the scale does.
 
     Least noisy from the same seed and with the same known directions, or none: what is known of each alone keeps noise from cancelling,
-    which is worse than to know nothing where little has turned. Chance may put it below 0.
+    which is worse than to know nothing where little has turned. Chance may put it below 0. NaN where a kernel is 0.
 
     References:
         Fort et al. (2020), NeurIPS, equation 6.
@@ -195,8 +197,9 @@ def _traces(kernel: Kernel) -> Float[Tensor, " samples"]:
 
 
 def _cosine(one: Kernel, other: Kernel) -> Float[Tensor, " k1"]:
+    """NaN where one of them is 0, and points nowhere."""
     norms = _inner(one, one).clamp(min=0) * _inner(other, other).clamp(min=0)
-    return ratio(_inner(one, other), norms.sqrt())
+    return torch.where(norms == 0, torch.nan, _inner(one, other) / norms.sqrt())
 
 
 def _inner(one: Kernel, other: Kernel) -> Float[Tensor, " k1"]:

@@ -68,25 +68,28 @@ class Reference:
     Attributes:
         kernel: Of all parameters; what is known of it is known in the directions of the first one.
         layers: Of each parameter.
+        parameters: Their names.
     """
 
     kernel: Kernel
     layers: LayerKernels
+    parameters: tuple[str, ...]
 
     def fits(self, other: "Reference") -> bool:
         """Whether they are of the same rows, outputs and parameters, and found in the same way."""
-        return self._shapes() == other._shapes()
+        return self.parameters == other.parameters and self._shapes() == other._shapes()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and a number."""
-        return {field.name: getattr(part, field.name) for part in (self.kernel, self.layers) for field in fields(part)}
+        """Plain tensors, a number and names."""
+        known = {field.name: getattr(part, field.name) for part in (self.kernel, self.layers) for field in fields(part)}
+        return known | {"parameters": list(self.parameters)}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "Reference":
         """Taken back."""
         found: dict[str, Any] = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in state.items()}
         kernel, layers = ({field.name: found[field.name] for field in fields(kind)} for kind in (Kernel, LayerKernels))
-        return cls(Kernel(**kernel), LayerKernels(**layers))
+        return cls(Kernel(**kernel), LayerKernels(**layers), tuple(found["parameters"]))
 
     def _shapes(self) -> tuple[object, ...]:
         return self.kernel.basis.shape[1:], self.kernel.rest.shape, self.kernel.num_rows, self.layers.products.shape
@@ -144,7 +147,7 @@ class TangentKernels:
 
         Args:
             rate: Learning rate of gradient descent; None where the optimizer is another.
-            steps: Made so far.
+            steps: Made so far, of each optimizer.
             generator: On the device of the outputs.
         """
         found, operator = Found(), kernel_operator(outputs.jacobian, self.kernel)
@@ -223,7 +226,7 @@ class TangentKernels:
         """How far the kernel has turned since the last measurement, and since the first."""
         probes = self.effort.num_projections
         layers = layer_kernels(outputs.jacobian, outputs.layout, self.kernel, num_probes=probes, seed=self.seed, held=HELD)
-        now = Reference(kernel, layers)
+        now = Reference(kernel, layers, outputs.layout.names)
         found.note_layers("ntk_layer_share", estimates.layer_shares(layers))
         if self.first is None or self.last is None or not now.fits(self.first) or not now.fits(self.last):
             self.first = now

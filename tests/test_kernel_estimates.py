@@ -339,3 +339,10 @@ def test_more_gradients_held_tell_more(moved, inputs, layer_truth):
 def test_a_single_gradient_held_is_refused(moved, inputs):
     with pytest.raises(ValueError, match="2 gradients held, not 8 and 1"):
         layer_kernels(jacobian_of(moved[0], inputs), Layout.of(dict(moved[0].named_parameters())), "full", num_probes=8, seed=0, held=1)
+
+
+def test_what_a_kernel_without_entries_points_to_is_no_number(drawn):
+    nothing, kernel = sketched_kernel(torch.zeros_like(drawn[0][0]), "full"), sketched_kernel(drawn[0][0], "full")
+    found = [estimates.velocity(kernel, nothing), estimates.alignment(nothing, one_hot(ROWS)), estimates.velocity(nothing, nothing)]
+
+    assert all(estimate.value.isnan() for estimate in found)

@@ -453,9 +453,11 @@ def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA],
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no neurons": (lambda: MultifractalMonitor(max_neurons=0), "max_neurons=0: at least 2"),
-    "one neuron": (lambda: MultifractalMonitor("neuromfa", max_neurons=1), "max_neurons=1: at least 2"),
-    "no repeats": (lambda: MultifractalMonitor("neuromfa", num_repeats=0), "num_repeats=0: at least 1"),
+    "no neurons": (lambda: MultifractalMonitor(max_neurons=0), "max_neurons=0: a whole number, at least 2"),
+    "one neuron": (lambda: MultifractalMonitor("neuromfa", max_neurons=1), "max_neurons=1: a whole number, at least 2"),
+    "no repeats": (lambda: MultifractalMonitor("neuromfa", num_repeats=0), "num_repeats=0: a whole number, at least 1"),
+    "more radii than memory": (lambda: MultifractalMonitor("neuromfa", threshold=1e9), "threshold=1000000000.0: .*at most 10000"),
+    "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70), "a whole number, from 0"),
     "no edges": (lambda: MultifractalMonitor("neuromfa", threshold=1.0), r"threshold=1.0: .*at least 2"),
     "an infinite edge": (lambda: MultifractalMonitor("neuromfa", threshold=math.inf), "threshold=inf"),
     "a threshold of ranks": (lambda: MultifractalMonitor(threshold=100.0), "threshold=100.0.*mode='neuromfa'"),
@@ -523,3 +525,39 @@ def test_numbers_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> N
         assert first[mode]["failures"] == second[mode]["failures"] == 0
         assert_close(first[mode]["first"], alone[mode]["first"], equal_nan=True)
         assert_close(second[mode]["first"], alone[mode]["first"], equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["rank", "neuromfa"])
+def test_patterns_that_leave_nothing_are_refused_before_training(mode: Any) -> None:
+    with pytest.raises(ValueError, match=r"match=\[\].*leaves no matrix"):
+        watched(mlp(), MultifractalMonitor(mode, match=[]))
+
+
+@pytest.mark.parametrize("kind", [Multifractal, NeuroMFA])
+def test_the_smallest_integers_have_their_magnitudes(kind: type[Multifractal] | type[NeuroMFA]) -> None:
+    def found(held: Tensor) -> dict[str, dict[str, float]]:
+        return numbers(kind(match="held"), Holding(held))
+
+    entries = torch.randint(-128, 128, (64, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+    assert_close(found(entries), found(entries.float()), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_threshold_is_not_taken_from_weights_that_are_no_numbers() -> None:
+    source, net = NeuroMFA(threshold=None), mlp()
+    broken = mlp()
+    nn.init.constant_(broken[0].weight, math.inf)
+
+    first = numbers(source, broken)[""]
+    second = numbers(source, net)[""]
+
+    assert math.isnan(first["neuromfa_alpha0"])
+    assert_close(second, numbers(NeuroMFA(threshold=None), net)[""], rtol=0, atol=0, equal_nan=True)
+
+
+def test_where_all_neurons_are_looked_at_there_is_no_sampling_error() -> None:
+    net = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10))
+
+    logger = watched(net, MultifractalMonitor(max_neurons=400, match="*.0.weight", per_site=True))
+
+    assert set(logger.curve("multifractal_alpha0_error/net.0.weight.in").values()) == {0.0}

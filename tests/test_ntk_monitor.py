@@ -420,3 +420,144 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
         torch.testing.assert_close(first["exact"][0][tag], alone["exact"][0][tag], rtol=1e-3 if "layer" not in tag else 0.5, atol=1e-5)
         torch.testing.assert_close(first["estimated"][0][tag], alone["estimated"][0][tag], rtol=0.3, atol=1e-3)
     assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk_trace"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_examples": True}, "num_examples=True: a whole number"),
+        ({"top_k": True}, "top_k=True: a whole number"),
+        ({"seed": -1}, "seed=-1: a whole number, from 0"),
+        ({"seed": 2**40}, "seed=1099511627776: a whole number, from 0"),
+    ],
+)
+def test_what_would_lose_every_sample_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NTKMonitor(**options)
+
+
+class Waves(nn.Module):
+    """A complex layer before a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complex = nn.Parameter(torch.ones(6, 64, dtype=torch.complex64) / 8)
+        self.real = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.real((x.to(self.complex) @ self.complex.mT).abs())
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (Waves, {}, r"'net\.complex' is complex.*exclude"),
+        (None, {"match": []}, r"match=\[\].*leaves no parameter"),
+        (None, {"exclude": "*"}, r"exclude='\*' leaves no parameter"),
+    ],
+)
+def test_parameters_without_a_kernel_are_refused_before_training(net: Any, options: dict[str, Any], message: str) -> None:
+    module = Ordered(net and net())
+
+    with pytest.raises(ValueError, match=message):
+        watched(module, NTKMonitor(**options))
+    assert module.losses == []
+
+
+def test_real_parameters_beside_complex_ones_have_their_kernel() -> None:
+    module = Ordered(Waves())
+    logger = watched(module, NTKMonitor(exclude="*complex", num_examples=4, every_n_steps=1))
+
+    assert logger.curve("ntk_trace")[2] == pytest.approx(trace_of(module, 4, "real"), rel=1e-5)
+
+
+class InTurn(L.Callback):
+    """One layer is trained, or the other."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for layer, turn in ((pl_module.net[0], 0), (pl_module.net[2], 1)):
+            layer.requires_grad_(trainer.global_step % 2 == turn)
+
+
+@pytest.mark.filterwarnings("ignore:.*no number for 2 of")
+def test_kernels_of_different_parameters_are_not_compared() -> None:
+    logger, monitor = MemoryLogger(), NTKMonitor(num_examples=4, every_n_steps=1)
+    L.Trainer(**SILENT, max_steps=4, logger=logger, callbacks=[InTurn(), monitor]).fit(Ordered())
+
+    assert all(value != value for tag in ("ntk_velocity", "ntk_distance_to_start") for value in logger.curve(tag).values())
+
+
+class TwoOptimizers(Ordered):
+    """Gradient descent on both layers, each by an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=2.0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=2.0) for i in (0, 2)]
+
+
+def test_steps_of_several_optimizers_are_the_same_time() -> None:
+    options: dict[str, Any] = {"kernel": "full", "num_examples": 4, "every_n_steps": 1}
+    options["loss_fn"] = lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])
+    one, two = (watched(module, NTKMonitor(**options), max_steps=6 * num) for module, num in ((Ordered(lr=2.0), 1), (TwoOptimizers(), 2)))
+
+    found = one.curve("ntk_modes_learnt")
+    assert list(two.curve("ntk_modes_learnt").values())[:6] == pytest.approx(list(found.values()))
+    assert max(found.values()) > min(found.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*returned .None")
+def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
+    class Warming(Ordered):
+        """Has no loss at first."""
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    with pytest.warns(UserWarning, match="no number"):
+        logger = watched(Warming(), NTKMonitor(num_examples=4, every_n_steps=1))
+
+    assert [value == value for value in logger.curve("ntk_gauss_newton_trace").values()] == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+@pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
+@pytest.mark.parametrize("options", [{"num_examples": 6}, {"kernel": "sum_of_logits"}, {"train_mode": True}], ids=lambda o: next(iter(o)))
+def test_a_run_that_is_resumed_with_other_options_begins_anew(options: dict[str, Any], tmp_path: Path) -> None:
+    def run(steps: int, path: Path | None, **options: Any) -> MemoryLogger:
+        logger, monitor = MemoryLogger(), NTKMonitor(**({"num_examples": 4, "every_n_steps": 1} | options))
+        trainer = L.Trainer(**SILENT, max_steps=steps, logger=logger, callbacks=[monitor])
+        trainer.fit(Ordered(ImageNet()), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        return logger
+
+    run(2, None)
+    resumed = run(4, tmp_path / "run.ckpt", **options)
+
+    assert [value == value for value in resumed.curve("ntk_distance_to_start").values()] == [False, True]
+
+
+def test_the_batch_of_the_step_is_let_go_of_after_the_sample() -> None:
+    class Looking(L.Callback):
+        """Whether the gauge still has it."""
+
+        held: Any = True
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.held = source._begun
+
+    monitor, looking = NTKMonitor(num_examples=4, every_n_steps=1), Looking()
+    source: Any = monitor.recorders[0].probe.source
+    L.Trainer(**SILENT, max_steps=1, logger=False, callbacks=[monitor, looking]).fit(Ordered())
+
+    assert looking.held is None

@@ -33,9 +33,9 @@ def NTKMonitor(
 ) -> Monitor:
     """The tangent kernel on a kept batch: its size and rank, what it shares with the labels, and how fast it turns.
 
-    The first batch seen is kept, and run through `training_step` again after due steps, in eval mode, with everything put back that it
-    changes; the Jacobian is never formed. A kernel that takes at most 128 pairs of products with it (examples times outputs; examples alone
-    for the sum of the outputs) is exact, others are estimated, with errors.
+    The first batch seen that has a kernel is kept, and run through `training_step` again after due steps, in eval mode, with everything
+    put back that it changes; the Jacobian is never formed. A kernel that takes at most 128 pairs of products with it (examples times
+    outputs; examples alone for the sum of the outputs) is exact, others are estimated, with errors.
 
     A sample is worth tens to hundreds of training steps, which is why the cadences are long.
 

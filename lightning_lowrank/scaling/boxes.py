@@ -6,7 +6,7 @@ Shape letters:  B any batch axes   S nodes that boxes are grown around   N what 
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, Shaped
 from torch import Tensor
 
 from lightning_lowrank.scaling.scaling import ORDERS, Scaling
@@ -52,6 +52,12 @@ def counts(values: Float[Tensor, "*B S N"], limits: Float[Tensor, "*B R"], compa
             for i, limit in enumerate(row):
                 counted[:, i] = compare(part, limit, out=held).sum(-1)
     return found
+
+
+def magnitudes(weights: Shaped[Tensor, "*B"], dtype: torch.dtype) -> Float[Tensor, "*B"]:
+    """Absolute values, of numbers of any kind."""
+    # Widened first: the smallest integer has no absolute value of its own kind, a truth value none at all.
+    return weights.abs().to(dtype) if weights.is_complex() else weights.to(dtype).abs()
 
 
 def graph_distances(lengths: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B N N"]:

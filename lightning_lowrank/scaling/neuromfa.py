@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from lightning_lowrank.scaling.boxes import magnitudes
 from lightning_lowrank.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.spectrum import full_precision, working_dtype
 
@@ -85,7 +86,7 @@ def _edge_counts(weights: Sequence[Num[Tensor, "_ _"]], threshold: float) -> Flo
     """Number of edges of each length 1, 2, ... of each neuron of all matrices; NaN where one of them is not finite."""
     counts = []
     for weight in weights:
-        finite = torch.isfinite(weight.abs().sum(dtype=working_dtype(weight.device)))
+        finite = torch.isfinite(weight).all()
         for part in weight.split(max(1, CHUNK // max(1, weight.shape[1]))):
             counts.append(torch.where(finite, _rounded_lengths(part, threshold), torch.nan))
     return torch.cat(counts)
@@ -93,7 +94,7 @@ def _edge_counts(weights: Sequence[Num[Tensor, "_ _"]], threshold: float) -> Flo
 
 def _rounded_lengths(weight: Num[Tensor, "S N"], threshold: float) -> Float[Tensor, "S T"]:
     num_radii = round(threshold)
-    lengths = 1 / weight.abs().to(working_dtype(weight.device))
+    lengths = 1 / magnitudes(weight, working_dtype(weight.device))
     kept = (lengths > 1) & (lengths <= threshold)
     # What is not kept is counted as 0, a length that no edge has.
     rounded = torch.where(kept, lengths, 0.0).round().long()
@@ -145,5 +146,5 @@ def emergence(
 
 def typical_threshold(weights: Sequence[Num[Tensor, "_ _"]]) -> Float[Tensor, ""]:
     """Three over the root mean square of all weights: a threshold that keeps most edges of Gaussian weights, whatever their scale."""
-    squares = torch.stack([weight.abs().to(working_dtype(weight.device)).square().sum() for weight in weights]).sum()
+    squares = torch.stack([magnitudes(weight, working_dtype(weight.device)).square().sum() for weight in weights]).sum()
     return 3 / (squares / sum(weight.numel() for weight in weights)).sqrt()

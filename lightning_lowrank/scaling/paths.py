@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from lightning_lowrank.scaling.boxes import box_counting
+from lightning_lowrank.scaling.boxes import box_counting, magnitudes
 from lightning_lowrank.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.spectrum import full_precision, working_dtype
 
@@ -46,7 +46,7 @@ def path_distances(weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, "
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"matrix {i} has entries that are not finite: there are no paths through it")
     with full_precision(weights[0].device):
-        lengths = [1 / weight.abs().to(working_dtype(weight.device)) for weight in weights]
+        lengths = [1 / magnitudes(weight, working_dtype(weight.device)) for weight in weights]
         sizes = [weights[0].shape[0], *(weight.shape[1] for weight in weights)]
         found = lengths[0].new_full((len(sources), sum(sizes)), math.inf).scatter_(1, sources[:, None], 0.0)
         layers = found.split(sizes, -1)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from lightning_lowrank.scaling.boxes import counts
+from lightning_lowrank.scaling.boxes import counts, magnitudes
 from lightning_lowrank.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.spectrum import full_precision, working_dtype
 
@@ -133,8 +133,8 @@ def _magnitudes(matrix: Num[Tensor, "S N"]) -> Pieces:
     """In float32, a few rows at a time, as often as asked; a matrix that is larger than a chunk is never copied whole."""
     step = _rows(matrix)
     if matrix.numel() > CHUNK:
-        return lambda: (piece.abs().float().contiguous() for piece in matrix.split(step))
-    whole = matrix.abs().float().contiguous()
+        return lambda: (magnitudes(piece, torch.float32).contiguous() for piece in matrix.split(step))
+    whole = magnitudes(matrix, torch.float32).contiguous()
     return lambda: iter(whole.split(step))
 
 

@@ -59,8 +59,10 @@ class Neurons(Gauge):
     shared = True
 
     def __init__(self, weights: Weights, *, max_neurons: int | None, seed: int) -> None:
-        if max_neurons is not None and max_neurons < 2:
-            raise ValueError(f"max_neurons={max_neurons}: at least 2, or None for all")
+        if max_neurons is not None and (type(max_neurons) is not int or max_neurons < 2):
+            raise ValueError(f"max_neurons={max_neurons!r}: a whole number, at least 2, or None for all")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**32 - 1")
         self._weights, self._max_neurons, self._seed = weights, max_neurons, seed
         self._found: Sequence[Numbers] | None = None
 
@@ -71,6 +73,8 @@ class Neurons(Gauge):
     def plan(self, module: nn.Module) -> None:
         """Choose the sites."""
         self._weights.plan(module)
+        if self._weights.match is not None and not self._weights.sites:
+            raise ValueError(f"match={self._weights.match!r} without exclude={self._weights.exclude!r} leaves no matrix to measure")
 
     def batch_begins(self, begun: Begun) -> None:
         """Measure, once in a sample: weights are the same until an optimizer steps."""
@@ -146,7 +150,7 @@ class Multifractal(Neurons):
                 draws = self._drawn(part.entries.device)
                 scaling = counted_apart(part, direction, team, max_neurons=self._max_neurons, generator=draws)
                 if owner == team.rank:
-                    yield from self._statistics([part.label], direction, scaling, draws)
+                    yield from self._statistics([part.label], direction, part.shape, scaling, draws)
 
     def _of_matrices(self, sites: Sequence[Site], team: Team) -> Iterator[Numbers]:
         """Of those that come whole to one process: all of one shape at once."""
@@ -160,7 +164,7 @@ class Multifractal(Neurons):
                 for direction in DIRECTIONS:
                     draws = self._drawn(matrices.device)
                     scaling = multifractal_spectrum(matrices, direction=direction, max_neurons=self._max_neurons, generator=draws)
-                    yield from self._statistics([label for label, _ in some], direction, scaling, draws)
+                    yield from self._statistics([label for label, _ in some], direction, shape, scaling, draws)
 
     def _matrices(self, sites: Sequence[Site], team: Team) -> Iterator[tuple[str, Num[Tensor, "_ _"]]]:
         """What is this process's to measure, whole."""
@@ -173,15 +177,20 @@ class Multifractal(Neurons):
             except Exception as error:  # a user's parametrization may raise anything, and the other sites are none the worse for it
                 self.trouble = error
 
-    def _statistics(self, labels: Sequence[str], direction: str, scaling: Scaling, draws: torch.Generator) -> Iterator[Numbers]:
-        """Of a batch of matrices."""
+    def _statistics(
+        self, labels: Sequence[str], direction: str, shape: Sequence[int], scaling: Scaling, draws: torch.Generator
+    ) -> Iterator[Numbers]:
+        """Of a batch of matrices of one shape."""
         values = {f"multifractal_{name}": find(name)(scaling) for name in OF_A_MATRIX}
-        found = values, self._errors(scaling, draws), vectors("multifractal", scaling)
+        found = values, self._errors(scaling, shape[DIRECTIONS.index(direction)], draws), vectors("multifractal", scaling)
         for i, label in enumerate(labels):
             yield Numbers(f"{label}.{direction}", *({name: row[i] for name, row in rows.items()} for rows in found))
 
-    def _errors(self, scaling: Scaling, draws: torch.Generator) -> dict[str, Float[Tensor, " n"]]:
+    def _errors(self, scaling: Scaling, count: int, draws: torch.Generator) -> dict[str, Float[Tensor, " n"]]:
+        """None where all of so many neurons are looked at."""
         asked = [name for name in OF_A_MATRIX if name in self._estimated]
+        if self._max_neurons is not None and self._max_neurons >= count:
+            return {f"multifractal_{name}": scaling.only_valid(torch.zeros_like(scaling.fit[..., 0])) for name in asked}
         return {f"multifractal_{name}": standard_error(name, scaling, generator=draws) for name in asked}
 
 

@@ -4,7 +4,7 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix   K samples of 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ OF_THE_NETWORK = ("asymmetry", "scaling_fit", "decades", "kept_share")
 # The orders of nulls: a concave tau has its width at the ends, and the sums over a network take most of the time.
 FEW_ORDERS = ORDERS[::5]
 
-# Of thresholds that are chosen: a table has a column for each integer radius, and weights may be zero.
+# Of thresholds: a table has a column for each integer radius, and weights may be zero.
 LONGEST = 10_000.0
 
 
@@ -67,10 +67,11 @@ class NeuroMFA(Neurons):
         seed: int = 0,
     ) -> None:
         super().__init__(Weights(match=match, exclude=exclude, views=views), max_neurons=max_neurons, seed=seed)
-        if num_repeats < 1:
-            raise ValueError(f"num_repeats={num_repeats}: at least 1")
-        if threshold is not None and not (isfinite(threshold) and threshold >= 2):
-            raise ValueError(f"threshold={threshold}: the longest edge 1 / |w| that is kept, at least 2; published is {THRESHOLD:g}")
+        if type(num_repeats) is not int or num_repeats < 1:
+            raise ValueError(f"num_repeats={num_repeats!r}: a whole number, at least 1")
+        if threshold is not None and not (isinstance(threshold, float | int) and 2 <= threshold <= LONGEST):
+            why = f"the longest edge 1 / |w| that is kept, at least 2 and at most {LONGEST:g}; published is {THRESHOLD:g}"
+            raise ValueError(f"threshold={threshold!r}: {why}")
         self._num_repeats, self._threshold = num_repeats, threshold
         self._frozen: float | None = None
         self._first: dict[str, Tensor] = {}
@@ -127,11 +128,19 @@ class NeuroMFA(Neurons):
             yield from [matrices.flatten(0, -2)] if "qkv" in site.view.pattern else matrices.flatten(0, -3)
 
     def _scaling(self, matrices: Sequence[Tensor], orders: Sequence[float]) -> Scaling:
+        longest = self._longest(matrices)
+        known: dict[str, Any] = {"max_neurons": self._max_neurons, "num_repeats": self._num_repeats, "threshold": longest}
+        return multifractal_spectrum(matrices, "neuromfa", generator=self._drawn(matrices[0].device), orders=orders, **known)
+
+    def _longest(self, matrices: Sequence[Tensor]) -> float:
+        """The threshold, that of the first weights which are finite and not all 0."""
         if self._frozen is None:
             # The one wait for the device, in the first sample of a run: the number of radii depends on it.
-            self._frozen = self._threshold or min(max(2.0, float(typical_threshold(matrices))), LONGEST)
-        known: dict[str, Any] = {"max_neurons": self._max_neurons, "num_repeats": self._num_repeats, "threshold": self._frozen}
-        return multifractal_spectrum(matrices, "neuromfa", generator=self._drawn(matrices[0].device), orders=orders, **known)
+            chosen = self._threshold or float(typical_threshold(matrices))
+            if not 0 < chosen < inf:
+                return THRESHOLD
+            self._frozen = min(max(2.0, chosen), LONGEST)
+        return self._frozen
 
     def _describe(self, scaling: Scaling, end: str, values: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
         """Means over the samples of neurons that have a spectrum, with their errors."""

@@ -72,6 +72,7 @@ class TangentKernel(Gauge):
         _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST), top_k=(top_k, 1))
         self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
         _refuse_small(num_outputs=(self.num_outputs, 1))
+        _refuse_odd(loss_fn, train_mode, seed)
         self.match, self.exclude, self.output_module = match, exclude, output_module
         self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
         self.state = TangentKernels(kernel, Effort(top_k, num_projections, steps=STEPS[kernel]), seed)
@@ -92,6 +93,8 @@ class TangentKernel(Gauge):
     def plan(self, module: nn.Module) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
         self._named = chosen_parameters(module, self.match, self.exclude)
+        if not self._named:
+            raise ValueError(f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of")
         if self._module is not module:
             self._begin(module)
 
@@ -106,7 +109,7 @@ class TangentKernel(Gauge):
     def batch_begins(self, begun: Begun) -> None:
         """Keep the first batch."""
         self._begun, self._shared = begun, begun.team.size > 1
-        if self._replay.batch is None and self._waiting:
+        if self._replay.batch is None and self._waiting and self._waiting.get("options") == self._options:
             self._take_up(self._waiting, next(begun.module.parameters()).device)
         if self._replay.batch is None:
             self.state.forget()
@@ -115,12 +118,14 @@ class TangentKernel(Gauge):
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """Everything about the kernel as it is after the step."""
-        begun = self._begun
+        begun, self._begun = self._begun, None
         assert begun is not None
+        # Lightning counts the steps of all optimizers.
+        steps = self._module.trainer.global_step // len(begun.optimizers)
         with ExitStack() as stack:
             outputs = self._outputs(stack, team)
             generator = torch.Generator(outputs.jacobian.outputs.device).manual_seed(begun.seed)
-            found = self.state.measure(outputs, _rate(begun.optimizers), self._module.trainer.global_step, generator)
+            found = self.state.measure(outputs, _rate(begun.optimizers), steps, generator)
         self._num_rows = outputs.shape[0]
         return list(_numbers(found, list(self._trained)))
 
@@ -138,7 +143,7 @@ class TangentKernel(Gauge):
         """The kept batch, with the kernels that later ones are compared with.
 
         Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a run that is resumed
-        then begins anew.
+        then begins anew, as it does with other options.
         """
         if self._waiting:
             return dict(self._waiting)
@@ -146,7 +151,7 @@ class TangentKernel(Gauge):
         if first is None or last is None or self._shared or not _is_plain(self._replay.batch):
             return {}
         known: dict[str, Any] = {"batch": self._replay.batch, "batch_idx": self._replay.batch_idx, "tops": dict(self.state.tops)}
-        known |= {"first": first.state_dict(), "last": last.state_dict()}
+        known |= {"first": first.state_dict(), "last": last.state_dict(), "options": self._options}
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -159,6 +164,13 @@ class TangentKernel(Gauge):
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """With others a kernel is another, of other rows or outputs."""
+        drawn = {"seed": self.seed, "num_outputs": self.num_outputs, "num_projections": self.state.effort.num_projections}
+        seen = {"num_examples": self.num_examples, "train_mode": self.train_mode, "output_module": self.output_module}
+        return {"kernel": self.state.kernel} | drawn | seen
+
     def _new_replay(self) -> Replay:
         return Replay(self.loss_fn, self.num_examples, eval_mode=not self.train_mode, seed=self.seed)
 
@@ -170,6 +182,9 @@ class TangentKernel(Gauge):
             if isinstance(parameter, DTensor):
                 why = "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' or on one device"
                 raise ValueError(f"{name!r} is sharded, and a tangent kernel cannot be seen: {why}")
+        for name, parameter in self._named.items():
+            if parameter.is_complex() and parameter.requires_grad:
+                raise ValueError(f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match")
         for path, part in module.named_modules():
             if self.train_mode and isinstance(part, nn.SyncBatchNorm) and module.trainer.world_size > 1:
                 raise ValueError(f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False")
@@ -193,8 +208,11 @@ class TangentKernel(Gauge):
         except Exception as failed:
             error = failed
         outputs = kernel_outputs(own, self._trained, team)
-        if outputs is None:
-            raise error or RuntimeError("another process has no outputs, or of another kind")
+        if outputs is None or not len(outputs.jacobian.outputs):
+            if self.state.first is None:  # of another batch there may be a kernel
+                self._replay.batch = None
+            alone = "another process has no outputs, or of another kind"
+            raise error or RuntimeError(alone if outputs is None else "no row of the outputs has a share in the loss")
         return outputs
 
 
@@ -228,5 +246,15 @@ def _is_plain(batch: Any) -> bool:
 
 def _refuse_small(**numbers: tuple[int, int]) -> None:
     for name, (number, least) in numbers.items():
-        if not isinstance(number, int) or number < least:
+        if type(number) is not int or number < least:
             raise ValueError(f"{name}={number!r}: a whole number, at least {least}")
+
+
+def _refuse_odd(loss_fn: object, train_mode: object, seed: object) -> None:
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step")
+    if type(train_mode) is not bool:
+        raise ValueError(f"train_mode={train_mode!r}: True or False")
+    # With the number of the process added it seeds numpy, which takes 32 bits.
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
