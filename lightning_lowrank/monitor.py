@@ -17,10 +17,11 @@ from lightning_lowrank.alerts.rules import Alert
 from lightning_lowrank.alerts.watch import Watch
 from lightning_lowrank.gauges import recorder_of
 from lightning_lowrank.journal import Journal
-from lightning_lowrank.probe import Probe
+from lightning_lowrank.probe import Probe, refuse_namesakes
 from lightning_lowrank.recorder import Recorder
 from lightning_lowrank.sampling import Sampling, plan
 from lightning_lowrank.schedules import shared_budget
+from lightning_lowrank.sources.gauge import refuse_seed
 
 
 class Monitor(Account, L.Callback):
@@ -54,9 +55,8 @@ class Monitor(Account, L.Callback):
         name: str | None = None,
         label: str = "monitor",
     ) -> None:
-        names = [probe.name for probe in probes]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"a monitor takes at least one probe, each with a name of its own; these are {names}")
+        refuse_namesakes(probes)
+        refuse_seed(seed)
         if per_site not in (True, False, "auto"):
             raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed

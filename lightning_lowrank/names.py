@@ -28,7 +28,10 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
         ValueError: A pattern fits none; the message has the nearest names and some of what there is.
     """
     found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
+        raise ValueError(f"{argument}={patterns!r}: patterns are words, one or a list of them: globs, 're:REGEX', 'type:LAYERCLASS'")
+    for pattern in several:
         test = _test(argument, pattern)
         hits = {name for name, layer in layers.items() if test(name, layer)}
         if not hits:

@@ -226,7 +226,7 @@ def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, " P"]:
-    return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+    return torch.cat([(tensor.to_dense() if tensor.is_sparse else tensor).reshape(-1).to(dtype) for tensor in tensors])
 
 
 def _parts(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

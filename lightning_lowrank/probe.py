@@ -42,6 +42,17 @@ class Probe:
             raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {_offered(self.source)}")
 
 
+def refuse_namesakes(probes: Sequence[Probe]) -> None:
+    """Of one monitor.
+
+    Raises:
+        ValueError: There is no probe, or two of them have one name.
+    """
+    names = [probe.name for probe in probes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a monitor takes at least one probe, each with a name of its own; these are {names}")
+
+
 def offers(source: Source, name: str) -> bool:
     """Whether there is such a statistic of what the source reads."""
     if isinstance(source, Gauge):

@@ -85,6 +85,8 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str) -> None:
 WRONG_TYPES = {
     "RankMonitor(per_site='maybe')": r"per_site='maybe'.*True, False or 'auto'",
     "RankMonitor(per_site=None)": r"per_site=None.*True, False or 'auto'",
+    "RankMonitor(seed=1.5)": r"seed=1.5: a whole number",
+    "CurvatureMonitor(seed=None)": r"seed=None: a whole number",
     "RankMonitor(every_n_steps=2.5)": r"n=2.5.*whole",
     "RankMonitor(max_overhead='1 %')": r"max_overhead.*share='1 %'.*above 0 and below 1",
     "RankMonitor(every_n_steps='50')": r"n='50'.*whole",

@@ -506,3 +506,11 @@ def test_overlap_is_with_the_sample_before(every: int) -> None:
     for name, expected in (("overlap", overlaps), ("overlap_chance", chances)):
         curve = np.array(list(logger.curve(f"gradient_subspace_{name}/net.0.weight").values()))
         assert_close(curve, np.array([np.nan, *expected]), rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:The total number of parameters")  # of Lightning's summary
+def test_lazy_layers_are_read_once_they_have_a_shape() -> None:
+    logger = run(InOrder(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))), [Weights()], statistics=["stable_rank"])
+
+    assert set(logger.curve("weight_stable_rank/net.0.weight")) == set(range(1, len(list(batches()))))

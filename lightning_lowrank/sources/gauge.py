@@ -63,6 +63,16 @@ class Numbers:
     curves: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
 
 
+def refuse_seed(seed: object) -> None:
+    """Of what is drawn at random.
+
+    Raises:
+        ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32 bits.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
+
+
 class Gauge(Source):
     """A source of finished numbers.
 

@@ -19,7 +19,7 @@ from lightning_lowrank.scaling.bootstrap import FEWEST_NODES, TRUSTED, standard_
 from lightning_lowrank.scaling.multifractal import DIRECTIONS, multifractal_spectrum
 from lightning_lowrank.scaling.scaling import Scaling
 from lightning_lowrank.sites import Site
-from lightning_lowrank.sources.gauge import Gauge, Numbers, Quantity
+from lightning_lowrank.sources.gauge import Gauge, Numbers, Quantity, refuse_seed
 from lightning_lowrank.sources.scaling_curves import curves, vectors
 from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.sources.weight_parts import counted_apart, lies_apart, parts
@@ -61,8 +61,7 @@ class Neurons(Gauge):
     def __init__(self, weights: Weights, *, max_neurons: int | None, seed: int) -> None:
         if max_neurons is not None and (type(max_neurons) is not int or max_neurons < 2):
             raise ValueError(f"max_neurons={max_neurons!r}: a whole number, at least 2, or None for all")
-        if type(seed) is not int or not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**32 - 1")
+        refuse_seed(seed)
         self._weights, self._max_neurons, self._seed = weights, max_neurons, seed
         self._found: Sequence[Numbers] | None = None
 

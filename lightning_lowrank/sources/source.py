@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lowrank.sites import Site, sites
@@ -185,12 +186,12 @@ class ParameterSource(Source):
 
     def __post_init__(self) -> None:
         self.sites: list[Site] = []
-        self._seen: tuple[tuple[str, int], ...] = ()
+        self._seen: tuple[tuple[str, int, bool], ...] = ()
 
     def plan(self, module: nn.Module) -> None:
         """Choose the sites, anew only when parameters came or went."""
-        # With names: a parametrization keeps the parameter and changes where it is.
-        seen = tuple((name, id(parameter)) for name, parameter in module.named_parameters())
+        # With names: a parametrization keeps the parameter and changes where it is, as a lazy module keeps it and gives it a shape.
+        seen = tuple((name, id(parameter), is_lazy(parameter)) for name, parameter in module.named_parameters())
         if seen != self._seen:
             chosen = {"match": self.match, "exclude": self.exclude, "min_size": self.min_size, "heads": self.heads, "views": self.views}
             self.sites = sites(module, **chosen)  # type: ignore[arg-type]

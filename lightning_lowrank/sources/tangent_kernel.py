@@ -14,7 +14,7 @@ from lightning_lowrank.kernel_outputs import KernelOutputs, OwnOutputs, kernel_o
 from lightning_lowrank.kernels import FEWEST, KernelName
 from lightning_lowrank.names import chosen_parameters
 from lightning_lowrank.replay import Replay, refuse_replay
-from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity, refuse_seed
 from lightning_lowrank.sources.source import Begun
 from lightning_lowrank.tangent_kernel import Effort, Reference, TangentKernels, names
 from lightning_lowrank.tap import module_named
@@ -72,7 +72,8 @@ class TangentKernel(Gauge):
         _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST), top_k=(top_k, 1))
         self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
         _refuse_small(num_outputs=(self.num_outputs, 1))
-        _refuse_odd(loss_fn, train_mode, seed)
+        _refuse_odd(loss_fn, train_mode)
+        refuse_seed(seed)
         self.match, self.exclude, self.output_module = match, exclude, output_module
         self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
         self.state = TangentKernels(kernel, Effort(top_k, num_projections, steps=STEPS[kernel]), seed)
@@ -250,11 +251,8 @@ def _refuse_small(**numbers: tuple[int, int]) -> None:
             raise ValueError(f"{name}={number!r}: a whole number, at least {least}")
 
 
-def _refuse_odd(loss_fn: object, train_mode: object, seed: object) -> None:
+def _refuse_odd(loss_fn: object, train_mode: object) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step")
     if type(train_mode) is not bool:
         raise ValueError(f"train_mode={train_mode!r}: True or False")
-    # With the number of the process added it seeds numpy, which takes 32 bits.
-    if type(seed) is not int or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
