@@ -22,6 +22,8 @@ SOLVED = 1024
 LARGEST_DEVIATION = 0.05
 # Trial vectors beside those that are wanted, and how often they are multiplied.
 BESIDE, ROUNDS = 6, 8
+# Share of the gradient's energy of which more is residue or spike where one of the two rules.
+RULING = 0.5
 # Share of the energy of the signals that their directions are to hold.
 ENERGY = 0.95
 
@@ -127,7 +129,8 @@ def split(gradient: Float[Tensor, "M N"], residues: Basis, spikes: Basis) -> dic
     """Shares of the gradient's energy by the signals' directions on its left and the inputs' on its right; they sum to one.
 
     Residue: left inside, right outside. Interpolant: both inside. Spike: left outside, right inside. Bulk: both outside. With what random
-    directions, as many, would give of each as `_chance`. NaN where no direction of the inputs counts, or the signals' are all there are.
+    directions, as many, would give of each as `_chance`. Which of residue and spike rules is told where both hold more than half. NaN where
+    no direction of the inputs counts, or the signals' are all there are.
     """
     left, right = residues.counted @ gradient, gradient @ spikes.counted.mT
     energy, both = gradient.square().sum(), (left @ spikes.counted.mT).square().sum()
@@ -138,7 +141,7 @@ def split(gradient: Float[Tensor, "M N"], residues: Basis, spikes: Basis) -> dic
     by_chance = (on_left * (1 - on_right), on_left * on_right, (1 - on_left) * on_right, (1 - on_left) * (1 - on_right))
     is_told = (spikes.size > 0) & (on_left < 1) & (energy > 0)
     named = dict(zip((*SHARES, *(f"{name}_chance" for name in SHARES)), (*shares, *by_chance), strict=True))
-    named["spike_dominance"] = ratio(spike, spike + residue)
+    named["spike_dominance"] = torch.where(spike + residue > RULING, ratio(spike, spike + residue), torch.nan)
     return {name: torch.where(is_told, value, torch.nan) for name, value in named.items()}
 
 

@@ -17,6 +17,9 @@ from lightning_lowrank.spectrum import working_dtype
 # The largest units that a Hill exponent is of, at least.
 FEWEST_LARGEST = 5
 
+# Mean logarithm of the largest over the next unit that an exponent is told from: less is rounding, or a first update of Adam.
+NARROWEST = 1e-3
+
 # Standard deviation of logarithms that a slope is over, at least.
 LEAST_SPREAD = 0.01
 
@@ -61,14 +64,15 @@ def hill_exponent(values: Float[Tensor, "*B n"], share: float = 0.1) -> Float[Te
     """Exponent a of the tail `P(X > x) ~ x ** -a` by the largest tenth: the smaller, the heavier.
 
     Returns:
-        Above 0. NaN also where the tenth is fewer than five units, has no spread, or where the next is zero.
+        From 0 to 1000. NaN also where the tenth is fewer than five units, where they are within a thousandth of each other, or where the
+        next is zero.
     """
     ordered = _shares(values).sort(dim=-1, descending=True).values
     count = int(share * ordered.shape[-1])
     if count < FEWEST_LARGEST:
         return torch.full_like(ordered.sum(-1), torch.nan)
     spread = (ordered[..., :count] / ordered[..., count : count + 1]).log().mean(-1)
-    return torch.where((spread > 0) & spread.isfinite(), 1 / spread, torch.nan)
+    return torch.where((spread > NARROWEST) & spread.isfinite(), 1 / spread, torch.nan)
 
 
 def matthew_slope(before: Float[Tensor, "*B n"], growth: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:

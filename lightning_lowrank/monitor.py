@@ -104,7 +104,7 @@ class Monitor(Account, L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say so if the run that is resumed was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
-            self._journal.say("the checkpoint has no state of this monitor with these quantities: displacement and overlap begin anew")
+            self._journal.say("the checkpoint has no state of this monitor with these quantities: what is held against it begins anew")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and a second monitor that would write the same tags."""

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lightning_lowrank.names import fitting, tag
-from lightning_lowrank.views import is_fused
+from lightning_lowrank.views import is_fused, is_transposed
 
 # Layers that queries, keys or values come from, by the last part of their names.
 PROJECTION = re.compile(r"([qkv]|query|key|value)(_?proj|_?lin|s)?|(to_?|w_?)[qkv]", re.IGNORECASE)
@@ -136,7 +136,7 @@ def _belong_together(first: str, second: str) -> bool:
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers that multiply what comes in by a weight, in the order of the module."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd) or _is_conv1d(layer)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd) or is_transposed(layer)}
 
 
 def _part(name: str, layer: nn.Module, count: int, argument: str) -> Part:
@@ -156,7 +156,7 @@ def _weight(layer: nn.Module) -> nn.Parameter | None:
 
 
 def _axis(layer: nn.Module) -> int:
-    return 0 if _is_conv1d(layer) or isinstance(layer, _ConvTransposeNd) else 1
+    return 0 if is_transposed(layer) or isinstance(layer, _ConvTransposeNd) else 1
 
 
 def _inputs(layer: nn.Module) -> int:
@@ -170,8 +170,3 @@ def _outputs(layer: nn.Module) -> int:
 def _size(layer: nn.Module, *names: str) -> int:
     """As the layer says: to look at a parametrised weight would compute it, and may change it."""
     return next((getattr(layer, name) for name in names if hasattr(layer, name)), 0)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, a linear layer with the weight transposed."""
-    return not isinstance(layer, _ConvNd) and any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)

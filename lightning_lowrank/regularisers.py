@@ -10,10 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lowrank import trainers
 from lightning_lowrank.names import chosen_parameters
+from lightning_lowrank.sources.features import unheard
+
+# Outputs of one example: each takes a backward pass.
+MOST_OUTPUTS = 256
 
 
 def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor, ""]:
@@ -49,7 +54,7 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
         match: Weights, as for monitors: of all linear layers unless given.
 
     Raises:
-        ValueError: There is no weight of a linear layer among those that fit.
+        ValueError: There is no weight of a linear layer among those that fit, or an example has more than 256 outputs.
 
     Example:
         >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
@@ -59,9 +64,11 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not layers:
         raise ValueError(f"jacobian_penalty: match={match!r} fits no weight of a linear layer of {type(module).__name__}")
-    with _heard(layers) as calls, _in_eval_mode(module):
+    with unheard(), _heard(layers) as calls, _in_eval_mode(module):
         outputs = module(inputs)
     rows = outputs.reshape(len(inputs), -1)
+    if rows.shape[1] > MOST_OUTPUTS:
+        raise ValueError(f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; {MOST_OUTPUTS} at most")
     total: Tensor = rows.new_zeros(())
     for column in rows.unbind(1):
         signals = torch.autograd.grad(column.sum(), [output for _, output in calls], create_graph=True, allow_unused=True)
@@ -74,8 +81,11 @@ class JacobianPenalty(L.Callback):
     """Logs the Jacobian penalty of every batch as `jacobian_penalty`, and adds it to the loss if it is asked to.
 
     It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and DDP treat it as a
-    part of the loss; the loss that `training_step` logged is without it. On steps at which `GradientAnatomyMonitor` is due the penalty's
-    own pass is heard too, and its shares are blank.
+    part of the loss; the loss that `training_step` logged is without it. `GradientAnatomyMonitor` hears the training's own pass alone: what
+    a penalty that is added brings into a gradient is its `deviation`, and above 5 % of the gradient the shares are blank.
+
+    Where it is only logged, what goes wrong is NaN and one warning; where it is to be added, a training without it would be another one, so
+    that it ends with an error in its first batch.
 
     Args:
         strength: What the penalty is multiplied by.
@@ -84,7 +94,8 @@ class JacobianPenalty(L.Callback):
         inputs_of: `batch -> inputs`; the batch, or the first of a tuple or list, unless given.
 
     Raises:
-        ValueError: When training starts: the module optimises by hand, and the penalty is to be added.
+        ValueError: When training starts: the module has no `forward`, or it optimises by hand and the penalty is to be added. In the first
+            batch, if it is to be added: inputs are no tensor, no weight of a linear layer fits, or there are more than 256 outputs.
 
     Example:
         >>> JacobianPenalty(1e-3, add=True).add
@@ -100,28 +111,45 @@ class JacobianPenalty(L.Callback):
         inputs_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.strength, self.add, self.match, self.inputs_of = strength, add, match, inputs_of or _first
-        self._inputs: Tensor | None = None
+        self._batch: Any = None
+        self._is_told = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what it cannot know: which of several losses to add to."""
+        """Refuse what it cannot know: how to run the module, and which of several losses to add to."""
         if self.add and not pl_module.automatic_optimization:
             raise ValueError("JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step")
+        if type(pl_module).forward is L.LightningModule.forward:
+            raise ValueError(f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the inputs."""
-        self._inputs = self.inputs_of(batch)
+        """Keep the batch."""
+        self._batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Measure, and add."""
-        assert self._inputs is not None
-        penalty = jacobian_penalty(pl_module, self._inputs, self.match)
+        penalty = self._measured(pl_module)
         pl_module.log("jacobian_penalty", penalty.detach())
         if self.add:
             loss.add_((self.strength * trainers.loss_scale(trainer, pl_module) * penalty).to(loss.dtype))
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Let go of the inputs."""
-        self._inputs = None
+        """Let go of the batch."""
+        self._batch = None
+
+    def _measured(self, module: L.LightningModule) -> Float[Tensor, ""]:
+        """The penalty of the batch; NaN where it cannot be had and is not to be added."""
+        try:
+            inputs = self.inputs_of(self._batch)
+            if not isinstance(inputs, Tensor):
+                raise ValueError(f"JacobianPenalty: inputs are a {type(inputs).__name__} and no tensor; say where they are by inputs_of=")
+            return jacobian_penalty(module, inputs, self.match)
+        except Exception as error:  # to watch must not end a run
+            if self.add:
+                raise
+            if not self._is_told:
+                rank_zero_warn(f"lightning_lowrank: no Jacobian penalty is logged ({type(error).__name__}): {error}")
+            self._is_told = True
+            return torch.full((), torch.nan, device=module.device)
 
 
 def _squared(inputs: Tensor, signals: Tensor) -> Float[Tensor, ""]:

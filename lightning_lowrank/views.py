@@ -151,6 +151,11 @@ def _gates(axis: str) -> "Rule":
     return rule
 
 
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, a linear layer whose weight has its inputs as rows."""
+    return not isinstance(layer, _ConvNd) and any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
+
+
 def _bilinear(module: nn.Module, local: str, parameter: Tensor, heads: bool) -> View | None:
     """One bilinear form per output."""
     return _known("outputs m n -> outputs m n")
@@ -158,7 +163,7 @@ def _bilinear(module: nn.Module, local: str, parameter: Tensor, heads: bool) -> 
 
 def _by_name(module: nn.Module, name: str, parameter: Tensor) -> View | None:
     """Layers without a rule: fused attention by its name, transformers' transposed `Conv1D` by its class, others by their axes."""
-    transposed = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and parameter.ndim == 2
+    transposed = is_transposed(module) and parameter.ndim == 2
     if is_fused(name, (parameter.shape[1], parameter.shape[0]) if transposed else parameter.shape):
         return _known("n (qkv d) -> qkv d n" if transposed else "(qkv d) n -> qkv d n")
     if transposed:

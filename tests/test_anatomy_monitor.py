@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lowrank import GradientAnatomyMonitor, Monitor, NotLowRankAlert, ResidueSuppressedAlert, spiked_data
 from lightning_lowrank.anatomy import SHARES, Sides, anatomy
-from lightning_lowrank.sources.pairs import Pairs, PairTap
+from lightning_lowrank.sources.pairs import Pairs, PairTap, as_matrix
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, Tied
 from tests.processes import together
 from tests.test_data_parallel import InOrder
@@ -45,7 +46,7 @@ def heard(layers: list[nn.Module], forward: Callable[[], Tensor], max_rows: int 
     assert tap.gradient is not None
     pairs = tap.take()
     assert pairs is not None
-    return pairs, tap.gradient.flatten(1)
+    return pairs, as_matrix(layers[0], tap.gradient)
 
 
 def draws(*shape: int) -> Tensor:
@@ -60,6 +61,7 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "over a line": (nn.Conv1d(3, 5, 4, stride=2, padding=1), (4, 3, 11)),
     "without a batch": (nn.Conv2d(3, 5, 3), (3, 6, 7)),
     "linear": (nn.Linear(6, 4), (9, 6)),
+    "transposed, of transformers": (Conv1D(4, 6), (3, 5, 6)),
     "linear over sequences": (nn.Linear(6, 4, bias=False), (3, 5, 2, 6)),
 }
 
@@ -316,7 +318,7 @@ def test_a_suppressed_residue_and_a_full_rank_are_warned_of() -> None:
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
 def test_the_top_direction_is_followed_from_the_start_through_a_restart(tmp_path: Path) -> None:
     def run(steps: int, resume: Any = None) -> MemoryLogger:
-        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
+        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True), MemoryLogger()
         torch.manual_seed(0)
         trainer = L.Trainer(**(SILENT | {"max_epochs": -1}), max_steps=steps, logger=logger, callbacks=[monitor])
         trainer.fit(Planted(4), ckpt_path=resume, weights_only=True)

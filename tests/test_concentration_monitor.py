@@ -358,6 +358,23 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str, tmp_path: Path) 
         make(tmp_path)
 
 
+def test_a_reference_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4)
+    watched(Classifier(), monitor, ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+
+    with pytest.raises(ValueError, match="watched without gates of heads or neurons"):
+        ConcentrationMonitor(reference=path)
+
+
+def test_a_reference_for_a_monitor_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    watched(Classifier(), ConcentrationMonitor(every_n_steps=4), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+
+    with pytest.raises(ValueError, match=r"signals=\['gradient'\] have none of these"):
+        ConcentrationMonitor(signals=["gradient"], reference=path)
+
+
 def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> None:
     torch.save({"callbacks": {"other": {}}}, tmp_path / "other.ckpt")
 

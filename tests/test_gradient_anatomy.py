@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from examples.gradient_anatomy import (
     TERMS,
@@ -26,7 +27,7 @@ from examples.gradient_anatomy import (
 from lightning_lowrank import GradientAnatomyMonitor, JacobianPenalty, input_noise, jacobian_penalty, weight_decay
 from lightning_lowrank.anatomy import SHARES, Sides, anatomy, signal_basis, split
 from lightning_lowrank.anatomy import Basis as DirectionsOf
-from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger
+from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, digits
 
 SEEDS = range(4)
 SMOOTH = ("softplus", "GELU", "tanh", "sigmoid")
@@ -282,6 +283,50 @@ def test_unless_it_is_asked_to_the_callback_only_logs() -> None:
 def test_the_callback_refuses_what_optimises_by_hand() -> None:
     with pytest.raises(ValueError, match="call jacobian_penalty in its training_step"):
         L.Trainer(**SILENT, logger=False, callbacks=[JacobianPenalty(1.0, add=True)]).fit(Adversaries())
+
+
+def test_a_penalty_that_is_only_logged_is_not_heard() -> None:
+    monitor, logger = GradientAnatomyMonitor(every_n_steps=1), MemoryLogger()
+    L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01), monitor]).fit(made(Classifier))
+
+    assert max(logger.curve("lowrank/anatomy_deviation_max").values()) < 1e-4
+
+
+class InWords(Classifier):
+    """Batches are dictionaries."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([{"x": x, "y": y} for x, y in digits(16)], batch_size=8)
+
+
+def test_a_penalty_that_cannot_be_had_is_nan_where_it_is_only_logged() -> None:
+    logger = MemoryLogger()
+    with pytest.warns(UserWarning, match="inputs are a dict and no tensor; say where they are by inputs_of="):
+        L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01)], log_every_n_steps=1).fit(InWords())
+
+    assert all(math.isnan(value) for value in logger.curve("jacobian_penalty").values())
+
+
+def test_a_penalty_that_cannot_be_added_is_an_error() -> None:
+    with pytest.raises(ValueError, match="inputs are a dict"):
+        L.Trainer(**SILENT, logger=False, callbacks=[JacobianPenalty(0.01, add=True)]).fit(InWords())
+
+
+class NoForward(Classifier):
+    forward = L.LightningModule.forward
+
+
+def test_a_module_without_a_forward_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"give NoForward a forward"):
+        L.Trainer(**SILENT, logger=False, callbacks=[JacobianPenalty(0.01)]).fit(NoForward())
+
+
+def test_a_penalty_of_too_many_outputs_is_refused() -> None:
+    with pytest.raises(ValueError, match="400 outputs of each example"):
+        jacobian_penalty(nn.Linear(3, 400), torch.rand(2, 3))
 
 
 def test_the_gradient_of_weight_decay_is_the_weight() -> None:

@@ -84,6 +84,7 @@ def test_hill_finds_the_exponent_of_a_pareto_tail(exponent: float) -> None:
 def test_hill_is_blank_where_its_tenth_is_fewer_than_five_units_or_without_spread() -> None:
     assert hill_exponent(drawn("Pareto", 49)).isnan() and not hill_exponent(drawn("Pareto", 50)).isnan()
     assert hill_exponent(torch.ones(100)).isnan()
+    assert hill_exponent(torch.linspace(1, 1 + 1e-6, 100, dtype=torch.float64)).isnan()
     assert hill_exponent(torch.cat([torch.arange(1.0, 6.0), torch.zeros(45)])).isnan()
 
 

@@ -91,12 +91,15 @@ WRONG_TYPES = {
     "RankMonitor(max_overhead='1 %')": r"max_overhead.*share='1 %'.*above 0 and below 1",
     "RankMonitor(every_n_steps='50')": r"n='50'.*whole",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
+    "ConcentrationMonitor(densities=0.5)": "densities=0.5: a list",
+    "RankMonitor(match=5).recorders[0].probe.source.plan(nn.Linear(2, 2))": "match=5: patterns are words",
     "CurvatureMonitor('heavy')": r"level='heavy'.*'light', 'standard', 'full'",
     "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live', 'fixed'",
 }
 IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys
-from lightning_lowrank import CurvatureMonitor, Every, Features, RankMonitor
+from torch import nn
+from lightning_lowrank import ConcentrationMonitor, CurvatureMonitor, Every, Features, RankMonitor
 def said(expression):
     try:
         eval(expression)

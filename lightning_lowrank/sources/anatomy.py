@@ -1,17 +1,19 @@
 """The anatomy of each layer's gradient: inputs, signals and their product, heard in the user's own training step."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_lowrank.anatomy import LARGEST_DEVIATION, SHARES, Found, Sides, anatomy, deviation
 from lightning_lowrank.names import chosen_parameters, tag
 from lightning_lowrank.sources.features import compiled
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
-from lightning_lowrank.sources.pairs import PROBES, Pairs, PairTap, is_heard
+from lightning_lowrank.sources.pairs import PROBES, Pairs, PairTap, as_matrix, is_heard
 from lightning_lowrank.sources.source import Begun, Step
 from lightning_lowrank.spectrum import working_dtype
 from lightning_lowrank.team import Team
@@ -75,6 +77,7 @@ class Anatomy(Gauge):
         self.quantities = [Quantity("anatomy_loss"), *per_site]
         self._num_outputs, self._taps = num_outputs or 1, dict[str, PairTap]()
         self._losses: list[Tensor] = []
+        self._left_out: Counter[str] = Counter()
         # By site: the first right singular vector at the start and at the last sample, and whether the residue ruled so far.
         self._known: dict[str, dict[str, Tensor]] = {}
 
@@ -91,6 +94,8 @@ class Anatomy(Gauge):
             )
         for name, weight in heard.items():
             _refuse(module, name, owners[id(weight)])
+        heard_layers = {id(layer) for layers in owners.values() for layer in layers}
+        self._left_out = Counter(type(m).__name__ for m in module.modules() if id(m) not in heard_layers and _has_matrix(m))
         widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
         trained = {name: weight for name, weight in heard.items() if weight.requires_grad}
@@ -109,6 +114,10 @@ class Anatomy(Gauge):
         for i, tap in enumerate(self._taps.values()):
             # The probes are the same in all processes, so that their products can be added up.
             tap.attach(begun.seed * 4096 + i, -(-self._max_rows // begun.team.size))
+
+    def remark(self) -> str:
+        """What it does not hear."""
+        return "without " + ", ".join(f"{count} {name}" for name, count in self._left_out.items()) if self._left_out else ""
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """Keep the loss of the batch, as the user computed it."""
@@ -169,7 +178,7 @@ class Anatomy(Gauge):
             self.trouble = self.trouble or error
         tap.gradient = None
         assert gradient is not None
-        gradient = gradient.flatten(1)
+        gradient = as_matrix(tap.layers[0], gradient)
         pooled = _pooled(pairs, gradient, self._max_rows, team)
         if pooled is None:
             return None
@@ -218,6 +227,10 @@ def _owners(module: nn.Module) -> dict[int, list[nn.Module]]:
         if is_heard(layer) and id(layer) not in inner and weight is not None:
             owners.setdefault(id(weight), []).append(layer)
     return owners
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    return any(p.requires_grad and not is_lazy(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
 
 
 def _refuse(module: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:

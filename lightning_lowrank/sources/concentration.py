@@ -69,6 +69,8 @@ class Concentration(Gauge):
         self._units, self._signals, self._match, self._exclude = list(units), list(signals), match, exclude
         self._heads, self._neurons = dict(heads or {}), neurons
         self._reference = {} if reference is None else _importances(reference)
+        if self._reference and not set(self._reference) & {f"{unit}_gate" for unit in units if "gate" in signals}:
+            raise ValueError(f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} have none of these")
         self._tickets = Tickets(densities, seed=seed) if densities else None
         self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
         self._ledgers = {f"{unit}_{signal}": Ledger() for unit, signal in self._keys}
@@ -92,7 +94,7 @@ class Concentration(Gauge):
         trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
         self._parts = {unit: parts for unit, parts in self._found(module, trained).items() if unit in self._units}
         self._matrices = [parameter for parameter in chosen.values() if parameter.ndim > 1]
-        known = {part.name for parts in self._parts.values() for part in parts}
+        known = {part.name for unit, parts in self._parts.items() for part in parts if unit not in WITHOUT_GATES}
         if self._reference and known.isdisjoint(name for rows in self._reference.values() for name in rows):
             theirs = [name for rows in self._reference.values() for name in rows][:5]
             raise ValueError(f"reference: it has importances of {theirs}, and here are {sorted(known)[:5]}: none in common")
@@ -252,7 +254,10 @@ def _importances(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
         for probe, kept in (state.get("probes", {}) if isinstance(state, dict) else {}).items():
             if probe.endswith("concentration"):
                 ledgers = kept["source"]["ledgers"]
-                return {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate")}
+                found = {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate") and ledger["recent"]}
+                if not found:
+                    raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
+                return found
     raise ValueError(f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}")
 
 
@@ -262,5 +267,6 @@ def _refuse(units: Sequence[str], signals: Sequence[str], densities: Sequence[fl
             raise ValueError(f"{argument}={given!r}: a list of one or more of {list(known)}")
     if set(signals) == {"gate"} and set(units) <= set(WITHOUT_GATES):
         raise ValueError(f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'")
-    if not all(isinstance(density, float) and 0 < density < 1 for density in densities) or len(set(densities)) < len(densities):
-        raise ValueError(f"densities={densities!r}: different parts of the weights, each above 0 and below 1")
+    shares = isinstance(densities, Sequence) and all(isinstance(density, float) and 0 < density < 1 for density in densities)
+    if not shares or len(set(densities)) < len(densities):
+        raise ValueError(f"densities={densities!r}: a list of different parts of the weights, each above 0 and below 1")

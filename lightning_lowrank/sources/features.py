@@ -1,9 +1,10 @@
 """Features: what layers put out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,12 @@ class Tap:
     """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
 
     hear: Callable[..., None] | None
+    # How many passes are under way that are ours, and no part of the training.
+    deaf: ClassVar[int] = 0
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         # In a compiled function a hook would become part of the graph, or break it.
-        if self.hear is not None and not torch.compiler.is_compiling():
+        if self.hear is not None and not Tap.deaf and not torch.compiler.is_compiling():
             self.hear(layer, inputs, output)
 
     def __deepcopy__(self, memo: Any) -> "Tap":
@@ -39,6 +42,16 @@ class Tap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tap, (None,)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What layers do here is heard by no tap."""
+    Tap.deaf += 1
+    try:
+        yield
+    finally:
+        Tap.deaf -= 1
 
 
 @dataclass(kw_only=True)

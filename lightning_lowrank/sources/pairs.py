@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.sources.features import Tap
 from lightning_lowrank.spectrum import full_precision
+from lightning_lowrank.views import is_transposed
 
 # Random directions in which the product of all rows is kept, to be held against the gradient.
 PROBES = 8
@@ -165,7 +166,7 @@ class PairTap:
     def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Call:
         # Entries of the weight in the order of its matrix, so that the product with probes has no rows to unfold.
         if self._probes is None:
-            width = self.weight[0].numel()
+            width = as_matrix(layer, self.weight).shape[1]
             draws = torch.Generator(inputs.device).manual_seed(self._draws.initial_seed())
             self._probes = torch.randn(width, PROBES, generator=draws, dtype=torch.float32, device=inputs.device)
         probed = of_inputs(layer, inputs.float(), self._probes)
@@ -193,7 +194,7 @@ class PairTap:
 
 def of_inputs(layer: nn.Module, inputs: Tensor, weights: Float[Tensor, "N K"]) -> Float[Tensor, "T K"]:
     """What the layer would put out with such weights and no bias, as rows."""
-    if isinstance(layer, nn.Linear):
+    if _is_linear(layer):
         return inputs.reshape(-1, inputs.shape[-1]) @ weights
     kernel = weights.mT.unflatten(1, (-1, *_kernel(layer)))
     return _flat(F.conv2d(_padded(layer, inputs), kernel, stride=_pair(layer.stride), dilation=_pair(layer.dilation)))
@@ -201,7 +202,7 @@ def of_inputs(layer: nn.Module, inputs: Tensor, weights: Float[Tensor, "N K"]) -
 
 def input_rows(layer: nn.Module, inputs: Tensor, output: Tensor, places: Int[Tensor, " R"]) -> Float[Tensor, "R N"]:
     """What the weight is multiplied with at some places of the output: a copy."""
-    if isinstance(layer, nn.Linear):
+    if _is_linear(layer):
         return inputs.reshape(-1, inputs.shape[-1])[places]
     image, (height, width) = _padded(layer, inputs), _image(layer, output).shape[-2:]
     example, line, column = places // (height * width), places // width % height, places % width
@@ -215,12 +216,21 @@ def input_rows(layer: nn.Module, inputs: Tensor, output: Tensor, places: Int[Ten
 
 def output_rows(layer: nn.Module, gradient: Tensor) -> Float[Tensor, "T M"]:
     """One row for each place."""
-    return gradient.reshape(-1, gradient.shape[-1]) if isinstance(layer, nn.Linear) else _flat(_image(layer, gradient))
+    return gradient.reshape(-1, gradient.shape[-1]) if _is_linear(layer) else _flat(_image(layer, gradient))
 
 
 def is_heard(layer: nn.Module) -> bool:
     """Whether its weight's gradient is a product of rows: linear layers, convolutions over lines and images without groups."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1)
+    return _is_linear(layer) or (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1)
+
+
+def as_matrix(layer: nn.Module, weight: Tensor) -> Float[Tensor, "M N"]:
+    """A weight, or its gradient, with a row for each output."""
+    return weight.mT if is_transposed(layer) else weight.flatten(1)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
 def _flat(image: Float[Tensor, "B C H W"]) -> Float[Tensor, "T C"]:
