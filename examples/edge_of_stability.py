@@ -168,7 +168,7 @@ def main(output: Path = Path("edge_of_stability.png"), share: float = 1.0, only:
     found = [(case, trained(case, share)) for case in CASES if only in ("", case.title)]
     table = Table(title="Mean over the last quarter of the samples")
     for heading in ("training", "curvature", "mean", "edge"):
-        table.add_column(heading, justify="left" if heading in ("training", "curvature") else "right")
+        table.add_column(heading, justify="left" if heading in ("training", "curvature") else "right", overflow="fold")
     for case, curves in found:
         for tag, label in case.curvature.items():
             _, values = curves.curve(tag)

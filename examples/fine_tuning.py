@@ -125,7 +125,7 @@ def main(output: Path = Path("fine_tuning.png"), steps: int = 61, every: int = 1
     found = {title: tuned(optimizer, steps, every, batch_size) for title, optimizer in OPTIMIZERS.items()}
     table = Table(title="Of the squared length, in the five steepest directions of the last sample")
     for heading in ("optimizer", "step", "loss", "gradient", "update", "way from the start", "by chance"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for title, curves in found.items():
         losses = curves.points["loss"]
         for step in list(curves.points["in_top_chance"]):

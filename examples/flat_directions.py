@@ -140,7 +140,7 @@ def table(found: list[Counted]) -> Table:
     """What was counted."""
     made = Table(title="Zero eigenvalues of the Gauss-Newton matrix")
     for heading in ("activation", "width", "network", "parameters", "loss", "predicted", "flat", *CAUSES, "gap"):
-        made.add_column(heading, justify="left" if heading in ("activation", "network") else "right")
+        made.add_column(heading, justify="left" if heading in ("activation", "network") else "right", overflow="fold")
     for one in found:
         causes = [str(int(getattr(one.flat, cause))) for cause in CAUSES]
         sizes = [str(size(one.net)), f"{one.loss:.0e}", str(one.predicted), str(int(one.flat.total))]

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import rich
@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": torch.relu,
 }
 TERMS = ("S1", "S12", "S2", "E")
+Part = Literal["rank_two", "suppression", "scalings", "regularisers", "error_slopes", "heat_map", "real", "transformer"]
 
 
 @dataclass(frozen=True)
@@ -416,7 +417,7 @@ def transformer(steps: int) -> Table:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title)
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
     return table
 
 
@@ -424,19 +425,19 @@ def _told(values: Sequence[float]) -> list[str]:
     return [f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}" for value in values]
 
 
-def main(output: Path = Path("gradient_anatomy.png"), only: str = "", n: int = 150, steps: int = 400) -> None:
+def main(output: Path = Path("gradient_anatomy.png"), only: Part | None = None, n: int = 150, steps: int = 400) -> None:
     """All experiments, one after the other.
 
     Args:
         output: Image of the real trainings; the map is beside it, with `_map` in its name.
-        only: Name of one experiment: rank_two, suppression, scalings, regularisers, error_slopes, heat_map, real,
-            transformer.
+        only: One experiment; all unless given.
         n: Rows of spiked data.
         steps: Of the real trainings.
     """
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*number of training batches|.*no number for")
     torch.set_num_threads(1)
-    experiments: dict[str, Callable[[], Table]] = {
+    rich.reconfigure(width=max(160, rich.get_console().width))  # sixteen columns of numbers
+    experiments: dict[Part, Callable[[], Table]] = {
         "rank_two": lambda: rank_two(n),
         "suppression": lambda: suppression(n),
         "scalings": lambda: scalings(n),
@@ -447,7 +448,7 @@ def main(output: Path = Path("gradient_anatomy.png"), only: str = "", n: int = 1
         "transformer": lambda: transformer(max(8, steps // 10)),
     }
     for name, experiment in experiments.items():
-        if only in ("", name):
+        if only in (None, name):
             rich.print(experiment())
     print(f"The curves are in {output}")
 

@@ -189,7 +189,7 @@ def table(found: list[tuple[Case, Spectra]]) -> Table:
     made = Table(title="Outlying eigenvalues; ratio to the next: there, and after as many as there are classes less one")
     headings = [f"{label}: {what}" for label in OPERATORS.values() for what in ("outliers", "ratio", "at classes - 1")]
     for heading in ("training", "classes", "step", *headings):
-        made.add_column(heading, justify="left" if heading == "training" else "right")
+        made.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for case, spectra in found:
         for step in spectra.found["hessian"]:
             row = [cell for operator in OPERATORS for cell in counted(spectra.found[operator][step], case.classes)]

@@ -210,7 +210,7 @@ def summary(found: dict[str, Curves]) -> Table:
     """First, middle and last samples of each training."""
     table = Table(title="The tangent kernel of 64 digits, summed over the outputs")
     for heading in ("training", "loss", "velocity: first", "middle", "last", "alignment: first", "last", "distance to start"):
-        table.add_column(heading, justify="left" if heading == "training" else "right")
+        table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for name, curves in found.items():
         (_, velocity), (_, alignment), (_, loss) = (curves.curve(tag) for tag in ("ntk_velocity", "ntk_centred_label_alignment", "loss"))
         moving = velocity[1:]

@@ -91,7 +91,7 @@ def main(output: Path = Path("lora_kernel.png"), steps: int = 61, every: int = 2
     found = {name: tuned(name, steps, every, num_examples) for name in CASES}
     table = Table(title=f"The kernel of {num_examples} docstrings, for the sum of the logits")
     for heading in ("tuned", "step", "loss", *TAGS.values(), "share of the factors A"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, curves in found.items():
         for step in curves.points["ntk_trace"]:
             values = [curves.points[tag].get(step, math.nan) for tag in TAGS]

@@ -128,7 +128,7 @@ def whole_model(found: list[tuple[Case, Curves]]) -> Table:
     """By the published recipe, first and last."""
     table = Table(title="The whole model by the published recipe, first -> last sample")
     for heading in ("training", "loss", "network", "alpha0", "width", "emergence", "valid"):
-        table.add_column(heading, justify="left" if heading in ("training", "network") else "right")
+        table.add_column(heading, justify="left" if heading in ("training", "network") else "right", overflow="fold")
     for case, curves in found:
         for i, (end, what) in enumerate(NETWORKS.items()):
             both = [ends(curves, f"neuromfa_{name}{end}") for name in ("alpha0", "width")]
@@ -151,7 +151,7 @@ def by_matrix(found: list[tuple[Case, Curves]]) -> Table:
     """In rank mode, first and last."""
     table = Table(title="Every matrix, free of scale: dispersion of its neurons, first -> last sample")
     for heading in ("training", "beyond chance", "median", "largest", "where", "spectrum at"):
-        table.add_column(heading, justify="left" if heading in ("training", "where") else "right")
+        table.add_column(heading, justify="left" if heading in ("training", "where") else "right", overflow="fold")
     for case, curves in found:
         last = {site: list(curve.values())[-1] for site, curve in sites(curves, "multifractal_dispersion")}
         first = [next(iter(curve.values())) for _, curve in sites(curves, "multifractal_dispersion")]

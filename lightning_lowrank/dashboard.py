@@ -69,10 +69,10 @@ def summary_table(monitor: Watched) -> Table:
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time", caption="medians over sites, and the lowest now")
-    table.add_column("quantity", no_wrap=True)
+    table.add_column("quantity", overflow="fold")
     for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    table.add_column("at", overflow="ellipsis", no_wrap=True)
+    table.add_column("at", overflow="fold")
     before = ""
     errors = {quantity: latest.values.get(f"{quantity}_error", {}) for quantity in latest.values}
     for quantity, values in latest.values.items():

@@ -120,6 +120,16 @@ def test_the_table_says_what_the_monitor_cost_and_when_it_sampled() -> None:
     assert all(words in printed for words in ("rank: 0.12 % of training time", "medians", "step 0", "step 50"))
 
 
+def test_names_are_whole_in_a_narrow_terminal() -> None:
+    console = Console(width=80, record=True, file=StringIO())
+    quantity, site = "gradient_participation_ratio_of_something_long", "model.encoder.layers.11.attention.output.dense.weight"
+
+    console.print(summary_table(Kept(None, Sample(50, {quantity: {site: 1.0}}))))
+
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in console.export_text().splitlines() if "\u2502" in line]
+    assert ["".join(column) for column in zip(*cells, strict=True)] == [quantity, "-", "1", "1", site]
+
+
 def test_a_monitor_can_be_asked_for_its_table() -> None:
     monitor = RankMonitor()
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
