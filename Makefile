@@ -47,6 +47,8 @@ clean:
 
 .venv-bench/installed: pyproject.toml constraints.txt
 	$(call install,.venv-bench,.[bench])
+	@# nngeometry asks for it and never imports it; torchmetrics does import it, which fails where torch is built without CUDA.
+	@$(BENCH)/python -m pip uninstall --quiet --yes torchvision
 
 define install
 	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found: put it on PATH, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
