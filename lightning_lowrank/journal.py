@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import lightning as L
@@ -90,7 +90,7 @@ class Journal:
     def announce(self, recorders: Sequence[Recorder]) -> None:
         """Say once what will be measured, and what memory it keeps."""
         self._watched = recorders
-        counts = ", ".join(f"{r.name} at {len(r.expected) or 'its'} sites ({_when(r.probe)})" for r in recorders)
+        counts = ", ".join(f"{r.name} at {_places(r.expected)} ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
         self.say("; ".join([counts, *kept]))
@@ -194,7 +194,7 @@ class Journal:
             lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
             error = recorder.take_error()
             if lost or error:
-                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {lost[0]!r}" if lost else "a part of it"
+                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {_named(lost[0])}" if lost else "a part of it"
                 self.trouble(
                     f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)), everywhere=bool(error)
                 )
@@ -270,6 +270,16 @@ def _when(probe: Probe) -> str:
         case Budget() as budget:
             return f"for at most {_percent(budget)} of the time, measured in the first {WARM_UP} steps"
     return "as scheduled"
+
+
+def _places(sites: Collection[str]) -> str:
+    """What a monitor has numbers of; the whole model is no site among others."""
+    parts, whole = sum(site != WHOLE for site in sites), [_named(WHOLE)] if WHOLE in sites else []
+    return " and ".join([*([f"{parts} sites"] if parts else []), *whole]) or "its sites"
+
+
+def _named(site: str) -> str:
+    return "the whole model" if site == WHOLE else repr(site)
 
 
 def _percent(budget: Budget) -> str:

@@ -1,5 +1,6 @@
 """Sources that give finished numbers, of the whole model or of each site."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,10 +96,19 @@ def test_an_alert_may_be_on_the_whole_model() -> None:
     assert [event.state for event in monitor.events] == ["firing"]
 
 
+def test_the_whole_model_is_announced_beside_its_sites(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+
+    with caplog.at_level(logging.INFO):
+        watched()
+
+    assert "loss at 4 sites and the whole model (every 2 steps)" in caplog.text
+
+
 def test_what_goes_wrong_in_a_gauge_is_counted_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Losses, "loss_live", lambda *_: 1 / 0)
 
-    with pytest.warns(UserWarning, match="loss: no number"):
+    with pytest.warns(UserWarning, match="loss: no number.*the first is the whole model"):
         monitor, module, _ = watched()
 
     assert monitor.failures > 0
