@@ -26,6 +26,8 @@ BESIDE, ROUNDS = 6, 8
 RULING = 0.5
 # Share of the energy of the signals that their directions are to hold.
 ENERGY = 0.95
+# Singular values below this share of the first are rounding, and their vectors any.
+SMALLEST = 1e-5
 
 SHARES = ("residue", "interpolant", "spike", "bulk")
 
@@ -117,11 +119,14 @@ def anatomy(sides: Sides, num_outputs: int) -> Found:
         spikes, residues = _spikes(mean, of_inputs, told), signal_basis(few, k)
         singular, vectors = top_right(gradient, min(k + 1, *gradient.shape))
         values = split(gradient, residues, spikes) | _ranks(of_inputs, few, gradient)
-        values["low_rank_share"] = ratio(singular.square().sum(), gradient.square().sum())
+        # A zero has no directions, though the decomposition gives some.
+        vectors = torch.where(singular[0] > 0, vectors, torch.nan)
+        values["low_rank_share"] = torch.where(singular[0] > 0, ratio(singular.square().sum(), gradient.square().sum()), torch.nan)
         by_chance = null((gradient.shape[0], gradient.shape[1])).values.square()
         values["low_rank_share_chance"] = by_chance[: len(singular)].sum().to(singular)
         values["horn"] = horn(inputs[:SOLVED], few)
-        values |= alignment(vectors[:2], spikes) | _reliability(told, sides, residues, spikes)
+        first_two = Basis(vectors[:2], (singular[:2] > SMALLEST * singular[0]).to(vectors))
+        values |= alignment(first_two, spikes) | _reliability(told, sides, residues, spikes)
         return Found(values, {"bulk_decay": told.alpha_error, "spike_strength": told.nu_error}, vectors[0])
 
 
@@ -170,12 +175,12 @@ def signal_basis(signals: Float[Tensor, "T M"], k: int) -> Basis:
     return Basis(vectors, (before < ENERGY * signals.square().sum()).to(vectors.dtype))
 
 
-def alignment(vectors: Float[Tensor, "_ N"], spikes: Basis) -> dict[str, Float[Tensor, ""]]:
+def alignment(vectors: Basis, spikes: Basis) -> dict[str, Float[Tensor, ""]]:
     """Part of the gradient's right space in the inputs' directions, over the most that there could be; and what chance gives."""
-    few = torch.clamp(spikes.size, max=len(vectors))
-    shared = (vectors @ spikes.counted.mT).square().sum()
-    chance = torch.clamp(spikes.size, min=len(vectors)) / vectors.shape[1]
-    blank = torch.where(spikes.size > 0, 1.0, torch.nan)
+    few = torch.minimum(spikes.size, vectors.size)
+    shared = (vectors.counted @ spikes.counted.mT).square().sum()
+    chance = torch.maximum(spikes.size, vectors.size) / vectors.directions.shape[1]
+    blank = torch.where(few > 0, 1.0, torch.nan)
     return {"alignment": shared / few * blank, "alignment_chance": chance * blank}
 
 

@@ -5,6 +5,7 @@ Shape letters:  B examples   N inputs of a layer   M its outputs   C outputs of 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf, isfinite
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lowrank import trainers
 from lightning_lowrank.names import chosen_parameters
+from lightning_lowrank.replay import differentiable_twice
 from lightning_lowrank.sources.features import unheard
 
 # Outputs of one example: each takes a backward pass.
@@ -24,11 +26,18 @@ MOST_OUTPUTS = 256
 def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor, ""]:
     """Half the squared length of parameters, times the strength, to be added to a loss: what a gradient gets of it is `strength * W`.
 
+    Raises:
+        ValueError: There are no parameters, or names with them.
+
     Example:
         >>> weight_decay([torch.ones(2, 2)], 0.5)
         tensor(1.)
     """
-    return 0.5 * strength * torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+    several = list(parameters)
+    if not several or not all(isinstance(parameter, Tensor) for parameter in several):
+        found = [type(parameter).__name__ for parameter in several[:1]]
+        raise ValueError(f"weight_decay of {found}: tensors, one at least; net.parameters() is empty after one use")
+    return 0.5 * strength * torch.stack([parameter.square().sum() for parameter in several]).sum()
 
 
 def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: torch.Generator | None = None) -> Float[Tensor, "*B"]:
@@ -38,15 +47,23 @@ def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: tor
         inputs: Any.
         deviation: Standard deviation of the noise.
         generator: Of the noise; torch's own unless given.
+
+    Raises:
+        ValueError: The entries are no real numbers, or the deviation is negative or not finite.
     """
+    if not inputs.is_floating_point() or not 0 <= deviation < inf:
+        raise ValueError(f"input_noise of deviation {deviation!r} on {inputs.dtype}: from 0 on, and on floating point inputs alone")
     return inputs + deviation * torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[str] | None = None) -> Float[Tensor, ""]:
     """Half the mean over examples of the squared length of the outputs' Jacobian by the weights of linear layers.
 
-    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout, running statistics), and
-    gone through backward once for every output; what other examples of the batch are does not count.
+    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout, running statistics),
+    uncompiled, and gone through backward once for every output; what other examples of the batch are does not count, nor do frozen weights.
+    What the module draws at random in eval mode too is drawn without a trace. With non-reentrant activation checkpointing it can be
+    measured, but not added where a checkpointed part has batch norm.
 
     Args:
         module: Called with the inputs alone.
@@ -54,27 +71,35 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
         match: Weights, as for monitors: of all linear layers unless given.
 
     Raises:
-        ValueError: There is no weight of a linear layer among those that fit, or an example has more than 256 outputs.
+        ValueError: There is no trained weight of a linear layer among those that fit, or one is used without a graph (reentrant
+            activation checkpointing); the module does not give one tensor, or a layer does not see one, with the examples along the first
+            axis; or there are more than 256 outputs for each.
 
     Example:
         >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
         tensor(1.5000)
     """
-    wanted = {id(p) for p in chosen_parameters(module, match, None).values()}
+    wanted = {id(p) for p in chosen_parameters(module, match, None).values() if p.requires_grad}
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not layers:
-        raise ValueError(f"jacobian_penalty: match={match!r} fits no weight of a linear layer of {type(module).__name__}")
-    with unheard(), _heard(layers) as calls, _in_eval_mode(module):
-        outputs = module(inputs)
-    rows = outputs.reshape(len(inputs), -1)
-    if rows.shape[1] > MOST_OUTPUTS:
-        raise ValueError(f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; {MOST_OUTPUTS} at most")
-    total: Tensor = rows.new_zeros(())
-    for column in rows.unbind(1):
-        signals = torch.autograd.grad(column.sum(), [output for _, output in calls], create_graph=True, allow_unused=True)
-        for (rows_in, _), signal in zip(calls, signals, strict=True):
-            total = total if signal is None else total + _squared(rows_in, signal)
-    return 0.5 / len(inputs) * total
+        raise ValueError(f"jacobian_penalty: match={match!r} fits no weight of a linear layer of {type(module).__name__} that is trained")
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    # Until the last backward pass: activation checkpointing runs layers again in it.
+    with differentiable_twice(module), unheard(), torch.random.fork_rng(devices), _in_eval_mode(module):
+        with _heard(layers) as calls:
+            outputs = module(inputs)
+        rows, called = _rows(outputs, inputs), [output for _, _, output in calls]
+        if not calls or not all(output.requires_grad for output in (rows, *called)):
+            why = "a layer runs without a graph; checkpoint with use_reentrant=False" if calls else "no such layer is called"
+            raise ValueError(f"jacobian_penalty: in the forward of {type(module).__name__} {why}")
+        total: Tensor = rows.new_zeros(())
+        for column in rows.unbind(1):
+            signals = torch.autograd.grad(column.sum(), called, create_graph=True, materialize_grads=True)
+            by_weight: dict[int, list[tuple[Tensor, Tensor]]] = {}
+            for (weight, rows_in, _), signal in zip(calls, signals, strict=True):
+                by_weight.setdefault(weight, []).append((_by_example(rows_in, len(inputs)), _by_example(signal, len(inputs))))
+            total = total + torch.stack([_squared(sides) for sides in by_weight.values()]).sum()
+        return 0.5 / len(inputs) * total
 
 
 class JacobianPenalty(L.Callback):
@@ -84,8 +109,9 @@ class JacobianPenalty(L.Callback):
     part of the loss; the loss that `training_step` logged is without it. `GradientAnatomyMonitor` hears the training's own pass alone: what
     a penalty that is added brings into a gradient is its `deviation`, and above 5 % of the gradient the shares are blank.
 
-    Where it is only logged, what goes wrong is NaN and one warning; where it is to be added, a training without it would be another one, so
-    that it ends with an error in its first batch.
+    A module that counts or averages in its `forward`, in eval mode too, does so once more at every batch. Where the penalty is only logged,
+    what goes wrong is NaN and one warning; where it is to be added, a training without it would be another one, so that it ends with an
+    error in its first batch.
 
     Args:
         strength: What the penalty is multiplied by.
@@ -94,8 +120,8 @@ class JacobianPenalty(L.Callback):
         inputs_of: `batch -> inputs`; the batch, or the first of a tuple or list, unless given.
 
     Raises:
-        ValueError: When training starts: the module has no `forward`, or it optimises by hand and the penalty is to be added. In the first
-            batch, if it is to be added: inputs are no tensor, no weight of a linear layer fits, or there are more than 256 outputs.
+        ValueError: The strength is no finite number. When training starts: the module has no `forward`, or it optimises by hand and the
+            penalty is to be added. In the first batch, if it is to be added: inputs are no tensor, or what `jacobian_penalty` refuses.
 
     Example:
         >>> JacobianPenalty(1e-3, add=True).add
@@ -110,6 +136,8 @@ class JacobianPenalty(L.Callback):
         match: str | Sequence[str] | None = None,
         inputs_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        if not isinstance(strength, int | float) or not isfinite(strength):
+            raise ValueError(f"JacobianPenalty(strength={strength!r}): a finite number")
         self.strength, self.add, self.match, self.inputs_of = strength, add, match, inputs_of or _first
         self._batch: Any = None
         self._is_told = False
@@ -142,7 +170,8 @@ class JacobianPenalty(L.Callback):
             inputs = self.inputs_of(self._batch)
             if not isinstance(inputs, Tensor):
                 raise ValueError(f"JacobianPenalty: inputs are a {type(inputs).__name__} and no tensor; say where they are by inputs_of=")
-            return jacobian_penalty(module, inputs, self.match)
+            penalty: Tensor = jacobian_penalty(module, inputs, self.match)
+            return penalty
         except Exception as error:  # to watch must not end a run
             if self.add:
                 raise
@@ -152,11 +181,30 @@ class JacobianPenalty(L.Callback):
             return torch.full((), torch.nan, device=module.device)
 
 
-def _squared(inputs: Tensor, signals: Tensor) -> Float[Tensor, ""]:
-    """Sum over examples of the squared length of the gradient of one output by the weight."""
-    if inputs.ndim == 2:
-        return (inputs.square().sum(1) * signals.square().sum(1)).sum()
-    return (signals.flatten(1, -2).mT @ inputs.flatten(1, -2)).square().sum()
+def _rows(outputs: Any, inputs: Tensor) -> Float[Tensor, "B C"]:
+    """What the module gave, a row for each example."""
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs) or outputs.numel() == 0:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ValueError(f"jacobian_penalty: the module gave {found} of {len(inputs)} examples; wrap it to give one tensor, by example")
+    rows = outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]
+    if rows.shape[1] > MOST_OUTPUTS:
+        raise ValueError(f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; {MOST_OUTPUTS} at most")
+    return rows
+
+
+def _by_example(rows: Tensor, num_examples: int) -> Float[Tensor, "B T _"]:
+    """Rows of a layer, those of an example together."""
+    if rows.ndim < 2 or len(rows) != num_examples:
+        raise ValueError(f"jacobian_penalty: a layer sees shape {tuple(rows.shape)} of {num_examples} examples: they belong first")
+    return rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None]
+
+
+def _squared(sides: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
+    """Sum over examples of the squared length of the gradient of one output by a weight, from the two sides of all calls."""
+    inputs, signals = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
+    if inputs.shape[1] == 1:
+        return (inputs.square().sum(-1) * signals.square().sum(-1)).sum()
+    return (signals.mT @ inputs).square().sum()
 
 
 def _first(batch: Any) -> Any:
@@ -164,10 +212,14 @@ def _first(batch: Any) -> Any:
 
 
 @contextmanager
-def _heard(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inputs and outputs of all calls."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    hooks = [layer.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output))) for layer in layers]
+def _heard(layers: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+    """Of all calls which weight, inputs and outputs."""
+    calls: list[tuple[int, Tensor, Tensor]] = []
+
+    def hear(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        calls.append((id(layer.weight), inputs[0] if inputs else named["input"], output))
+
+    hooks = [layer.register_forward_hook(hear, with_kwargs=True) for layer in layers]
     try:
         yield calls
     finally:

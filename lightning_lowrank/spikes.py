@@ -4,7 +4,7 @@ Shape letters:  T rows   N their width   K eigenvalues, largest first
 """
 
 from dataclasses import dataclass
-from math import log, sqrt
+from math import isfinite, log, sqrt
 from typing import Any
 
 import torch
@@ -77,6 +77,9 @@ def spiked_data(
         generator: Of all that is drawn.
         dtype: Of the rows.
 
+    Raises:
+        ValueError: A number is out of its range.
+
     Example:
         >>> spiked_data(100, 20, nu=0.25, generator=torch.Generator().manual_seed(0)).inputs.shape
         torch.Size([100, 20])
@@ -84,6 +87,14 @@ def spiked_data(
     References:
         Sonthalia, Murray & Montufar (2025), arXiv 2510.01303: the data model of the theorems.
     """
+    for name, count in {"num_rows": num_rows, "width": width}.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"spiked_data({name}={count!r}): a whole number, 1 at least")
+    for name, exponent in {"nu": nu, "alpha": alpha}.items():
+        if not isinstance(exponent, int | float) or not isfinite(exponent):
+            raise ValueError(f"spiked_data({name}={exponent!r}): a finite number")
+    if not isinstance(generator, torch.Generator) or not dtype.is_floating_point:
+        raise ValueError(f"spiked_data(generator={generator!r}, dtype={dtype}): a torch.Generator, and a dtype of real numbers")
     drawn: dict[str, Any] = {"dtype": dtype, "device": generator.device}
     scales = torch.arange(1, width + 1, dtype=dtype, device=generator.device) ** (-alpha / 2)
     bulk = torch.randn(num_rows, width, generator=generator, **drawn) * scales
@@ -113,6 +124,10 @@ def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_exa
         spike l seen as l_1 is `l / l_1` times `d l_1 / d l`, which with `l = -1 / m(l_1)` is what is written above; of a flat bulk that
         is the formula of Paul (2007), Statistica Sinica 17(4).
     """
+    if len(eigenvalues) < 2:  # of one row or one column: there is no bulk
+        nothing = torch.full((), torch.nan, dtype=eigenvalues.dtype, device=eigenvalues.device)
+        zero = torch.zeros_like(nothing)
+        return Outlier(nothing, zero, zero > 0, nothing, nothing, nothing, nothing)
     first, others = eigenvalues[0], eigenvalues[1:]
     apart = others - first
     zeros = max(0, num_rows - len(eigenvalues))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.anatomy import LARGEST_DEVIATION, SHARES, Found, Sides, anatomy, deviation
 from lightning_lowrank.names import chosen_parameters, tag
@@ -68,16 +69,17 @@ class Anatomy(Gauge):
         max_rows: int = 2048,
         num_outputs: int | None = None,
     ) -> None:
-        if max_rows < FEWEST_ROWS:
-            raise ValueError(f"max_rows={max_rows}: {FEWEST_ROWS} at least")
-        if num_outputs is not None and not 1 <= num_outputs <= MOST_OUTPUTS:
-            raise ValueError(f"num_outputs={num_outputs}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer")
+        if type(max_rows) is not int or max_rows < FEWEST_ROWS:
+            raise ValueError(f"max_rows={max_rows!r}: a whole number, {FEWEST_ROWS} at least")
+        if num_outputs is not None and (type(num_outputs) is not int or not 1 <= num_outputs <= MOST_OUTPUTS):
+            raise ValueError(f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer")
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
         per_site = [Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED) for name, unit in OF_A_LAYER.items()]
         self.quantities = [Quantity("anatomy_loss"), *per_site]
         self._num_outputs, self._taps = num_outputs or 1, dict[str, PairTap]()
         self._losses: list[Tensor] = []
         self._left_out: Counter[str] = Counter()
+        self._device = torch.device("cpu")
         # By site: the first right singular vector at the start and at the last sample, and whether the residue ruled so far.
         self._known: dict[str, dict[str, Tensor]] = {}
 
@@ -90,12 +92,13 @@ class Anatomy(Gauge):
             there = [tag(name) for name, p in module.named_parameters() if id(p) in owners and not isinstance(p, DTensor)]
             raise ValueError(
                 f"match={self._match!r} fits no weight whose gradient has two sides to hear: of linear layers and convolutions without "
-                f"groups, not sharded; there are {there[:10]}"
+                f"groups, not complex, sharded or parametrised; there are {there[:10]}"
             )
         for name, weight in heard.items():
             _refuse(module, name, owners[id(weight)])
-        heard_layers = {id(layer) for layers in owners.values() for layer in layers}
-        self._left_out = Counter(type(m).__name__ for m in module.modules() if id(m) not in heard_layers and _has_matrix(m))
+        heard_layers = {id(layer) for layers in owners.values() for layer in layers if not isinstance(layer.weight, DTensor)}
+        self._left_out = Counter(_described(m) for m in module.modules() if id(m) not in heard_layers and _has_matrix(m))
+        self._device = next((p.device for p in module.parameters()), self._device)
         widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
         trained = {name: weight for name, weight in heard.items() if weight.requires_grad}
@@ -138,13 +141,16 @@ class Anatomy(Gauge):
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """Of the layers whose gradients were final, each process all of them."""
+        for tap in self._taps.values():
+            if tap.gradient is not None and tap.error is not None:
+                self.trouble = self.trouble or tap.error
+                tap.drop()
         final = [name for name, tap in self._taps.items() if tap.gradient is not None]
         words = team.said(final)
         found = [self._of_layer(name, team) for name in final if all(name in word for word in words)]
         losses, self._losses = self._losses, []
-        device = next(iter(self._taps.values())).weight.device
-        mean = torch.stack(losses).mean().to(working_dtype(device)) if losses else torch.full((), torch.nan, device=device)
-        loss = Numbers(WHOLE, {"anatomy_loss": team.summed(mean.to(working_dtype(device))) / team.size})
+        mean = torch.stack(losses).mean() if losses else torch.full((), torch.nan, device=self._device)
+        loss = Numbers(WHOLE, {"anatomy_loss": team.summed(mean.to(working_dtype(self._device))) / team.size})
         return [loss, *(numbers for numbers in found if numbers is not None)]
 
     def detach(self) -> None:
@@ -179,10 +185,11 @@ class Anatomy(Gauge):
         tap.gradient = None
         assert gradient is not None
         gradient = as_matrix(tap.layers[0], gradient)
-        pooled = _pooled(pairs, gradient, self._max_rows, team)
-        if pooled is None:
-            return None
+        pooled = _pooled(pairs, tap.probes(), gradient, self._max_rows, team)
         try:
+            if pooled is None:
+                why = "there was none, or the layer was called in a compiled or mapped function, or its weight used without it"
+                raise ValueError(f"no row of {name!r} was heard: {why}")
             return self._numbers(name, pooled, gradient)
         except Exception as error:  # one layer, which does no harm to others
             self.trouble = self.trouble or error
@@ -195,7 +202,9 @@ class Anatomy(Gauge):
         values = found.values | {"deviation": apart} | self._followed(name, found)
         for quantity in OF_THE_PRODUCT:
             values[quantity] = torch.where(apart <= LARGEST_DEVIATION, values[quantity], torch.nan)
-        tags = [{f"anatomy_{key}": value for key, value in part.items()} for part in (values, found.errors)]
+        is_finite = torch.isfinite(wide).all()
+        blanked = [{key: torch.where(is_finite, value, torch.nan) for key, value in part.items()} for part in (values, found.errors)]
+        tags = [{f"anatomy_{key}": value for key, value in part.items()} for part in blanked]
         return Numbers(name, tags[0], tags[1])
 
     def _followed(self, name: str, found: Found) -> dict[str, Tensor]:
@@ -223,14 +232,26 @@ def _owners(module: nn.Module) -> dict[int, list[nn.Module]]:
     inner = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     owners: dict[int, list[nn.Module]] = {}
     for layer in module.modules():
-        weight = layer._parameters.get("weight")
-        if is_heard(layer) and id(layer) not in inner and weight is not None:
+        weight = layer._parameters.get("weight") if is_heard(layer) and id(layer) not in inner else None
+        if weight is not None and not weight.dtype.is_complex:
             owners.setdefault(id(weight), []).append(layer)
     return owners
 
 
 def _has_matrix(layer: nn.Module) -> bool:
     return any(p.requires_grad and not is_lazy(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
+
+
+def _described(layer: nn.Module) -> str:
+    """Its class, and why it is not heard where others of its class are."""
+    if isinstance(layer, ParametrizationList):
+        return "parametrised weight"
+    if not is_heard(layer):
+        return type(layer).__name__
+    # Torch's older `weight_norm` leaves an attribute that is no parameter.
+    weight = layer._parameters.get("weight")
+    why = "parametrised " if weight is None else "complex " if weight.dtype.is_complex else ""
+    return f"{why}{type(layer).__name__}"
 
 
 def _refuse(module: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:
@@ -248,8 +269,8 @@ def _around(module: nn.Module, path: str) -> list[nn.Module]:
     return [module, *(module.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
 
 
-def _pooled(pairs: Pairs | None, gradient: Tensor, max_rows: int, team: Team) -> Pairs | None:
-    """Rows of all processes, a share of each; None where there are none, or one of them failed."""
+def _pooled(pairs: Pairs | None, probes: Tensor, gradient: Tensor, max_rows: int, team: Team) -> Pairs | None:
+    """Rows of all processes, a share of each; None where there are none."""
     if team.size == 1:
         return pairs
     outputs, inputs = gradient.shape
@@ -261,10 +282,10 @@ def _pooled(pairs: Pairs | None, gradient: Tensor, max_rows: int, team: Team) ->
         product += pairs.product
     rows, product = team.summed(rows), team.summed(product)
     counts = team.said((len(pairs.inputs), pairs.num_rows) if pairs is not None else (0, 0))
-    if pairs is None or not all(count for count, _ in counts):
+    if not any(count for count, _ in counts):
         return None
     # One of each process in turn, so that the first ones are a sample too.
     places = [(rank, i) for i in range(share) for rank, (count, _) in enumerate(counts) if i < count]
     at = torch.tensor(places, device=rows.device)
     kept = rows[at[:, 0], at[:, 1]]
-    return Pairs(kept[:, :inputs], kept[:, inputs:], sum(count for _, count in counts), product, pairs.probes)
+    return Pairs(kept[:, :inputs], kept[:, inputs:], sum(count for _, count in counts), product, probes)

@@ -122,21 +122,22 @@ class PairTap:
         self.gradient = None if self.weight.grad is None else self.weight.grad.detach().clone()
 
     def take(self) -> Pairs | None:
-        """What was heard, and be ready for another sample; None where nothing was.
-
-        Raises:
-            Exception: What went wrong while it listened.
-        """
-        calls, error, product, probes = [c for c in self._calls if c.signals is not None], self.error, self._product, self._probes
+        """What was heard, and be ready for another sample; None where nothing was."""
+        calls = [call for call in self._calls if call.signals is not None and call.count]
+        product, probes = self._product, self._probes
         self._calls, self._probes, self._product = [], None, None
-        if error is not None:
-            raise error
         if not calls or product is None or probes is None:
             return None
         # In random order, so that the first ones are a sample too.
         keep = torch.cat([call.keys for call in calls]).argsort(descending=True)[: self._max_rows].to(probes.device)
         sides = [torch.cat([part.float() for part in parts])[keep] for parts in zip(*((c.inputs, c.signals) for c in calls), strict=True)]
         return Pairs(sides[0], sides[1], sum(call.count for call in calls), product, probes)
+
+    def probes(self) -> Float[Tensor, "N K"]:
+        """Entries of the weight in the order of its matrix, so that the product with probes has no rows to unfold."""
+        weight = as_matrix(self.layers[0], self.weight)
+        draws = torch.Generator(weight.device).manual_seed(self._draws.initial_seed())
+        return torch.randn(weight.shape[1], PROBES, generator=draws, dtype=torch.float32, device=weight.device)
 
     def drop(self) -> None:
         """Forget the sample in the making."""
@@ -156,6 +157,8 @@ class PairTap:
         self._outside |= not runs_again
         with self.ours():
             try:
+                if not inputs:
+                    raise ValueError(f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is heard")
                 with full_precision(output.device):
                     call = self._call(layer, inputs[0].detach(), output)
                 output.register_hook(partial(self._answer, layer, call))
@@ -164,11 +167,8 @@ class PairTap:
                 self.error = error.with_traceback(None)
 
     def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Call:
-        # Entries of the weight in the order of its matrix, so that the product with probes has no rows to unfold.
         if self._probes is None:
-            width = as_matrix(layer, self.weight).shape[1]
-            draws = torch.Generator(inputs.device).manual_seed(self._draws.initial_seed())
-            self._probes = torch.randn(width, PROBES, generator=draws, dtype=torch.float32, device=inputs.device)
+            self._probes = self.probes()
         probed = of_inputs(layer, inputs.float(), self._probes)
         keys = torch.rand(len(probed), generator=self._draws, dtype=torch.float64, device="cpu")
         together = torch.cat([self._top, keys])
