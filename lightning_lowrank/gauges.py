@@ -55,8 +55,11 @@ class GaugeRecorder(Recorder):
 
     def is_global(self, quantity: str) -> bool:
         """Whether it is one number for the whole model."""
-        plain = quantity.removeprefix(self._prefix).removesuffix("_error")
-        return not any(asked.per_site for asked in self._asked if asked.name == plain)
+        return not any(asked.per_site for asked in self._named(quantity))
+
+    def is_detail(self, quantity: str) -> bool:
+        """Whether the gauge has others that come first."""
+        return any(asked.detail for asked in self._named(quantity))
 
     def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
         """A gauge reads for itself."""
@@ -78,6 +81,10 @@ class GaugeRecorder(Recorder):
         means, errors, _ = self._results.take()
         vectors = means[len(self._asked) + 1 :].split([len(curve.axis) for curve in self.curves])
         return self._rows(means, errors) | dict(zip([curve.name for curve in self.curves], vectors, strict=True))
+
+    def _named(self, quantity: str) -> list[Quantity]:
+        plain = quantity.removeprefix(self._prefix).removesuffix("_error")
+        return [asked for asked in self._asked if asked.name == plain]
 
     def _laid_out(self, found: Sequence[Numbers]) -> Staged:
         like = torch.zeros((), dtype=working_dtype(self._device), device=self._device)

@@ -202,14 +202,17 @@ class Journal:
                 self.say(f"there is no {recorder.name} to read")
 
     def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Scalars of single sites, if they are few or asked for.
+        """Scalars of single sites, if they are few or asked for; where they are many, without details, if these are few.
 
         Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
         """
-        few = sum(len(r.expected) * sum(not r.is_global(q) for q in r.quantities) for r in self._watched) <= FEW
-        if self.per_site is False or (self.per_site == "auto" and not few):
-            return {}
-        return {f"{quantity}/{site}": value for quantity, row in values.items() for site, value in row.items()}
+        details = {quantity for r in self._watched for quantity in r.measured if r.is_detail(quantity)}
+        for without in (set[str](), details):
+            asked = [(r, q) for r in self._watched for q in r.quantities if not r.is_global(q) and q not in without]
+            few = sum(len(r.sites_of(q)) for r, q in asked) <= FEW
+            if self.per_site is True or (self.per_site == "auto" and few):
+                return {f"{q}/{site}": value for q, row in values.items() if q not in without for site, value in row.items()}
+        return {}
 
     def _costs(self, recorders: Sequence[Recorder]) -> dict[str, float]:
         """Our own cost and failure counts."""

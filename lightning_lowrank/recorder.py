@@ -74,6 +74,10 @@ class Recorder(ABC):
         """Whether it is one number for the whole model."""
         return False
 
+    def is_detail(self, quantity: str) -> bool:
+        """Whether it has no curves of single sites where these are many."""
+        return False
+
     def sites_of(self, quantity: str) -> list[str]:
         """Where a quantity is to be had: the whole model, or sites."""
         return [site for site in self.expected if (site == WHOLE) == self.is_global(quantity)]

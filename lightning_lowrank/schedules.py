@@ -38,7 +38,7 @@ class Every:
     start: int = 0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.n, int) and isinstance(self.start, int)
+        whole = type(self.n) is int and type(self.start) is int
         if not whole or self.n < 1 or self.start < 0:
             raise ValueError(
                 f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 and start at least 0"

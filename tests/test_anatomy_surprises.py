@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lowrank import GradientAnatomyMonitor, Monitor, spiked_data
 from lightning_lowrank.anatomy import SHARES, Basis, Sides, alignment, anatomy
+from lightning_lowrank.sources.pairs import PairTap
 from lightning_lowrank.spikes import outlier
 from tests.models import Classifier, MemoryLogger, digits
 from tests.processes import together
@@ -237,3 +238,34 @@ def test_spiked_data_of_nothing_are_refused(wrong: dict[str, Any], generator: to
 
     with pytest.raises(ValueError, match=next(iter(wrong))):
         spiked_data(**options)
+
+
+class PadsItself(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(F.pad(input, (0, 2, 0, 2)), self.weight, self.bias, self.stride)
+
+
+def test_a_convolution_that_pads_in_its_own_forward_is_refused_before_any_place_is_looked_up() -> None:
+    layer = PadsItself(1, 4, 3)
+    tap = PairTap(layer.weight, [layer])
+    tap.attach(0, 16)
+
+    layer(torch.ones(2, 1, 8, 8)).sum().backward()
+    tap.detach()
+
+    assert isinstance(tap.error, ValueError)
+    assert "PadsItself" in str(tap.error)
+
+
+DEPTHS: list[tuple[int, Any, int]] = [(3, "auto", 33), (12, "auto", 7), (15, "auto", 0), (12, True, 33), (12, False, 0)]
+
+
+@pytest.mark.parametrize(("depth", "per_site", "curves"), DEPTHS)
+def test_a_model_of_many_weights_has_curves_of_what_is_asked_first(depth: int, per_site: Any, curves: int) -> None:
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(depth - 1)), nn.Linear(64, 10))
+
+    logger = fit(Classifier(net), GradientAnatomyMonitor(every_n_steps=4, per_site=per_site))
+
+    found = {tag for tag in logger.curves() if tag.endswith("/net.0.weight")}
+    assert len([tag for tag in found if "_error" not in tag]) == curves
+    assert ("anatomy_residue/net.0.weight" in found) == (curves > 0)

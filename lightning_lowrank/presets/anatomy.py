@@ -37,7 +37,8 @@ def GradientAnatomyMonitor(
         num_outputs: Of the model, at most 10: as many directions of the signals are the residue's. The width of the module's last linear
             layer unless given.
         exclude: As `match`, taken away.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Scalars of single weights: `True`, `False`, or "auto": all if there are at most 100, else the four shares, the
+            gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
         seed: Of the rows and probes.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to spike.

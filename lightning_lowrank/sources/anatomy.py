@@ -30,6 +30,8 @@ OF_A_LAYER = {
     **dict.fromkeys(("num_residues", "num_spikes"), "directions"),
     **dict.fromkeys(("bulk_decay", "spike_strength"), "1"),
 }
+# What has curves of single weights also where these are many: up to 14.
+FIRST = (*SHARES, "gradient_stable_rank", "alignment", "deviation")
 ESTIMATED = ("bulk_decay", "spike_strength")
 # What is blank where the two sides do not make the gradient.
 OF_THE_PRODUCT = (*SHARES, "spike_dominance", "phase_shift", "horn", "signals_limit")
@@ -74,7 +76,9 @@ class Anatomy(Gauge):
         if num_outputs is not None and (type(num_outputs) is not int or not 1 <= num_outputs <= MOST_OUTPUTS):
             raise ValueError(f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer")
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
-        per_site = [Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED) for name, unit in OF_A_LAYER.items()]
+        per_site = [
+            Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED, detail=name not in FIRST) for name, unit in OF_A_LAYER.items()
+        ]
         self.quantities = [Quantity("anatomy_loss"), *per_site]
         self._num_outputs, self._taps = num_outputs or 1, dict[str, PairTap]()
         self._losses: list[Tensor] = []

@@ -23,12 +23,14 @@ class Quantity:
         unit: What it counts.
         per_site: There is one for each site, and none for the whole model.
         estimated: It comes with a standard error.
+        detail: With many sites it has no curves of single ones unless all are asked for.
     """
 
     name: str
     unit: str = "1"
     per_site: bool = False
     estimated: bool = False
+    detail: bool = False
 
 
 @dataclass(frozen=True)

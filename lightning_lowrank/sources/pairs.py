@@ -170,6 +170,9 @@ class PairTap:
         if self._probes is None:
             self._probes = self.probes()
         probed = of_inputs(layer, inputs.float(), self._probes)
+        # Before any place is looked up: an index out of range ends a run on a GPU.
+        if len(probed) * as_matrix(layer, self.weight).shape[0] != output.numel():
+            raise ValueError(f"a {type(layer).__name__} has other outputs than a layer of its kind: a forward of its own")
         keys = torch.rand(len(probed), generator=self._draws, dtype=torch.float64, device="cpu")
         together = torch.cat([self._top, keys])
         self._top = together.topk(min(self._max_rows, len(together))).values
