@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"'subspace_overlap'.*Features.*'stable_rank'",
     ),
     "never due": (lambda: Every(0), r"n=0.*at least 1"),
+    "due at True": (lambda: Every(True), r"n=True.*whole numbers"),
     "due before the start": (lambda: Every(1, start=-1), r"start=-1.*at least 0"),
     "a metric unknown": (lambda: SpectralStatistic("stable_rnak"), "'stable_rnak', did you mean 'stable_rank'"),
 }
