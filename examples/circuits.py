@@ -81,8 +81,8 @@ def cuts(module: CharTransformer, text: Tensor) -> dict[str, float]:
 def compared(found: dict[str, Curves], losses: dict[str, float]) -> Table:
     """With the checkpoint of the pretraining, at the last sample."""
     table = Table(title="Importance against the pretrained checkpoint: overlap of the top fifth (Jaccard), and Spearman's correlation")
-    for heading in ("training", "loss", "heads, overlap", "chance", "correlation", "neurons, overlap", "chance", "correlation"):
-        table.add_column(heading, justify="left" if heading == "training" else "right")
+    for heading in ("training", "loss", "heads", "chance", "Spearman", "neurons", "chance", "Spearman"):
+        table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for title, curves in found.items():
         cells = [
             f"{at(curves, f'concentration_{unit}_gate_{name}', -1):.2f}"
@@ -95,16 +95,21 @@ def compared(found: dict[str, Curves], losses: dict[str, float]) -> Table:
 
 def of_heads(known: dict[str, tuple[dict[str, float], dict[str, float]]]) -> Table:
     """Importance and what a cut costs."""
-    table = Table(title="Every head: importance by its gate, and what the loss rises by without it")
-    for heading in ("model", "Spearman", "most important", "its cost", "costliest", "its cost", "median cost"):
-        table.add_column(heading, justify="left" if heading in ("model", "most important", "costliest") else "right")
+    table = Table(title="The first head by its gate and by its cost: what the loss rises by without it")
+    for heading in ("model", "Spearman", "by gate", "cost", "by cost", "cost", "median"):
+        table.add_column(heading, justify="left" if heading in ("model", "by gate", "by cost") else "right", overflow="fold")
     for title, (importance, cost) in known.items():
         heads = list(cost)
         both = [torch.tensor([row[head] for head in heads], dtype=torch.float64) for row in (importance, cost)]
         top, costliest = max(heads, key=importance.__getitem__), max(heads, key=cost.__getitem__)
-        cells = [top, f"{cost[top]:.3f}", costliest, f"{cost[costliest]:.3f}", f"{sorted(cost.values())[len(cost) // 2]:.3f}"]
+        cells = [short(top), f"{cost[top]:.3f}", short(costliest), f"{cost[costliest]:.3f}", f"{sorted(cost.values())[len(cost) // 2]:.3f}"]
         table.add_row(title, f"{float(rank_persistence(*both)):.2f}", *cells)
     return table
+
+
+def short(head: str) -> str:
+    """Block and number."""
+    return head.replace("blocks.", "").replace(".out", "")
 
 
 def draw(known: dict[str, tuple[dict[str, float], dict[str, float]]], output: Path) -> None:
@@ -115,7 +120,7 @@ def draw(known: dict[str, tuple[dict[str, float], dict[str, float]]], output: Pa
     for panel, (title, (importance, cost)) in zip(axes[0], known.items(), strict=True):
         panel.scatter([importance[head] for head in cost], list(cost.values()))
         for head in cost:
-            panel.annotate(head.replace("blocks.", "").replace(".out", ""), (importance[head], cost[head]), fontsize=7)
+            panel.annotate(short(head), (importance[head], cost[head]), fontsize=7)
         panel.set(title=title, xlabel="importance by its gate", ylabel="loss without the head, less loss")
         panel.grid(alpha=0.3)
     figure.savefig(output, dpi=110)

@@ -99,12 +99,12 @@ def inequality(found: dict[str, dict[str, list[Curves]]]) -> Table:
     """Of every signal."""
     table = Table(title="Gini coefficient, first -> end (change, over seeds); slope and persistence, mean of the second half of training")
     for heading in ("training", "signal", "n", "Gini, trained", "Gini, null", "slope", "null", "persistence", "null"):
-        table.add_column(heading, justify="left" if heading in ("training", "signal") else "right")
+        table.add_column(heading, justify="left" if heading in ("training", "signal") else "right", overflow="fold")
     for title, runs in found.items():
         for signal in SIGNALS:
-            count = known(runs["trained"][0], f"{signal.partition('_')[0]}_count")[0]
             ginis = [changes(runs[run], f"{signal}_gini") for run in RUNS]
             if any(ginis):
+                count = known(runs["trained"][0], f"{signal.partition('_')[0]}_count")[0]
                 rest = [later(runs[run], f"{signal}_{name}") for name in ("matthew_slope", "rank_persistence") for run in RUNS]
                 table.add_row(title, signal, f"{count:.0f}", *ginis, *rest)
     return table
@@ -114,7 +114,7 @@ def of_weights(found: dict[str, dict[str, list[Curves]]]) -> Table:
     """Of the weights and their masks."""
     table = Table(title="Weights and masks, first -> end")
     for heading in ("training", "what", "trained", "null"):
-        table.add_column(heading, justify="left" if heading in ("training", "what") else "right")
+        table.add_column(heading, justify="left" if heading in ("training", "what") else "right", overflow="fold")
     for title, runs in found.items():
         for run in RUNS:
             losses = [list(curves.points["loss"].values()) for curves in runs[run]]
@@ -125,14 +125,16 @@ def of_weights(found: dict[str, dict[str, list[Curves]]]) -> Table:
 
 
 def draw(found: dict[str, dict[str, list[Curves]]], output: Path) -> None:
-    """One panel per training and kind of unit; the null is dashed."""
+    """One panel per training and kind of unit that it has; the null is dashed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(found), 3, figsize=(12, 3.4 * len(found)), layout="constrained", squeeze=False)
     colours = {"gradient": "tab:blue", "update": "tab:orange", "gate": "tab:green"}
     for row, (title, runs) in zip(axes, found.items(), strict=True):
         for panel, unit in zip(row, ("module", "head", "neuron"), strict=True):
-            for signal in (name for name in SIGNALS if name.startswith(unit)):
+            signals = [name for name in SIGNALS if name.startswith(unit) and known(runs["trained"][0], f"{name}_gini")]
+            panel.set_visible(bool(signals))
+            for signal in signals:
                 for run, style in zip(RUNS, ("-", ":"), strict=True):
                     points = [curves.points.get(f"concentration_{signal}_gini", {}) for curves in runs[run]]
                     what = signal.partition("_")[2]
@@ -155,6 +157,7 @@ def main(output: Path = Path("concentration.png"), share: float = 1.0, seeds: in
     """
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*number of training batches")
     torch.set_num_threads(1)
+    rich.reconfigure(width=max(160, rich.get_console().width))  # nine columns
     found = {case.title: {run: [trained(case, run, seed, share) for seed in range(seeds)] for run in RUNS} for case in CASES}
     rich.print(inequality(found))
     rich.print(of_weights(found))

@@ -34,7 +34,12 @@ def gini(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
         >>> gini(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         tensor(0.2500, dtype=torch.float64)
     """
-    shares = _shares(values).sort(dim=-1).values
+    return gini_of_ordered(values.sort(dim=-1).values)
+
+
+def gini_of_ordered(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
+    """The same of values in rising order, which takes no sort."""
+    shares = _shares(values)
     n = shares.shape[-1]
     places = torch.arange(1 - n, n, 2, dtype=shares.dtype, device=shares.device)[:n]
     return (places * shares).sum(-1) / max(n, 1)
@@ -107,6 +112,8 @@ def rank_persistence(before: Float[Tensor, "*B n"], after: Float[Tensor, "*B n"]
 def top_overlap(first: Float[Tensor, "*B n"], second: Float[Tensor, "*B n"], share: float = 0.2) -> Float[Tensor, "*B"]:
     """Units that are among the largest of both, over those that are of one of them (Jaccard); by chance `top_overlap_chance`.
 
+    What has nothing is not among the largest, so that there may be fewer of those.
+
     Returns:
         0..1. NaN where a value is not finite, or all are 0.
     """
@@ -154,7 +161,7 @@ def _ranks(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
 
 def _largest(values: Float[Tensor, "*B n"], share: float) -> Bool[Tensor, "*B n"]:
     chosen = values.topk(num_largest(values.shape[-1], share), dim=-1).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, chosen, True)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, chosen, True) & (values != 0)
 
 
 def _log_choices(n: float, k: Float[Tensor, " c"]) -> Float[Tensor, " c"]:

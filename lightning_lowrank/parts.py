@@ -5,6 +5,7 @@ of the layer after its activation. There a gate on it has an exact gradient (`ga
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -54,13 +55,13 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Part]:
         counts: Heads by patterns of names of output projections, for those that are not found.
 
     Raises:
-        ValueError: A pattern fits nothing, or a count does not divide the inputs.
+        ValueError: A pattern fits nothing that can be read, or a count does not divide the inputs.
     """
-    layers = _linear_layers(module)
+    layers, weights = _linear_layers(module), _weights(module)
     found = dict(_projections(module, layers))
     for pattern, count in counts.items():
-        found |= dict.fromkeys(sorted(fitting("heads", pattern, layers)), count)
-    return {name: _part(name, layers[name], count, "heads") for name, count in found.items() if _weight(layers[name]) is not None}
+        found |= dict.fromkeys(_chosen("heads", pattern, layers, weights), count)
+    return {name: _part(name, layers[name], weights[name], count, "heads") for name, count in found.items() if name in weights}
 
 
 def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projections: Sequence[str]) -> dict[str, Part]:
@@ -73,11 +74,11 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
         projections: Output projections of attentions.
 
     Raises:
-        ValueError: A pattern fits nothing.
+        ValueError: A pattern fits nothing that can be read.
     """
-    layers = _linear_layers(module)
-    names = _hidden(layers, projections) if patterns is None else sorted(fitting("neurons", patterns, layers))
-    return {name: _part(name, layers[name], _inputs(layers[name]), "neurons") for name in names if _weight(layers[name]) is not None}
+    layers, weights = _linear_layers(module), _weights(module)
+    names = _hidden(layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
+    return {name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons") for name in names if name in weights}
 
 
 def _projections(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
@@ -139,20 +140,43 @@ def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd) or is_transposed(layer)}
 
 
-def _part(name: str, layer: nn.Module, count: int, argument: str) -> Part:
-    axis, weight = _axis(layer), _weight(layer)
-    assert weight is not None
-    if count < 1 or weight.shape[axis] % count:
-        raise ValueError(f"{argument}: {name!r} has {weight.shape[axis]} inputs, which {count} do not divide")
+def _chosen(
+    argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """The layers that a user names."""
+    names = sorted(fitting(argument, patterns, layers))
+    if names and weights.keys().isdisjoint(names) and not any(_is_lazy(layers[name]) for name in names):
+        why = "computed (a parametrization), shared with another layer, packed, or in groups"
+        raise ValueError(f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}")
+    return names
+
+
+def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argument: str) -> Part:
+    axis = _axis(layer)
+    if type(count) is not int or count < 1 or weight.shape[axis] % count:
+        raise ValueError(f"{argument}: {name!r} has {weight.shape[axis]} inputs, which {count!r} does not divide")
     return Part(tag(name), (weight,), axis, count)
 
 
-def _weight(layer: nn.Module) -> nn.Parameter | None:
-    """The parameter itself; none where the weight is computed from others, has no shape yet, is packed, or has groups."""
-    weight = layer._parameters.get("weight")
-    if weight is None or is_lazy(weight) or weight.ndim < 2:
-        return None
-    return weight if weight.shape[_axis(layer)] == _inputs(layer) else None
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of which a block is read by one layer and by nothing else, by the name of the layer.
+
+    Not those that are computed from others, have no shape yet, are packed, or have groups; nor those that another layer has too: in an
+    embedding's gradient, or that of a layer before, a gate on these inputs has no part.
+    """
+    owners = Counter(id(parameter) for owner in module.modules() for parameter in owner._parameters.values())
+    found = {}
+    for name, layer in _linear_layers(module).items():
+        weight = layer._parameters.get("weight")
+        if weight is None or is_lazy(weight) or weight.ndim < 2 or owners[id(weight)] > 1:
+            continue
+        if weight.shape[_axis(layer)] == _inputs(layer):
+            found[name] = weight
+    return found
+
+
+def _is_lazy(layer: nn.Module) -> bool:
+    return any(is_lazy(parameter) for parameter in layer.parameters(recurse=False))
 
 
 def _axis(layer: nn.Module) -> int:

@@ -144,12 +144,29 @@ def test_masks_are_those_of_the_weights_before_the_step() -> None:
     assert_close(values(logger, "weight_gini"), gini(torch.stack(flat)), rtol=1e-5, atol=1e-6)
 
 
+class Settling(Classifier):
+    """It learns in the first two steps."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
 def test_a_settled_mask_is_an_event() -> None:
     monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
 
-    watched(Classifier(lr=1e-5), monitor)
+    watched(Settling(), monitor)
 
     assert [(event.state, event.severity, event.step) for event in monitor.events] == [("firing", "info", 4)]
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-2])
+def test_samples_close_together_are_no_settled_mask(rate: float) -> None:
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+
+    watched(Classifier(lr=rate), monitor, max_epochs=3)
+
+    assert monitor.events == []
 
 
 def test_a_model_of_any_size_has_about_a_hundred_numbers() -> None:
@@ -172,9 +189,15 @@ def of(net: nn.Module, fill: float | None, **options: Any) -> dict[str, float]:
     return {name: float(value) for name, value in source.numbers(Team())[0].values.items()}
 
 
-@pytest.mark.parametrize("fill", [0.0, math.nan, math.inf])
-def test_gradients_that_say_nothing_give_no_inequality(fill: float) -> None:
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+def test_a_sample_with_gradients_that_are_not_finite_has_no_number_at_all(fill: float) -> None:
     found = of(nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3)), fill)
+
+    assert all(map(math.isnan, found.values()))
+
+
+def test_gradients_of_zero_give_no_inequality() -> None:
+    found = of(nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3)), 0.0)
 
     assert found["concentration_neuron_count"] == 60
     assert all(math.isnan(found[f"concentration_{unit}_gradient_{name}"]) for unit in ("module", "neuron") for name in ("gini", "entropy"))
@@ -258,13 +281,13 @@ SOME = [
 @pytest.mark.parametrize("case", [*SOME, "tied weights", "spectral norm", "backbone unfrozen", "LoRA", "activation checkpointing"])
 def test_training_is_the_same_with_the_monitor(case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
-    monitor = ConcentrationMonitor(["module", "head", "neuron", "direction"], every_n_steps=2)
+    monitors = [ConcentrationMonitor(every_n_steps=2), ConcentrationMonitor(["direction"], every_n_steps=2, densities=[], name="other")]
 
     without = trained(make, options(), [], tmp_path / "without")
-    with_it = trained(make, options(), [monitor], tmp_path / "with")
+    with_it = trained(make, options(), monitors, tmp_path / "with")
 
     assert_close(with_it, without, rtol=0, atol=0, equal_nan=True)
-    assert monitor.latest is not None and monitor.failures == 0
+    assert all(monitor.latest is not None and monitor.failures == 0 for monitor in monitors)
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"plugins": half()}, {"precision": "bf16-mixed"}])

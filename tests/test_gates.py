@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Gated(nn.Module):
         self.gates = nn.Parameter(torch.ones(count, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = 1 if isinstance(self.layer, nn.Conv2d) else -1
+        channels = 1 if isinstance(self.layer, nn.Conv2d | nn.ConvTranspose2d) else -1
         repeated = self.gates.repeat_interleave(x.shape[channels] // len(self.gates))
         return self.layer(x * (repeated[:, None, None] if channels == 1 else repeated))
 
@@ -79,6 +80,12 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], list[str]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)), (5, 12), [], ["2", "4"]),
     "convolutions": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)), (5, 2, 7, 7), [], ["2"]),
+    "transposed convolutions": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3)),
+        (5, 2, 7, 7),
+        [],
+        ["2"],
+    ),
     "fused qkv": (lambda: Block(12, 3), (5, 8, 12), ["out"], ["mlp.2"]),
     "nn.MultiheadAttention": (Attending, (5, 8, 12), ["attention.out_proj"], []),
     "encoder": (
@@ -140,7 +147,7 @@ def test_heads_and_neurons_can_be_named() -> None:
     assert list(neurons_of(net, "0", [])) == ["0"]
 
 
-@pytest.mark.parametrize("heads", [{"1": 5}, {"1": 0}, {"attention": 2}])
+@pytest.mark.parametrize("heads", [{"1": 5}, {"1": 0}, {"1": True}, {"attention": 2}])
 def test_heads_that_are_not_there_are_refused(heads: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"heads: '(1|attention)'"):
         heads_of(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), heads)
@@ -163,6 +170,30 @@ def test_layers_whose_weight_is_not_what_they_say_are_left_out() -> None:
 
     assert neurons_of(nn.Sequential(nn.Linear(6, 5), packed), None, []) == neurons_of(grouped, None, []) == {}
     assert neurons_of(nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 4)), None, []) == {}
+
+
+@pytest.mark.parametrize("named", [{"heads": {"2": 5}}, {"neurons": ["2"]}])
+def test_a_computed_weight_that_is_named_is_refused(named: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)))
+
+    with pytest.raises(ValueError, match=r"(heads|neurons): .*'2'.*computed"):
+        heads_of(net, named["heads"]) if "heads" in named else neurons_of(net, named["neurons"], [])
+
+
+def test_a_weight_that_another_layer_has_too_tells_nothing_of_neurons() -> None:
+    """Its gradient is that of both uses."""
+    net = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 5), nn.Linear(5, 11, bias=False))
+    alone = [*neurons_of(net, None, [])]
+    net[2].weight = net[0].weight
+
+    assert alone == ["2"]
+    assert neurons_of(net, None, []) == {}
+
+
+def test_a_block_that_is_used_in_several_layers_has_its_neurons_once() -> None:
+    block = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
+
+    assert list(neurons_of(nn.ModuleList([block, block]), None, [])) == ["0.2"]
 
 
 def test_between_the_factors_of_a_lora_pair_are_no_neurons() -> None:

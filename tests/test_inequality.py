@@ -162,6 +162,25 @@ def test_the_overlap_is_that_of_sets() -> None:
     assert num_largest(16, 0.2) == 4 and num_largest(3, 0.2) == 1 and num_largest(30, 0.1) == 3
 
 
+def test_units_that_have_nothing_are_not_among_the_largest() -> None:
+    first, second = torch.eye(30)[3], torch.eye(30)[7]
+
+    assert float(top_overlap(first, second)) == 0
+    assert float(top_overlap(first, first)) == 1
+
+
+def test_two_units_are_the_fewest_that_compare() -> None:
+    both, one = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])
+
+    assert [float(f(both)) for f in (gini, top_share, participation_ratio)] == pytest.approx([0.25, 0.15, 0.8])
+    assert [float(f(one)) for f in (gini, top_share, participation_ratio, entropy)] == pytest.approx([0.5, 0.2, 0.5, 0])
+
+
+@pytest.mark.parametrize("statistic", OF_ONE)
+def test_what_is_negative_has_no_shares(statistic: Callable[[Tensor], Tensor]) -> None:
+    assert statistic(torch.tensor([-1.0] + [1.0] * 59)).isnan()
+
+
 @pytest.mark.parametrize("wrong", [torch.zeros(30), torch.tensor([1.0] * 29 + [math.nan])])
 def test_there_is_no_overlap_of_what_is_not_there(wrong: Tensor) -> None:
     assert top_overlap(drawn("exponential", 30).float(), wrong).isnan()

@@ -171,8 +171,9 @@ def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> 
 
     Args:
         density: Of the mask; one of those that the monitor has.
-        below: Largest distance of the newest mask to the four before it, over that of independent masks. 0.2 at a density of 0.5 is the
-            published tenth of the weights. Samples that are closer together settle sooner.
+        below: Largest distance of the newest mask to those of the second half of the training so far, over its distance to the first. A
+            mask that moves steadily has 0.5 or a bit more at any cadence, one that has settled 0. You et al. ask for a tenth of the weights
+            between five epochs; masks of a few steps in a row are closer than that from the first on.
         options: Others of `Alert`.
 
     Example:

@@ -11,7 +11,7 @@ from lightning_lowrank.sources.concentration import Concentration
 
 
 def ConcentrationMonitor(
-    units: Sequence[str] = ("module", "head", "neuron"),
+    units: Sequence[str] | None = None,
     signals: Sequence[str] = ("gradient", "update", "gate"),
     every_n_steps: int | None = None,
     match: str | Sequence[str] | None = None,
@@ -34,7 +34,8 @@ def ConcentrationMonitor(
     the ticket that the training would be pruned to still changes.
 
     Args:
-        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices; takes an eigensolver).
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices; takes an eigensolver). Unless given, the
+            first three, as far as the model has them.
         signals: Any of `gradient` and `update` (energy per entry) and `gate` (importance, of heads and neurons).
         every_n_steps: Cadence, in optimizer steps; 100 unless given.
         match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all unless given. Frozen ones are left out.
@@ -51,7 +52,7 @@ def ConcentrationMonitor(
 
     Raises:
         ValueError: An option is another word or out of its range, the reference cannot be read; when training starts: a pattern fits
-            nothing, the reference is of another model, parameters are sharded.
+            nothing, units that were named are not there, the reference is of another model, parameters are sharded.
 
     Example:
         >>> ConcentrationMonitor(units=["head"], signals=["gate"]).recorders[0].quantities[1:4]

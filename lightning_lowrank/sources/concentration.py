@@ -4,13 +4,14 @@ Shape letters:  n units
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lowrank.decompose import decompose
 from lightning_lowrank.gates import energies, gate_gradients
@@ -18,23 +19,35 @@ from lightning_lowrank.names import chosen_parameters
 from lightning_lowrank.parts import Part, heads_of, modules_of, neurons_of
 from lightning_lowrank.shards import is_sharded
 from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
-from lightning_lowrank.sources.ledger import GROWTH, INEQUALITY, OF_A_REFERENCE, OF_THE_START, Ledger
+from lightning_lowrank.sources.ledger import GROWTH, INEQUALITY, OF_A_REFERENCE, OF_THE_START, Ledger, importances_in
 from lightning_lowrank.sources.source import Begun, Step, difference
 from lightning_lowrank.sources.tickets import Tickets
 from lightning_lowrank.team import Team
 
 UNITS = ("module", "head", "neuron", "direction")
+# Taken unless others are given, as far as the model has them.
+USUAL = ("module", "head", "neuron")
 SIGNALS = ("gradient", "update", "gate")
 
 # A gate is on what a layer reads; a direction has no name by which it could be found again.
 WITHOUT_GATES = ("module", "direction")
+
+# What to do where a kind of units is not found.
+NAMED_BY = {
+    "head": "name the output projections of its attention, heads={'*.attn.out': 8}",
+    "neuron": "name the layers that read them, neurons=['*.mlp.fc2']",
+}
+
+# Masks that a small number per weight can tell apart.
+MOST_DENSITIES = 255
 
 
 class Concentration(Gauge):
     """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start; masks of weights.
 
     Args:
-        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an eigensolver).
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an eigensolver); unless
+            given, the first three as far as the model has them.
         signals: Any of `gradient` and `update` (energy per entry), `gate` (of heads and neurons: what the loss does when they are scaled).
         densities: Of the masks of the largest weights; none without.
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
@@ -45,16 +58,18 @@ class Concentration(Gauge):
         seed: Of the weights that are drawn for the masks of large models.
 
     Raises:
-        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a pattern fits nothing, or
-            parameters are sharded.
+        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a pattern fits nothing,
+            units that were named are not there, or parameters are sharded.
     """
 
     name = "concentration"
     level = "subnetworks"
+    absent: Collection[str]
+    _seen: tuple[tuple[str, int, bool, bool], ...]
 
     def __init__(
         self,
-        units: Sequence[str] = ("module", "head", "neuron"),
+        units: Sequence[str] | None = None,
         signals: Sequence[str] = ("gradient", "update", "gate"),
         *,
         densities: Sequence[float] = (0.1, 0.5),
@@ -65,17 +80,19 @@ class Concentration(Gauge):
         reference: str | PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
-        _refuse(units, signals, densities)
-        self._units, self._signals, self._match, self._exclude = list(units), list(signals), match, exclude
-        self._heads, self._neurons = dict(heads or {}), neurons
-        self._reference = {} if reference is None else _importances(reference)
+        self._named, units = units is not None, USUAL if units is None else units
+        _refuse(units, signals, densities, heads)
+        # In one order, whatever they are given in: it is part of the name of their state in a checkpoint.
+        self._units, self._signals = ([one for one in known if one in given] for known, given in ((UNITS, units), (SIGNALS, signals)))
+        self._match, self._exclude, self._heads, self._neurons = match, exclude, dict(heads or {}), neurons
+        self._reference = {} if reference is None else importances_in(reference)
         if self._reference and not set(self._reference) & {f"{unit}_gate" for unit in units if "gate" in signals}:
             raise ValueError(f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} have none of these")
         self._tickets = Tickets(densities, seed=seed) if densities else None
         self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
         self._ledgers = {f"{unit}_{signal}": Ledger() for unit, signal in self._keys}
         self.quantities = [Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()]
-        self._seen: tuple[tuple[str, int, bool], ...] = ()
+        self._look_again()
         self._parts: dict[str, list[Part]] = {}
         self._matrices: list[nn.Parameter] = []
         self._read: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -85,19 +102,20 @@ class Concentration(Gauge):
     def plan(self, module: nn.Module) -> None:
         """Choose what is trained, anew only when parameters came, went, froze or thawed."""
         chosen = chosen_parameters(module, self._match, self._exclude)
-        seen = tuple((name, id(parameter), parameter.requires_grad) for name, parameter in chosen.items())
+        seen = tuple((name, id(parameter), parameter.requires_grad, is_lazy(parameter)) for name, parameter in chosen.items())
         if seen == self._seen:
             return
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
             raise ValueError(f"ConcentrationMonitor: {sharded!r} is sharded, and units are read whole; use DDP, or name others by match")
-        trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+        shaped = {name: parameter for name, parameter in chosen.items() if not is_lazy(parameter) and parameter.numel()}
+        if not any(map(is_lazy, chosen.values())):  # they may still turn out to be anything
+            self._refuse_missing(self._found(module, shaped))
+        trained = {name: parameter for name, parameter in shaped.items() if parameter.requires_grad}
         self._parts = {unit: parts for unit, parts in self._found(module, trained).items() if unit in self._units}
-        self._matrices = [parameter for parameter in chosen.values() if parameter.ndim > 1]
-        known = {part.name for unit, parts in self._parts.items() for part in parts if unit not in WITHOUT_GATES}
-        if self._reference and known.isdisjoint(name for rows in self._reference.values() for name in rows):
-            theirs = [name for rows in self._reference.values() for name in rows][:5]
-            raise ValueError(f"reference: it has importances of {theirs}, and here are {sorted(known)[:5]}: none in common")
+        self._matrices = [parameter for parameter in shaped.values() if parameter.ndim > 1]
+        there = {unit for unit, parts in self._parts.items() if parts}
+        self.absent = {name for name in self.absent if name.split("_")[1] not in there}
         self._seen = seen
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,8 +164,13 @@ class Concentration(Gauge):
             if signal == "gate":
                 found |= ledger.against(self._reference.get(f"{unit}_gate", {}))
             values |= {f"concentration_{unit}_{signal}_{name}": value for name, value in found.items()}
+        if read := [row for rows in self._read.values() for row in rows.values()]:
+            # One that is not finite makes all inequality blank: the sample is lost, and counted, as those of other monitors are.
+            sound = torch.cat(read).isfinite().all()
+            values = {name: torch.where(sound, value, torch.nan) for name, value in values.items()}
+        heads = list(self._of_heads())
         self._drop()
-        return [Numbers(WHOLE, values), *self._of_heads()]
+        return [Numbers(WHOLE, values), *heads]
 
     def detach(self) -> None:
         """Forget the sample in the making."""
@@ -170,7 +193,8 @@ class Concentration(Gauge):
         return {"ledgers": ledgers, "tickets": self._tickets.state_dict() if self._tickets else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Take them back; what there is to read is looked for again."""
+        self._look_again()
         for name, ledger in self._ledgers.items():
             ledger.load_state_dict(state.get("ledgers", {}).get(name, {}))
         if self._tickets:
@@ -179,6 +203,11 @@ class Concentration(Gauge):
     @property
     def _headed(self) -> list[Part]:
         return self._parts.get("head", []) if ("head", "gate") in self._keys else []
+
+    def _look_again(self) -> None:
+        """For a run to come, of whose model nothing is known; a kind of units that it has had and lost is a gap, and not absent."""
+        self._seen = ()
+        self.absent = {quantity.name for quantity in self.quantities if quantity.name.split("_")[1] in self._units}
 
     def _drop(self) -> None:
         self._read, self._before, self._weights = {}, {}, None
@@ -193,6 +222,19 @@ class Concentration(Gauge):
         yield from self._tickets.names if self._tickets else ()
         if ("head", "gate") in self._keys:
             yield "head_importance"
+
+    def _refuse_missing(self, found: Mapping[str, Sequence[Part]]) -> None:
+        """Units that were named, and a reference of which nothing is here: frozen ones are, since they may thaw."""
+        missing = next((unit for unit in self._units if not found[unit]), None)
+        if self._named and missing is not None:
+            counts = ", ".join(f"{sum(part.count for part in parts):,} {unit}s" for unit, parts in found.items())
+            advice = NAMED_BY.get(missing, "all parameters are vectors, or none is watched")
+            raise ValueError(f"units={self._units}: no {missing}s are found; {advice}. There are {counts}")
+        theirs = {name: len(row) for rows in self._reference.values() for name, row in rows.items()}
+        ours = {part.name: part.count for unit in self._units if unit not in WITHOUT_GATES for part in found[unit]}
+        if theirs and not theirs.items() & ours.items():
+            both = (dict(sorted(counts.items())[:5]) for counts in (theirs, ours))
+            raise ValueError("reference: it has importances of {}, and here are {}: none in common".format(*both))
 
     def _found(self, module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
         """All kinds of parts that are trained."""
@@ -212,10 +254,11 @@ class Concentration(Gauge):
             self._read.setdefault((unit, signal), {})[part.name] = measure() / scale
 
     def _of_heads(self) -> Iterator[Numbers]:
-        recent = self._ledgers["head_gate"].recent if self._headed else {}
+        rows = self._read.get(("head", "gate"), {})
         for part in self._headed:
-            if part.name in recent:
-                for label, value in zip(_labels(part), recent[part.name].unbind(), strict=True):
+            if part.name in rows:
+                now, recent = rows[part.name], self._ledgers["head_gate"].recent[part.name]
+                for label, value in zip(_labels(part), torch.where(now.isfinite(), recent, torch.nan).unbind(), strict=True):
                     yield Numbers(label, {"concentration_head_importance": value})
 
 
@@ -240,33 +283,16 @@ def _labels(part: Part) -> list[str]:
     return [f"{part.name}.h{i}" for i in range(part.count)]
 
 
-def _importances(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Recent gates by kind of units and part, out of a checkpoint of Lightning's.
-
-    Raises:
-        ValueError: It cannot be read, or has none.
-    """
-    try:
-        callbacks = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-    except Exception as error:
-        raise ValueError(f"reference={str(path)!r}: {type(error).__name__}: {error}") from error
-    for state in callbacks.values():
-        for probe, kept in (state.get("probes", {}) if isinstance(state, dict) else {}).items():
-            if probe.endswith("concentration"):
-                ledgers = kept["source"]["ledgers"]
-                found = {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate") and ledger["recent"]}
-                if not found:
-                    raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
-                return found
-    raise ValueError(f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}")
-
-
-def _refuse(units: Sequence[str], signals: Sequence[str], densities: Sequence[float]) -> None:
+def _refuse(units: Sequence[str], signals: Sequence[str], densities: Sequence[float], heads: Mapping[str, int] | None) -> None:
     for argument, given, known in (("units", units, UNITS), ("signals", signals, SIGNALS)):
-        if isinstance(given, str) or not given or not set(given) <= set(known):
+        listed = isinstance(given, Collection) and not isinstance(given, str)
+        if not listed or not given or not all(one in known for one in given):
             raise ValueError(f"{argument}={given!r}: a list of one or more of {list(known)}")
     if set(signals) == {"gate"} and set(units) <= set(WITHOUT_GATES):
         raise ValueError(f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'")
+    if not (heads is None or isinstance(heads, Mapping)):
+        raise ValueError(f"heads={heads!r}: numbers of heads by pattern of layer, {{'*.attn.out': 8}}")
     shares = isinstance(densities, Sequence) and all(isinstance(density, float) and 0 < density < 1 for density in densities)
-    if not shares or len(set(densities)) < len(densities):
-        raise ValueError(f"densities={densities!r}: a list of different parts of the weights, each above 0 and below 1")
+    if not shares or len({f"{density:g}" for density in densities}) < len(densities) or len(densities) > MOST_DENSITIES:
+        most = f"a list of at most {MOST_DENSITIES} different parts of the weights"
+        raise ValueError(f"densities={densities!r}: {most}, each above 0 and below 1, different in six digits; [] for no masks")

@@ -1,6 +1,7 @@
 """What units got so far, sample by sample, and how unequally."""
 
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ class Ledger:
         for name, row in rows.items():
             self._enter(name, row)
         now, start = _both(rows, self.start)
+        both = torch.stack([now, start])  # at once: they are small
         for name, statistic in INEQUALITY.items():
-            found |= {name: statistic(_joined(rows.values())), f"{name}_start": statistic(start)}
+            found |= dict(zip((name, f"{name}_start"), statistic(both), strict=True))
         return found | {"overlap_start": top_overlap(now, start), "overlap_chance": top_overlap_chance(len(now))}
 
     def against(self, reference: Rows) -> dict[str, Tensor]:
@@ -84,6 +86,27 @@ class Ledger:
         self.sums[name] = torch.where(sound, torch.where(new, row, sums + row), sums)
         self.start[name] = torch.where(start.isnan().any(), row, start)
         self.recent[name] = torch.where(sound, torch.where(new, row, recent + WEIGHT * (row - recent)), recent)
+
+
+def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Recent gates by kind of units and part, out of a checkpoint of Lightning's.
+
+    Raises:
+        ValueError: It cannot be read, or has none.
+    """
+    try:
+        callbacks = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+        probes = [probe for state in callbacks.values() if isinstance(state, dict) for probe in state.get("probes", {}).items()]
+        watched = [kept.get("source", {}).get("ledgers", {}) for name, kept in probes if name.endswith("concentration")]
+    except Exception as error:
+        raise ValueError(f"reference={str(path)!r}: {type(error).__name__}: {error}") from error
+    for ledgers in watched:
+        found = {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate") and ledger.get("recent")}
+        if found:
+            return found
+    if watched:
+        raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
+    raise ValueError(f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}")
 
 
 def _both(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:
