@@ -28,8 +28,8 @@ from lightning_lowrank.monitor import Monitor
 MONITORS: dict[str, tuple[Callable[..., Monitor], int, dict[str, Any]]] = {
     "anatomy": (GradientAnatomyMonitor, 1000, {}),
     "anatomy, max_rows=512": (GradientAnatomyMonitor, 1000, {"max_rows": 512}),
-    "concentration": (ConcentrationMonitor, 100, {}),
-    "concentration, no updates, no masks": (ConcentrationMonitor, 100, {"signals": ["gradient", "gate"], "densities": []}),
+    "concentration": (ConcentrationMonitor, 200, {}),
+    "concentration, no updates, no masks": (ConcentrationMonitor, 200, {"signals": ["gradient", "gate"], "densities": []}),
 }
 
 

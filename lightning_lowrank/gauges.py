@@ -44,8 +44,10 @@ class GaugeRecorder(Recorder):
 
     @property
     def measured(self) -> set[str]:
-        """Also the errors of what is estimated."""
-        return {*self.quantities, *(f"{self._prefix}{quantity.name}_error" for quantity in self._asked if quantity.estimated)}
+        """As far as the model has it; also the errors of what is estimated."""
+        there = [quantity for quantity in self._asked if quantity.name not in self._gauge.absent]
+        names = {self._prefix + quantity.name for quantity in there}
+        return names | {f"{self._prefix}{quantity.name}_error" for quantity in there if quantity.estimated}
 
     @property
     def curves(self) -> list[Curve]:

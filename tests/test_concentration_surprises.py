@@ -251,3 +251,11 @@ def test_a_second_run_of_another_model_begins_anew() -> None:
     assert_close({tag: again.curve(tag) for tag in tags}, {tag: alone.curve(tag) for tag in tags}, rtol=0, atol=0, equal_nan=True)
     source = monitor.recorders[0].probe.source
     assert isinstance(source, Concentration) and "concentration_head_count" in source.absent
+
+
+def test_nothing_is_written_of_units_that_the_model_has_not() -> None:
+    mlp, transformer = (watched(module, ConcentrationMonitor(every_n_steps=4)) for module in (Classifier(), Classifier(Attending())))
+
+    assert not [tag for tag in mlp.curves() if "concentration_head" in tag]
+    assert set(mlp.curves()) == {tag for tag in transformer.curves() if "concentration_head" not in tag}
+    assert "concentration_neuron_gate_hill_exponent" in mlp.curves()

@@ -37,7 +37,7 @@ def ConcentrationMonitor(
         units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices; takes an eigensolver). Unless given, the
             first three, as far as the model has them.
         signals: Any of `gradient` and `update` (energy per entry) and `gate` (importance, of heads and neurons).
-        every_n_steps: Cadence, in optimizer steps; 100 unless given.
+        every_n_steps: Cadence, in optimizer steps; 200 unless given.
         match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all unless given. Frozen ones are left out.
         exclude: The same, taken away.
         per_site: Importance of single heads: `True`, `False`, or "auto": if there are at most 100.
@@ -60,5 +60,5 @@ def ConcentrationMonitor(
     """
     chosen: dict[str, Any] = {"match": match, "exclude": exclude, "densities": densities, "heads": heads, "neurons": neurons, "seed": seed}
     source = Concentration(units, signals, reference=reference, **chosen)
-    schedule = cadence(every_n_steps, max_overhead, 100)
+    schedule = cadence(every_n_steps, max_overhead, 200)
     return monitor_of(source, schedule, label="concentration", per_site=per_site, seed=seed, alerts=alerts, name=name)

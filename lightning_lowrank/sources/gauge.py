@@ -1,7 +1,7 @@
 """Gauges: sources of finished numbers, where what is measured is not the spectrum of one matrix."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -82,6 +82,7 @@ class Gauge(Source):
         quantities: What it gives; settled when it is made.
         trouble: Why a part of a sample is missing, until it was told.
         curves: What vectors it gives beside them, at every site.
+        absent: Names of quantities that this model cannot have: nothing is written of them.
         shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first speaks for them.
     """
 
@@ -89,6 +90,7 @@ class Gauge(Source):
     of_parameters = False
     trouble: Exception | None = None
     curves: Sequence[Curve] = ()
+    absent: Collection[str] = ()
     shared = False
 
     @abstractmethod
