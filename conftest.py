@@ -18,9 +18,9 @@ torch.set_num_threads(1)
 def names_in_doctests(doctest_namespace: dict[str, object]) -> None:
     """What an example in a docstring may use without importing it."""
     from lightning_lowrank import statistics
-    from lightning_lowrank.scaling.multifractal import multifractal_spectrum
-    from lightning_lowrank.spectrum import svd
-    from lightning_lowrank.subspaces import top_subspace
+    from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
+    from lightning_lowrank.maths.spectra.spectrum import svd
+    from lightning_lowrank.maths.spectra.subspaces import top_subspace
 
     formulas = {name: function for name, function in vars(statistics).items() if callable(function)}
     doctest_namespace |= {"torch": torch, "svd": svd, "top_subspace": top_subspace, "statistics": statistics}

@@ -35,7 +35,7 @@ from benchmarks.budget import digits
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
-from lightning_lowrank.alerts.ready_made import default_alerts
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
 
 STEPS, OFTEN = 1400, 10
 # Steps in a row that make a failure, and of which a spike rule knows mean and deviation; how many deviations are a spike: as is usual, and

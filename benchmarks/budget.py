@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import RankMonitor
-from lightning_lowrank.schedules import Budget
+from lightning_lowrank.measuring.schedules import Budget
 
 # Of the budget: what is spent has to lie between.
 LEAST, MOST = 0.4, 1.1

@@ -27,10 +27,10 @@ from benchmarks.budget import digits
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import CurvatureMonitor
-from lightning_lowrank.eigenspaces import Eigenpairs, overlap, top_eigenpairs
-from lightning_lowrank.operators import Jacobian, dense, gauss_newton, hessian
-from lightning_lowrank.tap import LossTap
-from lightning_lowrank.traces import debiased, spectral_estimate, trace
+from lightning_lowrank.loss.tap import LossTap
+from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, overlap, top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Jacobian, dense, gauss_newton, hessian
+from lightning_lowrank.maths.operators.traces import debiased, spectral_estimate, trace
 
 Job = Callable[[], object]
 

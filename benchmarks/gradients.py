@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.char_transformer import CharTransformer, standard_library
 from examples.gradient_anatomy import Classifier, digits
 from lightning_lowrank import ConcentrationMonitor, GradientAnatomyMonitor
-from lightning_lowrank.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor
 
 MONITORS: dict[str, tuple[Callable[..., Monitor], int, dict[str, Any]]] = {
     "anatomy": (GradientAnatomyMonitor, 1000, {}),

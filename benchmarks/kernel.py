@@ -32,12 +32,13 @@ from benchmarks.curvature import Convolutional
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from examples.edge_of_stability import Curves
-from lightning_lowrank import NTKMonitor, traces
-from lightning_lowrank.eigenspaces import top_eigenpairs
-from lightning_lowrank.kernel_estimates import participation_ratio
-from lightning_lowrank.kernels import KernelName, kernel_operator, projections, sketched_kernel
-from lightning_lowrank.operators import Jacobian
-from lightning_lowrank.sources.tangent_kernel import EVERY
+from lightning_lowrank import NTKMonitor
+from lightning_lowrank.maths.operators import traces
+from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Jacobian
+from lightning_lowrank.monitors.tangent_kernel.estimates import participation_ratio
+from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName, kernel_operator, projections, sketched_kernel
+from lightning_lowrank.monitors.tangent_kernel.source import EVERY
 
 Way = Callable[[nn.Module, Tensor, int], float]
 

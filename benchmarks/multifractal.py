@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.char_transformer import CharTransformer, standard_library
 from examples.multifractal_training import convolutional, digits
 from lightning_lowrank import MultifractalMonitor
-from lightning_lowrank.registry import REGISTERED
-from lightning_lowrank.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.scaling.scaling import ORDERS, Scaling
+from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.statistics import find
+from lightning_lowrank.statistics.registry import REGISTERED
 
 THRESHOLD = 150.0
 STATISTICS = [name for name, found in REGISTERED.items() if found.takes == (Scaling,)]

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_lowrank.decompose import decompose
-from lightning_lowrank.registry import Needs
-from lightning_lowrank.sketch import estimate
-from lightning_lowrank.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.decompose import decompose
+from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, svd
 from lightning_lowrank.statistics import find
 
 RANKS = ("energy_rank", "stable_rank", "effective_rank", "effective_rank_energy", "participation_ratio", "nuclear_to_spectral")

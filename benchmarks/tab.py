@@ -26,8 +26,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from lightning_lowrank import sinks
-from lightning_lowrank.vectors import Row, Vectors
+from lightning_lowrank.reports import loggers as sinks
+from lightning_lowrank.reports.vectors import Row, Vectors
 
 QUANTITIES = 8
 FLAGS = (

@@ -27,7 +27,7 @@ from examples.char_transformer import CONTEXT, CharTransformer, frequent_charact
 from examples.edge_of_stability import Curves
 from examples.multifractal_training import at
 from lightning_lowrank import ConcentrationMonitor, Monitor
-from lightning_lowrank.inequality import rank_persistence
+from lightning_lowrank.monitors.concentration.inequality import rank_persistence
 
 DEPTH, WIDTH, HEADS = 4, 64, 4
 # Windows that a cut is tried on.

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from lightning_lowrank.degeneracy import FlatDirections, flat_directions
+from lightning_lowrank.maths.operators.flat_directions import FlatDirections, flat_directions
 
 TEACHER = 2
 ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.ReLU)

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.edge_of_stability import Curves
 from lightning_lowrank import NTKMonitor
-from lightning_lowrank.kernel_estimates import time_constants
-from lightning_lowrank.kernels import exact_modes, kernel_operator
-from lightning_lowrank.operators import Jacobian
+from lightning_lowrank.maths.operators.operators import Jacobian
+from lightning_lowrank.monitors.tangent_kernel.estimates import time_constants
+from lightning_lowrank.monitors.tangent_kernel.kernels import exact_modes, kernel_operator
 
 WIDTHS = (8, 32, 128, 512)
 # Examples whose modes are followed one by one.

@@ -188,7 +188,7 @@ def live(root: Path, kill: Kill | None, num_steps: int, watched: bool) -> None:
 def processes() -> ForkServerContext:
     """Processes of their own that need not import everything anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed_runs", "lightning_lowrank.presets.rank"])
+    context.set_forkserver_preload(["tests.killed_runs", "lightning_lowrank.monitors.rank"])
     return context
 
 

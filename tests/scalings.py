@@ -2,8 +2,8 @@
 
 import torch
 
-from lightning_lowrank.scaling.boxes import box_counting
-from lightning_lowrank.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.boxes import box_counting
+from lightning_lowrank.maths.scaling.rank import rank_scaling
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lightning_lowrank import Alert, AlertEvent, ChangePointAlert, RankCollapseAlert
-from lightning_lowrank.alerts.ready_made import default_alerts
-from lightning_lowrank.alerts.states import RuleState
-from lightning_lowrank.alerts.watch import Watch
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
+from lightning_lowrank.reports.alerts.states import RuleState
+from lightning_lowrank.reports.alerts.watch import Watch
 
 NAN = math.nan
 QUICK: dict[str, Any] = {"warm_up_samples": 3, "window": 3, "for_samples": 3, "keep_samples": 2, "cooldown_steps": 0}

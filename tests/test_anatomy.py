@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_lowrank.anatomy import (
+from lightning_lowrank.monitors.anatomy.spikes import mean_is_told, outlier, spiked_data
+from lightning_lowrank.monitors.anatomy.split import (
     SHARES,
     Basis,
     Sides,
@@ -22,7 +23,6 @@ from lightning_lowrank.anatomy import (
     split,
     top_right,
 )
-from lightning_lowrank.spikes import mean_is_told, outlier, spiked_data
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lowrank import GradientAnatomyMonitor, Monitor, NotLowRankAlert, ResidueSuppressedAlert, spiked_data
-from lightning_lowrank.anatomy import SHARES, Sides, anatomy
-from lightning_lowrank.sources.pairs import Pairs, PairTap, as_matrix
+from lightning_lowrank.monitors.anatomy.pairs import Pairs, PairTap, as_matrix
+from lightning_lowrank.monitors.anatomy.split import SHARES, Sides, anatomy
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, Tied
 from tests.processes import together
 from tests.test_data_parallel import InOrder

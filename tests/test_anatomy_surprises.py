@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import GradientAnatomyMonitor, Monitor, spiked_data
-from lightning_lowrank.anatomy import SHARES, Basis, Sides, alignment, anatomy
-from lightning_lowrank.sources.pairs import PairTap
-from lightning_lowrank.spikes import outlier
+from lightning_lowrank.monitors.anatomy.pairs import PairTap
+from lightning_lowrank.monitors.anatomy.spikes import outlier
+from lightning_lowrank.monitors.anatomy.split import SHARES, Basis, Sides, alignment, anatomy
 from tests.models import Classifier, MemoryLogger, digits
 from tests.processes import together
 from tests.test_data_parallel import InOrder

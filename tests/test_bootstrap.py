@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from lightning_lowrank import statistics
-from lightning_lowrank.scaling.bootstrap import TRUSTED, standard_error
-from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.maths.scaling.bootstrap import TRUSTED, standard_error
+from lightning_lowrank.maths.scaling.scaling import Scaling
 from tests import scalings
 from tests.oracles.spectra import generator
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_lowrank import Budget, Gradients, Monitor, Probe, RankMonitor, Updates
-from lightning_lowrank.clock import Clock
-from lightning_lowrank.schedules import COLD, WARM_UP, cadence
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.clock import Clock
+from lightning_lowrank.measuring.schedules import COLD, WARM_UP, cadence
 from tests.models import Classifier, MemoryLogger, Validated
 from tests.processes import together
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lightning_lowrank import RankMonitor
-from lightning_lowrank.cli import main
+from lightning_lowrank.analysis.cli import main
 from tests.tab import train, written
 from tests.test_tab import forge, write
 
@@ -146,6 +146,6 @@ def test_it_is_a_command_of_its_own(run: Path, tmp_path: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, lightning_lowrank.cli; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, lightning_lowrank.analysis.cli; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_lowrank import ConcentrationMonitor, EarlyBirdAlert, Monitor
-from lightning_lowrank.inequality import gini, matthew_slope, top_share
-from lightning_lowrank.sources.concentration import Concentration
-from lightning_lowrank.sources.source import Begun, Step
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.monitors.concentration.inequality import gini, matthew_slope, top_share
+from lightning_lowrank.monitors.concentration.source import Concentration
 from tests.models import Adversaries, Classifier, MemoryLogger, Tied
 from tests.processes import together
 from tests.test_data_parallel import InOrder, fitted

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from lightning_lowrank import ConcentrationMonitor, RankMonitor
-from lightning_lowrank.sources.concentration import Concentration
+from lightning_lowrank.monitors.concentration.source import Concentration
 from tests.models import Classifier, MemoryLogger
 from tests.test_concentration_monitor import SILENT, Attending, values, watched
 

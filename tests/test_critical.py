@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lowrank.critical import along_update, critical_multiple
+from lightning_lowrank.monitors.curvature.critical import along_update, critical_multiple
 
 
 def quadratic(sharpness: float, rate: float) -> object:

@@ -10,7 +10,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from lightning_lowrank import Features, Monitor, Probe, RankMonitor, Sample, dashboard, summary_table
+from lightning_lowrank import Features, Monitor, Probe, RankMonitor, Sample, summary_table
+from lightning_lowrank.reports import dashboard
 from tests.models import Classifier
 
 Charts = dict[str, dict[str, tuple[str, str, str]]]

@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lowrank import Monitor, RankMonitor, matrices, sinks
-from lightning_lowrank.sources.features import Features
-from lightning_lowrank.sources.gradients import Gradients
+from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank.measuring import matrix_recorder as matrices
+from lightning_lowrank.measuring.sources.features import Features
+from lightning_lowrank.measuring.sources.gradients import Gradients
+from lightning_lowrank.reports import loggers as sinks
 from tests.models import Classifier, MemoryLogger, digits
 from tests.processes import together
 
@@ -220,7 +222,7 @@ class Broken(MemoryLogger):
 FAULTS: dict[str, Callable[[L.LightningModule], Callable[[], None]]] = {
     "a NaN": not_a_number,
     "a decomposition": raising(matrices, "decompose"),
-    "an eigensolver": raising(sys.modules["lightning_lowrank.decompose"], "eigenvalues"),
+    "an eigensolver": raising(sys.modules["lightning_lowrank.maths.spectra.decompose"], "eigenvalues"),
     "a source": raising(Gradients, "gradients_final"),
     "pooled features": raising(Features, "batch_over"),
     "a statistic": raising(matrices, "estimate"),

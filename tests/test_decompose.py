@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.decompose import decompose
-from lightning_lowrank.registry import find
-from lightning_lowrank.sketch import estimate, moments, top
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.decompose import decompose
+from lightning_lowrank.maths.spectra.sketch import estimate, moments, top
+from lightning_lowrank.maths.spectra.spectrum import svd
+from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import gaussian, generator
 
-module = import_module("lightning_lowrank.decompose")
+module = import_module("lightning_lowrank.maths.spectra.decompose")
 
 ALONE = {"moments": moments, "top": top, "values": svd}
 

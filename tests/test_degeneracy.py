@@ -10,7 +10,7 @@ from torch.autograd.functional import jacobian as whole_jacobian
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from lightning_lowrank.degeneracy import flat_directions
+from lightning_lowrank.maths.operators.flat_directions import flat_directions
 from tests.oracles.spectra import gaussian, generator
 from tests.test_operators import cross_entropy_factors
 

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Monitor, RankMonitor
-from lightning_lowrank.decompose import decompose
-from lightning_lowrank.matrices import MatrixRecorder
-from lightning_lowrank.probe import Probe
-from lightning_lowrank.recorder import BATCH
-from lightning_lowrank.scaling.rank import rank_scaling
-from lightning_lowrank.scaling.scaling import Scaling
-from lightning_lowrank.sources.displacement import Displacement
-from lightning_lowrank.sources.features import Features
-from lightning_lowrank.sources.gradients import Gradients
-from lightning_lowrank.sources.optimizer_state import OptimizerState
-from lightning_lowrank.sources.source import Begun, Source, Step
-from lightning_lowrank.sources.updates import Updates
-from lightning_lowrank.sources.weights import Weights
-from lightning_lowrank.spectrum import Spectrum
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.maths.spectra.decompose import decompose
+from lightning_lowrank.maths.spectra.spectrum import Spectrum
+from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspace
+from lightning_lowrank.measuring.matrix_recorder import MatrixRecorder
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.recorder import BATCH
+from lightning_lowrank.measuring.source import Begun, Source, Step
+from lightning_lowrank.measuring.sources.displacement import Displacement
+from lightning_lowrank.measuring.sources.features import Features
+from lightning_lowrank.measuring.sources.gradients import Gradients
+from lightning_lowrank.measuring.sources.optimizer_state import OptimizerState
+from lightning_lowrank.measuring.sources.updates import Updates
+from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
-from lightning_lowrank.subspaces import Subspace, top_subspace
-from lightning_lowrank.team import Team
 from tests.models import Classifier, MemoryLogger
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")

@@ -14,10 +14,10 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing import assert_close
 
 from lightning_lowrank import Features, Gram, SiteMeans, SpectralStatistic
-from lightning_lowrank.metrics import state_dtype
-from lightning_lowrank.sources.source import Begun
-from lightning_lowrank.taken import take
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.gathering import take
+from lightning_lowrank.measuring.metrics import state_dtype
+from lightning_lowrank.measuring.source import Begun
 from tests.models import Classifier
 from tests.oracles.spectra import gaussian
 from tests.processes import together

@@ -15,8 +15,8 @@ from torch.distributed.tensor import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lowrank.double_backward import Choice, choose, compiled, look, look_together
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.loss.double_backward import Choice, choose, compiled, look, look_together
 from tests.models import Adversaries, Classifier
 from tests.processes import together
 

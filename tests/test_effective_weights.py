@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
-from lightning_lowrank.sites import Site, sites
+from lightning_lowrank.models.sites import Site, sites
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.eigenspaces import energy_share, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
-from lightning_lowrank.operators import Layout, Operator
+from lightning_lowrank.maths.operators.eigenspaces import energy_share, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Layout, Operator
 from tests.oracles.spectra import gaussian, generator
 from tests.test_device import Waits
 

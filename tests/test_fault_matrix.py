@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_lowrank import Monitor, RankMonitor
-from lightning_lowrank.presets.rank import SOURCES
+from lightning_lowrank.monitors.rank import SOURCES
 from tests.faults import FAULTS, FAULTY_STEPS, Afflicted
 from tests.models import MemoryLogger
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lowrank import Features, Monitor, RankMonitor
-from lightning_lowrank.sampling import Sampling
-from lightning_lowrank.sources import features
-from lightning_lowrank.sources.gradients import Gradients
-from lightning_lowrank.sources.updates import Updates
+from lightning_lowrank.measuring.sampling import Sampling
+from lightning_lowrank.measuring.sources import features
+from lightning_lowrank.measuring.sources.gradients import Gradients
+from lightning_lowrank.measuring.sources.updates import Updates
 from tests.models import Adversaries, Classifier, MemoryLogger
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")

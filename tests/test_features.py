@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import Every, Features, Monitor, Probe
-from lightning_lowrank.sources.source import Begun
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.source import Begun
 from tests.models import Classifier, ImageNet, MemoryLogger, Validated
 from tests.oracles.spectra import RANKS
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from examples.char_transformer import Block
-from lightning_lowrank.gates import energies, gate_gradients
-from lightning_lowrank.parts import heads_of, neurons_of
+from lightning_lowrank.models.units import heads_of, neurons_of
+from lightning_lowrank.monitors.concentration.gates import energies, gate_gradients
 from tests.test_neutrality import adapted
 
 

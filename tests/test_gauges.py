@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank import Alert, Monitor
-from lightning_lowrank.probe import Probe
-from lightning_lowrank.schedules import Every
-from lightning_lowrank.sources.gauge import WHOLE, Gauge, Numbers, Quantity
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.schedules import Every
 from tests.models import Classifier, MemoryLogger
 
 

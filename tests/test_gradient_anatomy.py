@@ -25,8 +25,8 @@ from examples.gradient_anatomy import (
     with_noise,
 )
 from lightning_lowrank import GradientAnatomyMonitor, JacobianPenalty, input_noise, jacobian_penalty, weight_decay
-from lightning_lowrank.anatomy import SHARES, Sides, anatomy, signal_basis, split
-from lightning_lowrank.anatomy import Basis as DirectionsOf
+from lightning_lowrank.monitors.anatomy.split import SHARES, Sides, anatomy, signal_basis, split
+from lightning_lowrank.monitors.anatomy.split import Basis as DirectionsOf
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, digits
 
 SEEDS = range(4)

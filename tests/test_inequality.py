@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_lowrank.inequality import (
+from lightning_lowrank.monitors.concentration.inequality import (
     entropy,
     gini,
     hill_exponent,

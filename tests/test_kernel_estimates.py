@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank import kernel_estimates as estimates
-from lightning_lowrank.eigenspaces import top_eigenpairs
-from lightning_lowrank.kernels import (
+from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator
+from lightning_lowrank.maths.operators.traces import debiased, participation_ratio, spectral_estimate, trace, trace_of_square
+from lightning_lowrank.monitors.tangent_kernel import estimates
+from lightning_lowrank.monitors.tangent_kernel.kernels import (
     exact_kernel,
     exact_modes,
     kernel_operator,
@@ -15,10 +17,8 @@ from lightning_lowrank.kernels import (
     projections,
     sketched_kernel,
 )
-from lightning_lowrank.operators import Jacobian, Layout, Operator
-from lightning_lowrank.sources.tangent_kernel import STEPS
-from lightning_lowrank.tangent_kernel import Effort
-from lightning_lowrank.traces import debiased, participation_ratio, spectral_estimate, trace, trace_of_square
+from lightning_lowrank.monitors.tangent_kernel.measurement import Effort
+from lightning_lowrank.monitors.tangent_kernel.source import STEPS
 from tests.oracles.kernels import (
     COLUMNS,
     NAMES,

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_lowrank import kernel_estimates as estimates
-from lightning_lowrank.eigenspaces import top_eigenpairs
-from lightning_lowrank.kernels import (
+from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Jacobian, Layout, gauss_newton
+from lightning_lowrank.maths.operators.traces import spectral_estimate
+from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.monitors.tangent_kernel import estimates
+from lightning_lowrank.monitors.tangent_kernel.kernels import (
     exact_kernel,
     exact_modes,
     kernel_operator,
@@ -15,10 +18,7 @@ from lightning_lowrank.kernels import (
     sampled_outputs,
     spectrum_of_modes,
 )
-from lightning_lowrank.operators import Jacobian, Layout, gauss_newton
-from lightning_lowrank.sketch import estimate
 from lightning_lowrank.statistics import effective_rank_energy, energy_rank, numerical_rank, participation_ratio
-from lightning_lowrank.traces import spectral_estimate
 from tests.oracles.kernels import (
     COLUMNS,
     NAMES,

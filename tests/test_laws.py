@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import statistics
-from lightning_lowrank.registry import REGISTERED, find
-from lightning_lowrank.scaling.scaling import Scaling
-from lightning_lowrank.spectrum import Spectrum, svd
-from lightning_lowrank.subspaces import top_subspace
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.subspaces import top_subspace
+from lightning_lowrank.statistics.registry import REGISTERED, find
 from tests.oracles.spectra import RANKS, gaussian, geometric, singular_values, with_values
 
 PARAMETERS = {"epsilon": (0.01, 0.5), "p": (0.5, 1, 1.5, 2)}

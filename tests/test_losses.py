@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.loss_calls import LossCall
-from lightning_lowrank.losses import ClosedForm, Differentiated, OutputLoss
+from lightning_lowrank.loss.calls import LossCall
+from lightning_lowrank.loss.output_loss import ClosedForm, Differentiated, OutputLoss
 
 DRAWS = 4_000
 

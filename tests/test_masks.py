@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.inequality import gini
-from lightning_lowrank.masks import hamming, hamming_chance, jaccard, jaccard_chance, mask, memberships, sparsity_at_energy
-from lightning_lowrank.sources.tickets import Tickets
+from lightning_lowrank.monitors.concentration.inequality import gini
+from lightning_lowrank.monitors.concentration.masks import (
+    hamming,
+    hamming_chance,
+    jaccard,
+    jaccard_chance,
+    mask,
+    memberships,
+    sparsity_at_energy,
+)
+from lightning_lowrank.monitors.concentration.tickets import Tickets
 
 
 def test_masks_are_the_largest_weights_and_nested() -> None:

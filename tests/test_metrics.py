@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from torchmetrics import MetricCollection
 
 from lightning_lowrank import Gram, SiteMeans, SpectralStatistic
-from lightning_lowrank.metrics import state_dtype
-from lightning_lowrank.registry import find
-from lightning_lowrank.spectrum import Spectrum, svd
-from lightning_lowrank.subspaces import top_subspace
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.subspaces import top_subspace
+from lightning_lowrank.measuring.metrics import state_dtype
+from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import RANKS, gaussian, singular_values
 from tests.test_laws import names
 

@@ -18,15 +18,15 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from lightning_lowrank import Monitor, MultifractalMonitor, emergence, multifractal_spectrum, statistics
-from lightning_lowrank.cli import main, reader_of
-from lightning_lowrank.scaling.bootstrap import FEWEST_NODES
-from lightning_lowrank.scaling.scaling import ORDERS
-from lightning_lowrank.sources import neuromfa
-from lightning_lowrank.sources.multifractal import OF_A_MATRIX, Multifractal
-from lightning_lowrank.sources.neuromfa import NeuroMFA
-from lightning_lowrank.sources.scaling_curves import vectors
-from lightning_lowrank.sources.source import Begun
-from lightning_lowrank.team import Team
+from lightning_lowrank.analysis.cli import main, reader_of
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.maths.scaling.bootstrap import FEWEST_NODES
+from lightning_lowrank.maths.scaling.scaling import ORDERS
+from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.sources import neuromfa
+from lightning_lowrank.monitors.multifractal.curves import vectors
+from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
+from lightning_lowrank.monitors.multifractal.source import OF_A_MATRIX, Multifractal
 from lightning_lowrank.tensorboard import answers
 from tests.models import Classifier, ImageNet, MemoryLogger
 from tests.processes import together

@@ -6,10 +6,10 @@ import torch
 from torch.testing import assert_close
 
 from lightning_lowrank import statistics
-from lightning_lowrank.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.scaling.neuromfa import emergence, neuromfa_scaling, published_summary, sample_neurons, typical_threshold
-from lightning_lowrank.scaling.nulls import gaussian_like, shuffled
-from lightning_lowrank.scaling.scaling import ORDERS
+from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.maths.scaling.neuromfa import emergence, neuromfa_scaling, published_summary, sample_neurons, typical_threshold
+from lightning_lowrank.maths.scaling.nulls import gaussian_like, shuffled
+from lightning_lowrank.maths.scaling.scaling import ORDERS
 from tests import scalings
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian, generator

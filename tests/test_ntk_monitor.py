@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lowrank import Monitor, NTKMonitor
-from lightning_lowrank.sources.tangent_kernel import TangentKernel
+from lightning_lowrank.monitors.tangent_kernel.source import TangentKernel
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger, digits
 from tests.processes import together
 from tests.test_fsdp_curvature import fitted

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from lightning_lowrank.operators import (
+from lightning_lowrank.maths.operators.operators import (
     Jacobian,
     Layout,
     Operator,

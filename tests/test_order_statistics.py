@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_lowrank import sketch, svd
-from lightning_lowrank.order_statistics import COUNT, of_noise, order_statistics, ranks
+from lightning_lowrank.maths.spectra.order_statistics import COUNT, of_noise, order_statistics, ranks
 
 
 @pytest.mark.parametrize("short", [1, 2, 31, 32, 33, 40, 64, 500, 4096])

@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Features, Monitor, RankMonitor
-from lightning_lowrank.decompose import decompose
-from lightning_lowrank.presets.rank import OF_LAYERS, OF_PARAMETERS, SOURCES
-from lightning_lowrank.subspaces import top_subspace, top_subspaces
+from lightning_lowrank.maths.spectra.decompose import decompose
+from lightning_lowrank.maths.spectra.subspaces import top_subspace, top_subspaces
+from lightning_lowrank.monitors.rank import OF_LAYERS, OF_PARAMETERS, SOURCES
 from tests.models import Classifier, MemoryLogger, Validated
 
 STEPS, STRIDE, SHORT = 24, 61, (2, 3, 4)

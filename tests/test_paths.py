@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.scaling.boxes import box_counting
-from lightning_lowrank.scaling.paths import path_distances, path_scaling
-from lightning_lowrank.scaling.scaling import ORDERS
+from lightning_lowrank.maths.scaling.boxes import box_counting
+from lightning_lowrank.maths.scaling.paths import path_distances, path_scaling
+from lightning_lowrank.maths.scaling.scaling import ORDERS
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian, generator
 

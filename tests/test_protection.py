@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 
-from lightning_lowrank.protection import Snapshot
+from lightning_lowrank.loss.snapshot import Snapshot
 
 
 class Holder:

@@ -6,11 +6,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import statistics
-from lightning_lowrank.registry import REGISTERED, find
-from lightning_lowrank.scaling import rank
-from lightning_lowrank.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.scaling.rank import largest, rank_scaling
-from lightning_lowrank.scaling.scaling import ORDERS, Scaling
+from lightning_lowrank.maths.scaling import rank
+from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.maths.scaling.rank import largest, rank_scaling
+from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
+from lightning_lowrank.statistics.registry import REGISTERED, find
 from tests import scalings
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian, generator

@@ -8,15 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from lightning_lowrank import statistics
-from lightning_lowrank.registry import REGISTERED, available, find, statistic
-from lightning_lowrank.spectrum import Spectrum, svd
-from lightning_lowrank.subspaces import Subspace
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.subspaces import Subspace
+from lightning_lowrank.statistics.registry import REGISTERED, available, find, statistic
 from tests import test_laws
 from tests.oracles.spectra import gaussian
 
 NEW = '''
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum
+from lightning_lowrank.statistics.registry import statistic
+from lightning_lowrank.maths.spectra.spectrum import Spectrum
 
 
 @statistic(unit="directions", parameter="threshold", domain=(0.0, 1.0), tail=lambda threshold: threshold < 0.1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.replay import Mute, Replay, first_examples
+from lightning_lowrank.loss.replay import Mute, Replay, first_examples
 from tests.models import Adversaries, Classifier, ImageNet, MemoryLogger
 
 

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lowrank import RankMonitor
-from lightning_lowrank.replay import Replay
+from lightning_lowrank.loss.replay import Replay
 from tests.models import Classifier, ImageNet, digits
 from tests.processes import together
 from tests.test_neutrality import CASES, COMPILED, trained

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.scaling.boxes import box_counting, graph_distances
-from lightning_lowrank.scaling.scaling import ORDERS, Scaling
+from lightning_lowrank.maths.scaling.boxes import box_counting, graph_distances
+from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
 from tests import scalings
 from tests.oracles import networks
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.metrics import SpectralStatistic
-from lightning_lowrank.probe import Probe
-from lightning_lowrank.registry import REGISTERED, find
-from lightning_lowrank.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.scaling.rank import rank_scaling
-from lightning_lowrank.scaling.scaling import Scaling
-from lightning_lowrank.sources.weights import Weights
+from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.measuring.metrics import SpectralStatistic
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.sources.weights import Weights
+from lightning_lowrank.statistics.registry import REGISTERED, find
 from tests import scalings
 from tests.oracles.spectra import generator
 from tests.test_laws import Waits

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.operators import Operator
-from lightning_lowrank.self_check import difference_defect, is_wrong, symmetry_defect
-from lightning_lowrank.traces import Estimate
+from lightning_lowrank.maths.operators.operators import Operator
+from lightning_lowrank.maths.operators.traces import Estimate
+from lightning_lowrank.monitors.curvature.self_check import difference_defect, is_wrong, symmetry_defect
 from tests.oracles.spectra import gaussian, generator
 
 

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lowrank import Monitor, RankMonitor
-from lightning_lowrank.shards import whole
+from lightning_lowrank.distributed.shards import whole
 from tests.models import MemoryLogger, digits
 from tests.processes import together
 from tests.test_data_parallel import Keep

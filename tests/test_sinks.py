@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_lowrank import RankMonitor, sinks
+from lightning_lowrank import RankMonitor
+from lightning_lowrank.reports import loggers as sinks
 from tests.models import Classifier, MemoryLogger
 
 

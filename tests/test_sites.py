@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from lightning_lowrank.sites import Site, sites
-from lightning_lowrank.views import View
+from lightning_lowrank.models.sites import Site, sites
+from lightning_lowrank.models.views import View
 
 
 class Block(nn.Module):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.lanczos import bidiagonal, krylov, largest_eigenvalue, quadrature
-from lightning_lowrank.registry import find
-from lightning_lowrank.sketch import estimate, moments, sketch, top
-from lightning_lowrank.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.lanczos import bidiagonal, krylov, largest_eigenvalue, quadrature
+from lightning_lowrank.maths.spectra.sketch import estimate, moments, sketch, top
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
+from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import RANKS, entropy_rank, gaussian, generator, singular_values, with_values
 
 SIZE = 500

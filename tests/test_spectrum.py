@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import Spectrum, descending, eigenvalues, from_gram, perplexity, ratio, svd
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, descending, eigenvalues, from_gram, perplexity, ratio, svd
 from tests.oracles.spectra import gaussian, singular_values
 
 

@@ -5,8 +5,8 @@ import torch
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.testing import assert_close
 
-from lightning_lowrank.operators import Operator, preconditioned
-from lightning_lowrank.stability import threshold, why_unknown
+from lightning_lowrank.maths.operators.operators import Operator, preconditioned
+from lightning_lowrank.monitors.curvature.stability import threshold, why_unknown
 from tests.oracles.spectra import gaussian
 
 # Long after the start, and so slow to change, that the preconditioner is what the state says.

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.subspaces import Subspace, principal_angles, top_subspace
+from lightning_lowrank.maths.spectra.subspaces import Subspace, principal_angles, top_subspace
 from tests.oracles.spectra import gaussian, singular_values
 
 

@@ -21,11 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client, TestResponse
 
 from lightning_lowrank import RankMonitor
+from lightning_lowrank.reports.vectors import Row, Vectors
 from lightning_lowrank.tensorboard.answers import MODULES, script
 from lightning_lowrank.tensorboard.loader import LowRankLoader
 from lightning_lowrank.tensorboard.plugin import LowRankPlugin
 from lightning_lowrank.tensorboard.series import GAP, thinned
-from lightning_lowrank.vectors import Row, Vectors
 from tests.tab import ask, tensorboard, train, wait_for_runs, written
 
 ROOT = Path(__file__).parent.parent

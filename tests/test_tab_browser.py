@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import Select
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lowrank import Alert, RankMonitor
-from lightning_lowrank.cli import main
+from lightning_lowrank.analysis.cli import main
 from tests.models import Adversaries, Classifier
 from tests.tab import chromium, open_tab, renew, settled, tensorboard, train, value_at, wait, wait_for_runs, written
 from tests.test_tab import write

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from torch import nn
 
 from lightning_lowrank import Every, Monitor, Probe, RankMonitor, Weights
-from lightning_lowrank.cli import reader_of
-from lightning_lowrank.vectors import Row, Vectors
+from lightning_lowrank.analysis.cli import reader_of
+from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.models import Adversaries, Classifier, MemoryLogger
 from tests.tab import train, written
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.curvature import Found
-from lightning_lowrank.kernel_outputs import KernelOutputs, OwnOutputs, kernel_outputs
-from lightning_lowrank.kernels import KernelName
-from lightning_lowrank.tangent_kernel import EXACT, Effort, TangentKernels, names
-from lightning_lowrank.tap import LossTap
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.loss.tap import LossTap
+from lightning_lowrank.monitors.curvature.measurement import Found
+from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName
+from lightning_lowrank.monitors.tangent_kernel.measurement import EXACT, Effort, TangentKernels, names
+from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 from tests.oracles.kernels import COLUMNS, NAMES, cosine, filled, generator, mlp, moved_nets, one_hot, oracle, random
 
 FEW, MANY = 12, 60

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lowrank import trainers
-from lightning_lowrank.losses import CrossEntropy, OutputLoss, SquaredError
-from lightning_lowrank.tap import LossTap, module_named
+from lightning_lowrank.loss.output_loss import CrossEntropy, OutputLoss, SquaredError
+from lightning_lowrank.loss.tap import LossTap, module_named
+from lightning_lowrank.watching import trainer as trainers
 from tests.models import Classifier
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from examples.char_transformer import CharTransformer
-from lightning_lowrank.decompose import flops
-from lightning_lowrank.sources.gradients import Gradients
-from lightning_lowrank.sources.source import Step
-from lightning_lowrank.taken import Taken, take
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.maths.spectra.decompose import flops
+from lightning_lowrank.measuring.gathering import Taken, take
+from lightning_lowrank.measuring.source import Step
+from lightning_lowrank.measuring.sources.gradients import Gradients
 
 
 def work(shape: torch.Size) -> float:

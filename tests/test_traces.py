@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank import statistics, traces
-from lightning_lowrank.eigenspaces import top_eigenpairs
-from lightning_lowrank.operators import Layout, Operator
-from lightning_lowrank.sketch import estimate
-from lightning_lowrank.spectrum import pooled
-from lightning_lowrank.traces import density, exact_spectrum, negative_mass, spectral_estimate, trace
+from lightning_lowrank import statistics
+from lightning_lowrank.maths.operators import traces
+from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
+from lightning_lowrank.maths.operators.operators import Layout, Operator
+from lightning_lowrank.maths.operators.traces import density, exact_spectrum, negative_mass, spectral_estimate, trace
+from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.maths.spectra.spectrum import pooled
 from tests.oracles.spectra import gaussian, generator
 from tests.test_device import Waits
 from tests.test_eigenspaces import SPECTRA, with_spectrum

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_lowrank.views import View, view_of
+from lightning_lowrank.models.views import View, view_of
 
 
 def view(module: nn.Module, name: str = "weight", *, heads: bool = False, layer: str = "layer") -> View:

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 
-from lightning_lowrank.shards import held
-from lightning_lowrank.sources import weight_parts
-from lightning_lowrank.sources.multifractal import Multifractal
-from lightning_lowrank.sources.source import Begun
-from lightning_lowrank.team import Team
+from lightning_lowrank.distributed.shards import held
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.sources import weight_parts
+from lightning_lowrank.monitors.multifractal.source import Multifractal
 from tests.processes import together
 from tests.test_sharded import counting
 

@@ -1,7 +1,5 @@
 """One file per statistic; importing its function here registers it."""
 
-from lightning_lowrank.registry import available as available
-from lightning_lowrank.registry import find as find
 from lightning_lowrank.statistics.alpha0 import alpha0 as alpha0
 from lightning_lowrank.statistics.asymmetry import asymmetry as asymmetry
 from lightning_lowrank.statistics.box_dimension import box_dimension as box_dimension
@@ -19,6 +17,8 @@ from lightning_lowrank.statistics.marchenko_pastur_outliers import marchenko_pas
 from lightning_lowrank.statistics.nuclear_to_spectral import nuclear_to_spectral as nuclear_to_spectral
 from lightning_lowrank.statistics.numerical_rank import numerical_rank as numerical_rank
 from lightning_lowrank.statistics.participation_ratio import participation_ratio as participation_ratio
+from lightning_lowrank.statistics.registry import available as available
+from lightning_lowrank.statistics.registry import find as find
 from lightning_lowrank.statistics.scaling_fit import scaling_fit as scaling_fit
 from lightning_lowrank.statistics.schatten_quasi_norm import schatten_quasi_norm as schatten_quasi_norm
 from lightning_lowrank.statistics.spectral_norm import spectral_norm as spectral_norm

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.statistics.registry import statistic
 
 
 @statistic(unit="1", comparable=False)

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum, perplexity
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, perplexity
+from lightning_lowrank.statistics.registry import statistic
 
 
 @statistic(unit="directions")

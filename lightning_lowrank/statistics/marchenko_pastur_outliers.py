@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.marchenko_pastur import edge_over_median
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum, noise_floor
+from lightning_lowrank.maths.spectra.marchenko_pastur import edge_over_median
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, noise_floor
+from lightning_lowrank.statistics.registry import statistic
 
 # The Tracy-Widom law passes 3.27 once in a thousand; below 100 x 100 the median fluctuates as well.
 DEVIATIONS = 6.0

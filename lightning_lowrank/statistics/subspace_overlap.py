@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import ratio
-from lightning_lowrank.subspaces import Subspace, squared_cosines
+from lightning_lowrank.maths.spectra.spectrum import ratio
+from lightning_lowrank.maths.spectra.subspaces import Subspace, squared_cosines
+from lightning_lowrank.statistics.registry import statistic
 
 
 @statistic(unit="1", partner="previous", comparable=False)
@@ -20,7 +20,7 @@ def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
         Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands `subspace_overlap_chance`.
 
     Example:
-        >>> from lightning_lowrank.subspaces import top_subspace
+        >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace
         >>> subspace_overlap(top_subspace(torch.eye(4) * torch.arange(4.0), 2), top_subspace(torch.eye(4) * torch.arange(4.0).roll(1), 2))
         tensor(0.5000, dtype=torch.float64)
 

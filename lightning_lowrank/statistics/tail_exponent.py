@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum, noise_floor, ratio
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, noise_floor, ratio
+from lightning_lowrank.statistics.registry import statistic
 
 FEWEST = 10
 WORKSPACE = 2**21

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum
+from lightning_lowrank.maths.spectra.spectrum import Spectrum
+from lightning_lowrank.statistics.registry import statistic
 from lightning_lowrank.statistics.tail_exponent import power_law_fit
 
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.spectrum import Spectrum, ratio
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, ratio
+from lightning_lowrank.statistics.registry import statistic
 
 
 @statistic(unit="1", needs="top", partner="weight", comparable=False)

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.registry import statistic
-from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.statistics.registry import statistic
 from lightning_lowrank.statistics.width import width
 from lightning_lowrank.statistics.width_floor import width_floor
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from lightning_lowrank.operators import Jacobian
+from lightning_lowrank.maths.operators.operators import Jacobian
 
 NAMES = ["full", "class_summed", "sum_of_logits"]
 ROWS, COLUMNS = 16, 3

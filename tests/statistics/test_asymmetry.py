@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.scaling.scaling import Scaling
+from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.statistics import asymmetry
 from tests import scalings
 from tests.oracles.networks import cascade_alpha

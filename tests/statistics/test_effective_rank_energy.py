@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
 from lightning_lowrank.statistics import effective_rank_energy
 from tests.oracles.spectra import gaussian, singular_values, with_values
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightning_lowrank.registry import find
-from lightning_lowrank.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
 from lightning_lowrank.statistics import energy_rank
+from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import energy_rank as by_trial
 from tests.oracles.spectra import gaussian, singular_values
 

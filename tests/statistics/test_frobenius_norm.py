@@ -2,7 +2,7 @@
 
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import frobenius_norm
 from tests.oracles.spectra import gaussian
 

@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.scaling.multifractal import multifractal_spectrum
+from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
 from lightning_lowrank.statistics import kept_share
 from tests.oracles.spectra import gaussian
 

@@ -7,8 +7,8 @@ import scipy.optimize
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.marchenko_pastur import edge_over_median
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.marchenko_pastur import edge_over_median
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import marchenko_pastur_outliers
 from tests.oracles.spectra import gaussian, with_values
 

@@ -3,7 +3,7 @@
 import numpy as np
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import nuclear_to_spectral
 from tests.oracles.spectra import gaussian
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import numerical_rank
 from tests.oracles.spectra import gaussian, with_values
 

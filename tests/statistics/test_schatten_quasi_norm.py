@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import schatten_quasi_norm
 from tests.oracles.spectra import gaussian
 

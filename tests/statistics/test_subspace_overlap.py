@@ -6,8 +6,8 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
+from lightning_lowrank.maths.spectra.subspaces import top_subspace
 from lightning_lowrank.statistics import subspace_overlap
-from lightning_lowrank.subspaces import top_subspace
 from tests.oracles.spectra import gaussian, with_values
 
 

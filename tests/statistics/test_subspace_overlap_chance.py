@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_lowrank.maths.spectra.subspaces import top_subspace
 from lightning_lowrank.statistics import subspace_overlap, subspace_overlap_chance
-from lightning_lowrank.subspaces import top_subspace
 from tests.oracles.spectra import gaussian, with_values
 
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import tail_exponent_fit
 from tests.oracles.power_law import clauset
 from tests.oracles.spectra import gaussian, singular_values

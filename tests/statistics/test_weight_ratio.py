@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.spectrum import svd
+from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.statistics import weight_ratio
 from tests.oracles.spectra import gaussian
 

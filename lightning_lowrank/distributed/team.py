@@ -1,0 +1,117 @@
+"""Processes that share the work: who measures what, and how it gets there whole.
+
+Shape letters:  B any batch axes   M rows, N columns of a matrix
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lightning_lowrank.distributed.shards import Route, assembled, is_sharded, local, of_everyone, size_on
+
+Word = TypeVar("Word")
+
+# Pieces in a message begin at multiples of this, so that any dtype can be read where it lies.
+ALIGNMENT = 16
+
+
+@dataclass
+class Team:
+    """The processes of a training, as one of them sees it.
+
+    What communicates is called by all of them in the same order, whatever the data.
+
+    Attributes:
+        rank: Number of this process.
+        size: How many there are; where there is one, nothing is communicated.
+        sees_data: The batches of this process are not those of another one, as they are where tensors are processed in parallel.
+        loads: Work that each has been given so far.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sees_data: bool = True
+    loads: list[float] = field(default_factory=list)
+
+    def assigned(self, costs: Sequence[float]) -> list[int]:
+        """Who does which of several pieces of work: the largest first, each to whom has least to do."""
+        self.loads = self.loads or [0.0] * self.size
+        owners = [0] * len(costs)
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owners[i] = min(range(self.size), key=self.loads.__getitem__)
+            self.loads[owners[i]] += costs[i]
+        return owners
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in one collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def said(self, word: Word) -> list[Word]:
+        """What each process says: small things only, for which the device has to be waited for."""
+        words = [word] * self.size
+        if self.size > 1:
+            dist.all_gather_object(words, word)
+        return words
+
+    def summand(self, tensor: Tensor) -> Tensor:
+        """What this process adds to a sum that only the owner shall have."""
+        return tensor if self.size == 1 else of_everyone(tensor)
+
+    def gathered(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
+        """Groups of tensors, whole on their owner, None elsewhere; all that is sharded moves in one collective.
+
+        Each process sends its shards once, to their owners. With the work shared out evenly it sends, and receives, at most the bytes of
+        all tensors over the number of processes that a tensor is sharded over.
+
+        Args:
+            groups: The same on every process but for the values.
+            owners: Of each group.
+        """
+        routes = [Route(t, owner) for group, owner in zip(groups, owners, strict=True) for t in group if is_sharded(t)]
+        arrived = iter(self._exchanged([t for group in groups for t in group if is_sharded(t)], routes) if routes else [])
+        whole = [[next(arrived) if is_sharded(t) else local(t) for t in group] for group in groups]
+        return [[t for t in group if t is not None] if owner == self.rank else None for group, owner in zip(whole, owners, strict=True)]
+
+    def _exchanged(self, tensors: Sequence[Tensor], routes: Sequence[Route]) -> Iterator[Tensor | None]:
+        """Each tensor whole on its owner, None elsewhere."""
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
+        incoming = [0] * self.size
+        for tensor, route in zip(tensors, routes, strict=True):
+            if self.rank in route.senders:
+                outgoing[route.owner].append(_padded(local(tensor)))
+            if self.rank == route.owner:
+                for sender in route.senders:
+                    incoming[sender] += _room(size_on(sender, route))
+        outgoing_sizes = [sum(len(piece) for piece in pieces) for pieces in outgoing]
+        sent = torch.cat([torch.empty(0, dtype=torch.uint8, device=tensors[0].device), *(piece for pieces in outgoing for piece in pieces)])
+        received = sent.new_empty(sum(incoming))
+        dist.all_to_all_single(received, sent, incoming, outgoing_sizes)
+        messages = dict(enumerate(received.split(incoming)))
+        for route in routes:
+            yield self._unpacked(route, messages) if route.owner == self.rank else None
+
+    def _unpacked(self, route: Route, messages: dict[int, Tensor]) -> Tensor:
+        """The next tensor in the messages."""
+        pieces = {}
+        for sender in route.senders:
+            size = size_on(sender, route)
+            pieces[sender] = messages[sender][:size].view(route.dtype)
+            messages[sender] = messages[sender][_room(size) :]
+        return assembled(route, pieces)
+
+
+def _room(num_bytes: int) -> int:
+    """Bytes with the padding behind them."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as they are sent."""
+    plain = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return torch.cat([plain, plain.new_zeros(_room(len(plain)) - len(plain))])

@@ -1,0 +1,179 @@
+"""How the user's loss can be differentiated twice: on its own live graph, by a replay, or not at all; and why, in words."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.loss.replay import LossFunction, refuse_replay
+
+# Beginnings of the names of nodes in a graph that have no second derivative. In a replay plain torch takes the place of the first.
+REPLACEABLE = {
+    "ScaledDotProductFlash": "its fused attention",
+    "ScaledDotProductEfficient": "its fused attention",
+    "ScaledDotProductCudnn": "its fused attention",
+    "ScaledDotProductFused": "its fused attention",
+    "CompiledFunction": "a compiled function in it",
+    "CudnnRnn": "a recurrent layer by cuDNN",
+}
+FINAL = {
+    "CheckpointFunctionBackward": "reentrant checkpointing; call checkpoint(..., use_reentrant=False)",
+    "FlashAttn": "the kernels of flash-attn; use scaled_dot_product_attention, or attn_implementation='sdpa'",
+    "FlexAttention": "the kernels of flex_attention; use scaled_dot_product_attention",
+    "_fMHA": "the kernels of xformers; use scaled_dot_product_attention",
+    "SyncBatchNorm": "SyncBatchNorm, whose exchange between processes has no derivative; use BatchNorm or GroupNorm",
+}
+# What the decorator puts in the place of a backward: torch takes its gradients for constants, and does not say so.
+ONCE = once_differentiable(lambda ctx: None).__code__
+FORWARD_ONLY = "; critical sharpness needs forward passes only and remains"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to see the loss.
+
+    Attributes:
+        mode: "inline": on the live graph, before the backward pass. "replay": by running the step again.
+        reason: Why, to be printed.
+        only: Why the other way is closed, where it is.
+    """
+
+    mode: Literal["inline", "replay"]
+    reason: str
+    only: str | None = None
+
+
+def choose(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    *,
+    batch: Literal["live", "fixed"] = "live",
+    loss_fn: LossFunction | None = None,
+) -> Choice:
+    """What can be known before training, once strategy and parameters are set up (`on_fit_start`).
+
+    Raises:
+        ValueError: The loss cannot be differentiated twice; the message says what to do.
+    """
+    _refuse(trainer, module)
+    why = _asked(batch, loss_fn) or _needs_replay(trainer, module)
+    try:
+        refuse_replay(module, loss_fn)
+    except ValueError as error:
+        if why is not None:
+            raise ValueError(f"the loss can only be seen by running the step again, because of {why}; but {error}") from error
+        return Choice("inline", "the graph of each step's own loss", str(error))
+    return Choice("inline", "the graph of each step's own loss") if why is None else Choice("replay", why)
+
+
+def look(choice: Choice, loss: Tensor) -> Choice:
+    """What only the graph of a loss can tell, at the first probe: the choice as it was, or a replay.
+
+    Raises:
+        ValueError: There is no second derivative; the message says what to do.
+    """
+    nodes = list(_nodes(loss))
+    names = {node.name() for node in nodes}
+    for start, what in FINAL.items():
+        if any(name.startswith(start) for name in names):
+            raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
+    if (once := _differentiable_once(nodes)) is not None:
+        what = f"{once}, whose backward is marked @once_differentiable; write one of operations that can be differentiated"
+        raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
+    found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
+    if not found:
+        return choice
+    if choice.mode == "replay":
+        raise ValueError(f"the loss cannot be differentiated twice through {found[0]}, in a replay either{FORWARD_ONLY}")
+    if choice.only is not None:
+        raise ValueError(f"the loss cannot be differentiated twice through {found[0]}; {choice.only}")
+    return Choice("replay", found[0])
+
+
+def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
+    """The same for several processes, whose graphs may differ: a replay where one of them needs it.
+
+    Raises:
+        ValueError: One of them has no second derivative; the message says what to do.
+    """
+    try:
+        found: Choice | str = look(choice, loss)
+    except ValueError as error:
+        found = str(error)
+    words = team.said(found)
+    for refusal in (word for word in words if isinstance(word, str)):
+        raise ValueError(refusal)
+    choices = [word for word in words if isinstance(word, Choice)]
+    return next((word for word in choices if word.mode == "replay"), choices[0])
+
+
+def compiled(module: nn.Module) -> str | None:
+    """Name of the first part of a module that runs as a graph of torch.compile, as far as it shows."""
+    return next((path or type(module).__name__ for path, part in module.named_modules() if _is_compiled(part)), None)
+
+
+def _refuse(trainer: L.Trainer, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            why = "its shards come and go, and a second derivative with them"
+            raise ValueError(f"{name!r} is sharded: the loss cannot be differentiated twice, {why}{FORWARD_ONLY}")
+    for path, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and trainer.world_size > 1:
+            raise ValueError(f"{path!r}: the loss cannot be differentiated twice through {FINAL['SyncBatchNorm']}{FORWARD_ONLY}")
+
+
+def _asked(batch: str, loss_fn: LossFunction | None) -> str | None:
+    if loss_fn is not None:
+        return "loss_fn, which was given"
+    return "the fixed batch" if batch == "fixed" else None
+
+
+def _needs_replay(trainer: L.Trainer, module: L.LightningModule) -> str | None:
+    """Why a look at the live graph would see nothing, or leave a trace."""
+    if getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+        return "static_graph=True of DDP, which counts backward passes"
+    if (path := compiled(module)) is not None:
+        return f"{path!r}, which is compiled"
+    for path, part in module.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            return f"the backward hooks of {path!r}, which would hear of it"
+        if isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda:
+            return f"{path!r}, which cuDNN runs"
+    hooked = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
+    return next((f"the hooks of {name!r}, which would hear of it" for name in hooked), None)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    if getattr(part, "_compiler_ctx", None) or part._compiled_call_impl is not None or hasattr(part, "_orig_mod"):
+        return True
+    own = [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")]
+    return any(_is_compiled_function(function) for kind in [part, *own] for function in list(vars(kind).values()))
+
+
+def _is_compiled_function(function: Any) -> bool:
+    # What torch.compiler.disable gives has an original too.
+    described: dict[str, Any] = getattr(function, "__dict__", {}) if callable(function) else {}
+    return "_torchdynamo_orig_callable" in described and not described.get("_torchdynamo_disable", False)
+
+
+def _differentiable_once(nodes: Sequence[Any]) -> str | None:
+    """Name of the first function whose author says that it has no second derivative."""
+    functions = (getattr(type(node), "_forward_cls", None) for node in nodes)
+    return next((f.__name__ for f in functions if f is not None and getattr(f.backward, "__code__", None) is ONCE), None)
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """All of a graph, each once."""
+    waiting, seen = [loss.grad_fn], {loss.grad_fn, None}
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            yield node
+            new = {parent for parent, _ in node.next_functions} - seen
+            seen |= new
+            waiting += new

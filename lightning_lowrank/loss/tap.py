@@ -1,0 +1,189 @@
+"""What went into the loss of the user's own training step: the loss functions that it called, or what a named layer put out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lowrank.loss.calls import FORMS, LossCall
+from lightning_lowrank.loss.output_loss import Differentiated, OutputLoss
+
+# Relative difference between a loss and what it should be, in float32; in less, so many units in the last place.
+TOLERANCE, LAST_PLACES = 1e-5, 4
+
+NAMES = ", ".join(f"F.{function.__name__}" for function in FORMS)
+INSTEAD = "name the layer whose output goes into the loss as output_module"
+
+
+class LossTap:
+    """Listens from `enter` to `exit`; both may be called at any time, any number of times, and raise nothing.
+
+    Not for compiled modules, which would be compiled anew under it.
+
+    Args:
+        layer: One whose output to capture, instead of calls of loss functions.
+    """
+
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        self.layer = layer
+        self.calls: list[LossCall] = []
+        self.outputs: list[Tensor] = []
+        self._mode = _Listening(self._hear)
+        self._hook: RemovableHandle | None = None
+
+    def enter(self) -> None:
+        """Begin to listen, with nothing heard."""
+        self.exit()
+        self.clear()
+        if self.layer is None:
+            _push_mode(self._mode)
+        else:
+            self._hook = self.layer.register_forward_hook(Hook(self._capture))
+
+    def exit(self) -> None:
+        """Stop listening; what was heard stays."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        _take_off(self._mode)
+
+    def clear(self) -> None:
+        """Let go of what was heard, and of its graphs."""
+        self.calls, self.outputs = [], []
+
+    def __enter__(self) -> "LossTap":
+        self.enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.exit()
+
+    def reproduce(self, loss: Tensor, scale: Tensor | float = 1.0) -> OutputLoss:
+        """The loss of a step as a function of the model's outputs; waits for the device once.
+
+        The loss may be what one call gave times constants: accumulation and a GradScaler, weights of the user's, a mask and a mean after
+        `reduction="none"`.
+
+        Args:
+            loss: Alive.
+            scale: What it has been multiplied by since the user's step returned it.
+
+        Raises:
+            ValueError: It cannot be had; the message is the reason.
+        """
+        if self.layer is not None:
+            return self._differentiated(loss, scale)
+        call, slope = self._only_call(loss)
+        found = call.as_output_loss(slope / scale)
+        if not bool(_agrees(found.value(), loss.detach() / scale) & (slope >= 0).all()):
+            raise ValueError(f"the loss is more than {call.name}: something is added to it, it is driven up, or it is no number; {INSTEAD}")
+        return found
+
+    def _only_call(self, loss: Tensor) -> tuple[LossCall, Tensor]:
+        """The call that the loss comes from, and the derivative of the loss by what it gave."""
+        given = [call.loss for call in self.calls]
+        slopes = torch.autograd.grad(loss, given, create_graph=True, allow_unused=True) if given else ()
+        found = [(call, slope) for call, slope in zip(self.calls, slopes, strict=True) if slope is not None]
+        if not found:
+            raise ValueError(f"the loss comes from none of {NAMES}; {INSTEAD}")
+        if len(found) > 1:
+            raise ValueError(f"the loss is made of {len(found)} calls: {', '.join(call.name for call, _ in found)}; {INSTEAD}")
+        call, slope = found[0]
+        if slope.requires_grad:
+            raise ValueError(f"the loss is not {call.name} times a constant; {INSTEAD}")
+        return call, slope
+
+    def _differentiated(self, loss: Tensor, scale: Tensor | float) -> Differentiated:
+        if len(self.outputs) != 1:
+            raise ValueError(f"output_module put out {len(self.outputs)} tensors with a graph in this step instead of one")
+        (captured,) = self.outputs
+        if torch.autograd.grad(loss, captured, retain_graph=True, allow_unused=True)[0] is None:
+            raise ValueError("the loss does not depend on what output_module put out")
+        with torch.enable_grad():
+            rows = captured.reshape(-1, captured.shape[-1] if captured.ndim > 1 else 1)
+        return Differentiated(rows, len(captured) if captured.ndim else 1, loss, captured, scale)
+
+    def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
+        # This runs inside the user's step: what cannot be recorded has not been heard.
+        with suppress(Exception):
+            if loss.requires_grad:
+                self.calls.append(LossCall.of(function, args, kwargs, loss))
+
+    def _capture(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        # Activation checkpointing runs the layer again during backward.
+        if torch._C._current_graph_task_id() == -1:
+            with suppress(Exception):
+                self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
+
+    hear: Callable[..., None] | None
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        # In a compiled function a hook would become part of the graph, or break it.
+        if self.hear is not None and not torch.compiler.is_compiling():
+            self.hear(layer, inputs, output)
+
+    def __deepcopy__(self, memo: Any) -> "Hook":
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (None,)
+
+
+class _Listening(TorchFunctionMode):
+    """Hands on each call of a loss function, with what it gave."""
+
+    def __init__(self, hear: Callable[..., None]) -> None:
+        super().__init__()
+        self._hear = hear
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in FORMS:
+            self._hear(func, args, kwargs or {}, result)
+        return result
+
+
+def module_named(module: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name.
+
+    Raises:
+        ValueError: There is none; the message says what there is.
+    """
+    there_is: dict[str, nn.Module] = {path: part for path, part in module.named_modules() if path}
+    if name not in there_is:
+        raise ValueError(f"output_module={name!r} is no layer; there are {list(there_is)}")
+    return there_is[name]
+
+
+def _take_off(mode: TorchFunctionMode) -> None:
+    """Off the stack of modes, wherever it is there: the user's step may have put others above it."""
+    stack = _get_current_function_mode_stack()
+    if mode in stack:
+        above = stack[stack.index(mode) + 1 :]
+        for _ in (mode, *above):
+            _pop_mode()
+        for other in above:
+            _push_mode(other)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The real ones in what a layer put out."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    parts = output if isinstance(output, tuple | list) else [output]
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+
+
+def _agrees(found: Tensor, wanted: Tensor) -> Tensor:
+    tolerance = max(TOLERANCE, LAST_PLACES * torch.finfo(wanted.dtype).eps)
+    return (found - wanted).abs() <= tolerance * wanted.abs()

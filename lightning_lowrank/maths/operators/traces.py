@@ -1,0 +1,239 @@
+"""Estimates over the whole spectrum of an operator: sums over its eigenvalues, from products with random vectors.
+
+What is known of the top is taken out first, so that chance acts on the rest alone.
+
+Shape letters:  P size of the operator   k known pairs   n probes   m steps   L parameters   K nodes   G cells of a grid
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs
+from lightning_lowrank.maths.operators.estimates import Estimate
+from lightning_lowrank.maths.operators.operators import Layout, Operator, dense
+from lightning_lowrank.maths.spectra.lanczos import krylov, quadrature
+from lightning_lowrank.maths.spectra.sketch import counting_error, leave_one_out
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, descending, eigenvalues, full_precision, pooled, ratio, working_dtype
+
+
+@dataclass(frozen=True)
+class SpectralEstimate:
+    """What random vectors, and known eigenpairs, tell of an operator.
+
+    Attributes:
+        spectrum: Signed roots of its eigenvalues, one estimate per probe: `trace`, `negative_mass` and the statistics of energies take it.
+        coupling: What the known pairs, not quite exact, keep of the squares: to be added to the sum of the spectrum's.
+        layer_traces: Of the diagonal block of each parameter, one estimate per probe; empty without a layout.
+        layer_squares: Squared Frobenius norm of the rows of each parameter, one estimate per probe.
+    """
+
+    spectrum: Spectrum
+    coupling: Float[Tensor, ""]
+    layer_traces: Float[Tensor, "n L"]
+    layer_squares: Float[Tensor, "n L"]
+
+
+def spectral_estimate(
+    operator: Operator,
+    *,
+    known: Eigenpairs | None = None,
+    num_probes: int,
+    steps: int,
+    generator: torch.Generator,
+    layout: Layout | None = None,
+) -> SpectralEstimate:
+    """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random: `num_probes * steps` products.
+
+    With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left. Sums over up to
+    `2 steps - 1` powers of the eigenvalues are without bias; of others, such as the negative mass, the quadrature of an indefinite operator
+    takes about 40 steps, and 10 are enough for a positive one.
+
+    Args:
+        known: Pairs of this very operator, converged or not.
+        num_probes: At least 2, for there to be an error.
+        generator: On the device of the operator.
+        layout: Where the operator's rows are those of parameters.
+
+    References:
+        Ubaru, Chen & Saad (2017), SIAM J. Matrix Analysis 38(4); deflation as in Meyer, Musco, Musco & Woodruff (2021), SOSA, Algorithm 1.
+    """
+    if num_probes < 2:
+        raise ValueError(f"an estimate with an error takes at least 2 probes, not {num_probes}")
+    with full_precision(operator.device):
+        known = known or _nothing(operator)
+        found = [_probe(operator, known, min(steps, operator.size), generator, layout) for _ in range(num_probes)]
+        projected, counts, traces, squares = (torch.stack(parts) for parts in zip(*found, strict=True))
+        if layout is not None:
+            images = known.images()
+            traces = traces + layout.sums((images * known.vectors).sum(0))
+            squares = squares + layout.sums(images.square().sum(0))
+        spectrum = _spectrum(known, projected, counts, operator.size)
+        return SpectralEstimate(spectrum, 2 * known.couplings.square().sum(), traces, squares)
+
+
+def exact_spectrum(operator: Operator) -> Spectrum:
+    """All eigenvalues of a small operator, as signed roots, by as many products as it has rows."""
+    with full_precision(operator.device):
+        found = eigenvalues(dense(operator).to(working_dtype(operator.device)))
+        values, weights = descending(_signed_root(found), torch.ones_like(found))
+        return Spectrum(values, weights, (operator.size, operator.size))
+
+
+def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Estimate:
+    """A statistic of a spectrum, corrected for what chance adds to it on average, by the jackknife over its probes.
+
+    Nothing to correct, and no error, where the spectrum is exact. The error of a statistic that counts is at least one step where it
+    counts beyond what is known.
+
+    References:
+        Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.
+    """
+    value = statistic(spectrum)
+    if not spectrum.num_probes:
+        return Estimate(value, torch.zeros_like(value))
+    left_out = statistic(leave_one_out(spectrum))
+    others = spectrum.num_probes - 1
+    spread = (left_out - left_out.mean(0)).square().mean(0)
+    error = (others * spread).sqrt() + counting_error(statistic, spectrum, value)
+    return Estimate(value - others * (left_out.mean(0) - value), error)
+
+
+def sample_mean(samples: Float[Tensor, "n *B"]) -> Estimate:
+    """The mean of independent samples."""
+    return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5)
+
+
+def trace(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Sum of the eigenvalues, of a spectrum of their signed roots."""
+    spectrum = pooled(spectrum)
+    return (spectrum.weights * _eigenvalues(spectrum)).sum(-1)
+
+
+def negative_mass(spectrum: Spectrum) -> Float[Tensor, "*B"]:
+    """Sum of the magnitudes of the negative eigenvalues over that of all: between 0 and 1, and 0 for a zero operator."""
+    spectrum = pooled(spectrum)
+    masses = spectrum.weights * _eigenvalues(spectrum).abs()
+    return ratio(torch.where(spectrum.values < 0, masses, 0.0).sum(-1), masses.sum(-1))
+
+
+def trace_of_square(found: SpectralEstimate) -> Estimate:
+    """Sum of the squared eigenvalues: the squared Frobenius norm."""
+    return debiased(lambda spectrum: _squares(spectrum) + found.coupling, found.spectrum)
+
+
+def participation_ratio(found: SpectralEstimate) -> Estimate:
+    """Square of the sum of the eigenvalues' magnitudes over the sum of their squares: as many equal ones would be as spread out."""
+
+    def formula(spectrum: Spectrum) -> Tensor:
+        total = (pooled(spectrum).weights * pooled(spectrum).values.square()).sum(-1)
+        return ratio(total.square(), _squares(spectrum) + found.coupling)
+
+    return debiased(formula, found.spectrum)
+
+
+@dataclass(frozen=True)
+class Density:
+    """How the eigenvalues lie along the line.
+
+    Attributes:
+        grid: Centres of cells of one width.
+        curve: Part of all eigenvalues per unit, smoothed by a Gaussian.
+        error: Its standard error; 0 where the spectrum is exact.
+        counts: How many eigenvalues are in each cell, fractions included.
+    """
+
+    grid: Float[Tensor, " G"]
+    curve: Float[Tensor, " G"]
+    error: Float[Tensor, " G"]
+    counts: Float[Tensor, " G"]
+
+
+def density(spectrum: Spectrum, *, num_cells: int = 128, width: float = 0.01) -> Density:
+    """The spectral density, on a grid from three widths below the smallest eigenvalue to three above the largest.
+
+    Args:
+        width: Standard deviation of the Gaussian, in units of the range of the eigenvalues.
+
+    References:
+        Lin, Saad & Yang (2016), SIAM Review 58(1), Section 3.
+    """
+    values = torch.where(spectrum.weights > 0, _eigenvalues(spectrum), 0.0)
+    low, high = values.min(), values.max()
+    sigma = width * torch.where(high > low, high - low, 1.0)
+    low, high = low - 3 * sigma, high + 3 * sigma
+    cell = (high - low) / num_cells
+    grid = low + cell * (torch.arange(num_cells, device=values.device, dtype=values.dtype) + 0.5)
+    curves = _smoothed(spectrum, grid, sigma)
+    smooth = sample_mean(curves) if spectrum.num_probes else Estimate(curves, torch.zeros_like(grid))
+    whole = pooled(spectrum)
+    at = ((_eigenvalues(whole) - low) / cell).long().clamp(0, num_cells - 1)
+    return Density(grid, smooth.value, smooth.error, torch.zeros_like(grid).index_add(-1, at, whole.weights))
+
+
+def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor, ""]) -> Float[Tensor, "*B G"]:
+    distances = (grid - _eigenvalues(spectrum)[..., None]) / sigma
+    bells = torch.exp(-distances.square() / 2) / (sigma * (2 * torch.pi) ** 0.5)
+    shares = spectrum.weights / spectrum.weights.sum(-1, keepdim=True)
+    curves: Tensor = (shares[..., None] * bells).sum(-2)
+    return curves
+
+
+def _probe(
+    operator: Operator, known: Eigenpairs, steps: int, generator: torch.Generator, layout: Layout | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From a vector of signs: the complement within its Krylov space, its squared length, and what it tells of layers."""
+    vectors, wide = known.vectors, working_dtype(operator.device)
+
+    def outside(vector: Tensor) -> Tensor:
+        return vector - (vectors @ vector) @ vectors
+
+    signs = torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
+    start = outside(signs)
+    length = torch.linalg.vector_norm(start)
+    space = krylov(lambda vector: outside(operator.multiply(vector)), start, steps)
+    projected, count = space.projected.to(wide), length.to(wide).square()
+    if layout is None:
+        return projected, count, signs[:0], signs[:0]
+    # The product with the start vector, made before: within the complement, and outside of it.
+    next_row = space.basis[1] * space.projected[0, 1] if steps > 1 else space.remainder
+    image = length * (space.projected[0, 0] * space.basis[0] + next_row)
+    image = image + known.remainder.dot(signs) * (known.couplings.to(vectors) @ vectors)
+    return projected, count, layout.sums(signs * image), layout.sums(image.square())
+
+
+def _nothing(operator: Operator) -> Eigenpairs:
+    none = torch.zeros(0, operator.size, device=operator.device, dtype=operator.dtype)
+    return Eigenpairs(none[:, 0], none, none[:, 0], none.sum(0))
+
+
+def _spectrum(known: Eigenpairs, projected: Float[Tensor, "n m m"], counts: Float[Tensor, " n"], size: int) -> Spectrum:
+    """Known eigenvalues one by one, the rest by quadrature."""
+    half = (projected.shape[-1] + 1) // 2
+    fine, coarse = (_joined(known, part, counts, size) for part in (projected, projected[:, :half, :half]))
+    return Spectrum(fine.values, fine.weights, fine.shape, whole=False, num_probes=fine.num_probes, coarse=coarse)
+
+
+def _joined(known: Eigenpairs, projected: Float[Tensor, "n m m"], counts: Float[Tensor, " n"], size: int) -> Spectrum:
+    nodes, weights = quadrature(projected)
+    atoms = known.values.to(nodes).expand(len(nodes), -1)
+    values, weights = descending(
+        _signed_root(torch.cat([atoms, nodes], -1)), torch.cat([torch.ones_like(atoms), weights * counts[:, None]], -1)
+    )
+    return Spectrum(values, weights, (size, size), whole=False, num_probes=len(nodes))
+
+
+def _signed_root(values: Tensor) -> Tensor:
+    return values.sign() * values.abs().sqrt()
+
+
+def _eigenvalues(spectrum: Spectrum) -> Tensor:
+    return spectrum.values * spectrum.magnitudes
+
+
+def _squares(spectrum: Spectrum) -> Tensor:
+    spectrum = pooled(spectrum)
+    return (spectrum.weights * spectrum.values**4).sum(-1)

@@ -1,0 +1,164 @@
+"""Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device, without waiting for
+it.
+
+Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from lightning_lowrank.maths.spectra.spectrum import eigenvalues, eigenvectors, ratio, working_dtype
+
+# Lengths below so many rounding units of the largest are taken for 0: the Krylov space is exhausted.
+BREAKDOWN = 30
+
+Multiply = Callable[[Tensor], Tensor]
+RoundTrip = Callable[[Tensor, Tensor | float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """A symmetric operator within the Krylov space of a start vector.
+
+    Attributes:
+        basis: Orthonormal rows, the start vector first.
+        projected: The operator in that basis: tridiagonal.
+        remainder: What the operator's product with the last row has outside of the space; other rows' have nothing.
+    """
+
+    basis: Num[Tensor, "*B K N"]
+    projected: Num[Tensor, "*B K K"]
+    remainder: Num[Tensor, "*B N"]
+
+
+def krylov(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int, *, spare: Num[Tensor, "*B N"] | None = None) -> Krylov:
+    """The Krylov space of a start vector, by the Lanczos recurrence.
+
+    Args:
+        multiply: Symmetric or Hermitian, `v -> A v` for a batch of vectors.
+        start: Any length but zero.
+        steps: Products made; no more than N are of use.
+        spare: Where the space is exhausted early, the recurrence starts again outside of it with this vector, its entries shifted. Without
+            it, what follows is zero and decoupled.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, Algorithm 10.1.1, with full reorthogonalisation.
+    """
+    basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
+    projected = start.new_zeros(*start.shape[:-1], steps, steps)
+    scale = across = torch.zeros_like(_norm(start))
+    vector, _ = _normalised(start, scale)
+    for step in range(steps):
+        if step > 0:
+            projected[..., step - 1, step] = projected[..., step, step - 1] = across
+            vector = vector if spare is None else _or_else(vector, across, spare.roll(step, -1), basis[..., :step, :])
+        basis[..., step, :] = vector
+        product = multiply(vector)
+        projected[..., step, step] = (product * vector.conj()).sum(-1)
+        scale = torch.maximum(scale, _norm(product))
+        vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
+    return Krylov(basis, projected, across[..., None] * vector)
+
+
+def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B"]:
+    """The largest eigenvalue of a positive semi-definite operator, from the three-term recurrence alone.
+
+    Without reorthogonalisation values are found again and again, which does not matter for the largest, and a step costs a product and
+    little else.
+
+    Args:
+        multiply: Symmetric, `v -> A v`; the eigenvectors of the conjugate do as well.
+        start: Any length but zero.
+        steps: Products made.
+
+    References:
+        Paige (1980), Linear Algebra and its Applications 34, on what rounding does to the recurrence.
+    """
+    previous, across = torch.zeros_like(start), torch.zeros_like(start[..., :1])
+    scale = torch.zeros_like(_norm(start))
+    vector, _ = _normalised(start, scale)
+    diagonal, beside = [], []
+    for _ in range(steps):
+        product = multiply(vector) - across * previous
+        along = (product * vector.conj()).sum(-1, keepdim=True)
+        scale = torch.maximum(scale, along.abs()[..., 0])
+        previous = vector
+        vector, length = _normalised(product - along * vector, scale)
+        across = length[..., None]
+        diagonal.append(along[..., 0])
+        beside.append(length)
+    tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
+    if steps > 1:
+        off = torch.diag_embed(torch.stack(beside[:-1], -1), 1)
+        tridiagonal = tridiagonal + off + off.mT
+    return eigenvalues(tridiagonal.to(torch.promote_types(tridiagonal.dtype, working_dtype(start.device))))[..., -1]
+
+
+def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K+1"]:
+    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column more than rows.
+
+    Small singular values keep more of their digits than in a recurrence with the Gram matrix.
+
+    Args:
+        round_trip: `(v, w) -> u, A^T u` with `u = A v - w`: both products in one reading of A.
+        start: On the side of v.
+        steps: Pairs of products.
+
+    References:
+        Golub & Kahan (1965), SIAM J. Numerical Analysis 2(2), Section 3; one-sided reorthogonalisation as in Simon & Zha (2000), SIAM J.
+        Scientific Computing 21(6).
+    """
+    basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
+    wide = start.new_zeros(*start.shape[:-1], steps, steps + 1)
+    scale = torch.zeros_like(_norm(start))
+    right, _ = _normalised(start, scale)
+    shift: Tensor | float = 0.0
+    for step in range(steps):
+        basis[..., step, :] = right
+        there, back = round_trip(right, shift)
+        scale = torch.maximum(scale, _norm(there))
+        left, along = _normalised(there, scale)
+        right, across = _normalised(_orthogonal(ratio(back, along[..., None]), basis[..., : step + 1, :]), scale)
+        shift = across[..., None] * left
+        wide[..., step, step], wide[..., step, step + 1] = along, across
+    return wide
+
+
+def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
+    """Nodes, ascending, and weights, with sum 1, of the Gauss quadrature of the operator's spectral measure at the start vector.
+
+    References:
+        Golub & Welsch (1969), Mathematics of Computation 23(106).
+    """
+    nodes, vectors = eigenvectors(tridiagonal)
+    return nodes, vectors[..., 0, :].abs().square()
+
+
+def _norm(vector: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(vector, dim=-1)
+    return length
+
+
+def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vector and length; both 0 where the length is rounding beside `scale`."""
+    length = _norm(vector)
+    length = torch.where(length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale, 0.0, length)
+    return ratio(vector, length[..., None]), length
+
+
+def _or_else(vector: Tensor, length: Tensor, spare: Tensor, basis: Tensor) -> Tensor:
+    """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit vector."""
+    fresh, _ = _normalised(_orthogonal(spare, basis), _norm(spare))
+    return torch.where(length[..., None] == 0, fresh, vector)
+
+
+def _orthogonal(vector: Tensor, basis: Num[Tensor, "*B K N"]) -> Tensor:
+    """What is left of a vector outside of the span of orthonormal rows."""
+    # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
+    for _ in range(2):
+        vector = vector - ((vector[..., None, :] @ basis.mH) @ basis)[..., 0, :]
+    return vector

@@ -1,0 +1,106 @@
+"""Gauges: sources of finished numbers, where what is measured is not the spectrum of one matrix."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.source import Source
+
+# The site of what belongs to the whole model.
+WHOLE = ""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that a gauge gives, of the whole model or of each site.
+
+    Attributes:
+        name: Its tag, without the monitor's prefix.
+        unit: What it counts.
+        per_site: There is one for each site, and none for the whole model.
+        estimated: It comes with a standard error.
+        detail: With many sites it has no curves of single ones unless all are asked for.
+    """
+
+    name: str
+    unit: str = "1"
+    per_site: bool = False
+    estimated: bool = False
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A vector that a gauge gives at each site, for the tab.
+
+    Attributes:
+        name: Its tag, without the monitor's prefix.
+        axis: Where its numbers stand.
+        middles: Of what counts what lies in cells: the name of the curve that has their middles. It is a histogram too.
+    """
+
+    name: str
+    axis: tuple[float, ...]
+    middles: str = ""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a gauge found in one place.
+
+    Attributes:
+        site: Its label, or `WHOLE`.
+        values: By quantity; what is not there is NaN.
+        errors: Standard errors of those that are estimated.
+        curves: Vectors, as long as their axes.
+    """
+
+    site: str
+    values: Mapping[str, Float[Tensor, ""]]
+    errors: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    curves: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
+
+
+def refuse_seed(seed: object) -> None:
+    """Of what is drawn at random.
+
+    Raises:
+        ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32 bits.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
+
+
+class Gauge(Source):
+    """A source of finished numbers.
+
+    Attributes:
+        quantities: What it gives; settled when it is made.
+        trouble: Why a part of a sample is missing, until it was told.
+        curves: What vectors it gives beside them, at every site.
+        absent: Names of quantities that this model cannot have: nothing is written of them.
+        shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first speaks for them.
+    """
+
+    quantities: Sequence[Quantity]
+    of_parameters = False
+    trouble: Exception | None = None
+    curves: Sequence[Curve] = ()
+    absent: Collection[str] = ()
+    shared = False
+
+    @abstractmethod
+    def numbers(self, team: Team) -> Sequence[Numbers]:
+        """What was found in this sample: all batches of the due step are over. Called on every process, so it may communicate."""
+
+    def labels(self) -> Sequence[str]:
+        """The sites, and the whole model."""
+        return [WHOLE]
+
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """None: nothing is decomposed later."""
+        return {}

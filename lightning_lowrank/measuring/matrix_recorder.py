@@ -1,0 +1,183 @@
+"""Matrices at work: from readings to spectra, statistics and numbers per site.
+
+Shape letters:  n matrices read at once
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.maths.spectra.decompose import decompose, flops
+from lightning_lowrank.maths.spectra.order_statistics import COUNT, order_statistics
+from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, pooled
+from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspaces
+from lightning_lowrank.measuring.gathering import Taken, take
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.recorder import Recorder
+from lightning_lowrank.measuring.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
+from lightning_lowrank.measuring.source import Reading
+from lightning_lowrank.statistics import find
+from lightning_lowrank.statistics.registry import Statistic
+
+ORDER: tuple[Needs, ...] = ("moments", "top", "values")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What was read of matrices that can be measured at once."""
+
+    labels: list[str]
+    spectrum: Spectrum
+    weight: Spectrum | None
+    now: Subspace | None
+    before: Subspace | None
+
+
+class MatrixRecorder(Recorder):
+    """A probe of matrices at work: turns readings into statistics of their spectra, each process for its share.
+
+    Args:
+        probe: What to measure.
+        prefix: Of all tags.
+        histograms: Keep the spectra.
+    """
+
+    def __init__(self, probe: Probe, *, prefix: str | None = None, histograms: bool = False) -> None:
+        self.statistics: list[Statistic] = [find(name) for name in probe.statistics]
+        self.num_solves = 0
+        self._histograms = histograms
+        self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
+        # Where a statistic reads all singular values they cost nothing; they are not decomposed for.
+        self.needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        self.needs = "values" if histograms else self.needs
+        self._owners: dict[str, int] = {}
+        super().__init__(probe, prefix=prefix)
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of what it measures."""
+        return [f"{self.name}_{statistic.name}" for statistic in self.statistics]
+
+    @property
+    def units(self) -> list[str]:
+        """Their units."""
+        return [statistic.unit for statistic in self.statistics]
+
+    @property
+    def orders(self) -> str:
+        """Name of the row of its reports that has the order statistics of each site, where there are any."""
+        return f"{self.name}_orders"
+
+    def take_solves(self) -> int:
+        """Calls of an eigensolver since this was last asked."""
+        taken, self.num_solves = self.num_solves, 0
+        return taken
+
+    def share(self, team: Team) -> None:
+        """Share out what will be read, so that it does not depend on what goes wrong when it is."""
+        units = self.probe.source.units()
+        self._owners = dict(zip(units, team.assigned([flops(shape) for shape in units.values()]), strict=True))
+
+    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
+        """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
+        self._results.know({label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels})
+        self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
+        beside = any(statistic.partner == "weight" for statistic in self.statistics)
+        taken = take(readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside)
+        self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
+
+    def report(self) -> dict[str, Tensor]:
+        """Also the order statistics; spectra, where asked for, are under their own tags."""
+        means, errors, spectra = self._results.take()
+        rows = self._rows(means, errors)
+        if self.needs == "values":
+            rows[self.orders] = means[len(self.statistics) + 1 :]
+        return rows | {f"{self.name}_spectrum/{label}": row for label, row in spectra.items()}
+
+    def _share(self, readings: Sequence[Reading], team: Team) -> list[int]:
+        """Who measures each of the readings."""
+        new = {reading.labels[0]: flops(reading.shape) for reading in readings if reading.labels[0] not in self._owners}
+        owners = self._owners | dict(zip(new, team.assigned(list(new.values())), strict=True))
+        return [owners[reading.labels[0]] for reading in readings]
+
+    def _fresh(self) -> Results:
+        orders = 1 + COUNT if self.needs == "values" else 0
+        return Results(len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders)
+
+    def _measured(self, group: Group) -> Staged:
+        """All statistics of a group, with their errors."""
+        pairs = [self._one(statistic, group) for statistic in self.statistics]
+        values = torch.stack([value for value, _ in pairs])
+        errors = torch.stack([error for _, error in pairs]) if self._results.estimated else None
+        lost = torch.isnan(pooled(group.spectrum).top)
+        kept: dict[str, Sequence[Tensor]] = {}
+        if self._histograms and group.spectrum.whole:
+            kept[SPECTRUM] = list(group.spectrum.magnitudes)
+        if group.now is not None:
+            kept |= {BASIS: list(group.now.basis), VALUES: list(group.now.values)}
+        orders = [order_statistics(group.spectrum).to(values)] if self.needs == "values" else []
+        return Staged(group.labels, torch.cat([values, lost[None], *orders]), errors, kept)
+
+    def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
+        if statistic.takes == (Spectrum,):
+            return estimate(statistic, group.spectrum)
+        value = statistic(group.now, group.before) if statistic.partner == "previous" else statistic(group.spectrum, group.weight)
+        return value, torch.zeros_like(value)
+
+    def _groups(self, taken: Sequence[Taken], generator: torch.Generator) -> list[Group]:
+        spectra = self._spectra([t.value for t in taken], self.needs, generator)
+        weights = self._spectra([t.weight for t in taken if t.weight is not None], "top", generator)
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for i, spectrum in enumerate(spectra):
+            alike[self._kind(spectrum), weights[i].values.shape[-1] if weights else 0].append(i)
+        return [
+            self._group(
+                [taken[i] for i in members],
+                _joined([spectra[i] for i in members]),
+                _joined([weights[i] for i in members]) if weights else None,
+            )
+            for members in alike.values()
+        ]
+
+    def _kind(self, spectrum: Spectrum) -> Hashable:
+        """What spectra must share to be measured at once: the fewer groups the less overhead."""
+        shape: tuple[int, ...] = ()
+        if any(statistic.reads_shape for statistic in self.statistics):
+            shape = tuple(sorted(spectrum.shape))  # no statistic tells a matrix from its transpose
+        if self._compares_subspaces:
+            shape = spectrum.shape
+        return shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole
+
+    def _group(self, taken: Sequence[Taken], spectrum: Spectrum, weight: Spectrum | None) -> Group:
+        labels = [label for one in taken for label in one.labels]
+        now = before = None
+        if self._compares_subspaces:
+            now = top_subspaces([t.value for t in taken if isinstance(t.value, Tensor)], SUBSPACE_RANK)
+            before = self._results.before(labels, now)
+        return Group(labels, spectrum, weight, now, before)
+
+    def _spectra(self, values: Sequence[Tensor | Spectrum], needs: Needs, generator: torch.Generator) -> list[Spectrum]:
+        """One spectrum per value, as much of it as is needed."""
+        solved = decompose([value for value in values if isinstance(value, Tensor)], needs, generator=generator)
+        self.num_solves += solved.num_solves
+        found = iter(solved.spectra)
+        spectra = [value if isinstance(value, Spectrum) else next(found) for value in values]
+        self._results.estimated |= any(spectrum.num_probes for spectrum in spectra)
+        return spectra
+
+
+def _joined(spectra: Sequence[Spectrum]) -> Spectrum:
+    """Spectra of one kind as one batch `[n, K]`, behind the axis of probes where there is one."""
+    first, axis = spectra[0], int(spectra[0].num_probes > 0)
+    values, weights = (torch.cat([_flat(getattr(s, field), axis) for s in spectra], axis) for field in ("values", "weights"))
+    coarse = [s.coarse for s in spectra if s.coarse is not None]
+    return replace(first, values=values, weights=weights, coarse=_joined(coarse) if coarse else None)
+
+
+def _flat(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.reshape(*tensor.shape[:axis], -1, tensor.shape[-1])

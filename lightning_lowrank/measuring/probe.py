@@ -1,0 +1,72 @@
+"""A probe: one source, the statistics asked of it, and when."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.maths.spectra.spectrum import Spectrum
+from lightning_lowrank.measuring.gauge import Gauge
+from lightning_lowrank.measuring.schedules import Every, Schedule
+from lightning_lowrank.measuring.source import Source
+from lightning_lowrank.statistics import available, find
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure, of what, and when.
+
+    Args:
+        name: First part of the tags, as in `gradient_stable_rank`.
+        source: Where matrices come from.
+        statistics: Names of statistics; of a gauge those of its quantities.
+        schedule: `step -> bool`.
+
+    Raises:
+        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would work.
+    """
+
+    name: str
+    source: Source
+    statistics: Sequence[str]
+    schedule: Every | Schedule = field(default_factory=lambda: Every(50))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Gauge):
+            try:
+                for name in self.statistics:
+                    find(name)
+            except ValueError as error:  # which says what is near, or what the parameter may be
+                raise ValueError(f"probe {self.name!r}: {error}") from error
+        wrong = [name for name in self.statistics if not offers(self.source, name)]
+        if wrong or not self.statistics:
+            raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {_offered(self.source)}")
+
+
+def refuse_namesakes(probes: Sequence[Probe]) -> None:
+    """Of one monitor.
+
+    Raises:
+        ValueError: There is no probe, or two of them have one name.
+    """
+    names = [probe.name for probe in probes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a monitor takes at least one probe, each with a name of its own; these are {names}")
+
+
+def offers(source: Source, name: str) -> bool:
+    """Whether there is such a statistic of what the source reads."""
+    if isinstance(source, Gauge):
+        return name in _offered(source)
+    try:
+        asked = find(name)
+    except ValueError:
+        return False
+    if asked.partner == "weight":
+        return source.of_changes
+    return asked.takes == (Spectrum,) or (source.of_parameters and Scaling not in asked.takes)
+
+
+def _offered(source: Source) -> list[str]:
+    if isinstance(source, Gauge):
+        return [quantity.name for quantity in source.quantities]
+    return [name for name in available() if offers(source, name)]

@@ -1,0 +1,169 @@
+"""A probe at work: numbers per site, staged until the optimizer has really stepped."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.gauge import WHOLE, Curve
+from lightning_lowrank.measuring.metrics import SiteMeans
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.results import Results, Staged
+from lightning_lowrank.measuring.source import Reading
+
+# Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.
+BATCH = -1
+
+
+class Recorder(ABC):
+    """A probe at work: turns what its source gives into numbers per site, staged until the optimizer has really stepped.
+
+    Attributes:
+        expected: Sites that are to have a number.
+        error: What went wrong since it was last asked for.
+    """
+
+    def __init__(self, probe: Probe, *, prefix: str | None = None) -> None:
+        self.probe = probe
+        self.name = f"{prefix}_{probe.name}" if prefix else probe.name
+        self.expected: dict[str, None] = {}
+        self.error: str | None = None
+        self._results = self._fresh()
+        self._staged: dict[int, list[Staged]] = {}
+
+    @property
+    @abstractmethod
+    def quantities(self) -> list[str]:
+        """Names of what it measures."""
+
+    @property
+    @abstractmethod
+    def units(self) -> list[str]:
+        """Their units."""
+
+    @property
+    def orders(self) -> str:
+        """Name of the row of its reports that has the order statistics of each site; there may be none."""
+        return ""
+
+    @property
+    def curves(self) -> list[Curve]:
+        """Rows of its reports that have a vector of each site; there may be none."""
+        return []
+
+    @property
+    def measured(self) -> set[str]:
+        """Names of the rows of its reports that are numbers per site."""
+        return {*self.quantities, *(f"{name}_error" for name in self.quantities)}
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site that it knows, in the order of its reports."""
+        return list(self._results.columns)
+
+    @property
+    def means(self) -> SiteMeans:
+        """The numbers of the sample being taken."""
+        return self._results.means
+
+    def is_global(self, quantity: str) -> bool:
+        """Whether it is one number for the whole model."""
+        return False
+
+    def is_detail(self, quantity: str) -> bool:
+        """Whether it has no curves of single sites where these are many."""
+        return False
+
+    def sites_of(self, quantity: str) -> list[str]:
+        """Where a quantity is to be had: the whole model, or sites."""
+        return [site for site in self.expected if (site == WHOLE) == self.is_global(quantity)]
+
+    def shape(self, site: str) -> tuple[int, int] | None:
+        """Rows and columns of the matrix there, None where it was never read."""
+        return self._results.shape(site)
+
+    def take_solves(self) -> int:
+        """Calls of an eigensolver since this was last asked."""
+        return 0
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the sites; those that were known once stay known."""
+        self.probe.source.plan(module)
+        self.expected |= dict.fromkeys(self.probe.source.labels())
+        self._results.know(self.probe.source.shapes(), self.expected)
+
+    def share(self, team: Team) -> None:
+        """Share out what will be read, so that it does not depend on what goes wrong when it is."""
+
+    @abstractmethod
+    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
+        """Stage what was read under the optimizer's number."""
+
+    def sample_over(self, generator: torch.Generator, team: Team) -> None:
+        """Stage what belongs to the batches rather than to an optimizer, and let it count."""
+        self.record(BATCH, self.probe.source.sample_over(team), generator, team)
+
+    def commit(self, optimizer: int) -> None:
+        """The optimizer has stepped: what was staged counts."""
+        for staged in self._staged.pop(optimizer, []):
+            self._results.add(staged)
+
+    def discard(self, optimizer: int) -> None:
+        """The step did not happen: what was staged never was."""
+        self._staged.pop(optimizer, None)
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.expected = {}
+        self.probe.source.load_state_dict({})
+        self._results = self._fresh()
+
+    def abandon(self) -> None:
+        """Forget the sample in the making."""
+        self._staged, self.error = {}, None
+        self._results.drop()
+        self.probe.source.detach()
+
+    def take_error(self) -> str | None:
+        """What went wrong since this was last asked."""
+        taken, self.error = self.error, None
+        return taken
+
+    def packed(self, device: torch.device) -> Tensor:
+        """What was found here, as one vector to be added up over all processes."""
+        self._results.know(self.probe.source.shapes())
+        return self._results.packed(device)
+
+    def unpack(self, vector: Tensor) -> None:
+        """Take the sum in its place."""
+        self._results.unpack(vector)
+
+    def report(self) -> dict[str, Tensor]:
+        """Quantity -> number per site, in the order of `sites`, NaN where nothing was read; then start afresh.
+
+        `<name>_lost` is 1 where there is no number.
+        """
+        means, errors, _ = self._results.take()
+        return self._rows(means, errors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a restart: plain tensors."""
+        return {"source": self.probe.source.state_dict(), "previous": self._results.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.probe.source.load_state_dict(state["source"])
+        self._results.load_state_dict(state["previous"])
+
+    def _rows(self, means: Float[Tensor, "all S"], errors: Float[Tensor, "Q S"]) -> dict[str, Tensor]:
+        rows = dict(zip([*self.quantities, f"{self.name}_lost"], means, strict=False))
+        if self._results.estimated:
+            rows |= {f"{name}_error": row for name, row in zip(self.quantities, errors, strict=True)}
+        return rows
+
+    @abstractmethod
+    def _fresh(self) -> Results: ...

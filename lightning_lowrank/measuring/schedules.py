@@ -1,0 +1,200 @@
+"""When to measure: any function `step -> bool`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
+
+from lightning_lowrank.distributed.team import Team
+
+Schedule = Callable[[int], bool]
+
+# The warm-up of a budget, in optimizer steps: nothing of the first ones counts, then a sample is taken every few.
+COLD, SPACING, WARM_UP = 20, 10, 100
+SAMPLED = {0, *range(COLD, WARM_UP, SPACING)}
+
+# What is aimed at, of the budget: a warm-up of many is 20 % off.
+AIM = 0.8
+
+# A budget is exceeded beyond this much of it, after so many samples.
+TOLERANCE, ENOUGH = 1.2, 5
+
+
+@dataclass(frozen=True)
+class Every:
+    """Every `n` optimizer steps from `start` on, the first included.
+
+    Raises:
+        ValueError: `n` is below 1 or `start` below 0, or they are no whole numbers.
+
+    Example:
+        >>> [step for step in range(10) if Every(4)(step)]
+        [0, 4, 8]
+    """
+
+    n: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        whole = type(self.n) is int and type(self.start) is int
+        if not whole or self.n < 1 or self.start < 0:
+            raise ValueError(
+                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 and start at least 0"
+            )
+
+    def __call__(self, step: int) -> bool:
+        """Whether this step is due."""
+        return step >= self.start and (step - self.start) % self.n == 0
+
+
+class Spent(NamedTuple):
+    """Seconds before a step: ours, and of the whole training."""
+
+    step: int
+    own: float
+    total: float
+
+
+@dataclass(eq=False)
+class Budget:
+    """As often as costs at most a share of training time: measured once in a warm-up, then every so many steps, fixed for the run.
+
+    The warm-up is the first 100 optimizer steps. There is a sample at the first, which counts for nothing, like all of the first 20 steps
+    (compilation, allocators, caches); then 8 samples, every 10 steps. From medians (what a sample took, what a step took without, what it
+    costs to ask at every step) follows the cadence that takes 0.8 of the share; of several processes the longest that one of them wants.
+    The promise is for the time after that. The cadence is in the checkpoint; a run resumed in its warm-up begins it again.
+
+    Where a sample waits for other processes, that is part of what it takes.
+
+    Args:
+        share: Of training time (validation aside) that watching may take: 0.01 is 1 %.
+
+    Attributes:
+        every: The cadence in optimizer steps, None in the warm-up.
+        num_samples: Samples taken since it was chosen; in a run that was resumed, since its first sample.
+        sample: Seconds that a sample took in the warm-up of this process, NaN elsewhere.
+        step: Seconds that a step took without, NaN elsewhere.
+
+    Raises:
+        ValueError: The share is not between 0 and 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, float) or not 0 < self.share < 1:
+            raise ValueError(f"max_overhead, Budget(share={self.share!r}): a share of training time above 0 and below 1, 0.01 for 1 %")
+        self.forget()
+
+    def forget(self) -> None:
+        """Choose anew: this is another run."""
+        self.every: int | None = None
+        self._decided = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Training begins, or goes on in another process."""
+        self.num_samples = 0
+        self.sample = self.step = math.nan
+        self._seen: list[Spent] = []
+        self._begun: Spent | None = None
+        self._mark: Spent | None = None
+        self._now: Spent | None = None
+
+    def __call__(self, step: int) -> bool:
+        """Whether this step is due."""
+        if self.every is not None:
+            return step > self._decided and (step - self._decided) % self.every == 0
+        return step - (self._begun.step if self._begun else 0) in SAMPLED
+
+    def observe(self, step: int, own: float, total: float, team: Team) -> bool:
+        """Take note of the seconds spent before a step begins: whether the cadence was chosen just now.
+
+        All processes call it at the same steps; where the warm-up ends they talk to each other.
+        """
+        before, self._now = self._now, Spent(step, own, total)
+        if self.every is None:
+            return self._warm_up(self._now, team)
+        if before is not None and self(before.step):
+            if self._mark is None:  # the first sample of a process is no measure
+                self._mark = self._now
+            else:
+                self.num_samples += 1
+        return False
+
+    @property
+    def overhead(self) -> float:
+        """Percent of training time that was ours since the cadence was chosen, or since the first sample of a run resumed; NaN before."""
+        if self._mark is None or self._now is None or self._now.total <= self._mark.total:
+            return math.nan
+        return 100 * (self._now.own - self._mark.own) / (self._now.total - self._mark.total)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether it was more than noise explains."""
+        return self.num_samples >= ENOUGH and self.overhead > 100 * TOLERANCE * self.share
+
+    def state_dict(self) -> dict[str, float]:
+        """What was chosen; nothing in the warm-up."""
+        return {} if self.every is None else {"share": self.share, "every": self.every, "decided": self._decided}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Keep to what was chosen, unless the share is another now."""
+        self.forget()
+        if state.get("share") == self.share:
+            self.every, self._decided = int(state["every"]), int(state["decided"])
+
+    def _warm_up(self, now: Spent, team: Team) -> bool:
+        self._begun = self._begun or now
+        age = now.step - self._begun.step
+        if age >= COLD:
+            self._seen.append(now)
+        if age < WARM_UP:
+            return False
+        # No process may fail before it has said its word: the others wait for it.
+        wanted = self._wanted()
+        self.every, self._decided, self._mark, self._seen = max(team.said(wanted)), now.step, now, []
+        return True
+
+    def _wanted(self) -> int:
+        """The cadence that this process would choose."""
+        own_of_steps = [(b.own - a.own) / (b.step - a.step) for a, b in pairwise(self._seen)]
+        parts = list(pairwise(self._seen[::SPACING]))
+        if not parts:
+            return 1
+        # Nine of ten steps are not due: their median is what asking costs.
+        idle = median(own_of_steps)
+        self.sample = median(b.own - a.own - idle * (b.step - a.step) for a, b in parts)
+        self.step = median((b.total - a.total - b.own + a.own) / (b.step - a.step) for a, b in parts)
+        return cadence(self.share, self.sample, self.step, idle)
+
+
+def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
+    """Steps from one sample to the next for which our part of all time is `AIM` of the share, rounded up.
+
+    Args:
+        share: Of all time.
+        sample: Seconds of a sample.
+        step: Seconds of a step of training, ours aside.
+        idle: Seconds of ours at every step, due or not. If that is all there is to spend, samples have a tenth of it all the same.
+
+    Example:
+        >>> cadence(0.01, sample=0.008, step=0.0992)
+        10
+    """
+    allowed = max(step, 1e-6) * AIM * share / (1 - AIM * share)
+    return max(1, math.ceil(sample / max(allowed - idle, allowed / 10)))
+
+
+def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:
+    """The one budget among the schedules of a monitor, None without.
+
+    Raises:
+        ValueError: It would not be for all of them: what the others cost would be counted, but not chosen.
+    """
+    budgets = [schedule for schedule in schedules if isinstance(schedule, Budget)]
+    if budgets and any(schedule is not budgets[0] for schedule in schedules):
+        raise ValueError("a Budget is for all that a monitor does in training: give all of its probes one and the same Budget object")
+    return budgets[0] if budgets else None

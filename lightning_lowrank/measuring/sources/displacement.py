@@ -1,0 +1,77 @@
+"""Displacement: how far the weights are from where they began."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lowrank.distributed.shards import like, local, whole
+from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, attempt, change, difference, weights
+from lightning_lowrank.models.sites import Site
+
+
+@dataclass(kw_only=True)
+class Displacement(ParameterSource):
+    """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0.
+
+    Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
+    logged as `lowrank/displacement_bytes` and said at the start. Of sharded weights each process keeps its shards; a checkpoint has them
+    whole.
+    """
+
+    name = "displacement"
+    of_changes = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._initial: dict[str, Sequence[Tensor]] = {}
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the sites and keep the weights of new ones."""
+        super().plan(module)
+        new = [site for site in self.sites if site.name not in self._initial]
+        self._initial |= {site.name: attempt(partial(_copied, site)) for site in new}
+
+    def gradients_final(self, step: Step) -> list[Reading]:
+        """The distance, before the step."""
+        return [self._moved(site) for site in self.sites if step.owns(site)]
+
+    def facts(self) -> dict[str, float]:
+        """Memory that the copy takes here."""
+        return {"bytes": float(sum(local(t).numel() * t.element_size() for kept in self._initial.values() for t in kept))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """W_0, whole."""
+        return {name: [whole(tensor) for tensor in kept] for name, kept in self._initial.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """W_0 of the run that is resumed."""
+        self._initial = dict(state)
+
+    def _moved(self, site: Site) -> Reading:
+        self._initial[site.name] = start = attempt(partial(self._start, site))
+        if site.parametrization is None or not start:
+            return change(site, start)
+        return Reading(site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=weights(site))
+
+    def _start(self, site: Site) -> Sequence[Tensor]:
+        """What was kept of a site, placed as its weights are; a layer that was replaced by one of another size begins anew."""
+        now, start = _kept(site), self._initial[site.name]
+        if start and [t.shape for t in start] != [t.shape for t in now]:
+            return _copied(site)
+        return [like(old, new) for old, new in zip(start, now, strict=bool(start))]
+
+
+def _copied(site: Site) -> list[Tensor]:
+    return [tensor.clone() for tensor in _kept(site)]
+
+
+def _kept(site: Site) -> Sequence[Tensor]:
+    """What the distance is measured from: a parametrised weight is kept as it was computed, since the computation may change."""
+    return site.values() if site.parametrization is None else [site.weight()]
+
+
+def _from_start(site: Site, *parts: Tensor) -> Tensor:
+    return difference(site.weight(*parts[:-1]), parts[-1])

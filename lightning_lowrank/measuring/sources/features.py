@@ -1,0 +1,238 @@
+"""Features: what layers put out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lowrank.distributed.shards import unspent, whole
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
+from lightning_lowrank.measuring.source import Begun, Reading, Source
+from lightning_lowrank.models.names import fitting, tag
+
+LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+
+# Attributes that say how wide the output of such a layer is.
+WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
+
+    hear: Callable[..., None] | None
+    # How many passes are under way that are ours, and no part of the training.
+    deaf: ClassVar[int] = 0
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        # In a compiled function a hook would become part of the graph, or break it.
+        if self.hear is not None and not Tap.deaf and not torch.compiler.is_compiling():
+            self.hear(layer, inputs, output)
+
+    def __deepcopy__(self, memo: Any) -> "Tap":
+        return Tap(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tap, (None,)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What layers do here is heard by no tap."""
+    Tap.deaf += 1
+    try:
+        yield
+    finally:
+        Tap.deaf -= 1
+
+
+@dataclass(kw_only=True)
+class Features(Source):
+    """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
+
+    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other outputs of four axes
+    or more along the second. Of a layer that returns several things the first tensor is read. The number of rows is logged as
+    `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left
+    without a number. With several processes each sample costs one exchange of row counts, which waits for the device.
+
+    Args:
+        match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given all linear,
+            convolutional, embedding, attention and recurrent layers.
+        exclude: The same, taken away.
+        centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe; `feature`).
+        stage: "train": the rows of a due step. "validation": those of a whole validation loop; tags begin with `validation_`.
+        max_width: Wider outputs are left out: a Gram matrix of that side is kept in float64.
+
+    Raises:
+        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled module.
+    """
+
+    match: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    centred: bool = False
+    stage: Literal["train", "validation"] = "train"
+    max_width: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.stage not in ("train", "validation"):
+            raise ValueError(f"Features(stage={self.stage!r}): it is 'train' or 'validation'")
+        self.of_parameters = False
+        self.level = "functions"
+        self.name = ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
+        self._layers: dict[str, nn.Module] = {}
+        self._grams: dict[str, Tensor] = {}
+        self._error: Exception | None = None
+        self._device = torch.device("cpu")
+        self._hooks: list[RemovableHandle] = []
+        # Width and number of rows by layer: of the sample being taken here, and of the last one in all processes.
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._pooled: dict[str, tuple[int, int]] = {}
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the layers."""
+        layers = {name: layer for name, layer in module.named_modules() if name}
+        # The projection of an attention is never called as a layer.
+        inner = {id(layer.out_proj) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)}
+        layers = {name: layer for name, layer in layers.items() if id(layer) not in inner}
+        chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
+        chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
+        for name in sorted(chosen):
+            around = [layers[name[:i]] for i, letter in enumerate(name) if letter == "."]
+            self._refuse(name, layers[name], [module, *around])
+        self._layers = {tag(name): layers[name] for name in layers if name in chosen}
+
+    def labels(self) -> list[str]:
+        """One per layer."""
+        return [f"{name}.out" for name in self._layers]
+
+    def facts(self) -> dict[str, float]:
+        """Rows behind the latest sample, at the layer with the fewest."""
+        return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
+
+    def batch_begins(self, begun: Begun) -> None:
+        """Hook the layers for this batch."""
+        self._device = next((p.device for p in begun.module.parameters()), self._device)
+        if not self._hooks:
+            self._hooks = [self._tapped(name, layer) for name, layer in self._layers.items()]
+
+    def batch_over(self) -> None:
+        """Take the hooks away, and own up to what went wrong in them."""
+        self._unhook()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the last sample, of all processes together."""
+        return {f"{name}.out": (num_rows, width) for name, (width, num_rows) in self._pooled.items()}
+
+    def sample_over(self, team: Team) -> list[Reading]:
+        """Spectra of the pooled rows."""
+        grams, self._grams = self._grams, {}
+        if not team.sees_data:
+            grams, self._seen = {}, {}
+        self._pooled, self._seen = _agreed(team.said(self._seen)), {}
+        return [
+            Reading(
+                (f"{name}.out",),
+                torch.Size((num_rows, width)),
+                [team.summand(grams[name] if name in grams else _no_rows(width, self._device))],
+                partial(spectrum_of_rows, num_rows=num_rows, centred=self.centred),
+            )
+            for name, (width, num_rows) in self._pooled.items()
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks away and forget the rows."""
+        self._unhook()
+        self._grams, self._seen, self._error = {}, {}, None
+
+    def _tapped(self, name: str, layer: nn.Module) -> RemovableHandle:
+        # Of a layer that works in parallel before it takes its output apart.
+        parallel = any(isinstance(p, DTensor) for p in layer.parameters(recurse=False))
+        return layer.register_forward_hook(Tap(partial(self._add, name)), prepend=parallel)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
+        """Layers of the usual types, less the too wide."""
+        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS)}
+        return {name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width}
+
+    def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
+        """A layer that a hook does not see, or where it would change the numbers."""
+        if any(map(compiled, around)):
+            raise ValueError(f"features of {name!r} cannot be read: hooks inside a compiled module never run; match layers outside of it")
+        fast = [m for m in (layer, *around) if isinstance(m, nn.TransformerEncoderLayer)]
+        if any(self.stage == "validation" or not m.training for m in fast):
+            why = "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
+            raise ValueError(f"features of {name!r} cannot be read: {why}")
+
+    def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        # Activation checkpointing runs the layer again during backward: those are the same rows.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        with self.ours():
+            try:
+                rows = _rows(layer, output)
+                if rows is not None and rows.shape[-1] <= self.max_width:
+                    self._pool(name, rows)
+            except Exception as error:  # this runs inside the user's forward
+                # Its traceback would keep the output of the layer until the batch is over.
+                self._seen[name], self._error = (0, 0), error.with_traceback(None)
+                self._grams.pop(name, None)
+
+    def _pool(self, name: str, rows: Tensor) -> None:
+        """Add rows to the layer's; a width of 0 stands for one that cannot be had."""
+        width, before = self._seen.get(name, (rows.shape[-1], 0))
+        if rows.shape[-1] != width:
+            raise ValueError(f"the output of {name!r} changed its width to {rows.shape[-1]}")
+        if name not in self._grams:
+            self._grams[name] = _no_rows(width, rows.device)
+        add_rows(self._grams[name], rows)
+        self._seen[name] = (width, before + rows.numel() // width)
+
+
+def _no_rows(width: int, device: torch.device) -> Tensor:
+    """Gram matrix and sum of no rows; where only other processes came by a layer, they take part in the sum.
+
+    Not a metric: torchmetrics keeps a second copy of each state, and refers to itself, so that both would stay until garbage is collected.
+    """
+    return torch.zeros(width + 1, width, dtype=state_dtype(), device=device)
+
+
+def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Widths and numbers of rows of all processes together, in one order: of the layers that every process that came by can read."""
+    found = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
+    whole = {name: entries for name, entries in found.items() if len({width for width, _ in entries}) == 1 and entries[0][0]}
+    return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
+
+
+def _rows(layer: nn.Module, output: Any) -> Tensor | None:
+    """The output with its features last, None where it holds no real numbers."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        output = next((part for part in output if isinstance(part, Tensor)), None)
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
+        return None
+    rows = whole(unspent(output.detach()))
+    if isinstance(layer, _ConvNd):
+        return rows.movedim(-1 - len(layer.kernel_size), -1)
+    return rows.movedim(1, -1) if rows.ndim > 3 else rows
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether it runs inside a graph of torch.compile."""
+    return bool(getattr(module, "_compiler_ctx", None)) or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

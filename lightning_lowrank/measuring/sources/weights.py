@@ -1,0 +1,16 @@
+"""Weights."""
+
+from dataclasses import dataclass
+
+from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, weights
+
+
+@dataclass(kw_only=True)
+class Weights(ParameterSource):
+    """Weights before the step, frozen ones too; a LoRA pair as its product, a parametrised weight as the layer uses it."""
+
+    name = "weight"
+
+    def gradients_final(self, step: Step) -> list[Reading]:
+        """The weights."""
+        return [weights(site) for site in self.sites if step.owns(site)]

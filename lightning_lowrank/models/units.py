@@ -1,0 +1,196 @@
+"""The parts of a model that may share the learning unequally: modules, attention heads, neurons.
+
+Heads and neurons are found where they are read: a head is a block of the inputs of its attention's output projection, a neuron an input
+of the layer after its activation. There a gate on it has an exact gradient (`gates.py`).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from lightning_lowrank.models.names import fitting, tag
+from lightning_lowrank.models.views import is_fused, is_transposed
+
+# Layers that queries, keys or values come from, by the last part of their names.
+PROJECTION = re.compile(r"([qkv]|query|key|value)(_?proj|_?lin|s)?|(to_?|w_?)[qkv]", re.IGNORECASE)
+NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One or several units, and the parameters that they have a share of.
+
+    Attributes:
+        name: Of the module, or of the layer that reads the units.
+        parameters: All of a module's; the one weight that reads heads or neurons.
+        axis: Of the weight, along which the units lie.
+        count: How many units.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    axis: int = 0
+    count: int = 1
+
+
+def modules_of(parameters: Mapping[str, nn.Parameter]) -> list[Part]:
+    """Layers with parameters of their own, each one unit."""
+    owned: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        owned.setdefault(name.rpartition(".")[0], []).append(parameter)
+    return [Part(name, tuple(own)) for name, own in owned.items()]
+
+
+def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Part]:
+    """The output projections of attention with their heads, by the name of the projection.
+
+    Args:
+        module: Anything with `nn.MultiheadAttention`, fused or separate layers for queries, keys and values.
+        counts: Heads by patterns of names of output projections, for those that are not found.
+
+    Raises:
+        ValueError: A pattern fits nothing that can be read, or a count does not divide the inputs.
+    """
+    layers, weights = _linear_layers(module), _weights(module)
+    found = dict(_projections(module, layers))
+    for pattern, count in counts.items():
+        found |= dict.fromkeys(_chosen("heads", pattern, layers, weights), count)
+    return {name: _part(name, layers[name], weights[name], count, "heads") for name, count in found.items() if name in weights}
+
+
+def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projections: Sequence[str]) -> dict[str, Part]:
+    """The layers that read hidden neurons, with their inputs.
+
+    Args:
+        module: Anything.
+        patterns: Names of the layers. Unless given, the second of two linear layers (or of two convolutions) that belong together, where
+            the first gives as much as the second takes, and neither is part of an attention.
+        projections: Output projections of attentions.
+
+    Raises:
+        ValueError: A pattern fits nothing that can be read.
+    """
+    layers, weights = _linear_layers(module), _weights(module)
+    names = _hidden(layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
+    return {name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons") for name in names if name in weights}
+
+
+def _projections(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
+    """Output projections with their number of heads: the first linear layer behind those of queries, keys and values that fits them."""
+    everything = dict(module.named_modules())
+    for name, layer in everything.items():
+        if isinstance(layer, nn.MultiheadAttention) and f"{name}.out_proj".lstrip(".") in layers:
+            yield f"{name}.out_proj".lstrip("."), layer.num_heads
+    before, width = "", 0
+    for name, layer in layers.items():
+        if _enters_attention(name, layer):
+            before, width = name, max(width, _outputs(layer) // (3 if _is_fused(name, layer) else 1))
+            continue
+        if before and _inputs(layer) == width:
+            heads = _num_heads(before, everything, width)
+            yield from [(name, heads)] if heads else []
+        before, width = "", 0
+
+
+def _enters_attention(name: str, layer: nn.Module) -> bool:
+    return PROJECTION.fullmatch(name.rpartition(".")[2]) is not None or _is_fused(name, layer)
+
+
+def _is_fused(name: str, layer: nn.Module) -> bool:
+    return is_fused(f"{name}.weight", (_outputs(layer), _inputs(layer)))
+
+
+def _num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
+    """As the nearest module above says, or its config."""
+    while name:
+        name = name.rpartition(".")[0]
+        for holder in (modules[name], getattr(modules[name], "config", None)):
+            for attribute in NUM_HEADS:
+                count = getattr(holder, attribute, None)
+                if type(count) is int and count > 0 and width % count == 0:
+                    return count
+    return 0
+
+
+def _hidden(layers: Mapping[str, nn.Module], projections: Sequence[str]) -> Iterator[str]:
+    """Second layers of pairs; what is between the factors of a LoRA pair is no neuron."""
+    for (first, giving), (second, taking) in pairwise(layers.items()):
+        others = any(name in projections or "lora_" in name or _enters_attention(name, layers[name]) for name in (first, second))
+        alike = isinstance(giving, _ConvNd) == isinstance(taking, _ConvNd)
+        if alike and not others and 0 < _outputs(giving) == _inputs(taking) and _belong_together(first, second):
+            yield second
+
+
+def _belong_together(first: str, second: str) -> bool:
+    """Whether two layers have one parent, or parents with words for names and one parent: not blocks of a sequence."""
+    one, other = first.split("."), second.split(".")
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
+    below = len(one) - common
+    return below == len(other) - common and (below == 1 or (below == 2 and not one[common].isdecimal()))
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers that multiply what comes in by a weight, in the order of the module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd) or is_transposed(layer)}
+
+
+def _chosen(
+    argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """The layers that a user names."""
+    names = sorted(fitting(argument, patterns, layers))
+    if names and weights.keys().isdisjoint(names) and not any(_is_lazy(layers[name]) for name in names):
+        why = "computed (a parametrization), shared with another layer, packed, or in groups"
+        raise ValueError(f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}")
+    return names
+
+
+def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argument: str) -> Part:
+    axis = _axis(layer)
+    if type(count) is not int or count < 1 or weight.shape[axis] % count:
+        raise ValueError(f"{argument}: {name!r} has {weight.shape[axis]} inputs, which {count!r} does not divide")
+    return Part(tag(name), (weight,), axis, count)
+
+
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of which a block is read by one layer and by nothing else, by the name of the layer.
+
+    Not those that are computed from others, have no shape yet, are packed, or have groups; nor those that another layer has too: in an
+    embedding's gradient, or that of a layer before, a gate on these inputs has no part.
+    """
+    owners = Counter(id(parameter) for owner in module.modules() for parameter in owner._parameters.values())
+    found = {}
+    for name, layer in _linear_layers(module).items():
+        weight = layer._parameters.get("weight")
+        if weight is None or is_lazy(weight) or weight.ndim < 2 or owners[id(weight)] > 1:
+            continue
+        if weight.shape[_axis(layer)] == _inputs(layer):
+            found[name] = weight
+    return found
+
+
+def _is_lazy(layer: nn.Module) -> bool:
+    return any(is_lazy(parameter) for parameter in layer.parameters(recurse=False))
+
+
+def _axis(layer: nn.Module) -> int:
+    return 0 if is_transposed(layer) or isinstance(layer, _ConvTransposeNd) else 1
+
+
+def _inputs(layer: nn.Module) -> int:
+    return _size(layer, "in_features", "in_channels", "nx")
+
+
+def _outputs(layer: nn.Module) -> int:
+    return _size(layer, "out_features", "out_channels", "nf")
+
+
+def _size(layer: nn.Module, *names: str) -> int:
+    """As the layer says: to look at a parametrised weight would compute it, and may change it."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), 0)

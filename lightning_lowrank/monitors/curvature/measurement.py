@@ -1,0 +1,227 @@
+"""One measurement of curvature: what is asked of each operator of a loss, and how much work goes into it.
+
+Shape letters:  P entries of all parameters   L parameters   k directions   G cells of a density
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_lowrank import statistics
+from lightning_lowrank.maths.operators import traces
+from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
+from lightning_lowrank.maths.operators.estimates import Estimate, Found
+from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
+from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
+from lightning_lowrank.monitors.curvature.self_check import VALID, is_wrong, symmetry_defect
+from lightning_lowrank.statistics.registry import find
+
+# Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in it.
+CELLS = tuple(map(float, range(128)))
+DENSITY = ("eigenvalue", "density", "density_error", "density_counts")
+# Products for the one eigenvalue that is held against the edge of stability.
+EDGE = 6
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work goes into each operator.
+
+    Attributes:
+        every: Cadence unless one is given.
+        further: Products for the top, beyond one for each direction.
+        lowest: Smallest eigenvalues that are followed.
+        probes: Random vectors; none where no more than batch sharpness is measured.
+        steps: Products with the Krylov space of each.
+    """
+
+    every: int
+    further: int = 0
+    lowest: int = 0
+    probes: int = 0
+    steps: int = 0
+
+
+# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than directions follow
+# five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature of an indefinite operator takes 40.
+EFFORTS = {
+    "light": Effort(100),
+    "standard": Effort(2500, further=7, probes=3, steps=2),
+    "full": Effort(20000, further=30, lowest=1, probes=3, steps=40),
+}
+
+
+class Curvatures:
+    """What is followed from one measurement to the next.
+
+    Args:
+        effort: How much work goes into each operator.
+        top_k: Directions that are followed.
+
+    Attributes:
+        tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under "edge".
+        valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
+    """
+
+    def __init__(self, effort: Effort, top_k: int) -> None:
+        self.effort, self.top_k = effort, top_k
+        self.tops: dict[str, Float[Tensor, "_ P"]] = {}
+        self.valid: Tensor | None = None
+
+    def measure(self, loss: LossOperators, generator: torch.Generator) -> Found:
+        """All that is asked for."""
+        found = Found()
+        for name, operator in loss.operators.items():
+            if self.valid is None:
+                found.values["curvature_symmetry_defect"] = defect = symmetry_defect(
+                    operator, torch.Generator(operator.device).manual_seed(0)
+                )
+                # What is no number says nothing of the samples to come.
+                self.valid = torch.where(torch.isfinite(defect), (defect < VALID).to(defect), torch.nan)
+            if name == "hessian":
+                self._sharpness(operator, loss, found, generator)
+            if self.effort.probes:
+                self._of_operator(name, operator, loss, found, generator)
+        if self.effort.probes and loss.operators.keys() >= RESIDUAL:
+            self._residual(loss, found, generator)
+        return found
+
+    def hold(self, found: Found, defect: Estimate) -> None:
+        """Believe nothing from now on if a product with the Hessian is not the slope of the gradient."""
+        assert self.valid is not None
+        found.note("curvature_difference_defect", defect)
+        self.valid = torch.where(is_wrong(defect) > 0, 0.0, self.valid)
+
+    def before(self, name: str, size: int) -> Float[Tensor, "_ P"] | None:
+        """Eigenvectors of the last measurement, None where there was none of this size."""
+        vectors = self.tops.get(name)
+        return vectors if vectors is not None and vectors.shape[-1] == size else None
+
+    def _sharpness(self, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
+        """Along the gradient; and as the optimizer sees it, where 1 is the edge."""
+        found.values["batch_sharpness"] = along = rayleigh_quotient(operator, loss.gradient)
+        edge = loss.edge
+        if edge is None:
+            return
+        even = edge.diagonal.max() == edge.diagonal.min()
+        found.values["batch_sharpness_over_threshold"] = torch.where(even, edge.sign * along * edge.diagonal[0], torch.nan)
+        if self.effort.probes:
+            scaled = preconditioned(operator, edge.diagonal)
+            signed = replace(scaled, multiply=lambda vector: edge.sign * scaled.multiply(vector))
+            start, near = self.before("edge", operator.size), (loss.gradient * edge.diagonal.sqrt())[None]
+            pairs = top_eigenpairs(signed, 1, start=start, further=near, num_products=EDGE, generator=generator)
+            found.note("sharpness_over_threshold", Estimate(pairs.values[0], pairs.residuals[0]))
+            self.tops["edge"] = pairs.vectors
+
+    def _of_operator(self, name: str, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
+        """The ends of its spectrum, and sums over it."""
+        effort, before = self.effort, self.before(name, operator.size)
+        k = max(1, min(self.top_k, operator.size - effort.lowest))
+        products = k + effort.lowest + effort.further
+        near = loss.gradient[None]
+        pairs = top_eigenpairs(operator, k, lowest=effort.lowest, start=before, further=near, num_products=products, generator=generator)
+        for label, value, residual in zip(_labels(k, effort.lowest), pairs.values, pairs.residuals, strict=False):
+            found.note(f"{name}_{label}", Estimate(value, residual))
+        top = pairs.vectors[:k]
+        found.layers[f"{name}_top_share"] = layer_energies(top, loss.layout).mean(0)
+        if before is not None:
+            found.values[f"{name}_eigenspace_overlap"] = overlap(top, before[:k])
+        self.tops[name] = top
+        self._sums(name, operator, pairs, loss.layout, found, generator)
+
+    def _sums(self, name: str, operator: Operator, known: Eigenpairs, layout: Layout, found: Found, generator: torch.Generator) -> None:
+        probes, steps = self.effort.probes, self.effort.steps
+        whole = traces.spectral_estimate(operator, known=known, num_probes=probes, steps=steps, generator=generator, layout=layout)
+        found.note(f"{name}_trace", traces.debiased(traces.trace, whole.spectrum))
+        found.note(f"{name}_squared_norm", traces.trace_of_square(whole))
+        if _knows_magnitudes(name, self.effort):
+            found.note(f"{name}_participation_ratio", traces.participation_ratio(whole))
+        found.note_layers(f"{name}_layer_trace", traces.sample_mean(whole.layer_traces))
+        found.note_layers(f"{name}_layer_squared_norm", traces.sample_mean(whole.layer_squares))
+        if self.effort.lowest:
+            for label, formula in DEEP.items():
+                found.note(f"{name}_{label}", traces.debiased(formula, whole.spectrum))
+            density = traces.density(whole.spectrum, num_cells=len(CELLS))
+            found.curves |= {f"{name}_{label}": row for label, row in zip(DENSITY, vars(density).values(), strict=True)}
+
+    def _residual(self, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
+        """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left to learn."""
+        rest = difference(loss.operators["hessian"], loss.operators["gauss_newton"])
+        estimate = traces.spectral_estimate(rest, num_probes=self.effort.probes, steps=1, generator=generator, layout=loss.layout)
+        found.note("residual_trace", traces.sample_mean(estimate.layer_traces.sum(-1)))
+        found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
+
+    def judge(self, found: Found) -> None:
+        """Everything is NaN where the first products were wrong, so that nothing is believed."""
+        if self.valid is not None:
+            for numbers in (found.values, found.layers, found.curves):
+                for name, value in numbers.items():
+                    if not name.endswith("_defect"):
+                        numbers[name] = torch.where(self.valid != 0, value, torch.nan)
+            found.values["curvature_valid"] = self.valid
+
+
+DEEP: dict[str, Callable[..., Tensor]] = {
+    "effective_rank_energy": statistics.effective_rank_energy,
+    "energy_rank": find("energy_rank_0.1"),
+    "negative_mass": traces.negative_mass,
+}
+
+
+def densities_of(operators: Sequence[str]) -> list[tuple[str, str]]:
+    """Names of the curves of a density, and of the one that has the cells' middles for that which counts in cells."""
+    return [(f"{name}_{label}", f"{name}_eigenvalue" if label == "density_counts" else "") for name in operators for label in DENSITY]
+
+
+# The operators whose difference is the residual.
+RESIDUAL = {"hessian", "gauss_newton"}
+
+
+def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tuple[bool, bool]]:
+    """Everything that is found, and of each whether it is one per parameter, and whether it has an error."""
+    known: dict[str, tuple[bool, bool]] = {}
+    if operators:
+        known |= dict.fromkeys(("curvature_valid", "curvature_symmetry_defect"), (False, False))
+        known["curvature_difference_defect"] = (False, True)
+    if "hessian" in operators:
+        known |= dict.fromkeys(("batch_sharpness", "batch_sharpness_over_threshold"), (False, False))
+        known |= dict.fromkeys(["sharpness_over_threshold"] * bool(effort.probes), (False, True))
+    for name in operators if effort.probes else ():
+        ranks = ["participation_ratio"] * _knows_magnitudes(name, effort)
+        sums = ["trace", "squared_norm", *ranks, *(DEEP if effort.lowest else ())]
+        known |= dict.fromkeys([f"{name}_{label}" for label in (*_labels(top_k, effort.lowest), *sums)], (False, True))
+        known[f"{name}_eigenspace_overlap"] = (False, False)
+        known[f"{name}_top_share"] = (True, False)
+        known |= dict.fromkeys([f"{name}_{label}" for label in ("layer_trace", "layer_squared_norm")], (True, True))
+    if effort.probes and set(operators) >= RESIDUAL:
+        known |= dict.fromkeys(("residual_trace", "residual_squared_norm"), (False, True))
+    return known
+
+
+def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
+    """What cannot be measured.
+
+    Raises:
+        ValueError: An option is another word, or operators do not go with the detail.
+    """
+    unknown = [name for name in operators if name not in OPERATORS]
+    if isinstance(operators, str) or unknown:
+        raise ValueError(f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for critical sharpness alone")
+    if detail not in EFFORTS:
+        raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
+    if detail == "light" and operators and "hessian" not in operators:
+        raise ValueError(f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take level='standard'")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: at least 1")
+
+
+def _knows_magnitudes(name: str, effort: Effort) -> bool:
+    """Whether eigenvalues are summed by magnitude: where some are negative that takes the whole quadrature."""
+    return name != "hessian" or effort.lowest > 0
+
+
+def _labels(top_k: int, lowest: int) -> list[str]:
+    return ["lambda_max", *(f"lambda_{i}" for i in range(2, top_k + 1)), *["lambda_min"] * lowest]

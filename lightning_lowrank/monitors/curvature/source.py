@@ -1,0 +1,296 @@
+"""Curvature of the user's own loss: Hessian, Gauss-Newton matrix and Fisher information, in the user's own training step.
+
+Shape letters:  P entries of all parameters   k directions
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.loss.double_backward import Choice, choose, look_together
+from lightning_lowrank.loss.output_loss import OutputLoss
+from lightning_lowrank.loss.replay import Replay, refuse_replay
+from lightning_lowrank.loss.tap import LossTap, module_named
+from lightning_lowrank.maths.operators.estimates import Estimate, Found
+from lightning_lowrank.maths.spectra.spectrum import working_dtype
+from lightning_lowrank.measuring.gauge import WHOLE, Curve, Gauge, Numbers, Quantity
+from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.models.names import chosen_parameters
+from lightning_lowrank.monitors.curvature.critical import along_update
+from lightning_lowrank.monitors.curvature.loss_operators import loss_operators
+from lightning_lowrank.monitors.curvature.measurement import CELLS, EFFORTS, Curvatures, densities_of, names, refuse
+from lightning_lowrank.monitors.curvature.movement import Movement
+from lightning_lowrank.monitors.curvature.self_check import difference_defect
+
+Detail = Literal["light", "standard", "full"]
+Batch = Literal["live", "fixed"]
+
+# How a loss is seen, in words.
+HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
+
+
+@dataclass
+class Sample:
+    """What is held from the first batch of a sample to its end.
+
+    Attributes:
+        begun: The latest batch.
+        tap: Listens to the step.
+        found: What was measured on the step's own graph.
+        measured: Names of the parameters by which it was: those that are trained may be others a moment later.
+        rate: The learning rate of the step.
+    """
+
+    begun: Begun | None = None
+    tap: LossTap | None = None
+    found: Found | None = None
+    measured: Sequence[str] = ()
+    rate: float | Tensor = 0.0
+
+
+class Curvature(Gauge):
+    """Curvature of the loss in the chosen parameters.
+
+    Args:
+        detail: How much is measured.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical sharpness alone, which
+            takes forward passes only.
+        top_k: Directions that are followed.
+        batch: "live": the step's own loss, where that is possible without a difference to the training. "fixed": always that of the first
+            batch that was seen.
+        loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
+        output_module: The layer whose output goes into the loss, where the loss is none of torch's.
+        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
+        exclude: The same, taken away.
+
+    Raises:
+        ValueError: An option is another word; in `plan`, a pattern fits nothing.
+    """
+
+    name = "curvature"
+
+    def __init__(
+        self,
+        detail: Detail = "light",
+        operators: Sequence[str] = ("hessian", "gauss_newton"),
+        *,
+        top_k: int = 5,
+        batch: Batch = "live",
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        output_module: str | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> None:
+        refuse(detail, operators, top_k)
+        if batch not in get_args(Batch):
+            raise ValueError(f"batch={batch!r}: one of {list(get_args(Batch))}")
+        self.batch, self.loss_fn, self.output_module, self.match, self.exclude = batch, loss_fn, output_module, match, exclude
+        self.effort = EFFORTS[detail]
+        self.operators = tuple(name for name in operators if self.effort.probes or name == "hessian")
+        self.state = Curvatures(self.effort, top_k)
+        self.quantities = list(self._quantities(top_k))
+        densities = [Curve(name, CELLS, middles) for name, middles in densities_of(self.operators)]
+        self.curves = densities if self.effort.lowest else []
+        self._replay = Replay(loss_fn)
+        self._choice: Choice | None = None
+        self._named: dict[str, nn.Parameter] = {}
+        self._module: Any = None
+        self._trainer: Any = None
+        self._multiple: Tensor | None = None
+        self._movement = Movement()
+        self._sample = Sample()
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the parameters; those that are frozen now may be trained later."""
+        self._named = chosen_parameters(module, self.match, self.exclude)
+        if self._module is not module:
+            self._begin(module)
+        if self.operators and self._follows:
+            self._movement.begin(self._trained)
+
+    def labels(self) -> Sequence[str]:
+        """The whole model, and its parameters where each has numbers of its own."""
+        return [WHOLE, *self._trained] if self.effort.probes and self.operators else [WHOLE]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches a run of its own."""
+        return vars(self) | {
+            "_module": None,
+            "_trainer": None,
+            "_named": {},
+            "_replay": Replay(self.loss_fn),
+            "_sample": Sample(),
+            "_movement": Movement(),
+        }
+
+    def _begin(self, module: Any) -> None:
+        """Choose how to see the loss, in a run that begins."""
+        self._module, self._trainer = module, module.trainer
+        layer = None if self.output_module is None else module_named(module, self.output_module)
+        self._replay = Replay(self.loss_fn, output_module=layer)
+        if self.operators:
+            self._choice = choose(self._trainer, module, batch=self.batch, loss_fn=self.loss_fn)
+        if self._follows:
+            refuse_replay(module, self.loss_fn)
+
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._named.items() if p.requires_grad}
+
+    def batch_begins(self, begun: Begun) -> None:
+        """Listen to what goes into the loss, or keep the batch for later."""
+        self._sample.begun = begun
+        if self._sample.found is not None or self._sample.tap is not None:
+            return
+        if self.operators and self.effort.probes:
+            self._movement.before = self.state.before(self.operators[0], sum(p.numel() for p in self._trained.values()))
+        if self._replay.batch is None or (self.batch == "live" and self._follows and not self._is_replayed):
+            self._replay.keep(begun.batch, begun.index)
+        if self._choice is not None and self._choice.mode == "inline":
+            self._sample.tap = LossTap(self._replay.output_module)
+            self._sample.tap.enter()
+
+    def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
+        """Measure on the step's own graph, once a sample."""
+        if self._sample.tap is None or self._choice is None or self._sample.begun is None:
+            return
+        tap, self._sample.tap = self._sample.tap, None
+        tap.exit()
+        self._choice = look_together(self._choice, loss, self._sample.begun.team)
+        if self._choice.mode == "inline":
+            self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
+
+    def gradients_final(self, step: Step) -> list[Any]:
+        """Keep the gradient, and the weights from which the update is reckoned."""
+        if self._follows:
+            self._movement.begin(self._trained if self.operators else {})  # those that were frozen have not moved
+            self._sample.rate = step.optimizer.param_groups[0]["lr"]
+            self._movement.step_begins(step, self._trained)
+        return []
+
+    def batch_over(self) -> None:
+        """Stop listening."""
+        if self._sample.tap is not None:
+            self._sample.tap.exit()
+
+    def numbers(self, team: Team) -> Sequence[Numbers]:
+        """What was measured, and what moved along the top directions."""
+        if self._choice is not None and self._is_replayed:
+            with self._replay.together(self._trainer, self._module, team) as seen:
+                self._choice = look_together(self._choice, seen.loss, team)
+                self._sample.found = self._measured(seen.loss, seen.output_loss)
+        found, parameters = self._sample.found or Found(), self._sample.measured
+        found.values |= self._movement.shares(self._trained)
+        if "curvature_symmetry_defect" in found.values:
+            self.state.hold(found, self._difference_defect(team))
+        self.state.judge(found)
+        if self._movement.start:
+            try:
+                self._critical(team, found)
+            except Exception as error:  # the rest is known
+                self.trouble = self.trouble or error
+        self._drop()
+        return list(_numbers(found, parameters))
+
+    def detach(self) -> None:
+        """Let go of the sample."""
+        self.batch_over()
+        self._drop()
+
+    def _drop(self) -> None:
+        self._sample = Sample()
+        self._movement.drop()
+
+    def facts(self) -> dict[str, float]:
+        """How the loss is seen, and what the weights at the start take."""
+        kept = {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
+        return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
+
+    def remark(self) -> str:
+        """How the loss is seen, and why so."""
+        return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the kept batch."""
+        known = {"multiple": self._multiple, "valid": self.state.valid}
+        kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
+        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self._module = None  # another run, in which the loss may have to be seen in another way
+        self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
+        self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
+
+    @property
+    def _is_replayed(self) -> bool:
+        return self._choice is not None and self._choice.mode == "replay"
+
+    @property
+    def _follows(self) -> bool:
+        """Whether it looks at gradients and updates."""
+        return bool(self.effort.probes) or not self.operators
+
+    def _difference_defect(self, team: Team) -> Estimate:
+        """The same on every process; NaN where the step cannot be run again, or not in one of them."""
+        params = list(self._trained.values())
+
+        found = torch.full((2,), torch.nan, device=params[0].device)
+        if self._choice is not None and self._choice.only is None:
+            with suppress(Exception):
+                defect = difference_defect(partial(self._replay.loss, self._trainer, self._module), params)
+                found = torch.stack([defect.value, defect.error]).to(found)
+        return Estimate(*(team.summed(found) / team.size))
+
+    def _critical(self, team: Team, found: Found) -> None:
+        """How far the loss could have followed the update."""
+
+        def loss() -> Tensor:
+            device = self._module.device
+            try:
+                with self._replay(self._trainer, self._module) as seen:
+                    value = seen.loss.detach().to(working_dtype(device), copy=True)
+            except Exception as error:
+                if team.size == 1:
+                    raise
+                # The others wait for this one.
+                self.trouble, value = error, torch.full((), torch.nan, dtype=working_dtype(device), device=device)
+            return team.summed(value) / team.size
+
+        params, rate = list(self._trained.values()), self._sample.rate
+        critical = along_update(params, list(self._movement.start.values()), loss, self._multiple)
+        multiple, error, self._multiple = critical.multiple, critical.error, critical.guess
+        found.note("critical_multiple", Estimate(multiple, error))
+        found.note("critical_sharpness", Estimate(2 / (rate * multiple), 2 * error / (rate * multiple.square())))
+
+    def _measured(self, loss: Tensor, outputs: Callable[[], OutputLoss]) -> Found:
+        """All operators of a loss, the same on every process."""
+        begun = self._sample.begun
+        assert begun is not None
+        known: dict[str, Any] = {"optimizers": begun.optimizers, "team": begun.team, "seed": begun.seed}
+        operators = loss_operators(loss, outputs, self._trained, self.operators, **known)
+        self.trouble = operators.error
+        self._sample.measured = operators.layout.names
+        seed = 0 if self.batch == "fixed" else begun.seed  # of a batch that stays the random vectors stay too
+        return self.state.measure(operators, torch.Generator(loss.device).manual_seed(seed))
+
+    def _quantities(self, top_k: int) -> Iterator[Quantity]:
+        for name, (per_site, estimated) in names(self.operators, self.effort, top_k).items():
+            yield Quantity(name, per_site=per_site, estimated=estimated)
+        if self.effort.probes and self.operators:
+            yield from (Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance"))
+        if self._follows:
+            yield from (Quantity(name, estimated=True) for name in ("critical_multiple", "critical_sharpness"))
+
+
+def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
+    """Of the whole model, and of each parameter."""
+    yield Numbers(WHOLE, found.values, found.errors, found.curves)
+    for i, parameter in enumerate(parameters if found.layers else ()):
+        yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))

@@ -1,0 +1,118 @@
+"""Where an optimizer stops being stable: the largest curvature along which its steps do not grow.
+
+Shape letters:  P entries of all parameters
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_lowrank.maths.spectra.spectrum import working_dtype
+
+# A subclass may step in any way, so that types are compared and not instances.
+KNOWN: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The edge of stability of an optimizer in its present state, for a loss that is quadratic.
+
+    Attributes:
+        diagonal: Of D: with H the Hessian, times `sign`, the edge is where the largest eigenvalue of D^(1/2) H D^(1/2) is 1. 0 where the
+            optimizer moves nothing; infinite where it is unstable already.
+        sign: -1 for an optimizer that maximizes.
+        per_group: For each parameter group the largest stable eigenvalue: of the Hessian for SGD; of P^-1 H for Adam, where decay
+            that is added to the gradient is in D alone.
+    """
+
+    diagonal: Float[Tensor, " P"]
+    sign: int
+    per_group: tuple[Tensor, ...]
+
+
+def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | None:
+    """Where the optimizer becomes unstable; None where that is not known, and `why_unknown` says why.
+
+    At the edge a step turns the deviation from the minimum into its opposite. For gradient descent with momentum b, dampening d and
+    weight decay w that is at the eigenvalue 2 (1 + b) / (lr (1 - d)) - w, with Nesterov's momentum at 2 (1 + b) / (lr (1 + 2 b)) - w; for
+    Adam with its present preconditioner P at 2 (1 + b) / (lr (1 - b)) of P^-1 H. Clipping, schedules and noise are not in it.
+
+    Args:
+        params: In the order of the vectors that the diagonal is to fit.
+
+    References:
+        Cohen et al. (2021), arXiv:2103.00065, Section 2 and Appendix B; (2022), arXiv:2207.14484, Section 3, for Adam.
+    """
+    if why_unknown(optimizer) is not None:
+        return None
+    # Before torch 2.7 the groups of AdamW do not say so themselves.
+    groups = [{"decoupled_weight_decay": type(optimizer) is AdamW, **group} for group in optimizer.param_groups]
+    owners = {id(p): group for group in groups for p in group["params"]}
+    parts = [_diagonal(p.detach(), owners.get(id(p)), optimizer.state.get(p, {})).flatten() for p in params]
+    return Threshold(torch.cat(parts), -1 if groups[0]["maximize"] else 1, tuple(_limit(group) for group in groups))
+
+
+def why_unknown(optimizer: Optimizer) -> str | None:
+    """Why the edge of stability of an optimizer is not known, None where it is."""
+    if type(optimizer) not in KNOWN:
+        return f"no edge of stability is known for {type(optimizer).__name__}, only for {', '.join(t.__name__ for t in KNOWN)}"
+    for key in ("maximize", "momentum", "betas", "nesterov"):
+        if any(group.get(key) != optimizer.param_groups[0].get(key) for group in optimizer.param_groups):
+            return f"no edge of stability is known where {key!r} differs between parameter groups"
+    if "betas" in optimizer.defaults and not optimizer.state:
+        return f"{type(optimizer).__name__} has no preconditioner before its first step"
+    return None
+
+
+def _diagonal(parameter: Tensor, group: dict[str, Any] | None, state: dict[str, Any]) -> Tensor:
+    """The part of D for one parameter."""
+    one = torch.ones_like(parameter, dtype=torch.promote_types(torch.float32, parameter.dtype))
+    if group is None or (_is_adaptive(group) and not state):
+        return torch.zeros_like(one)
+    inverse = _reciprocal(group) / _denominator(group, state, one)
+    room = 1 - _coupled_decay(group) * inverse
+    # What has no axes takes the dtype of the steps.
+    return torch.where((room > 0) & (inverse >= 0), inverse / room, torch.inf).to(one)
+
+
+def _limit(group: dict[str, Any]) -> Tensor:
+    limit = 1 / torch.as_tensor(_reciprocal(group), dtype=torch.float64)
+    return limit if _is_adaptive(group) else limit - _coupled_decay(group)
+
+
+def _is_adaptive(group: dict[str, Any]) -> bool:
+    return "betas" in group
+
+
+def _denominator(group: dict[str, Any], state: dict[str, Any], one: Tensor) -> Tensor:
+    """What the gradient is divided by, entry by entry."""
+    if not _is_adaptive(group):
+        return one
+    first, second = group["betas"]
+    # In float32 the corrections lose digits early in training.
+    steps = torch.as_tensor(state["step"]).to(working_dtype(one.device))
+    moment = state.get("max_exp_avg_sq", state["exp_avg_sq"]).to(one)
+    denominator: Tensor = (1 - first**steps) * ((moment / (1 - second**steps)).sqrt() + group["eps"])
+    return denominator
+
+
+def _reciprocal(group: dict[str, Any]) -> Any:
+    """One over the largest stable eigenvalue of what is divided by the denominator, coupled decay included."""
+    rate = group["lr"]
+    if _is_adaptive(group):
+        first = group["betas"][0]
+        shrinkage = rate * (group["weight_decay"] - _coupled_decay(group))
+        return rate * (1 - first) / ((2 - shrinkage) * (1 + first))
+    momentum = group["momentum"]
+    along = 1 + 2 * momentum if group["nesterov"] else 1 - group["dampening"] if momentum else 1
+    return rate * along / (2 * (1 + momentum))
+
+
+def _coupled_decay(group: dict[str, Any]) -> Any:
+    """The decay that is added to the gradient, and so to the Hessian."""
+    return 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]

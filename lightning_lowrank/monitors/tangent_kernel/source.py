@@ -1,0 +1,258 @@
+"""The tangent kernel of the user's own model, on a kept batch, in the user's own training step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Optimizer
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.loss.replay import Replay, refuse_replay
+from lightning_lowrank.loss.tap import module_named
+from lightning_lowrank.maths.operators.estimates import Found
+from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity, refuse_seed
+from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.models.names import chosen_parameters
+from lightning_lowrank.monitors.tangent_kernel.kernels import FEWEST, KernelName
+from lightning_lowrank.monitors.tangent_kernel.measurement import Effort, Reference, TangentKernels, names
+from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
+
+# Cadence unless one is given: a sample is so many times a step that this is a few percent of the time.
+EVERY = {"full": 3000, "class_summed": 6000, "sum_of_logits": 3000}
+# Columns of the outputs that are looked at: every product with a class-summed kernel takes a pair of products for each.
+COLUMNS = {"full": 256, "class_summed": 10, "sum_of_logits": 1}
+# Products with the Krylov space of each random vector.
+STEPS = {"full": 6, "class_summed": 4, "sum_of_logits": 6}
+
+
+class TangentKernel(Gauge):
+    """The empirical neural tangent kernel in the chosen parameters, on the first examples of the first batch seen.
+
+    Args:
+        kernel: "full": of all outputs. "class_summed": of examples, summed over the outputs. "sum_of_logits": of examples, for the sum of
+            the outputs.
+        num_examples: Of the kept batch, on each process.
+        num_projections: For sums and comparisons; the memory that stays is twice so many times the outputs.
+        top_k: Modes that are followed.
+        output_module: The layer whose output is looked at, where the loss is none of torch's.
+        loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
+        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
+        exclude: The same, taken away.
+        num_outputs: Columns of the outputs to look at, drawn once; all up to 256, and up to 10 of the class-summed kernel, unless given.
+        train_mode: Run the module as in training: with batch normalisation that is no kernel of examples any more.
+        seed: Of the projections, and of what the module draws.
+
+    Raises:
+        ValueError: An option is another word or number; in `plan`, a pattern fits nothing or the step cannot be run again.
+    """
+
+    name = "ntk"
+    level = "functions"
+
+    def __init__(
+        self,
+        kernel: KernelName = "class_summed",
+        *,
+        num_examples: int = 64,
+        num_projections: int = 16,
+        top_k: int = 3,
+        output_module: str | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        num_outputs: int | None = None,
+        train_mode: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if kernel not in get_args(KernelName):
+            raise ValueError(f"kernel={kernel!r}: one of {list(get_args(KernelName))}")
+        _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST), top_k=(top_k, 1))
+        self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
+        _refuse_small(num_outputs=(self.num_outputs, 1))
+        _refuse_odd(loss_fn, train_mode)
+        refuse_seed(seed)
+        self.match, self.exclude, self.output_module = match, exclude, output_module
+        self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
+        self.state = TangentKernels(kernel, Effort(top_k, num_projections, steps=STEPS[kernel]), seed)
+        self.quantities = [Quantity(name, per_site=site, estimated=errs) for name, (site, errs) in names(top_k).items()]
+        self._replay = self._new_replay()
+        self._named: dict[str, nn.Parameter] = {}
+        self._module: Any = None
+        self._begun: Begun | None = None
+        self._waiting: Mapping[str, Any] = {}
+        self._num_rows = 0
+        self._shared = False
+
+    @property
+    def every(self) -> int:
+        """Cadence unless one is given."""
+        return EVERY[self.state.kernel]
+
+    def plan(self, module: nn.Module) -> None:
+        """Choose the parameters; those that are frozen now may be trained later."""
+        self._named = chosen_parameters(module, self.match, self.exclude)
+        if not self._named:
+            raise ValueError(f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of")
+        if self._module is not module:
+            self._begin(module)
+
+    def labels(self) -> Sequence[str]:
+        """The whole model, and its parameters."""
+        return [WHOLE, *self._trained]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches a run of its own."""
+        return vars(self) | {"_module": None, "_named": {}, "_replay": self._new_replay(), "_begun": None}
+
+    def batch_begins(self, begun: Begun) -> None:
+        """Keep the first batch."""
+        self._begun, self._shared = begun, begun.team.size > 1
+        if self._replay.batch is None and self._waiting and self._waiting.get("options") == self._options:
+            self._take_up(self._waiting, next(begun.module.parameters()).device)
+        if self._replay.batch is None:
+            self.state.forget()
+            self._replay.keep(begun.batch, begun.index)
+        self._waiting = {}
+
+    def numbers(self, team: Team) -> Sequence[Numbers]:
+        """Everything about the kernel as it is after the step."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        # Lightning counts the steps of all optimizers.
+        steps = self._module.trainer.global_step // len(begun.optimizers)
+        with ExitStack() as stack:
+            outputs = self._outputs(stack, team)
+            generator = torch.Generator(outputs.jacobian.outputs.device).manual_seed(begun.seed)
+            found = self.state.measure(outputs, _rate(begun.optimizers), steps, generator)
+        self._num_rows = outputs.shape[0]
+        return list(_numbers(found, list(self._trained)))
+
+    def detach(self) -> None:
+        """There is nothing to let go of but the batch of the step."""
+        self._begun = None
+
+    def facts(self) -> dict[str, float]:
+        """What it is a kernel of, and how it was found."""
+        if self.state.exact is None:
+            return {}
+        return {"exact": float(self.state.exact), "train_mode": float(self.train_mode), "rows": float(self._num_rows)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept batch, with the kernels that later ones are compared with.
+
+        Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a run that is resumed
+        then begins anew, as it does with other options.
+        """
+        if self._waiting:
+            return dict(self._waiting)
+        first, last = self.state.first, self.state.last
+        if first is None or last is None or self._shared or not _is_plain(self._replay.batch):
+            return {}
+        known: dict[str, Any] = {"batch": self._replay.batch, "batch_idx": self._replay.batch_idx, "tops": dict(self.state.tops)}
+        known |= {"first": first.state_dict(), "last": last.state_dict(), "options": self._options}
+        return known if self.state.directions is None else known | {"directions": self.state.directions}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back, once it is known where to."""
+        self._module = None  # another run
+        self._replay, self._waiting = self._new_replay(), state
+        self.state.forget()
+
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._named.items() if p.requires_grad}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """With others a kernel is another, of other rows or outputs."""
+        drawn = {"seed": self.seed, "num_outputs": self.num_outputs, "num_projections": self.state.effort.num_projections}
+        seen = {"num_examples": self.num_examples, "train_mode": self.train_mode, "output_module": self.output_module}
+        return {"kernel": self.state.kernel} | drawn | seen
+
+    def _new_replay(self) -> Replay:
+        return Replay(self.loss_fn, self.num_examples, eval_mode=not self.train_mode, seed=self.seed)
+
+    def _begin(self, module: Any) -> None:
+        """Refuse what cannot be measured, in a run that begins."""
+        self._module = module
+        self._replay.output_module = None if self.output_module is None else module_named(module, self.output_module)
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, DTensor):
+                why = "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' or on one device"
+                raise ValueError(f"{name!r} is sharded, and a tangent kernel cannot be seen: {why}")
+        for name, parameter in self._named.items():
+            if parameter.is_complex() and parameter.requires_grad:
+                raise ValueError(f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match")
+        for path, part in module.named_modules():
+            if self.train_mode and isinstance(part, nn.SyncBatchNorm) and module.trainer.world_size > 1:
+                raise ValueError(f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False")
+        refuse_replay(module, self.loss_fn)
+
+    def _take_up(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._replay.take_back(state["batch"], state["batch_idx"], device)
+        self.state.tops = {name: vectors.to(device) for name, vectors in state["tops"].items()}
+        self.state.first, self.state.last = (Reference.of_state(state[name], device) for name in ("first", "last"))
+        self.state.directions = state["directions"].to(device) if "directions" in state else None
+
+    def _outputs(self, stack: ExitStack, team: Team) -> KernelOutputs:
+        """The outputs of the kept batch, with their graph until the stack is left; the same on every process, or an error on every one."""
+        own: OwnOutputs | None = None
+        error: Exception | None = None
+        try:
+            if not self._trained:
+                raise ValueError("none of the chosen parameters is trained")
+            loss = stack.enter_context(self._replay(self._module.trainer, self._module)).output_loss()
+            own = OwnOutputs.of(loss, self.state.kernel, num_columns=self.num_outputs, seed=self.seed)
+        except Exception as failed:
+            error = failed
+        outputs = kernel_outputs(own, self._trained, team)
+        if outputs is None or not len(outputs.jacobian.outputs):
+            if self.state.first is None:  # of another batch there may be a kernel
+                self._replay.batch = None
+            alone = "another process has no outputs, or of another kind"
+            raise error or RuntimeError(alone if outputs is None else "no row of the outputs has a share in the loss")
+        return outputs
+
+
+def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
+    """Of the whole model, and of each parameter."""
+    yield Numbers(WHOLE, found.values, found.errors)
+    for i, parameter in enumerate(parameters):
+        yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))
+
+
+def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
+    """The learning rate that gradient descent with one rate has in the long run; None for other optimizers."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    steps = {(float(g["lr"]), g["momentum"], g["dampening"], g["maximize"]) for g in groups if "dampening" in g and "maximize" in g}
+    if any(type(optimizer) is not SGD for optimizer in optimizers) or len(steps) != 1:
+        return None
+    rate, momentum, dampening, maximizes = steps.pop()
+    if maximizes:
+        return None
+    return rate * (1 - dampening) / (1 - momentum) if momentum else rate
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether a checkpoint can hold it that loads with `weights_only=True`."""
+    if type(batch) is dict:
+        return all(_is_plain(part) for pair in batch.items() for part in pair)
+    if type(batch) in (list, tuple):
+        return all(_is_plain(part) for part in batch)
+    return batch is None or type(batch) in (Tensor, int, float, bool, str)
+
+
+def _refuse_small(**numbers: tuple[int, int]) -> None:
+    for name, (number, least) in numbers.items():
+        if type(number) is not int or number < least:
+            raise ValueError(f"{name}={number!r}: a whole number, at least {least}")
+
+
+def _refuse_odd(loss_fn: object, train_mode: object) -> None:
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step")
+    if type(train_mode) is not bool:
+        raise ValueError(f"train_mode={train_mode!r}: True or False")

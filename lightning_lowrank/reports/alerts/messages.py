@@ -1,0 +1,69 @@
+"""What an alert says: what, where, how much against what, since when, why, and where it is explained."""
+
+import math
+from collections.abc import Sequence
+
+from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent, SiteAlert
+
+PAGE = "docs/how-to/get-alerts.md"
+
+# By the word in the quantity's name; the first that is in it.
+CAUSES = {
+    "second_moment": "an optimizer state that was reset or overflowed",
+    "first_moment": "gradients that have come to point one way: a learning rate too high, repeated batches",
+    "displacement": "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples",
+    "feature": "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or with too little variance, "
+    "dead units, a normalisation that is missing",
+    "gradient": "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, dead units or a saturated loss",
+    "update": "a learning rate too high, momentum on few directions, or clipping at every step",
+    "weight": "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others",
+}
+NO_NUMBER = "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero"
+
+
+def title_of(event: AlertEvent) -> str:
+    """At most 63 characters, which is what wandb takes."""
+    return f"{event.rule}: {event.state} at step {event.step}"[:63]
+
+
+def message_of(event: AlertEvent, rule: Alert) -> str:
+    """The whole story, on one line."""
+    if event.state == "resolved":
+        return f"{event.quantity} is well again at step {event.step}; rule {event.rule}, told at step {event.since}."
+    named = "; ".join(_of_site(site) for site in event.worst)
+    more = event.num_firing - len(event.worst)
+    where = f"{event.num_firing} of {event.num_sites} sites" if event.worst[0].condition != "non_finite" else "the monitor"
+    also = f"; and {more} more" if more else ""
+    cause = rule.cause or _usual(event)
+    because = f" Usual cause: {cause}." if cause else ""
+    return f"rule {event.rule}, {event.quantity} at {where} since step {event.since}: {named}{also}.{because} See {PAGE}#when-one-fires."
+
+
+def table(events: Sequence[AlertEvent]) -> str:
+    """All events so far as a table in Markdown."""
+    rows = [f"| {event.step} | {event.rule} | {event.state} | {event.message.replace('|', '/')} |" for event in events]
+    return "\n".join(["| step | rule | state | message |", "|---|---|---|---|", *rows])
+
+
+def _of_site(site: SiteAlert) -> str:
+    """A site's number against what it should be."""
+    value = f"{site.site} {site.value:.4g}" + (f" +- {site.error:.2g}" if site.error else "")
+    against = "" if math.isnan(site.baseline) else f", baseline {site.baseline:.4g}{_percent(site)}"
+    match site.condition:
+        case "slope":
+            return f"{value}, falls by more than {-site.threshold:.3g} of its mean per sample"
+        case "non_finite":
+            return f"{value}, allowed {site.threshold:.3g}"
+        case "change":
+            return f"{value}, another level{against}, allowed to {site.threshold:.4g}"
+    return f"{value}{against}, alert {'above' if site.condition in ('above', 'rise') else 'below'} {site.threshold:.4g}"
+
+
+def _percent(site: SiteAlert) -> str:
+    return f" ({100 * (site.value / site.baseline - 1):+.0f} %)" if site.baseline else ""
+
+
+def _usual(event: AlertEvent) -> str:
+    if event.worst[0].condition == "non_finite":
+        return NO_NUMBER
+    return next((cause for word, cause in CAUSES.items() if word in event.quantity), "")

@@ -1,0 +1,191 @@
+"""Everything measured, for the tab of TensorBoard: one vector per quantity and sample instead of one scalar per site."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
+
+from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
+from lightning_lowrank.measuring.gauge import Curve
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.reports import loggers as sinks
+
+# The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
+PLUGIN = "lowrank"
+
+# What the tab shows in the place of a site for numbers of the whole model.
+MODEL = "whole model"
+
+# Samples from one spectrum to the next.
+SPECTRUM_EVERY = 10
+
+# Tags that an event file has had, by its writer. Not of a monitor, which is copied and sent to other processes.
+_ANNOUNCED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number, one spectrum or one vector per site.
+
+    Attributes:
+        kind: "vector" (of sites), "spectrum", "curve" (a vector at each site), "cost" or "alert".
+        name: Of the quantity, of the source, or of who speaks.
+        values: Site -> number(s), in the order in which they are shown.
+        known: What else the tab shows of it.
+        shapes: Of spectra: rows and columns of each matrix.
+    """
+
+    kind: str
+    name: str
+    values: Mapping[str, float | NDArray[np.float64]]
+    known: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Sequence[tuple[int, int]] = ()
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What rows are made of: a probe at work."""
+
+    probe: Probe
+    name: str
+
+    @property
+    def quantities(self) -> list[str]: ...
+
+    @property
+    def units(self) -> list[str]: ...
+
+    @property
+    def orders(self) -> str: ...
+
+    @property
+    def curves(self) -> list[Curve]: ...
+
+    @property
+    def sites(self) -> Sequence[str]: ...
+
+    def shape(self, site: str) -> tuple[int, int] | None: ...
+
+
+class Vectors:
+    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are left alone.
+
+    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from its first event
+    only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them, the curve goes on under another tag.
+    """
+
+    def __init__(self) -> None:
+        self._contents: dict[tuple[object, ...], tuple[str, bytes]] = {}
+        self._samples: dict[str, int] = {}
+
+    def write(self, loggers: Iterable[Logger], rows: Sequence[Row], step: int) -> list[Exception]:
+        """Write a sample; what a logger raises is returned, not raised."""
+        tagged = [(*self._content(row), row) for row in rows if row.values]
+        due = [(tag, content, _packed(row)) for tag, content, row in tagged if self._is_due(tag, row)]
+
+        def hand(experiment: Any) -> None:
+            writer = experiment._get_file_writer()
+            # tensorboardX has protocol buffers of its own, which do not mix.
+            if type(writer).__module__.startswith("torch."):
+                writer.add_summary(self._summary(writer, due), step)
+
+        return sinks.tell_writers(loggers, "_get_file_writer", hand) if due else []
+
+    def _is_due(self, tag: str, row: Row) -> bool:
+        """Spectra of every tenth sample, all else of each."""
+        sample = self._samples[tag] = self._samples.get(tag, -1) + 1
+        return row.kind != "spectrum" or sample % SPECTRUM_EVERY == 0
+
+    def _content(self, row: Row) -> tuple[str, bytes]:
+        """The tag of a row, and what belongs to it; made once."""
+        key = (row.kind, row.name, *row.values, *row.shapes)
+        if key not in self._contents:
+            known = {"kind": row.kind, "name": row.name, "sites": list(row.values), **row.known, **_noise(row.shapes)}
+            content = json.dumps(known, separators=(",", ":"), allow_nan=False).encode()
+            digest = hashlib.sha256(content).hexdigest()[:8]
+            self._contents[key] = f"{PLUGIN}_{row.kind}/{row.name}/{digest}", content
+        return self._contents[key]
+
+    def _summary(self, writer: Any, rows: Sequence[tuple[str, bytes, NDArray[np.float32]]]) -> Any:
+        """One summary for all rows, with what belongs to a tag where this event file has not had it."""
+        # Not at the top: without TensorBoard there is no such writer.
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        announced = _ANNOUNCED.setdefault(writer, set())
+        summary = Summary()
+        for tag, content, values in rows:
+            value = summary.value.add(tag=tag)
+            if tag not in announced:
+                value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = PLUGIN, content
+                value.metadata.data_class = 2  # DATA_CLASS_TENSOR
+                announced.add(tag)
+            value.tensor.dtype = 1  # DT_FLOAT
+            value.tensor.tensor_content = values.tobytes()
+            for size in values.shape:
+                value.tensor.tensor_shape.dim.add(size=size)
+        return summary
+
+
+def rows(
+    label: str,
+    recorders: Iterable[Measured],
+    values: Mapping[str, Mapping[str, float]],
+    host: Mapping[str, NDArray[np.float64]],
+    scalars: Mapping[str, float],
+) -> list[Row]:
+    """All rows of a report.
+
+    Args:
+        label: Word for the monitor.
+        values: Quantity -> site -> number.
+        host: The report, in which the order statistics are.
+        scalars: What goes to all loggers; among it the monitor's own cost and the states of its alerts.
+    """
+    found = [row for recorder in recorders for row in _of_recorder(recorder, values, host)]
+    own, alert = f"lowrank/{label}_", "lowrank/alert/"
+    summaries = ("_min", "_median", "_max")
+    cost = {tag.removeprefix(own): value for tag, value in scalars.items() if tag.startswith(own) and not tag.endswith(summaries)}
+    states = {tag.removeprefix(alert): value for tag, value in scalars.items() if tag.startswith(alert)}
+    return [*found, Row("cost", label, cost), Row("alert", label, states)]
+
+
+def _of_recorder(recorder: Measured, values: Mapping[str, Mapping[str, float]], host: Mapping[str, NDArray[np.float64]]) -> list[Row]:
+    known = {"source": recorder.name, "level": recorder.probe.source.level}
+    found, sites = [], list(recorder.sites)
+    for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
+        for name in (quantity, f"{quantity}_error"):
+            row = {site or MODEL: value for site, value in values.get(name, {}).items()}
+            found.append(Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit}))
+    if recorder.orders in host:
+        shapes = {site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None}
+        read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in shapes}
+        found.append(Row("spectrum", recorder.name, read, known, [shapes[site] for site in read]))
+    for curve in recorder.curves:
+        there = {site or MODEL: host[curve.name][:, i] for i, site in enumerate(sites) if curve.name in host}
+        read = {site: row for site, row in there.items() if site in found[0].values}
+        found.append(Row("curve", curve.name, read, {**known, "axis": curve.axis}))
+    return found
+
+
+def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """For each distinct shape the ranks of the values that are kept, and what a Gaussian matrix of norm 1 has there."""
+    if not shapes:
+        return {}
+    distinct = sorted(set(shapes))
+    known: list[dict[str, Any]] = [{"shape": shape, "ranks": ranks(min(shape))} for shape in distinct]
+    for entry, shape in zip(known, distinct, strict=True):
+        # Made on the CPU: numpy may look at it where it is, which is no wait for the device.
+        entry["null"] = [float(value) for value in np.from_dlpack(of_noise(shape))[: len(ranks(min(shape)))]]
+    return {"shape_of": [distinct.index(shape) for shape in shapes], "shapes": known}
+
+
+def _packed(row: Row) -> NDArray[np.float32]:
+    """Values in the float32 that TensorBoard's own scalars have; beyond its range they are infinite."""
+    with np.errstate(over="ignore"):
+        return np.array(list(row.values.values()), dtype="<f4")

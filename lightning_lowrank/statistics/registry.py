@@ -1,0 +1,163 @@
+"""Registration of statistics: one decorator turns a formula into something that probes, metrics and tests find by name."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import lru_cache, partial, wraps
+from inspect import get_annotations
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lowrank.maths.scaling.scaling import Scaling
+from lightning_lowrank.maths.spectra.marchenko_pastur import null
+from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, pooled, ratio
+
+Formula = Callable[..., Tensor]
+
+REGISTERED: dict[str, "Statistic"] = {}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A formula with what is known of it.
+
+    Attributes:
+        name: Its function's name, with the parameter and `relative_` where asked: `relative_energy_rank_0.01`.
+        function: Value object(s) -> Tensor `[*B]`.
+        takes: The types of its value objects: one, or two for a statistic of a pair.
+        unit: What it counts: "directions", "1", "entries" (the unit of the matrix's entries).
+        needs: The least a spectrum must hold: "moments" (energy and its square), "top" (also the largest value), "values".
+        tail: Reads the smallest values: NaN on spectra that are not whole. May be registered as a function of the parameter.
+        scale_free: Unchanged when the matrix is multiplied by a number; otherwise it is multiplied by the same number.
+        partner: What the second value object of a pair is: "weight" (same site) or "previous" (same site, last sample).
+        parameter: Name of the number that may stand at the end of the name, None without.
+        domain: Lower (excluded) and upper (included) end of that number.
+        counts: A whole number, or in its relative form a multiple of one part.
+        reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative form.
+        comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    takes: tuple[type, ...]
+    unit: str
+    needs: Needs = "values"
+    tail: bool = False
+    scale_free: bool = True
+    partner: Literal["weight", "previous"] | None = None
+    parameter: str | None = None
+    domain: tuple[float, float] = (0.0, float("inf"))
+    counts: bool = False
+    reads_shape: bool = False
+    comparable: bool = True
+
+    def __call__(self, *values: Any) -> Tensor:
+        """The statistic of one value object, or of a pair."""
+        return self.function(*values)
+
+    def step(self, shape: tuple[int, int]) -> float:
+        """How far apart its values lie on matrices of that shape: 0 for those that move smoothly."""
+        if not self.counts:
+            return 0.0
+        return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
+
+
+def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> Callable[[Formula], Formula]:
+    """Register a function under its own name; what is `known` of it are the fields of `Statistic`.
+
+    What it returns may be called as written, and in addition pools the probes of an estimate, gives NaN where the matrix was not finite,
+    and NaN where `tail` is asked of a spectrum that is not whole.
+    """
+
+    def register(function: Formula) -> Formula:
+        name = function.__name__
+        if name in REGISTERED and REGISTERED[name].function.__module__ != function.__module__:
+            raise ValueError(f"there is a statistic {name!r} already, in {REGISTERED[name].function.__module__}")
+        takes = tuple(a for k, a in get_annotations(function).items() if isinstance(a, type) and k != "return" and a is not float)
+        default = next(iter((function.__kwdefaults__ or {}).values()), 0.0)
+        reads_tail = tail if callable(tail) else lambda _: tail
+
+        @wraps(function)
+        def guarded(*values: Any, **parameters: float) -> Tensor:
+            if isinstance(values[0], Scaling):  # It knows itself where there is none of it, and `valid` is 0 there.
+                return function(*values, **parameters)
+            values = tuple(map(pooled, values))
+            reads = reads_tail(next(iter(parameters.values()), default))
+            return _with_losses(function(*values, **parameters), values, whole_only=reads)
+
+        guarded.reads_tail = reads_tail  # type: ignore[attr-defined]
+        REGISTERED[name] = Statistic(name, guarded, takes, tail=reads_tail(default), **known)
+        return guarded
+
+    return register
+
+
+def _with_losses(result: Tensor, values: tuple[Any, ...], *, whole_only: bool) -> Tensor:
+    result = result.to(values[0].values.dtype)
+    for value in values:
+        lost = torch.isnan(value.values[..., 0])
+        if whole_only and not value.whole:
+            lost = torch.ones_like(lost)
+        result = torch.where(lost, torch.nan, result)
+    return result
+
+
+def find(name: str) -> Statistic:
+    """The statistic of that name, with its parameter and its relative form.
+
+    Raises:
+        ValueError: There is none; the message lists what there is.
+
+    Example:
+        >>> from lightning_lowrank import statistics
+        >>> find("energy_rank_0.01").parameter
+        'epsilon'
+    """
+    relative, plain = name.startswith("relative_"), name.removeprefix("relative_")
+    match = re.fullmatch(r"(\w+?)_(\d+\.?\d*(?:e-?\d+)?)", plain)
+    found = REGISTERED.get(plain) or (REGISTERED.get(match[1]) if match else None)
+    if found is None or (relative and not found.comparable):
+        raise ValueError(f"there is no statistic {name!r}{_nearest(name)}; there are {available()}")
+    if plain != found.name:
+        assert match is not None
+        found = _with_parameter(found, name, float(match[2]))
+    found = replace(found, name=plain)
+    return _relative(found) if relative else found
+
+
+def available() -> list[str]:
+    """Names of all registered statistics; those with a parameter take it at the end, as in `energy_rank_0.01`."""
+    return sorted(REGISTERED)
+
+
+def _nearest(name: str) -> str:
+    close = get_close_matches(name, REGISTERED, 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _with_parameter(found: Statistic, name: str, value: float) -> Statistic:
+    low, high = found.domain
+    if found.parameter is None or not low < value <= high:
+        takes = f"{found.parameter} above {low:g} and up to {high:g}" if found.parameter else "no parameter"
+        raise ValueError(f"statistic {name!r}: {found.name} takes {takes}")
+    tail = found.function.reads_tail(value)  # type: ignore[attr-defined]
+    return replace(found, function=partial(found.function, **{found.parameter: value}), tail=tail)
+
+
+def _relative(found: Statistic) -> Statistic:
+    return replace(found, name=f"relative_{found.name}", function=partial(_over_null, found), unit="1", scale_free=True, reads_shape=True)
+
+
+def _over_null(found: Statistic, spectrum: Spectrum) -> Tensor:
+    """A statistic over what a Gaussian matrix of that shape and energy gives; NaN where that is 0 or not defined."""
+    spectrum = pooled(spectrum)
+    result = found(spectrum) / _expected(found.name, spectrum.shape)
+    return result if found.scale_free else ratio(result, spectrum.top * spectrum.unit_energies.sum(-1).sqrt())
+
+
+@lru_cache(maxsize=65536)
+def _expected(name: str, shape: tuple[int, int]) -> float:
+    return float(find(name)(null(shape))) or float("nan")
