@@ -9,7 +9,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Shapes and types of every call are checked in tests, and only there. Here because xdist does not hand pytest's own option to its workers.
+# Shapes and types of every call are checked in tests, and only there. Here because xdist does not hand pytest's own
+# option to its workers.
 install_import_hook("lightning_lowrank", "beartype.beartype")
 torch.set_num_threads(1)
 

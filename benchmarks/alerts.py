@@ -2,10 +2,11 @@
 
     python -m benchmarks.alerts
 
-Runs that fail and runs that do not, each watched twice with the default rules: by a plain `RankMonitor()`, a sample every 50 steps, and by
-one of every 10 that also has features. Beside them two rules on what is watched everywhere: the norm of the gradient, and the loss, so many
-standard deviations above the mean of the last 128 steps. Whether and when a run failed is judged from outside, by its loss or the spread of
-its features. The rules, and the larger number of deviations, were chosen on seeds 0 to 6, which are not among these.
+Runs that fail and runs that do not, each watched twice with the default rules: by a plain `RankMonitor()`, a sample
+every 50 steps, and by one of every 10 that also has features. Beside them two rules on what is watched everywhere: the
+norm of the gradient, and the loss, so many standard deviations above the mean of the last 128 steps. Whether and when a
+run failed is judged from outside, by its loss or the spread of its features. The rules, and the larger number of
+deviations, were chosen on seeds 0 to 6, which are not among these.
 """
 
 import csv
@@ -38,13 +39,18 @@ from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
 
 STEPS, OFTEN = 1400, 10
-# Steps in a row that make a failure, and of which a spike rule knows mean and deviation; how many deviations are a spike: as is usual, and
-# the least at which no healthy run of the seeds that the rules were chosen on had one.
+# Steps in a row that make a failure, and of which a spike rule knows mean and deviation; how many deviations are a
+# spike: as is usual, and the least at which no healthy run of the seeds that the rules were chosen on had one.
 LASTING, WINDOW, SPIKE, QUIET_SPIKE = 10, 128, 6.0, 16.0
 
 SOURCES = ("gradients", "weights", "updates", "features")
 STATISTICS = ("stable_rank", "effective_rank", "participation_ratio")
-OURS = ("weight_stable_rank_drop", "weight_effective_rank_drop", "gradient_stable_rank_below", "feature_participation_ratio_drop")
+OURS = (
+    "weight_stable_rank_drop",
+    "weight_effective_rank_drop",
+    "gradient_stable_rank_below",
+    "feature_participation_ratio_drop",
+)
 FLOOR = "floor"
 text = cache(standard_library)  # which takes longer than some runs
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -53,7 +59,9 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 class Run(L.LightningModule):
     """A network in training at a learning rate that may grow; notes what is seen from outside."""
 
-    def __init__(self, net: nn.Module, objective: "Objective", optimizer: Optimizer, rate: float, growth: float = 1.0) -> None:
+    def __init__(
+        self, net: nn.Module, objective: "Objective", optimizer: Optimizer, rate: float, growth: float = 1.0
+    ) -> None:
         super().__init__()
         self.net, self.objective, self.optimizer, self.rate, self.growth = net, objective, optimizer, rate, growth
         self.loss, self.norm, self.spread = list[float](), list[float](), list[float]()
@@ -66,7 +74,9 @@ class Run(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the norm of the gradient."""
-        self.norm.append(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).item())
+        self.norm.append(
+            torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).item()
+        )
 
     def configure_optimizers(self) -> Any:
         """The rate is multiplied by the same at every step."""
@@ -89,7 +99,8 @@ def characters(run: Run, batch: list[Tensor]) -> Tensor:
 
 
 def likeness(run: Run, batch: list[Tensor], *, stop: bool = True) -> Tensor:
-    """Two noisy views of a digit are to have the same features (SimSiam); without stop-gradient all digits end up the same.
+    """Two noisy views of a digit are to have the same features (SimSiam); without stop-gradient all digits end up the
+    same.
 
     Chen & He (2021), arXiv 2011.10566.
     """
@@ -120,7 +131,9 @@ class Convolutions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()
+        )
         self.head = nn.Linear(32 * 16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,9 +167,19 @@ class Case:
 
 # A rate that grows does so tenfold in about nine hundred steps.
 CASES = [
-    Case("transformer, not normalised, rate grows", lambda: Run(writer(nn.Identity), characters, AdamW, 1e-3, 1.0025), range(10, 13), True),
+    Case(
+        "transformer, not normalised, rate grows",
+        lambda: Run(writer(nn.Identity), characters, AdamW, 1e-3, 1.0025),
+        range(10, 13),
+        True,
+    ),
     Case("deep MLP, rate grows, units die", lambda: Run(mlp(8), classes, Adam, 1e-3, 1.0026), range(10, 13), True),
-    Case("SimSiam, no stop-gradient", lambda: Run(Twin(), partial(likeness, stop=False), AdamW, 1e-4), range(10, 13), True),
+    Case(
+        "SimSiam, no stop-gradient",
+        lambda: Run(Twin(), partial(likeness, stop=False), AdamW, 1e-4),
+        range(10, 13),
+        True,
+    ),
     Case("digits MLP", lambda: Run(mlp(), classes, AdamW, 1e-3), range(10, 20)),
     Case("conv net", lambda: Run(Convolutions(), classes, AdamW, 1e-3), range(10, 16)),
     Case("char transformer", lambda: Run(writer(), characters, AdamW, 1e-3), range(10, 14)),
@@ -167,7 +190,9 @@ CASES = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run: the step of its failure, the first alarm of each rule, and the share of its units that are dead at the end."""
+    """Of a run: the step of its failure, the first alarm of each rule, and the share of its units that are dead at the
+    end.
+    """
 
     failure: int | None
     alarms: dict[str, int | None]
@@ -175,7 +200,9 @@ class Outcome:
 
 
 def failure(run: Run) -> int | None:
-    """Judged from outside: the features are all but one, or half of what was learnt is lost; from the first of ten such steps in a row."""
+    """Judged from outside: the features are all but one, or half of what was learnt is lost; from the first of ten such
+    steps in a row.
+    """
     signs = [value < 0.2 for value in run.spread] if run.spread else list(_lost(run.loss))
     return next((i for i in range(len(signs) - LASTING + 1) if all(signs[i : i + LASTING])), None)
 
@@ -215,7 +242,11 @@ def train(run: Run, steps: int, *monitors: Monitor, logger: Any = False) -> None
     """On digits, or on text."""
     data, size = (TensorDataset(text()), 8) if run.objective is characters else (digits(), 64)
     batches = DataLoader(data, size, sampler=RandomSampler(data, num_samples=steps * size))
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* alert: ")  # they are counted here
         L.Trainer(**silent, logger=logger, max_steps=steps, callbacks=list(monitors)).fit(run, batches)
@@ -232,9 +263,17 @@ def outcome(case: Case, seed: int) -> Outcome:
     often = RankMonitor(SOURCES, STATISTICS, every_n_steps=OFTEN, name="often", alerts=rules)
     train(run, STEPS, plain, often)
     parameters, features = ("*weight*", "*gradient*"), "*_feature_*"
-    alarms = {"every 50": first(plain, "*"), "every 10": first(often, *parameters), "and features": first(often, *parameters, features)}
+    alarms = {
+        "every 50": first(plain, "*"),
+        "every 10": first(often, *parameters),
+        "and features": first(often, *parameters, features),
+    }
     alarms |= {FLOOR: first(often, FLOOR)} if isinstance(run.net, Twin) else {}
-    alarms |= {f"{rule}, {every}": first(monitor, f"*{rule}") for rule in OURS for every, monitor in ((50, plain), (OFTEN, often))}
+    alarms |= {
+        f"{rule}, {every}": first(monitor, f"*{rule}")
+        for rule in OURS
+        for every, monitor in ((50, plain), (OFTEN, often))
+    }
     for name, values in (("gradient norm", run.norm), ("loss", run.loss)):
         alarms |= {f"{name} {deviations:g}": spike(values, deviations) for deviations in (SPIKE, QUIET_SPIKE)}
     return Outcome(failure(run), alarms, dead(run.net) if isinstance(run.net, nn.Sequential) else math.nan)
@@ -246,15 +285,24 @@ def said(case: Case, outcomes: Sequence[Outcome], rule: str) -> str:
         return ""
     if not case.fails:
         return f"{sum(o.alarms[rule] is not None for o in outcomes)} false"
-    return ", ".join("missed" if o.failure is None or (at := o.alarms[rule]) is None else f"{o.failure - at:+d}" for o in outcomes)
+    return ", ".join(
+        "missed" if o.failure is None or (at := o.alarms[rule]) is None else f"{o.failure - at:+d}" for o in outcomes
+    )
 
 
 def levels(optimizer: Optimizer, rate: float) -> Iterator[str]:
-    """Median effective ranks of a healthy MLP, as shares of those of Gaussian matrices: the first ten samples and the last ten."""
+    """Median effective ranks of a healthy MLP, as shares of those of Gaussian matrices: the first ten samples and the
+    last ten.
+    """
     L.seed_everything(10, verbose=False)
     monitor = RankMonitor(statistics="relative_effective_rank", every_n_steps=10)
     with TemporaryDirectory() as folder:
-        train(Run(mlp(4, bias=False), classes, optimizer, rate), 1000, monitor, logger=CSVLogger(folder, flush_logs_every_n_steps=1))
+        train(
+            Run(mlp(4, bias=False), classes, optimizer, rate),
+            1000,
+            monitor,
+            logger=CSVLogger(folder, flush_logs_every_n_steps=1),
+        )
         (file,) = Path(folder).rglob("metrics.csv")
         rows = list(csv.DictReader(file.open()))
     for source in ("gradient", "update", "weight"):
@@ -275,7 +323,9 @@ def main() -> None:
     quiet()
     spikes = [f"{name} {deviations:g}" for name in ("gradient norm", "loss") for deviations in (SPIKE, QUIET_SPIKE)]
     rules = ["every 50", "every 10", "and features", FLOOR, *spikes]
-    whole = table_of(f"Steps from alarm to failure, in {STEPS} (negative: it came after)", "runs", "number", "failed at step", *rules)
+    whole = table_of(
+        f"Steps from alarm to failure, in {STEPS} (negative: it came after)", "runs", "number", "failed at step", *rules
+    )
     single = table_of("The same of each rule", "runs", "every", *OURS)
     deaths = table_of("Units that are 0 for every digit at the end", "runs", "%")
     for case in CASES:
@@ -287,7 +337,9 @@ def main() -> None:
             single.add_row(case.what, str(every), *(said(case, outcomes, f"{rule}, {every}") for rule in OURS))
         if "deep" in case.what:
             deaths.add_row(case.what, ", ".join(f"{100 * o.dead:.0f}" for o in outcomes))
-    ranks = table_of("Median effective rank of a digits MLP, of a Gaussian matrix 1", "optimizer", "gradients", "updates", "weights")
+    ranks = table_of(
+        "Median effective rank of a digits MLP, of a Gaussian matrix 1", "optimizer", "gradients", "updates", "weights"
+    )
     for name, optimizer, rate in (("AdamW", AdamW, 1e-3), ("SGD", SGD, 0.1), ("Muon", Muon, 0.02)):
         ranks.add_row(name, *levels(optimizer, rate))
     for table in (whole, single, deaths, ranks):

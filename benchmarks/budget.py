@@ -2,8 +2,8 @@
 
     python -m benchmarks.budget
 
-Of a model that is cheap to watch a sample takes a fraction of a training step, of an expensive one as much as still leaves five samples at
-the smallest budget. The monitor's own clock says what was spent after the warm-up.
+Of a model that is cheap to watch a sample takes a fraction of a training step, of an expensive one as much as still
+leaves five samples at the smallest budget. The monitor's own clock says what was spent after the warm-up.
 """
 
 import math

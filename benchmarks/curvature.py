@@ -1,4 +1,5 @@
-"""What curvature costs: products in units of a forward and backward pass, samples in units of a training step; on one thread, in one run.
+"""What curvature costs: products in units of a forward and backward pass, samples in units of a training step; on one
+thread, in one run.
 
     python -m benchmarks.curvature
 
@@ -116,7 +117,11 @@ def sample_in_steps(make: Callable[[], L.LightningModule], data: TensorDataset, 
     quiet()
     L.seed_everything(0, verbose=False)
     batches, costs = DataLoader(data, size, shuffle=True, drop_last=True), Costs()
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     num_samples = 2 if level == "full" else 5
     monitor = CurvatureMonitor(level, every_n_steps=2)
     L.Trainer(**silent, logger=costs, max_steps=2 * num_samples, callbacks=[monitor]).fit(make(), batches)
@@ -133,7 +138,9 @@ def sample_in_steps(make: Callable[[], L.LightningModule], data: TensorDataset, 
 
 def samples() -> Table:
     """Each level, on the live graph and by replay."""
-    table = Table(title="A sample in units of a training step, and what that is of the training time at the default cadence")
+    table = Table(
+        title="A sample in units of a training step, and what that is of the training time at the default cadence"
+    )
     for heading in ("level", "every", "conv net, live graph", "share", "char transformer, replay", "share"):
         table.add_column(heading, justify="left" if heading == "level" else "right")
     text = TensorDataset(standard_library())
@@ -154,7 +161,9 @@ def products_needed(net: nn.Module, images: Tensor, labels: Tensor, start: Tenso
         return top_eigenpairs(operator, k, start=begin, further=gradient[None], num_products=number, generator=draw)
 
     truth = found(60, 5, None)
-    return next(n for n in range(1, 60) if abs(found(n, 1, start).values[0] / truth.values[0] - 1) < 0.01), truth.vectors
+    return next(
+        n for n in range(1, 60) if abs(found(n, 1, start).values[0] / truth.values[0] - 1) < 0.01
+    ), truth.vectors
 
 
 def following() -> Table:
@@ -177,8 +186,17 @@ def following() -> Table:
         drawn = torch.randint(len(images), (64,))
         F.cross_entropy(net(images[drawn]), labels[drawn]).backward()
         optimizer.step()
-    table = Table(title="Products until the largest eigenvalue is known within 1 %, digits MLP, a sample every 20 steps")
-    for heading in ("top directions since the last sample", "samples", "from them: median", "worst", "from the gradient: median", "worst"):
+    table = Table(
+        title="Products until the largest eigenvalue is known within 1 %, digits MLP, a sample every 20 steps"
+    )
+    for heading in (
+        "top directions since the last sample",
+        "samples",
+        "from them: median",
+        "worst",
+        "from the gradient: median",
+        "worst",
+    ):
         table.add_column(heading, justify="right")
     for name, counts in rows.items():
         warm, cold_counts = (sorted(column) for column in zip(*counts, strict=True)) if counts else ([0], [0])
@@ -217,13 +235,17 @@ def peer(repeats: int) -> Table | None:
         return torch.tensor(values), float(torch.tensor(found.trace()).mean())
 
     taken = times({"ours": ours, "PyHessian": theirs}, repeats)
-    table = Table(title=f"Five largest eigenvalues and the trace, digits MLP of {sum(p.numel() for p in params):,} parameters")
+    table = Table(
+        title=f"Five largest eigenvalues and the trace, digits MLP of {sum(p.numel() for p in params):,} parameters"
+    )
     for heading in ("", "ms", "worst error of an eigenvalue", "error of the trace"):
         table.add_column(heading, justify="right")
     for name, job in (("ours", ours), ("PyHessian", theirs)):
         values, total = job()
         worst = ((values.double() - truth[:5]) / truth[:5]).abs().max()
-        table.add_row(name, f"{1000 * taken[name]:.0f}", f"{100 * worst:.2f} %", f"{100 * abs(total / truth.sum() - 1):.2f} %")
+        table.add_row(
+            name, f"{1000 * taken[name]:.0f}", f"{100 * worst:.2f} %", f"{100 * abs(total / truth.sum() - 1):.2f} %"
+        )
     return table
 
 

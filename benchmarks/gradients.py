@@ -1,4 +1,5 @@
-"""What a sample of `GradientAnatomyMonitor` and of `ConcentrationMonitor` costs in two trainings, processor time of one thread.
+"""What a sample of `GradientAnatomyMonitor` and of `ConcentrationMonitor` costs in two trainings, processor time of one
+thread.
 
 Without a logger: what writing takes is not in it.
 
@@ -29,7 +30,11 @@ MONITORS: dict[str, tuple[Callable[..., Monitor], int, dict[str, Any]]] = {
     "anatomy": (GradientAnatomyMonitor, 1000, {}),
     "anatomy, max_rows=512": (GradientAnatomyMonitor, 1000, {"max_rows": 512}),
     "concentration": (ConcentrationMonitor, 200, {}),
-    "concentration, no updates, no masks": (ConcentrationMonitor, 200, {"signals": ["gradient", "gate"], "densities": []}),
+    "concentration, no updates, no masks": (
+        ConcentrationMonitor,
+        200,
+        {"signals": ["gradient", "gate"], "densities": []},
+    ),
 }
 
 
@@ -43,11 +48,20 @@ class Clock(L.Callback):
         self.begun.append(time.process_time())
 
 
-def row(training: str, module: L.LightningModule, batches: DataLoader[Any], watcher: str, samples: int) -> tuple[str, ...]:
-    """What a sample takes, by the steps in which one is due and those in which none is, and its share at the default cadence."""
+def row(
+    training: str, module: L.LightningModule, batches: DataLoader[Any], watcher: str, samples: int
+) -> tuple[str, ...]:
+    """What a sample takes, by the steps in which one is due and those in which none is, and its share at the default
+    cadence.
+    """
     monitor, every, options = MONITORS[watcher]
     clock = Clock()
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False, "logger": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+    }
     callbacks = [clock, monitor(every_n_steps=2, **options)]
     L.Trainer(max_steps=2 * samples + 3, callbacks=callbacks, accelerator="cpu", **silent).fit(module, batches)
     # The first sample builds what later ones have.

@@ -1,9 +1,11 @@
-"""The participation ratio of a tangent kernel: ours against the explicit Jacobian, nngeometry and one-sided estimators; on one thread.
+"""The participation ratio of a tangent kernel: ours against the explicit Jacobian, nngeometry and one-sided estimators;
+on one thread.
 
     python -m benchmarks.kernel
 
-Every way runs in a process of its own, whose highest memory is counted from after the network was made and a small kernel was seen. The
-truth is what the explicit Jacobian gives. Seconds are of the processor. Then what a sample of `NTKMonitor` costs, in training steps.
+Every way runs in a process of its own, whose highest memory is counted from after the network was made and a small
+kernel was seen. The truth is what the explicit Jacobian gives. Seconds are of the processor. Then what a sample of
+`NTKMonitor` costs, in training steps.
 """
 
 import importlib
@@ -58,7 +60,9 @@ def network(width: int, outputs: int) -> nn.Module:
 
 
 def ours(net: nn.Module, images: Tensor, seed: int) -> float:
-    """As the monitor does, less what its other ranks take: the top by Lanczos, the rest from four random vectors; 15 pairs of products."""
+    """As the monitor does, less what its other ranks take: the top by Lanczos, the rest from four random vectors; 15
+    pairs of products.
+    """
     jacobian, draw = Jacobian(net(images), list(net.parameters())), torch.Generator().manual_seed(seed)
     operator = kernel_operator(jacobian, "full")
     known = top_eigenpairs(operator, 3, num_products=7, generator=draw)
@@ -67,9 +71,13 @@ def ours(net: nn.Module, images: Tensor, seed: int) -> float:
 
 
 def explicit(net: nn.Module, images: Tensor, seed: int) -> float:
-    """Rows of gradients, by `torch.func.jacrev` for each example, and their products with each other, one parameter after the other."""
+    """Rows of gradients, by `torch.func.jacrev` for each example, and their products with each other, one parameter
+    after the other.
+    """
     named = {name: p.detach() for name, p in net.named_parameters()}
-    rows = vmap(jacrev(lambda named, image: functional_call(net, named, (image,))), (None, 0), chunk_size=50)(named, images)
+    rows = vmap(jacrev(lambda named, image: functional_call(net, named, (image,))), (None, 0), chunk_size=50)(
+        named, images
+    )
     kernel = torch.zeros(())
     for part in rows.values():
         flat = part.flatten(2).flatten(0, 1)
@@ -87,7 +95,9 @@ def nngeometry(net: nn.Module, images: Tensor, seed: int) -> float:
 
 
 def one_sided(num: int) -> Way:
-    """Products of the Jacobian with so many random vectors, and pairs of these: nothing is taken out first (arXiv 2511.10796)."""
+    """Products of the Jacobian with so many random vectors, and pairs of these: nothing is taken out first (arXiv
+    2511.10796).
+    """
 
     def way(net: nn.Module, images: Tensor, seed: int) -> float:
         jacobian = Jacobian(net(images), list(net.parameters()))
@@ -170,7 +180,12 @@ def compared(size: Size, trials: int, ways: Sequence[str]) -> Table:
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for name, cost in found.items():
         megabytes = max(1.0, cost.memory / 2**20)
-        known = [f"{cost.seconds:.3f}", f"{base.seconds / cost.seconds:.1f}", f"{megabytes:.0f}", f"{base.memory / 2**20 / megabytes:.0f}"]
+        known = [
+            f"{cost.seconds:.3f}",
+            f"{base.seconds / cost.seconds:.1f}",
+            f"{megabytes:.0f}",
+            f"{base.memory / 2**20 / megabytes:.0f}",
+        ]
         table.add_row(name, f"{100 * cost.error(truth):.2g} %", *known)
     # Errors fall with the root of the number of vectors, and the time grows with it.
     effort = median(found[name].error(truth) ** 2 * found[name].seconds for name in ONE_SIDED)
@@ -183,13 +198,31 @@ def growth(trials: int) -> Table:
     """Ours and the explicit Jacobian, with more parameters, examples and outputs."""
     base = Size(256, 10, 100)
     few = {"": base, "parameters": Size(512, 10, 100), "examples": Size(256, 10, 200), "outputs": Size(256, 20, 100)}
-    many = {"parameters, more": Size(1024, 10, 100), "examples, more": Size(256, 10, 800), "outputs, more": Size(256, 80, 100)}
+    many = {
+        "parameters, more": Size(1024, 10, 100),
+        "examples, more": Size(256, 10, 800),
+        "outputs, more": Size(256, 80, 100),
+    }
     table = Table(title="What grows")
-    for heading in ("", "parameters", "examples", "outputs", "ours: error, rms", "seconds", "MB", "explicit: seconds", "MB"):
+    for heading in (
+        "",
+        "parameters",
+        "examples",
+        "outputs",
+        "ours: error, rms",
+        "seconds",
+        "MB",
+        "explicit: seconds",
+        "MB",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
     for name, size in (few | many).items():
         found, other = alone("ours", size, trials), alone("explicit Jacobian", size, 1) if name in few else None
-        cells = [f"{100 * found.error(other.values[0]):.2g} %" if other else "-", f"{found.seconds:.3f}", f"{found.memory / 2**20:.0f}"]
+        cells = [
+            f"{100 * found.error(other.values[0]):.2g} %" if other else "-",
+            f"{found.seconds:.3f}",
+            f"{found.memory / 2**20:.0f}",
+        ]
         cells += [f"{other.seconds:.2f}", f"{other.memory / 2**20:.0f}"] if other else ["-", "-"]
         table.add_row(name, f"{size.parameters:,}", str(size.examples), str(size.outputs), *cells)
     return table
@@ -206,11 +239,17 @@ class Clock(L.Callback):
         self.begun.append(time.process_time())
 
 
-def sample_in_steps(make: Callable[[], L.LightningModule], data: TensorDataset, size: int, kernel: KernelName) -> tuple[float, float]:
+def sample_in_steps(
+    make: Callable[[], L.LightningModule], data: TensorDataset, size: int, kernel: KernelName
+) -> tuple[float, float]:
     """Milliseconds of a step, and the last of three samples in such steps: the first has nothing to compare with."""
     L.seed_everything(0, verbose=False)
     every, clock = 12, Clock()
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     callbacks = [clock, NTKMonitor(kernel=kernel, every_n_steps=every)]
     trainer = L.Trainer(**silent, logger=Curves(), max_epochs=-1, max_steps=2 * every + 2, callbacks=callbacks)
     trainer.fit(make(), DataLoader(data, size, shuffle=True, drop_last=True))
@@ -225,9 +264,15 @@ def samples() -> Table:
     nets: dict[str, tuple[Callable[[], L.LightningModule], TensorDataset, int]] = {
         "digits MLP, batch 64": (DigitsMLP, digits(), 64),
         "conv net, batch 256": (Convolutional, digits(), 256),
-        "char transformer, 16 x 64": (lambda: CharTransformer(100, depth=2, width=64), TensorDataset(standard_library()), 16),
+        "char transformer, 16 x 64": (
+            lambda: CharTransformer(100, depth=2, width=64),
+            TensorDataset(standard_library()),
+            16,
+        ),
     }
-    table = Table(title="A sample of NTKMonitor in units of a training step, and what that is of the time at the default cadence")
+    table = Table(
+        title="A sample of NTKMonitor in units of a training step, and what that is of the time at the default cadence"
+    )
     for heading in ("training", "step, ms", *(f"{kernel}, every {every}" for kernel, every in EVERY.items())):
         table.add_column(heading, justify="left" if heading == "training" else "right")
     kernels: list[KernelName] = ["full", "class_summed", "sum_of_logits"]

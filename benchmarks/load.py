@@ -1,9 +1,10 @@
-"""What large models cost: 1,000 layers, and one embedding of 250,000 x 64. Processor time of a sample, memory at its peak,
-scalars written.
+"""What large models cost: 1,000 layers, and one embedding of 250,000 x 64. Processor time of a sample, memory at its
+peak, scalars written.
 
     python -m benchmarks.load
 
-Each training is in a process of its own, on one thread; memory is the peak beyond that of the same training without a monitor.
+Each training is in a process of its own, on one thread; memory is the peak beyond that of the same training without a
+monitor.
 """
 
 import time
@@ -158,11 +159,15 @@ class Stopwatch(L.Callback):
     def __init__(self) -> None:
         self.ends = [0.0]
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """The first begins with its batch."""
         self.ends[0] = self.ends[0] or time.process_time()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Each ends when the callbacks before this one are through."""
         self.ends.append(time.process_time())
 
@@ -180,12 +185,18 @@ def cost(case: Case, *, watched: bool) -> Cost:
     clock = Stopwatch()
     with TemporaryDirectory() as folder:
         logger = Watch(folder)
-        quietly: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+        quietly: dict[str, Any] = {
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+        }
         trainer = L.Trainer(max_steps=STEPS, callbacks=[*monitors, clock], logger=logger, **quietly)
         trainer.fit(Trained(case.net()), DataLoader(TensorDataset(case.batch()), 8))
     # Not `ru_maxrss`: that of a child begins at its parent's.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return Cost(int(line.split()[1]) / 1024, clock.median, logger.num_scalars, sum(monitor.failures for monitor in monitors))
+    return Cost(
+        int(line.split()[1]) / 1024, clock.median, logger.num_scalars, sum(monitor.failures for monitor in monitors)
+    )
 
 
 def alone(case: Case) -> Cost:

@@ -37,7 +37,12 @@ STATISTICS = [name for name, found in REGISTERED.items() if found.takes == (Scal
 def demo() -> list[Tensor]:
     """Every matrix of the blocks of the demo's transformer; queries, keys and values apart."""
     blocks = CharTransformer(vocabulary=100).blocks
-    return [part.detach() for p in blocks.parameters() if p.ndim == 2 for part in (p.chunk(3) if p.shape[0] == 3 * p.shape[1] else [p])]
+    return [
+        part.detach()
+        for p in blocks.parameters()
+        if p.ndim == 2
+        for part in (p.chunk(3) if p.shape[0] == 3 * p.shape[1] else [p])
+    ]
 
 
 def block() -> list[Tensor]:
@@ -56,7 +61,11 @@ def rank(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def published(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Our form of the published recipe, each matrix and direction on its own, as in rank mode."""
-    return [multifractal_spectrum([m], "neuromfa", direction=d, threshold=THRESHOLD).tau for m in matrices for d in ("in", "out")]
+    return [
+        multifractal_spectrum([m], "neuromfa", direction=d, threshold=THRESHOLD).tau
+        for m in matrices
+        for d in ("in", "out")
+    ]
 
 
 def loops(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -65,7 +74,9 @@ def loops(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def loop(weights: np.ndarray) -> Tensor:
-    """Exponents tau of one network: edges counted by rounded length, masses by adding up the counts, slopes by least squares."""
+    """Exponents tau of one network: edges counted by rounded length, masses by adding up the counts, slopes by least
+    squares.
+    """
     neurons = []
     for row in weights:
         lengths = [1 / abs(w) for w in row if w != 0]
@@ -78,7 +89,9 @@ def loop(weights: np.ndarray) -> Tensor:
         for j, radius in enumerate(radii):
             masses[i, j] += sum(count for length, count in counted.items() if length <= radius)
     partitions = [((masses / masses[:, -1:]) ** q).sum(0) for q in ORDERS]
-    return torch.tensor([np.polyfit(np.log(radii), np.log(partition), 1)[0] for partition in partitions], dtype=torch.float64)
+    return torch.tensor(
+        [np.polyfit(np.log(radii), np.log(partition), 1)[0] for partition in partitions], dtype=torch.float64
+    )
 
 
 def seconds(job: Callable[[Sequence[Tensor]], object], matrices: Sequence[Tensor], repeats: int) -> float:
@@ -94,14 +107,28 @@ def seconds(job: Callable[[Sequence[Tensor]], object], matrices: Sequence[Tensor
 def row(what: str, matrices: Sequence[Tensor], repeats: int) -> tuple[str, ...]:
     """One line of the table."""
     rank(matrices)
-    ours, recipe, theirs = seconds(rank, matrices, repeats), seconds(published, matrices, repeats), seconds(loops, matrices, 1)
+    ours, recipe, theirs = (
+        seconds(rank, matrices, repeats),
+        seconds(published, matrices, repeats),
+        seconds(loops, matrices, 1),
+    )
     sizes = f"{sum(sum(m.shape) for m in matrices)}", f"{sum(m.numel() for m in matrices) / 1e6:.2f}"
-    return what, *sizes, f"{ours:.3f}", f"{recipe:.3f}", f"{theirs:.1f}", f"{theirs / ours:.0f}", f"{theirs / recipe:.0f}"
+    return (
+        what,
+        *sizes,
+        f"{ours:.3f}",
+        f"{recipe:.3f}",
+        f"{theirs:.1f}",
+        f"{theirs / ours:.0f}",
+        f"{theirs / recipe:.0f}",
+    )
 
 
 def difference(matrices: Sequence[Tensor]) -> float:
     """The most that our exponents and those of the loops are apart."""
-    return max(float((one - other).abs().max()) for one, other in zip(published(matrices), loops(matrices), strict=True))
+    return max(
+        float((one - other).abs().max()) for one, other in zip(published(matrices), loops(matrices), strict=True)
+    )
 
 
 def of_draws(draws: int, shape: tuple[int, int], spread: float) -> dict[str, Tensor]:
@@ -120,10 +147,16 @@ def chance_row(shape: tuple[int, int], draws: int) -> tuple[str, ...]:
     widths = chance["width_over_floor"][chance["valid"] == 1]
     alarms = (chance["dispersion"] > chance["dispersion_chance"]).double().mean()
     parts = [
-        (seen[name].nanmean() - chance[name].nanmean()) / chance[name][chance["valid"] == 1].std() for name in ("dispersion", "c2_excess")
+        (seen[name].nanmean() - chance[name].nanmean()) / chance[name][chance["valid"] == 1].std()
+        for name in ("dispersion", "c2_excess")
     ]
     cells = f"{chance['alpha0'].nanmean():.3f}", f"{widths.mean():.2f}", f"{widths.amax():.1f}", f"{alarms:.2%}"
-    return f"{shape[0]} x {shape[1]}", *cells, *(f"{float(part):.1f}" for part in parts), f"{chance['valid'].mean():.1%}"
+    return (
+        f"{shape[0]} x {shape[1]}",
+        *cells,
+        *(f"{float(part):.1f}" for part in parts),
+        f"{chance['valid'].mean():.1%}",
+    )
 
 
 class Clock(L.Callback):
@@ -136,11 +169,22 @@ class Clock(L.Callback):
         self.begun.append(time.process_time())
 
 
-def watching_row(what: str, module: L.LightningModule, data: TensorDataset, batch_size: int, **options: Any) -> tuple[str, ...]:
-    """What a sample takes, by the steps in which one is due and those in which none is, and its share at the default cadence."""
+def watching_row(
+    what: str, module: L.LightningModule, data: TensorDataset, batch_size: int, **options: Any
+) -> tuple[str, ...]:
+    """What a sample takes, by the steps in which one is due and those in which none is, and its share at the default
+    cadence.
+    """
     clock, batches = Clock(), DataLoader(data, batch_size, shuffle=True, drop_last=True)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False, "logger": False}
-    L.Trainer(max_steps=15, callbacks=[clock, MultifractalMonitor(every_n_steps=2, **options)], **silent).fit(module, batches)
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+    }
+    L.Trainer(max_steps=15, callbacks=[clock, MultifractalMonitor(every_n_steps=2, **options)], **silent).fit(
+        module, batches
+    )
     taken = [after - before for before, after in pairwise(clock.begun[2:])]
     with_it, plain = median(taken[::2]), median(taken[1::2])
     sample = with_it - plain
@@ -161,7 +205,9 @@ def watching() -> Table:
     table = Table(*columns, title="Cost of watching, processor time of one thread")
     text = TensorDataset(standard_library())
     for options in ({"mode": "rank"}, {"mode": "neuromfa"}, {"mode": "neuromfa", "max_neurons": 32}):
-        table.add_row(*watching_row("the demo's transformer, 32 x 64", CharTransformer(vocabulary=100), text, 32, **options))
+        table.add_row(
+            *watching_row("the demo's transformer, 32 x 64", CharTransformer(vocabulary=100), text, 32, **options)
+        )
         table.add_row(*watching_row("convolutions on digits, 64", convolutional(), digits(), 64, **options))
     return table
 
@@ -181,8 +227,19 @@ def main() -> None:
         console.print(watching())
     if chosen.watching_only:
         return
-    columns = ["network", "neurons", "million weights", "rank, s", "neuromfa, s", "loops, s", "loops / rank", "loops / neuromfa"]
-    table = Table(*columns, title="Multifractal statistics of all neurons in both directions, processor time of one thread")
+    columns = [
+        "network",
+        "neurons",
+        "million weights",
+        "rank, s",
+        "neuromfa, s",
+        "loops, s",
+        "loops / rank",
+        "loops / neuromfa",
+    ]
+    table = Table(
+        *columns, title="Multifractal statistics of all neurons in both directions, processor time of one thread"
+    )
     table.add_row(*row("the demo's transformer", demo(), chosen.repeats))
     if not chosen.without_block:
         table.add_row(*row("a block of GPT-2 small", block(), chosen.repeats))
@@ -198,7 +255,10 @@ def main() -> None:
         "5 %: c2_excess",
         "valid",
     ]
-    title = f"{chosen.draws} matrices of independent weights; rows whose scales differ by 5 %, in standard deviations of those"
+    title = (
+        f"{chosen.draws} matrices of independent weights; rows whose scales differ by 5 %, in "
+        "standard deviations of those"
+    )
     chance = Table(*columns, title=title)
     for shape in ((10, 128), (64, 64), (128, 32), (256, 128), (256, 256), (64, 1024)):
         chance.add_row(*chance_row(shape, chosen.draws))

@@ -2,7 +2,8 @@
 
     python -m benchmarks.overhead --pairs 3
 
-Times of whole trainings are as noisy as the machine. The monitor's own clock counts only what was its own, and is what the limits are for.
+Times of whole trainings are as noisy as the machine. The monitor's own clock counts only what was its own, and is what
+the limits are for.
 """
 
 import logging
@@ -109,7 +110,10 @@ def import_time() -> float:
     """Milliseconds of `import lightning_lowrank` in a new process, the best of 5."""
     timed = "import time; begin = time.perf_counter(); import lightning_lowrank; print(time.perf_counter() - begin)"
     code = f"{timed}; import sys; assert 'torch' not in sys.modules"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(5)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(5)
+    ]
     return 1000 * min(map(float, runs))
 
 

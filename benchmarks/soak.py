@@ -1,4 +1,5 @@
-"""A long training with a monitor: resident memory, hooks and the event file as the steps go by, beside the same training without.
+"""A long training with a monitor: resident memory, hooks and the event file as the steps go by, beside the same
+training without.
 
     python -m benchmarks.soak --steps 10000 --every 10
 
@@ -48,7 +49,9 @@ class Digits(L.LightningModule):
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        return DataLoader(TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)), 32, shuffle=True)
+        return DataLoader(
+            TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)), 32, shuffle=True
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters())
@@ -78,13 +81,17 @@ class Gauge(L.Callback):
         self.every, self.folder = every, folder
         self.readings: list[Reading] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Read, if it is time."""
         if trainer.global_step % self.every == 0:
             for logger in trainer.loggers:
                 logger.save()
             written = sum(file.stat().st_size for file in self.folder.rglob("events*"))
-            self.readings.append(Reading(trainer.global_step, resident(), num_hooks(pl_module, trainer.optimizers), written))
+            self.readings.append(
+                Reading(trainer.global_step, resident(), num_hooks(pl_module, trainer.optimizers), written)
+            )
 
 
 def resident() -> float:
@@ -96,8 +103,14 @@ def resident() -> float:
 def num_hooks(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Hooks of all layers, parameters and optimizers."""
     of_layers = sum(len(getattr(layer, kind)) for layer in module.modules() for kind in HOOKS)
-    of_parameters = sum(len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ()) for p in module.parameters())
-    return of_layers + of_parameters + sum(len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in optimizers)
+    of_parameters = sum(
+        len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ()) for p in module.parameters()
+    )
+    return (
+        of_layers
+        + of_parameters
+        + sum(len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in optimizers)
+    )
 
 
 def soaked(every: int | None, *, steps: int, num_readings: int = 10, histograms: bool = False) -> list[Reading]:
@@ -112,10 +125,18 @@ def _soak(every: int | None, *, steps: int, num_readings: int, histograms: bool)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
         gauge = Gauge(steps // num_readings, Path(folder))
-        monitors = [] if every is None else [RankMonitor(SOURCES, every_n_steps=every, histograms=histograms, per_site=True)]
-        quietly: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+        monitors = (
+            [] if every is None else [RankMonitor(SOURCES, every_n_steps=every, histograms=histograms, per_site=True)]
+        )
+        quietly: dict[str, Any] = {
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+        }
         # The gauge last: it reads when the monitor is through.
-        L.Trainer(max_steps=steps, callbacks=[*monitors, gauge], logger=TensorBoardLogger(folder), **quietly).fit(Digits())
+        L.Trainer(max_steps=steps, callbacks=[*monitors, gauge], logger=TensorBoardLogger(folder), **quietly).fit(
+            Digits()
+        )
         return gauge.readings
 
 
@@ -149,7 +170,10 @@ def main(steps: int = 10_000, every: int = 10, histograms: bool = False) -> None
         table.add_row(f"{ours.step:,}", *memory, str(ours.hooks), f"{ours.written / 1024:,.0f}")
     console = Console(width=110)
     console.print(table)
-    console.print(f"growth of memory after {watched[len(watched) // 5 - 1].step:,} steps, MiB: {growth(alone):.2f} without", end=", ")
+    console.print(
+        f"growth of memory after {watched[len(watched) // 5 - 1].step:,} steps, MiB: {growth(alone):.2f} without",
+        end=", ",
+    )
     console.print(f"{growth(watched):.2f} watched; limit 2")
     num_samples = (watched[-1].step - watched[0].step) / every
     each = (watched[-1].written - watched[0].written) / num_samples

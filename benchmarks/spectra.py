@@ -1,4 +1,5 @@
-"""Spectra of weights: ours against a loop of `torch.linalg.svdvals` and against WeightWatcher, on one thread, in one run.
+"""Spectra of weights: ours against a loop of `torch.linalg.svdvals` and against WeightWatcher, on one thread, in one
+run.
 
 python -m benchmarks.spectra [--repeats 7] [--without-large]
 """
@@ -20,15 +21,28 @@ from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, svd
 from lightning_lowrank.statistics import find
 
-RANKS = ("energy_rank", "stable_rank", "effective_rank", "effective_rank_energy", "participation_ratio", "nuclear_to_spectral")
+RANKS = (
+    "energy_rank",
+    "stable_rank",
+    "effective_rank",
+    "effective_rank_energy",
+    "participation_ratio",
+    "nuclear_to_spectral",
+)
 Job = Callable[[], object]
 
 
 def transformer(layers: int = 6, width: int = 256) -> list[Tensor]:
-    """The weights of a transformer: q, k, v and out, and the two of the MLP, with the power-law rows that training gives them."""
+    """The weights of a transformer: q, k, v and out, and the two of the MLP, with the power-law rows that training
+    gives them.
+    """
     draw = torch.Generator().manual_seed(0)
     shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
-    return [torch.randn(*shape, generator=draw) * torch.arange(1, shape[0] + 1)[:, None] ** -0.3 for _ in range(layers) for shape in shapes]
+    return [
+        torch.randn(*shape, generator=draw) * torch.arange(1, shape[0] + 1)[:, None] ** -0.3
+        for _ in range(layers)
+        for shape in shapes
+    ]
 
 
 def times(jobs: dict[str, Job], repeats: int) -> dict[str, float]:
@@ -56,9 +70,13 @@ def grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def ranks(matrices: Sequence[Tensor], names: Sequence[str], needs: Needs) -> Tensor:
-    """Statistics of matrices of one short side by `decompose`, one row each, as a monitor takes them: of all spectra at once."""
+    """Statistics of matrices of one short side by `decompose`, one row each, as a monitor takes them: of all spectra at
+    once.
+    """
     spectra = decompose(matrices, needs).spectra
-    joined = replace(spectra[0], values=torch.stack([s.values for s in spectra]), weights=torch.stack([s.weights for s in spectra]))
+    joined = replace(
+        spectra[0], values=torch.stack([s.values for s in spectra]), weights=torch.stack([s.weights for s in spectra])
+    )
     return torch.stack([find(name)(joined) for name in names], -1)
 
 
@@ -114,8 +132,17 @@ def model_rows(repeats: int) -> list[tuple[str, ...]]:
     moments = worst(ranks(matrices, ("participation_ratio",), "moments"), matrices, ("participation_ratio",))
     top = worst(ranks(matrices, ("stable_rank",), "top"), matrices, ("stable_rank",))
     rows = [
-        row("6-layer, 256-wide transformer: all spectra", taken["all spectra"], "svdvals", taken["svdvals"], 1.4, f"{exact:.0e}"),
-        row("participation ratio alone", taken["participation ratio"], "svdvals", taken["svdvals"], 8, f"{moments:.0e}"),
+        row(
+            "6-layer, 256-wide transformer: all spectra",
+            taken["all spectra"],
+            "svdvals",
+            taken["svdvals"],
+            1.4,
+            f"{exact:.0e}",
+        ),
+        row(
+            "participation ratio alone", taken["participation ratio"], "svdvals", taken["svdvals"], 8, f"{moments:.0e}"
+        ),
         row("with stable rank", taken["and stable rank"], "svdvals", taken["svdvals"], 3.5, f"{top:.0e}"),
         row("Gram products alone, float32", taken["products, float32"], "svdvals", taken["svdvals"], None, ""),
         row("Gram products alone, float64", taken["products, float64"], "svdvals", taken["svdvals"], None, ""),
@@ -123,7 +150,10 @@ def model_rows(repeats: int) -> list[tuple[str, ...]]:
     own = taken["ranks and tail exponent"]
     if peer is None:
         return [*rows, ("ranks and tail exponent", f"{own:.4f}", "weightwatcher.analyze", "not installed", "", "3", "")]
-    return [*rows, row("ranks and tail exponent", own, "weightwatcher.analyze", times({"peer": peer}, 3)["peer"], 3, "")]
+    return [
+        *rows,
+        row("ranks and tail exponent", own, "weightwatcher.analyze", times({"peer": peer}, 3)["peer"], 3, ""),
+    ]
 
 
 def wide_rows(repeats: int) -> list[tuple[str, ...]]:
@@ -136,7 +166,9 @@ def wide_rows(repeats: int) -> list[tuple[str, ...]]:
 
 def large_rows(repeats: int) -> list[tuple[str, ...]]:
     """A matrix that is sketched: errors in parts of those reported."""
-    matrix = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 4097)[:, None] ** -0.5
+    matrix = (
+        torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 4097)[:, None] ** -0.5
+    )
 
     def sketched() -> Spectrum:
         return decompose([matrix], "values").spectra[0]
@@ -153,7 +185,15 @@ def large_rows(repeats: int) -> list[tuple[str, ...]]:
 
 def row(what: str, ours: float, peer: str, theirs: float, asked: float | None, error: str) -> tuple[str, ...]:
     """One line of the table."""
-    return what, f"{ours:.4f}", peer, f"{theirs:.4f}", f"{theirs / ours:.1f}", "" if asked is None else f"{asked:g}", error
+    return (
+        what,
+        f"{ours:.4f}",
+        peer,
+        f"{theirs:.4f}",
+        f"{theirs / ours:.1f}",
+        "" if asked is None else f"{asked:g}",
+        error,
+    )
 
 
 def main() -> None:
@@ -173,7 +213,11 @@ def main() -> None:
         "worst error",
         title="Spectra, one thread",
     )
-    for cells in (*model_rows(chosen.repeats), *wide_rows(chosen.repeats), *(() if chosen.without_large else large_rows(3))):
+    for cells in (
+        *model_rows(chosen.repeats),
+        *wide_rows(chosen.repeats),
+        *(() if chosen.without_large else large_rows(3)),
+    ):
         table.add_row(*cells)
     Console(width=140).print(table)
 

@@ -1,4 +1,5 @@
-"""What the tab of TensorBoard costs: writing its vectors, beside one scalar per site; and how soon a large run is on the screen.
+"""What the tab of TensorBoard costs: writing its vectors, beside one scalar per site; and how soon a large run is on
+the screen.
 
     python -m benchmarks.tab
 
@@ -31,7 +32,14 @@ from lightning_lowrank.reports.vectors import Row, Vectors
 
 QUANTITIES = 8
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync", "--window-size=1400,1100"),
 )
 
@@ -48,7 +56,8 @@ def quantities(num_layers: int, step: int) -> list[Row]:
     draws = np.random.default_rng(step)
     sites = names(num_layers)
     return [
-        Row("vector", f"gradient_quantity_{i}", dict(zip(sites, draws.uniform(1, 50, num_layers), strict=True))) for i in range(QUANTITIES)
+        Row("vector", f"gradient_quantity_{i}", dict(zip(sites, draws.uniform(1, 50, num_layers), strict=True)))
+        for i in range(QUANTITIES)
     ]
 
 
@@ -57,11 +66,15 @@ def spectrum(num_layers: int, step: int) -> list[Row]:
     draws = np.random.default_rng(step)
     sites = names(num_layers)
     shapes = [(512, 512)] * num_layers
-    return [Row("spectrum", "gradient", dict(zip(sites, draws.uniform(0, 1, (num_layers, 33)), strict=True)), shapes=shapes)]
+    return [
+        Row("spectrum", "gradient", dict(zip(sites, draws.uniform(0, 1, (num_layers, 33)), strict=True)), shapes=shapes)
+    ]
 
 
 def written(write: Write, samples: int) -> tuple[float, float, float, float]:
-    """Milliseconds, those of the CPU and kB of a sample, with the event file flushed; and kB that the first one has beyond that."""
+    """Milliseconds, those of the CPU and kB of a sample, with the event file flushed; and kB that the first one has
+    beyond that.
+    """
     times, worked, sizes = [], [], []
     with TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder, name="", version="")
@@ -83,11 +96,16 @@ def writing(num_layers: int, samples: int) -> Table:
     """The first table."""
     vectors, spectra = Vectors(), Vectors()
     made = {step: (quantities(num_layers, step), spectrum(num_layers, step)) for step in range(samples)}
-    scalars = {step: {f"{row.name}/{site}": float(v) for row in rows for site, v in row.values.items()} for step, (rows, _) in made.items()}
+    scalars = {
+        step: {f"{row.name}/{site}": float(v) for row in rows for site, v in row.values.items()}
+        for step, (rows, _) in made.items()
+    }
     cases: dict[str, Write] = {
         f"{QUANTITIES} vectors": lambda logger, step: vectors.write([logger], made[step][0], step),
         f"{QUANTITIES * num_layers:,} single scalars": lambda logger, step: sinks.write([logger], scalars[step], step),
-        "spectra of one source": lambda logger, step: [spectra.write([logger], made[step][1], i) for i in range(10)] and None,
+        "spectra of one source": lambda logger, step: (
+            [spectra.write([logger], made[step][1], i) for i in range(10)] and None
+        ),
     }
     table = Table(title=f"{num_layers} layers x {QUANTITIES} quantities, medians of {samples} samples")
     for heading in ("written", "ms per sample", "of it CPU", "kB per sample", "kB once"):
@@ -132,7 +150,9 @@ def browser(profile: str) -> Iterator[webdriver.Chrome]:
 
 def seconds_to_paint(page: webdriver.Chrome) -> float:
     """From the beginning of loading the tab to its heat map, drawn."""
-    WebDriverWait(page, 60).until(lambda p: p.execute_script("return performance.getEntriesByName('lowrank-painted').length"))
+    WebDriverWait(page, 60).until(
+        lambda p: p.execute_script("return performance.getEntriesByName('lowrank-painted').length")
+    )
     return float(page.execute_script("return performance.getEntriesByName('lowrank-painted')[0].startTime")) / 1000
 
 
@@ -145,7 +165,10 @@ def seconds_of(page: webdriver.Chrome, act: str, claim: str) -> float:
 
 def deeds(page: webdriver.Chrome) -> list[float]:
     """Another quantity, another order, one letter of a filter, a layer picked."""
-    change = "const e = document.getElementById('{0}'); e.value = '{1}'; e.dispatchEvent(new Event('{2}', {{bubbles: true}}))"
+    change = (
+        "const e = document.getElementById('{0}'); e.value = '{1}'; e.dispatchEvent(new "
+        "Event('{2}', {{bubbles: true}}))"
+    )
     drawn = "document.querySelector('#view').getAttribute('aria-busy') === 'false'"
     enter = "document.querySelector('canvas').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))"
     return [
@@ -175,14 +198,24 @@ def showing(num_layers: int, samples: int, repeats: int) -> Table:
                 page.execute_script("document.querySelector('iframe').contentWindow.location.reload()")
                 time.sleep(1)
     table = Table(title=f"{num_layers} layers x {samples:,} samples x {QUANTITIES} quantities, in headless Chromium")
-    for heading in ("first paint", "again, median", "again, worst", "another quantity", "sorted", "filtered", "a layer's curve"):
+    for heading in (
+        "first paint",
+        "again, median",
+        "again, worst",
+        "another quantity",
+        "sorted",
+        "filtered",
+        "a layer's curve",
+    ):
         table.add_column(heading, justify="right")
     taken = [median(of_deed) for of_deed in zip(*acted, strict=True)]
     table.add_row(*(f"{value:.2f} s" for value in (times[0], median(times[1:]), max(times[1:]), *taken)))
     return table
 
 
-def main(num_layers: int = 200, samples: int = 50, shown_layers: int = 400, shown_samples: int = 2000, repeats: int = 6) -> None:
+def main(
+    num_layers: int = 200, samples: int = 50, shown_layers: int = 400, shown_samples: int = 2000, repeats: int = 6
+) -> None:
     """Print the tables.
 
     Args:

@@ -81,7 +81,9 @@ def frequent_characters(vocabulary: int = 100) -> dict[str, int]:
 
 
 def standard_library(vocabulary: int = 100) -> Tensor:
-    """Windows of `CONTEXT + 1` characters from Python's own modules; what is not among the most frequent characters is left out."""
+    """Windows of `CONTEXT + 1` characters from Python's own modules; what is not among the most frequent characters is
+    left out.
+    """
     index = frequent_characters(vocabulary)
     tokens = torch.tensor([index[character] for character in source_code() if character in index])
     return tokens.unfold(0, CONTEXT + 1, CONTEXT)

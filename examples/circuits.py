@@ -1,10 +1,12 @@
-"""Does fine-tuning strengthen the heads and neurons that mattered, or replace them? And is what a gate says what ablation says?
+"""Does fine-tuning strengthen the heads and neurons that mattered, or replace them? And is what a gate says what
+ablation says?
 
     python examples/circuits.py --output circuits.png
 
-A small transformer learns Python from the standard library; then it is tuned on English, the text of Python's own help. Which heads and
-neurons matter is held against the checkpoint of the pretraining, beside more of the same text (as like as it gets), and a model that learns
-English from other initial weights (as unlike). Then every head is cut off, and the loss that this costs is held against its importance.
+A small transformer learns Python from the standard library; then it is tuned on English, the text of Python's own help.
+Which heads and neurons matter is held against the checkpoint of the pretraining, beside more of the same text (as like
+as it gets), and a model that learns English from other initial weights (as unlike). Then every head is cut off, and the
+loss that this costs is held against its importance.
 """
 
 import pydoc_data.topics
@@ -47,11 +49,19 @@ def fresh(seed: int) -> CharTransformer:
     return CharTransformer(100, depth=DEPTH, width=WIDTH, heads=HEADS)
 
 
-def fitted(module: CharTransformer, text: Tensor, steps: int, checkpoint: Path, reference: Path | None = None) -> tuple[Curves, Monitor]:
+def fitted(
+    module: CharTransformer, text: Tensor, steps: int, checkpoint: Path, reference: Path | None = None
+) -> tuple[Curves, Monitor]:
     """Trained on all but the last windows, and what the monitor saw."""
     torch.manual_seed(1)
-    monitor = ConcentrationMonitor(["head", "neuron"], ["gate"], max(1, min(10, steps // 3)), densities=(), reference=reference)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    monitor = ConcentrationMonitor(
+        ["head", "neuron"], ["gate"], max(1, min(10, steps // 3)), densities=(), reference=reference
+    )
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     curves, batches = Curves(), DataLoader(TensorDataset(text[:-HELD_OUT]), 16, shuffle=True, drop_last=True)
     trainer = L.Trainer(max_steps=steps, callbacks=[monitor], logger=curves, log_every_n_steps=10, **silent)
     trainer.fit(module, batches)
@@ -80,7 +90,12 @@ def cuts(module: CharTransformer, text: Tensor) -> dict[str, float]:
 
 def compared(found: dict[str, Curves], losses: dict[str, float]) -> Table:
     """With the checkpoint of the pretraining, at the last sample."""
-    table = Table(title="Importance against the pretrained checkpoint: overlap of the top fifth (Jaccard), and Spearman's correlation")
+    table = Table(
+        title=(
+            "Importance against the pretrained checkpoint: overlap of the top fifth (Jaccard), and "
+            "Spearman's correlation"
+        )
+    )
     for heading in ("training", "loss", "heads", "chance", "Spearman", "neurons", "chance", "Spearman"):
         table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for title, curves in found.items():
@@ -97,12 +112,20 @@ def of_heads(known: dict[str, tuple[dict[str, float], dict[str, float]]]) -> Tab
     """Importance and what a cut costs."""
     table = Table(title="The first head by its gate and by its cost: what the loss rises by without it")
     for heading in ("model", "Spearman", "by gate", "cost", "by cost", "cost", "median"):
-        table.add_column(heading, justify="left" if heading in ("model", "by gate", "by cost") else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading in ("model", "by gate", "by cost") else "right", overflow="fold"
+        )
     for title, (importance, cost) in known.items():
         heads = list(cost)
         both = [torch.tensor([row[head] for head in heads], dtype=torch.float64) for row in (importance, cost)]
         top, costliest = max(heads, key=importance.__getitem__), max(heads, key=cost.__getitem__)
-        cells = [short(top), f"{cost[top]:.3f}", short(costliest), f"{cost[costliest]:.3f}", f"{sorted(cost.values())[len(cost) // 2]:.3f}"]
+        cells = [
+            short(top),
+            f"{cost[top]:.3f}",
+            short(costliest),
+            f"{cost[costliest]:.3f}",
+            f"{sorted(cost.values())[len(cost) // 2]:.3f}",
+        ]
         table.add_row(title, f"{float(rank_persistence(*both)):.2f}", *cells)
     return table
 

@@ -2,9 +2,10 @@
 
     python examples/concentration.py --output concentration.png
 
-It is said that in training few modules, heads and neurons come to carry most of the learning, and that those that have get more. Here are
-the Gini coefficient of each signal at the start and at the end, how what is large grows, and whether the same units stay large. In the null
-the characters of the text, or the labels of the digits, are shuffled: all that is left to learn is how frequent they are.
+It is said that in training few modules, heads and neurons come to carry most of the learning, and that those that have
+get more. Here are the Gini coefficient of each signal at the start and at the end, how what is large grows, and whether
+the same units stay large. In the null the characters of the text, or the labels of the digits, are shuffled: all that
+is left to learn is how frequent they are.
 """
 
 import warnings
@@ -35,7 +36,13 @@ SIGNALS = (
     "neuron_update",
     "neuron_gate",
 )
-WEIGHTS = ("weight_gini", "weight_sparsity_0.99", "mask_hamming_start_0.1", "mask_jaccard_start_0.1", "mask_early_bird_0.5")
+WEIGHTS = (
+    "weight_gini",
+    "weight_sparsity_0.99",
+    "mask_hamming_start_0.1",
+    "mask_jaccard_start_0.1",
+    "mask_early_bird_0.5",
+)
 RUNS = ("trained", "null")
 
 
@@ -63,10 +70,16 @@ def trained(case: Case, run: str, seed: int, share: float) -> Curves:
     steps = max(12, int(share * case.max_steps))
     data = case.data() if run == "trained" else meaningless(case.data())
     monitor, curves = ConcentrationMonitor(every_n_steps=steps // 12, seed=seed), Curves()
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     batches = DataLoader(data, case.batch_size, shuffle=True, drop_last=True)
     # One step more: the last sample is of the weights that all others made.
-    L.Trainer(max_steps=steps + 1, callbacks=[monitor], logger=curves, log_every_n_steps=10, **silent).fit(case.make(), batches)
+    L.Trainer(max_steps=steps + 1, callbacks=[monitor], logger=curves, log_every_n_steps=10, **silent).fit(
+        case.make(), batches
+    )
     return curves
 
 
@@ -86,7 +99,10 @@ def changes(runs: list[Curves], tag: str) -> str:
     if not all(values):
         return ""
     moved = [end(row) - row[0] for row in values]
-    return f"{fmean(row[0] for row in values):.2f} -> {fmean(map(end, values)):.2f} ({min(moved):+.2f} to {max(moved):+.2f})"
+    return (
+        f"{fmean(row[0] for row in values):.2f} -> {fmean(map(end, values)):.2f} ({min(moved):+.2f} "
+        f"to {max(moved):+.2f})"
+    )
 
 
 def later(runs: list[Curves], tag: str) -> str:
@@ -97,7 +113,12 @@ def later(runs: list[Curves], tag: str) -> str:
 
 def inequality(found: dict[str, dict[str, list[Curves]]]) -> Table:
     """Of every signal."""
-    table = Table(title="Gini coefficient, first -> end (change, over seeds); slope and persistence, mean of the second half of training")
+    table = Table(
+        title=(
+            "Gini coefficient, first -> end (change, over seeds); slope and persistence, mean of the "
+            "second half of training"
+        )
+    )
     for heading in ("training", "signal", "n", "Gini, trained", "Gini, null", "slope", "null", "persistence", "null"):
         table.add_column(heading, justify="left" if heading in ("training", "signal") else "right", overflow="fold")
     for title, runs in found.items():
@@ -105,7 +126,11 @@ def inequality(found: dict[str, dict[str, list[Curves]]]) -> Table:
             ginis = [changes(runs[run], f"{signal}_gini") for run in RUNS]
             if any(ginis):
                 count = known(runs["trained"][0], f"{signal.partition('_')[0]}_count")[0]
-                rest = [later(runs[run], f"{signal}_{name}") for name in ("matthew_slope", "rank_persistence") for run in RUNS]
+                rest = [
+                    later(runs[run], f"{signal}_{name}")
+                    for name in ("matthew_slope", "rank_persistence")
+                    for run in RUNS
+                ]
                 table.add_row(title, signal, f"{count:.0f}", *ginis, *rest)
     return table
 
@@ -158,7 +183,9 @@ def main(output: Path = Path("concentration.png"), share: float = 1.0, seeds: in
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*number of training batches")
     torch.set_num_threads(1)
     rich.reconfigure(width=max(160, rich.get_console().width))  # nine columns
-    found = {case.title: {run: [trained(case, run, seed, share) for seed in range(seeds)] for run in RUNS} for case in CASES}
+    found = {
+        case.title: {run: [trained(case, run, seed, share) for seed in range(seeds)] for run in RUNS} for case in CASES
+    }
     rich.print(inequality(found))
     rich.print(of_weights(found))
     draw(found, output)

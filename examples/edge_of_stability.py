@@ -1,10 +1,12 @@
-"""Watch training come to the edge of stability, and stay there: gradient descent, minibatches, Adam, on handwritten digits.
+"""Watch training come to the edge of stability, and stay there: gradient descent, minibatches, Adam, on handwritten
+digits.
 
     python examples/edge_of_stability.py --output edge_of_stability.png
 
-Full-batch gradient descent sharpens until the largest eigenvalue of the Hessian is 2 over the learning rate, and then hovers there (Cohen
-et al. 2021, arXiv 2103.00065). Of Adam it is that of the preconditioned Hessian (Cohen et al. 2022, arXiv 2207.14484). Of minibatches it is
-said to be the sharpness along the batch's own gradient (Andreyev & Beneventano 2024, arXiv 2412.20553); that is not what is seen here.
+Full-batch gradient descent sharpens until the largest eigenvalue of the Hessian is 2 over the learning rate, and then
+hovers there (Cohen et al. 2021, arXiv 2103.00065). Of Adam it is that of the preconditioned Hessian (Cohen et al. 2022,
+arXiv 2207.14484). Of minibatches it is said to be the sharpness along the batch's own gradient (Andreyev & Beneventano
+2024, arXiv 2412.20553); that is not what is seen here.
 """
 
 import warnings
@@ -32,7 +34,9 @@ EXAMPLES = 512
 
 
 class Regression(L.LightningModule):
-    """Tells digits apart by least squares on one-hot labels: what the papers use, since cross-entropy flattens once all is learnt."""
+    """Tells digits apart by least squares on one-hot labels: what the papers use, since cross-entropy flattens once all
+    is learnt.
+    """
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__()
@@ -120,21 +124,34 @@ def trained(case: Case, share: float) -> Curves:
     """What a training of the case showed."""
     L.seed_everything(0, verbose=False)
     images, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(images[: case.examples] / 16, dtype=torch.float32), torch.tensor(labels[: case.examples]))
+    data = TensorDataset(
+        torch.tensor(images[: case.examples] / 16, dtype=torch.float32), torch.tensor(labels[: case.examples])
+    )
     batches, curves = DataLoader(data, case.batch_size, shuffle=case.batch_size < case.examples), Curves()
     steps = max(51, int(share * case.max_steps))
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = L.Trainer(max_steps=steps, max_epochs=-1, callbacks=monitors(case, data), logger=curves, log_every_n_steps=10, **silent)
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, callbacks=monitors(case, data), logger=curves, log_every_n_steps=10, **silent
+    )
     trainer.fit(Regression(case.optimizer), batches)
     return curves
 
 
 def monitors(case: Case, data: TensorDataset) -> list[L.Callback]:
-    """Of the loss that is descended; where that is a batch's, of the batches often, since each has its own, and of all examples."""
+    """Of the loss that is descended; where that is a batch's, of the batches often, since each has its own, and of all
+    examples.
+    """
     if case.batch_size == case.examples:
         return [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=50)]
     everything: dict[str, Any] = {"loss_fn": lambda module, _: module.training_step(list(data.tensors)), "name": "all"}
-    return [CurvatureMonitor(every_n_steps=10), CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=200, **everything)]
+    return [
+        CurvatureMonitor(every_n_steps=10),
+        CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=200, **everything),
+    ]
 
 
 def draw(found: list[tuple[Case, Curves]], output: Path) -> None:

@@ -2,9 +2,9 @@
 
     python examples/fine_tuning.py --output fine_tuning.png
 
-It is said that around pretrained weights the loss is flat in nearly all directions, and that fine-tuning goes along the few in which it is
-not. Here are the five steepest of the 3.5 million of the last two layers: how much of the gradient, of the update and of the whole way from
-the pretrained weights lies in them, beside what would by chance.
+It is said that around pretrained weights the loss is flat in nearly all directions, and that fine-tuning goes along the
+few in which it is not. Here are the five steepest of the 3.5 million of the last two layers: how much of the gradient,
+of the update and of the whole way from the pretrained weights lies in them, beside what would by chance.
 """
 
 import ast
@@ -48,9 +48,18 @@ def docstring_tokens(each: int) -> TensorDataset:
     """Tokens, mask and package of as many docstrings of every package, the longest ones."""
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     library = Path(sys.modules["ast"].__file__ or "").parent
-    texts = [(text, i) for i, name in enumerate(PACKAGES) for text in sorted(set(docstrings(library / name)), key=len)[-each:]]
+    texts = [
+        (text, i)
+        for i, name in enumerate(PACKAGES)
+        for text in sorted(set(docstrings(library / name)), key=len)[-each:]
+    ]
     assert min(Counter(label for _, label in texts).values()) > 0
-    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+    options: dict[str, Any] = {
+        "padding": "max_length",
+        "truncation": True,
+        "max_length": TOKENS,
+        "return_tensors": "pt",
+    }
     found = tokenizer([text for text, _ in texts], **options)
     return TensorDataset(found["input_ids"], found["attention_mask"], torch.tensor([label for _, label in texts]))
 
@@ -91,9 +100,15 @@ def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: in
     L.seed_everything(0, verbose=False)
     batches = DataLoader(docstring_tokens(48), batch_size, shuffle=True, drop_last=True)
     monitor = CurvatureMonitor("standard", ["hessian"], top_k=5, every_n_steps=every, match="minilm.*")
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     curves = Curves()
-    L.Trainer(max_steps=steps, callbacks=[monitor], logger=curves, log_every_n_steps=1, **silent).fit(Sorter(optimizer), batches)
+    L.Trainer(max_steps=steps, callbacks=[monitor], logger=curves, log_every_n_steps=1, **silent).fit(
+        Sorter(optimizer), batches
+    )
     return curves
 
 
@@ -101,7 +116,9 @@ def draw(found: dict[str, Curves], output: Path) -> None:
     """One panel per optimizer."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.5), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(5 * len(found), 3.5), sharey=True, layout="constrained", squeeze=False
+    )
     for ax, (title, curves) in zip(axes[0], found.items(), strict=True):
         for tag in (*SHARES, "in_top_chance"):
             steps, values = curves.curve(tag)

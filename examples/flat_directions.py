@@ -2,10 +2,10 @@
 
     python examples/flat_directions.py --output flat_directions.png
 
-The embedding principle (Zhang et al. 2021, arXiv 2105.14573; 2022, arXiv 2111.15527): a wide network contains every narrow one, with the
-same outputs, by splitting neurons; and there all that it has more in parameters is flat. A teacher of two neurons is widened by splitting,
-and learnt by networks of 2 to 32 from random starts; of each the Gauss-Newton matrix has its zero eigenvalues counted in float64, and told
-apart by what makes them.
+The embedding principle (Zhang et al. 2021, arXiv 2105.14573; 2022, arXiv 2111.15527): a wide network contains every
+narrow one, with the same outputs, by splitting neurons; and there all that it has more in parameters is flat. A teacher
+of two neurons is widened by splitting, and learnt by networks of 2 to 32 from random starts; of each the Gauss-Newton
+matrix has its zero eigenvalues counted in float64, and told apart by what makes them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,8 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.ReLU)
 START = {nn.Tanh: 0.1, nn.ReLU: 1.0}
 # Random starts, of which the one that ends lowest is taken.
 STARTS = 3
-# Singular values of the Jacobian below this part of the largest count as 0, and where the next is not this times larger, it is said.
+# Singular values of the Jacobian below this part of the largest count as 0, and where the next is not this times
+# larger, it is said.
 TOLERANCE, CLEAR = 1e-6, 100.0
 CAUSES = ("duplicates", "scale", "rest")
 
@@ -81,8 +82,12 @@ def teacher(activation: type[nn.Module]) -> nn.Sequential:
     return net
 
 
-def learnt(activation: type[nn.Module], width: int, seed: int, inputs: Tensor, targets: Tensor, steps: int) -> tuple[float, nn.Sequential]:
-    """Loss and network, by the method of Levenberg and Marquardt, which goes on to rounding errors where there is an exact fit."""
+def learnt(
+    activation: type[nn.Module], width: int, seed: int, inputs: Tensor, targets: Tensor, steps: int
+) -> tuple[float, nn.Sequential]:
+    """Loss and network, by the method of Levenberg and Marquardt, which goes on to rounding errors where there is an
+    exact fit.
+    """
     torch.manual_seed(seed)
     net = network(width, activation)
     vector, damping = START[activation] * nn.utils.parameters_to_vector(net.parameters()).detach(), 1e-2
@@ -125,11 +130,17 @@ def widened(net: nn.Sequential, width: int) -> nn.Sequential:
 
 def counted(activation: type[nn.Module], widths: list[int], steps: int) -> list[Counted]:
     """The teacher, widened, and what learnt from it."""
-    inputs, narrow = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), teacher(activation)
+    inputs, narrow = (
+        torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        teacher(activation),
+    )
     targets, found = narrow(inputs).detach(), []
     least = int(flat_directions(narrow, inputs, tolerance=TOLERANCE).total)
     for width in widths:
-        loss, net = min((learnt(activation, width, seed, inputs, targets, steps) for seed in range(STARTS)), key=lambda pair: pair[0])
+        loss, net = min(
+            (learnt(activation, width, seed, inputs, targets, steps) for seed in range(STARTS)),
+            key=lambda pair: pair[0],
+        )
         predicted = least + size(net) - size(narrow)
         for origin, one, of in (("split", widened(narrow, width), 0.0), ("trained", net, loss)):
             found.append(Counted(origin, one, of, flat_directions(one, inputs, tolerance=TOLERANCE), predicted))
@@ -144,7 +155,9 @@ def table(found: list[Counted]) -> Table:
     for one in found:
         causes = [str(int(getattr(one.flat, cause))) for cause in CAUSES]
         sizes = [str(size(one.net)), f"{one.loss:.0e}", str(one.predicted), str(int(one.flat.total))]
-        made.add_row(type(one.net[1]).__name__, str(one.width), one.origin, *sizes, *causes, f"{one.flat.gap.item():.0e}")
+        made.add_row(
+            type(one.net[1]).__name__, str(one.width), one.origin, *sizes, *causes, f"{one.flat.gap.item():.0e}"
+        )
     return made
 
 

@@ -1,11 +1,13 @@
-"""Where low-rank gradients come from: spiked data and a two-layer net, its gradient term by term; then real digits and sentences, blindly.
+"""Where low-rank gradients come from: spiked data and a two-layer net, its gradient term by term; then real digits and
+sentences, blindly.
 
     python examples/gradient_anatomy.py
     python examples/gradient_anatomy.py --only=heat_map --output=heat_map.png
 
-After Sonthalia, Murray & Montufar (2025), arXiv 2510.01303. Of f(x) = gamma a^T act(W x) on rows X = bulk + strength z q^T, with residuals
-r and with act'(w x) = mu + what is left, P, the gradient of W is the sum of a residue term, along bulk^T r; an interpolant and a spike
-term, along q; and an error. The second part knows nothing of spikes: `GradientAnatomyMonitor` estimates the same from what layers see.
+After Sonthalia, Murray & Montufar (2025), arXiv 2510.01303. Of f(x) = gamma a^T act(W x) on rows X = bulk + strength z
+q^T, with residuals r and with act'(w x) = mu + what is left, P, the gradient of W is the sum of a residue term, along
+bulk^T r; an interpolant and a spike term, along q; and an error. The second part knows nothing of spikes:
+`GradientAnatomyMonitor` estimates the same from what layers see.
 """
 
 import math
@@ -43,7 +45,8 @@ class Problem:
 
     Attributes:
         data: With n rows of width 4 n / 3.
-        targets: Of three indices of the inputs, with mean 1: a residual of mean 0 would leave the spike term without size.
+        targets: Of three indices of the inputs, with mean 1: a residual of mean 0 would leave the spike term without
+            size.
         W: 5 n / 3 rows, uniform on the sphere.
         a: Signs.
         gamma: 1 / sqrt(m), or 1 / m for mean-field scaling.
@@ -70,7 +73,9 @@ class Problem:
 
     def gradient(self) -> Tensor:
         """Of the mean of half the squared errors, by W."""
-        return self.gamma / len(self.targets) * ((self.residual[:, None] * self.a) * self.slopes()).mT @ self.data.inputs
+        return (
+            self.gamma / len(self.targets) * ((self.residual[:, None] * self.a) * self.slopes()).mT @ self.data.inputs
+        )
 
 
 def problem(n: int, act: str, *, nu: float, alpha: float = 0.0, seed: int = 0, mean_field: bool = False) -> Problem:
@@ -104,7 +109,7 @@ def terms(of: Problem) -> dict[str, Tensor]:
 
 
 def _mean_slopes(of: Problem) -> Tensor:
-    """Expectation of the activation's derivative at each neuron, over inputs: Gauss-Hermite quadrature, 1/2 for ReLU."""
+    """Expected derivative of the activation at each neuron: Gauss-Hermite quadrature over inputs, 1/2 for ReLU."""
     if of.act == "ReLU":
         return torch.full_like(of.a, 0.5)
     import numpy as np
@@ -175,21 +180,36 @@ def descended(of: Problem, rate: float, steps: Sequence[int]) -> list[dict[str, 
 def rank_two(n: int) -> Table:
     """The spectrum of the gradient, by activation and strength of the spike."""
     table = _table(
-        "Rank two: bulk flat, scaling 1 / sqrt(m)", "activation", "nu", "s1", "s2", "s3", "S1", "S12", "S2", "E", "u1.u", "v1 in (b, q)"
+        "Rank two: bulk flat, scaling 1 / sqrt(m)",
+        "activation",
+        "nu",
+        "s1",
+        "s2",
+        "s3",
+        "S1",
+        "S12",
+        "S2",
+        "E",
+        "u1.u",
+        "v1 in (b, q)",
     )
     for act in ACTIVATIONS:
         for nu in (0.0, 0.125, 0.25, 0.375):
             of = problem(n, act, nu=nu)
             seen, sizes = directions(of), norms(of)
             table.add_row(
-                act, f"{nu:g}", *_told([*(seen[f"s{i}"] for i in (1, 2, 3)), *sizes.values(), seen["u1.u"], seen["v1 in (b, q)"]])
+                act,
+                f"{nu:g}",
+                *_told([*(seen[f"s{i}"] for i in (1, 2, 3)), *sizes.values(), seen["u1.u"], seen["v1 in (b, q)"]]),
             )
     return table
 
 
 def suppression(n: int) -> Table:
     """ReLU loses the residue where 2 nu > 1 - alpha, and is like GELU where not."""
-    table = _table("nu = 1/8, means over 5 seeds", "activation", "alpha", "2 nu - (1 - alpha)", "S1 / E", "S1 / S2", "v1.b", "v1.q")
+    table = _table(
+        "nu = 1/8, means over 5 seeds", "activation", "alpha", "2 nu - (1 - alpha)", "S1 / E", "S1 / S2", "v1.b", "v1.q"
+    )
     for alpha in (0.0, 8 / 9):
         for act in ACTIVATIONS:
             found = []
@@ -206,14 +226,20 @@ def scalings(n: int) -> Table:
     title = "Gradient descent, tanh, nu = 1/8: how far v1 has turned"
     table = _table(title, "scaling", "rate", "step", "v1.v1(0)", "loss", "r.r(0)")
     m = 5 * n // 3
-    for name, mean_field, rate in (("1 / sqrt(m)", False, 0.5), ("1 / m", True, 0.5), ("1 / m", True, 0.5 * math.sqrt(m))):
+    for name, mean_field, rate in (
+        ("1 / sqrt(m)", False, 0.5),
+        ("1 / m", True, 0.5),
+        ("1 / m", True, 0.5 * math.sqrt(m)),
+    ):
         of = problem(n, "tanh", nu=0.125, mean_field=mean_field)
         seen = descended(of, rate, [0, 4, 16, 64])
         for row in seen:
             table.add_row(name, f"{rate:.3g}", str(row["step"]), *_told([row["v1.v1(0)"], row["loss"], row["r.r(0)"]]))
     for name, mean_field, rate in (("1 / sqrt(m)", False, 0.1), ("1 / m", True, 0.1 * m)):
         row = at_half_loss(problem(n, "tanh", nu=0.125, mean_field=mean_field), rate)
-        table.add_row(name, f"{rate:.3g}", f"half loss, {row['step']}", *_told([row["v1.v1(0)"], row["loss"], row["r.r(0)"]]))
+        table.add_row(
+            name, f"{rate:.3g}", f"half loss, {row['step']}", *_told([row["v1.v1(0)"], row["loss"], row["r.r(0)"]])
+        )
     return table
 
 
@@ -234,7 +260,9 @@ def regularisers(n: int) -> Table:
         _regularised(table, "weight decay (tanh, nu 1/8, alpha 0)", strength, of, of.gradient() + strength * of.W)
     for strength in (0.0, 0.3, 1.0, 10.0):
         of = problem(n, "tanh", nu=0.375)
-        _regularised(table, "Jacobian (tanh, nu 3/8, alpha 0)", strength, of, of.gradient() + strength * jacobian_gradient(of))
+        _regularised(
+            table, "Jacobian (tanh, nu 3/8, alpha 0)", strength, of, of.gradient() + strength * jacobian_gradient(of)
+        )
     return table
 
 
@@ -277,7 +305,10 @@ def heat_map(n: int, output: Path, steps: int = 9) -> Table:
     nus, alphas = torch.linspace(0, 0.5, steps).tolist(), torch.linspace(0, 1.2, steps).tolist()
     found = {}
     for act in ("softplus", "ReLU"):
-        sizes = [[[norms(problem(n, act, nu=nu, alpha=alpha, seed=seed)) for nu in nus] for alpha in alphas] for seed in range(2)]
+        sizes = [
+            [[norms(problem(n, act, nu=nu, alpha=alpha, seed=seed)) for nu in nus] for alpha in alphas]
+            for seed in range(2)
+        ]
         logs = torch.tensor([[[math.log10(cell["S1"] / cell["S2"]) for cell in row] for row in one] for one in sizes])
         found[act] = logs.mean(0)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
@@ -290,7 +321,9 @@ def heat_map(n: int, output: Path, steps: int = 9) -> Table:
     panels[1].legend(fontsize=8, loc="lower left")
     figure.colorbar(mesh, ax=panels)
     figure.savefig(output, dpi=110)
-    table = _table(f"log10(S1 / S2); the map is in {output}", "activation", "alpha", *(f"nu {nu:.2f}" for nu in nus[::2]))
+    table = _table(
+        f"log10(S1 / S2); the map is in {output}", "activation", "alpha", *(f"nu {nu:.2f}" for nu in nus[::2])
+    )
     for act, logs in found.items():
         for alpha, row in list(zip(alphas, logs.tolist(), strict=True))[::2]:
             table.add_row(act, f"{alpha:.2f}", *_told(row[::2]))
@@ -332,7 +365,10 @@ def sentences() -> TensorDataset:
     model = AutoModel.from_pretrained(get_model_path()).eval()
     with torch.no_grad():
         states = torch.cat(
-            [model(input_ids=t, attention_mask=m).last_hidden_state for t, m in zip(tokens.split(32), mask.split(32), strict=True)]
+            [
+                model(input_ids=t, attention_mask=m).last_hidden_state
+                for t, m in zip(tokens.split(32), mask.split(32), strict=True)
+            ]
         )
     mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return TensorDataset(math.sqrt(mean.shape[1]) * F.normalize(mean), labels)
@@ -345,8 +381,14 @@ def watched(data: TensorDataset, act: type[nn.Module], steps: int) -> tuple[Any,
     L.seed_everything(0, verbose=False)
     width, curves = data.tensors[0].shape[1], Curves()
     monitor = GradientAnatomyMonitor(every_n_steps=max(1, steps // 20), per_site=True)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = L.Trainer(max_steps=steps, max_epochs=-1, logger=curves, callbacks=[monitor], log_every_n_steps=50, **silent)
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, logger=curves, callbacks=[monitor], log_every_n_steps=50, **silent
+    )
     trainer.fit(Classifier(width, 10, act), DataLoader(data, 256, shuffle=True, drop_last=True))
     return curves, monitor
 
@@ -372,7 +414,12 @@ def real(output: Path, steps: int) -> Table:
     import matplotlib.pyplot as plt
 
     table = _table(
-        "First and last sample of the callback", "training", "weight", "step", "loss", *(name.replace("_", " ") for name in SHOWN)
+        "First and last sample of the callback",
+        "training",
+        "weight",
+        "step",
+        "loss",
+        *(name.replace("_", " ") for name in SHOWN),
     )
     figure, panels = plt.subplots(2, 3, figsize=(11, 5.5), sharex=True, sharey=True, layout="constrained")
     for row, (title, data) in enumerate((("digits", digits()), ("MiniLM sentences", sentences()))):
@@ -382,12 +429,20 @@ def real(output: Path, steps: int) -> Table:
                 for share in ("residue", "interpolant", "spike", "bulk"):
                     at, values = curves.curve(f"anatomy_{share}/{site}")
                     panels[row, i].plot(
-                        at, values, f"C{('residue', 'interpolant', 'spike', 'bulk').index(share)}{style}", label=f"{share}, {act.__name__}"
+                        at,
+                        values,
+                        f"C{('residue', 'interpolant', 'spike', 'bulk').index(share)}{style}",
+                        label=f"{share}, {act.__name__}",
                     )
                 panels[row, i].set(title=f"{title}, {site}", ylim=(0, 1))
                 for step in (at[0], at[-1]):
                     shown = [curves.points[f"anatomy_{name}/{site}"].get(step, math.nan) for name in SHOWN]
-                    table.add_row(f"{title}, {act.__name__}", site, str(step), *_told([curves.points["anatomy_loss"][step], *shown]))
+                    table.add_row(
+                        f"{title}, {act.__name__}",
+                        site,
+                        str(step),
+                        *_told([curves.points["anatomy_loss"][step], *shown]),
+                    )
             for event in monitor.events:
                 print(f"{title}, {act.__name__}: {event.message}")
             print(f"{title}, {act.__name__}: {cost(curves, max(1, steps // 20))}")
@@ -404,13 +459,22 @@ def transformer(steps: int) -> Table:
     L.seed_everything(0, verbose=False)
     every, curves = max(1, steps // 4), Curves()
     monitor = GradientAnatomyMonitor(every_n_steps=every, per_site=True)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     batches = DataLoader(TensorDataset(standard_library()), 32, shuffle=True, drop_last=True)
-    L.Trainer(max_steps=steps, logger=curves, callbacks=[monitor], **silent).fit(CharTransformer(vocabulary=100), batches)
+    L.Trainer(max_steps=steps, logger=curves, callbacks=[monitor], **silent).fit(
+        CharTransformer(vocabulary=100), batches
+    )
     print(f"transformer: {cost(curves, every)}")
     table = _table("The demo's transformer, last sample", "weight", *(name.replace("_", " ") for name in SHOWN))
     for site in monitor.recorders[0].sites_of("anatomy_residue"):
-        table.add_row(site, *_told([list(curves.points.get(f"anatomy_{name}/{site}", {0: math.nan}).values())[-1] for name in SHOWN]))
+        table.add_row(
+            site,
+            *_told([list(curves.points.get(f"anatomy_{name}/{site}", {0: math.nan}).values())[-1] for name in SHOWN]),
+        )
     return table
 
 
@@ -434,7 +498,9 @@ def main(output: Path = Path("gradient_anatomy.png"), only: Part | None = None, 
         n: Rows of spiked data.
         steps: Of the real trainings.
     """
-    warnings.filterwarnings("ignore", message=".*does not have many workers|.*number of training batches|.*no number for")
+    warnings.filterwarnings(
+        "ignore", message=".*does not have many workers|.*number of training batches|.*no number for"
+    )
     torch.set_num_threads(1)
     rich.reconfigure(width=max(160, rich.get_console().width))  # sixteen columns of numbers
     experiments: dict[Part, Callable[[], Table]] = {

@@ -3,8 +3,9 @@
     python examples/grokking.py
     python examples/grokking.py --weight_decay 0    # memorises just as fast, and never generalises
 
-Power et al. (2022), arXiv 2201.02177: the training examples are known by heart within some twenty steps; what they have in common is
-found hundreds of steps later. By then the embedding has become a few waves around the circle of numbers, and its rank falls.
+Power et al. (2022), arXiv 2201.02177: the training examples are known by heart within some twenty steps; what they have
+in common is found hundreds of steps later. By then the embedding has become a few waves around the circle of numbers,
+and its rank falls.
 """
 
 import warnings
@@ -98,7 +99,12 @@ def draw(model: Adder, events: list[AlertEvent], output: Path) -> None:
         panel.plot(list(curve), list(curve.values()), label=f"{name} accuracy")
     for statistic, style in zip(STATISTICS, ("--", ":"), strict=True):
         for i, step in enumerate(told(events, statistic)):
-            panel.axvline(step, color="black", linestyle=style, label=None if i else f"change point: {statistic.replace('_', ' ')}")
+            panel.axvline(
+                step,
+                color="black",
+                linestyle=style,
+                label=None if i else f"change point: {statistic.replace('_', ' ')}",
+            )
     panel.set(xlabel="optimizer step", ylabel="accuracy")
     panel.legend()
     figure.tight_layout()
@@ -108,7 +114,12 @@ def draw(model: Adder, events: list[AlertEvent], output: Path) -> None:
 
 
 def main(
-    seed: int = 0, weight_decay: float = 1.0, max_steps: int = 1000, prime: int = 97, share: float = 0.4, log_dir: Path = Path("runs")
+    seed: int = 0,
+    weight_decay: float = 1.0,
+    max_steps: int = 1000,
+    prime: int = 97,
+    share: float = 0.4,
+    log_dir: Path = Path("runs"),
 ) -> None:
     """Train on all known sums at once, then say when what was known and when change points were told.
 
@@ -140,7 +151,10 @@ def main(
     trainer.fit(model, whole(shown, max_steps), whole(asked))
 
     print(f"training sums known to 99 % at step {first(model.train_accuracy, 0.99)}")
-    print(f"other sums known to 50 % at step {first(model.val_accuracy, 0.5)}, to 99 % at step {first(model.val_accuracy, 0.99)}")
+    print(
+        f"other sums known to 50 % at step {first(model.val_accuracy, 0.5)}, to 99 % at step "
+        f"{first(model.val_accuracy, 0.99)}"
+    )
     for statistic in STATISTICS:
         steps = told(monitor.events, statistic)
         words = ", ".join(f"{step} (other sums known to {100 * model.val_accuracy[step]:.0f} %)" for step in steps)

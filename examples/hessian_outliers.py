@@ -2,10 +2,11 @@
 
     python examples/hessian_outliers.py --output hessian_outliers.png
 
-The Hessian and the Gauss-Newton matrix of a classifier are said to have a bulk near 0 and one eigenvalue less than there are classes far
-outside of it (Sagun et al. 2017, arXiv 1706.04454; Gur-Ari et al. 2018, arXiv 1812.04754; Papyan 2020, arXiv 2008.11865). Here that is
-looked at for handwritten digits, of which two to ten are told apart, with an MLP and a convolutional network, and for a small transformer
-that writes text. The outliers are what comes before the largest ratio of an eigenvalue to the next, among three more than classes.
+The Hessian and the Gauss-Newton matrix of a classifier are said to have a bulk near 0 and one eigenvalue less than
+there are classes far outside of it (Sagun et al. 2017, arXiv 1706.04454; Gur-Ari et al. 2018, arXiv 1812.04754; Papyan
+2020, arXiv 2008.11865). Here that is looked at for handwritten digits, of which two to ten are told apart, with an MLP
+and a convolutional network, and for a small transformer that writes text. The outliers are what comes before the
+largest ratio of an eigenvalue to the next, among three more than classes.
 """
 
 import logging
@@ -108,12 +109,21 @@ def digits(classes: int) -> TensorDataset:
 
 def mlp(classes: int) -> L.LightningModule:
     """Two hidden layers."""
-    return Classifier(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)))
+    return Classifier(
+        nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes))
+    )
 
 
 def conv_net(classes: int) -> L.LightningModule:
     """Two convolutions."""
-    convolutions = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    convolutions = [
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+    ]
     return Classifier(nn.Sequential(*convolutions, nn.Linear(128, classes)))
 
 
@@ -130,7 +140,11 @@ def trained(case: Case) -> Spectra:
     chosen: dict[str, Any] = {"loss_fn": lambda module, _: module.training_step(seen), "per_site": False}
     # Twice as many are followed as are looked at, so that these are accurate at the first sample too.
     monitor = CurvatureMonitor("standard", list(OPERATORS), 2 * spectra.top_k, case.max_steps // 2, **chosen)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     trainer = L.Trainer(max_steps=case.max_steps + 1, max_epochs=-1, callbacks=[monitor], logger=spectra, **silent)
     trainer.fit(case.model(), DataLoader(case.data, case.batch_size, shuffle=True, drop_last=True))
     return spectra
@@ -153,7 +167,9 @@ def cases(share: float) -> list[Case]:
     sweep = [Case("MLP", classes, partial(mlp, classes), digits(classes), 32, steps) for classes in range(2, 11)]
     longer = Case("MLP, longer", 10, partial(mlp, 10), digits(10), 32, 10 * steps)
     convolutional = Case("conv net", 10, partial(conv_net, 10), digits(10), 32, steps)
-    transformer = Case("transformer", CHARACTERS, text_model, TensorDataset(standard_library(CHARACTERS)), 16, steps, seen=8)
+    transformer = Case(
+        "transformer", CHARACTERS, text_model, TensorDataset(standard_library(CHARACTERS)), 16, steps, seen=8
+    )
     return [*sweep, longer, convolutional, transformer]
 
 
@@ -166,7 +182,9 @@ def draw(found: list[tuple[Case, Spectra]], output: Path) -> None:
     for panel, (case, spectra) in zip(panels[0], last.values(), strict=False):
         for (operator, label), style in zip(OPERATORS.items(), ("-", ":"), strict=True):
             for i, (step, values) in enumerate(spectra.found[operator].items()):
-                panel.plot(range(1, len(values) + 1), values, style, marker=".", color=f"C{i}", label=f"{label}, step {step}")
+                panel.plot(
+                    range(1, len(values) + 1), values, style, marker=".", color=f"C{i}", label=f"{label}, step {step}"
+                )
         panel.axvline(case.classes - 0.5, color="black", linestyle="dashed", linewidth=1, label="classes - 1")
         panel.set(title=f"{case.title}, {case.classes} classes", xlabel="rank of the eigenvalue", yscale="log")
     by_classes = [(case, spectra) for case, spectra in found if case.title == found[0][0].title]
@@ -186,7 +204,9 @@ def draw(found: list[tuple[Case, Spectra]], output: Path) -> None:
 
 def table(found: list[tuple[Case, Spectra]]) -> Table:
     """What was counted."""
-    made = Table(title="Outlying eigenvalues; ratio to the next: there, and after as many as there are classes less one")
+    made = Table(
+        title="Outlying eigenvalues; ratio to the next: there, and after as many as there are classes less one"
+    )
     headings = [f"{label}: {what}" for label in OPERATORS.values() for what in ("outliers", "ratio", "at classes - 1")]
     for heading in ("training", "classes", "step", *headings):
         made.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
@@ -200,7 +220,11 @@ def table(found: list[tuple[Case, Spectra]]) -> Table:
 def counted(eigenvalues: list[float], classes: int) -> list[str]:
     """Outliers, the ratio there, and at classes - 1."""
     found = ratios(eigenvalues)
-    return [str(outliers(eigenvalues)), f"{max(found):.1f}", f"{found[classes - 2]:.1f}" if len(found) > classes - 2 else "-"]
+    return [
+        str(outliers(eigenvalues)),
+        f"{max(found):.1f}",
+        f"{found[classes - 2]:.1f}" if len(found) > classes - 2 else "-",
+    ]
 
 
 def main(output: Path = Path("hessian_outliers.png"), share: float = 1.0, only: str = "") -> None:

@@ -1,10 +1,11 @@
-"""Is training lazy or rich? The tangent kernel of a network that learns handwritten digits: over training, by width, and mode by mode.
+"""Is training lazy or rich? The tangent kernel of a network that learns handwritten digits: over training, by width,
+and mode by mode.
 
     python examples/lazy_or_rich.py --output lazy_or_rich.png
 
-A kernel turns fast while features are learnt, and then hardly at all (Fort et al. 2020, arXiv 2010.15110). The wider a network in the
-tangent kernel's own scaling, the less it turns (Jacot et al. 2018, arXiv 1806.07572). What is learnt first are the modes with the largest
-eigenvalues, each at its own rate.
+A kernel turns fast while features are learnt, and then hardly at all (Fort et al. 2020, arXiv 2010.15110). The wider a
+network in the tangent kernel's own scaling, the less it turns (Jacot et al. 2018, arXiv 1806.07572). What is learnt
+first are the modes with the largest eigenvalues, each at its own rate.
 """
 
 import math
@@ -35,11 +36,17 @@ WIDTHS = (8, 32, 128, 512)
 # Examples whose modes are followed one by one.
 FEW = 64
 RATE = 20.0
-KERNEL = {"ntk_velocity": "velocity", "ntk_centred_label_alignment": "alignment with labels", "ntk_distance_to_start": "distance to start"}
+KERNEL = {
+    "ntk_velocity": "velocity",
+    "ntk_centred_label_alignment": "alignment with labels",
+    "ntk_distance_to_start": "distance to start",
+}
 
 
 class Scaled(nn.Linear):
-    """A layer whose weights are standard Gaussian and divided by the root of their number only when they are used: the kernel's scaling."""
+    """A layer whose weights are standard Gaussian and divided by the root of their number only when they are used: the
+    kernel's scaling.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -70,7 +77,9 @@ class Usual(L.LightningModule):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
+        self.net = nn.Sequential(
+            nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)
+        )
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -120,8 +129,14 @@ def trained(case: Case, share: float) -> Curves:
     L.seed_everything(0, verbose=False)
     steps, every = max(5, int(case.steps * share)), max(2, int(case.every * share))
     monitor, curves = NTKMonitor(every_n_steps=every), Curves()
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = L.Trainer(max_steps=steps + 1, max_epochs=-1, callbacks=[monitor], logger=curves, log_every_n_steps=every, **silent)
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    trainer = L.Trainer(
+        max_steps=steps + 1, max_epochs=-1, callbacks=[monitor], logger=curves, log_every_n_steps=every, **silent
+    )
     batches = DataLoader(TensorDataset(*digits(case.digits)), case.batch_size, shuffle=case.batch_size < case.digits)
     trainer.fit(case.make(), batches)
     return curves
@@ -149,7 +164,10 @@ class Modes:
         ratios = (seen[learnt] / predicted[learnt]).sort().values
         low, middle, high = (float(ratios[int(part * (len(ratios) - 1))]) for part in (0.25, 0.5, 0.75))
         counts = f"{int(learnt.sum())} of the first {len(seen)} half learnt"
-        return f"width {width}: {counts}, rank correlation {rank:.2f}, seen over predicted {middle:.2f} (quartiles {low:.2f} to {high:.2f})"
+        return (
+            f"width {width}: {counts}, rank correlation {rank:.2f}, seen over predicted {middle:.2f} "
+            f"(quartiles {low:.2f} to {high:.2f})"
+        )
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
@@ -191,7 +209,9 @@ def draw(found: dict[str, Curves], modes: dict[int, Modes], output: Path) -> Non
         for name, curves in found.items():
             steps, values = curves.curve(tag)
             # Chance may put what is nothing below 0.
-            panel.plot(steps, values if "alignment" in tag else [max(value, 1e-6) for value in values], ".-", label=name)
+            panel.plot(
+                steps, values if "alignment" in tag else [max(value, 1e-6) for value in values], ".-", label=name
+            )
         panel.set(title=label, xlabel="step", yscale="linear" if "alignment" in tag else "log")
     for width, known in modes.items():
         panels[-1].loglog(known.predicted, known.seen, ".", label=f"width {width}")
@@ -209,10 +229,21 @@ def draw(found: dict[str, Curves], modes: dict[int, Modes], output: Path) -> Non
 def summary(found: dict[str, Curves]) -> Table:
     """First, middle and last samples of each training."""
     table = Table(title="The tangent kernel of 64 digits, summed over the outputs")
-    for heading in ("training", "loss", "velocity: first", "middle", "last", "alignment: first", "last", "distance to start"):
+    for heading in (
+        "training",
+        "loss",
+        "velocity: first",
+        "middle",
+        "last",
+        "alignment: first",
+        "last",
+        "distance to start",
+    ):
         table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for name, curves in found.items():
-        (_, velocity), (_, alignment), (_, loss) = (curves.curve(tag) for tag in ("ntk_velocity", "ntk_centred_label_alignment", "loss"))
+        (_, velocity), (_, alignment), (_, loss) = (
+            curves.curve(tag) for tag in ("ntk_velocity", "ntk_centred_label_alignment", "loss")
+        )
         moving = velocity[1:]
         aligned = [f"{value:.3f}" for value in (alignment[0], alignment[-1])]
         distance, error = (curves.curve(f"ntk_distance_to_start{end}")[1][-1] for end in ("", "_error"))

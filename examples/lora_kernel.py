@@ -1,9 +1,11 @@
-"""Is fine-tuning lazy? The tangent kernel of the tuned part of MiniLM, with LoRA and without, while it learns what docstrings are of.
+"""Is fine-tuning lazy? The tangent kernel of the tuned part of MiniLM, with LoRA and without, while it learns what
+docstrings are of.
 
     python examples/lora_kernel.py --output lora_kernel.png
 
-Where a kernel stays what it was, training is a linear model of the features that were there (Malladi et al. 2023, arXiv 2210.05643). Here
-it is that of LoRA factors at the last two layers, and that of these layers where they are tuned themselves.
+Where a kernel stays what it was, training is a linear model of the features that were there (Malladi et al. 2023, arXiv
+2210.05643). Here it is that of LoRA factors at the last two layers, and that of these layers where they are tuned
+themselves.
 """
 
 import math
@@ -24,7 +26,11 @@ from examples.edge_of_stability import Curves
 from examples.fine_tuning import LAYERS, Sorter, docstring_tokens
 from lightning_lowrank import NTKMonitor
 
-TAGS = {"ntk_velocity": "velocity", "ntk_distance_to_start": "distance to start", "ntk_centred_label_alignment": "alignment with labels"}
+TAGS = {
+    "ntk_velocity": "velocity",
+    "ntk_distance_to_start": "distance to start",
+    "ntk_centred_label_alignment": "alignment with labels",
+}
 
 
 def sorter(rate: float, *, lora: bool) -> L.LightningModule:
@@ -50,7 +56,11 @@ def tuned(name: str, steps: int, every: int, num_examples: int) -> Curves:
     make, match = CASES[name]
     monitor = NTKMonitor(match, kernel="sum_of_logits", num_examples=num_examples, every_n_steps=every)
     batches = DataLoader(docstring_tokens(48), num_examples, shuffle=True, drop_last=True)
-    silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    silent: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     curves = Curves()
     L.Trainer(max_steps=steps, callbacks=[monitor], logger=curves, log_every_n_steps=1, **silent).fit(make(), batches)
     return curves
@@ -58,7 +68,9 @@ def tuned(name: str, steps: int, every: int, num_examples: int) -> Curves:
 
 def share_of_first_factors(curves: Curves, step: int) -> float:
     """Part of the kernel that the factors A carry, next to the input: nothing while B is 0."""
-    shares = [points[step] for tag, points in curves.points.items() if tag.startswith("ntk_layer_share/") and "lora_A" in tag]
+    shares = [
+        points[step] for tag, points in curves.points.items() if tag.startswith("ntk_layer_share/") and "lora_A" in tag
+    ]
     return sum(shares) if shares else math.nan
 
 
@@ -95,7 +107,10 @@ def main(output: Path = Path("lora_kernel.png"), steps: int = 61, every: int = 2
     for name, curves in found.items():
         for step in curves.points["ntk_trace"]:
             values = [curves.points[tag].get(step, math.nan) for tag in TAGS]
-            cells = ["-" if math.isnan(value) else f"{value:.2g}" for value in (*values, share_of_first_factors(curves, step))]
+            cells = [
+                "-" if math.isnan(value) else f"{value:.2g}"
+                for value in (*values, share_of_first_factors(curves, step))
+            ]
             table.add_row(name, str(step), f"{curves.points['loss'][step]:.2f}", *cells)
     rich.print(table)
     draw(found, output)

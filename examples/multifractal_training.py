@@ -1,11 +1,12 @@
-"""Watch neurons become unlike each other: a transformer, an MLP and a convolutional net, beside what chance and growing norms give.
+"""Watch neurons become unlike each other: a transformer, an MLP and a convolutional net, beside what chance and growing
+norms give.
 
     python examples/multifractal_training.py --output multifractal.png
 
-NeuroMFA (Xiao et al. 2025, arXiv 2402.09099) reports that training widens the multifractal spectrum of the network of neurons and moves
-it to the left, and sums that up as a degree of emergence. Here the same is measured on the weights, on the same weights with their entries
-shuffled, and on Gaussian weights of the same variance: what all three share is no structure. Then, matrix by matrix and free of scale,
-whether neurons differ by more than chance.
+NeuroMFA (Xiao et al. 2025, arXiv 2402.09099) reports that training widens the multifractal spectrum of the network of
+neurons and moves it to the left, and sums that up as a degree of emergence. Here the same is measured on the weights,
+on the same weights with their entries shuffled, and on Gaussian weights of the same variance: what all three share is
+no structure. Then, matrix by matrix and free of scale, whether neurons differ by more than chance.
 """
 
 import warnings
@@ -57,7 +58,10 @@ def perceptron() -> Digits:
 
 def convolutional() -> Digits:
     """Three convolutions of 64 channels."""
-    image, layers = nn.Unflatten(1, (1, 8, 8)), [nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3)]
+    image, layers = (
+        nn.Unflatten(1, (1, 8, 8)),
+        [nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3)],
+    )
     body = [part for layer in layers for part in (layer, nn.ReLU())]
     return Digits(nn.Sequential(image, *body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10)))
 
@@ -100,7 +104,13 @@ class Case:
 
 
 CASES = [
-    Case("character transformer", lambda: CharTransformer(vocabulary=100), lambda: TensorDataset(standard_library()), 16, 960),
+    Case(
+        "character transformer",
+        lambda: CharTransformer(vocabulary=100),
+        lambda: TensorDataset(standard_library()),
+        16,
+        960,
+    ),
     Case("digits, MLP", perceptron, digits, 64, 1200),
     Case("digits, convolutions", convolutional, digits, 64, 600),
 ]
@@ -115,7 +125,9 @@ def trained(case: Case, share: float) -> Curves:
     curves, batches = Curves(), DataLoader(case.data(), case.batch_size, shuffle=True, drop_last=True)
     silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False}
     # One step more: the last sample is of the weights that all others made.
-    L.Trainer(max_steps=steps + 1, callbacks=[*monitors], logger=curves, log_every_n_steps=10, **silent).fit(case.make(), batches)
+    L.Trainer(max_steps=steps + 1, callbacks=[*monitors], logger=curves, log_every_n_steps=10, **silent).fit(
+        case.make(), batches
+    )
     return curves
 
 
@@ -157,8 +169,13 @@ def by_matrix(found: list[tuple[Case, Curves]]) -> Table:
         first = [next(iter(curve.values())) for _, curve in sites(curves, "multifractal_dispersion")]
         where = max(last, key=last.__getitem__)
         valid = [at(curves, f"multifractal_valid/{site}", -1) for site in last]
-        cells = f"{beyond_chance(curves, 0)} -> {beyond_chance(curves, -1)}", f"{median(first):.3f} -> {median(last.values()):.3f}"
-        table.add_row(case.title, *cells, f"{max(first):.2f} -> {last[where]:.2f}", where, f"{sum(valid):.0f} of {len(valid)}")
+        cells = (
+            f"{beyond_chance(curves, 0)} -> {beyond_chance(curves, -1)}",
+            f"{median(first):.3f} -> {median(last.values()):.3f}",
+        )
+        table.add_row(
+            case.title, *cells, f"{max(first):.2f} -> {last[where]:.2f}", where, f"{sum(valid):.0f} of {len(valid)}"
+        )
     return table
 
 

@@ -62,7 +62,8 @@ class Layer(nn.Linear):
 
 
 class Afflicted(L.LightningModule):
-    """A classifier with a small layer per kind of thing that is read: the fault is there in steps 2 and 3, and mended once it was read.
+    """A classifier with a small layer per kind of thing that is read: the fault is there in steps 2 and 3, and mended
+    once it was read.
 
     Args:
         fault: One of `FAULTS`, None for a sound run.
@@ -70,7 +71,9 @@ class Afflicted(L.LightningModule):
 
     def __init__(self, fault: str | None = None) -> None:
         super().__init__()
-        self.net = nn.Sequential(Layer(64, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(0.1), Layer(16, 10))
+        self.net = nn.Sequential(
+            Layer(64, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(0.1), Layer(16, 10)
+        )
         self.of = nn.ModuleDict({name: Layer(12, 10, bias=False) for name in AFFLICTIONS})
         nn.init.zeros_(self.of["displacement"].weight)
         self.fault, self.spy, self.losses = fault, Spy(self), []
@@ -132,7 +135,11 @@ class Afflicted(L.LightningModule):
         return cross_entropy(logits, batch[1])
 
     def _begun(self, fault: str) -> list[Moments]:
-        return [_deleted(self, DELETED[fault])] if fault in DELETED else [afflict(self) for afflict in AFFLICTIONS.values()]
+        return (
+            [_deleted(self, DELETED[fault])]
+            if fault in DELETED
+            else [afflict(self) for afflict in AFFLICTIONS.values()]
+        )
 
     def _moment(self, name: str) -> None:
         """Every fault that waits for this moment goes on."""
@@ -184,7 +191,9 @@ class Spy:
                 self._note(quantity, name, step, state if known else None)
 
     def _note(self, quantity: str, site: str, step: int, matrix: Tensor | None) -> None:
-        self.seen.setdefault((quantity, site), {})[step] = None if matrix is None else matrix.detach().double().numpy().copy()
+        self.seen.setdefault((quantity, site), {})[step] = (
+            None if matrix is None else matrix.detach().double().numpy().copy()
+        )
 
     def _layer(self, name: str) -> Layer | None:
         path, _, last = name.removesuffix(".weight").rpartition(".")

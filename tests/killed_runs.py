@@ -133,7 +133,7 @@ class Writer(TensorBoardLogger):
 
 
 class Disk(TorchCheckpointIO):
-    """May die while a checkpoint is written, and then leaves half of it, as a file system without atomic renames does."""
+    """May die while it writes a checkpoint and leave half of it, as a file system without atomic renames does."""
 
     def __init__(self, killer: Killer) -> None:
         super().__init__()
@@ -179,7 +179,12 @@ def live(root: Path, kill: Kill | None, num_steps: int, watched: bool) -> None:
     killer, module = Killer(kill, watched=watched), Learner()
     saver = ModelCheckpoint(root, every_n_train_steps=SAVE, save_last=True)
     monitors = [RankMonitor(SOURCES, STATISTICS, every_n_steps=EVERY, per_site=True)] if watched else []
-    options = {"max_steps": num_steps, "enable_progress_bar": False, "enable_model_summary": False, "plugins": [Disk(killer)]}
+    options = {
+        "max_steps": num_steps,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "plugins": [Disk(killer)],
+    }
     trainer = L.Trainer(**options, logger=Writer(root, killer), callbacks=[*monitors, killer, saver])
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     torch.save({"module": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}, root / "end.pt")
@@ -228,8 +233,11 @@ def drawn(num_kills: int, seed: int) -> list[Kill]:
 
 
 def repeatable(kills: Sequence[Kill], lived: Sequence[Life]) -> list[Kill]:
-    """The same kills for another run: one from outside is as good as one right after the last checkpoint that it left."""
-    return [Kill(after.resumed, "batch begins") if kill.moment == OUTSIDE else kill for kill, after in zip(kills, lived[1:], strict=True)]
+    """The same kills for another run: one from outside counts as one right after the last checkpoint it left."""
+    return [
+        Kill(after.resumed, "batch begins") if kill.moment == OUTSIDE else kill
+        for kill, after in zip(kills, lived[1:], strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -291,10 +299,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = evidence(Path(folder), kills)
     for kill, life, after in zip(kills, found.lived[:-1], found.lived[1:], strict=True):
-        sys.stdout.write(f"from step {life.resumed:4}, killed: {kill.moment} (from step {kill.step}), resumed at {after.resumed}\n")
+        sys.stdout.write(
+            f"from step {life.resumed:4}, killed: {kill.moment} (from step {kill.step}), resumed at {after.resumed}\n"
+        )
     for run in (found.lived, found.unwatched):
         sys.stdout.write(f"exit codes {[life.exit_code for life in run]}\n")
-    sys.stdout.write(f"{found.points} points, {found.lost} lost, {found.doubled} doubled, {found.failures:.0f} failures\n")
+    sys.stdout.write(
+        f"{found.points} points, {found.lost} lost, {found.doubled} doubled, {found.failures:.0f} failures\n"
+    )
     sys.stdout.write(f"weights and optimizer state {'equal' if found.same else 'DIFFERENT'}\n")
 
 

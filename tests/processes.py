@@ -22,7 +22,14 @@ def free_port() -> int:
 
 def as_rank(rank: int, size: int, port: int, function: Callable[[int, int, Path], Any], root: Path) -> None:
     """In a process of its own: what the function gives is saved by rank."""
-    environment = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        "LOCAL_RANK": rank,
+        "RANK": rank,
+        "NODE_RANK": 0,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({key: str(value) for key, value in environment.items()})
     torch.set_num_threads(1)
     torch.save(function(rank, size, root), root / f"{rank}_of_{size}.pt")

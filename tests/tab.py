@@ -31,7 +31,14 @@ from lightning_lowrank import Monitor
 from tests.models import Classifier
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync", "--window-size=1400,1100"),
 )
 
@@ -42,7 +49,12 @@ Written = dict[str, dict[int, NDArray[np.float32]]]
 def train(folder: Path, monitor: Monitor, module: L.LightningModule | None = None, **options: Any) -> None:
     """A real run, with its event file in the folder."""
     torch.manual_seed(0)
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 3}
+    quiet: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 3,
+    }
     logger = TensorBoardLogger(folder.parent, name=folder.name, version="")
     L.Trainer(logger=logger, callbacks=[monitor], **(quiet | options)).fit(module or Classifier())
 
@@ -66,7 +78,18 @@ def value_at(folder: Path, quantity: str, site: str, step: int) -> float:
 @contextmanager
 def tensorboard(logs: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
     """A TensorBoard of its own process that serves a folder: where it is, as soon as it answers."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", "127.0.0.1", "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logs),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        *options,
+    ]
     said = logs.parent / f"{logs.name}.tensorboard.txt"
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
@@ -113,7 +136,10 @@ def chromium(profile: Path) -> Iterator[WebDriver]:
     """
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (browser and driver):
-        missing = "the tab of TensorBoard was NOT TESTED: there is no chromium and chromedriver; as root, `make browser` installs Debian's"
+        missing = (
+            "the tab of TensorBoard was NOT TESTED: there is no chromium and chromedriver; as root, "
+            "`make browser` installs Debian's"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)
@@ -142,7 +168,9 @@ def open_tab(page: WebDriver, address: str) -> None:
 def renew(page: WebDriver) -> None:
     """Load the tab again, without TensorBoard around it."""
     page.switch_to.default_content()
-    page.execute_script("document.body.classList.remove('dark-mode'); document.querySelector('iframe').contentWindow.location.reload()")
+    page.execute_script(
+        "document.body.classList.remove('dark-mode'); document.querySelector('iframe').contentWindow.location.reload()"
+    )
     page.switch_to.frame(page.find_element(By.CSS_SELECTOR, "iframe"))
     settled(page)
 

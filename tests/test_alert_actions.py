@@ -1,4 +1,6 @@
-"""What follows from alerts in real training: words, files, calls, checkpoints, and the end of a run only where it was asked for."""
+"""What follows from alerts in real training: words, files, calls, checkpoints, and the end of a run only where it was
+asked for.
+"""
 
 import json
 import sys
@@ -17,7 +19,16 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_lowrank import Alert, AlertEvent, Features, Monitor, Probe, RankCollapseAlert, RankCollapseError, RankMonitor
+from lightning_lowrank import (
+    Alert,
+    AlertEvent,
+    Features,
+    Monitor,
+    Probe,
+    RankCollapseAlert,
+    RankCollapseError,
+    RankMonitor,
+)
 from tests.models import Classifier, MemoryLogger, Validated
 from tests.processes import together
 
@@ -36,10 +47,17 @@ def monitor(*rules: Alert, **options: Any) -> Monitor:
     return RankMonitor(["gradients", "weights"], ["stable_rank"], every_n_steps=1, alerts=list(rules), **options)
 
 
-def fit(*callbacks: L.Callback, module: L.LightningModule | None = None, logger: Any = False, **options: Any) -> L.Trainer:
+def fit(
+    *callbacks: L.Callback, module: L.LightningModule | None = None, logger: Any = False, **options: Any
+) -> L.Trainer:
     """Two epochs of eight steps, unless told otherwise."""
     L.seed_everything(0, verbose=False)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 2}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 2,
+    }
     trainer = L.Trainer(**quiet | options, logger=logger, callbacks=list(callbacks))
     trainer.fit(module or Classifier())
     return trainer
@@ -327,13 +345,22 @@ def test_a_run_that_is_resumed_gives_the_events_of_one_that_never_stopped(epochs
         fit(first, ModelCheckpoint(tmp_path), max_epochs=epochs, enable_checkpointing=True)
         L.seed_everything(0, verbose=False)
         (saved,) = tmp_path.glob("*.ckpt")
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+        quiet = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": False,
+        }
         L.Trainer(**quiet, max_epochs=4, callbacks=[second]).fit(Classifier(), ckpt_path=saved)
 
     steps = [(event.rule, event.step, event.state) for event in whole.events]
     assert ("weight_stable_rank_below", 9, "firing") in steps
-    assert [(event.rule, event.step, event.state) for event in second.events][: len(first.events)] == steps[: len(first.events)]
-    assert ("weight_stable_rank_below", 9, "firing") in [(event.rule, event.step, event.state) for event in second.events]
+    assert [(event.rule, event.step, event.state) for event in second.events][: len(first.events)] == steps[
+        : len(first.events)
+    ]
+    assert ("weight_stable_rank_below", 9, "firing") in [
+        (event.rule, event.step, event.state) for event in second.events
+    ]
 
 
 def test_another_run_begins_anew() -> None:
@@ -394,7 +421,9 @@ def stopped(rank: int, size: int, root: Path) -> tuple[int, list[int], int]:
     watched = monitor(always("stop", "checkpoint", "log", "wandb"))
     (root / "checkpoints").write_text("a file where a folder should be")
     warnings.simplefilter("ignore")
-    trainer = fit(watched, logger=[LoggerOfRun()], strategy="ddp", accelerator="cpu", devices=size, default_root_dir=root)
+    trainer = fit(
+        watched, logger=[LoggerOfRun()], strategy="ddp", accelerator="cpu", devices=size, default_root_dir=root
+    )
     return trainer.global_step, [event.step for event in watched.events], len(list(root.rglob("*.ckpt")))
 
 

@@ -1,4 +1,6 @@
-"""An alert comes before a run fails, and never in one that does not: real training in small. `benchmarks.alerts` has it at length."""
+"""An alert comes before a run fails, and never in one that does not: real training in small. `benchmarks.alerts` has it
+at length.
+"""
 
 import lightning as L
 import pytest

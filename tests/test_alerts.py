@@ -31,7 +31,9 @@ def at_work(alert: Alert) -> RuleState:
     return RuleState(alert, alert.quantity, "rule")
 
 
-def shown(state: RuleState, curve: Sequence[float], *, errors: Sequence[float] = (), start: int = 0) -> list[AlertEvent]:
+def shown(
+    state: RuleState, curve: Sequence[float], *, errors: Sequence[float] = (), start: int = 0
+) -> list[AlertEvent]:
     """Events of a curve of one site, one sample per step."""
     bounds = [*errors, *[0.0] * (len(curve) - len(errors))]
     found = (state.observe(start + i, {"a": value}, {"a": bounds[i]}) for i, value in enumerate(curve))
@@ -114,7 +116,9 @@ def test_a_quorum_is_a_number_or_a_share_of_sites() -> None:
     for quorum, needed in ((1, 1), (3, 3), (0.5, 2), (1.0, 4)):
         for ill in range(5):
             state = at_work(rule(quorum=quorum))
-            events = [state.observe(s, {str(i): 0.5 if s > 2 and i < ill else 2.0 for i in range(4)}, {}) for s in range(8)]
+            events = [
+                state.observe(s, {str(i): 0.5 if s > 2 and i < ill else 2.0 for i in range(4)}, {}) for s in range(8)
+            ]
             assert any(events) == (ill >= needed), (quorum, ill)
 
 
@@ -209,7 +213,9 @@ def test_an_error_that_is_not_known_makes_a_number_missing() -> None:
 def test_the_share_without_a_number_is_judged_over_sites() -> None:
     state = at_work(rule(non_finite=0.5))
 
-    events = [state.observe(s, {"a": 1.0, "b": NAN if s > 2 else 1.0, "c": NAN if s > 5 else 1.0}, {}) for s in range(10)]
+    events = [
+        state.observe(s, {"a": 1.0, "b": NAN if s > 2 else 1.0, "c": NAN if s > 5 else 1.0}, {}) for s in range(10)
+    ]
 
     (event,) = [event for event in events if event is not None]
     assert (event.step, event.since) == (8, 6)
@@ -223,7 +229,12 @@ def test_a_change_point_is_told_once_and_then_the_new_level_is_learnt() -> None:
 
     events = shown(at_work(ChangePointAlert(QUANTITY)), [a + b for a, b in zip(levels, noise, strict=True)])
 
-    assert [(event.step, event.state) for event in events] == [(42, "firing"), (62, "resolved"), (82, "firing"), (102, "resolved")]
+    assert [(event.step, event.state) for event in events] == [
+        (42, "firing"),
+        (62, "resolved"),
+        (82, "firing"),
+        (102, "resolved"),
+    ]
 
 
 def test_a_slow_transition_is_a_change_point_once() -> None:
@@ -253,8 +264,12 @@ STORY = [2.0] * 4 + [0.5, NAN, 0.5, 0.5, 0.5, NAN, 1.05, 2.0, 2.0, 2.0, 0.5, 0.5
 
 
 @pytest.mark.parametrize("stopped", range(len(STORY)))
-@pytest.mark.parametrize("options", [{}, {"drop": 0.5}, {"cooldown_steps": 14}, {"change": 5.0, "warm_up_samples": 5, "window": 5}])
-def test_a_run_resumed_in_any_state_gives_the_events_of_one_that_never_stopped(options: dict[str, Any], stopped: int) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"drop": 0.5}, {"cooldown_steps": 14}, {"change": 5.0, "warm_up_samples": 5, "window": 5}]
+)
+def test_a_run_resumed_in_any_state_gives_the_events_of_one_that_never_stopped(
+    options: dict[str, Any], stopped: int
+) -> None:
     def watch() -> Watch:
         return Watch([rule(**options, name="one")], [QUANTITY], prefix=None, label="rank")
 
@@ -345,7 +360,9 @@ def test_defaults_are_silent_in_the_first_steps_whatever_the_cadence() -> None:
     for every in (1, 5, 50):
         for alert in default_alerts([QUANTITY, "weight_effective_rank", "feature_participation_ratio"]):
             state = at_work(alert)
-            events = [state.observe(step, {"a": 100.0 / (1 + sample)}, {}) for sample, step in enumerate(range(0, 500, every))]
+            events = [
+                state.observe(step, {"a": 100.0 / (1 + sample)}, {}) for sample, step in enumerate(range(0, 500, every))
+            ]
             assert not any(events), (alert.quantity, every)
 
 
@@ -364,13 +381,19 @@ def test_defaults_are_on_what_is_measured() -> None:
     rules = default_alerts(["weight_stable_rank", "update_effective_rank"])
 
     assert [alert.quantity for alert in rules] == ["weight_stable_rank"]
-    assert all(set(alert.actions) <= {"warn", "log", "wandb"} for alert in default_alerts(["weight_stable_rank", "gradient_stable_rank"]))
+    assert all(
+        set(alert.actions) <= {"warn", "log", "wandb"}
+        for alert in default_alerts(["weight_stable_rank", "gradient_stable_rank"])
+    )
 
 
 @pytest.mark.parametrize("quorum", [2, 20])
 def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> None:
     watch = Watch(
-        [Alert("weight_stable_rank", sites="net.0*", below=1.0, quorum=quorum)], ["weight_stable_rank"], prefix=None, label="rank"
+        [Alert("weight_stable_rank", sites="net.0*", below=1.0, quorum=quorum)],
+        ["weight_stable_rank"],
+        prefix=None,
+        label="rank",
     )
 
     with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 sites"):

@@ -1,4 +1,6 @@
-"""The split of a gradient, its bases and its rows: against planted directions, the closed form of a two-layer net, and numpy."""
+"""The split of a gradient, its bases and its rows: against planted directions, the closed form of a two-layer net, and
+numpy.
+"""
 
 from math import sqrt
 from typing import Any
@@ -42,7 +44,9 @@ def test_the_four_shares_sum_to_one(seed: int) -> None:
     found = split(gaussian(30, 40, seed=seed), basis(3, 30, seed), basis(2, 40, seed))
 
     assert_close(sum(found[share] for share in SHARES), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-10)
-    assert_close(sum(found[f"{share}_chance"] for share in SHARES), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-10)
+    assert_close(
+        sum(found[f"{share}_chance"] for share in SHARES), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-10
+    )
 
 
 def test_what_is_planted_in_one_part_is_found_in_it() -> None:
@@ -162,7 +166,9 @@ def told_of(num_rows: int, width: int, nu: float, alpha: float, seed: int) -> tu
 def test_the_overlap_is_what_it_is_said_to_be(nu: float, alpha: float) -> None:
     found = [told_of(300, 200, nu, alpha, seed) for seed in range(10)]
 
-    assert_close(np.mean([float(told.overlap) for told, _ in found]), np.mean([cosine for _, cosine in found]), rtol=0, atol=0.02)
+    assert_close(
+        np.mean([float(told.overlap) for told, _ in found]), np.mean([cosine for _, cosine in found]), rtol=0, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 8 / 9])

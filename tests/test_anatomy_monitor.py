@@ -1,4 +1,6 @@
-"""`GradientAnatomyMonitor`: both sides of a layer's gradient are heard as they are, and the numbers are those of the sides."""
+"""`GradientAnatomyMonitor`: both sides of a layer's gradient are heard as they are, and the numbers are those of the
+sides.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,17 @@ from tests.test_data_parallel import InOrder
 from tests.test_features import Checkpointed
 from tests.test_neutrality import Finetuned, half
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
 
 
-def watched(module: L.LightningModule, monitor: Monitor | None = None, *others: L.Callback, **options: Any) -> tuple[Monitor, MemoryLogger]:
+def watched(
+    module: L.LightningModule, monitor: Monitor | None = None, *others: L.Callback, **options: Any
+) -> tuple[Monitor, MemoryLogger]:
     monitor, logger = monitor or GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
     L.seed_everything(0, verbose=False)
     L.Trainer(**(SILENT | {"logger": logger} | options), callbacks=[monitor, *others]).fit(module)
@@ -102,7 +111,9 @@ def test_an_activation_that_works_in_place_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("max_rows", [16, 100])
-@pytest.mark.parametrize("layer", [nn.Linear(6, 4, bias=False), nn.Conv2d(6, 4, 1, bias=False)], ids=["linear", "convolution"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 4, bias=False), nn.Conv2d(6, 4, 1, bias=False)], ids=["linear", "convolution"]
+)
 def test_a_sample_has_the_same_rows_on_both_sides(layer: nn.Module, max_rows: int) -> None:
     """The signal of half the square of the output is the output."""
     shape = (300, 6) if isinstance(layer, nn.Linear) else (10, 6, 5, 6)
@@ -171,7 +182,9 @@ def test_in_any_training_the_product_is_the_gradient(case: str) -> None:
     assert apart == ({"anatomy_deviation/critic.weight"} if "optimizers" in case else set())
 
 
-@pytest.mark.parametrize(("options", "bound"), [({"precision": "bf16-mixed"}, 0.02), ({"precision": "bf16-true"}, 0.02), ("half", 0.002)])
+@pytest.mark.parametrize(
+    ("options", "bound"), [({"precision": "bf16-mixed"}, 0.02), ({"precision": "bf16-true"}, 0.02), ("half", 0.002)]
+)
 def test_in_half_precision_the_product_is_the_gradient_but_for_rounding(options: Any, bound: float) -> None:
     monitor, logger = watched(Classifier(), **({"plugins": half()} if options == "half" else options))
 
@@ -280,7 +293,11 @@ class Planted(L.LightningModule):
     def __init__(self, change: int) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        self.data, self.change, self.layer = spiked_data(256, 40, nu=0.3, generator=draw, dtype=torch.float32), change, nn.Linear(40, 30)
+        self.data, self.change, self.layer = (
+            spiked_data(256, 40, nu=0.3, generator=draw, dtype=torch.float32),
+            change,
+            nn.Linear(40, 30),
+        )
         residue, spike = torch.linalg.qr(torch.randn(30, 2, generator=draw))[0].mT
         along = F.normalize(self.data.bulk @ torch.randn(40, generator=draw), dim=0)
         noise = F.normalize(torch.randn(256, generator=draw), dim=0)
@@ -342,9 +359,17 @@ def across(rank: int, size: int, root: Path) -> Any:
         L.seed_everything(0, verbose=False)
         monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True, max_rows=max_rows), MemoryLogger()
         strategy = "ddp" if size > 1 else "auto"
-        settings = SILENT | {"devices": size, "strategy": strategy, "use_distributed_sampler": False, "accumulate_grad_batches": 2}
+        settings = SILENT | {
+            "devices": size,
+            "strategy": strategy,
+            "use_distributed_sampler": False,
+            "accumulate_grad_batches": 2,
+        }
         L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(InOrder(rank, size))
-        curves[max_rows] = {tag: c for tag, c in logger.curves().items() if tag.startswith("anatomy_")}, monitor.failures
+        curves[max_rows] = (
+            {tag: c for tag, c in logger.curves().items() if tag.startswith("anatomy_")},
+            monitor.failures,
+        )
     return curves
 
 
@@ -357,4 +382,6 @@ def test_two_processes_find_what_one_finds_on_the_same_batches(tmp_path: Path) -
     assert max(v for tag, c in first[16][0].items() if tag.startswith("anatomy_deviation/") for v in c.values()) < 1e-4
     assert first[2048][0].keys() == alone[2048][0].keys()
     for tag, curve in alone[2048][0].items():
-        assert_close(first[2048][0][tag], curve, rtol=1e-2, atol=1e-3, equal_nan=True, msg=lambda text, tag=tag: f"{tag}: {text}")
+        assert_close(
+            first[2048][0][tag], curve, rtol=1e-2, atol=1e-3, equal_nan=True, msg=lambda text, tag=tag: f"{tag}: {text}"
+        )

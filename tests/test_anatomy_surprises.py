@@ -1,4 +1,4 @@
-"""What users do to a module while the anatomy of its gradients is watched: each found by trying to break the monitor."""
+"""What users do to a module while its gradients' anatomy is watched; each was found by trying to break it."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,12 @@ from tests.models import Classifier, MemoryLogger, digits
 from tests.processes import together
 from tests.test_data_parallel import InOrder
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
 
 
 def fit(module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
@@ -39,7 +44,11 @@ def watched(module: L.LightningModule, **options: Any) -> tuple[Monitor, MemoryL
 
 def numbers_at(logger: MemoryLogger, site: str, step: int) -> dict[str, float]:
     """All of a site at a step that are not blank."""
-    found = {tag.removeprefix("anatomy_"): curve.get(step, math.nan) for tag, curve in logger.curves().items() if tag.endswith(f"/{site}")}
+    found = {
+        tag.removeprefix("anatomy_"): curve.get(step, math.nan)
+        for tag, curve in logger.curves().items()
+        if tag.endswith(f"/{site}")
+    }
     return {tag.removesuffix(f"/{site}"): value for tag, value in found.items() if not math.isnan(value)}
 
 
@@ -153,7 +162,9 @@ def test_complex_weights_are_left_out() -> None:
     monitor, logger = watched(Classifier(Hidden(layer, lambda layer, x: layer(x.to(torch.complex64)).abs())))
 
     assert monitor.failures == 0
-    assert {tag for tag in logger.curves() if tag.startswith("anatomy_deviation/")} == {"anatomy_deviation/net.head.weight"}
+    assert {tag for tag in logger.curves() if tag.startswith("anatomy_deviation/")} == {
+        "anatomy_deviation/net.head.weight"
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -210,19 +221,27 @@ class Expert(nn.Module):
 
 
 def of_some(rank: int, size: int, root: Path) -> Any:
-    """Failures and, on the first process, deviations of an expert that one process sends rows to, and of one that one cannot hear."""
+    """Failures and, on the first process, deviations of an expert that one process sends rows to, and of one that one
+    cannot hear.
+    """
     found = []
     for options in ({"has_rows": rank == 0}, {"has_rows": rank == 1}, {"is_heard": rank == 0}):
         monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
         torch.manual_seed(0)
-        settings = SILENT | {"devices": size, "strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
+        settings = SILENT | {
+            "devices": size,
+            "strategy": "ddp_find_unused_parameters_true",
+            "use_distributed_sampler": False,
+        }
         L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(InOrder(rank, size, Expert(**options)))
         found.append((monitor.failures, logger.curve("anatomy_deviation/net.expert.weight")))
     return found
 
 
 @pytest.mark.slow
-def test_a_layer_that_one_process_has_no_rows_of_is_that_of_the_others_and_one_that_it_cannot_hear_is_lost(tmp_path: Path) -> None:
+def test_a_layer_that_one_process_has_no_rows_of_is_that_of_the_others_and_one_that_it_cannot_hear_is_lost(
+    tmp_path: Path,
+) -> None:
     first, second = together(of_some, tmp_path)
 
     assert [failures for failures, _ in first] == [failures for failures, _ in second] == [0, 0, 4]
@@ -232,7 +251,9 @@ def test_a_layer_that_one_process_has_no_rows_of_is_that_of_the_others_and_one_t
     assert all(math.isnan(value) for value in first[2][1].values())
 
 
-@pytest.mark.parametrize("wrong", [{"num_rows": 0}, {"width": 0}, {"nu": math.nan}, {"alpha": math.inf}, {"dtype": torch.int64}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_rows": 0}, {"width": 0}, {"nu": math.nan}, {"alpha": math.inf}, {"dtype": torch.int64}]
+)
 def test_spiked_data_of_nothing_are_refused(wrong: dict[str, Any], generator: torch.Generator) -> None:
     options = {"num_rows": 5, "width": 4, "nu": 0.1, "generator": generator} | wrong
 

@@ -30,7 +30,9 @@ def test_is_the_spread_of_other_samples(name):
 def test_intervals_hold_the_truth_as_often_as_they_say(name):
     """Nine times in ten, give or take."""
     drawn, truth = samples(256, 60), TRUSTED[name](scalings.cascade((1, 2), 3, 6))
-    inside = (TRUSTED[name](drawn) - truth).abs() < 1.645 * standard_error(name, drawn, generator=generator(1), num_resamples=100)
+    inside = (TRUSTED[name](drawn) - truth).abs() < 1.645 * standard_error(
+        name, drawn, generator=generator(1), num_resamples=100
+    )
 
     assert 0.8 <= float(inside.double().mean()) <= 0.97
 

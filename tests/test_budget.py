@@ -1,4 +1,6 @@
-"""A budget: what it chooses, that it keeps to it, and how that is told. All seconds are made up, so that no machine is too busy for it."""
+"""A budget: what it chooses, that it keeps to it, and how that is told. All seconds are made up, so that no machine is
+too busy for it.
+"""
 
 import copy
 import logging
@@ -27,7 +29,9 @@ WARM_UP_SAMPLES = [0, 20, 30, 40, 50, 60, 70, 80, 90]
 Seconds = Callable[[int], float]
 
 
-def run(budget: Budget, steps: Iterable[int], *, sample: Seconds, step: Seconds, idle: float = 0.0, team: Team | None = None) -> list[int]:
+def run(
+    budget: Budget, steps: Iterable[int], *, sample: Seconds, step: Seconds, idle: float = 0.0, team: Team | None = None
+) -> list[int]:
     """Steps at which a training whose seconds are made up would be sampled."""
     own = total = 0.0
     due = []
@@ -78,7 +82,9 @@ def test_the_samples_of_the_warm_up_are_at_stated_steps() -> None:
 def test_once_chosen_the_cadence_is_fixed() -> None:
     budget = Budget(0.05)
 
-    due = run(budget, range(1000), sample=lambda i: 0.0098 if i < 200 else 10.0, step=lambda i: 0.02 if i < 300 else 1e-4)
+    due = run(
+        budget, range(1000), sample=lambda i: 0.0098 if i < 200 else 10.0, step=lambda i: 0.02 if i < 300 else 1e-4
+    )
 
     assert due[len(WARM_UP_SAMPLES) :] == list(range(WARM_UP + 12, 1000, 12))
 
@@ -92,7 +98,12 @@ def test_whether_a_step_is_due_does_not_depend_on_what_was_asked_before() -> Non
 
 def test_the_cold_steps_count_for_nothing() -> None:
     warm = decided()
-    run(cold := Budget(0.01), range(101), sample=lambda i: 0.0103 if i else 9.0, step=lambda i: 0.02 if i >= COLD else 5.0)
+    run(
+        cold := Budget(0.01),
+        range(101),
+        sample=lambda i: 0.0103 if i else 9.0,
+        step=lambda i: 0.02 if i >= COLD else 5.0,
+    )
 
     assert cold.every == warm.every
 
@@ -108,7 +119,12 @@ def test_an_outlier_changes_nothing(what: str) -> None:
 
 
 def test_dearer_samples_and_faster_steps_mean_fewer_samples() -> None:
-    every = [decided(sample=0.01), decided(sample=0.03), decided(sample=0.03, step=0.01), decided(sample=0.03, step=0.01, share=0.002)]
+    every = [
+        decided(sample=0.01),
+        decided(sample=0.03),
+        decided(sample=0.03, step=0.01),
+        decided(sample=0.03, step=0.01, share=0.002),
+    ]
 
     assert [budget.every for budget in every] == sorted({budget.every for budget in every})
 
@@ -151,7 +167,12 @@ def test_the_first_sample_of_a_resumed_process_is_not_counted() -> None:
     assert budget.every is not None
     first = WARM_UP + budget.every
 
-    run(budget, range(first - 1, first + 10 * budget.every), sample=lambda i: 50.0 if i == first else 0.01, step=constantly(0.02))
+    run(
+        budget,
+        range(first - 1, first + 10 * budget.every),
+        sample=lambda i: 50.0 if i == first else 0.01,
+        step=constantly(0.02),
+    )
 
     assert budget.num_samples == 9
     assert budget.overhead < 5.0
@@ -210,10 +231,17 @@ def trained(monitor: Monitor, steps: int, seconds: Seconds = lambda step: 0.0098
     time = Made()
     logger = Slow(time, seconds)
     monitor._journal.clock = Clock(now=time)
-    settings = {"max_steps": steps, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {
+        "max_steps": steps,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     resume = options.pop("resume", None)
     callbacks = [monitor, *options.pop("callbacks", [])]
-    L.Trainer(**settings | options, logger=logger, callbacks=callbacks, limit_val_batches=0).fit(Timed(time), ckpt_path=resume)
+    L.Trainer(**settings | options, logger=logger, callbacks=callbacks, limit_val_batches=0).fit(
+        Timed(time), ckpt_path=resume
+    )
     return logger
 
 
@@ -291,7 +319,10 @@ def test_micro_batches_are_no_steps() -> None:
 
 def test_the_probes_of_a_monitor_may_share_a_budget() -> None:
     budget = Budget(0.05)
-    probes = [Probe("gradient", Gradients(), ["stable_rank"], budget), Probe("update", Updates(), ["effective_rank"], budget)]
+    probes = [
+        Probe("gradient", Gradients(), ["stable_rank"], budget),
+        Probe("update", Updates(), ["effective_rank"], budget),
+    ]
 
     logger = trained(Monitor(probes, label="rank"), 150)
 
@@ -320,7 +351,12 @@ def test_watching_within_a_budget_changes_nothing() -> None:
     weights = []
     for callbacks in ([], [RankMonitor(max_overhead=0.05)]):
         L.seed_everything(3, verbose=False)
-        settings = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+        settings = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": False,
+        }
         L.Trainer(max_steps=130, callbacks=callbacks, **settings).fit(module := Classifier())
         weights.append(module.state_dict())
 

@@ -1,4 +1,6 @@
-"""However a Trainer is made and run: from a command line, by the other package, dry, without training, or one after another."""
+"""However a Trainer is made and run: from a command line, by the other package, dry, without training, or one after
+another.
+"""
 
 import subprocess
 import sys
@@ -92,7 +94,11 @@ def test_the_command_line_overrides_the_file(config: str, monkeypatch: pytest.Mo
 
 
 def test_the_command_line_alone_makes_a_monitor(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--trainer.callbacks+=lightning_lowrank.RankMonitor", "--trainer.callbacks.every_n_steps=4", "--trainer.callbacks.name=more"]
+    words = [
+        "--trainer.callbacks+=lightning_lowrank.RankMonitor",
+        "--trainer.callbacks.every_n_steps=4",
+        "--trainer.callbacks.name=more",
+    ]
 
     trainer = command_line(monkeypatch, "fit", "--config", config, *words)
 
@@ -132,7 +138,10 @@ class Module(pl.LightningModule):
 
 monitor, root = RankMonitor(every_n_steps=3), sys.argv[1]
 logger = CSVLogger(root, name="", version="")
-pl.Trainer(max_epochs=1, default_root_dir=root, logger=logger, callbacks=[monitor], enable_progress_bar=False).fit(Module())
+trainer = pl.Trainer(
+    max_epochs=1, default_root_dir=root, logger=logger, callbacks=[monitor], enable_progress_bar=False
+)
+trainer.fit(Module())
 print(monitor.latest.step, monitor.failures)
 sys.argv = ["train.py", "fit", "--trainer.callbacks+=lightning_lowrank.RankMonitor"]
 LightningCLI(Module)
@@ -141,7 +150,9 @@ LightningCLI(Module)
 
 @pytest.mark.slow
 def test_the_trainer_of_the_other_package_works_and_its_command_line_refuses_us(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", IN_THE_OTHER_PACKAGE, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_OTHER_PACKAGE, str(tmp_path)], capture_output=True, text=True, check=False
+    )
 
     assert done.stdout.splitlines()[-1] == "6 0"
     assert MEDIAN in (tmp_path / "metrics.csv").read_text()
@@ -160,7 +171,9 @@ def test_a_barebones_trainer_is_left_alone() -> None:
 def test_a_dry_run_samples_and_writes_nothing(tmp_path: Path) -> None:
     monitor = RankMonitor(["gradients", "validation_features"], histograms=True)
 
-    L.Trainer(default_root_dir=tmp_path, logger=CSVLogger(tmp_path), fast_dev_run=2, callbacks=[monitor], **QUIET).fit(Whole())
+    L.Trainer(default_root_dir=tmp_path, logger=CSVLogger(tmp_path), fast_dev_run=2, callbacks=[monitor], **QUIET).fit(
+        Whole()
+    )
 
     assert monitor.latest is not None and monitor.failures == 0
     assert list(tmp_path.iterdir()) == []
@@ -169,7 +182,11 @@ def test_a_dry_run_samples_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 @pytest.mark.parametrize("trained", [False, True], ids=["at once", "after training"])
 def test_without_training_nothing_is_written(loop: str, trained: bool) -> None:
-    monitor, before, after = RankMonitor(["gradients", "validation_features"], every_n_steps=1), MemoryLogger(), MemoryLogger()
+    monitor, before, after = (
+        RankMonitor(["gradients", "validation_features"], every_n_steps=1),
+        MemoryLogger(),
+        MemoryLogger(),
+    )
     module = Whole()
     if trained:
         L.Trainer(max_epochs=1, logger=before, callbacks=[monitor], **QUIET).fit(module)

@@ -42,7 +42,9 @@ def test_the_numbers_are_those_of_the_event_file(run: Path, capsys: pytest.Captu
         assert told[end]["step"] == step
         for quantity, values in told[end]["values"].items():
             assert list(values) == known[f"lowrank_vector/{quantity}"]["sites"]
-            np.testing.assert_array_equal(np.float32(list(values.values())), vectors[f"lowrank_vector/{quantity}"][step])
+            np.testing.assert_array_equal(
+                np.float32(list(values.values())), vectors[f"lowrank_vector/{quantity}"][step]
+            )
     assert set(told["alerts"].values()) == {0.0} and told["overhead_percent"] > 0
 
 
@@ -113,7 +115,9 @@ def test_a_folder_without_a_run_is_refused_in_words(command: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", ["report", "summary"])
-def test_what_is_no_run_beside_a_run_is_no_hindrance(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_run_beside_a_run_is_no_hindrance(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "logs" / "run", (0, {"a": 1.0}))
     forge(tmp_path / "logs" / "forged", b'{"kind":"vector","name":"q","sites":["a"]}', np.array([b"x"]))
@@ -128,7 +132,9 @@ def test_what_is_no_run_beside_a_run_is_no_hindrance(command: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("output", [".", "missing/report.html"])
-def test_a_report_that_cannot_be_written_says_so(output: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_written_says_so(
+    output: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(SystemExit, match="cannot be written"):

@@ -26,7 +26,12 @@ from tests.test_neutrality import CASES, half, trained
 from tests.test_sharded import Sharded
 from tests.test_sharded import trained as trained_sharded
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
 
 
 class Attending(nn.Module):
@@ -56,7 +61,9 @@ class Seen(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self.before.append({name: p.detach().double().clone() for name, p in pl_module.named_parameters()})
-        self.gradients.append({name: p.grad.double().clone() for name, p in pl_module.named_parameters() if p.grad is not None})
+        self.gradients.append(
+            {name: p.grad.double().clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+        )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if len(self.after) < len(self.before):
@@ -76,7 +83,10 @@ def values(logger: MemoryLogger, tag: str) -> Tensor:
 
 def gates(seen: Seen, name: str, count: int) -> Tensor:
     """Of blocks of columns, by samples: straight from the formula."""
-    both = [(b[name] * g[name]).sum(0).view(count, -1).sum(1).abs() for b, g in zip(seen.before, seen.gradients, strict=True)]
+    both = [
+        (b[name] * g[name]).sum(0).view(count, -1).sum(1).abs()
+        for b, g in zip(seen.before, seen.gradients, strict=True)
+    ]
     return torch.stack(both)
 
 
@@ -90,7 +100,9 @@ def test_heads_and_neurons_are_judged_by_their_gates() -> None:
         assert values(logger, f"{unit}_count").tolist() == [count] * 8
         assert_close(values(logger, f"{unit}_gate_gini"), gini(importance), rtol=1e-5, atol=1e-7)
         assert_close(values(logger, f"{unit}_gate_gini_start"), gini(importance)[:1].expand(8), rtol=1e-5, atol=1e-7)
-    assert_close(values(logger, "head_importance/net.out.h1")[0], gates(seen, "net.out.weight", 2)[0, 1], rtol=1e-5, atol=1e-9)
+    assert_close(
+        values(logger, "head_importance/net.out.h1")[0], gates(seen, "net.out.weight", 2)[0, 1], rtol=1e-5, atol=1e-9
+    )
 
 
 def test_modules_are_judged_by_mean_squares_of_gradient_and_update() -> None:
@@ -98,9 +110,15 @@ def test_modules_are_judged_by_mean_squares_of_gradient_and_update() -> None:
 
     logger = watched(Classifier(), ConcentrationMonitor(["module"], ["gradient", "update"], every_n_steps=1), seen)
 
-    updates = [{name: after[name] - before[name] for name in after} for after, before in zip(seen.after, seen.before, strict=True)]
+    updates = [
+        {name: after[name] - before[name] for name in after}
+        for after, before in zip(seen.after, seen.before, strict=True)
+    ]
     for signal, tensors in (("gradient", seen.gradients), ("update", updates)):
-        layers = [[torch.cat([t[f"net.{i}.weight"].flatten(), t[f"net.{i}.bias"]]).square().mean() for i in (0, 2)] for t in tensors]
+        layers = [
+            [torch.cat([t[f"net.{i}.weight"].flatten(), t[f"net.{i}.bias"]]).square().mean() for i in (0, 2)]
+            for t in tensors
+        ]
         energies = torch.stack([torch.stack(row) for row in layers])
         assert_close(values(logger, f"module_{signal}_top_share"), top_share(energies), rtol=1e-3, atol=1e-6)
 
@@ -126,7 +144,9 @@ def test_directions_are_the_squared_singular_values_of_all_matrices() -> None:
         torch.cat([torch.linalg.svdvals(g[f"net.{i}.weight"]).square() / g[f"net.{i}.weight"].numel() for i in (0, 2)])
         for g in seen.gradients
     ]
-    assert_close(values(logger, "direction_gradient_gini"), torch.stack([gini(s) for s in spectra]), rtol=1e-4, atol=1e-6)
+    assert_close(
+        values(logger, "direction_gradient_gini"), torch.stack([gini(s) for s in spectra]), rtol=1e-4, atol=1e-6
+    )
     assert values(logger, "direction_count").tolist() == [42] * 8
 
 
@@ -200,8 +220,14 @@ def test_gradients_of_zero_give_no_inequality() -> None:
     found = of(nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3)), 0.0)
 
     assert found["concentration_neuron_count"] == 60
-    assert all(math.isnan(found[f"concentration_{unit}_gradient_{name}"]) for unit in ("module", "neuron") for name in ("gini", "entropy"))
-    assert all(math.isnan(found[f"concentration_neuron_gate_{name}"]) for name in ("gini", "hill_exponent", "top_share"))
+    assert all(
+        math.isnan(found[f"concentration_{unit}_gradient_{name}"])
+        for unit in ("module", "neuron")
+        for name in ("gini", "entropy")
+    )
+    assert all(
+        math.isnan(found[f"concentration_neuron_gate_{name}"]) for name in ("gini", "hill_exponent", "top_share")
+    )
 
 
 def test_one_neuron_is_no_inequality() -> None:
@@ -212,7 +238,10 @@ def test_one_neuron_is_no_inequality() -> None:
 
 
 def test_a_step_that_is_not_finite_enters_no_account() -> None:
-    source, net = Concentration(["module"], ["gradient"]), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+    source, net = (
+        Concentration(["module"], ["gradient"]),
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 2)),
+    )
     step = Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters())))
     source.plan(net)
     states = []
@@ -278,10 +307,15 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("case", [*SOME, "tied weights", "spectral norm", "backbone unfrozen", "LoRA", "activation checkpointing"])
+@pytest.mark.parametrize(
+    "case", [*SOME, "tied weights", "spectral norm", "backbone unfrozen", "LoRA", "activation checkpointing"]
+)
 def test_training_is_the_same_with_the_monitor(case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
-    monitors = [ConcentrationMonitor(every_n_steps=2), ConcentrationMonitor(["direction"], every_n_steps=2, densities=[], name="other")]
+    monitors = [
+        ConcentrationMonitor(every_n_steps=2),
+        ConcentrationMonitor(["direction"], every_n_steps=2, densities=[], name="other"),
+    ]
 
     without = trained(make, options(), [], tmp_path / "without")
     with_it = trained(make, options(), monitors, tmp_path / "with")
@@ -320,8 +354,14 @@ def test_a_resumed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         logger, module = MemoryLogger(), InOrder(0, 1, Attending())
         L.seed_everything(0, verbose=False)
         module.net.load_state_dict(start)
-        settings = SILENT | {"max_epochs": epochs, "enable_checkpointing": bool(callbacks), "default_root_dir": tmp_path}
-        L.Trainer(**settings, logger=logger, callbacks=[ConcentrationMonitor(every_n_steps=1), *callbacks]).fit(module, **options)
+        settings = SILENT | {
+            "max_epochs": epochs,
+            "enable_checkpointing": bool(callbacks),
+            "default_root_dir": tmp_path,
+        }
+        L.Trainer(**settings, logger=logger, callbacks=[ConcentrationMonitor(every_n_steps=1), *callbacks]).fit(
+            module, **options
+        )
         return logger
 
     torch.manual_seed(0)
@@ -334,7 +374,9 @@ def test_a_resumed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     tags = [tag for tag in resumed.curves() if tag.startswith("concentration_")]
     for tag in tags:
         second = resumed.curve(tag)
-        assert second == pytest.approx({step: value for step, value in whole.curve(tag).items() if step in second}, nan_ok=True), tag
+        assert second == pytest.approx(
+            {step: value for step, value in whole.curve(tag).items() if step in second}, nan_ok=True
+        ), tag
     assert len(tags) > 80
 
 
@@ -369,7 +411,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5]), "densities=.*different"),
     "no file": (lambda root: ConcentrationMonitor(reference=root / "none.ckpt"), "none.ckpt.*FileNotFoundError"),
     "never due": (lambda _: ConcentrationMonitor(every_n_steps=0), "n=0.*at least 1"),
-    "a cadence and a budget": (lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01), "every_n_steps=2 and max_overhead"),
+    "a cadence and a budget": (
+        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01),
+        "every_n_steps=2 and max_overhead",
+    ),
 }
 
 
@@ -406,7 +451,8 @@ def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("match", "*.attention"), ("exclude", "*.attention"), ("neurons", "*.fc2"), ("heads", {"*.o": 2})]
+    ("option", "value"),
+    [("match", "*.attention"), ("exclude", "*.attention"), ("neurons", "*.fc2"), ("heads", {"*.o": 2})],
 )
 def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, value: Any) -> None:
     monitor = ConcentrationMonitor(**{option: value})
@@ -422,7 +468,10 @@ def test_a_monitor_that_has_watched_can_be_sent_to_another_process() -> None:
     sent = pickle.loads(pickle.dumps(monitor))
 
     assert sent.state_key == monitor.state_key
-    assert watched(Classifier(Attending()), sent).curves().keys() == watched(Classifier(Attending()), monitor).curves().keys()
+    assert (
+        watched(Classifier(Attending()), sent).curves().keys()
+        == watched(Classifier(Attending()), monitor).curves().keys()
+    )
 
 
 def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
@@ -459,7 +508,11 @@ def curves(rank: int, size: int, root: Path) -> Any:
     L.seed_everything(0, verbose=False)
     monitor, logger = ConcentrationMonitor(every_n_steps=1), MemoryLogger()
     fitted(InOrder(rank, size, Attending()), [monitor], logger, size)
-    kept = {tag: curve for tag, curve in logger.curves().items() if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))}
+    kept = {
+        tag: curve
+        for tag, curve in logger.curves().items()
+        if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))
+    }
     return {"curves": kept, "failures": monitor.failures}
 
 
@@ -473,7 +526,9 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
     assert first["curves"].keys() == alone["curves"].keys()
     # Ranks and slopes of a few units turn on the last digits.
     smooth = [
-        tag for tag in alone["curves"] if any(end in tag for end in ("gini", "top_share", "entropy", "weight", "hamming", "importance"))
+        tag
+        for tag in alone["curves"]
+        if any(end in tag for end in ("gini", "top_share", "entropy", "weight", "hamming", "importance"))
     ]
     for tag in smooth:
         assert_close(first["curves"][tag], alone["curves"][tag], rtol=1e-2, atol=1e-3, equal_nan=True)

@@ -43,14 +43,22 @@ def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor()
 
     gaps = {step for step, value in logger.curve("gradient_stable_rank/net.out.weight").items() if math.isnan(value)}
     assert gaps == set(Unlucky.lost)
-    for tag in ("module_gradient_gini", "neuron_gate_entropy", "head_importance/net.out.h0", "head_count", "weight_gini"):
+    for tag in (
+        "module_gradient_gini",
+        "neuron_gate_entropy",
+        "head_importance/net.out.h0",
+        "head_count",
+        "weight_gini",
+    ):
         curve = logger.curve(f"concentration_{tag}")
         assert {step for step, value in curve.items() if math.isnan(value)} == gaps, tag
     # The whole model and two heads, in two steps.
     assert monitor.failures == 6
 
 
-@pytest.mark.parametrize(("unit", "advice"), [("head", "heads=.*1 modules, 0 heads"), ("neuron", "neurons="), ("direction", "vectors")])
+@pytest.mark.parametrize(
+    ("unit", "advice"), [("head", "heads=.*1 modules, 0 heads"), ("neuron", "neurons="), ("direction", "vectors")]
+)
 def test_units_that_are_named_and_not_there_are_refused_before_training(unit: str, advice: str) -> None:
     monitor = ConcentrationMonitor(["module", unit], ["gradient"], match="*.bias" if unit == "direction" else None)
 
@@ -165,7 +173,9 @@ ODD: dict[str, Any] = {
     "no mapping of callbacks": {"callbacks": None},
     "probes that are a list": {"callbacks": {"M": {"probes": [1]}}},
     "no source": {"callbacks": {"M": {"probes": {"concentration": {}}}}},
-    "a ledger without importances": {"callbacks": {"M": {"probes": {"concentration": {"source": {"ledgers": {"head_gate": {}}}}}}}},
+    "a ledger without importances": {
+        "callbacks": {"M": {"probes": {"concentration": {"source": {"ledgers": {"head_gate": {}}}}}}}
+    },
     "what weights_only refuses": {"callbacks": {"M": Path("x")}},
 }
 
@@ -248,13 +258,17 @@ def test_a_second_run_of_another_model_begins_anew() -> None:
 
     alone = watched(Classifier(), ConcentrationMonitor(every_n_steps=4))
     tags = [tag for tag in alone.curves() if tag.startswith("concentration_")]
-    assert_close({tag: again.curve(tag) for tag in tags}, {tag: alone.curve(tag) for tag in tags}, rtol=0, atol=0, equal_nan=True)
+    assert_close(
+        {tag: again.curve(tag) for tag in tags}, {tag: alone.curve(tag) for tag in tags}, rtol=0, atol=0, equal_nan=True
+    )
     source = monitor.recorders[0].probe.source
     assert isinstance(source, Concentration) and "concentration_head_count" in source.absent
 
 
 def test_nothing_is_written_of_units_that_the_model_has_not() -> None:
-    mlp, transformer = (watched(module, ConcentrationMonitor(every_n_steps=4)) for module in (Classifier(), Classifier(Attending())))
+    mlp, transformer = (
+        watched(module, ConcentrationMonitor(every_n_steps=4)) for module in (Classifier(), Classifier(Attending()))
+    )
 
     assert not [tag for tag in mlp.curves() if "concentration_head" in tag]
     assert set(mlp.curves()) == {tag for tag in transformer.curves() if "concentration_head" not in tag}

@@ -27,7 +27,11 @@ class FullBatch(Classifier):
 
     def __init__(self, net: nn.Module | None = None, **options: Any) -> None:
         torch.manual_seed(0)
-        super().__init__(net or nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10)), optimizer="sgd", **({"lr": 0.1} | options))
+        super().__init__(
+            net or nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10)),
+            optimizer="sgd",
+            **({"lr": 0.1} | options),
+        )
         self.seen: list[list[Tensor]] = []
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -41,7 +45,12 @@ class FullBatch(Classifier):
 
 def watched(module: L.LightningModule, monitor: Monitor, **options: Any) -> MemoryLogger:
     logger = MemoryLogger()
-    silent: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 3}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 3,
+    }
     torch.manual_seed(0)
     L.Trainer(**(silent | options), logger=logger, callbacks=[monitor]).fit(module)
     return logger
@@ -101,7 +110,9 @@ def test_a_linear_model_has_one_curvature_by_three_names() -> None:
     """Hessian and Gauss-Newton matrix are the same there, and the Monte Carlo Fisher is them on average."""
     module = FullBatch(nn.Sequential(nn.Linear(64, 10)))
 
-    logger = watched(module, CurvatureMonitor("standard", ["hessian", "gauss_newton", *FISHERS], every_n_steps=1), max_epochs=6)
+    logger = watched(
+        module, CurvatureMonitor("standard", ["hessian", "gauss_newton", *FISHERS], every_n_steps=1), max_epochs=6
+    )
 
     hessian, other = logger.curve("hessian_lambda_max"), logger.curve("gauss_newton_lambda_max")
     assert all(other[step] == pytest.approx(hessian[step], rel=1e-3) for step in hessian)
@@ -156,7 +167,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def trained(model: str, monitor: Monitor | None, options: dict[str, Any]) -> tuple[dict[str, Any], list[float], Any]:
     torch.manual_seed(1)
     module = Classifier(MODELS[model]())
-    silent: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     trainer = L.Trainer(**silent, **options, logger=False, callbacks=[monitor] if monitor else [])
     trainer.fit(module)
     return module.state_dict(), module.losses, (torch.get_rng_state(), trainer.optimizers[0].state_dict())
@@ -225,7 +241,9 @@ def test_a_run_that_is_resumed_keeps_its_top_directions(tmp_path: Path) -> None:
 
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
-    torch.testing.assert_close(other.recorders[0].state_dict()["source"], monitor.recorders[0].state_dict()["source"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        other.recorders[0].state_dict()["source"], monitor.recorders[0].state_dict()["source"], rtol=0, atol=0
+    )
 
 
 class InParts(Classifier):
@@ -241,7 +259,10 @@ class InParts(Classifier):
         return DataLoader(digits(), batch_size=16 // self.size, sampler=sampler)
 
 
-STRATEGIES: dict[str, Callable[[], Any]] = {"plain": DDPStrategy, "static graph": lambda: DDPStrategy(static_graph=True)}
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "plain": DDPStrategy,
+    "static graph": lambda: DDPStrategy(static_graph=True),
+}
 
 
 def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
@@ -253,8 +274,14 @@ def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
                 torch.manual_seed(0)
                 module, logger = InParts(rank, size, MODELS[model]()), MemoryLogger()
                 # A static graph is replayed, from the first batch.
-                monitor = CurvatureMonitor("standard", top_k=2, every_n_steps=1, batch="live" if strategy == "plain" else "fixed")
-                options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+                monitor = CurvatureMonitor(
+                    "standard", top_k=2, every_n_steps=1, batch="live" if strategy == "plain" else "fixed"
+                )
+                options: dict[str, Any] = {
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                    "enable_checkpointing": False,
+                }
                 options |= {"use_distributed_sampler": False, "accelerator": "cpu", "max_epochs": 1}
                 options |= {"devices": size, "strategy": make()} if size > 1 else {}
                 L.Trainer(**options, logger=logger, callbacks=[monitor] if is_watched else []).fit(module)
@@ -282,7 +309,9 @@ def test_the_residual_is_what_the_hessian_has_beside_the_gauss_newton_matrix() -
     logger = watched(module, CurvatureMonitor("full", top_k=3, every_n_steps=1), max_epochs=8)
 
     rest, error = logger.curve("residual_trace"), logger.curve("residual_trace_error")
-    other = {step: trace - logger.curve("gauss_newton_trace")[step] for step, trace in logger.curve("hessian_trace").items()}
+    other = {
+        step: trace - logger.curve("gauss_newton_trace")[step] for step, trace in logger.curve("hessian_trace").items()
+    }
     assert sorted(abs(rest[step] - other[step]) / error[step] for step in rest)[len(rest) // 2] < 3
     assert all(value > 0 for value in logger.curve("residual_squared_norm").values())
 
@@ -309,7 +338,9 @@ def test_the_way_from_the_start_is_held_against_the_directions_of_the_last_sampl
     module, monitor = FullBatch(), CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1)
     tops = Tops(monitor)
     logger = MemoryLogger()
-    trainer = L.Trainer(max_epochs=4, logger=logger, callbacks=[monitor, tops], enable_progress_bar=False, enable_checkpointing=False)
+    trainer = L.Trainer(
+        max_epochs=4, logger=logger, callbacks=[monitor, tops], enable_progress_bar=False, enable_checkpointing=False
+    )
     trainer.fit(module)
 
     places = [torch.cat([p.flatten() for p in at]) for at in [*module.seen, [p.detach() for p in module.parameters()]]]
@@ -384,7 +415,9 @@ def test_the_density_of_the_eigenvalues_is_a_histogram_in_tensorboard(tmp_path: 
 
 
 def test_the_rank_of_the_hessian_is_that_of_the_dense_one() -> None:
-    """Where eigenvalues are negative as well as positive: two steps would give the square of the trace over the sum of squares."""
+    """Where eigenvalues are negative as well as positive: two steps would give the square of the trace over the sum of
+    squares.
+    """
     module = FullBatch(lr=1.0)
 
     logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1), max_epochs=8)
@@ -408,7 +441,10 @@ def test_two_steps_say_nothing_of_magnitudes_of_the_hessian() -> None:
 
 def test_an_operator_that_cannot_be_had_does_not_take_the_others_with_it() -> None:
     with pytest.warns(UserWarning, match="monte_carlo_fisher takes a loss of torch's"):
-        logger = watched(Unusual(), CurvatureMonitor("standard", ["gauss_newton", *FISHERS], top_k=2, every_n_steps=2, output_module="net"))
+        logger = watched(
+            Unusual(),
+            CurvatureMonitor("standard", ["gauss_newton", *FISHERS], top_k=2, every_n_steps=2, output_module="net"),
+        )
 
     assert all(value > 0 for value in logger.curve("gauss_newton_lambda_max").values())
     assert all(value > 0 for value in logger.curve("empirical_fisher_lambda_max").values())
@@ -416,7 +452,9 @@ def test_an_operator_that_cannot_be_had_does_not_take_the_others_with_it() -> No
 
 
 def test_sums_of_a_batch_that_stays_are_left_to_the_same_chance() -> None:
-    logger = watched(FullBatch(lr=0.0), CurvatureMonitor("standard", ["gauss_newton"], top_k=1, batch="fixed", every_n_steps=1))
+    logger = watched(
+        FullBatch(lr=0.0), CurvatureMonitor("standard", ["gauss_newton"], top_k=1, batch="fixed", every_n_steps=1)
+    )
 
     first, *others = logger.curve("gauss_newton_layer_trace/net.2.weight").values()
     assert others == pytest.approx([first] * len(others), rel=1e-2)
@@ -441,7 +479,9 @@ def test_what_a_loss_function_gave_instead_of_a_loss_is_said(loss_fn: Any, messa
 
 
 def test_a_replay_is_in_the_cost_of_its_own_sample() -> None:
-    logger = watched(FullBatch(), CurvatureMonitor("standard", ["hessian"], batch="fixed", every_n_steps=2), max_epochs=1)
+    logger = watched(
+        FullBatch(), CurvatureMonitor("standard", ["hessian"], batch="fixed", every_n_steps=2), max_epochs=1
+    )
 
     (cost,) = logger.curve("lowrank/curvature_time_ms").values()
     assert cost > 20

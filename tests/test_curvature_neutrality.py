@@ -19,11 +19,14 @@ LEVELS: dict[str, dict[str, Any]] = {
     "standard": {"level": "standard", "every_n_steps": 7},
     "full, fixed": {"level": "full", "operators": ["hessian"], "batch": "fixed", "every_n_steps": 20},
 }
-EVERYWHERE = {case: both for case, both in CASES.items() if "optimizers" not in case} | {"LSTM": (lambda: Classifier(Recurrent()), dict)}
+EVERYWHERE = {case: both for case, both in CASES.items() if "optimizers" not in case} | {
+    "LSTM": (lambda: Classifier(Recurrent()), dict)
+}
 
 
 def monitor_of(level: str, **options: Any) -> Any:
-    # No alerts: torch's spectral norm holds its vectors fixed, so that its second derivative is said to be wrong, as it is.
+    # No alerts: torch's spectral norm holds its vectors fixed, so that its second derivative is said to be wrong, as it
+    # is.
     return CurvatureMonitor(**({"top_k": 1, "alerts": None} | LEVELS[level] | options))
 
 
@@ -36,7 +39,9 @@ def test_training_is_the_same_at_every_level(case: str, tmp_path: Path) -> None:
 
     for level in LEVELS:
         monitor = monitor_of(level)
-        assert_close(trained(make, options(), [monitor], tmp_path / level), without, rtol=0, atol=0, equal_nan=True, msg=level)
+        assert_close(
+            trained(make, options(), [monitor], tmp_path / level), without, rtol=0, atol=0, equal_nan=True, msg=level
+        )
         assert monitor.latest is not None, level
 
 
@@ -71,5 +76,11 @@ def test_training_a_compiled_module_is_the_same_and_curvature_comes_from_a_repla
     assert_close(trained(make, {"max_epochs": 1}, [monitor], tmp_path / "with"), without, rtol=0, atol=0)
     assert monitor.recorders[0].probe.source.facts()["replayed"] == 1.0
     assert monitor.failures == 0
-    for quantity in ("batch_sharpness", "hessian_lambda_max", "hessian_trace", "gauss_newton_trace", "critical_sharpness"):
+    for quantity in (
+        "batch_sharpness",
+        "hessian_lambda_max",
+        "hessian_trace",
+        "gauss_newton_trace",
+        "critical_sharpness",
+    ):
         assert math.isfinite(monitor.latest.values[quantity][""]), quantity

@@ -1,4 +1,6 @@
-"""Where curvature cannot be had `CurvatureMonitor` says what is in the way and what to do, and training goes on as it was."""
+"""Where curvature cannot be had `CurvatureMonitor` says what is in the way and what to do, and training goes on as it
+was.
+"""
 
 import re
 import warnings
@@ -22,14 +24,23 @@ from tests.models import Adversaries, Classifier, MemoryLogger
 REMAINS = "critical sharpness needs forward passes only and remains"
 
 
-def fitted(module: L.LightningModule, monitor: Monitor | None, **options: Any) -> tuple[MemoryLogger, dict[str, Tensor], list[str]]:
+def fitted(
+    module: L.LightningModule, monitor: Monitor | None, **options: Any
+) -> tuple[MemoryLogger, dict[str, Tensor], list[str]]:
     """Curves, weights at the end, and what was warned of."""
     logger = MemoryLogger()
-    silent: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as seen:
         warnings.filterwarnings("always", message="lightning_lowrank")
-        L.Trainer(**silent, **options, accelerator="cpu", logger=logger, callbacks=[monitor] if monitor else []).fit(module)
+        L.Trainer(**silent, **options, accelerator="cpu", logger=logger, callbacks=[monitor] if monitor else []).fit(
+            module
+        )
     return logger, module.state_dict(), [str(one.message) for one in seen if "lightning_lowrank" in str(one.message)]
 
 
@@ -48,7 +59,8 @@ class DeepSpeedStrategy(SingleDeviceStrategy):
     """The same for one that is not installed."""
 
 
-# What is refused before training: module, options of the monitor, of the Trainer, and words of the message in their order.
+# What is refused before training: module, options of the monitor, of the Trainer, and words of the message in their
+# order.
 BEFORE: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Callable[[], dict[str, Any]], list[str]]] = {
     "a fixed batch in manual optimization": (
         Adversaries,
@@ -66,7 +78,11 @@ BEFORE: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Callabl
         Iterating,
         {"batch": "fixed"},
         dict,
-        ["the fixed batch", "training_step(dataloader_iter) cannot be run again", "give loss_fn(module, batch) -> loss"],
+        [
+            "the fixed batch",
+            "training_step(dataloader_iter) cannot be run again",
+            "give loss_fn(module, batch) -> loss",
+        ],
     ),
     "an output module that is not there": (
         Classifier,
@@ -150,7 +166,10 @@ DURING: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Body(lambda body, x: Sine.apply(body(x))),  # type: ignore[no-any-return]
         f"twice through Sine, whose backward is marked @once_differentiable; write one of operations .*{REMAINS}",
     ),
-    "reentrant checkpoints": (lambda: Body(reentrant), rf"reentrant checkpointing; call checkpoint\(.*use_reentrant=False\); {REMAINS}"),
+    "reentrant checkpoints": (
+        lambda: Body(reentrant),
+        rf"reentrant checkpointing; call checkpoint\(.*use_reentrant=False\); {REMAINS}",
+    ),
 }
 
 
@@ -219,6 +238,8 @@ UNKNOWN = {
 def test_a_loss_that_no_call_gives_costs_gauss_newton_and_names_output_module(kind: type[Classifier]) -> None:
     logger, _, warned = fitted(kind(), CurvatureMonitor("standard", top_k=1, every_n_steps=4))
 
-    assert len(warned) == 1 and re.search(f"{UNKNOWN[kind]}.*name the layer whose output goes into the loss as output_module", warned[0])
+    assert len(warned) == 1 and re.search(
+        f"{UNKNOWN[kind]}.*name the layer whose output goes into the loss as output_module", warned[0]
+    )
     assert all(value != value for value in logger.curve("gauss_newton_trace").values())
     assert all(value == value for value in logger.curve("hessian_trace").values())

@@ -1,4 +1,6 @@
-"""Whatever the training does, curvature is a number or NaN, is warned of once, and the training is the same bit for bit."""
+"""Whatever the training does, curvature is a number or NaN, is warned of once, and the training is the same bit for
+bit.
+"""
 
 import math
 import warnings
@@ -202,11 +204,18 @@ CASES: dict[str, Callable[[], Classifier]] = {
 }
 
 
-def left(make: Callable[[], Classifier], monitors: list[Monitor], **options: Any) -> tuple[dict[str, Any], MemoryLogger, list[str]]:
+def left(
+    make: Callable[[], Classifier], monitors: list[Monitor], **options: Any
+) -> tuple[dict[str, Any], MemoryLogger, list[str]]:
     """What four steps leave behind, the curves, and what was warned of."""
     L.seed_everything(1, verbose=False)
     module, logger = make(), MemoryLogger()
-    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": logger}
+    settings: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "logger": logger,
+    }
     settings |= {"max_epochs": 1, "limit_train_batches": 4, "enable_checkpointing": False}
     settings |= {"val_check_interval": 2} if isinstance(module, Validated) else {}
     trainer = L.Trainer(**settings | options, callbacks=[*monitors, *options.pop("callbacks", [])])
@@ -225,7 +234,9 @@ def left(make: Callable[[], Classifier], monitors: list[Monitor], **options: Any
         "learns": [p.requires_grad for p in module.parameters()],
         "random": torch.get_rng_state(),
         "hooks": [sum(len(getattr(m, kind)) for kind in KINDS_OF_HOOKS) for m in module.modules()],
-        "hooks of optimizers": [len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers],
+        "hooks of optimizers": [
+            len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers
+        ],
         "modes": len(_get_current_function_mode_stack()),
         "raised": [ord(letter) for letter in raised],
     }
@@ -258,7 +269,9 @@ class Broken(Classifier):
 def test_an_exception_of_the_users_comes_out_as_it_was(batch: Any) -> None:
     without, _, _ = left(Broken, [])
 
-    watched, _, warned = left(Broken, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, batch=batch)])
+    watched, _, warned = left(
+        Broken, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, batch=batch)]
+    )
 
     assert_close(watched, without, rtol=0, atol=0)
     assert warned == [] and bytes(watched["raised"]) == b"the user's own"
@@ -291,9 +304,16 @@ def test_a_run_that_is_resumed_is_the_same(tmp_path: Path) -> None:
         left(Classifier, [*monitors(), ModelCheckpoint(root)], **saving)  # type: ignore[list-item]
         (path,) = root.rglob("*.ckpt")
         module = Classifier()
-        settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+        settings: dict[str, Any] = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "logger": False,
+        }
         torch.manual_seed(2)
-        L.Trainer(**settings, enable_checkpointing=False, max_epochs=2, callbacks=monitors()).fit(module, ckpt_path=path)
+        L.Trainer(**settings, enable_checkpointing=False, max_epochs=2, callbacks=monitors()).fit(
+            module, ckpt_path=path
+        )
         found.append(module.state_dict())
 
     assert_close(found[0], found[1], rtol=0, atol=0)
@@ -308,7 +328,9 @@ def test_a_loss_that_is_no_number_at_first_does_not_silence_what_comes_after() -
 
 def test_parameters_that_were_frozen_a_moment_later_keep_their_own_numbers() -> None:
     options: dict[str, Any] = {"per_site": True, "every_n_steps": 1}
-    _, frozen, _ = left(FreezingAfterTheBackwardPass, [CurvatureMonitor("standard", ["hessian"], **options)], limit_train_batches=1)
+    _, frozen, _ = left(
+        FreezingAfterTheBackwardPass, [CurvatureMonitor("standard", ["hessian"], **options)], limit_train_batches=1
+    )
     _, plain, _ = left(Classifier, [CurvatureMonitor("standard", ["hessian"], **options)], limit_train_batches=1)
 
     for parameter in ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"):
@@ -333,7 +355,12 @@ def test_a_parameter_that_is_one_number_has_an_edge_of_stability() -> None:
     _, logger, _ = left(Temperature, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1)])
 
     # Adam has no preconditioner before its first step.
-    assert [math.isfinite(value) for value in logger.curve("sharpness_over_threshold").values()] == [False, True, True, True]
+    assert [math.isfinite(value) for value in logger.curve("sharpness_over_threshold").values()] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("case", ["RMSprop", "Rprop", "a learning rate of zero", "one example"])

@@ -19,8 +19,15 @@ Charts = dict[str, dict[str, tuple[str, str, str]]]
 
 def watched(root: Path, *monitors: Monitor) -> list[Charts]:
     """The layouts that a run wrote: category -> chart -> tags of value, lower and upper end."""
-    settings = {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    L.Trainer(logger=TensorBoardLogger(root, name="", version=""), callbacks=list(monitors), **settings).fit(Classifier())
+    settings = {
+        "max_epochs": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    L.Trainer(logger=TensorBoardLogger(root, name="", version=""), callbacks=list(monitors), **settings).fit(
+        Classifier()
+    )
     events = EventAccumulator(str(root)).Reload()
     return [charts(Layout.FromString(e.tensor_proto.string_val[0])) for e in events.Tensors("custom_scalars__config__")]
 
@@ -103,9 +110,15 @@ def test_the_table_has_a_dash_where_there_is_no_number() -> None:
 
 
 def test_an_error_stands_behind_its_number_and_has_no_row_of_its_own() -> None:
-    latest = Sample(50, {"hessian_trace": {"": 12.0}, "exact": {"": 1.0}, "hessian_trace_error": {"": 0.25}, "exact_error": {"": 0.0}})
+    latest = Sample(
+        50,
+        {"hessian_trace": {"": 12.0}, "exact": {"": 1.0}, "hessian_trace_error": {"": 0.25}, "exact_error": {"": 0.0}},
+    )
 
-    assert rows(Kept(None, latest)) == [("hessian_trace", "-", "12", "12 \N{PLUS-MINUS SIGN} 0.25", ""), ("exact", "-", "1", "1", "")]
+    assert rows(Kept(None, latest)) == [
+        ("hessian_trace", "-", "12", "12 \N{PLUS-MINUS SIGN} 0.25", ""),
+        ("exact", "-", "1", "1", ""),
+    ]
 
 
 def test_the_table_without_a_sample_is_empty() -> None:
@@ -123,17 +136,29 @@ def test_the_table_says_what_the_monitor_cost_and_when_it_sampled() -> None:
 
 def test_names_are_whole_in_a_narrow_terminal() -> None:
     console = Console(width=80, record=True, file=StringIO())
-    quantity, site = "gradient_participation_ratio_of_something_long", "model.encoder.layers.11.attention.output.dense.weight"
+    quantity, site = (
+        "gradient_participation_ratio_of_something_long",
+        "model.encoder.layers.11.attention.output.dense.weight",
+    )
 
     console.print(summary_table(Kept(None, Sample(50, {quantity: {site: 1.0}}))))
 
-    cells = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in console.export_text().splitlines() if "\u2502" in line]
+    cells = [
+        [cell.strip() for cell in line.split("\u2502")[1:-1]]
+        for line in console.export_text().splitlines()
+        if "\u2502" in line
+    ]
     assert ["".join(column) for column in zip(*cells, strict=True)] == [quantity, "-", "1", "1", site]
 
 
 def test_a_monitor_can_be_asked_for_its_table() -> None:
     monitor = RankMonitor()
-    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
 
     L.Trainer(max_epochs=1, callbacks=[monitor], **settings).fit(Classifier())
 

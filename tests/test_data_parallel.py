@@ -1,4 +1,6 @@
-"""Two processes of DDP give the numbers of one on the same batches, share the work, and never wait for each other in vain."""
+"""Two processes of DDP give the numbers of one on the same batches, share the work, and never wait for each other in
+vain.
+"""
 
 import sys
 from collections.abc import Callable
@@ -33,7 +35,9 @@ class InOrder(Classifier):
     """Sees 16 digits a step, on one process or on several together."""
 
     def __init__(self, rank: int, size: int, net: nn.Module | None = None, batch_size: int = 16) -> None:
-        super().__init__(net or nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), optimizer="sgd", lr=0.1, momentum=0.9)
+        super().__init__(
+            net or nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), optimizer="sgd", lr=0.1, momentum=0.9
+        )
         self.rank, self.size, self.batch_size = rank, size, batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -65,10 +69,22 @@ class Keep(L.Callback):
             self.samples.append((self.monitor.latest.step, {k: dict(v) for k, v in self.monitor.latest.values.items()}))
 
 
-def fitted(module: L.LightningModule, callbacks: list[L.Callback], logger: Any, size: int, **options: Any) -> dict[str, Tensor]:
+def fitted(
+    module: L.LightningModule, callbacks: list[L.Callback], logger: Any, size: int, **options: Any
+) -> dict[str, Tensor]:
     """Final weights."""
-    settings = {"max_epochs": 1, "accelerator": "auto", "devices": size, "enable_progress_bar": False, "enable_model_summary": False}
-    settings |= {"enable_checkpointing": False, "use_distributed_sampler": False, "strategy": "ddp" if size > 1 else "auto"}
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "auto",
+        "devices": size,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings |= {
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "strategy": "ddp" if size > 1 else "auto",
+    }
     options = {key: value() if callable(value) else value for key, value in options.items()}
     L.Trainer(**settings | options, logger=logger, callbacks=callbacks).fit(module)
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
@@ -112,7 +128,12 @@ def test_numbers_of_two_processes_are_those_of_one_on_the_same_batches(tmp_path:
         tolerance = 3e-2 if name == "bf16-mixed" else 1e-3
         assert len(run["samples"]) >= 4, name
         assert_close(
-            first[name]["samples"], run["samples"], rtol=tolerance, atol=1e-5, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            first[name]["samples"],
+            run["samples"],
+            rtol=tolerance,
+            atol=1e-5,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
         assert_close(second[name]["samples"], first[name]["samples"], rtol=0, atol=0, equal_nan=True)
         assert first[name]["failures"] == second[name]["failures"] == run["failures"]
@@ -259,11 +280,19 @@ def test_what_goes_wrong_in_one_process_costs_its_numbers_and_keeps_nobody_waiti
         # Who could not write its report still has the one before.
         told = [i for i in range(4) if not (name == "a report" and i == 2)]
         assert len(run["samples"]) == 4
-        assert_close([run["samples"][i] for i in told], [second[name, at]["samples"][i] for i in told], rtol=0, atol=0, equal_nan=True)
+        assert_close(
+            [run["samples"][i] for i in told],
+            [second[name, at]["samples"][i] for i in told],
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
         # A NaN is only seen by who measures that matrix.
         assert name == "a NaN" or max(run["failures"], second[name, at]["failures"]) >= 1, (name, at)
         for i in (0, 1, 3):  # the samples before and after
-            assert_close(known(run["samples"][i][1]), known(sound["samples"][i][1]), rtol=1e-6, atol=1e-9, equal_nan=True)
+            assert_close(
+                known(run["samples"][i][1]), known(sound["samples"][i][1]), rtol=1e-6, atol=1e-9, equal_nan=True
+            )
 
 
 def known(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

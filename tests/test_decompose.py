@@ -32,7 +32,8 @@ def solver(monkeypatch):
 
 def matrices():
     return [
-        gaussian(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(6, 9), (4, 5), (20, 6), (2, 3, 6, 6), (5, 4), (1, 6, 7)])
+        gaussian(*shape, seed=i, dtype=torch.float32)
+        for i, shape in enumerate([(6, 9), (4, 5), (20, 6), (2, 3, 6, 6), (5, 4), (1, 6, 7)])
     ]
 
 
@@ -139,7 +140,9 @@ def test_large_matrices_are_sketched():
 
 def test_sketches_follow_the_generator():
     matrix = gaussian(60, 70)
-    one, other = (decompose([matrix], "values", sketch_above=50, generator=generator(5)).spectra[0].values for _ in range(2))
+    one, other = (
+        decompose([matrix], "values", sketch_above=50, generator=generator(5)).spectra[0].values for _ in range(2)
+    )
 
     assert torch.equal(one, other)
 
@@ -155,7 +158,9 @@ def test_a_sketch_does_not_meet_the_draws_of_its_matrix():
 
 def test_a_sketch_does_not_depend_on_its_company():
     matrix, other = gaussian(60, 70), gaussian(55, 70)
-    alone, together = (decompose(given, "values", sketch_above=50).spectra[-1].values for given in ([matrix], [other, matrix]))
+    alone, together = (
+        decompose(given, "values", sketch_above=50).spectra[-1].values for given in ([matrix], [other, matrix])
+    )
 
     assert torch.equal(alone, together)
 

@@ -28,9 +28,14 @@ def net(*widths, activation=nn.Tanh, bias=True):
 
 
 def split(model, *, share=0.3, factor=1.0, neuron=0):
-    """The first hidden layer with one neuron more, which has the weights of another and takes a share of what that gives."""
+    """The first hidden layer with one neuron more, which has the weights of another and takes a share of what that
+    gives.
+    """
     before, activation, after, *rest = model
-    wider = nn.Linear(before.in_features, before.out_features + 1).double(), nn.Linear(after.in_features + 1, after.out_features).double()
+    wider = (
+        nn.Linear(before.in_features, before.out_features + 1).double(),
+        nn.Linear(after.in_features + 1, after.out_features).double(),
+    )
     wider[0].weight.data = torch.cat([before.weight, factor * before.weight[neuron : neuron + 1]])
     wider[0].bias.data = torch.cat([before.bias, factor * before.bias[neuron : neuron + 1]])
     out = after.weight.detach().clone()
@@ -118,7 +123,9 @@ def test_duplicates_of_a_smooth_net_may_not_differ_in_scale():
     assert int(flat_directions(wider, INPUTS).duplicates) == 0
 
 
-@pytest.mark.parametrize(("activation", "expected"), [(nn.ReLU, 5 + 3), (nn.LeakyReLU, 5 + 3), (nn.Tanh, 0), (nn.GELU, 0)])
+@pytest.mark.parametrize(
+    ("activation", "expected"), [(nn.ReLU, 5 + 3), (nn.LeakyReLU, 5 + 3), (nn.Tanh, 0), (nn.GELU, 0)]
+)
 def test_each_homogeneous_neuron_has_a_scale(activation, expected):
     assert int(flat_directions(net(4, 5, 3, 2, activation=activation), INPUTS).scale) == expected
 
@@ -171,7 +178,9 @@ def test_the_model_is_left_alone():
 def test_images_are_flattened():
     model = net(4, 5, 2)
 
-    assert counts(flat_directions(nn.Sequential(nn.Flatten(), *model), INPUTS.view(-1, 2, 2))) == counts(flat_directions(model, INPUTS))
+    assert counts(flat_directions(nn.Sequential(nn.Flatten(), *model), INPUTS.view(-1, 2, 2))) == counts(
+        flat_directions(model, INPUTS)
+    )
 
 
 @pytest.mark.parametrize(

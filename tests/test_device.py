@@ -80,7 +80,12 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
     for name in ("cpu", "numpy", "tolist", "item"):
         monkeypatch.setattr(Tensor, name, counted(name))
 
-    settings = {"max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(Classifier())
 
     num_reports = len(logger.curve("lowrank/rank_failures"))
@@ -154,7 +159,9 @@ def test_a_sample_stays_on_its_device_from_the_source_to_the_report(name: str, w
     assert waits.seen == {}
 
 
-def sampled(recorder: MatrixRecorder, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+def sampled(
+    recorder: MatrixRecorder, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, Tensor]:
     """One step of training with a sample taken."""
     source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
     recorder.plan(module)

@@ -84,7 +84,10 @@ def test_a_layer_that_one_process_never_came_by_is_read_from_the_others(tmp_path
 
     assert first.keys() == {"net.0.out"}
     assert second.keys() == {"net.2.out"}
-    assert {label: shape for label, (shape, _) in (first | second).items()} == {"net.0.out": (7, 32), "net.2.out": (3, 10)}
+    assert {label: shape for label, (shape, _) in (first | second).items()} == {
+        "net.0.out": (7, 32),
+        "net.2.out": (3, 10),
+    }
     assert all(torch.isfinite(values).all() for _, values in (first | second).values())
 
 
@@ -97,7 +100,9 @@ def placed(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) ->
         if isinstance(placement, Partial):
             at, count = mesh.get_coordinate()[axis], mesh.shape[axis]
             share *= 2 * (at + 1) / (count * (count + 1)) * (count if placement.reduce_op == "avg" else 1)
-    return DTensor.from_local(own * share, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(
+        own * share, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 S0, S1, R, SUM, MEAN = Shard(0), Shard(1), Replicate(), Partial(), Partial("avg")

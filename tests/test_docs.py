@@ -16,7 +16,10 @@ def blocks() -> list[tuple[str, int, str]]:
     found = []
     for document in DOCUMENTS:
         text = document.read_text()
-        found += [(str(document.relative_to(ROOT)), text[: match.start(1)].count("\n"), match[1]) for match in BLOCK.finditer(text)]
+        found += [
+            (str(document.relative_to(ROOT)), text[: match.start(1)].count("\n"), match[1])
+            for match in BLOCK.finditer(text)
+        ]
     return found
 
 

@@ -106,7 +106,11 @@ CHOICES: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Choice
     "a fixed batch": (Classifier, {"batch": "fixed"}, Choice("replay", "the fixed batch")),
     "a loss function": (Adversaries, {"loss_fn": a_loss}, Choice("replay", "loss_fn, which was given")),
     "compiled": (in_place, {}, Choice("replay", "'Classifier', which is compiled")),
-    "a hook of a parameter": (hooked_parameter, {}, Choice("replay", "the hooks of 'net.0.weight', which would hear of it")),
+    "a hook of a parameter": (
+        hooked_parameter,
+        {},
+        Choice("replay", "the hooks of 'net.0.weight', which would hear of it"),
+    ),
     "a hook of a layer": (hooked_layer, {}, Choice("replay", "the backward hooks of 'net.0', which would hear of it")),
 }
 
@@ -141,7 +145,9 @@ def test_synchronised_batch_normalisation_of_several_processes_is_refused() -> N
     module = Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10)))
 
     assert choose(trainer(), module).mode == "inline"
-    with pytest.raises(ValueError, match=r"'net\.1': .* SyncBatchNorm, .*use BatchNorm or GroupNorm; critical sharpness"):
+    with pytest.raises(
+        ValueError, match=r"'net\.1': .* SyncBatchNorm, .*use BatchNorm or GroupNorm; critical sharpness"
+    ):
         choose(trainer(strategy="ddp", devices=2), module)
 
 
@@ -161,7 +167,10 @@ def sharded(rank: int, size: int, root: Path) -> str:
 @pytest.mark.slow
 def test_sharded_parameters_are_refused_with_what_remains(tmp_path: Path) -> None:
     for message in together(sharded, tmp_path):
-        assert message.startswith("'net.0.weight' is sharded") and "critical sharpness needs forward passes only" in message
+        assert (
+            message.startswith("'net.0.weight' is sharded")
+            and "critical sharpness needs forward passes only" in message
+        )
 
 
 def attention(kernel: SDPBackend) -> Tensor:

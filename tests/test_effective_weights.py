@@ -1,4 +1,6 @@
-"""Weights that are computed: LoRA pairs against the libraries that train them, parametrised ones against the layer itself."""
+"""Weights that are computed: LoRA pairs against the libraries that train them, parametrised ones against the layer
+itself.
+"""
 
 import warnings
 
@@ -82,7 +84,11 @@ def test_a_pair_on_a_transposed_linear_layer_has_outputs_as_rows() -> None:
 
 
 def test_a_pair_on_fused_attention_is_queries_keys_and_values(adapted: nn.Module) -> None:
-    assert site(adapted, "qkv.lora.default").labels == ("qkv.lora.default.q", "qkv.lora.default.k", "qkv.lora.default.v")
+    assert site(adapted, "qkv.lora.default").labels == (
+        "qkv.lora.default.q",
+        "qkv.lora.default.k",
+        "qkv.lora.default.v",
+    )
     assert site(adapted, "attn.lora.default").weight().shape == (3, 8, 8)
 
 
@@ -223,7 +229,9 @@ def test_a_weight_is_computed_without_a_trace(parametrized: nn.Module) -> None:
 
 
 def test_types_are_those_of_the_layer_not_of_its_parametrization(parametrized: nn.Module) -> None:
-    assert len(sites(parametrized, match=["type:Linear"] if isinstance(parametrized, nn.Linear) else "type:_ConvNd")) == 1
+    assert (
+        len(sites(parametrized, match=["type:Linear"] if isinstance(parametrized, nn.Linear) else "type:_ConvNd")) == 1
+    )
 
 
 def test_the_tangent_of_a_parametrised_weight_is_the_change_of_its_largest_original() -> None:

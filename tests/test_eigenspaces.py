@@ -1,4 +1,6 @@
-"""Oracles: operators whose eigenvalues and eigenvectors are known by construction, and numpy's of Hessians of a net in training."""
+"""Oracles: operators whose eigenvalues and eigenvectors are known by construction, and numpy's of Hessians of a net in
+training.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.operators.eigenspaces import energy_share, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
+from lightning_lowrank.maths.operators.eigenspaces import (
+    energy_share,
+    layer_energies,
+    overlap,
+    rayleigh_quotient,
+    top_eigenpairs,
+)
 from lightning_lowrank.maths.operators.operators import Layout, Operator
 from tests.oracles.spectra import gaussian, generator
 from tests.test_device import Waits
@@ -43,7 +51,9 @@ def ends(values, k, lowest):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["zero", "rank 1", "rank 3", "repeated", "identity"])
 def test_both_ends_are_found_without_ghosts(name, dtype):
-    """Where the Krylov space is exhausted, at step 1 for the zero operator and the identity, the search goes on outside of it."""
+    """Where the Krylov space is exhausted, at step 1 for the zero operator and the identity, the search goes on outside
+    of it.
+    """
     operator, _ = with_spectrum(SPECTRA[name], dtype=dtype)
     found = top_eigenpairs(operator, 5, lowest=1, num_products=10, generator=generator())
 
@@ -97,7 +107,9 @@ def test_old_eigenvectors_are_found_again_by_as_many_products():
 def test_old_eigenvectors_that_are_not_finite_are_left_out():
     operator, vectors = with_spectrum([9.0, 7.0])
     spoilt = torch.where(torch.arange(2)[:, None] == 0, torch.nan, vectors[:2])
-    found = top_eigenpairs(operator, 2, start=spoilt, further=torch.zeros(1, SIZE), num_products=6, generator=generator())
+    found = top_eigenpairs(
+        operator, 2, start=spoilt, further=torch.zeros(1, SIZE), num_products=6, generator=generator()
+    )
 
     assert_close(found.values, torch.tensor([9.0, 7.0], dtype=torch.float64), rtol=1e-4, atol=0)
 
@@ -165,7 +177,9 @@ def whole_hessian(loss, params):
 
 @pytest.fixture(scope="module")
 def probes():
-    """Of a net in training, on the minibatch of the step: gradient, operator, and the eigenvalues and eigenvectors by numpy."""
+    """Of a net in training, on the minibatch of the step: gradient, operator, and the eigenvalues and eigenvectors by
+    numpy.
+    """
     images, labels = digits()
     torch.manual_seed(0)
     model, draws, found = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)), generator(1), []
@@ -186,11 +200,15 @@ def probes():
 
 
 def errors(probes, pairs, num_products, k=5):
-    """Of the first eigenvalue, started from the true eigenvectors of another probe; and how far the subspaces are apart."""
+    """Of the first eigenvalue, started from the true eigenvectors of another probe; and how far the subspaces are
+    apart.
+    """
     for now, before in pairs:
         gradient, operator, values, vectors = probes[now]
         start = probes[before][3][:k]
-        found = top_eigenpairs(operator, k, start=start, further=gradient[None], num_products=num_products, generator=generator())
+        found = top_eigenpairs(
+            operator, k, start=start, further=gradient[None], num_products=num_products, generator=generator()
+        )
         yield abs(found.values[0].item() / values[0] - 1), overlap(vectors[:k], start).item()
 
 

@@ -17,7 +17,10 @@ FEW_STEPS = {
     "flat_directions": (["--widest=4", "--steps=60"], ["duplicates", "flat_directions.png"]),
     "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
     "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
-    "gradient_anatomy": (["--n=40", "--steps=12", "--only=real"], ["residue", "every 1000 steps", "gradient_anatomy.png"]),
+    "gradient_anatomy": (
+        ["--n=40", "--steps=12", "--only=real"],
+        ["residue", "every 1000 steps", "gradient_anatomy.png"],
+    ),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
     "lora_kernel": (["--steps=2", "--every=1", "--num_examples=4"], ["share of the factors A", "lora_kernel.png"]),
@@ -55,7 +58,9 @@ def test_the_demo_ends_with_the_ranks_and_leaves_the_curves(tmp_path: Path) -> N
     curves = EventAccumulator(str(events)).Reload()
     for source in ("gradient", "weight", "update"):
         assert f"{source}_stable_rank" in said
-        low, middle, high = ([e.value for e in curves.Scalars(f"lowrank/{source}_stable_rank_{end}")] for end in ("min", "median", "max"))
+        low, middle, high = (
+            [e.value for e in curves.Scalars(f"lowrank/{source}_stable_rank_{end}")] for end in ("min", "median", "max")
+        )
         assert len(middle) == 2
         assert all(1 <= a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
 
@@ -73,7 +78,10 @@ def test_outliers_are_one_less_than_classes_once_the_loss_falls(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_network_split_to_twice_its_width_has_four_flat_directions_more_a_neuron(tmp_path: Path) -> None:
-    found = {(row[0], int(row[1]), row[2]): [int(cell) for cell in row[5:10]] for row in rows(run("flat_directions", tmp_path))}
+    found = {
+        (row[0], int(row[1]), row[2]): [int(cell) for cell in row[5:10]]
+        for row in rows(run("flat_directions", tmp_path))
+    }
 
     assert found["Tanh", 4, "split"] == [8, 8, 8, 0, 0]
     assert found["ReLU", 4, "split"] == [10, 10, 8, 2, 0]

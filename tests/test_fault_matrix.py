@@ -1,6 +1,8 @@
-"""Every fault at everything that is read: training is as it was, and each number logged is that of what was really there, or is missing.
+"""Every fault at everything that is read: training is as it was, and each number logged is that of what was really
+there, or is missing.
 
-Oracle: numpy's singular values, in float64, of copies that the module itself made of what it had at that moment, in an unwatched run.
+Oracle: numpy's singular values, in float64, of copies that the module itself made of what it had at that moment, in an
+unwatched run.
 """
 
 import warnings
@@ -135,7 +137,10 @@ def test_what_is_missing_is_counted_and_said_once_for_each_quantity(fault: str) 
     alone, watched = pair(fault)
     quantities = [quantity for names in QUANTITIES.values() for quantity in names]
     truth = {quantity: expected(alone, quantity) for quantity in quantities}
-    missing = {q: [n for steps in sites.values() for n in steps.values() if np.isnan(n["stable_rank"])] for q, sites in truth.items()}
+    missing = {
+        q: [n for steps in sites.values() for n in steps.values() if np.isnan(n["stable_rank"])]
+        for q, sites in truth.items()
+    }
 
     assert watched.monitor.failures == sum(map(len, missing.values()))
     assert list(watched.logger.curve("lowrank/rank_failures").values())[-1] == watched.monitor.failures
@@ -147,5 +152,9 @@ def test_what_is_missing_is_counted_and_said_once_for_each_quantity(fault: str) 
 def test_once_it_is_over_the_numbers_are_back(fault: str) -> None:
     _, watched = pair(fault)
 
-    last = {tag: list(curve.values())[FAULTY_STEPS[-1] + 1 :] for tag, curve in watched.logger.curves().items() if "/" in tag}
+    last = {
+        tag: list(curve.values())[FAULTY_STEPS[-1] + 1 :]
+        for tag, curve in watched.logger.curves().items()
+        if "/" in tag
+    }
     assert not [tag for tag, values in last.items() if np.isnan(values).any()]

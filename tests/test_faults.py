@@ -25,7 +25,9 @@ FAULTY, SOUND = "gradient_stable_rank/net.0.weight", "gradient_stable_rank/net.2
 
 
 class Faulty(Classifier):
-    """Something happens to the gradient of the first layer, and the user's own hook mends it before the optimizer steps."""
+    """Something happens to the gradient of the first layer, and the user's own hook mends it before the optimizer
+    steps.
+    """
 
     def __init__(self, fault: Callable[[nn.Parameter], Tensor | None]) -> None:
         super().__init__()
@@ -53,10 +55,17 @@ def with_entry(value: float) -> Callable[[nn.Parameter], Tensor]:
     return fault
 
 
-def trained(make: Callable[[], L.LightningModule], monitors: Sequence[Monitor], **options: Any) -> tuple[dict[str, Tensor], MemoryLogger]:
+def trained(
+    make: Callable[[], L.LightningModule], monitors: Sequence[Monitor], **options: Any
+) -> tuple[dict[str, Tensor], MemoryLogger]:
     """Final weights, and what was logged."""
     logger = MemoryLogger()
-    settings = {"max_steps": 6, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "max_steps": 6,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     L.seed_everything(3, verbose=False)
     module = make()
     L.Trainer(**settings | options, logger=logger, callbacks=list(monitors)).fit(module)
@@ -187,7 +196,9 @@ def test_a_layer_that_appears_has_a_curve_from_then_on() -> None:
 
 
 def test_a_layer_replaced_by_one_of_another_shape_keeps_its_curve() -> None:
-    monitor = RankMonitor(("gradients", "weights", "updates"), ("stable_rank", "subspace_overlap"), every_n_steps=1, per_site=True)
+    monitor = RankMonitor(
+        ("gradients", "weights", "updates"), ("stable_rank", "subspace_overlap"), every_n_steps=1, per_site=True
+    )
     make = lambda: Growing(**{"0": nn.Linear(64, 16), "2": nn.Linear(16, 10)})  # noqa: E731
 
     logger = watched_as_unwatched(make, monitor, max_steps=-1, max_epochs=2, limit_train_batches=3)
@@ -292,7 +303,9 @@ def test_a_layer_whose_output_cannot_be_read_costs_its_own_number(monkeypatch: p
     monitor = RankMonitor(("gradients", "features"), ("stable_rank",), every_n_steps=1, per_site=True)
     monkeypatch.setattr(features, "_rows", failing(features._rows, RuntimeError("odd"), on_call=5))
 
-    with pytest.warns(UserWarning, match="feature: no number for 1 of 2 sites, the first is 'net.0.out'.*odd") as caught:
+    with pytest.warns(
+        UserWarning, match="feature: no number for 1 of 2 sites, the first is 'net.0.out'.*odd"
+    ) as caught:
         logger = watched_as_unwatched(Classifier, monitor)
 
     assert len(ours(caught)) == 1
@@ -351,7 +364,12 @@ def interrupts() -> Iterator[None]:
 def ended_early(module: Classifier, expected: type[BaseException]) -> tuple[L.Trainer, Monitor]:
     """A watched run that does not come to its end."""
     monitor = RankMonitor(EVERYTHING, every_n_steps=1)
-    settings = {"max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(**settings, logger=MemoryLogger(), callbacks=[monitor])
     with pytest.raises(expected):
         trainer.fit(module)
@@ -404,7 +422,12 @@ def test_ctrl_c_leaves_nothing_behind(moment: str, monkeypatch: pytest.MonkeyPat
 def test_training_goes_on_after_an_interruption_as_if_nothing_had_been(interrupts: None) -> None:
     module = Interrupted(KeyboardInterrupt())
     _, monitor = ended_early(module, SystemExit)
-    settings = {"max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     logger, again = MemoryLogger(), Classifier()
 
     L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(again)

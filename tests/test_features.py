@@ -32,7 +32,9 @@ class Outputs(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for name in self.names:
-            module.get_submodule(name).register_forward_hook(lambda layer, _, output, name=name: self.keep(trainer, name, output))
+            module.get_submodule(name).register_forward_hook(
+                lambda layer, _, output, name=name: self.keep(trainer, name, output)
+            )
 
     def keep(self, trainer: L.Trainer, name: str, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
@@ -70,18 +72,27 @@ class Checkpointed(nn.Module):
         return self.second(torch.relu(x))
 
 
-def run(module: L.LightningModule, source: Features, *others: L.Callback, every: int = 1, **options: Any) -> MemoryLogger:
+def run(
+    module: L.LightningModule, source: Features, *others: L.Callback, every: int = 1, **options: Any
+) -> MemoryLogger:
     """What a monitor of that source logs while the module trains."""
     logger = MemoryLogger()
     monitor = Monitor([Probe(source.name, source, STATISTICS, Every(every))], per_site=True)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     L.seed_everything(5, verbose=False)
     L.Trainer(**(quiet | options), logger=logger, callbacks=[monitor, *others]).fit(module)
     assert monitor.failures == 0
     return logger
 
 
-def agrees(logger: MemoryLogger, quantity: str, label: str, rows: list[NDArray[np.float64]], *, centred: bool = False) -> None:
+def agrees(
+    logger: MemoryLogger, quantity: str, label: str, rows: list[NDArray[np.float64]], *, centred: bool = False
+) -> None:
     """Whether the curve of a layer is that of these rows by numpy, one matrix per sample."""
     assert rows
     for statistic in STATISTICS:
@@ -117,7 +128,13 @@ def test_features_are_the_spectra_of_the_outputs(case: str, centred: bool) -> No
     outputs = Outputs(name)
     logger = run(Classifier(make()), Features(centred=centred), outputs, every=3)
 
-    agrees(logger, "centred_feature" * centred or "feature", name, [rows(o) for o in outputs.rows[name][::3]], centred=centred)
+    agrees(
+        logger,
+        "centred_feature" * centred or "feature",
+        name,
+        [rows(o) for o in outputs.rows[name][::3]],
+        centred=centred,
+    )
 
 
 def test_rows_are_pooled_over_an_accumulation_window() -> None:
@@ -148,7 +165,9 @@ def test_rows_of_the_layer_with_the_fewest_are_logged() -> None:
 def test_a_layer_called_twice_gives_the_rows_of_both() -> None:
     shared = nn.Linear(64, 64)
     outputs = Outputs("net.0")
-    logger = run(Classifier(nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(64, 10))), Features(match="*.0"), outputs, every=8)
+    logger = run(
+        Classifier(nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(64, 10))), Features(match="*.0"), outputs, every=8
+    )
 
     agrees(logger, "feature", "net.0", [np.concatenate([last(o) for o in outputs.rows["net.0"][:2]])])
 
@@ -176,7 +195,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) -> None:
-    with pytest.raises(ValueError, match=r"features of 'net.*0' cannot be read: hooks inside a compiled module never run"):
+    with pytest.raises(
+        ValueError, match=r"features of 'net.*0' cannot be read: hooks inside a compiled module never run"
+    ):
         run(COMPILED[case](), Features())
 
 
@@ -191,12 +212,16 @@ def test_the_fast_path_of_transformers_is_refused_in_validation() -> None:
     net = nn.TransformerEncoderLayer(64, 2, batch_first=True)
 
     assert labels(net) == ["net.self_attn.out", "net.linear1.out", "net.linear2.out"]
-    with pytest.raises(ValueError, match=r"features of 'net\.linear1' cannot be read: a hook would turn off the fast path"):
+    with pytest.raises(
+        ValueError, match=r"features of 'net\.linear1' cannot be read: a hook would turn off the fast path"
+    ):
         labels(net, stage="validation")
 
 
 def test_projection_of_attention_is_no_layer_of_its_own() -> None:
-    assert labels(Sequence()) == [f"net.{name}.out" for name in ("embedding", "attention", "recurrence", "convolution", "head")]
+    assert labels(Sequence()) == [
+        f"net.{name}.out" for name in ("embedding", "attention", "recurrence", "convolution", "head")
+    ]
 
 
 def test_layers_are_chosen_by_name_and_type() -> None:

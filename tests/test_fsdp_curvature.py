@@ -30,7 +30,9 @@ class Sharded(L.LightningModule):
         super().__init__()
         self.size = size
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(64, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 10))
+        self.net = nn.Sequential(
+            nn.Linear(64, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 10)
+        )
 
     def configure_model(self) -> None:
         if self.size > 1:
@@ -44,7 +46,9 @@ class Sharded(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         rank = self.trainer.global_rank
-        return DataLoader(digits(), batch_size=16 // self.size, sampler=DistributedSampler(digits(), self.size, rank, shuffle=False))
+        return DataLoader(
+            digits(), batch_size=16 // self.size, sampler=DistributedSampler(digits(), self.size, rank, shuffle=False)
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5)
@@ -53,10 +57,16 @@ class Sharded(L.LightningModule):
 def fitted(size: int, monitor: Monitor | None) -> tuple[dict[str, dict[int, float]], dict[str, Tensor]]:
     """Curves, and the weights at the end."""
     module, logger = Sharded(size), MemoryLogger()
-    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     options |= {"use_distributed_sampler": False, "accelerator": "cpu", "max_epochs": 2, "logger": logger}
     if size > 1:
-        strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(
+            data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
         options |= {"devices": size, "strategy": strategy}
     L.Trainer(**options, callbacks=[monitor] if monitor else []).fit(module)
     return logger.curves(), {name: whole(p.detach()).clone() for name, p in module.named_parameters()}
@@ -71,7 +81,13 @@ def sharded(rank: int, size: int, root: Path) -> dict[str, Any]:
         fitted(size, CurvatureMonitor("light", ("hessian",)))
     except ValueError as error:
         refused = str(error)
-    return {"curves": curves, "watched": watched, "unwatched": unwatched, "failures": monitor.failures, "refused": refused}
+    return {
+        "curves": curves,
+        "watched": watched,
+        "unwatched": unwatched,
+        "failures": monitor.failures,
+        "refused": refused,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +109,11 @@ def test_training_with_sharded_parameters_is_the_same_bit_for_bit(found: list[di
         assert_close(rank["watched"], rank["unwatched"], rtol=0, atol=0)
 
 
-def test_a_second_derivative_of_sharded_parameters_is_refused_before_training_with_what_remains(found: list[dict[str, Any]]) -> None:
+def test_a_second_derivative_of_sharded_parameters_is_refused_before_training_with_what_remains(
+    found: list[dict[str, Any]],
+) -> None:
     for rank in found:
-        assert "is sharded" in rank["refused"] and "critical sharpness needs forward passes only and remains" in rank["refused"]
+        assert (
+            "is sharded" in rank["refused"]
+            and "critical sharpness needs forward passes only and remains" in rank["refused"]
+        )

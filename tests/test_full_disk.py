@@ -1,4 +1,6 @@
-"""Training goes on when the disk is full: real runs in processes of their own, in which no file may grow while it lasts."""
+"""Training goes on when the disk is full: real runs in processes of their own, in which no file may grow while it
+lasts.
+"""
 
 import csv
 import os
@@ -61,7 +63,9 @@ def train(root: Path, kind: str, full: range, watched: bool, module: type[Classi
     L.seed_everything(3, verbose=False)
     learner, monitors = module(), [RankMonitor(every_n_steps=3)] if watched else []
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = L.Trainer(**quiet, max_epochs=2, log_every_n_steps=1, logger=LOGGERS[kind](root), callbacks=[Disk(root, full), *monitors])
+    trainer = L.Trainer(
+        **quiet, max_epochs=2, log_every_n_steps=1, logger=LOGGERS[kind](root), callbacks=[Disk(root, full), *monitors]
+    )
     error = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -121,6 +125,8 @@ def test_curves_go_on_when_there_is_room_again(kind: str, alone: dict[str, Any],
 
 
 def test_where_lightnings_own_logging_ends_the_run_it_ends_at_the_same_step(tmp_path: Path) -> None:
-    watched, unwatched = (ended(tmp_path / str(watched), "tensorboard", range(5, 100), watched, Classifier) for watched in (True, False))
+    watched, unwatched = (
+        ended(tmp_path / str(watched), "tensorboard", range(5, 100), watched, Classifier) for watched in (True, False)
+    )
 
     assert watched["error"] == unwatched["error"] == "full disk at step 6"

@@ -61,7 +61,13 @@ def huggingface(name: str) -> nn.Module:
     import transformers as hf
 
     torch.manual_seed(0)
-    of_bert = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20, "vocab_size": 11}
+    of_bert = {
+        "hidden_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+        "vocab_size": 11,
+    }
     of_gpt2 = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16, "vocab_size": 11}
     made: dict[str, Callable[[], nn.Module]] = {
         "bert": lambda: hf.BertModel(hf.BertConfig(**of_bert), add_pooling_layer=False),
@@ -78,8 +84,18 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], list[str]]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)), (5, 12), [], ["2", "4"]),
-    "convolutions": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)), (5, 2, 7, 7), [], ["2"]),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)),
+        (5, 12),
+        [],
+        ["2", "4"],
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)),
+        (5, 2, 7, 7),
+        [],
+        ["2"],
+    ),
     "transposed convolutions": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3)),
         (5, 2, 7, 7),
@@ -100,7 +116,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
         [f"encoder.layer.{i}.attention.output.dense" for i in (0, 1)],
         [f"encoder.layer.{i}.output.dense" for i in (0, 1)],
     ),
-    "gpt2": (lambda: huggingface("gpt2"), (5, 8, 12), [f"h.{i}.attn.c_proj" for i in (0, 1)], [f"h.{i}.mlp.c_proj" for i in (0, 1)]),
+    "gpt2": (
+        lambda: huggingface("gpt2"),
+        (5, 8, 12),
+        [f"h.{i}.attn.c_proj" for i in (0, 1)],
+        [f"h.{i}.mlp.c_proj" for i in (0, 1)],
+    ),
     "llama": (
         lambda: huggingface("llama"),
         (5, 8, 12),
@@ -203,6 +224,8 @@ def test_between_the_factors_of_a_lora_pair_are_no_neurons() -> None:
 def test_energies_are_mean_squares_of_blocks_along_an_axis() -> None:
     tensor = torch.arange(24.0).view(4, 6)
 
-    assert_close(energies(tensor, 3, 1), torch.stack([tensor[:, i : i + 2].square().mean() for i in (0, 2, 4)]).double())
+    assert_close(
+        energies(tensor, 3, 1), torch.stack([tensor[:, i : i + 2].square().mean() for i in (0, 2, 4)]).double()
+    )
     assert_close(energies(tensor, 2, 0), torch.stack([tensor[:2].square().mean(), tensor[2:].square().mean()]).double())
     assert_close(energies(torch.tensor([1e-30])), torch.tensor([1e-60], dtype=torch.float64))

@@ -23,7 +23,11 @@ class Losses(Gauge):
     name = "loss"
 
     def __init__(self) -> None:
-        self.quantities = [Quantity("loss"), Quantity("log_loss", estimated=True), Quantity("gradient_size", per_site=True)]
+        self.quantities = [
+            Quantity("loss"),
+            Quantity("log_loss", estimated=True),
+            Quantity("gradient_size", per_site=True),
+        ]
         self.loss: Tensor | None = None
         self.module: nn.Module | None = None
 
@@ -49,7 +53,12 @@ def watched(**options: Any) -> tuple[Monitor, Classifier, MemoryLogger]:
     given = {key: options.pop(key) for key in ("alerts", "name", "per_site") if key in options}
     monitor = Monitor([Probe("loss", Losses(), names, Every(2))], **given)
     module, logger = Classifier(), MemoryLogger()
-    silent: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     L.Trainer(**(silent | options), logger=logger, callbacks=[monitor]).fit(module)
     return monitor, module, logger
 
@@ -87,7 +96,9 @@ def test_a_loss_is_what_the_user_computed_whatever_the_accumulation() -> None:
 def test_a_prefix_stands_before_every_quantity() -> None:
     _, _, logger = watched(name="mine")
 
-    assert {"mine_loss", "mine_log_loss", "mine_log_loss_error", "lowrank/mine_gradient_size_max"} < set(logger.curves())
+    assert {"mine_loss", "mine_log_loss", "mine_log_loss_error", "lowrank/mine_gradient_size_max"} < set(
+        logger.curves()
+    )
 
 
 def test_an_alert_may_be_on_the_whole_model() -> None:
@@ -96,7 +107,9 @@ def test_an_alert_may_be_on_the_whole_model() -> None:
     assert [event.state for event in monitor.events] == ["firing"]
 
 
-def test_the_whole_model_is_announced_beside_its_sites(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_model_is_announced_beside_its_sites(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
 
     with caplog.at_level(logging.INFO):

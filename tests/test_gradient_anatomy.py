@@ -1,4 +1,4 @@
-"""The paper's experiments, small, with margins that were measured over 40 seeds; and what regularisers add to a loss."""
+"""The paper's experiments, small, with margins measured over 40 seeds; and what regularisers add to a loss."""
 
 import math
 from typing import Any
@@ -85,11 +85,16 @@ def test_relu_is_like_gelu_where_the_bulk_is_flat() -> None:
 
 def test_mean_field_scaling_keeps_the_direction_at_the_same_step_but_not_at_the_same_loss() -> None:
     m = 5 * 150 // 3
-    lazy, mean_field = (descended(problem(150, "tanh", nu=0.125, mean_field=on), 0.5, [16])[-1]["v1.v1(0)"] for on in (False, True))
+    lazy, mean_field = (
+        descended(problem(150, "tanh", nu=0.125, mean_field=on), 0.5, [16])[-1]["v1.v1(0)"] for on in (False, True)
+    )
 
     assert lazy < 0.6
     assert mean_field > 0.98
-    halves = [at_half_loss(problem(150, "tanh", nu=0.125, mean_field=on), rate) for on, rate in ((False, 0.1), (True, 0.1 * m))]
+    halves = [
+        at_half_loss(problem(150, "tanh", nu=0.125, mean_field=on), rate)
+        for on, rate in ((False, 0.1), (True, 0.1 * m))
+    ]
     assert halves[0]["v1.v1(0)"] > halves[1]["v1.v1(0)"] - 0.05
 
 
@@ -142,7 +147,9 @@ def test_shares_that_know_nothing_of_the_spike_are_those_that_do(act: str, nu: f
         signals = of.residual[:, None] * of.slopes() * of.a
         blind = anatomy(Sides(of.data.inputs, signals, of.gradient(), 150), 1).values
         one = torch.ones(1, dtype=torch.float64)
-        knowing = split(of.gradient(), DirectionsOf(terms(of)["u"][None], one), DirectionsOf(of.data.direction[None], one))
+        knowing = split(
+            of.gradient(), DirectionsOf(terms(of)["u"][None], one), DirectionsOf(of.data.direction[None], one)
+        )
         apart.append([abs(float(blind[share] - knowing[share])) for share in SHARES])
 
     assert torch.tensor(apart).mean() < 0.06
@@ -176,7 +183,12 @@ class TwoLayers(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
 
 
 def test_the_monitor_finds_spike_and_bulk_of_a_model_that_says_nothing_of_them() -> None:
@@ -184,7 +196,11 @@ def test_the_monitor_finds_spike_and_bulk_of_a_model_that_says_nothing_of_them()
     of = problem(300, "tanh", nu=0.3, alpha=0.5)
     L.Trainer(**SILENT, logger=logger, callbacks=[monitor]).fit(TwoLayers(of))
 
-    found = {tag.removeprefix("anatomy_").removesuffix("/layer.weight"): curve[0] for tag, curve in logger.curves().items() if 0 in curve}
+    found = {
+        tag.removeprefix("anatomy_").removesuffix("/layer.weight"): curve[0]
+        for tag, curve in logger.curves().items()
+        if 0 in curve
+    }
     assert abs(found["spike_strength"] - 0.3) < 3 * found["spike_strength_error"]
     assert abs(found["bulk_decay"] - 0.5) < 3 * found["bulk_decay_error"]
     assert found["deviation"] < 1e-5
@@ -208,7 +224,9 @@ def test_the_penalty_and_its_gradient_are_those_of_nested_differentiation() -> N
     expected, found = nested_penalty(net, inputs), jacobian_penalty(net, inputs)
     assert_close(found, expected)
     params = list(net.parameters())
-    of_found, of_expected = (torch.autograd.grad(x, params, allow_unused=True, materialize_grads=True) for x in (found, expected))
+    of_found, of_expected = (
+        torch.autograd.grad(x, params, allow_unused=True, materialize_grads=True) for x in (found, expected)
+    )
     assert_close(of_found, of_expected)
 
 

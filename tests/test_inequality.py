@@ -46,7 +46,8 @@ def test_gini_is_the_mean_distance_of_two_units_over_twice_their_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("law", "known"), [("exponential", 0.5), ("absolute normal", math.sqrt(2) - 1), ("squared normal", 2 / math.pi), ("Pareto", 1 / 4)]
+    ("law", "known"),
+    [("exponential", 0.5), ("absolute normal", math.sqrt(2) - 1), ("squared normal", 2 / math.pi), ("Pareto", 1 / 4)],
 )
 def test_gini_of_known_laws(law: str, known: float) -> None:
     assert float(gini(drawn(law, 200_000))) == pytest.approx(known, abs=0.01)
@@ -56,7 +57,9 @@ def test_equal_units_and_a_single_winner_are_the_ends() -> None:
     equal, winner = torch.full((50,), 3.0), torch.eye(50)[0]
 
     assert [float(f(equal)) for f in (gini, top_share, participation_ratio, entropy)] == pytest.approx([0, 0.1, 1, 1])
-    assert [float(f(winner)) for f in (gini, top_share, participation_ratio, entropy)] == pytest.approx([0.98, 1, 0.02, 0])
+    assert [float(f(winner)) for f in (gini, top_share, participation_ratio, entropy)] == pytest.approx(
+        [0.98, 1, 0.02, 0]
+    )
 
 
 def test_the_top_tenth_is_read_off_the_lorenz_curve_between_units() -> None:
@@ -90,9 +93,18 @@ def test_hill_is_blank_where_its_tenth_is_fewer_than_five_units_or_without_sprea
 
 @pytest.mark.parametrize("statistic", OF_ONE)
 @pytest.mark.parametrize(
-    "values", [torch.zeros(60), torch.ones(1), torch.empty(0), torch.tensor([1.0] * 59 + [math.nan]), torch.tensor([1.0] * 59 + [math.inf])]
+    "values",
+    [
+        torch.zeros(60),
+        torch.ones(1),
+        torch.empty(0),
+        torch.tensor([1.0] * 59 + [math.nan]),
+        torch.tensor([1.0] * 59 + [math.inf]),
+    ],
 )
-def test_where_there_is_nothing_to_compare_there_is_no_number(statistic: Callable[[Tensor], Tensor], values: Tensor) -> None:
+def test_where_there_is_nothing_to_compare_there_is_no_number(
+    statistic: Callable[[Tensor], Tensor], values: Tensor
+) -> None:
     assert statistic(values).isnan()
 
 

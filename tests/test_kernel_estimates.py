@@ -6,7 +6,13 @@ from torch.testing import assert_close
 
 from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
 from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator
-from lightning_lowrank.maths.operators.traces import debiased, participation_ratio, spectral_estimate, trace, trace_of_square
+from lightning_lowrank.maths.operators.traces import (
+    debiased,
+    participation_ratio,
+    spectral_estimate,
+    trace,
+    trace_of_square,
+)
 from lightning_lowrank.monitors.tangent_kernel import estimates
 from lightning_lowrank.monitors.tangent_kernel.kernels import (
     exact_kernel,
@@ -64,7 +70,10 @@ def moved():
 def drawn(moved, inputs):
     """Many pairs of projections with the same vectors, of both nets."""
     both = [torch.cat(list(per_parameter(model, inputs).values()), 1) for model in moved]
-    return [[(vectors_of(matrix.shape[1], seed) @ matrix.T).view(NUM, ROWS, COLUMNS) for matrix in both] for seed in range(TRIALS)]
+    return [
+        [(vectors_of(matrix.shape[1], seed) @ matrix.T).view(NUM, ROWS, COLUMNS) for matrix in both]
+        for seed in range(TRIALS)
+    ]
 
 
 def vectors_of(size, seed):
@@ -123,8 +132,14 @@ def estimated(kernel, other):
 
 def trials(drawn, name, known=(None, None)):
     """Values and errors of every quantity in every trial."""
-    found = [estimated(*(sketched_kernel(one, name, known=part) for one, part in zip(pair, known, strict=True))) for pair in drawn]
-    return {key: (torch.stack([f[key].value for f in found]), torch.stack([f[key].error for f in found])) for key in found[0]}
+    found = [
+        estimated(*(sketched_kernel(one, name, known=part) for one, part in zip(pair, known, strict=True)))
+        for pair in drawn
+    ]
+    return {
+        key: (torch.stack([f[key].value for f in found]), torch.stack([f[key].error for f in found]))
+        for key in found[0]
+    }
 
 
 def naive(drawn, name):
@@ -190,7 +205,9 @@ def test_truth_is_within_two_errors_of_a_monitors_quadrature_in_nine_of_ten_tria
     found = [quadrature_of(operator, effort, seed) for seed in range(TRIALS)]
 
     for quantity in found[0]:
-        within = torch.stack([(f[quantity].value - truths[name][quantity]).abs() <= 2 * f[quantity].error for f in found])
+        within = torch.stack(
+            [(f[quantity].value - truths[name][quantity]).abs() <= 2 * f[quantity].error for f in found]
+        )
         assert within.double().mean() >= 0.9, quantity
 
 
@@ -203,7 +220,9 @@ def quadrature_of(operator, effort, seed):
     return {name: estimates.widened(found, effort.probes) for name, found in sums.items()}
 
 
-@pytest.mark.parametrize("quantity", ["trace", "squared_norm", "participation_ratio", "alignment", "centred_alignment", "velocity"])
+@pytest.mark.parametrize(
+    "quantity", ["trace", "squared_norm", "participation_ratio", "alignment", "centred_alignment", "velocity"]
+)
 @pytest.mark.parametrize("name", SKETCHED)
 def test_what_is_known_makes_estimates_better(name, quantity, all_trials):
     (plain, _), (deflated, _) = (found[quantity] for found in all_trials[name])
@@ -224,18 +243,24 @@ def test_change_is_that_of_the_matrix(moved, inputs, drawn, known):
     one, other = (oracle(model, inputs) for model in moved)
     truth = (one - other).square().sum() / other.square().sum()
     exact = [exact_kernel(exact_modes(kernel_operator(jacobian_of(model, inputs), "full")), ROWS) for model in moved]
-    pairs = [[sketched_kernel(one, "full", known=part) for one, part in zip(pair, known["full"], strict=True)] for pair in drawn[:50]]
+    pairs = [
+        [sketched_kernel(one, "full", known=part) for one, part in zip(pair, known["full"], strict=True)]
+        for pair in drawn[:50]
+    ]
     found = [estimates.relative_change(*pair) for pair in pairs]
 
     assert_close(estimates.relative_change(*exact).value, truth, rtol=1e-9, atol=0)
-    assert (torch.stack([f.value for f in found]).mean() - truth).abs() < torch.stack([f.error for f in found]).mean() / 2
+    assert (torch.stack([f.value for f in found]).mean() - truth).abs() < torch.stack(
+        [f.error for f in found]
+    ).mean() / 2
 
 
 def test_a_kernel_that_stays_has_neither_velocity_nor_change(drawn):
     kernel = sketched_kernel(drawn[0][0], "class_summed")
 
     assert_close(
-        torch.stack([estimates.velocity(kernel, kernel).value, estimates.relative_change(kernel, kernel).value]), torch.zeros(2).double()
+        torch.stack([estimates.velocity(kernel, kernel).value, estimates.relative_change(kernel, kernel).value]),
+        torch.zeros(2).double(),
     )
 
 
@@ -288,7 +313,14 @@ def layers(moved, inputs):
 
 def layers_of(moved, inputs, seed, name="full", held=3):
     return [
-        layer_kernels(jacobian_of(model, inputs), Layout.of(dict(model.named_parameters())), name, num_probes=12, seed=seed, held=held)
+        layer_kernels(
+            jacobian_of(model, inputs),
+            Layout.of(dict(model.named_parameters())),
+            name,
+            num_probes=12,
+            seed=seed,
+            held=held,
+        )
         for model in moved
     ]
 
@@ -315,7 +347,9 @@ def test_layers_are_biased_by_less_than_half_their_error(quantity, layers, layer
 
 
 def layer_estimate(quantity, now, before):
-    return estimates.layer_velocities(now, before) if quantity == "layer_velocities" else getattr(estimates, quantity)(now)
+    return (
+        estimates.layer_velocities(now, before) if quantity == "layer_velocities" else getattr(estimates, quantity)(now)
+    )
 
 
 def test_layers_of_the_sum_of_logits_are_its_own(moved, inputs):
@@ -338,11 +372,22 @@ def test_more_gradients_held_tell_more(moved, inputs, layer_truth):
 
 def test_a_single_gradient_held_is_refused(moved, inputs):
     with pytest.raises(ValueError, match="2 gradients held, not 8 and 1"):
-        layer_kernels(jacobian_of(moved[0], inputs), Layout.of(dict(moved[0].named_parameters())), "full", num_probes=8, seed=0, held=1)
+        layer_kernels(
+            jacobian_of(moved[0], inputs),
+            Layout.of(dict(moved[0].named_parameters())),
+            "full",
+            num_probes=8,
+            seed=0,
+            held=1,
+        )
 
 
 def test_what_a_kernel_without_entries_points_to_is_no_number(drawn):
     nothing, kernel = sketched_kernel(torch.zeros_like(drawn[0][0]), "full"), sketched_kernel(drawn[0][0], "full")
-    found = [estimates.velocity(kernel, nothing), estimates.alignment(nothing, one_hot(ROWS)), estimates.velocity(nothing, nothing)]
+    found = [
+        estimates.velocity(kernel, nothing),
+        estimates.alignment(nothing, one_hot(ROWS)),
+        estimates.velocity(nothing, nothing),
+    ]
 
     assert all(estimate.value.isnan() for estimate in found)

@@ -1,4 +1,6 @@
-"""Oracles: kernels of Jacobians that `torch.func` forms, closed forms of linear nets, and gradient flow integrated step by step."""
+"""Oracles: kernels of Jacobians that `torch.func` forms, closed forms of linear nets, and gradient flow integrated step
+by step.
+"""
 
 import pytest
 import torch
@@ -51,7 +53,9 @@ def moved():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("build", [mlp, with_norms, convolutional], ids=["mlp", "norms", "convolutional"])
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["float32", "float64"]
+)
 def test_the_exact_kernel_is_that_of_the_jacobian(build, name, dtype, within):
     model, inputs = build(dtype=dtype), random(7, 5, dtype=torch.float64).to(dtype)
     expected = oracle(model.double(), inputs.double(), name)
@@ -65,16 +69,22 @@ def test_a_linear_model_has_the_gram_matrix_of_its_inputs_for_each_output():
     inputs = random(9, 5)
     found = exact_modes(kernel_operator(jacobian_of(filled(nn.Linear(5, COLUMNS, bias=False)), inputs), "full"))
 
-    assert_close(matrix_of(found), torch.kron(inputs @ inputs.T, torch.eye(COLUMNS, dtype=torch.float64)), rtol=1e-10, atol=1e-10)
+    assert_close(
+        matrix_of(found), torch.kron(inputs @ inputs.T, torch.eye(COLUMNS, dtype=torch.float64)), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_two_layer_linear_net_has_the_closed_form():
     inputs, model = random(9, 5), filled(nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, COLUMNS, bias=False)))
     first, second = (layer.weight.detach() for layer in model)
     hidden = inputs @ first.T
-    expected = torch.kron(inputs @ inputs.T, second @ second.T) + torch.kron(hidden @ hidden.T, torch.eye(COLUMNS, dtype=torch.float64))
+    expected = torch.kron(inputs @ inputs.T, second @ second.T) + torch.kron(
+        hidden @ hidden.T, torch.eye(COLUMNS, dtype=torch.float64)
+    )
 
-    assert_close(matrix_of(exact_modes(kernel_operator(jacobian_of(model, inputs), "full"))), expected, rtol=1e-10, atol=1e-10)
+    assert_close(
+        matrix_of(exact_modes(kernel_operator(jacobian_of(model, inputs), "full"))), expected, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -131,7 +141,9 @@ def test_some_of_the_outputs_stand_for_all(moved, inputs):
     kernels = []
     for seed in range(40):
         outputs = sampled_outputs(model(few), 2, generator=generator(seed))
-        kernels.append(matrix_of(exact_modes(kernel_operator(Jacobian(outputs, list(model.parameters())), "class_summed"))))
+        kernels.append(
+            matrix_of(exact_modes(kernel_operator(Jacobian(outputs, list(model.parameters())), "class_summed")))
+        )
     off = torch.stack(kernels) - oracle(model, few, "class_summed")
 
     assert off.mean(0).norm() < 3 * off.flatten(1).norm(dim=1).mean() / len(off) ** 0.5
@@ -139,7 +151,9 @@ def test_some_of_the_outputs_stand_for_all(moved, inputs):
 
 def test_a_kernel_of_the_labels_alone_is_aligned_with_them():
     targets = one_hot(12)
-    modes = exact_modes(kernel_operator(jacobian_of(filled(nn.Linear(COLUMNS, COLUMNS, bias=False)), targets), "class_summed"))
+    modes = exact_modes(
+        kernel_operator(jacobian_of(filled(nn.Linear(COLUMNS, COLUMNS, bias=False)), targets), "class_summed")
+    )
 
     assert_close(estimates.alignment(exact_kernel(modes, 12), targets).value, torch.tensor(1.0).double())
     assert_close(estimates.label_energies(modes, targets)[:3].sum(), torch.tensor(1.0).double())
@@ -154,7 +168,9 @@ def test_condition_compares_the_ends_of_the_modes(moved, inputs):
 
 
 def linearised_flow(matrix, left, time, steps=400):
-    """What gradient flow of half the squared error leaves after a time, by Runge-Kutta in the parameters of a linearised model."""
+    """What gradient flow of half the squared error leaves after a time, by Runge-Kutta in the parameters of a
+    linearised model.
+    """
     parameters, step = torch.zeros(matrix.shape[1], dtype=left.dtype), time / steps
 
     def slope(at):

@@ -37,6 +37,8 @@ def test_final_weights_are_those_of_an_unwatched_run_killed_at_the_same_steps(fo
 
 def test_what_a_sample_is_compared_with_outlives_the_kill(found: Evidence) -> None:
     tag = "gradient_subspace_overlap/net.0.weight"
-    gaps = [(life.resumed, step) for life in found.lived for step, value in life.curves.get(tag, []) if math.isnan(value)]
+    gaps = [
+        (life.resumed, step) for life in found.lived for step, value in life.curves.get(tag, []) if math.isnan(value)
+    ]
 
     assert set(gaps) == {(0, 0)}

@@ -22,13 +22,18 @@ PARAMETERS = {"epsilon": (0.01, 0.5), "p": (0.5, 1, 1.5, 2)}
 def names():
     """Every statistic of spectra and subspaces, with parameters, and the relative form of each that has one."""
     of_matrices = {n: s for n, s in REGISTERED.items() if Scaling not in s.takes}
-    plain = [*of_matrices, *(f"{n}_{value}" for n, s in of_matrices.items() for value in PARAMETERS.get(s.parameter, ()))]
+    plain = [
+        *of_matrices,
+        *(f"{n}_{value}" for n, s in of_matrices.items() for value in PARAMETERS.get(s.parameter, ())),
+    ]
     return sorted(plain + [f"relative_{n}" for n in plain if find(n).comparable])
 
 
 def evaluate(name, *matrices):
     found = find(name)
-    return found(*(svd(m) if kind is Spectrum else top_subspace(m, 3) for kind, m in zip(found.takes, matrices, strict=False)))
+    return found(
+        *(svd(m) if kind is Spectrum else top_subspace(m, 3) for kind, m in zip(found.takes, matrices, strict=False))
+    )
 
 
 every = pytest.mark.parametrize("name", names())
@@ -72,7 +77,9 @@ def test_only_what_says_so_reads_the_shape(name, pair):
 def test_rotating_changes_nothing(name, pair):
     left, right = torch.linalg.qr(gaussian(24, 24))[0], torch.linalg.qr(gaussian(16, 16))[0]
 
-    assert_close(evaluate(name, *(left @ m @ right for m in pair)), evaluate(name, *pair), rtol=1e-8, atol=1e-10, equal_nan=True)
+    assert_close(
+        evaluate(name, *(left @ m @ right for m in pair)), evaluate(name, *pair), rtol=1e-8, atol=1e-10, equal_nan=True
+    )
 
 
 @every
@@ -90,7 +97,9 @@ def test_dtype_of_the_matrix_is_widened(name, dtype, pair):
     stored = [m.to(dtype) for m in pair]
     wide = torch.complex128 if dtype.is_complex else torch.float64
 
-    assert_close(evaluate(name, *stored), evaluate(name, *(m.to(wide) for m in stored)), rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert_close(
+        evaluate(name, *stored), evaluate(name, *(m.to(wide) for m in stored)), rtol=1e-9, atol=1e-12, equal_nan=True
+    )
 
 
 @every
@@ -142,7 +151,11 @@ class Waits(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero)
+        self.count += function.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.item,
+            torch.ops.aten.is_nonzero,
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -208,7 +221,10 @@ def nuclear_over_frobenius(chain):
 ORDERED = {
     "stable rank, participation ratio": lambda c: (c["stable_rank"], c["participation_ratio"]),
     "participation ratio, effective rank of energies": lambda c: (c["participation_ratio"], c["effective_rank_energy"]),
-    "effective rank of energies, nuclear over Frobenius": lambda c: (c["effective_rank_energy"], nuclear_over_frobenius(c)),
+    "effective rank of energies, nuclear over Frobenius": lambda c: (
+        c["effective_rank_energy"],
+        nuclear_over_frobenius(c),
+    ),
     "nuclear over Frobenius, effective rank": lambda c: (nuclear_over_frobenius(c), c["effective_rank"]),
     "effective rank, rank": lambda c: (c["effective_rank"], c["rank"]),
     "numerical rank, rank": lambda c: (c["numerical_rank"], c["rank"]),
@@ -233,7 +249,9 @@ def test_nuclear_over_frobenius_joins_two_ranks(chain):
     assert_close(nuclear_over_frobenius(chain), chain["nuclear_to_spectral"] ** 2 / chain["stable_rank"])
 
 
-@pytest.mark.parametrize("name", ["stable_rank", "participation_ratio", "effective_rank", "effective_rank_energy", "nuclear_to_spectral"])
+@pytest.mark.parametrize(
+    "name", ["stable_rank", "participation_ratio", "effective_rank", "effective_rank_energy", "nuclear_to_spectral"]
+)
 def test_kronecker_product_multiplies(name):
     one, other = gaussian(6, 4), gaussian(5, 7, seed=1)
 
@@ -242,7 +260,15 @@ def test_kronecker_product_multiplies(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_rank", "participation_ratio", "effective_rank", "effective_rank_energy", "nuclear_to_spectral", "numerical_rank"]
+    "name",
+    [
+        "stable_rank",
+        "participation_ratio",
+        "effective_rank",
+        "effective_rank_energy",
+        "nuclear_to_spectral",
+        "numerical_rank",
+    ],
 )
 def test_copies_along_the_diagonal_multiply(name):
     one = gaussian(6, 4)
@@ -258,7 +284,9 @@ def test_geometric_spectrum_in_closed_form():
 
 
 def test_gaussian_participation_ratio_in_closed_form():
-    assert_close(evaluate("participation_ratio", gaussian(20, 200, 200)).mean().item(), 200 * 200 / 401, rtol=0.02, atol=0)
+    assert_close(
+        evaluate("participation_ratio", gaussian(20, 200, 200)).mean().item(), 200 * 200 / 401, rtol=0.02, atol=0
+    )
 
 
 def test_gaussian_stable_rank_near_its_limit():

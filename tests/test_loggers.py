@@ -40,7 +40,12 @@ class LogsItsGradient(Classifier):
 
 def train(module: L.LightningModule, monitor: Monitor, logger: Any, **options: Any) -> L.Trainer:
     callbacks = [monitor, *options.pop("callbacks", [])]
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 2}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 2,
+    }
     trainer = L.Trainer(logger=logger, callbacks=callbacks, **(quiet | options))
     trainer.fit(module)
     return trainer
@@ -74,7 +79,9 @@ def from_wandb(folder: Path) -> Curves:
 
 
 def leveldb_log(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format, which W&B writes when it is offline: blocks of 32 KiB, of which the first lacks W&B's own header."""
+    """Records of LevelDB's log format, which W&B writes when it is offline: blocks of 32 KiB, of which the first lacks
+    W&B's own header.
+    """
     whole, at = b"", 0
     while at + 7 <= len(data):
         left = 32768 - (at + 7) % 32768
@@ -104,7 +111,10 @@ def ours(curves: Curves) -> Curves:
 def test_every_logger_has_the_same_points_nan_included(tmp_path: Path) -> None:
     import wandb
 
-    memory, mlflow = MemoryLogger(), MLFlowLogger("tests", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path))
+    memory, mlflow = (
+        MemoryLogger(),
+        MLFlowLogger("tests", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path)),
+    )
     loggers = [
         TensorBoardLogger(tmp_path, name="tensorboard", version=""),
         CSVLogger(tmp_path, name="csv", version=""),
@@ -121,7 +131,9 @@ def test_every_logger_has_the_same_points_nan_included(tmp_path: Path) -> None:
     assert [step for step, value in handed[MEDIAN].items() if math.isnan(value)] == [12, 15]
     for curves in others.values():
         torch.testing.assert_close(ours(curves), ours(handed), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(ours(tensorboard), ours(handed), rtol=1e-6, atol=0, equal_nan=True)  # its scalars are float32
+    torch.testing.assert_close(
+        ours(tensorboard), ours(handed), rtol=1e-6, atol=0, equal_nan=True
+    )  # its scalars are float32
 
 
 @pytest.mark.parametrize("log_every_n_steps", [1, 4, 50])
@@ -157,17 +169,25 @@ def test_values_are_those_that_the_monitor_keeps() -> None:
     train(Classifier(), monitor, memory)
 
     assert monitor.latest is not None
-    kept = {f"{quantity}/{site}": value for quantity, values in monitor.latest.values.items() for site, value in values.items()}
+    kept = {
+        f"{quantity}/{site}": value
+        for quantity, values in monitor.latest.values.items()
+        for site, value in values.items()
+    }
     last = dict(memory.rows)[monitor.latest.step]
     assert {tag: value for tag, value in last.items() if not tag.startswith("lowrank/")} == kept
 
 
-@pytest.mark.parametrize("options", [{}, {"per_site": True}, {"per_site": False}, {"histograms": True}, {"name": "mine"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_site": True}, {"per_site": False}, {"histograms": True}, {"name": "mine"}]
+)
 def test_keys_are_fixed_from_the_first_sample(options: dict[str, Any], tmp_path: Path) -> None:
     everything = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
     memory = MemoryLogger()
 
-    train(Classifier(optimizer="sgd"), RankMonitor(everything, every_n_steps=3, **options), memory, log_every_n_steps=100)
+    train(
+        Classifier(optimizer="sgd"), RankMonitor(everything, every_n_steps=3, **options), memory, log_every_n_steps=100
+    )
 
     assert len({tuple(scalars) for _, scalars in memory.rows if len(scalars) > 2}) == 1
 
@@ -262,7 +282,9 @@ def test_early_stopping_can_watch_a_rank(module: type[Classifier]) -> None:
 
 
 def deep(num_layers: int) -> Classifier:
-    return Classifier(nn.Sequential(nn.Linear(64, 4), *(nn.Linear(4, 4) for _ in range(num_layers - 2)), nn.Linear(4, 10)))
+    return Classifier(
+        nn.Sequential(nn.Linear(64, 4), *(nn.Linear(4, 4) for _ in range(num_layers - 2)), nn.Linear(4, 10))
+    )
 
 
 @pytest.mark.parametrize(("per_site", "expected"), [("auto", 45), (False, 45), (True, 45 + 200 * 12)])

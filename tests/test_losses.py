@@ -51,12 +51,30 @@ CASES: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Ca
     "summed": (F.cross_entropy, ROWS, labels(5), {"reduction": "sum"}, plain),
     "masked": (F.cross_entropy, ROWS, labels(5), {"reduction": "none"}, masked),
     "ignored": (F.cross_entropy, ROWS, labels(5, ignored=-100), {}, plain),
-    "ignored by another index, summed": (F.cross_entropy, ROWS, labels(5, ignored=7), {"ignore_index": 7, "reduction": "sum"}, plain),
+    "ignored by another index, summed": (
+        F.cross_entropy,
+        ROWS,
+        labels(5, ignored=7),
+        {"ignore_index": 7, "reduction": "sum"},
+        plain,
+    ),
     "weighted": (F.cross_entropy, ROWS, labels(5, ignored=-100), {"weight": WEIGHT}, plain),
     "smoothed": (F.cross_entropy, ROWS, labels(5, ignored=-100), {"label_smoothing": 0.2}, plain),
-    "smoothed and weighted": (F.cross_entropy, ROWS, labels(5, ignored=-100), {"label_smoothing": 0.2, "weight": WEIGHT}, plain),
+    "smoothed and weighted": (
+        F.cross_entropy,
+        ROWS,
+        labels(5, ignored=-100),
+        {"label_smoothing": 0.2, "weight": WEIGHT},
+        plain,
+    ),
     "probabilities": (F.cross_entropy, ROWS, PROBABILITIES, {}, plain),
-    "probabilities, all": (F.cross_entropy, ROWS, PROBABILITIES, {"label_smoothing": 0.1, "weight": WEIGHT, "reduction": "sum"}, plain),
+    "probabilities, all": (
+        F.cross_entropy,
+        ROWS,
+        PROBABILITIES,
+        {"label_smoothing": 0.1, "weight": WEIGHT, "reduction": "sum"},
+        plain,
+    ),
     "images": (F.cross_entropy, IMAGES, labels(3, 2, 2, ignored=-100), {"weight": WEIGHT}, plain),
     "images, not reduced": (
         F.cross_entropy,
@@ -76,8 +94,20 @@ CASES: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Ca
     "masked squares": (F.mse_loss, ROWS, PROBABILITIES, {"reduction": "none"}, lambda loss: masked(loss.mean(1))),
     "binary": (F.binary_cross_entropy_with_logits, ROWS, POSITIVES, {}, plain),
     "binary, soft": (F.binary_cross_entropy_with_logits, ROWS, PROBABILITIES, {"reduction": "sum"}, plain),
-    "binary, weighted": (F.binary_cross_entropy_with_logits, ROWS, POSITIVES, {"weight": MASK[:, None], "pos_weight": WEIGHT}, plain),
-    "binary, masked": (F.binary_cross_entropy_with_logits, ROWS, POSITIVES, {"reduction": "none"}, lambda loss: masked(loss.mean(1))),
+    "binary, weighted": (
+        F.binary_cross_entropy_with_logits,
+        ROWS,
+        POSITIVES,
+        {"weight": MASK[:, None], "pos_weight": WEIGHT},
+        plain,
+    ),
+    "binary, masked": (
+        F.binary_cross_entropy_with_logits,
+        ROWS,
+        POSITIVES,
+        {"reduction": "none"},
+        lambda loss: masked(loss.mean(1)),
+    ),
 }
 
 
@@ -97,7 +127,11 @@ class Example:
         (slope,) = torch.autograd.grad(then(given), given)
         self.found: ClosedForm = LossCall.of(function, (handed, target), options, given).as_output_loss(slope)
         # Log probabilities stand for logits: their own derivative goes before and after.
-        self.through = (lambda rows: rows - self.rows.softmax(-1) * rows.sum(-1, keepdim=True)) if function is F.nll_loss else plain
+        self.through = (
+            (lambda rows: rows - self.rows.softmax(-1) * rows.sum(-1, keepdim=True))
+            if function is F.nll_loss
+            else plain
+        )
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == 1:
@@ -146,16 +180,22 @@ def test_the_factor_is_a_root_of_the_hessian(example: Example) -> None:
 def test_the_factor_and_its_transpose_belong_together(example: Example) -> None:
     one, other = draw(2, *example.rows.shape, seed=6)
 
-    assert_close((example.found.factor_product(one) * other).sum(), (one * example.found.factor_transposed_product(other)).sum())
+    assert_close(
+        (example.found.factor_product(one) * other).sum(), (one * example.found.factor_transposed_product(other)).sum()
+    )
 
 
-@pytest.mark.parametrize("case", ["smoothed and weighted", "images", "weighted squares", "binary, weighted", "probabilities, all"])
+@pytest.mark.parametrize(
+    "case", ["smoothed and weighted", "images", "weighted squares", "binary, weighted", "probabilities, all"]
+)
 def test_the_covariance_of_sampled_gradients_is_the_hessian(case: str, generator: torch.Generator) -> None:
     found = Example(case).found
     drawn = torch.stack([found.sampled_gradients(generator) for _ in range(DRAWS)])
     products = drawn[:, :, :, None] * drawn[:, :, None, :] / found.num_rows
     error = products.std(0) / DRAWS**0.5
-    blocks = torch.stack([torch.stack([found.hessian_product(_entry(found, r, c))[r] for c in range(4)]) for r in range(found.num_rows)])
+    blocks = torch.stack(
+        [torch.stack([found.hessian_product(_entry(found, r, c))[r] for c in range(4)]) for r in range(found.num_rows)]
+    )
 
     assert_close(drawn.mean(0), torch.zeros_like(drawn[0]), rtol=0, atol=float(5 * drawn.std() / DRAWS**0.5))
     assert ((products.mean(0) - blocks).abs() <= 5 * error + 1e-12).all()
@@ -183,7 +223,9 @@ def test_gradients_of_rows_are_those_of_each_row_alone() -> None:
 
 
 def test_the_number_of_examples_is_the_leading_size() -> None:
-    assert [Example(case).found.num_examples for case in ("images", "cross entropy", "one example", "squares of numbers")] == [3, 5, 1, 4]
+    assert [
+        Example(case).found.num_examples for case in ("images", "cross entropy", "one example", "squares of numbers")
+    ] == [3, 5, 1, 4]
 
 
 def test_logits_in_half_precision_give_products_in_float32() -> None:
@@ -199,8 +241,12 @@ def test_a_class_that_is_masked_out_has_no_part_in_the_loss() -> None:
     logits = ROWS.clone()
     logits[:, 3] = -torch.inf
     target = labels(5, classes=3)
-    found = LossCall.of(F.cross_entropy, (logits.requires_grad_(), target), {}, logits.sum()).as_output_loss(torch.tensor(1.0).double())
-    rest = LossCall.of(F.cross_entropy, (logits[:, :3], target), {}, logits.sum()).as_output_loss(torch.tensor(1.0).double())
+    found = LossCall.of(F.cross_entropy, (logits.requires_grad_(), target), {}, logits.sum()).as_output_loss(
+        torch.tensor(1.0).double()
+    )
+    rest = LossCall.of(F.cross_entropy, (logits[:, :3], target), {}, logits.sum()).as_output_loss(
+        torch.tensor(1.0).double()
+    )
 
     assert_close(found.value(), F.cross_entropy(logits, target).detach())
     assert_close(found.hessian_product(draw(5, 4))[:, :3], rest.hessian_product(draw(5, 4)[:, :3]))
@@ -214,7 +260,9 @@ def test_any_loss_can_be_differentiated_at_captured_outputs() -> None:
     outputs = draw(3, 2, 4).requires_grad_()
     found = Differentiated(outputs.reshape(6, 4), 3, 5 * exotic(outputs), outputs, 5.0)
     rows = draw(6, 4, seed=7)
-    expected = torch.autograd.functional.hvp(lambda flat: exotic(flat.view(3, 2, 4)), outputs.detach().view(6, 4), rows)[1]
+    expected = torch.autograd.functional.hvp(
+        lambda flat: exotic(flat.view(3, 2, 4)), outputs.detach().view(6, 4), rows
+    )[1]
 
     assert_close(found.value(), exotic(outputs).detach())
     assert_close(found.hessian_product(rows), expected)
@@ -232,10 +280,17 @@ def test_a_loss_that_is_linear_has_no_hessian() -> None:
     [
         (F.nll_loss, ROWS, labels(5), "no logarithms of probabilities"),
         (F.cross_entropy, ROWS, PROBABILITIES.clone().requires_grad_(), "targets that depend on the parameters"),
-        (F.binary_cross_entropy_with_logits, ROWS[:, :1], POSITIVES[:, :1].clone().requires_grad_(), "targets that depend"),
+        (
+            F.binary_cross_entropy_with_logits,
+            ROWS[:, :1],
+            POSITIVES[:, :1].clone().requires_grad_(),
+            "targets that depend",
+        ),
     ],
 )
-def test_what_has_no_closed_form_is_refused(function: Callable[..., Tensor], inputs: Tensor, target: Tensor, reason: str) -> None:
+def test_what_has_no_closed_form_is_refused(
+    function: Callable[..., Tensor], inputs: Tensor, target: Tensor, reason: str
+) -> None:
     outputs = inputs.clone().requires_grad_()
     call = LossCall.of(function, (outputs, target), {}, function(outputs, target))
 

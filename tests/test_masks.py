@@ -37,7 +37,9 @@ def test_a_pruned_weight_belongs_to_no_mask() -> None:
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_independent_masks_are_apart_by_chance(density: float) -> None:
-    first, second = (mask(memberships(torch.rand(200_000, generator=torch.Generator().manual_seed(i)), [density]), 0) for i in (0, 1))
+    first, second = (
+        mask(memberships(torch.rand(200_000, generator=torch.Generator().manual_seed(i)), [density]), 0) for i in (0, 1)
+    )
 
     assert float(hamming(first, second)) == pytest.approx(hamming_chance(density), abs=0.005)
     assert float(jaccard(first, second)) == pytest.approx(jaccard_chance(density), abs=0.005)
@@ -53,7 +55,9 @@ def test_distances_are_those_of_sets() -> None:
 def test_sparsity_leaves_out_what_has_one_per_cent_of_the_energy() -> None:
     weights = np.abs(np.random.default_rng(0).normal(size=5000))
 
-    kept = next(i for i in range(5001) if np.sort(weights)[::-1][:i] @ np.sort(weights)[::-1][:i] >= 0.99 * weights @ weights)
+    kept = next(
+        i for i in range(5001) if np.sort(weights)[::-1][:i] @ np.sort(weights)[::-1][:i] >= 0.99 * weights @ weights
+    )
     assert float(sparsity_at_energy(torch.tensor(weights))) == pytest.approx(1 - kept / 5000)
     assert sparsity_at_energy(torch.zeros(5)).isnan()
 

@@ -25,15 +25,22 @@ every = pytest.mark.parametrize("name", names())
 
 
 def batches(name: str, count: int = 3, *, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
-    """Arguments of `count` updates: of a pair two batches; of different sizes, so that a mean of means would be another number."""
+    """Arguments of `count` updates: of a pair two batches; of different sizes, so that a mean of means would be another
+    number.
+    """
     steep = torch.diag(torch.logspace(0, -2, 16, dtype=torch.float64))
-    return [tuple((gaussian(i + 1, 24, 16, seed=10 * i + j) @ steep).to(dtype) for j in range(len(find(name).takes))) for i in range(count)]
+    return [
+        tuple((gaussian(i + 1, 24, 16, seed=10 * i + j) @ steep).to(dtype) for j in range(len(find(name).takes)))
+        for i in range(count)
+    ]
 
 
 def value(name: str, matrices: tuple[Tensor, ...]) -> Tensor:
     """The statistic itself, of a batch."""
     found = find(name)
-    return found(*(svd(m) if kind is Spectrum else top_subspace(m, 8) for kind, m in zip(found.takes, matrices, strict=True)))
+    return found(
+        *(svd(m) if kind is Spectrum else top_subspace(m, 8) for kind, m in zip(found.takes, matrices, strict=True))
+    )
 
 
 def filled(name: str, count: int = 3, **options: Any) -> SpectralStatistic:
@@ -175,7 +182,9 @@ def test_collection_gives_what_each_gives_alone(kind: list[str]) -> None:
 
 
 def test_collection_tells_statistics_apart_that_begin_alike() -> None:
-    """A MetricCollection updates one of several metrics whose states are equal after the first batch: all ranks of the identity are."""
+    """A MetricCollection updates one of several metrics whose states are equal after the first batch: all ranks of the
+    identity are.
+    """
     ranks = [name for name in SINGLE if find(name).unit == "directions"]
     collection = collected(ranks)
     collection.update(torch.eye(16))
@@ -200,7 +209,9 @@ def test_a_pair_takes_two_batches() -> None:
 
 
 def test_an_unknown_statistic_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'stable_ranks', did you mean 'stable_rank'\?; there are \[.*'effective_rank'"):
+    with pytest.raises(
+        ValueError, match=r"'stable_ranks', did you mean 'stable_rank'\?; there are \[.*'effective_rank'"
+    ):
         SpectralStatistic("stable_ranks")
 
 
@@ -264,7 +275,9 @@ def test_rank_of_pooled_rows_is_not_the_mean_of_ranks() -> None:
         mean.update(part)
     of_pooled = find("effective_rank")(pooled(parts).spectrum())
 
-    assert_close(torch.stack([mean.compute(), of_pooled]), torch.tensor([1.0, 4.0], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert_close(
+        torch.stack([mean.compute(), of_pooled]), torch.tensor([1.0, 4.0], dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_gram_survives_pickling_state_dict_forward_and_merging(rows: list[Tensor]) -> None:

@@ -57,7 +57,12 @@ def mlp(width: int = 64) -> nn.Sequential:
 
 def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
     logger = MemoryLogger()
-    silent: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     L.Trainer(**(silent | options), logger=logger, callbacks=[*callbacks, monitor]).fit(Classifier(net))
     return logger
 
@@ -66,7 +71,9 @@ def numbers(source: Multifractal | NeuroMFA, module: nn.Module, *, seed: int = 0
     """What a source finds at once, by site."""
     source.plan(module)
     source.batch_begins(Begun(module, None, 0, [], Team(), seed))
-    return {found.site: {name: float(value) for name, value in found.values.items()} for found in source.numbers(Team())}
+    return {
+        found.site: {name: float(value) for name, value in found.values.items()} for found in source.numbers(Team())
+    }
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])
@@ -76,7 +83,10 @@ def test_numbers_are_those_of_the_weights_before_the_step(name: str, direction: 
 
     logger = watched(mlp(), MultifractalMonitor(every_n_steps=3, per_site=True), snapshots)
 
-    expected = [getattr(statistics, name)(multifractal_spectrum(w["net.2.weight"], direction=direction)) for w in snapshots.weights[::3]]
+    expected = [
+        getattr(statistics, name)(multifractal_spectrum(w["net.2.weight"], direction=direction))
+        for w in snapshots.weights[::3]
+    ]
     found = logger.curve(f"multifractal_{name}/net.2.weight.{direction}")
     assert list(found) == [0, 3, 6]
     assert_close(torch.tensor(list(found.values())).double(), torch.stack(expected), equal_nan=True)
@@ -115,7 +125,9 @@ def test_queries_keys_and_values_are_apart_and_heads_if_asked() -> None:
     plain, by_head = numbers(Multifractal(), attention), numbers(Multifractal(heads=True), attention)
 
     ends = [f".{part}.{direction}" for part in "qkv" for direction in ("in", "out")]
-    assert [site.removeprefix("attention.in_proj_weight") for site in plain if "in_proj" in site] == sorted(ends, key=lambda e: e[2:])
+    assert [site.removeprefix("attention.in_proj_weight") for site in plain if "in_proj" in site] == sorted(
+        ends, key=lambda e: e[2:]
+    )
     queries = attention["attention"].in_proj_weight.detach()[:64]
     expected = statistics.width(multifractal_spectrum(queries))
     assert plain["attention.in_proj_weight.q.out"]["multifractal_width"] == pytest.approx(float(expected))
@@ -182,14 +194,20 @@ def test_a_weight_that_cannot_be_computed_costs_its_own_numbers_only(monkeypatch
 
     logger = watched(net, monitor, Break())
 
-    assert [step for step, value in logger.curve("multifractal_alpha0/net.0.weight.in").items() if math.isfinite(value)] == [0]
+    assert [
+        step for step, value in logger.curve("multifractal_alpha0/net.0.weight.in").items() if math.isfinite(value)
+    ] == [0]
     assert all(math.isfinite(value) for value in logger.curve("multifractal_alpha0/net.2.weight.in").values())
     assert monitor.failures == 2
 
 
 def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     monitors = [MultifractalMonitor(every_n_steps=2, per_site=True), MultifractalMonitor("neuromfa", every_n_steps=4)]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors], **settings).fit(Classifier(mlp()))
@@ -198,7 +216,15 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
     for name in OF_A_MATRIX:
         for tag in (f"multifractal_{name}/net.0.weight.in", f"lowrank/multifractal_{name}_median"):
             assert [event.step for event in curves.Scalars(tag)] == [0, 2, 4, 6]
-    for name in ("alpha0", "width", "emergence", "alpha0_shuffled", "width_gaussian", "emergence_shuffled", "kept_share"):
+    for name in (
+        "alpha0",
+        "width",
+        "emergence",
+        "alpha0_shuffled",
+        "width_gaussian",
+        "emergence_shuffled",
+        "kept_share",
+    ):
         assert [event.step for event in curves.Scalars(f"neuromfa_{name}")] == [0, 4]
     assert curves.Scalars("multifractal_valid/net.0.weight.in")[0].value == 1
 
@@ -206,7 +232,11 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
 def test_spectra_are_written_for_the_tab(tmp_path: Path) -> None:
     snapshots = Snapshots()
     logger = TensorBoardLogger(tmp_path, name="run", version="")
-    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     monitors = [MultifractalMonitor(every_n_steps=4), MultifractalMonitor("neuromfa", every_n_steps=4)]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
@@ -217,8 +247,15 @@ def test_spectra_are_written_for_the_tab(tmp_path: Path) -> None:
     sites = known["lowrank_curve/multifractal_f"]["sites"]
     for name in ("tau", "alpha", "f", "dimensions"):
         row = found[f"lowrank_curve/multifractal_{name}"][4]
-        assert_close(torch.tensor(row[sites.index("net.2.weight.in")]).double(), getattr(of_layer, name)[::2], rtol=1e-5, atol=1e-5)
-        assert row[sites.index("net.4.weight.out")].max() != row[sites.index("net.4.weight.out")].max()  # fan-out of 10: no spectrum
+        assert_close(
+            torch.tensor(row[sites.index("net.2.weight.in")]).double(),
+            getattr(of_layer, name)[::2],
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        assert (
+            row[sites.index("net.4.weight.out")].max() != row[sites.index("net.4.weight.out")].max()
+        )  # fan-out of 10: no spectrum
         model = torch.tensor(found[f"lowrank_curve/neuromfa_{name}"][4][0]).double()
         assert_close(model, getattr(of_model, name)[::2], rtol=1e-5, atol=1e-5)
     assert known["lowrank_curve/neuromfa_f"]["axis"] == pytest.approx([q / 5 for q in range(-15, 16)])
@@ -227,8 +264,15 @@ def test_spectra_are_written_for_the_tab(tmp_path: Path) -> None:
 def test_partition_functions_and_neurons_are_written_for_the_tab(tmp_path: Path) -> None:
     snapshots = Snapshots()
     logger = TensorBoardLogger(tmp_path, name="run", version="")
-    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    monitors = [MultifractalMonitor(every_n_steps=4), MultifractalMonitor("neuromfa", every_n_steps=4, max_neurons=50, num_repeats=2)]
+    settings: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    monitors = [
+        MultifractalMonitor(every_n_steps=4),
+        MultifractalMonitor("neuromfa", every_n_steps=4, max_neurons=50, num_repeats=2),
+    ]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
 
@@ -237,7 +281,10 @@ def test_partition_functions_and_neurons_are_written_for_the_tab(tmp_path: Path)
     draws = torch.Generator().manual_seed(0)
     samples = multifractal_spectrum(weights, "neuromfa", max_neurons=50, num_repeats=2, generator=draws)
     at = known["lowrank_curve/multifractal_log_partition"]["sites"].index("net.2.weight.in")
-    for source, place, scaling in (("multifractal", at, multifractal_spectrum(weights[1], direction="in")), ("neuromfa", 0, samples[0])):
+    for source, place, scaling in (
+        ("multifractal", at, multifractal_spectrum(weights[1], direction="in")),
+        ("neuromfa", 0, samples[0]),
+    ):
         for name, row in vectors(source, scaling).items():
             if "log_" in name or name.endswith("_density"):
                 assert_close(torch.tensor(found[f"lowrank_curve/{name}"][4][place]).double(), row, rtol=1e-5, atol=1e-5)
@@ -342,9 +389,13 @@ def test_emergence_is_held_against_the_first_sample() -> None:
     logger = watched(mlp(), MultifractalMonitor("neuromfa", every_n_steps=2), max_epochs=2)
 
     for end in ("", "_shuffled", "_gaussian"):
-        alpha0, width, found = (list(logger.curve(f"neuromfa_{name}{end}").values()) for name in ("alpha0", "width", "emergence"))
+        alpha0, width, found = (
+            list(logger.curve(f"neuromfa_{name}{end}").values()) for name in ("alpha0", "width", "emergence")
+        )
         firsts = torch.tensor(alpha0[0]), torch.tensor(width[0])
-        expected = [float(emergence(torch.tensor(a), torch.tensor(w), *firsts)) for a, w in zip(alpha0, width, strict=True)]
+        expected = [
+            float(emergence(torch.tensor(a), torch.tensor(w), *firsts)) for a, w in zip(alpha0, width, strict=True)
+        ]
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert found[0] == 0
 
@@ -356,8 +407,14 @@ def test_a_resumed_run_keeps_what_emergence_is_held_against(threshold: float | N
         logger = MemoryLogger()
         L.seed_everything(0, verbose=False)
         monitor = MultifractalMonitor("neuromfa", every_n_steps=4, threshold=threshold)
-        settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": bool(callbacks)}
-        trainer = L.Trainer(max_epochs=epochs, logger=logger, callbacks=[monitor, *callbacks], default_root_dir=root, **settings)
+        settings: dict[str, Any] = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": bool(callbacks),
+        }
+        trainer = L.Trainer(
+            max_epochs=epochs, logger=logger, callbacks=[monitor, *callbacks], default_root_dir=root, **settings
+        )
         trainer.fit(InOrder(0, 1, mlp()), **options)
         return logger
 
@@ -368,7 +425,9 @@ def test_a_resumed_run_keeps_what_emergence_is_held_against(threshold: float | N
 
     for name in ("emergence", "emergence_shuffled", "alpha0", "width_gaussian"):
         second = resumed.curve(f"neuromfa_{name}")
-        assert second == pytest.approx({step: value for step, value in whole.curve(f"neuromfa_{name}").items() if step in second})
+        assert second == pytest.approx(
+            {step: value for step, value in whole.curve(f"neuromfa_{name}").items() if step in second}
+        )
         assert list(second) == [8, 12]
 
 
@@ -380,8 +439,17 @@ def test_the_same_neurons_are_looked_at_at_every_sample(mode: Any) -> None:
 
     first, second = numbers(source, net, seed=1), numbers(source, net, seed=2)
 
-    own = {site: {name: v for name, v in row.items() if not name.endswith(("_shuffled", "_gaussian"))} for site, row in first.items()}
-    assert_close({site: {name: second[site][name] for name in row} for site, row in own.items()}, own, rtol=0, atol=0, equal_nan=True)
+    own = {
+        site: {name: v for name, v in row.items() if not name.endswith(("_shuffled", "_gaussian"))}
+        for site, row in first.items()
+    }
+    assert_close(
+        {site: {name: second[site][name] for name in row} for site, row in own.items()},
+        own,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
     assert logger.curves()
 
 
@@ -403,10 +471,15 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
     assert not [tag for tag in whole.curves() if "_error" in tag]
 
 
-@pytest.mark.parametrize("case", ["plain", "dropout and batch norm", "16-mixed", "two optimizers in turn", "spectral norm", "LoRA"])
+@pytest.mark.parametrize(
+    "case", ["plain", "dropout and batch norm", "16-mixed", "two optimizers in turn", "spectral norm", "LoRA"]
+)
 def test_training_is_the_same_with_both_modes(case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
-    monitors = [MultifractalMonitor(every_n_steps=5), MultifractalMonitor("neuromfa", every_n_steps=5, max_neurons=20, num_repeats=2)]
+    monitors = [
+        MultifractalMonitor(every_n_steps=5),
+        MultifractalMonitor("neuromfa", every_n_steps=5, max_neurons=20, num_repeats=2),
+    ]
 
     without = trained(make, options(), [], tmp_path / "without")
     with_both = trained(make, options(), monitors, tmp_path / "with")
@@ -456,14 +529,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no neurons": (lambda: MultifractalMonitor(max_neurons=0), "max_neurons=0: a whole number, at least 2"),
     "one neuron": (lambda: MultifractalMonitor("neuromfa", max_neurons=1), "max_neurons=1: a whole number, at least 2"),
     "no repeats": (lambda: MultifractalMonitor("neuromfa", num_repeats=0), "num_repeats=0: a whole number, at least 1"),
-    "more radii than memory": (lambda: MultifractalMonitor("neuromfa", threshold=1e9), "threshold=1000000000.0: .*at most 10000"),
+    "more radii than memory": (
+        lambda: MultifractalMonitor("neuromfa", threshold=1e9),
+        "threshold=1000000000.0: .*at most 10000",
+    ),
     "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70), "a whole number, from 0"),
     "no edges": (lambda: MultifractalMonitor("neuromfa", threshold=1.0), r"threshold=1.0: .*at least 2"),
     "an infinite edge": (lambda: MultifractalMonitor("neuromfa", threshold=math.inf), "threshold=inf"),
     "a threshold of ranks": (lambda: MultifractalMonitor(threshold=100.0), "threshold=100.0.*mode='neuromfa'"),
     "repeats of ranks": (lambda: MultifractalMonitor(num_repeats=3), "num_repeats=3.*mode='neuromfa'"),
     "heads of a whole model": (lambda: MultifractalMonitor("neuromfa", heads=True), "heads=True.*mode='rank'"),
-    "a cadence and a budget": (lambda: MultifractalMonitor(every_n_steps=20, max_overhead=0.01), "every_n_steps=20 and max_overhead"),
+    "a cadence and a budget": (
+        lambda: MultifractalMonitor(every_n_steps=20, max_overhead=0.01),
+        "every_n_steps=20 and max_overhead",
+    ),
     "never due": (lambda: MultifractalMonitor(every_n_steps=0), "n=0.*at least 1"),
 }
 
@@ -490,7 +569,11 @@ def both(rank: int, size: int, root: Path) -> Any:
     L.seed_everything(0, verbose=False)
     monitors, logger = [MultifractalMonitor(per_site=True), MultifractalMonitor("neuromfa")], MemoryLogger()
     fitted(InOrder(rank, size, mlp()), [*monitors], logger, size)
-    curves = {tag: curve for tag, curve in logger.curves().items() if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))}
+    curves = {
+        tag: curve
+        for tag, curve in logger.curves().items()
+        if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))
+    }
     return {"curves": curves, "failures": [monitor.failures for monitor in monitors]}
 
 
@@ -508,7 +591,9 @@ def sharded(rank: int, size: int, root: Path) -> Any:
     """The same of weights that no process has whole."""
     found = {}
     for mode in ("rank", "neuromfa"):
-        strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(
+            data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
         options: dict[str, Any] = {"strategy": strategy, "devices": size} if size > 1 else {}
         monitor = MultifractalMonitor(mode, every_n_steps=1)  # type: ignore[arg-type]
         samples, _ = trained_sharded(Sharded(sharded=size > 1), monitor, MemoryLogger(), root, **options)

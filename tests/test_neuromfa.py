@@ -7,7 +7,13 @@ from torch.testing import assert_close
 
 from lightning_lowrank import statistics
 from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.maths.scaling.neuromfa import emergence, neuromfa_scaling, published_summary, sample_neurons, typical_threshold
+from lightning_lowrank.maths.scaling.neuromfa import (
+    emergence,
+    neuromfa_scaling,
+    published_summary,
+    sample_neurons,
+    typical_threshold,
+)
 from lightning_lowrank.maths.scaling.nulls import gaussian_like, shuffled
 from lightning_lowrank.maths.scaling.scaling import ORDERS
 from tests import scalings
@@ -17,7 +23,10 @@ from tests.oracles.spectra import gaussian, generator
 
 def network(seed=0):
     """Weights of three layers, some of them zero."""
-    draws = [0.04 * scalings.jittered(*shape, spread=0.2, seed=seed + i) for i, shape in enumerate([(40, 96), (96, 96), (96, 24)])]
+    draws = [
+        0.04 * scalings.jittered(*shape, spread=0.2, seed=seed + i)
+        for i, shape in enumerate([(40, 96), (96, 96), (96, 24)])
+    ]
     return [torch.where(draw.abs() < 0.002, 0.0, draw) for draw in draws]
 
 
@@ -42,7 +51,10 @@ def test_summary_is_that_of_the_published_recipe(threshold):
 
 
 def test_emergence_is_that_of_the_published_recipe():
-    before, after = networks.published_tau(lengths(network()), ORDERS, 150), networks.published_tau(lengths(network(7)), ORDERS, 150)
+    before, after = (
+        networks.published_tau(lengths(network()), ORDERS, 150),
+        networks.published_tau(lengths(network(7)), ORDERS, 150),
+    )
     expected = after[2] / before[2] * np.log(before[1] / after[1])
     first, now = (published_summary(neuromfa_scaling(network(seed))) for seed in (0, 7))
 
@@ -67,7 +79,9 @@ def test_exact_derivatives_are_near_the_published_differences():
     scaling = neuromfa_scaling(network())
     alpha0, width = published_summary(scaling)
 
-    assert_close(torch.stack([scaling.alpha_at(0.0), statistics.width(scaling)]), torch.stack([alpha0, width]), rtol=0.06, atol=0)
+    assert_close(
+        torch.stack([scaling.alpha_at(0.0), statistics.width(scaling)]), torch.stack([alpha0, width]), rtol=0.06, atol=0
+    )
 
 
 def test_nodes_are_columns_unless_rows_are_asked():
@@ -90,7 +104,9 @@ def test_repeats_are_other_samples():
 
 
 def test_the_same_generator_draws_the_same_neurons():
-    one, other = (neuromfa_scaling(network(), max_neurons=20, num_repeats=2, generator=generator()).tau for _ in range(2))
+    one, other = (
+        neuromfa_scaling(network(), max_neurons=20, num_repeats=2, generator=generator()).tau for _ in range(2)
+    )
 
     assert_close(one, other, rtol=0, atol=0)
 
@@ -141,7 +157,11 @@ def test_growing_weights_alone_raise_emergence():
 def test_emergence_is_not_defined_without_a_width():
     one = torch.ones(3, dtype=torch.float64)
 
-    assert bool(emergence(torch.tensor([1.0, 1.0, -1.0]).double(), one, torch.tensor([1.0, -1.0, 1.0]).double(), 1e-4 * one).isnan().all())
+    assert bool(
+        emergence(torch.tensor([1.0, 1.0, -1.0]).double(), one, torch.tensor([1.0, -1.0, 1.0]).double(), 1e-4 * one)
+        .isnan()
+        .all()
+    )
 
 
 def test_hooks_are_dropped_where_asked():
@@ -154,7 +174,9 @@ def test_hooks_are_dropped_where_asked():
 def test_shuffled_weights_have_the_same_entries():
     weight = gaussian(30, 40)
 
-    assert_close(shuffled(weight, generator=generator()).flatten().sort().values, weight.flatten().sort().values, rtol=0, atol=0)
+    assert_close(
+        shuffled(weight, generator=generator()).flatten().sort().values, weight.flatten().sort().values, rtol=0, atol=0
+    )
 
 
 def test_shuffled_weights_have_no_dispersion():

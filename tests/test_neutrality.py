@@ -117,7 +117,13 @@ def trained(
     before = settings_of_torch()
     module = make()
     logger = CSVLogger(root, flush_logs_every_n_steps=1)
-    settings = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "max_epochs": 2,
+        "logger": logger,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     extra = options.pop("callbacks", [])
     keeps = any(isinstance(callback, ModelCheckpoint) for callback in extra)
     trainer = L.Trainer(**settings | options, enable_checkpointing=keeps, callbacks=[*monitors, *extra])
@@ -130,7 +136,9 @@ def trained(
         "logged": {k: v for k, v in trainer.logged_metrics.items() if "/" not in k},
         "rng": (torch.get_rng_state(), np.random.get_state()[1]),
         "hooks": [sum(len(getattr(m, kind)) for kind in KINDS_OF_HOOKS) for m in module.modules()],
-        "hooks of optimizers": [len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers],
+        "hooks of optimizers": [
+            len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers
+        ],
     }
 
 
@@ -170,7 +178,9 @@ def compiled_in_place(backend: str) -> Classifier:
 
 def compiled_inside(backend: str) -> Classifier:
     """One layer of the module."""
-    return Classifier(nn.Sequential(torch.compile(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), backend=backend), nn.Linear(32, 10)))
+    return Classifier(
+        nn.Sequential(torch.compile(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), backend=backend), nn.Linear(32, 10))
+    )
 
 
 COMPILED = {"module": compiled, "module in place": compiled_in_place, "layer": compiled_inside}
@@ -219,7 +229,8 @@ from lightning_lowrank import RankMonitor
 from tests.models import Classifier
 L.seed_everything(3, verbose=False)
 callbacks = [RankMonitor(every_n_steps=1)] if sys.argv[1] == "watched" else []
-L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=callbacks).fit(Classifier())
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+L.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Classifier())
 print(random.getstate()[1])
 """
 
@@ -227,7 +238,9 @@ print(random.getstate()[1])
 def test_random_numbers_of_python_are_the_same(tmp_path: Path) -> None:
     """In processes without the run-time type checks of the tests, which draw from them."""
     without, watched = (
-        subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True
+        ).stdout
         for kind in ("alone", "watched")
     )
 

@@ -32,7 +32,11 @@ class Ordered(Classifier):
 
     def __init__(self, net: nn.Module | None = None, **options: Any) -> None:
         torch.manual_seed(0)
-        super().__init__(net or nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10)), optimizer="sgd", **({"lr": 0.1} | options))
+        super().__init__(
+            net or nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10)),
+            optimizer="sgd",
+            **({"lr": 0.1} | options),
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(digits(), batch_size=16)
@@ -75,22 +79,30 @@ def test_match_restricts_the_kernel_to_some_parameters() -> None:
 
 @pytest.mark.parametrize("kernel", ["full", "class_summed", "sum_of_logits"])
 def test_the_kernel_of_a_linear_model_stays(kernel: Any) -> None:
-    logger = watched(Ordered(nn.Sequential(nn.Linear(64, 10))), NTKMonitor(kernel=kernel, num_examples=4, every_n_steps=1, top_k=1))
+    logger = watched(
+        Ordered(nn.Sequential(nn.Linear(64, 10))), NTKMonitor(kernel=kernel, num_examples=4, every_n_steps=1, top_k=1)
+    )
 
-    moved = [value for tag in ("ntk_velocity", "ntk_distance_to_start") for step, value in logger.curve(tag).items() if step]
+    moved = [
+        value for tag in ("ntk_velocity", "ntk_distance_to_start") for step, value in logger.curve(tag).items() if step
+    ]
     assert moved == pytest.approx([0.0] * 4, abs=1e-5)
     trace = logger.curve("ntk_trace")
     assert trace[2] == pytest.approx(trace[0], rel=1e-5)
 
 
 class Sequences(L.LightningModule):
-    """A small transformer, by torch's fused attention, that says the next of 12 letters; every third position does not count."""
+    """A small transformer, by torch's fused attention, that says the next of 12 letters; every third position does not
+    count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
-        self.layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
+        self.layer = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+        )
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -119,7 +131,9 @@ def test_positions_of_sequences_are_rows_and_ignored_ones_are_left_out() -> None
 def test_without_gradient_descent_nothing_is_said_of_what_is_learnt() -> None:
     logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1), max_steps=1)
 
-    assert all(value != value for tag in ("ntk_modes_learnt", "ntk_time_constant") for value in logger.curve(tag).values())
+    assert all(
+        value != value for tag in ("ntk_modes_learnt", "ntk_time_constant") for value in logger.curve(tag).values()
+    )
 
 
 def test_learnt_modes_are_counted_by_the_rate_and_the_steps_so_far() -> None:
@@ -187,7 +201,9 @@ def trained(model: str, monitor: Monitor | None, options: dict[str, Any]) -> tup
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_watching_changes_nothing(model: str, options: str, train_mode: bool) -> None:
-    monitor = NTKMonitor(kernel="full", num_examples=4, num_projections=4, top_k=1, every_n_steps=2, train_mode=train_mode)
+    monitor = NTKMonitor(
+        kernel="full", num_examples=4, num_projections=4, top_k=1, every_n_steps=2, train_mode=train_mode
+    )
 
     watched = trained(model, monitor, OPTIONS[options])
 
@@ -197,7 +213,10 @@ def test_watching_changes_nothing(model: str, options: str, train_mode: bool) ->
 
 
 def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
-    curves = [watched(Ordered(), NTKMonitor(num_examples=4, every_n_steps=1), **OPTIONS[name]).curves() for name in ("plain", "bf16")]
+    curves = [
+        watched(Ordered(), NTKMonitor(num_examples=4, every_n_steps=1), **OPTIONS[name]).curves()
+        for name in ("plain", "bf16")
+    ]
 
     for tag in ("ntk_trace", "ntk_lambda_max", "ntk_gauss_newton_trace"):
         assert curves[1][tag] == pytest.approx(curves[0][tag], rel=3e-2)
@@ -226,7 +245,9 @@ def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any],
         (Adversaries, {}, r"manual optimization.*loss_fn"),
     ],
 )
-def test_what_cannot_be_seen_is_refused_before_training(module: Callable[[], Any], options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_seen_is_refused_before_training(
+    module: Callable[[], Any], options: dict[str, Any], message: str
+) -> None:
     made = module()
 
     with pytest.raises(ValueError, match=message):
@@ -243,7 +264,9 @@ def planned(module: L.LightningModule, **options: Any) -> None:
 def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
     planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))))
 
-    with pytest.raises(ValueError, match=r"'net\.1': .* SyncBatchNorm has no second derivative; leave train_mode=False"):
+    with pytest.raises(
+        ValueError, match=r"'net\.1': .* SyncBatchNorm has no second derivative; leave train_mode=False"
+    ):
         planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))), train_mode=True)
 
 
@@ -258,7 +281,9 @@ def sharded(rank: int, size: int, root: Path) -> str:
 @pytest.mark.slow
 def test_sharded_parameters_are_refused_with_what_to_do(tmp_path: Path) -> None:
     for message in together(sharded, tmp_path):
-        assert message.startswith("'net.0.weight' is sharded") and "train with strategy='ddp' or on one device" in message
+        assert (
+            message.startswith("'net.0.weight' is sharded") and "train with strategy='ddp' or on one device" in message
+        )
 
 
 LETTERS = 6
@@ -358,8 +383,23 @@ def test_tags_are_in_the_event_file(tmp_path: Path) -> None:
 
     (file,) = tmp_path.rglob("events.*")
     tags = set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
-    names = ("trace", "lambda_max", "lambda_2", "participation_ratio", "effective_rank_energy", "energy_rank", "condition")
-    names += ("label_alignment", "centred_label_alignment", "velocity", "distance_to_start", "modes_learnt", "label_energy_in_top")
+    names = (
+        "trace",
+        "lambda_max",
+        "lambda_2",
+        "participation_ratio",
+        "effective_rank_energy",
+        "energy_rank",
+        "condition",
+    )
+    names += (
+        "label_alignment",
+        "centred_label_alignment",
+        "velocity",
+        "distance_to_start",
+        "modes_learnt",
+        "label_energy_in_top",
+    )
     sites = ("layer_share/net.0.weight", "layer_velocity/net.2.bias")
     assert {f"ntk_{name}" for name in (*names, *sites, "velocity_error", "gauss_newton_trace")} <= tags
 
@@ -397,7 +437,9 @@ def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
     cases |= {"failing": (FailingOnOne, {})} if size > 1 else {}
     for case, (make, asked) in cases.items():
         module, logger = make(rank, size), MemoryLogger()
-        monitor = None if asked is None else NTKMonitor(num_examples=16 // size, every_n_steps=1, per_site=True, **asked)
+        monitor = (
+            None if asked is None else NTKMonitor(num_examples=16 // size, every_n_steps=1, per_site=True, **asked)
+        )
         options: dict[str, Any] = {"use_distributed_sampler": False, "accelerator": "cpu", "max_epochs": 1}
         options |= {"devices": size, "strategy": DDPStrategy()} if size > 1 else {}
         L.Trainer(**SILENT, **options, logger=logger, callbacks=[monitor] if monitor else []).fit(module)
@@ -415,9 +457,17 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
     assert [parts[case][2] for parts in (first, second) for case in ("exact", "estimated")] == [0] * 4
     for case in ("exact", "estimated", "failing"):
         torch.testing.assert_close(first[case][1], first["unwatched"][1], rtol=0, atol=0)
-    for tag in ("ntk_trace", "ntk_lambda_max", "ntk_label_alignment", "ntk_gauss_newton_lambda_max", "ntk_layer_share/net.0.weight"):
+    for tag in (
+        "ntk_trace",
+        "ntk_lambda_max",
+        "ntk_label_alignment",
+        "ntk_gauss_newton_lambda_max",
+        "ntk_layer_share/net.0.weight",
+    ):
         # The rows are in another order, so that estimates are of other vectors.
-        torch.testing.assert_close(first["exact"][0][tag], alone["exact"][0][tag], rtol=1e-3 if "layer" not in tag else 0.5, atol=1e-5)
+        torch.testing.assert_close(
+            first["exact"][0][tag], alone["exact"][0][tag], rtol=1e-3 if "layer" not in tag else 0.5, atol=1e-5
+        )
         torch.testing.assert_close(first["estimated"][0][tag], alone["estimated"][0][tag], rtol=0.3, atol=1e-3)
     assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk_trace"].values())
 
@@ -456,7 +506,9 @@ class Waves(nn.Module):
         (None, {"exclude": "*"}, r"exclude='\*' leaves no parameter"),
     ],
 )
-def test_parameters_without_a_kernel_are_refused_before_training(net: Any, options: dict[str, Any], message: str) -> None:
+def test_parameters_without_a_kernel_are_refused_before_training(
+    net: Any, options: dict[str, Any], message: str
+) -> None:
     module = Ordered(net and net())
 
     with pytest.raises(ValueError, match=message):
@@ -484,7 +536,9 @@ def test_kernels_of_different_parameters_are_not_compared() -> None:
     logger, monitor = MemoryLogger(), NTKMonitor(num_examples=4, every_n_steps=1)
     L.Trainer(**SILENT, max_steps=4, logger=logger, callbacks=[InTurn(), monitor]).fit(Ordered())
 
-    assert all(value != value for tag in ("ntk_velocity", "ntk_distance_to_start") for value in logger.curve(tag).values())
+    assert all(
+        value != value for tag in ("ntk_velocity", "ntk_distance_to_start") for value in logger.curve(tag).values()
+    )
 
 
 class TwoOptimizers(Ordered):
@@ -509,7 +563,10 @@ class TwoOptimizers(Ordered):
 def test_steps_of_several_optimizers_are_the_same_time() -> None:
     options: dict[str, Any] = {"kernel": "full", "num_examples": 4, "every_n_steps": 1}
     options["loss_fn"] = lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])
-    one, two = (watched(module, NTKMonitor(**options), max_steps=6 * num) for module, num in ((Ordered(lr=2.0), 1), (TwoOptimizers(), 2)))
+    one, two = (
+        watched(module, NTKMonitor(**options), max_steps=6 * num)
+        for module, num in ((Ordered(lr=2.0), 1), (TwoOptimizers(), 2))
+    )
 
     found = one.curve("ntk_modes_learnt")
     assert list(two.curve("ntk_modes_learnt").values())[:6] == pytest.approx(list(found.values()))
@@ -532,7 +589,9 @@ def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
-@pytest.mark.parametrize("options", [{"num_examples": 6}, {"kernel": "sum_of_logits"}, {"train_mode": True}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    "options", [{"num_examples": 6}, {"kernel": "sum_of_logits"}, {"train_mode": True}], ids=lambda o: next(iter(o))
+)
 def test_a_run_that_is_resumed_with_other_options_begins_anew(options: dict[str, Any], tmp_path: Path) -> None:
     def run(steps: int, path: Path | None, **options: Any) -> MemoryLogger:
         logger, monitor = MemoryLogger(), NTKMonitor(**({"num_examples": 4, "every_n_steps": 1} | options))

@@ -27,7 +27,9 @@ from tests.oracles.spectra import gaussian, generator
 
 
 class Transformer(nn.Module):
-    """One block, with all that is easily differentiated wrongly: attention, LayerNorm, GELU, an embedding that is the readout too."""
+    """One block, with all that is easily differentiated wrongly: attention, LayerNorm, GELU, an embedding that is the
+    readout too.
+    """
 
     def __init__(self, width=6, vocabulary=5):
         super().__init__()
@@ -46,8 +48,8 @@ class Transformer(nn.Module):
 
 def conv_net():
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.SiLU(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(),
-        nn.Linear(16, 3),
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.SiLU(), nn.AvgPool2d(2),
+        nn.Conv2d(3, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3),
     )  # fmt: skip
 
 
@@ -63,7 +65,9 @@ def randomised(model):
 def as_function(model, loss_of):
     """The loss of one vector of all parameters."""
     layout = Layout.of(dict(model.named_parameters()))
-    return lambda flat: loss_of(lambda *inputs: functional_call(model, dict(zip(layout.names, layout.split(flat), strict=True)), inputs))
+    return lambda flat: loss_of(
+        lambda *inputs: functional_call(model, dict(zip(layout.names, layout.split(flat), strict=True)), inputs)
+    )
 
 
 def cross_entropy_product(outputs):
@@ -117,7 +121,12 @@ def test_products_are_those_of_the_whole_hessian(network):
     _, operator = hessian(loss_of(model), params)
     expected = whole_hessian(as_function(model, loss_of), flat)
 
-    assert_close(torch.stack([operator.multiply(row) for row in torch.eye(len(flat), dtype=flat.dtype)]), expected, rtol=0, atol=1e-10)
+    assert_close(
+        torch.stack([operator.multiply(row) for row in torch.eye(len(flat), dtype=flat.dtype)]),
+        expected,
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 def test_the_gradient_is_the_gradient(network):
@@ -161,7 +170,10 @@ def test_softmax_regression():
     outputs = model(inputs)
     _, operator = hessian(F.cross_entropy(outputs, labels), [model.weight])
     p = outputs.detach().softmax(-1)
-    expected = sum(torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(x, x)) for q, x in zip(p, inputs, strict=True)) / 9
+    expected = (
+        sum(torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(x, x)) for q, x in zip(p, inputs, strict=True))
+        / 9
+    )
 
     assert_close(dense(operator), expected)
     assert_close(dense(gauss_newton(Jacobian(outputs, [model.weight]), cross_entropy_product(outputs))), expected)
@@ -176,14 +188,17 @@ def test_the_residual_of_a_two_layer_linear_net_has_the_singular_values_of_the_e
     residual = difference(whole, gauss_newton(Jacobian(outputs, params), lambda u: u / 9))
     sigma = np.linalg.svd(inputs.numpy().T @ (outputs.detach() - targets).numpy() / 9, compute_uv=False)
     expected = np.sort(
-        np.concatenate([np.repeat(sigma, hidden), -np.repeat(sigma, hidden), np.zeros(whole.size - 2 * hidden * len(sigma))])
+        np.concatenate(
+            [np.repeat(sigma, hidden), -np.repeat(sigma, hidden), np.zeros(whole.size - 2 * hidden * len(sigma))]
+        )
     )
 
     assert_close(torch.from_numpy(np.linalg.eigvalsh(dense(residual).numpy())), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize(
-    "norm", [lambda: nn.LayerNorm(6, elementwise_affine=False, eps=0), lambda: nn.BatchNorm1d(6, affine=False, eps=1e-30)]
+    "norm",
+    [lambda: nn.LayerNorm(6, elementwise_affine=False, eps=0), lambda: nn.BatchNorm1d(6, affine=False, eps=1e-30)],
 )
 def test_a_layer_before_a_norm_has_minus_its_gradient_as_product_with_its_weights(norm):
     """Its scale does not matter: compositions with `jacrev` get this wrong by tens of percents."""
@@ -200,7 +215,9 @@ def test_saddle(at):
     u, v = (torch.tensor([at], dtype=torch.float64, requires_grad=True) for _ in range(2))
     _, operator = hessian((u * v - 1).square().sum() / 2, [u, v])
 
-    assert_close(torch.linalg.eigvalsh(dense(operator)), torch.tensor(sorted([3 * at**2 - 1, 1 - at**2]), dtype=torch.float64))
+    assert_close(
+        torch.linalg.eigvalsh(dense(operator)), torch.tensor(sorted([3 * at**2 - 1, 1 - at**2]), dtype=torch.float64)
+    )
 
 
 def test_jacobian_products_are_those_of_the_whole_jacobian(network, text):
@@ -223,7 +240,9 @@ def test_a_relu_net_without_biases_is_homogeneous():
     ).double()
     outputs, params = model(gaussian(7, 4)), list(model.parameters())
 
-    assert_close(Jacobian(outputs, params).forward(torch.cat([p.detach().flatten() for p in params])), 3 * outputs.detach())
+    assert_close(
+        Jacobian(outputs, params).forward(torch.cat([p.detach().flatten() for p in params])), 3 * outputs.detach()
+    )
 
 
 def test_gauss_newton_in_output_space_has_the_same_eigenvalues():
@@ -247,16 +266,24 @@ def test_empirical_fisher_is_the_mean_outer_product_of_the_gradients_of_examples
     rows = outputs.detach().softmax(-1) - F.one_hot(labels)
     gradients = per_example_gradients(model, inputs, lambda o: F.cross_entropy(o, labels, reduction="none"))
 
-    assert_close(dense(fisher(Jacobian(outputs, list(model.parameters())), rows)), gradients.T @ gradients / len(inputs))
+    assert_close(
+        dense(fisher(Jacobian(outputs, list(model.parameters())), rows)), gradients.T @ gradients / len(inputs)
+    )
 
 
 def test_positions_of_an_example_belong_together():
     model, inputs, labels = classifier(num=8)
     outputs = model(inputs)
     rows = outputs.detach().softmax(-1) - F.one_hot(labels)
-    gradients = per_example_gradients(model, inputs, lambda o: F.cross_entropy(o, labels, reduction="none")).view(4, 2, -1).mean(1)
+    gradients = (
+        per_example_gradients(model, inputs, lambda o: F.cross_entropy(o, labels, reduction="none"))
+        .view(4, 2, -1)
+        .mean(1)
+    )
 
-    assert_close(dense(fisher(Jacobian(outputs, list(model.parameters())), rows, num_examples=4)), gradients.T @ gradients / 4)
+    assert_close(
+        dense(fisher(Jacobian(outputs, list(model.parameters())), rows, num_examples=4)), gradients.T @ gradients / 4
+    )
 
 
 def test_rows_that_make_no_examples_are_refused():
@@ -294,7 +321,9 @@ def test_preconditioning_gives_the_eigenvalues_of_the_product():
     matrix, diagonal = matrix + matrix.T, gaussian(6, seed=1).square()
     scaled = dense(preconditioned(of_matrix(matrix), diagonal))
 
-    assert_close(np.linalg.eigvalsh(scaled.numpy()), np.sort(np.linalg.eigvals((diagonal[:, None] * matrix).numpy()).real))
+    assert_close(
+        np.linalg.eigvalsh(scaled.numpy()), np.sort(np.linalg.eigvals((diagonal[:, None] * matrix).numpy()).real)
+    )
 
 
 def of_matrix(matrix):
@@ -330,7 +359,10 @@ def test_products_do_without_grad_mode():
     _, whole = hessian(F.cross_entropy(outputs, labels), params)
     part = gauss_newton(Jacobian(outputs, params), cross_entropy_product(outputs))
     vector = gaussian(whole.size)
-    expected = whole.multiply(vector), gauss_newton(Jacobian(outputs, params), cross_entropy_product(outputs)).multiply(vector)
+    expected = (
+        whole.multiply(vector),
+        gauss_newton(Jacobian(outputs, params), cross_entropy_product(outputs)).multiply(vector),
+    )
     with torch.no_grad():
         found = whole.multiply(vector), part.multiply(vector)
 
@@ -355,4 +387,6 @@ def test_a_layout_takes_apart_what_it_put_together():
 def test_sums_of_a_layout_are_per_parameter():
     layout = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
 
-    assert_close(layout.sums(torch.stack([torch.ones(10), torch.arange(10.0)])), torch.tensor([[6.0, 4.0], [15.0, 30.0]]))
+    assert_close(
+        layout.sums(torch.stack([torch.ones(10), torch.arange(10.0)])), torch.tensor([[6.0, 4.0], [15.0, 30.0]])
+    )

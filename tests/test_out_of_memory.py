@@ -1,4 +1,6 @@
-"""Memory that runs out while a monitor measures: it tries smaller parts, then does without the number, and holds on to nothing."""
+"""Memory that runs out while a monitor measures: it tries smaller parts, then does without the number, and holds on to
+nothing.
+"""
 
 import warnings
 from collections import OrderedDict
@@ -44,7 +46,9 @@ class Scarce(TorchDispatchMode):
         self._taken = [(storage, size) for storage, size in self._taken if not storage.expired()]
         return sum(size for _, size in self._taken)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {}))}
         result = function(*args, **kwargs or {})
         for new in (t.untyped_storage() for t in _tensors(result)):
@@ -94,11 +98,17 @@ class Shortage(L.Callback):
         self.short, self.num_refused = False, 0
         self.left: list[int] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.short = trainer.global_step in SHORT
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note what is left of what the monitor took; it comes first, where callbacks are called in the order of the list."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what is left of what the monitor took; it comes first, where callbacks are called in the order of the
+        list.
+        """
         self.left.append(self.mode.in_use())
 
     def _refuses(self, number: int, size: int) -> bool:
@@ -114,7 +124,9 @@ class OneAfterTheOther(L.Callback):
         self.refused = -1
         self.mode = Scarce(lambda number, _: number == self.refused)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.mode.count, self.refused = 0, trainer.global_step * STRIDE
 
 
@@ -125,7 +137,9 @@ def wide() -> Classifier:
     return Validated(nn.Sequential(OrderedDict(layers | between)))
 
 
-def trained(steps: int, *callbacks: L.Callback, make: Callable[[], L.LightningModule] = wide) -> tuple[Any, MemoryLogger, list[str]]:
+def trained(
+    steps: int, *callbacks: L.Callback, make: Callable[[], L.LightningModule] = wide
+) -> tuple[Any, MemoryLogger, list[str]]:
     """Final weights and the generator's state, what was logged, and what this package warned of."""
     L.seed_everything(3, verbose=False)
     logger, module = MemoryLogger(), make()
@@ -166,7 +180,10 @@ def test_whatever_allocation_fails_training_is_the_same_and_what_is_logged_is_tr
 
     torch.testing.assert_close(bits, alone, rtol=0, atol=0)
     truth = curves(sound)
-    logged = {tag: {step: value for step, value in curve.items() if not np.isnan(value)} for tag, curve in curves(logger).items()}
+    logged = {
+        tag: {step: value for step, value in curve.items() if not np.isnan(value)}
+        for tag, curve in curves(logger).items()
+    }
     torch.testing.assert_close(
         logged, {tag: {step: truth[tag][step] for step in curve} for tag, curve in logged.items()}, rtol=1e-6, atol=0
     )
@@ -201,13 +218,17 @@ def test_a_matrix_that_does_not_fit_alone_is_done_without(source: str, sound: di
 
     logged = curves(logger)
     torch.testing.assert_close(bits, trained(6)[0], rtol=0, atol=0)
-    torch.testing.assert_close(logged, {tag: _without(tag, sound[tag]) for tag in logged}, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        logged, {tag: _without(tag, sound[tag]) for tag in logged}, rtol=1e-5, atol=0, equal_nan=True
+    )
     assert monitor.failures == len(SHORT) * len(monitor.recorders)
     assert len(warned) == len(monitor.recorders)
 
 
 def _without(tag: str, curve: dict[int, float]) -> dict[int, float]:
-    """What is left of a curve of the large layer; its subspace cannot be compared with the one before where there is none."""
+    """What is left of a curve of the large layer; its subspace cannot be compared with the one before where there is
+    none.
+    """
     lost = SHORT if "overlap" not in tag else (*SHORT, max(SHORT) + 1)
     return curve | (dict.fromkeys(lost, np.nan) if "/net.large." in tag else {})
 
@@ -269,7 +290,9 @@ def test_subspaces_are_found_one_by_one_where_they_must(generator: torch.Generat
     torch.testing.assert_close(found.values, expected.values)
 
 
-def test_a_subspace_that_cannot_be_had_is_nan_and_the_others_are_not(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subspace_that_cannot_be_had_is_nan_and_the_others_are_not(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrices = torch.randn(3, 6, 8, generator=generator)
     matrices[1] *= 1000
     solve = torch.linalg.eigh

@@ -26,7 +26,9 @@ def chain(density=1.0, seed=0):
 @pytest.mark.parametrize("density", [1.0, 0.02])
 def test_distances_are_exactly_dijkstras(directed, density):
     sources = torch.tensor([0, 3, 9, 40, 80])
-    expected = networks.chain_distances([weight.numpy() for weight in chain(density)], sources.numpy(), directed=directed)
+    expected = networks.chain_distances(
+        [weight.numpy() for weight in chain(density)], sources.numpy(), directed=directed
+    )
 
     assert_close(path_distances(chain(density), sources, directed=directed), torch.as_tensor(expected), rtol=0, atol=0)
 

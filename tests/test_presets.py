@@ -36,23 +36,40 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown source": (lambda: RankMonitor(["gradient"]), r"unknown \['gradient'\].*'gradients'"),
     "no statistic": (lambda: RankMonitor(statistics=()), r"'gradient'.*'stable_rank'"),
     "unknown statistic": (lambda: RankMonitor(statistics=["stable_rnak"]), r"'stable_rnak'.*'stable_rank'"),
-    "near miss": (lambda: RankMonitor(statistics=["stable_rnak"]), "'gradient'.*'stable_rnak', did you mean 'stable_rank'"),
-    "parameter out of its domain": (lambda: RankMonitor(statistics=["energy_rank_2"]), r"'energy_rank_2'.*epsilon above 0"),
+    "near miss": (
+        lambda: RankMonitor(statistics=["stable_rnak"]),
+        "'gradient'.*'stable_rnak', did you mean 'stable_rank'",
+    ),
+    "parameter out of its domain": (
+        lambda: RankMonitor(statistics=["energy_rank_2"]),
+        r"'energy_rank_2'.*epsilon above 0",
+    ),
     "parameter where none is": (lambda: RankMonitor(statistics=["stable_rank_2"]), r"'stable_rank_2'.*no parameter"),
     "no relative form": (lambda: RankMonitor(statistics=["relative_weight_ratio"]), "'relative_weight_ratio'"),
-    "a pair asked of features only": (lambda: RankMonitor(["features"], ["weight_ratio"]), r"'weight_ratio'.*Features.*'stable_rank'"),
+    "a pair asked of features only": (
+        lambda: RankMonitor(["features"], ["weight_ratio"]),
+        r"'weight_ratio'.*Features.*'stable_rank'",
+    ),
     "every 0 steps": (lambda: RankMonitor(every_n_steps=0), r"n=0.*at least 1"),
     "every -1 steps": (lambda: RankMonitor(every_n_steps=-1), r"n=-1.*at least 1"),
     "no time": (lambda: RankMonitor(max_overhead=0.0), "max_overhead.*share=0.0.*above 0 and below 1"),
     "all the time": (lambda: RankMonitor(max_overhead=1.0), "max_overhead.*share=1.0.*above 0 and below 1"),
-    "a time that is no number": (lambda: RankMonitor(max_overhead=float("nan")), "max_overhead.*share=nan.*above 0 and below 1"),
-    "a cadence and a budget": (lambda: RankMonitor(every_n_steps=20, max_overhead=0.01), "every_n_steps=20 and max_overhead=0.01: one of"),
+    "a time that is no number": (
+        lambda: RankMonitor(max_overhead=float("nan")),
+        "max_overhead.*share=nan.*above 0 and below 1",
+    ),
+    "a cadence and a budget": (
+        lambda: RankMonitor(every_n_steps=20, max_overhead=0.01),
+        "every_n_steps=20 and max_overhead=0.01: one of",
+    ),
     "a budget for one of two probes": (
         lambda: Monitor([Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"])]),
         "one and the same Budget",
     ),
     "two budgets": (
-        lambda: Monitor([Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"], Budget(0.01))]),
+        lambda: Monitor(
+            [Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"], Budget(0.01))]
+        ),
         "one and the same Budget",
     ),
     "a source twice": (lambda: RankMonitor(["weights", "weights"]), r"\['weight', 'weight'\]"),
@@ -116,13 +133,22 @@ def test_a_wrong_type_is_refused_when_it_is_made() -> None:
 
     said = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
 
-    wrong = {e: s for (e, message), s in zip(WRONG_TYPES.items(), said, strict=True) if not re.match(f"ValueError: .*{message}", str(s))}
+    wrong = {
+        e: s
+        for (e, message), s in zip(WRONG_TYPES.items(), said, strict=True)
+        if not re.match(f"ValueError: .*{message}", str(s))
+    }
     assert wrong == {}
 
 
 def fit(*monitors: Monitor, module: Classifier | None = None) -> Classifier:
     module = module or Classifier()
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     L.Trainer(max_epochs=1, callbacks=list(monitors), **settings).fit(module)
     return module
 
@@ -130,13 +156,22 @@ def fit(*monitors: Monitor, module: Classifier | None = None) -> Classifier:
 # The same, for what shows only when there is a module.
 REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     "match": (lambda: [RankMonitor(match="*.atn.*")], r"match: '\*\.atn\.\*' fits nothing.*net\.0\.weight"),
-    "one of two": (lambda: [RankMonitor(match=["net.0.*", "head.*"])], r"match: 'head\.\*' fits nothing.*net\.0\.weight"),
+    "one of two": (
+        lambda: [RankMonitor(match=["net.0.*", "head.*"])],
+        r"match: 'head\.\*' fits nothing.*net\.0\.weight",
+    ),
     "exclude": (lambda: [RankMonitor(exclude="type:Conv2d")], "exclude: 'type:Conv2d' fits nothing.*Linear"),
     "regular expression": (lambda: [RankMonitor(match="re:net.(")], r"match: 're:net\.\(' is no regular expression"),
     "of features": (lambda: [RankMonitor(["features"], match="*.attn")], r"match: '\*\.attn' fits nothing.*net\.0"),
-    "of optimizer state": (lambda: [Monitor([Probe("m", OptimizerState("exp_avg", match="x"), ["stable_rank"])])], "'x' fits nothing"),
+    "of optimizer state": (
+        lambda: [Monitor([Probe("m", OptimizerState("exp_avg", match="x"), ["stable_rank"])])],
+        "'x' fits nothing",
+    ),
     "of displacement": (lambda: [Monitor([Probe("d", Displacement(match="x"), ["stable_rank"])])], "'x' fits nothing"),
-    "view": (lambda: [Monitor([Probe("g", Gradients(views={"net.0.weight": "(a b c) n -> a b n"}), ["stable_rank"])])], "net.0.weight"),
+    "view": (
+        lambda: [Monitor([Probe("g", Gradients(views={"net.0.weight": "(a b c) n -> a b n"}), ["stable_rank"])])],
+        "net.0.weight",
+    ),
     "the same tags": (
         lambda: [RankMonitor(), RankMonitor(["gradients"])],
         "'rank' and 'rank' would both write.*'gradient_stable_rank'.*give one of them name=",
@@ -145,7 +180,10 @@ REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
         lambda: [RankMonitor(["weights"]), Monitor([Probe("weight", Weights(), ["stable_rank"])])],
         r"\['weight_stable_rank'\]: give one of them name=",
     ),
-    "the same name": (lambda: [RankMonitor(["weights"], name="a"), RankMonitor(["gradients"], name="a")], r"\['a_rank'\]"),
+    "the same name": (
+        lambda: [RankMonitor(["weights"], name="a"), RankMonitor(["gradients"], name="a")],
+        r"\['a_rank'\]",
+    ),
 }
 
 
@@ -215,7 +253,9 @@ COPIES = {"copied": copy.deepcopy, "pickled": lambda monitor: pickle.loads(pickl
 @pytest.mark.parametrize("way", COPIES)
 def test_a_monitor_can_be_copied(way: str, trained: bool) -> None:
     """To other processes, as `ddp_spawn` does."""
-    original = RankMonitor(EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"])
+    original = RankMonitor(
+        EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"]
+    )
     if trained:
         fit(original)
 
@@ -225,7 +265,11 @@ def test_a_monitor_can_be_copied(way: str, trained: bool) -> None:
     torch.manual_seed(0)
     fit(copied)
     torch.manual_seed(0)
-    fit(fresh := RankMonitor(EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"]))
+    fit(
+        fresh := RankMonitor(
+            EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"]
+        )
+    )
     assert copied.latest is not None and fresh.latest is not None
     assert copied.latest.values["gradient_stable_rank"] == fresh.latest.values["gradient_stable_rank"]
 

@@ -27,7 +27,9 @@ WEIGHTS = {
     "gaussian": gaussian,
     "uniform": uniform,
     "lognormal": lambda *shape, seed=0: (2 * gaussian(*shape, seed=seed)).exp(),
-    "student": lambda *shape, seed=0: gaussian(*shape, seed=seed) / gaussian(3, *shape, seed=seed + 1).square().mean(0).sqrt(),
+    "student": lambda *shape, seed=0: (
+        gaussian(*shape, seed=seed) / gaussian(3, *shape, seed=seed + 1).square().mean(0).sqrt()
+    ),
     "cauchy": lambda *shape, seed=0: gaussian(*shape, seed=seed) / gaussian(*shape, seed=seed + 1),
 }
 every_law = pytest.mark.parametrize("law", WEIGHTS)
@@ -85,7 +87,10 @@ def test_independent_weights_have_no_excess(law):
 def test_rows_that_differ_by_five_per_cent_are_seen(quantity):
     """Every one of them, by five standard deviations of what independent weights give."""
     statistic = find(quantity)
-    chance, seen = statistic(rank_scaling(gaussian(64, 256, 256))), statistic(rank_scaling(scalings.jittered(8, 256, 256, spread=0.05)))
+    chance, seen = (
+        statistic(rank_scaling(gaussian(64, 256, 256))),
+        statistic(rank_scaling(scalings.jittered(8, 256, 256, spread=0.05))),
+    )
 
     assert float((seen.mean() - chance.mean()).abs()) >= 5 * float(chance.std())
 
@@ -105,7 +110,9 @@ def test_rows_that_differ_by_five_per_cent_are_beyond_chance():
 
 
 def test_dispersion_grows_with_the_spread_of_scales():
-    found = statistics.dispersion(rank_scaling(torch.stack([scalings.jittered(256, 256, spread=s) for s in (0, 0.05, 0.1, 0.25, 0.5, 1)])))
+    found = statistics.dispersion(
+        rank_scaling(torch.stack([scalings.jittered(256, 256, spread=s) for s in (0, 0.05, 0.1, 0.25, 0.5, 1)]))
+    )
 
     assert bool((found.diff() > 0).all())
 
@@ -134,7 +141,12 @@ def test_signs_change_nothing():
 def test_order_of_columns_changes_nothing():
     weights = scalings.jittered(96, 128, spread=0.1)
 
-    assert_close(rank_scaling(weights[:, torch.randperm(128, generator=generator())]).masses, rank_scaling(weights).masses, rtol=0, atol=0)
+    assert_close(
+        rank_scaling(weights[:, torch.randperm(128, generator=generator())]).masses,
+        rank_scaling(weights).masses,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_order_of_rows_is_that_of_the_masses():
@@ -250,7 +262,11 @@ def test_some_neurons_stand_for_all():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"mode": "paths"}, "there are.*neuromfa"), ({"direction": "sideways"}, "there are.*out"), ({"max_neurons": 8}, "name a generator")],
+    [
+        ({"mode": "paths"}, "there are.*neuromfa"),
+        ({"direction": "sideways"}, "there are.*out"),
+        ({"max_neurons": 8}, "name a generator"),
+    ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -49,7 +49,11 @@ def test_a_new_statistic_is_under_the_laws(added):
 
 @pytest.mark.parametrize(
     "law",
-    [test_laws.test_batch_is_one_by_one, test_laws.test_transposing_changes_nothing, test_laws.test_stays_on_the_device],
+    [
+        test_laws.test_batch_is_one_by_one,
+        test_laws.test_transposing_changes_nothing,
+        test_laws.test_stays_on_the_device,
+    ],
 )
 def test_a_new_statistic_obeys_the_laws(law, added):
     law("values_above_0.2", (gaussian(3, 24, 16), gaussian(3, 24, 16, seed=1)))
@@ -67,7 +71,9 @@ def test_parameter_in_scientific_notation():
     assert_close(find("energy_rank_1e-3")(svd(matrix)), statistics.energy_rank(svd(matrix), epsilon=1e-3))
 
 
-@pytest.mark.parametrize("name", ["stable_rnak", "relative_frobenius_norm", "relative_subspace_overlap", "", "rank_0.1"])
+@pytest.mark.parametrize(
+    "name", ["stable_rnak", "relative_frobenius_norm", "relative_subspace_overlap", "", "rank_0.1"]
+)
 def test_unknown_names_list_what_there_is(name):
     with pytest.raises(ValueError, match="stable_rank"):
         find(name)
@@ -88,7 +94,9 @@ def test_tail_depends_on_the_parameter():
     assert [find(f"schatten_quasi_norm{p}").tail for p in ("", "_0.5", "_1", "_2")] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["numerical_rank", "schatten_quasi_norm_0.5", "tail_exponent", "marchenko_pastur_outliers"])
+@pytest.mark.parametrize(
+    "name", ["numerical_rank", "schatten_quasi_norm_0.5", "tail_exponent", "marchenko_pastur_outliers"]
+)
 def test_tail_is_nan_on_spectra_that_are_not_whole(name):
     estimate = Spectrum(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 30.0]), (31, 31), whole=False)
 
@@ -96,14 +104,23 @@ def test_tail_is_nan_on_spectra_that_are_not_whole(name):
 
 
 def test_probes_of_an_estimate_are_pooled():
-    probes = Spectrum(torch.tensor([[2.0, 1.0], [2.0, 0.5]]), torch.tensor([[1.0, 8.0], [1.0, 16.0]]), (9, 9), whole=False, num_probes=2)
-    expected = statistics.participation_ratio(Spectrum(torch.tensor([2.0, 1.0, 0.5]), torch.tensor([1.0, 4.0, 8.0]), (9, 9)))
+    probes = Spectrum(
+        torch.tensor([[2.0, 1.0], [2.0, 0.5]]),
+        torch.tensor([[1.0, 8.0], [1.0, 16.0]]),
+        (9, 9),
+        whole=False,
+        num_probes=2,
+    )
+    expected = statistics.participation_ratio(
+        Spectrum(torch.tensor([2.0, 1.0, 0.5]), torch.tensor([1.0, 4.0, 8.0]), (9, 9))
+    )
 
     assert_close(statistics.participation_ratio(probes), expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "takes"), [("stable_rank", (Spectrum,)), ("weight_ratio", (Spectrum, Spectrum)), ("subspace_overlap", (Subspace, Subspace))]
+    ("name", "takes"),
+    [("stable_rank", (Spectrum,)), ("weight_ratio", (Spectrum, Spectrum)), ("subspace_overlap", (Subspace, Subspace))],
 )
 def test_takes_is_read_from_the_signature(name, takes):
     assert find(name).takes == takes

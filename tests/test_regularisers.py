@@ -15,7 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lowrank import JacobianPenalty, input_noise, jacobian_penalty, weight_decay
 from tests.models import Classifier
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
 
 
 class Careless(nn.Module):
@@ -23,7 +28,10 @@ class Careless(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.head = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.5)), nn.Linear(32, 10)
+        self.layer, self.head = (
+            nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.5)),
+            nn.Linear(32, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(checkpoint(self.layer, x + 0.1 * torch.randn_like(x), use_reentrant=False))

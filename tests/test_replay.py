@@ -45,10 +45,14 @@ class Once(L.Callback):
     def __init__(self, act: Callable[[L.Trainer, Any], None]) -> None:
         self.act = act
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.batch = batch
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 1:
             self.act(trainer, pl_module)
 
@@ -57,7 +61,12 @@ def once(module: L.LightningModule, act: Callable[[L.Trainer, Any, Any], Any], *
     """What comes of it in the middle of a training."""
     found: list[Any] = []
     callback = Once(lambda trainer, pl_module: found.append(act(trainer, pl_module, callback.batch)))
-    settings: dict[str, Any] = {"max_steps": 3, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
     settings |= {"enable_model_summary": False, "accelerator": "cpu"}
     L.seed_everything(1, verbose=False)
     L.Trainer(**settings | options, callbacks=[callback]).fit(module)
@@ -171,7 +180,10 @@ def test_a_step_without_the_number_of_the_batch_is_run_again() -> None:
 
 def test_a_step_in_manual_optimization_is_not_run_again() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> None:
-        with pytest.raises(ValueError, match=r"it steps optimizers; give loss_fn\(module, batch\)"), kept(batch)(trainer, module):
+        with (
+            pytest.raises(ValueError, match=r"it steps optimizers; give loss_fn\(module, batch\)"),
+            kept(batch)(trainer, module),
+        ):
             pass
 
     once(Adversaries(), act)

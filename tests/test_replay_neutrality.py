@@ -50,11 +50,15 @@ class Replaying(L.Callback):
         self.losses: list[float] = []
         self.curvatures: list[float] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.replay.batch is None:
             self.replay.keep(batch, batch_idx)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx % self.every:
             return
         with self.replay(trainer, pl_module) as seen:
@@ -77,7 +81,9 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+        self.layer = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        )
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +116,11 @@ def test_training_is_the_same_with_replays(case: str, tmp_path: Path) -> None:
     watched = trained(make, options(), [callback], tmp_path / "with")  # type: ignore[list-item]
 
     assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert len(callback.curvatures) == 6 and np.isfinite(callback.curvatures).all() and np.count_nonzero(callback.curvatures) == 6
+    assert (
+        len(callback.curvatures) == 6
+        and np.isfinite(callback.curvatures).all()
+        and np.count_nonzero(callback.curvatures) == 6
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in EVERYWHERE if case != "fused attention"])
@@ -225,18 +235,41 @@ class Busy(Classifier):
         return DataLoader(rows, batch_size=8, shuffle=True)  # type: ignore[arg-type]
 
     def states(self) -> list[Any]:
-        plain = [self.seen, list(self.recent), dict(self.counts), self.labels, self.array, self.helper.history, self.later]
+        plain = [
+            self.seen,
+            list(self.recent),
+            dict(self.counts),
+            self.labels,
+            self.array,
+            self.helper.history,
+            self.later,
+        ]
         nested = [self.nested, self.average, self.helper.average, self.hidden, list(vars(self)), self.from_hooks]
-        generators = [self.own.get_state(), str(self.others[0].getstate()), self.others[1].random(), self.others[2].rand()]
+        generators = [
+            self.own.get_state(),
+            str(self.others[0].getstate()),
+            self.others[1].random(),
+            self.others[2].rand(),
+        ]
         flags = [p.requires_grad for p in self.parameters()] + [m.training for m in self.modules()]
-        metrics = [self.accuracy.metric_state, self.confusions.compute(), self.confidences.compute(), self.accuracy._update_count]
+        metrics = [
+            self.accuracy.metric_state,
+            self.confusions.compute(),
+            self.confidences.compute(),
+            self.accuracy._update_count,
+        ]
         return [*plain, *nested, *generators, flags, metrics, self.queue, self.centre, self.large]
 
 
 def busy(callbacks: Sequence[L.Callback]) -> dict[str, Any]:
     L.seed_everything(3, verbose=False)
     module, logger = Busy(), Experimental()
-    settings = {"logger": logger, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "logger": logger,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(max_epochs=2, log_every_n_steps=1, accelerator="cpu", callbacks=list(callbacks), **settings)  # type: ignore[arg-type]
     trainer.fit(module)
     rows = [(step, {k: v for k, v in scalars.items() if k != "epoch"}) for step, scalars in logger.rows]
@@ -312,7 +345,8 @@ class Drawing(Classifier):
 
 L.seed_everything(3, verbose=False)
 callbacks = [Replaying()] if sys.argv[1] == "watched" else []
-L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=callbacks).fit(Drawing())
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+L.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Drawing())
 print(random.getstate()[1])
 """
 
@@ -321,7 +355,9 @@ print(random.getstate()[1])
 def test_random_numbers_of_python_are_the_same() -> None:
     """In processes without the run-time type checks of the tests, which draw from them."""
     without, watched = (
-        subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True
+        ).stdout
         for kind in ("alone", "watched")
     )
 
@@ -329,14 +365,16 @@ def test_random_numbers_of_python_are_the_same() -> None:
 
 
 class Slices(Classifier):
-    """Sees 16 digits a step, on one process or on several together; its batch normalisation sees those of its process."""
+    """Sees 16 digits a step over all processes; its batch normalisation sees those of its own process."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(ImageNet())
         self.rank, self.size = rank, size
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(digits(), batch_size=8, sampler=DistributedSampler(digits(), self.size, self.rank, shuffle=False))
+        return DataLoader(
+            digits(), batch_size=8, sampler=DistributedSampler(digits(), self.size, self.rank, shuffle=False)
+        )
 
 
 def in_parallel(rank: int, size: int, root: Path) -> Any:
@@ -348,9 +386,19 @@ def in_parallel(rank: int, size: int, root: Path) -> Any:
                 continue
             L.seed_everything(0, verbose=False)
             module, callbacks = Slices(rank, size), make()
-            settings: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+            settings: dict[str, Any] = {
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            }
             strategy = DDPStrategy(static_graph=static)
-            options = {"devices": size, "accelerator": "cpu", "use_distributed_sampler": False, "logger": False, "max_epochs": 2}
+            options = {
+                "devices": size,
+                "accelerator": "cpu",
+                "use_distributed_sampler": False,
+                "logger": False,
+                "max_epochs": 2,
+            }
             L.Trainer(**settings, **options, strategy=strategy, callbacks=callbacks).fit(module)
             seen = [len(callback.curvatures) for callback in callbacks]
             state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -372,7 +420,12 @@ def test_other_monitors_do_not_count_the_rows_of_a_replay() -> None:
     for callbacks in ([], [Replaying()]):
         L.seed_everything(1, verbose=False)
         monitor = RankMonitor("features", every_n_steps=1)
-        settings: dict[str, Any] = {"max_steps": 3, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        settings: dict[str, Any] = {
+            "max_steps": 3,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
         L.Trainer(**settings, enable_model_summary=False, callbacks=[*callbacks, monitor]).fit(Classifier())
         found.append((monitor.latest.values, monitor.failures))
 

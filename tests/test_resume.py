@@ -74,7 +74,12 @@ def monitor(sources: Sequence[str] = SOURCES, statistics: Sequence[str] = STATIS
 
 
 def trained(
-    root: Path, callbacks: Sequence[L.Callback], make: type[L.LightningModule] = Ordered, *, resume: Path | None = None, **options: Any
+    root: Path,
+    callbacks: Sequence[L.Callback],
+    make: type[L.LightningModule] = Ordered,
+    *,
+    resume: Path | None = None,
+    **options: Any,
 ) -> L.LightningModule:
     """A run of at most four epochs that logs to a CSV file."""
     L.seed_everything(3, verbose=False)
@@ -82,7 +87,10 @@ def trained(
     settings = {"max_epochs": 4, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     L.Trainer(
-        **settings | options, logger=CSVLogger(root, flush_logs_every_n_steps=1), enable_checkpointing=keeps, callbacks=list(callbacks)
+        **settings | options,
+        logger=CSVLogger(root, flush_logs_every_n_steps=1),
+        enable_checkpointing=keeps,
+        callbacks=list(callbacks),
     ).fit(module, ckpt_path=resume)
     return module
 
@@ -106,7 +114,9 @@ def assert_same_curves(found: Curves, expected: Curves) -> None:
     for tag in expected:
         assert [step for step, _ in found[tag]] == [step for step, _ in expected[tag]], tag
         ours, theirs = (torch.tensor([value for _, value in curve[tag]]) for curve in (found, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda message, tag=tag: f"{tag}: {message}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda message, tag=tag: f"{tag}: {message}"
+        )
 
 
 def saved(root: Path) -> Path:
@@ -119,11 +129,15 @@ MODULES = {"one optimizer": Ordered, "two optimizers by hand": InTurn}
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_run_stopped_between_epochs_and_resumed_has_the_curves_of_one_that_never_stopped(case: str, tmp_path: Path) -> None:
+def test_a_run_stopped_between_epochs_and_resumed_has_the_curves_of_one_that_never_stopped(
+    case: str, tmp_path: Path
+) -> None:
     sources = SOURCES if case == "one optimizer" else SOURCES[:-1]
     trained(tmp_path / "whole", [monitor(sources)], MODULES[case])
 
-    trained(tmp_path / "first", [monitor(sources), ModelCheckpoint(tmp_path / "checkpoints")], MODULES[case], max_epochs=2)
+    trained(
+        tmp_path / "first", [monitor(sources), ModelCheckpoint(tmp_path / "checkpoints")], MODULES[case], max_epochs=2
+    )
     trained(tmp_path / "second", [monitor(sources)], MODULES[case], resume=saved(tmp_path / "checkpoints"))
 
     expected = read(tmp_path / "whole")
@@ -327,7 +341,8 @@ def test_a_sample_of_a_skipped_step_goes_on_in_the_resumed_run(tmp_path: Path) -
 
     expected = read(tmp_path / "whole")
     assert [step for step, _ in expected["gradient_effective_rank/net.0.weight"]] == [1, 4, 8, 12]
-    # Rows of the skipped batch were never reported, nor the work on it: features are those of fewer rows, which are logged beside them.
+    # Rows of the skipped batch were never reported, nor the work on it: features are those of fewer rows, which are
+    # logged beside them.
     for curves in (found, expected):
         for tag in [tag for tag in curves if tag.startswith(("feature", "lowrank/feature", "lowrank/rank_solver"))]:
             del curves[tag]
@@ -359,6 +374,8 @@ def test_a_checkpoint_written_on_an_error_knows_what_still_waits(tmp_path: Path)
     trained(tmp_path / "second", [seldom()], Seldom, resume=saved(tmp_path / "checkpoints"))
 
     curves = read(tmp_path / "first", tmp_path / "second")
-    critic, generator = ([step for step, _ in curves[f"gradient_effective_rank/{site}.weight"]] for site in ("critic", "generator"))
+    critic, generator = (
+        [step for step, _ in curves[f"gradient_effective_rank/{site}.weight"]] for site in ("critic", "generator")
+    )
     assert critic[:2] == [0, 4] and 0 < generator[0] < 4
     assert curves["lowrank/rank_failures"][-1][1] == 0

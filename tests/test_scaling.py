@@ -24,7 +24,9 @@ def test_tau_of_a_cascade(cascade):
 def test_alpha_of_a_cascade(cascade):
     parts, base, _ = cascade
 
-    assert_close(scalings.cascade(*cascade).alpha, torch.as_tensor(networks.cascade_alpha(parts, base, ORDERS)), **EXACT)
+    assert_close(
+        scalings.cascade(*cascade).alpha, torch.as_tensor(networks.cascade_alpha(parts, base, ORDERS)), **EXACT
+    )
 
 
 def test_f_of_a_cascade():
@@ -39,7 +41,9 @@ def test_dimensions_of_a_cascade():
     third, entropy = 1 / 3, np.log(3) - 2 / 3 * np.log(2)
     expected = [np.log(2) / np.log(3), entropy / np.log(3), -np.log(third**2 + (2 * third) ** 2) / np.log(3)]
 
-    assert_close(scalings.cascade((1, 2), 3, 6).dimensions[[20, 30, 40]], torch.tensor(expected, dtype=torch.float64), **EXACT)
+    assert_close(
+        scalings.cascade((1, 2), 3, 6).dimensions[[20, 30, 40]], torch.tensor(expected, dtype=torch.float64), **EXACT
+    )
 
 
 def test_shares_of_own_mass_give_the_same_where_all_reach_the_same():
@@ -58,7 +62,9 @@ def test_tau_of_a_binomial_cover():
     radii = torch.arange(-8, 1).double() * np.log(2)
     expected = [-np.log2(0.3**q + 0.7**q) for q in ORDERS]
 
-    assert_close(Scaling(masses, torch.ones(9).double(), radii).tau, torch.tensor(expected, dtype=torch.float64), **EXACT)
+    assert_close(
+        Scaling(masses, torch.ones(9).double(), radii).tau, torch.tensor(expected, dtype=torch.float64), **EXACT
+    )
 
 
 @pytest.mark.parametrize("neighbours", [2, 4])
@@ -88,14 +94,19 @@ def test_watts_strogatz_networks_as_published(rewired, published):
 
 
 @pytest.mark.parametrize(
-    ("children", "factor", "generations", "tolerance"), [(3, 1 / 2, 6, 0.05), (3, 1 / 3, 6, 0.06), (4, 1 / 3, 5, 0.06), (2, 1 / 3, 9, 0.06)]
+    ("children", "factor", "generations", "tolerance"),
+    [(3, 1 / 2, 6, 0.05), (3, 1 / 3, 6, 0.06), (4, 1 / 3, 5, 0.06), (2, 1 / 3, 9, 0.06)],
 )
 def test_weighted_fractal_trees(children, factor, generations, tolerance):
-    """Carletti and Righi (2010): dimension ln children / ln (1 / factor), at the radii of whole subtrees, but for single nodes."""
+    """Carletti and Righi (2010): dimension ln children / ln (1 / factor), at the radii of whole subtrees, but for
+    single nodes.
+    """
     distances = torch.as_tensor(networks.tree_distances(children, factor, generations))
     radii = [2 * factor**k / (1 - factor) for k in range(generations - 1, -1, -1)]
 
-    assert_close(-box_counting(distances, radii).tau_at(-1.0).item(), -np.log(children) / np.log(factor), rtol=0, atol=tolerance)
+    assert_close(
+        -box_counting(distances, radii).tau_at(-1.0).item(), -np.log(children) / np.log(factor), rtol=0, atol=tolerance
+    )
 
 
 def test_flower_is_two_fractals():
@@ -103,13 +114,17 @@ def test_flower_is_two_fractals():
     edges, nodes = networks.flower(6)
     flower = scalings.hops(nodes, edges, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 
-    assert_close(torch.stack([flower.alpha_at(3.0), -flower.tau_at(-1.0) - 1]), torch.ones(2).double(), rtol=0, atol=0.3)
+    assert_close(
+        torch.stack([flower.alpha_at(3.0), -flower.tau_at(-1.0) - 1]), torch.ones(2).double(), rtol=0, atol=0.3
+    )
 
 
 def test_hubs_of_a_flower():
     edges, nodes = networks.flower(6)
 
-    assert_close(scalings.hops(nodes, edges, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]).alpha_at(3.0).item(), 1.0, rtol=0, atol=0.1)
+    assert_close(
+        scalings.hops(nodes, edges, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]).alpha_at(3.0).item(), 1.0, rtol=0, atol=0.1
+    )
 
 
 def test_stars_of_one_dimension_have_one_exponent():
@@ -119,7 +134,9 @@ def test_stars_of_one_dimension_have_one_exponent():
     assert_close(stars.alpha, torch.full((len(ORDERS),), 1.5).double(), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize(("dimensions", "tolerance"), [([1.0, 2.0], 0.02), (1.5 + 0.2 * np.random.default_rng(0).standard_normal(64), 0.1)])
+@pytest.mark.parametrize(
+    ("dimensions", "tolerance"), [([1.0, 2.0], 0.02), (1.5 + 0.2 * np.random.default_rng(0).standard_normal(64), 0.1)]
+)
 def test_stars_of_several_dimensions(dimensions, tolerance):
     """tau is the slope of ln sum_i r ** (q D_i)."""
     masses, radii = networks.star_masses(dimensions)
@@ -195,4 +212,6 @@ def test_graph_distances_are_dijkstras():
     lengths = np.where(draw.random((60, 60)) < 0.1, draw.random((60, 60)), np.inf)
     lengths = np.minimum(lengths, lengths.T)
 
-    assert_close(graph_distances(torch.as_tensor(lengths)), torch.as_tensor(networks.dijkstra(lengths)), rtol=1e-14, atol=0)
+    assert_close(
+        graph_distances(torch.as_tensor(lengths)), torch.as_tensor(networks.dijkstra(lengths)), rtol=1e-14, atol=0
+    )

@@ -73,7 +73,9 @@ def test_neurons_of_a_cascade_have_the_dimensions_of_their_boxes():
     """Masses of one exponent: all neurons have it."""
     scaling = scalings.cascade((1, 1), 3, 6)
 
-    assert_close(scaling.node_dimensions, torch.full_like(scaling.node_dimensions, np.log(2) / np.log(3)), rtol=0, atol=1e-10)
+    assert_close(
+        scaling.node_dimensions, torch.full_like(scaling.node_dimensions, np.log(2) / np.log(3)), rtol=0, atol=1e-10
+    )
 
 
 @every_scaling
@@ -91,7 +93,9 @@ def test_the_histogram_is_numpys(kind):
 def test_neurons_that_are_all_alike_are_in_one_cell():
     found = drawn(scalings.cascade((1, 1), 3, 6))
 
-    assert sorted(found["neuron_dimension_counts"].tolist())[-1] == 64 and bool(torch.isfinite(found["neuron_dimension_density"]).all())
+    assert sorted(found["neuron_dimension_counts"].tolist())[-1] == 64 and bool(
+        torch.isfinite(found["neuron_dimension_density"]).all()
+    )
 
 
 def test_what_has_no_spectrum_has_its_partition_function_all_the_same():
@@ -107,7 +111,13 @@ def test_without_radii_nothing_is_drawn(weights):
 
 
 def test_a_batch_is_one_by_one():
-    batch = torch.stack([scalings.jittered(64, 96, spread=0.1, seed=0), torch.ones(64, 96), scalings.jittered(64, 96, spread=0.1, seed=1)])
+    batch = torch.stack(
+        [
+            scalings.jittered(64, 96, spread=0.1, seed=0),
+            torch.ones(64, 96),
+            scalings.jittered(64, 96, spread=0.1, seed=1),
+        ]
+    )
     found = vectors("a", rank_scaling(batch))
 
     for i, weights in enumerate(batch):

@@ -35,7 +35,9 @@ def test_an_antisymmetric_part_shows() -> None:
 
 
 class Half(torch.autograd.Function):
-    """A quarter of the cube, with a right gradient of which autograd sees a part: a second derivative that is symmetric, and wrong."""
+    """A quarter of the cube, with a right gradient of which autograd sees a part: a second derivative that is
+    symmetric, and wrong.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

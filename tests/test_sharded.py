@@ -28,7 +28,14 @@ from tests.test_data_parallel import Keep
 pytestmark = pytest.mark.slow
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
-STATISTICS = ("stable_rank", "effective_rank", "participation_ratio", "spectral_norm", "weight_ratio", "relative_stable_rank")
+STATISTICS = (
+    "stable_rank",
+    "effective_rank",
+    "participation_ratio",
+    "spectral_norm",
+    "weight_ratio",
+    "relative_stable_rank",
+)
 
 
 class Adapted(nn.Linear):
@@ -43,7 +50,9 @@ class Adapted(nn.Linear):
 
 
 class Net(nn.Module):
-    """Fused attention, a convolution, an embedding that is tall, a LoRA pair, and sides that no number of processes divides."""
+    """Fused attention, a convolution, an embedding that is tall, a LoRA pair, and sides that no number of processes
+    divides.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +106,9 @@ class Sharded(L.LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         mesh: Any = self.device_mesh["data_parallel"] if self.sharded else None  # type: ignore[index]
         count, at = (mesh.size(), mesh.get_local_rank()) if self.sharded else (1, 0)
-        return DataLoader(digits(), batch_size=16 // count, sampler=DistributedSampler(digits(), count, at, shuffle=False))
+        return DataLoader(
+            digits(), batch_size=16 // count, sampler=DistributedSampler(digits(), count, at, shuffle=False)
+        )
 
     val_dataloader = train_dataloader
 
@@ -116,8 +127,19 @@ def trained(
 ) -> tuple[Any, L.Trainer]:
     """Samples of four steps, and the Trainer after them."""
     keep = [] if monitor is None else [monitor, Keep(monitor)]
-    settings = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "val_check_interval": 2}
-    settings |= {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "default_root_dir": root, "enable_checkpointing": bool(also)}
+    settings = {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "val_check_interval": 2,
+    }
+    settings |= {
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": root,
+        "enable_checkpointing": bool(also),
+    }
     trainer = L.Trainer(**settings | options, logger=logger, callbacks=[*keep, *also])
     trainer.fit(module, ckpt_path=path)
     return keep[1].samples if keep else None, trainer
@@ -156,7 +178,9 @@ def on_mesh(rank: int, size: int, root: Path, data: int, tensor: int) -> Any:
         )
     found |= {"bytes": seen, "rows": len(logger.rows), "failures": monitor.failures}
     watched = {name: whole(p.detach()).clone() for name, p in trainer.lightning_module.named_parameters()}
-    _, trainer = trained(Sharded(tensor > 1), None, MemoryLogger(), root, strategy=ModelParallelStrategy(**strategy), devices=size)
+    _, trainer = trained(
+        Sharded(tensor > 1), None, MemoryLogger(), root, strategy=ModelParallelStrategy(**strategy), devices=size
+    )
     alone = {name: whole(p.detach()).clone() for name, p in trainer.lightning_module.named_parameters()}
     assert_close(watched, alone, rtol=0, atol=0)
     return found
@@ -220,10 +244,18 @@ def test_numbers_of_sharded_weights_are_those_of_whole_ones(run: Any, size: int,
         for rank in found:
             assert_close(rank[name]["samples"], found[0][name]["samples"], rtol=0, atol=0)
         # The sharded products round otherwise, and what training makes of that grows.
-        assert_close(found[0][name]["samples"][0], alone[0], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            found[0][name]["samples"][0], alone[0], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
         # Where it was resumed Lightning begins with the first batch again: only what was there before is the same.
         known = 2 if name == "resumed" else 4
-        assert_close(found[0][name]["samples"][:known], alone[:known], rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            found[0][name]["samples"][:known],
+            alone[:known],
+            rtol=1e-2,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
         before = [standing(samples[2]) for samples in (found[0][name]["samples"], alone)]
         assert_close(*before, rtol=1e-2, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 

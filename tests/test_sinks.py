@@ -26,7 +26,12 @@ def test_a_report_arrives_as_it_was() -> None:
 
     host = sinks.to_host(report)
 
-    expected = {"matrix": report["matrix"].numpy(), "half": np.array([1.5, np.nan]), "flag": np.array(1.0), "nothing": np.zeros(0)}
+    expected = {
+        "matrix": report["matrix"].numpy(),
+        "half": np.array([1.5, np.nan]),
+        "flag": np.array(1.0),
+        "nothing": np.zeros(0),
+    }
     assert host.keys() == expected.keys()
     for key in expected:
         np.testing.assert_array_equal(host[key], expected[key])
@@ -61,7 +66,12 @@ def test_one_failing_logger_does_not_keep_the_others_from_writing() -> None:
 def watched(root: Path, monitor: L.Callback, **options: object) -> EventAccumulator:
     """A run of 16 steps, as TensorBoard reads it."""
     loggers = [TensorBoardLogger(root, name="", version=""), CSVLogger(root)]
-    settings = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {
+        "max_epochs": 2,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     L.Trainer(logger=loggers, callbacks=[monitor], **(settings | options)).fit(Classifier())
     return EventAccumulator(str(root), size_guidance={"histograms": 0}).Reload()
 
@@ -74,13 +84,22 @@ def test_spectra_are_histograms_of_their_logarithms(tmp_path: Path) -> None:
         def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             pl_module.net[2].weight.data.copy_(weight)
 
-    settings = {"max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    L.Trainer(logger=TensorBoardLogger(tmp_path, name="", version=""), callbacks=[monitor, Start()], **settings).fit(Classifier())
+    settings = {
+        "max_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    L.Trainer(logger=TensorBoardLogger(tmp_path, name="", version=""), callbacks=[monitor, Start()], **settings).fit(
+        Classifier()
+    )
     histogram = EventAccumulator(str(tmp_path)).Reload().Histograms("weight_spectrum/net.2.weight")[0].histogram_value
 
     expected = np.log10(np.linalg.svd(weight.double().numpy(), compute_uv=False))
     assert histogram.num == 10
-    np.testing.assert_allclose([histogram.min, histogram.max, histogram.sum], [expected.min(), expected.max(), expected.sum()], rtol=1e-6)
+    np.testing.assert_allclose(
+        [histogram.min, histogram.max, histogram.sum], [expected.min(), expected.max(), expected.sum()], rtol=1e-6
+    )
 
 
 def test_spectra_are_sampled_at_the_cadence_of_the_curves(tmp_path: Path) -> None:
@@ -97,7 +116,12 @@ def test_there_are_no_histograms_unless_asked_for(tmp_path: Path) -> None:
 
 def test_a_writer_that_an_earlier_run_closed_is_written_to_again(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    settings = {"max_steps": 5, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {
+        "max_steps": 5,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
 
     for _ in range(2):
         L.Trainer(logger=logger, callbacks=[RankMonitor(every_n_steps=2)], **settings).fit(Classifier())
@@ -114,7 +138,11 @@ def test_points_are_in_the_file_before_the_checkpoint_is(tmp_path: Path) -> None
             rows = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
             found.append([int(row["step"]) for row in rows if row["lowrank/gradient_stable_rank_median"]])
 
-    callbacks = [RankMonitor(every_n_steps=3), ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5), Reader()]
+    callbacks = [
+        RankMonitor(every_n_steps=3),
+        ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5),
+        Reader(),
+    ]
     settings = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 100}
     L.Trainer(logger=CSVLogger(tmp_path, name="", version=""), callbacks=callbacks, **settings).fit(Classifier())
 

@@ -56,7 +56,11 @@ def test_there_is_one_label_per_matrix() -> None:
 
 
 def test_labels_are_the_name_and_the_part() -> None:
-    labels = list(chain.from_iterable(found.labels for found in sites(NET.blocks[0], match=["attn.in_proj_weight", "conv.*", "mlp.0.*"])))
+    labels = list(
+        chain.from_iterable(
+            found.labels for found in sites(NET.blocks[0], match=["attn.in_proj_weight", "conv.*", "mlp.0.*"])
+        )
+    )
 
     assert labels == [
         "attn.in_proj_weight.q",
@@ -72,7 +76,9 @@ def test_heads_reach_the_output_projection() -> None:
     found = site(NET, match="blocks.0.attn.out_proj.weight", heads=True)
 
     assert found.labels == ("blocks.0.attn.out_proj.weight.h0", "blocks.0.attn.out_proj.weight.h1")
-    assert_close(found.weight()[1], NET.blocks[0].get_submodule("attn.out_proj").get_parameter("weight").detach()[:, 4:])
+    assert_close(
+        found.weight()[1], NET.blocks[0].get_submodule("attn.out_proj").get_parameter("weight").detach()[:, 4:]
+    )
 
 
 def test_weight_matrices_and_tangent_agree_on_a_plain_parameter() -> None:
@@ -114,9 +120,13 @@ def test_the_size_is_that_of_one_head_where_heads_are_asked() -> None:
     assert "blocks.0.attn.in_proj_weight" not in names(NET, min_size=6, heads=True)
 
 
-@pytest.mark.parametrize("choice", [{"match": "*.attm.*"}, {"exclude": ["*.attn.*", "*.attm.*"]}, {"views": {"*.attm.*": "m n -> m n"}}])
+@pytest.mark.parametrize(
+    "choice", [{"match": "*.attm.*"}, {"exclude": ["*.attn.*", "*.attm.*"]}, {"views": {"*.attm.*": "m n -> m n"}}]
+)
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(choice: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"'\*\.attm\.\*' fits nothing; nearest: .*attn.*; there are .*'embed.weight'.* and \d+ more"):
+    with pytest.raises(
+        ValueError, match=r"'\*\.attm\.\*' fits nothing; nearest: .*attn.*; there are .*'embed.weight'.* and \d+ more"
+    ):
         sites(NET, **choice)  # type: ignore[arg-type]
 
 
@@ -137,7 +147,9 @@ def test_a_pattern_that_fits_only_biases_is_refused() -> None:
 
 def test_own_views_replace_those_of_the_layer() -> None:
     found = site(
-        NET, match="blocks.0.mlp.0.weight", views={"*.mlp.0.weight": View("(parts d) n -> parts d n", {"parts": 2}, ("gate", "up"))}
+        NET,
+        match="blocks.0.mlp.0.weight",
+        views={"*.mlp.0.weight": View("(parts d) n -> parts d n", {"parts": 2}, ("gate", "up"))},
     )
 
     assert found.labels == ("blocks.0.mlp.0.weight.gate", "blocks.0.mlp.0.weight.up")

@@ -1,4 +1,6 @@
-"""Oracles: spectra by construction, numpy's eigenvalues of tridiagonal matrices, and the exact path for what is summarised."""
+"""Oracles: spectra by construction, numpy's eigenvalues of tridiagonal matrices, and the exact path for what is
+summarised.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,14 @@ SPECTRA = {
     "flat": np.ones(SIZE),
     "gaussian": singular_values(gaussian(SIZE, 2 * SIZE)),
 }
-ESTIMATED = ["energy_rank", "stable_rank", "effective_rank", "effective_rank_energy", "participation_ratio", "nuclear_to_spectral"]
+ESTIMATED = [
+    "energy_rank",
+    "stable_rank",
+    "effective_rank",
+    "effective_rank_energy",
+    "participation_ratio",
+    "nuclear_to_spectral",
+]
 
 
 def reflected(values, shape, seed=0):
@@ -165,7 +174,9 @@ def test_summaries_at_any_scale(summary, scale):
 
 @pytest.mark.parametrize("summary", [moments, top])
 def test_summaries_of_zero_and_nan(summary):
-    ranks = find("participation_ratio")(summary(torch.stack([torch.zeros(4, 5), torch.full((4, 5), torch.nan), torch.eye(4, 5)])))
+    ranks = find("participation_ratio")(
+        summary(torch.stack([torch.zeros(4, 5), torch.full((4, 5), torch.nan), torch.eye(4, 5)]))
+    )
 
     assert_close(ranks, torch.tensor([0.0, torch.nan, 4.0], dtype=torch.float64), rtol=1e-6, atol=0, equal_nan=True)
 
@@ -174,7 +185,9 @@ def test_summaries_of_zero_and_nan(summary):
 def test_summaries_of_complex_matrices(summary):
     matrix = torch.complex(gaussian(20, 30), gaussian(20, 30, seed=1))
 
-    assert_close(find("participation_ratio")(summary(matrix)), find("participation_ratio")(svd(matrix)), rtol=1e-6, atol=0)
+    assert_close(
+        find("participation_ratio")(summary(matrix)), find("participation_ratio")(svd(matrix)), rtol=1e-6, atol=0
+    )
 
 
 def symmetric(size=30):
@@ -186,7 +199,9 @@ def test_lanczos_of_all_steps_has_the_eigenvalues():
     matrix = symmetric()
     tridiagonal = krylov(lambda v: v @ matrix, gaussian(30, seed=1), 30).projected
 
-    assert_close(torch.from_numpy(np.linalg.eigvalsh(tridiagonal.numpy())), torch.from_numpy(np.linalg.eigvalsh(matrix.numpy())))
+    assert_close(
+        torch.from_numpy(np.linalg.eigvalsh(tridiagonal.numpy())), torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+    )
 
 
 def test_lanczos_stops_where_the_space_is_exhausted():

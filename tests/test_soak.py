@@ -44,7 +44,9 @@ class Collected(L.Callback):
     def __init__(self) -> None:
         self.tensors: list[torch.Size] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 2:
             gc.collect()
 
@@ -66,7 +68,12 @@ def no_collector() -> Iterator[None]:
 def test_a_sample_leaves_no_tensor_to_the_garbage_collector(no_collector: None) -> None:
     """Which is in no hurry, and knows nothing of the memory of devices."""
     collected = Collected()
-    settings = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    settings = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
 
     L.Trainer(**settings, max_epochs=1, callbacks=[RankMonitor(SOURCES, every_n_steps=1), collected]).fit(Classifier())
 
@@ -76,7 +83,12 @@ def test_a_sample_leaves_no_tensor_to_the_garbage_collector(no_collector: None) 
 @pytest.mark.slow
 def test_a_thousand_layers_are_watched_without_a_failure() -> None:
     monitor, logger = RankMonitor(("gradients", "updates", "features"), every_n_steps=1), MemoryLogger()
-    settings = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    settings = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
     batches = DataLoader(TensorDataset(rows()), 8)
 
     L.Trainer(**settings, max_steps=1, logger=logger, callbacks=[monitor]).fit(Trained(Layers(1000, 32)), batches)

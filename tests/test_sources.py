@@ -1,6 +1,7 @@
 """What sources read, beside training loops written by hand in plain torch, with ranks by numpy's SVD.
 
-Each run and its oracle start from the same weights and see the same batches in the same order; the oracle shares no code with the package.
+Each run and its oracle start from the same weights and see the same batches in the same order; the oracle shares no
+code with the package.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,18 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from lightning_lowrank import Displacement, Every, Gradients, Monitor, OptimizerState, Probe, Source, Updates, View, Weights
+from lightning_lowrank import (
+    Displacement,
+    Every,
+    Gradients,
+    Monitor,
+    OptimizerState,
+    Probe,
+    Source,
+    Updates,
+    View,
+    Weights,
+)
 from tests.models import Adversaries, Classifier, MemoryLogger, Tied, digits
 from tests.oracles.spectra import RANKS
 
@@ -53,8 +65,15 @@ def run(
 ) -> MemoryLogger:
     """What a monitor of these sources logs while the module trains for an epoch."""
     logger = MemoryLogger()
-    monitor = Monitor([Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": 1}
+    monitor = Monitor(
+        [Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True
+    )
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
     trainer = L.Trainer(**(quiet | options), logger=logger, callbacks=[monitor, *others])
     trainer.fit(module)
     assert monitor.failures == 0
@@ -76,7 +95,9 @@ def agrees(logger: MemoryLogger, quantity: str, site: str, expected: Iterable[Ma
         assert_close(np.array(curve), np.array(ranks), rtol=rtol, atol=1e-12)
 
 
-def by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, *, window: int = 1, clip: float | None = None) -> dict[str, Record]:
+def by_hand(
+    net: nn.Module, optimizer: torch.optim.Optimizer, *, window: int = 1, clip: float | None = None
+) -> dict[str, Record]:
     """Train on all batches; keep for each step and each matrix what a source should read."""
     weights = {f"net.{name}": p for name, p in net.named_parameters() if p.ndim > 1}
     initial = {name: matrix(p) for name, p in weights.items()}
@@ -108,7 +129,14 @@ KINDS = ("gradient", "weight", "update", "displacement", *MOMENTS)
 
 
 def all_sources() -> list[Source]:
-    return [Gradients(), Weights(), Updates(), Displacement(), OptimizerState("first_moment"), OptimizerState("second_moment")]
+    return [
+        Gradients(),
+        Weights(),
+        Updates(),
+        Displacement(),
+        OptimizerState("first_moment"),
+        OptimizerState("second_moment"),
+    ]
 
 
 LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -117,7 +145,12 @@ LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "SGD with momentum": ("sgd", {"momentum": 0.9, "lr": 0.1}, {}, {}),
     "accumulation over three batches": ("adamw", {}, {"accumulate_grad_batches": 3}, {"window": 3}),
     "clipping": ("sgd", {"lr": 0.1}, {"gradient_clip_val": 0.1}, {"clip": 0.1}),
-    "accumulation and clipping": ("sgd", {"lr": 0.1}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, {"window": 3, "clip": 0.1}),
+    "accumulation and clipping": (
+        "sgd",
+        {"lr": 0.1},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+        {"window": 3, "clip": 0.1},
+    ),
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -377,8 +410,18 @@ def test_heads_are_apart_on_request() -> None:
 
     logger = run(module, [Updates(heads=True)])
 
-    agrees(logger, "update", "net.attention.in_proj_weight.k.h1", [u[12:16] for u in expected["net.attention.in_proj_weight"]])
-    agrees(logger, "update", "net.attention.out_proj.weight.h1", [u[:, 4:] for u in expected["net.attention.out_proj.weight"]])
+    agrees(
+        logger,
+        "update",
+        "net.attention.in_proj_weight.k.h1",
+        [u[12:16] for u in expected["net.attention.in_proj_weight"]],
+    )
+    agrees(
+        logger,
+        "update",
+        "net.attention.out_proj.weight.h1",
+        [u[:, 4:] for u in expected["net.attention.out_proj.weight"]],
+    )
 
 
 def test_a_view_of_the_user_is_taken() -> None:
@@ -422,7 +465,9 @@ def test_complex_parameters_have_the_ranks_of_complex_matrices() -> None:
 
 
 def test_a_parametrised_weight_is_the_one_that_the_layer_uses() -> None:
-    """Under spectral normalisation: the original over its largest singular value, for which the layer keeps a pair of vectors."""
+    """Under spectral normalisation: the original over its largest singular value, for which the layer keeps a pair of
+    vectors.
+    """
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10), n_power_iterations=1)
     module = InOrder(layer, optimizer="sgd", lr=0.1)
     record = Before(
@@ -443,7 +488,9 @@ class Before(L.Callback):
         self.functions = functions
         self.kept: Record = {name: [] for name in functions}
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         for name, function in self.functions.items():
             self.kept[name].append(matrix(function()))
 
@@ -459,7 +506,10 @@ def test_a_lora_pair_is_read_as_its_product() -> None:
     module.net = peft.get_peft_model(module.net, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
     pair = module.net.base_model.model[0]
     a, b = pair.lora_A["default"].weight, pair.lora_B["default"].weight
-    record = Before(weight=lambda: b.double() @ a.double(), gradient=lambda: b.double() @ a.grad.double() + b.grad.double() @ a.double())
+    record = Before(
+        weight=lambda: b.double() @ a.double(),
+        gradient=lambda: b.double() @ a.grad.double() + b.grad.double() @ a.double(),
+    )
 
     logger = run(module, [Weights(match="*lora*"), Gradients(), Updates(), OptimizerState("first_moment")], record)
 
@@ -467,7 +517,9 @@ def test_a_lora_pair_is_read_as_its_product() -> None:
     assert sites(logger, "gradient") == sites(logger, "update") == [site]
     agrees(logger, "weight", site, record.kept["weight"])
     agrees(logger, "gradient", site, record.kept["gradient"])
-    agrees(logger, "update", site, np.diff([*record.kept["weight"], matrix(b.double() @ a.double())], axis=0), rtol=1e-3)
+    agrees(
+        logger, "update", site, np.diff([*record.kept["weight"], matrix(b.double() @ a.double())], axis=0), rtol=1e-3
+    )
     assert sites(logger, "first_moment") == []
 
 
@@ -482,13 +534,23 @@ def test_weight_ratio_is_that_of_spectral_norms() -> None:
 
     for kind in ("gradient", "update"):
         changes, weights = expected[kind]["net.0.weight"], expected["weight"]["net.0.weight"]
-        ratios = [np.linalg.norm(change, 2) / np.linalg.norm(weight, 2) for change, weight in zip(changes, weights, strict=True)]
-        assert_close(np.array(list(logger.curve(f"{kind}_weight_ratio/net.0.weight").values())), np.array(ratios), rtol=1e-4, atol=0)
+        ratios = [
+            np.linalg.norm(change, 2) / np.linalg.norm(weight, 2)
+            for change, weight in zip(changes, weights, strict=True)
+        ]
+        assert_close(
+            np.array(list(logger.curve(f"{kind}_weight_ratio/net.0.weight").values())),
+            np.array(ratios),
+            rtol=1e-4,
+            atol=0,
+        )
 
 
 def directions(gradient: Matrix) -> Matrix:
     """The eight strongest on the short side, or as many as are more than rounding."""
-    left, values, _ = np.linalg.svd(gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T, full_matrices=False)
+    left, values, _ = np.linalg.svd(
+        gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T, full_matrices=False
+    )
     live = values[:8] > len(left) * np.finfo(np.float32).eps * values[0]
     return left[:, :8][:, live]
 
@@ -511,6 +573,8 @@ def test_overlap_is_with_the_sample_before(every: int) -> None:
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.filterwarnings("ignore:The total number of parameters")  # of Lightning's summary
 def test_lazy_layers_are_read_once_they_have_a_shape() -> None:
-    logger = run(InOrder(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))), [Weights()], statistics=["stable_rank"])
+    logger = run(
+        InOrder(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))), [Weights()], statistics=["stable_rank"]
+    )
 
     assert set(logger.curve("weight_stable_rank/net.0.weight")) == set(range(1, len(list(batches()))))

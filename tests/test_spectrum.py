@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.spectra.spectrum import Spectrum, descending, eigenvalues, from_gram, perplexity, ratio, svd
+from lightning_lowrank.maths.spectra.spectrum import (
+    Spectrum,
+    descending,
+    eigenvalues,
+    from_gram,
+    perplexity,
+    ratio,
+    svd,
+)
 from tests.oracles.spectra import gaussian, singular_values
 
 
@@ -92,7 +100,9 @@ def test_part_of_a_batch():
 
 def test_part_of_an_estimate_keeps_its_probes():
     values = gaussian(2, 5, 3).abs()
-    estimate = Spectrum(values, values, (9, 9), whole=False, num_probes=2, coarse=Spectrum(values, values, (9, 9), num_probes=2))
+    estimate = Spectrum(
+        values, values, (9, 9), whole=False, num_probes=2, coarse=Spectrum(values, values, (9, 9), num_probes=2)
+    )
     part = estimate[1]
 
     assert part.values.shape == part.coarse.values.shape == (2, 3)
@@ -109,4 +119,6 @@ def test_perplexity_of_equal_masses_is_their_number():
 
 
 def test_ratio_is_zero_over_zero():
-    assert torch.equal(ratio(torch.tensor([1.0, 0.0, 6.0]), torch.tensor([0.0, 0.0, 2.0])), torch.tensor([0.0, 0.0, 3.0]))
+    assert torch.equal(
+        ratio(torch.tensor([1.0, 0.0, 6.0]), torch.tensor([0.0, 0.0, 2.0])), torch.tensor([0.0, 0.0, 3.0])
+    )

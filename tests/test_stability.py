@@ -14,7 +14,9 @@ LATE, FROZEN = 1e15, (0.9, 1 - 1e-12)
 
 
 def grows(optimizer, parameter, slope, steps):
-    """Whether a deviation becomes large, or is larger after all steps than after half of them, when what dies out has died out."""
+    """Whether a deviation becomes large, or is larger after all steps than after half of them, when what dies out has
+    died out.
+    """
     start = half = parameter.detach().abs().max().item()
     for step in range(steps):
         parameter.grad = slope(parameter.detach())
@@ -38,7 +40,11 @@ def bisected(make, low=1.0, high=1e5, *, sign=1.0, steps=600):
 
 def late(optimizer, parameter, *, moment=4.0, largest=None):
     """Give Adam the state of a long run."""
-    state = {"step": torch.tensor(LATE), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.full_like(parameter, moment)}
+    state = {
+        "step": torch.tensor(LATE),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.full_like(parameter, moment),
+    }
     if largest is not None:
         state["max_exp_avg_sq"] = torch.full_like(parameter, largest)
     optimizer.state[parameter] = {name: value.detach() for name, value in state.items()}
@@ -113,7 +119,11 @@ def test_the_present_preconditioner_counts_early_in_training():
 
 def largest(matrix, found):
     scaled = preconditioned(Operator(len(matrix), lambda v: matrix @ v, matrix.device, matrix.dtype), found.diagonal)
-    return torch.linalg.eigvals(torch.stack([scaled.multiply(row) for row in torch.eye(len(matrix), dtype=matrix.dtype)])).real.max().item()
+    return (
+        torch.linalg.eigvals(torch.stack([scaled.multiply(row) for row in torch.eye(len(matrix), dtype=matrix.dtype)]))
+        .real.max()
+        .item()
+    )
 
 
 def test_groups_with_rates_and_decays_of_their_own_have_one_edge():
@@ -123,7 +133,9 @@ def test_groups_with_rates_and_decays_of_their_own_have_one_edge():
 
     def make(whole):
         parts = [whole[:4], whole[4:]]
-        return SGD([{"params": parts[0], "lr": 0.1, "weight_decay": 1.0}, {"params": parts[1], "lr": 0.02}], momentum=0.9), parts
+        return SGD(
+            [{"params": parts[0], "lr": 0.1, "weight_decay": 1.0}, {"params": parts[1], "lr": 0.02}], momentum=0.9
+        ), parts
 
     def unstable(factor):
         whole = 1e-8 * gaussian(6, seed=1)
@@ -175,7 +187,10 @@ class Own(SGD):
         (lambda p: RMSprop([p]), "no edge of stability is known for RMSprop, only for SGD, Adam, AdamW"),
         (lambda p: Own([p]), "no edge of stability is known for Own"),
         (lambda p: Adam([p]), "Adam has no preconditioner before its first step"),
-        (lambda p: SGD([{"params": [p]}, {"params": [torch.zeros(1)], "momentum": 0.5}], 0.1), "where 'momentum' differs between"),
+        (
+            lambda p: SGD([{"params": [p]}, {"params": [torch.zeros(1)], "momentum": 0.5}], 0.1),
+            "where 'momentum' differs between",
+        ),
     ],
 )
 def test_where_no_edge_is_known_it_says_why(make, why):

@@ -29,10 +29,16 @@ class FullyShardedDataParallel(nn.Sequential):
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, Mine])
 def test_a_strategy_that_hides_the_matrices_is_refused(strategy: type[SingleDeviceStrategy]) -> None:
     trainer = L.Trainer(
-        strategy=strategy(device=torch.device("cpu")), accelerator="cpu", max_epochs=1, callbacks=[RankMonitor()], logger=False
+        strategy=strategy(device=torch.device("cpu")),
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[RankMonitor()],
+        logger=False,
     )
 
-    with pytest.raises(ValueError, match=r"strategy (FSDP|DeepSpeed)Strategy cannot be watched.*what works is 'ddp'.*fully_shard"):
+    with pytest.raises(
+        ValueError, match=r"strategy (FSDP|DeepSpeed)Strategy cannot be watched.*what works is 'ddp'.*fully_shard"
+    ):
         trainer.fit(Classifier())
 
 

@@ -69,13 +69,18 @@ def test_a_parametrization_that_comes_in_training_is_seen() -> None:
             if self.current_epoch == 1:
                 parametrize.register_parametrization(self.net, "weight", Triangular())
 
-    module, monitor = Changing(nn.Linear(64, 10, bias=False)), RankMonitor("weights", "frobenius_norm", every_n_steps=15)
+    module, monitor = (
+        Changing(nn.Linear(64, 10, bias=False)),
+        RankMonitor("weights", "frobenius_norm", every_n_steps=15),
+    )
     weights: list[Tensor] = []
     module.on_before_optimizer_step = lambda optimizer: weights.append(module.net.weight.detach().clone())  # type: ignore[method-assign]
     fit(module, monitor, max_epochs=2)
 
     assert monitor.latest is not None
-    assert monitor.latest.values["weight_frobenius_norm"]["net.weight"] == pytest.approx(weights[15].norm().item(), rel=1e-6)
+    assert monitor.latest.values["weight_frobenius_norm"]["net.weight"] == pytest.approx(
+        weights[15].norm().item(), rel=1e-6
+    )
 
 
 def test_layers_of_transposed_shapes_have_an_overlap() -> None:
@@ -103,11 +108,20 @@ def test_one_matrix_that_cannot_be_read_leaves_the_others() -> None:
 
 def test_sites_have_all_their_points_or_none_whatever_else_is_due() -> None:
     net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(9)), nn.Linear(64, 10))
-    statistics = ["stable_rank", "participation_ratio", "effective_rank_energy", "spectral_norm", "frobenius_norm", "effective_rank"]
+    statistics = [
+        "stable_rank",
+        "participation_ratio",
+        "effective_rank_energy",
+        "spectral_norm",
+        "frobenius_norm",
+        "effective_rank",
+    ]
     logger = MemoryLogger()
     fit(
         Classifier(net),
-        Monitor([Probe("gradient", Gradients(), statistics, Every(2)), Probe("weight", Weights(), statistics, Every(4))]),
+        Monitor(
+            [Probe("gradient", Gradients(), statistics, Every(2)), Probe("weight", Weights(), statistics, Every(4))]
+        ),
         logger=logger,
     )
 

@@ -71,7 +71,9 @@ def get(plugin: LowRankPlugin, route: str, method: str = "GET", **arguments: Any
 def values(response: TestResponse) -> np.ndarray[Any, Any]:
     """Samples x sites of an answer."""
     answer = json.loads(response.data)
-    return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(len(answer["steps"]), len(answer["sites"]), -1)
+    return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(
+        len(answer["steps"]), len(answer["sites"]), -1
+    )
 
 
 def test_a_matrix_is_what_the_event_file_has(tmp_path: Path) -> None:
@@ -101,7 +103,12 @@ def test_runs_are_listed_with_what_they_have(tmp_path: Path) -> None:
 
     (run,) = json.loads(get(served(tmp_path / "logs"), "runs").data)["runs"]
 
-    assert run["run"] == "run" and {entry["kind"] for entry in run["entries"]} == {"vector", "spectrum", "cost", "alert"}
+    assert run["run"] == "run" and {entry["kind"] for entry in run["entries"]} == {
+        "vector",
+        "spectrum",
+        "cost",
+        "alert",
+    }
 
 
 def test_nan_and_infinity_arrive_as_such_and_gaps_apart(tmp_path: Path) -> None:
@@ -156,13 +163,19 @@ def test_every_answer_says_what_it_is_and_is_never_guessed_at(route: str, method
     answer = get(served(tmp_path / "logs"), route, method, run="run", **Q)
 
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    types = {"csv": "text/csv; charset=utf-8", **dict.fromkeys(("index.js", "page.js"), "application/javascript; charset=utf-8")}
-    assert answer.headers["Content-Type"] == (types.get(route, "application/json") if answer.status_code == 200 else "application/json")
+    types = {
+        "csv": "text/csv; charset=utf-8",
+        **dict.fromkeys(("index.js", "page.js"), "application/javascript; charset=utf-8"),
+    }
+    assert answer.headers["Content-Type"] == (
+        types.get(route, "application/json") if answer.status_code == 200 else "application/json"
+    )
     assert answer.status_code == (405 if method == "POST" else 404 if route == "spectra" else 200)
 
 
 @pytest.mark.parametrize(
-    "evil", ["../../etc/passwd", "/etc/passwd", "..%2f..", "run/../run", "<script>alert(1)</script>", "run\r\nSet-Cookie: a=b"]
+    "evil",
+    ["../../etc/passwd", "/etc/passwd", "..%2f..", "run/../run", "<script>alert(1)</script>", "run\r\nSet-Cookie: a=b"],
 )
 @pytest.mark.parametrize("key", ["run", "name", "site", "kind"])
 def test_what_is_not_there_is_not_found_whatever_it_is_called(key: str, evil: str, tmp_path: Path) -> None:
@@ -276,7 +289,16 @@ def test_the_page_asks_no_other_host_and_makes_no_markup_of_text() -> None:
     addresses = set(re.findall(r"https?://[^\"'`]*|[\"'`]//[^\"'`]*", code))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of SVG, which is not fetched
     assert not any(
-        word in code for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "</script")
+        word in code
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+            "</script",
+        )
     )
 
 

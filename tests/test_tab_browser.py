@@ -1,4 +1,6 @@
-"""The tab as a person meets it: TensorBoard serves real runs, a real browser opens the tab, and what it shows is what was written."""
+"""The tab as a person meets it: TensorBoard serves real runs, a real browser opens the tab, and what it shows is what
+was written.
+"""
 
 import json
 import math
@@ -44,11 +46,26 @@ class Diverging(Classifier):
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three real runs, and one whose names are scripts."""
     folder = tmp_path_factory.mktemp("tab") / "logs"
-    alerts = [Alert("gradient_stable_rank", name="low", below=1e6, for_samples=2, warm_up_samples=0, warm_up_steps=0, actions=["log"])]
+    alerts = [
+        Alert(
+            "gradient_stable_rank",
+            name="low",
+            below=1e6,
+            for_samples=2,
+            warm_up_samples=0,
+            warm_up_steps=0,
+            actions=["log"],
+        )
+    ]
     train(folder / "calm", RankMonitor(["gradients", "weights", "features"], every_n_steps=1, alerts=alerts))
     train(folder / "nan", RankMonitor(["gradients"], every_n_steps=1), Diverging())
     train(folder / "two", RankMonitor(["gradients"], every_n_steps=3, min_size=1), Adversaries(every=2))
-    write(folder / "zz" / EVIL.replace("/", ""), (0, {SCRIPT: 1.0, EVIL: 2.0}), (1, {SCRIPT: 1.5, EVIL: 2.5}), name=f"q{EVIL}")
+    write(
+        folder / "zz" / EVIL.replace("/", ""),
+        (0, {SCRIPT: 1.0, EVIL: 2.0}),
+        (1, {SCRIPT: 1.5, EVIL: 2.5}),
+        name=f"q{EVIL}",
+    )
     return folder
 
 
@@ -117,7 +134,9 @@ def number(text: str) -> float:
 
 def cell(page: WebDriver, row: int, column: int, rows: int, columns: int) -> ActionChains:
     """A move of the mouse to the middle of a cell of the first heat map."""
-    geometry = page.execute_script("const c = document.querySelector('canvas').getBoundingClientRect(); return [c.width, c.height]")
+    geometry = page.execute_script(
+        "const c = document.querySelector('canvas').getBoundingClientRect(); return [c.width, c.height]"
+    )
     width, height = geometry
     left = min(230, max(90, width * 0.3))
     top = height - 20 - rows * max(2, min(22, 520 // rows))
@@ -147,7 +166,9 @@ def test_clicking_a_cell_shows_the_layers_curve_and_its_spectrum(page: WebDriver
     wait(page, lambda: page.find_elements(By.ID, "spectrum"))
     said = page.find_element(By.CSS_SELECTOR, "#curve .status").text
     assert page.find_element(By.CSS_SELECTOR, "#details h2").text == "net.0.weight at step 13"
-    assert torch.tensor(float(said.split("calm: ")[1])) == value_at(logs / "calm", "weight_effective_rank", "net.0.weight", 13)
+    assert torch.tensor(float(said.split("calm: ")[1])) == value_at(
+        logs / "calm", "weight_effective_rank", "net.0.weight", 13
+    )
     assert len(page.find_element(By.CSS_SELECTOR, "#curve polyline").get_attribute("points").split()) == 24
     spectra, known = written(logs / "calm")
     largest = spectra["lowrank_spectrum/weight"][10][known["lowrank_spectrum/weight"]["sites"].index("net.0.weight")][1]
@@ -173,7 +194,12 @@ def test_the_keyboard_reaches_every_cell(page: WebDriver, logs: Path) -> None:
     only(page, "calm")
     choose(page, "quantity", "gradient_energy_rank")
 
-    said = [keys(page, Keys.END, Keys.ARROW_DOWN), keys(page, Keys.ARROW_LEFT), keys(page, Keys.PAGE_UP), keys(page, Keys.HOME)]
+    said = [
+        keys(page, Keys.END, Keys.ARROW_DOWN),
+        keys(page, Keys.ARROW_LEFT),
+        keys(page, Keys.PAGE_UP),
+        keys(page, Keys.HOME),
+    ]
 
     at = [("net.2.weight", 23), ("net.2.weight", 22), ("net.0.weight", 22), ("net.0.weight", 0)]
     assert [text.split(" · ")[:2] for text in said] == [[site, f"step {step}"] for site, step in at]
@@ -205,9 +231,14 @@ def test_layers_are_sorted_as_asked(sort: str, page: WebDriver, logs: Path) -> N
 
     shown = [keys(page, Keys.PAGE_UP, Keys.PAGE_UP).split(" · ")[0], keys(page, Keys.PAGE_DOWN).split(" · ")[0]]
     ends = {
-        site: [value_at(logs / "calm", "feature_effective_rank", site, step) for step in (0, 23)] for site in ("net.0.out", "net.2.out")
+        site: [value_at(logs / "calm", "feature_effective_rank", site, step) for step in (0, 23)]
+        for site in ("net.0.out", "net.2.out")
     }
-    ranks = {"depth": list(ends).index, "value": lambda s: ends[s][1], "change": lambda s: -abs(ends[s][1] / ends[s][0] - 1)}
+    ranks = {
+        "depth": list(ends).index,
+        "value": lambda s: ends[s][1],
+        "change": lambda s: -abs(ends[s][1] / ends[s][0] - 1),
+    }
     assert shown == sorted(ends, key=ranks[sort])  # type: ignore[arg-type]
 
 
@@ -293,11 +324,18 @@ def test_what_watching_cost_is_shown(page: WebDriver, logs: Path) -> None:
 
 def sheet(page: WebDriver, button: str) -> list[list[str]]:
     """What a button would download."""
-    page.execute_script("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return 'blob:null'; }")
-    page.execute_script("document.addEventListener('click', (e) => e.target.tagName === 'A' && e.preventDefault(), true)")
+    page.execute_script(
+        "URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return 'blob:null'; }"
+    )
+    page.execute_script(
+        "document.addEventListener('click', (e) => e.target.tagName === 'A' && e.preventDefault(), true)"
+    )
     page.find_element(By.CSS_SELECTOR, button).click()
     wait(page, lambda: page.execute_script("return window.saved"))
-    return [line.split(",") for line in page.execute_script("const text = window.saved; delete window.saved; return text").splitlines()]
+    return [
+        line.split(",")
+        for line in page.execute_script("const text = window.saved; delete window.saved; return text").splitlines()
+    ]
 
 
 def test_what_is_shown_can_be_taken_along(page: WebDriver, logs: Path) -> None:
@@ -341,7 +379,9 @@ def test_pointing_at_a_curve_reads_it_out(page: WebDriver, logs: Path) -> None:
 
     step, said = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
     value = value_at(logs / "calm", "weight_stable_rank", SITES[0], int(step.removeprefix("step ")))
-    assert 8 < int(step.removeprefix("step ")) < 15 and float(said.removeprefix("calm: ")) == pytest.approx(value, rel=1e-3)
+    assert 8 < int(step.removeprefix("step ")) < 15 and float(said.removeprefix("calm: ")) == pytest.approx(
+        value, rel=1e-3
+    )
 
 
 def test_a_layer_that_was_picked_comes_into_sight(page: WebDriver) -> None:
@@ -410,7 +450,9 @@ def test_nothing_is_fetched_from_another_host_and_nothing_goes_wrong(page: WebDr
 
     fetched = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert fetched and all(name.startswith(address) for name in fetched)
-    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "lowrank" in entry["message"]] == []
+    assert [
+        entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "lowrank" in entry["message"]
+    ] == []
 
 
 def test_names_that_are_scripts_are_only_shown(page: WebDriver) -> None:

@@ -1,4 +1,6 @@
-"""Curves of a sample in the tab, multifractal spectra and densities of eigenvalues: a real run, TensorBoard, a real browser."""
+"""Curves of a sample in the tab, multifractal spectra and densities of eigenvalues: a real run, TensorBoard, a real
+browser.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +32,16 @@ def first_site(folder: Path, monitor: Monitor, module: L.LightningModule, quanti
         keys(page, Keys.HOME, Keys.ENTER)
         wait(page, lambda: page.find_elements(By.CSS_SELECTOR, ".details figure + figure polyline"))
         yield page
-        assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "lowrank" in entry["message"]]
+        assert not [
+            entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "lowrank" in entry["message"]
+        ]
 
 
 def lengths(page: WebDriver, figure: str) -> list[int]:
     """Points of each line of a figure."""
-    return [len(line.get_attribute("points").split()) for line in page.find_elements(By.CSS_SELECTOR, f"#{figure} polyline")]
+    return [
+        len(line.get_attribute("points").split()) for line in page.find_elements(By.CSS_SELECTOR, f"#{figure} polyline")
+    ]
 
 
 def legend(page: WebDriver, figure: str) -> list[str]:

@@ -37,7 +37,13 @@ def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
     train(tmp_path / "run", RankMonitor(["gradients", "features"], ["energy_rank_0.01"]), max_steps=1)
 
     known = written(tmp_path / "run")[1]
-    expected = {"source": "feature", "statistic": "energy_rank_0.01", "unit": "directions", "level": "functions", "kind": "vector"}
+    expected = {
+        "source": "feature",
+        "statistic": "energy_rank_0.01",
+        "unit": "directions",
+        "level": "functions",
+        "kind": "vector",
+    }
     assert known["lowrank_vector/feature_energy_rank_0.01"].items() >= expected.items()
     assert known["lowrank_vector/gradient_energy_rank_0.01"]["level"] == "parameters"
 
@@ -90,7 +96,12 @@ def test_no_matrix_is_decomposed_for_the_sake_of_spectra(tmp_path: Path) -> None
 
 
 def test_sites_that_another_optimizer_has_are_under_a_tag_of_their_own(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(["gradients"], ["stable_rank"], every_n_steps=3, min_size=1), Adversaries(every=2), max_epochs=1)
+    train(
+        tmp_path / "run",
+        RankMonitor(["gradients"], ["stable_rank"], every_n_steps=3, min_size=1),
+        Adversaries(every=2),
+        max_epochs=1,
+    )
 
     parts = reader_of(tmp_path).parts("run", "vector", "gradient_stable_rank")
     assert {tuple(part.sites) for part in parts} >= {("critic.weight",), ("generator.weight",)}

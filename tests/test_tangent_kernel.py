@@ -19,7 +19,9 @@ from tests.oracles.kernels import COLUMNS, NAMES, cosine, filled, generator, mlp
 FEW, MANY = 12, 60
 
 
-def outputs_of(model: nn.Module, num: int, kernel: KernelName = "full", *, num_columns: int = 64, ignored: int = 0) -> KernelOutputs:
+def outputs_of(
+    model: nn.Module, num: int, kernel: KernelName = "full", *, num_columns: int = 64, ignored: int = 0
+) -> KernelOutputs:
     """As a training step with cross-entropy shows them; the last rows do not count."""
     targets = torch.arange(num) % COLUMNS
     targets[num - ignored :] = -100
@@ -85,7 +87,10 @@ def test_many_outputs_give_estimates_within_a_few_of_their_errors(kernel: Kernel
         if name in truth
     }
     assert max(off.values()) < 4 and sorted(off.values())[len(off) // 2] < 2, off
-    assert all(found.errors[f"ntk_{name}"] < 0.3 * truth[f"ntk_{name}"] for name in ("trace", "participation_ratio", "label_alignment"))
+    assert all(
+        found.errors[f"ntk_{name}"] < 0.3 * truth[f"ntk_{name}"]
+        for name in ("trace", "participation_ratio", "label_alignment")
+    )
 
 
 @pytest.mark.parametrize("num", [FEW, MANY])
@@ -126,10 +131,15 @@ def test_the_kernel_of_a_linear_model_stays() -> None:
 def test_shares_of_the_parameters_are_those_of_their_traces() -> None:
     found = measured(fresh("full"), mlp(), MANY)
     model = mlp()
-    traces = torch.stack([sum(row.square().sum() for row in rows_of(model, parameter)) for parameter in model.parameters()])
+    traces = torch.stack(
+        [sum(row.square().sum() for row in rows_of(model, parameter)) for parameter in model.parameters()]
+    )
 
     assert_close(found.layers["ntk_layer_share"].sum(), torch.ones(()).double())
-    assert ((found.layers["ntk_layer_share"] - traces / traces.sum()).abs() <= 4 * found.layer_errors["ntk_layer_share"] + 1e-9).all()
+    assert (
+        (found.layers["ntk_layer_share"] - traces / traces.sum()).abs()
+        <= 4 * found.layer_errors["ntk_layer_share"] + 1e-9
+    ).all()
 
 
 def rows_of(model: nn.Module, parameter: Tensor) -> list[Tensor]:
@@ -141,7 +151,10 @@ def gauss_newton_of(model: nn.Module, num: int) -> Tensor:
     """Eigenvalues, largest first, of the mean over rows of J^T (diag p - p p^T) J."""
     parameters = list(model.parameters())
     outputs = model(random(num, 5, seed=7))
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(z, parameters, retain_graph=True)]) for z in outputs.flatten()]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(z, parameters, retain_graph=True)])
+        for z in outputs.flatten()
+    ]
     jacobian, shares = torch.stack(rows).view(num, COLUMNS, -1), outputs.detach().softmax(-1)
     middle = torch.diag_embed(shares) - shares[:, :, None] * shares[:, None]
     return torch.linalg.eigvalsh(torch.einsum("rcp,rcd,rdq->pq", jacobian, middle, jacobian) / num).flip(0)
@@ -194,7 +207,9 @@ def test_labels_of_a_vocabulary_are_those_that_occur(kernel: KernelName) -> None
     model, targets, tap = filled(nn.Linear(5, 1500)), torch.arange(FEW) % 5 * 300, LossTap()
     with tap:
         loss = F.cross_entropy(model(random(FEW, 5, seed=7)), targets)
-    outputs = kernel_outputs(OwnOutputs.of(tap.reproduce(loss), kernel, num_columns=4, seed=0), dict(model.named_parameters()), Team())
+    outputs = kernel_outputs(
+        OwnOutputs.of(tap.reproduce(loss), kernel, num_columns=4, seed=0), dict(model.named_parameters()), Team()
+    )
     assert outputs is not None
     found = fresh(kernel).measure(outputs, 0.1, 10, generator())
     inputs, same = random(FEW, 5, seed=7), (targets[:, None] == targets).double()
@@ -219,7 +234,9 @@ def test_everything_found_is_announced(num: int) -> None:
 
     known = names(3)
     assert {**found.values, **found.layers}.keys() == known.keys()
-    assert {**found.errors, **found.layer_errors}.keys() == {name for name, (_, estimated) in known.items() if estimated}
+    assert {**found.errors, **found.layer_errors}.keys() == {
+        name for name, (_, estimated) in known.items() if estimated
+    }
 
 
 def test_the_limit_of_what_is_exact_counts_pairs_of_products() -> None:

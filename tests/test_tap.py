@@ -140,7 +140,10 @@ def focal(outputs: Tensor, target: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
-    "two losses": (lambda o, t: F.cross_entropy(o, t) + F.mse_loss(o, o.detach()), r"2 calls: F.cross_entropy, F.mse_loss.*output_module"),
+    "two losses": (
+        lambda o, t: F.cross_entropy(o, t) + F.mse_loss(o, o.detach()),
+        r"2 calls: F.cross_entropy, F.mse_loss.*output_module",
+    ),
     "a penalty": (lambda o, t: F.cross_entropy(o, t) + 1e-3 * o.square().sum(), "more than F.cross_entropy"),
     "another function": (lambda o, t: F.multi_margin_loss(o, t), "none of F.cross_entropy.*output_module"),
     "driven up": (lambda o, t: -F.cross_entropy(o, t), "driven up"),

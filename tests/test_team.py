@@ -17,7 +17,9 @@ from lightning_lowrank.measuring.sources.gradients import Gradients
 
 
 def work(shape: torch.Size) -> float:
-    """Products and sums of the Gram matrices, and four thirds of the cube for their eigenvalues (Golub & Van Loan, 8.3)."""
+    """Products and sums of the Gram matrices, and four thirds of the cube for their eigenvalues (Golub & Van Loan,
+    8.3).
+    """
     short, long = sorted(shape[-2:])
     return prod(shape[:-2]) * (2 * short**2 * long + 4 / 3 * short**3)
 

@@ -19,13 +19,20 @@ from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import Every, Gradients, Monitor, Probe
 from tests.models import Classifier, MemoryLogger, digits
 
-SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+}
 
 TARGET = (3.0, 2.0, 1.2, 0.6, 0.3)
 
 
 class Factored(L.LightningModule):
-    """A product of matrices fitted to one, with weight decay: `|| W_k ... W_1 - A ||^2 / 2 + decay / 2 sum || W_i ||^2`."""
+    """A product of matrices fitted to one, with weight decay: `|| W_k ... W_1 - A ||^2 / 2 + decay / 2 sum || W_i
+    ||^2`.
+    """
 
     def __init__(self, depth: int, decay: float) -> None:
         super().__init__()
@@ -89,7 +96,7 @@ def test_a_third_layer_leaves_fewer_singular_values() -> None:
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_the_cheapest_factors_cost_a_schatten_quasi_norm(depth: int) -> None:
-    """`min sum || W_i ||^2 / k = sum s^(2/k)` over all products of k factors: balanced ones attain it, none is below."""
+    """`min sum || W_i ||^2 / k = sum s^(2/k)` over all products of k factors: balanced ones attain it."""
     draws = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 6, generator=draws, dtype=torch.float64)
     left, values, right = torch.linalg.svd(matrix)
@@ -132,7 +139,9 @@ class OneByOne(Classifier):
 
 @pytest.mark.parametrize(("rate", "decay"), [(0.05, 1.0), (0.1, 0.1)])
 def test_old_directions_decay_as_weyls_inequality_says(rate: float, decay: float) -> None:
-    """`s_(t + k)(W_T) <= (1 - lr decay)^t s_k(W_(T - t))`: t steps add t directions, and all others have shrunk by then."""
+    """`s_(t + k)(W_T) <= (1 - lr decay)^t s_k(W_(T - t))`: t steps add t directions, and all others have shrunk by
+    then.
+    """
     L.seed_everything(0, verbose=False)
     recording = Recording()
     L.Trainer(max_epochs=1, logger=False, callbacks=[recording], **SILENT).fit(OneByOne(rate, decay))
@@ -154,7 +163,9 @@ def test_dropout_on_average_is_a_weighted_l2_penalty(keep: float) -> None:
     target = 0.7
 
     masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=10)), dtype=torch.float64)
-    chances = torch.tensor([prod(keep if m else 1 - keep for m in mask) for mask in masks.tolist()], dtype=torch.float64)
+    chances = torch.tensor(
+        [prod(keep if m else 1 - keep for m in mask) for mask in masks.tolist()], dtype=torch.float64
+    )
     losses = ((masks * x / keep) @ w - target).square() / 2
 
     penalty = (1 - keep) / (2 * keep) * (w.square() * x.square()).sum()
@@ -189,7 +200,9 @@ def test_a_gradient_has_no_more_directions_than_the_batch_has_tokens(tokens: int
 
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
 def test_neighbouring_layers_are_in_balance(activation: Callable[[], nn.Module]) -> None:
-    """`W_2^T dL/dW_2 = dL/dW_1 W_1^T` in a linear net without biases, and their diagonals with ReLU: what flows in flows out."""
+    """`W_2^T dL/dW_2 = dL/dW_1 W_1^T` in a linear net without biases, and their diagonals with ReLU: what flows in
+    flows out.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 20, bias=False), activation(), nn.Linear(20, 10, bias=False)).double()
     images, labels = digits(16).tensors

@@ -1,4 +1,6 @@
-"""Oracles: operators whose eigenvalues are known by construction, their blocks read from the matrix, and many seeds for what is random."""
+"""Oracles: operators whose eigenvalues are known by construction, their blocks read from the matrix, and many seeds for
+what is random.
+"""
 
 from dataclasses import replace
 
@@ -38,16 +40,25 @@ def known(operator, num_products=5):
 def estimates(values, pairs):
     """One per seed: probes are independent, so that many of them are many estimates."""
     operator, _ = operator_of(values)
-    found = spectral_estimate(operator, known=pairs, num_probes=PROBES * SEEDS, steps=2, generator=generator(4), layout=LAYOUT)
+    found = spectral_estimate(
+        operator, known=pairs, num_probes=PROBES * SEEDS, steps=2, generator=generator(4), layout=LAYOUT
+    )
     parts = [slice(first, first + PROBES) for first in range(0, PROBES * SEEDS, PROBES)]
     return [
-        replace(found, spectrum=some_of(found.spectrum, p), layer_traces=found.layer_traces[p], layer_squares=found.layer_squares[p])
+        replace(
+            found,
+            spectrum=some_of(found.spectrum, p),
+            layer_traces=found.layer_traces[p],
+            layer_squares=found.layer_squares[p],
+        )
         for p in parts
     ]
 
 
 def some_of(spectrum, probes):
-    return replace(spectrum, values=spectrum.values[probes], weights=spectrum.weights[probes], num_probes=PROBES, coarse=None)
+    return replace(
+        spectrum, values=spectrum.values[probes], weights=spectrum.weights[probes], num_probes=PROBES, coarse=None
+    )
 
 
 def off(samples, expected):
@@ -60,7 +71,9 @@ def participation(values):
     return np.abs(values).sum() ** 2 / np.square(values).sum()
 
 
-every_case = pytest.mark.parametrize(("values", "deflated"), [(POSITIVE, False), (POSITIVE, True), (INDEFINITE, False), (INDEFINITE, True)])
+every_case = pytest.mark.parametrize(
+    ("values", "deflated"), [(POSITIVE, False), (POSITIVE, True), (INDEFINITE, False), (INDEFINITE, True)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +165,9 @@ def test_the_negative_mass_takes_forty_steps():
 
 @pytest.mark.parametrize("name", ["zero", "rank 1", "rank 3", "identity", "clustered"])
 def test_sums_over_known_spectra(name):
-    """Where the Krylov space is exhausted nothing is NaN; the rest after the known pairs is 0 or nearly so, and the sums are close."""
+    """Where the Krylov space is exhausted nothing is NaN; the rest after the known pairs is 0 or nearly so, and the
+    sums are close.
+    """
     operator, _ = with_spectrum(SPECTRA[name])
     pairs = top_eigenpairs(operator, 3, lowest=1, num_products=12, generator=generator())
     found = spectral_estimate(operator, known=pairs, num_probes=4, steps=10, generator=generator(1))
@@ -228,7 +243,9 @@ def test_nothing_waits_for_the_device():
     operator, _ = with_spectrum(SPECTRA["clustered"])
     pairs, draws = top_eigenpairs(operator, 3, num_products=6, generator=generator()), generator()
     with Waits("cpu") as waits:
-        found = spectral_estimate(operator, known=pairs, num_probes=2, steps=4, generator=draws, layout=Layout.of({"a": torch.zeros(500)}))
+        found = spectral_estimate(
+            operator, known=pairs, num_probes=2, steps=4, generator=draws, layout=Layout.of({"a": torch.zeros(500)})
+        )
         traces.participation_ratio(found)
         density(found.spectrum)
 
@@ -247,7 +264,9 @@ def test_the_density_is_that_of_the_eigenvalues():
     found = density(exact_spectrum(operator), width=0.02)
     sigma = 0.02 * (max(INDEFINITE) - min(INDEFINITE))
     grid = found.grid.numpy()
-    expected = np.mean([np.exp(-((grid - v) ** 2) / (2 * sigma**2)) / (sigma * np.sqrt(2 * np.pi)) for v in INDEFINITE], 0)
+    expected = np.mean(
+        [np.exp(-((grid - v) ** 2) / (2 * sigma**2)) / (sigma * np.sqrt(2 * np.pi)) for v in INDEFINITE], 0
+    )
 
     assert_close(found.curve, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
 
@@ -265,7 +284,8 @@ def test_the_density_of_many_probes_is_near_the_truth():
     operator, _ = operator_of(INDEFINITE)
     exact = density(exact_spectrum(operator), width=0.05)
     found = density(
-        spectral_estimate(operator, known=known(operator, 12), num_probes=8, steps=30, generator=generator()).spectrum, width=0.05
+        spectral_estimate(operator, known=known(operator, 12), num_probes=8, steps=30, generator=generator()).spectrum,
+        width=0.05,
     )
 
     assert (found.curve - exact.curve).abs().max() < 0.1 * exact.curve.max()

@@ -1,4 +1,5 @@
-"""What Trainers and PyTorch do around a module: training stays the same, and the curves are those of the matrices in training.
+"""What Trainers and PyTorch do around a module: training stays the same, and the curves are those of the matrices in
+training.
 
 Oracle: numpy's singular values of what a callback copied at the same moments.
 """
@@ -58,10 +59,14 @@ class Witness(L.Callback):
         self.start = matrices(pl_module)
 
     @torch.compiler.disable
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         self.moments.append(Moment(matrices(pl_module, "grad"), self.start, matrices(pl_module)))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.moments[-1].after = matrices(pl_module)
 
 
@@ -97,7 +102,9 @@ class Run:
     def keep(self, module: L.LightningModule, trainer: L.Trainer) -> None:
         """Remember all that training made, and the hooks that are left."""
         hooks = [sum(len(getattr(m, kind)) for kind in KINDS_OF_HOOKS) for m in module.modules()]
-        of_optimizers = [len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers]
+        of_optimizers = [
+            len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers
+        ]
         states = [o.state_dict() for o in trainer.optimizers]
         self.remains += [module.state_dict(), states, list(module.losses), torch.get_rng_state(), hooks, of_optimizers]
 
@@ -106,9 +113,13 @@ class Run:
         for source in SOURCES:
             assert list(self.logger.curve(f"lowrank/{source}_stable_rank_median")) == list(steps)
             for step in steps:
-                expected = {site: stable_rank(matrix) for site, matrix in self.witness.moments[step].read_by(source).items()}
+                expected = {
+                    site: stable_rank(matrix) for site, matrix in self.witness.moments[step].read_by(source).items()
+                }
                 found = {site: self.logger.curve(f"{source}_stable_rank/{site}").get(step, np.nan) for site in expected}
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, msg=lambda text, at=(source, step): f"{at}: {text}")
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-4, atol=0, msg=lambda text, at=(source, step): f"{at}: {text}"
+                )
 
 
 def watching(**options: Any) -> Monitor:
@@ -238,7 +249,9 @@ def test_a_layer_in_a_compiled_function_is_a_gap_in_its_own_curve_of_features() 
         watched = fit(monitor)
 
     torch.testing.assert_close(watched.remains, alone.remains, rtol=0, atol=0)
-    curves = {site: list(watched.logger.curve(f"feature_stable_rank/net.{site}.out").values()) for site in ("first", "head")}
+    curves = {
+        site: list(watched.logger.curve(f"feature_stable_rank/net.{site}.out").values()) for site in ("first", "head")
+    }
     assert np.isnan(curves["first"]).all()
     assert np.isfinite(curves["head"]).all() and len(curves["head"]) == 6
 
@@ -317,7 +330,9 @@ class Finetuned(Classifier):
 
 def test_layers_that_are_unfrozen_have_curves_of_their_gradients_from_then_on() -> None:
     def fit(monitor: Monitor | None) -> Run:
-        return fitted(Finetuned, monitor, callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)])
+        return fitted(
+            Finetuned, monitor, callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)]
+        )
 
     run = watched_as_unwatched(fit, watching())  # no warning: those of the tests are errors
 
@@ -407,7 +422,9 @@ class Within(L.Callback):
     def __init__(self, inner: Monitor | None) -> None:
         self.inner, self.run = inner, Run()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 3:
             module = wide()
             within = self.run.trainer(self.inner, max_epochs=1)

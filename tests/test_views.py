@@ -143,7 +143,8 @@ def test_transposed_linear_layers_of_transformers_have_outputs_as_rows() -> None
 
 
 @pytest.mark.parametrize(
-    ("layer", "gates"), [(nn.LSTM(3, 5, proj_size=2, bidirectional=True), "ifgo"), (nn.GRU(3, 5, bidirectional=True), "rzn")]
+    ("layer", "gates"),
+    [(nn.LSTM(3, 5, proj_size=2, bidirectional=True), "ifgo"), (nn.GRU(3, 5, bidirectional=True), "rzn")],
 )
 def test_recurrent_layers_are_one_matrix_per_gate(layer: nn.Module, gates: str) -> None:
     weight = layer.get_parameter("weight_ih_l0_reverse").detach()
@@ -222,7 +223,12 @@ def test_spelled_axes_know_their_length_and_names() -> None:
 
 
 def test_batches_of_several_axes_are_named_by_each() -> None:
-    assert View("(a heads d) n -> a heads d n", {"a": 2, "heads": 2}).fitted("w", (8, 3)).parts == ("a0.h0", "a0.h1", "a1.h0", "a1.h1")
+    assert View("(a heads d) n -> a heads d n", {"a": 2, "heads": 2}).fitted("w", (8, 3)).parts == (
+        "a0.h0",
+        "a0.h1",
+        "a1.h0",
+        "a1.h1",
+    )
 
 
 def test_an_ellipsis_may_be_the_batch() -> None:

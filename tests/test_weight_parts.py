@@ -34,7 +34,9 @@ CASES = [("rows", None), ("both", 30)]
 def net() -> nn.Module:
     """Sides that four does not divide, and fewer rows than processes."""
     torch.manual_seed(0)
-    return nn.ModuleDict({"plain": nn.Linear(70, 90), "qkv": nn.Linear(50, 150), "few": nn.Linear(40, 3), "frozen": nn.Linear(40, 50)})
+    return nn.ModuleDict(
+        {"plain": nn.Linear(70, 90), "qkv": nn.Linear(50, 150), "few": nn.Linear(40, 3), "frozen": nn.Linear(40, 50)}
+    )
 
 
 def numbers(module: nn.Module, team: Team, max_neurons: int | None) -> dict[str, dict[str, Tensor]]:
@@ -84,7 +86,9 @@ def test_numbers_are_those_of_the_whole_matrices_and_no_matrix_moves(tmp_path: P
         of_each = [process[f"{name}, {max_neurons}"] for process in found]
         alone = numbers(net(), Team(), max_neurons)
         assert sum(len(known) for known, _ in of_each) == len(alone)
-        assert_close({site: row for known, _ in of_each for site, row in known.items()}, alone, rtol=0, atol=0, equal_nan=True)
+        assert_close(
+            {site: row for known, _ in of_each for site, row in known.items()}, alone, rtol=0, atol=0, equal_nan=True
+        )
         assert [sent for _, sent in of_each] == [0, 0, 0, 0]
     for name in PLACEMENTS:
         assert sorted(entry for process in found for entry in process["held"][name]) == list(range(42))

@@ -12,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 COLOURS = {"gradient": "tab:blue", "weight": "tab:orange", "update": "tab:green"}
 
 
-def main(run: Path, output: Path = Path("curves.png"), statistics: tuple[str, ...] = ("stable_rank", "effective_rank")) -> None:
+def main(
+    run: Path, output: Path = Path("curves.png"), statistics: tuple[str, ...] = ("stable_rank", "effective_rank")
+) -> None:
     """Draw one panel per statistic.
 
     Args:

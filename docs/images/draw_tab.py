@@ -40,7 +40,9 @@ def train(folder: Path, learning_rate: float, max_steps: int) -> None:
     batches = DataLoader(TensorDataset(standard_library()), 32, shuffle=True, drop_last=True)
     monitor = RankMonitor(["gradients", "weights", "updates", "features"], every_n_steps=5)
     logger = TensorBoardLogger(folder.parent, folder.name, version="")
-    L.Trainer(max_steps=max_steps, callbacks=[monitor], logger=logger, enable_checkpointing=False).fit(Transformer(learning_rate), batches)
+    L.Trainer(max_steps=max_steps, callbacks=[monitor], logger=logger, enable_checkpointing=False).fit(
+        Transformer(learning_rate), batches
+    )
 
 
 def photograph(page: WebDriver, picture: Path) -> None:

@@ -30,7 +30,8 @@ PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Low rank: {title}</title>
 </head>
@@ -92,14 +93,19 @@ def page(reader: Reader, title: str, samples: int) -> str:
 
 def _parser() -> ArgumentParser:
     report, summary = (
-        ArgumentParser(description=words) for words in ("The tab as one HTML file.", "Medians and the lowest sites, as a table.")
+        ArgumentParser(description=words)
+        for words in ("The tab as one HTML file.", "Medians and the lowest sites, as a table.")
     )
     for parser in (report, summary):
         parser.add_argument("run_dir", type=str, help="a folder with event files, of one run or of several")
     report.add_argument("-o", "--output", type=str, default="report.html", help="the file to write")
-    report.add_argument("--samples", type=PositiveInt, default=answers.LIMIT, help="most samples of each quantity, evenly spread")
+    report.add_argument(
+        "--samples", type=PositiveInt, default=answers.LIMIT, help="most samples of each quantity, evenly spread"
+    )
     summary.add_argument("--json", action="store_true", help="numbers of all sites, null where there is none")
-    whole = ArgumentParser(prog="lightning-lowrank", description="What lightning_lowrank has written beside a training.")
+    whole = ArgumentParser(
+        prog="lightning-lowrank", description="What lightning_lowrank has written beside a training."
+    )
     commands = whole.add_subcommands()
     commands.add_subcommand("report", report)
     commands.add_subcommand("summary", summary)
@@ -121,9 +127,12 @@ def reader_of(folder: Path) -> Reader:
     if not reader.runs():
         there = [str(file.relative_to(folder)) for file in sorted(folder.rglob("events.out.tfevents.*"))[:3]]
         if not there:
-            raise ValueError(f"{folder} has no event files: give the folder that TensorBoardLogger wrote to, or one above it")
+            raise ValueError(
+                f"{folder} has no event files: give the folder that TensorBoardLogger wrote to, or one above it"
+            )
         raise ValueError(
-            f"{folder} has event files, {there}, none with vectors of a monitor: was it trained with one and TensorBoardLogger?"
+            f"{folder} has event files, {there}, none with vectors of a monitor: was it trained with "
+            "one and TensorBoardLogger?"
         )
     return reader
 
@@ -140,7 +149,9 @@ def _all_answers(reader: Reader, samples: int) -> list[dict[str, Any]]:
                 answer = answers.ANSWERS[route](reader, asked | {"limit": str(min(SPECTRA, samples))})
                 found.append({"route": route, "run": run, "name": name, "answer": answer})
             else:
-                found.append({"route": "matrix", **asked, "answer": answers.matrix(reader, asked | {"limit": str(samples)})})
+                found.append(
+                    {"route": "matrix", **asked, "answer": answers.matrix(reader, asked | {"limit": str(samples)})}
+                )
     return found
 
 
@@ -152,18 +163,33 @@ def _write_page(reader: Reader, folder: Path, output: Path, samples: int) -> Non
 def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Run:
     tables = {key: reader.table(name, parts) for key, parts in series.items() if key[0] not in ("spectrum", "curve")}
     tables = {key: table for key, table in tables.items() if len(table.steps)}
-    first, latest = (_sample({quantity: table for (kind, quantity), table in tables.items() if kind == "vector"}, end) for end in (0, -1))
+    first, latest = (
+        _sample({quantity: table for (kind, quantity), table in tables.items() if kind == "vector"}, end)
+        for end in (0, -1)
+    )
     costs = _sample({key[1]: table for key, table in tables.items() if key[0] == "cost"}, -1)
     alerts = _sample({key[1]: table for key, table in tables.items() if key[0] == "alert"}, -1)
     # Several monitors of one run: what they take adds up.
-    overhead = math.fsum(cost.get("overhead_percent", math.nan) for cost in costs.values.values()) if costs.values else math.nan
-    return Run(name, overhead, first, latest, {rule: state for states in alerts.values.values() for rule, state in states.items()})
+    overhead = (
+        math.fsum(cost.get("overhead_percent", math.nan) for cost in costs.values.values())
+        if costs.values
+        else math.nan
+    )
+    return Run(
+        name,
+        overhead,
+        first,
+        latest,
+        {rule: state for states in alerts.values.values() for rule, state in states.items()},
+    )
 
 
 def _sample(tables: Mapping[str, Any], end: int) -> Sample:
     """What each quantity was at one end of its curve."""
     step = max((int(table.steps[end]) for table in tables.values()), default=0)
-    rows = {name: dict(zip(table.sites, table.values[end].tolist(), strict=True)) for name, table in sorted(tables.items())}
+    rows = {
+        name: dict(zip(table.sites, table.values[end].tolist(), strict=True)) for name, table in sorted(tables.items())
+    }
     return Sample(step, rows)
 
 
@@ -183,7 +209,8 @@ def _escaped(run: Run) -> Run:
 
     def plain(sample: Sample | None) -> Sample | None:
         return sample and Sample(
-            sample.step, {escape(q): {escape(site): value for site, value in row.items()} for q, row in sample.values.items()}
+            sample.step,
+            {escape(q): {escape(site): value for site, value in row.items()} for q, row in sample.values.items()},
         )
 
     return Run(escape(run.label), run.overhead, plain(run.first), plain(run.latest), run.alerts)

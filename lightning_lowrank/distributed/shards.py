@@ -1,7 +1,7 @@
 """Where the pieces of a sharded tensor are, and the tensor put together from them.
 
-A tensor of several processes is a `DTensor`: on each axis of a mesh of processes it is sharded along one of its own axes, replicated, or
-there only in part, as a summand.
+A tensor of several processes is a `DTensor`: on each axis of a mesh of processes it is sharded along one of its own
+axes, replicated, or there only in part, as a summand.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def unspent(tensor: Tensor) -> Tensor:
-    """The same, so that its owner can still add it up: the sum of an embedding that is sharded by rows spends a mask."""
+    """The same tensor, still to be summed by its owner: summing a row-sharded embedding consumes its mask."""
     for placement in getattr(tensor, "placements", ()):
         mask = getattr(placement, "mask_buffer", None)
         if mask is not None and mask.data is not None:
@@ -61,12 +61,14 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 def sharded_axes(tensor: Tensor) -> tuple[set[int], int]:
     """Axes that it is sharded along, -1 for a sum that is still to be made; and over how many processes."""
     assert isinstance(tensor, DTensor)
-    split = [(p, n) for p, n in zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True) if not p.is_replicate()]
+    split = [
+        (p, n) for p, n in zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True) if not p.is_replicate()
+    ]
     return {getattr(placement, "dim", -1) for placement, _ in split}, prod(count for _, count in split)
 
 
 def held(tensor: Tensor) -> list[Stretches]:
-    """What this process has of each axis of a sharded tensor; nothing where it has but a copy of what another one has."""
+    """Slice of each axis of a sharded tensor that this process holds; empty where it holds a copy of another's."""
     assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     at = mesh.get_coordinate()
@@ -76,7 +78,9 @@ def held(tensor: Tensor) -> list[Stretches]:
 
 
 def of_local(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor of which this process has that part, and the others theirs, to be added up where the other tensor is sharded."""
+    """A tensor of which this process has that part, and the others theirs, to be added up where the other tensor is
+    sharded.
+    """
     assert isinstance(other, DTensor)
     placements = [p if p.is_replicate() else Partial() for p in other.placements]
     return DTensor.from_local(tensor, other.device_mesh, placements, run_check=False)
@@ -91,8 +95,8 @@ class Route:
     """How a sharded tensor comes to its owner: who sends, and where each piece belongs.
 
     Attributes:
-        senders: Those that send, with the stretches that they have. Of what is replicated one copy moves, out of the owner's own slice of
-            the mesh.
+        senders: Those that send, with the stretches that they have. Of what is replicated one copy moves, out of the
+            owner's own slice of the mesh.
     """
 
     def __init__(self, tensor: Tensor, owner: int) -> None:
@@ -129,22 +133,31 @@ def _everyone(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
 
 
 @lru_cache(maxsize=4096)
-def _senders(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size, owner: int) -> tuple[dict[int, list[Stretches]], int]:
+def _senders(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size, owner: int
+) -> tuple[dict[int, list[Stretches]], int]:
     """Ranks that send to the owner with what they have, and what a sum of averages is divided by."""
     sizes = tuple(mesh.mesh.shape)
     at = dict(zip(map(int, mesh.mesh.flatten()), product(*map(range, sizes)), strict=True))
     home = at.get(owner)
     if home is None:
         return {}, 1
-    near = {r: c for r, c in at.items() if all(not p.is_replicate() or a == h for p, a, h in zip(placements, c, home, strict=True))}
+    near = {
+        r: c
+        for r, c in at.items()
+        if all(not p.is_replicate() or a == h for p, a, h in zip(placements, c, home, strict=True))
+    }
     divisor = prod(n for p, n in zip(placements, sizes, strict=True) if isinstance(p, Partial) and p.reduce_op == "avg")
     return {rank: _stretches(placements, sizes, place, shape) for rank, place in near.items()}, divisor
 
 
-def _stretches(placements: Sequence[Placement], sizes: Sequence[int], at: Sequence[int], shape: Sequence[int]) -> list[Stretches]:
+def _stretches(
+    placements: Sequence[Placement], sizes: Sequence[int], at: Sequence[int], shape: Sequence[int]
+) -> list[Stretches]:
     """What a process has of each axis of a tensor, as `torch.chunk` deals it out, one axis of the mesh after the other.
 
-    A strided shard is what a chunk would be had the axis been dealt out in `split_factor` chunks before (FSDP2 over tensor parallel).
+    A strided shard is what a chunk would be had the axis been dealt out in `split_factor` chunks before (FSDP2 over
+    tensor parallel).
 
     Raises:
         ValueError: A placement is neither sharded, nor replicated, nor a sum or an average.

@@ -28,7 +28,8 @@ class Team:
     Attributes:
         rank: Number of this process.
         size: How many there are; where there is one, nothing is communicated.
-        sees_data: The batches of this process are not those of another one, as they are where tensors are processed in parallel.
+        sees_data: The batches of this process are not those of another one, as they are where tensors are processed in
+            parallel.
         loads: Work that each has been given so far.
     """
 
@@ -66,17 +67,22 @@ class Team:
     def gathered(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
         """Groups of tensors, whole on their owner, None elsewhere; all that is sharded moves in one collective.
 
-        Each process sends its shards once, to their owners. With the work shared out evenly it sends, and receives, at most the bytes of
-        all tensors over the number of processes that a tensor is sharded over.
+        Each process sends its shards once, to their owners. With the work shared out evenly it sends, and receives, at
+        most the bytes of all tensors over the number of processes that a tensor is sharded over.
 
         Args:
             groups: The same on every process but for the values.
             owners: Of each group.
         """
         routes = [Route(t, owner) for group, owner in zip(groups, owners, strict=True) for t in group if is_sharded(t)]
-        arrived = iter(self._exchanged([t for group in groups for t in group if is_sharded(t)], routes) if routes else [])
+        arrived = iter(
+            self._exchanged([t for group in groups for t in group if is_sharded(t)], routes) if routes else []
+        )
         whole = [[next(arrived) if is_sharded(t) else local(t) for t in group] for group in groups]
-        return [[t for t in group if t is not None] if owner == self.rank else None for group, owner in zip(whole, owners, strict=True)]
+        return [
+            [t for t in group if t is not None] if owner == self.rank else None
+            for group, owner in zip(whole, owners, strict=True)
+        ]
 
     def _exchanged(self, tensors: Sequence[Tensor], routes: Sequence[Route]) -> Iterator[Tensor | None]:
         """Each tensor whole on its owner, None elsewhere."""
@@ -89,7 +95,12 @@ class Team:
                 for sender in route.senders:
                     incoming[sender] += _room(size_on(sender, route))
         outgoing_sizes = [sum(len(piece) for piece in pieces) for pieces in outgoing]
-        sent = torch.cat([torch.empty(0, dtype=torch.uint8, device=tensors[0].device), *(piece for pieces in outgoing for piece in pieces)])
+        sent = torch.cat(
+            [
+                torch.empty(0, dtype=torch.uint8, device=tensors[0].device),
+                *(piece for pieces in outgoing for piece in pieces),
+            ]
+        )
         received = sent.new_empty(sum(incoming))
         dist.all_to_all_single(received, sent, incoming, outgoing_sizes)
         messages = dict(enumerate(received.split(incoming)))

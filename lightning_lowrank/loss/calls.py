@@ -28,11 +28,15 @@ class LossCall:
     loss: Tensor
 
     @classmethod
-    def of(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Tensor) -> "LossCall":
+    def of(
+        cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Tensor
+    ) -> "LossCall":
         """One with all arguments by name, those with the values that they have anyway left out."""
         options = inspect.signature(function).bind(*args, **kwargs).arguments
         inputs, target = options.pop("input"), options.pop("target")
-        return cls(function, inputs, target, {name: value for name, value in options.items() if value is not None}, loss)
+        return cls(
+            function, inputs, target, {name: value for name, value in options.items() if value is not None}, loss
+        )
 
     @property
     def name(self) -> str:
@@ -49,7 +53,9 @@ class LossCall:
             ValueError: Not known for these arguments; the message is the reason.
         """
         if not self.inputs.requires_grad or self.target.requires_grad:
-            raise ValueError(f"{self.name} was called with targets that depend on the parameters, or with outputs that do not")
+            raise ValueError(
+                f"{self.name} was called with targets that depend on the parameters, or with outputs that do not"
+            )
         if {"size_average", "reduce"} & self.options.keys():
             raise ValueError(f"{self.name} was called with size_average or reduce, which torch gave up for reduction")
         with torch.enable_grad():  # for the outputs as rows
@@ -85,14 +91,18 @@ def _cross_entropy(
 
 
 def _nll(inputs: Tensor, target: Tensor, slope: Tensor, **options: Any) -> CrossEntropy:
-    """The softmax of logarithms of probabilities is those probabilities: they can stand for the logits that they came from."""
+    """The softmax of logarithms of probabilities is those probabilities: they can stand for the logits that they came
+    from.
+    """
     sums = inputs.detach().to(_wide(inputs)).logsumexp(1 if inputs.ndim > 1 else 0)
     if not bool((sums.abs() < torch.finfo(inputs.dtype).eps ** 0.5).all()):
         raise ValueError("F.nll_loss was called with what are no logarithms of probabilities")
     return _cross_entropy(inputs, target, slope, **options)
 
 
-def _mse(inputs: Tensor, target: Tensor, slope: Tensor, *, weight: Tensor | None = None, reduction: str = "mean") -> SquaredError:
+def _mse(
+    inputs: Tensor, target: Tensor, slope: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
+) -> SquaredError:
     wanted, weights = (_like(inputs, tensor) for tensor in (target, weight))
     total = weights.sum() if reduction == "mean" else 1.0
     shares = slope.to(weights) * weights / total
@@ -135,14 +145,16 @@ def _soft_targets(
 
 
 def _rows_of_classes(tensor: Tensor) -> tuple[Float[Tensor, "R C"], int]:
-    """Rows of something that has its classes along the second axis, or along its only one, and the number of examples."""
+    """Rows of a tensor whose classes lie along its second axis, or its only one, and the number of examples."""
     if tensor.ndim == 1:
         return tensor[None], 1
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1]), len(tensor)
 
 
 def _rows(tensor: Tensor) -> Float[Tensor, "R C"]:
-    """Rows of something that has what is predicted at a position along its last axis; a vector is one number per example."""
+    """Rows of something that has what is predicted at a position along its last axis; a vector is one number per
+    example.
+    """
     return tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
 
 
@@ -155,7 +167,10 @@ def _like(inputs: Tensor, tensor: Tensor | None) -> Tensor:
     if tensor is None:
         return torch.ones_like(inputs, dtype=_wide(inputs), requires_grad=False).detach()
     if torch.broadcast_shapes(tensor.shape, inputs.shape) != inputs.shape:
-        raise ValueError(f"the loss repeats its outputs, of shape {tuple(inputs.shape)}, along targets of shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"the loss repeats its outputs, of shape {tuple(inputs.shape)}, along targets of shape "
+            f"{tuple(tensor.shape)}"
+        )
     return tensor.detach().to(_wide(inputs)).expand_as(inputs)
 
 

@@ -1,4 +1,6 @@
-"""How the user's loss can be differentiated twice: on its own live graph, by a replay, or not at all; and why, in words."""
+"""How the user's loss can be differentiated twice: on its own live graph, by a replay, or not at all; and why, in
+words.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import LossFunction, refuse_replay
 
-# Beginnings of the names of nodes in a graph that have no second derivative. In a replay plain torch takes the place of the first.
+# Beginnings of the names of nodes in a graph that have no second derivative. In a replay plain torch takes the place of
+# the first.
 REPLACEABLE = {
     "ScaledDotProductFlash": "its fused attention",
     "ScaledDotProductEfficient": "its fused attention",
@@ -66,7 +69,9 @@ def choose(
         refuse_replay(module, loss_fn)
     except ValueError as error:
         if why is not None:
-            raise ValueError(f"the loss can only be seen by running the step again, because of {why}; but {error}") from error
+            raise ValueError(
+                f"the loss can only be seen by running the step again, because of {why}; but {error}"
+            ) from error
         return Choice("inline", "the graph of each step's own loss", str(error))
     return Choice("inline", "the graph of each step's own loss") if why is None else Choice("replay", why)
 
@@ -83,13 +88,17 @@ def look(choice: Choice, loss: Tensor) -> Choice:
         if any(name.startswith(start) for name in names):
             raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     if (once := _differentiable_once(nodes)) is not None:
-        what = f"{once}, whose backward is marked @once_differentiable; write one of operations that can be differentiated"
+        what = (
+            f"{once}, whose backward is marked @once_differentiable; write one of operations that can be differentiated"
+        )
         raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
     if not found:
         return choice
     if choice.mode == "replay":
-        raise ValueError(f"the loss cannot be differentiated twice through {found[0]}, in a replay either{FORWARD_ONLY}")
+        raise ValueError(
+            f"the loss cannot be differentiated twice through {found[0]}, in a replay either{FORWARD_ONLY}"
+        )
     if choice.only is not None:
         raise ValueError(f"the loss cannot be differentiated twice through {found[0]}; {choice.only}")
     return Choice("replay", found[0])
@@ -124,7 +133,9 @@ def _refuse(trainer: L.Trainer, module: nn.Module) -> None:
             raise ValueError(f"{name!r} is sharded: the loss cannot be differentiated twice, {why}{FORWARD_ONLY}")
     for path, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm) and trainer.world_size > 1:
-            raise ValueError(f"{path!r}: the loss cannot be differentiated twice through {FINAL['SyncBatchNorm']}{FORWARD_ONLY}")
+            raise ValueError(
+                f"{path!r}: the loss cannot be differentiated twice through {FINAL['SyncBatchNorm']}{FORWARD_ONLY}"
+            )
 
 
 def _asked(batch: str, loss_fn: LossFunction | None) -> str | None:
@@ -151,7 +162,11 @@ def _needs_replay(trainer: L.Trainer, module: L.LightningModule) -> str | None:
 def _is_compiled(part: nn.Module) -> bool:
     if getattr(part, "_compiler_ctx", None) or part._compiled_call_impl is not None or hasattr(part, "_orig_mod"):
         return True
-    own = [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")]
+    own = [
+        kind
+        for kind in type(part).__mro__
+        if kind.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")
+    ]
     return any(_is_compiled_function(function) for kind in [part, *own] for function in list(vars(kind).values()))
 
 
@@ -164,7 +179,9 @@ def _is_compiled_function(function: Any) -> bool:
 def _differentiable_once(nodes: Sequence[Any]) -> str | None:
     """Name of the first function whose author says that it has no second derivative."""
     functions = (getattr(type(node), "_forward_cls", None) for node in nodes)
-    return next((f.__name__ for f in functions if f is not None and getattr(f.backward, "__code__", None) is ONCE), None)
+    return next(
+        (f.__name__ for f in functions if f is not None and getattr(f.backward, "__code__", None) is ONCE), None
+    )
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

@@ -1,6 +1,8 @@
-"""Losses as functions of the model's outputs: their Hessian there and, in closed form, its root and gradients with that covariance.
+"""Losses as functions of the model's outputs: their Hessian there and, in closed form, its root and gradients with that
+covariance.
 
-The logits of a language model are large: nothing here differentiates through a softmax, and nothing is kept but probabilities.
+The logits of a language model are large: nothing here differentiates through a softmax, and nothing is kept but
+probabilities.
 
 Shape letters:  R rows of outputs: examples times positions   C columns: classes, or what is predicted at a position
 """
@@ -24,7 +26,8 @@ class OutputLoss(ABC):
     All products are in the dtype of the outputs, in float32 at least, and on no graph.
 
     Attributes:
-        outputs: One row per position that is predicted, those of an example after each other, with the graph that made them.
+        outputs: One row per position that is predicted, those of an example after each other, with the graph that made
+            them.
         num_examples: As many rows each. As many as rows where the loss was handed rows.
     """
 
@@ -60,7 +63,8 @@ class OutputLoss(ABC):
     def row_gradients(self) -> Float[Tensor, "R C"]:
         """Gradients of the rows' own losses, of which the loss is the mean, at the targets that were given.
 
-        Rows that are ignored are zero and do not count: the mean of outer products over all rows is that over the others.
+        Rows that are ignored are zero and do not count: the mean of outer products over all rows is that over the
+        others.
         """
         counted = self._counts().sum()
         return self.gradient() * (counted * self.num_rows).sqrt()
@@ -77,7 +81,9 @@ class OutputLoss(ABC):
 
 @dataclass(frozen=True)
 class ClosedForm(OutputLoss, ABC):
-    """A convex loss of a model that says how probable targets are: its Hessian has a root, and is the covariance of gradients."""
+    """A convex loss of a model that says how probable targets are: its Hessian has a root, and is the covariance of
+    gradients.
+    """
 
     @abstractmethod
     def factor_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
@@ -215,7 +221,9 @@ class Entrywise(ClosedForm, ABC):
 
 @dataclass(frozen=True)
 class SquaredError(Entrywise):
-    """Squared differences; its model is a Gaussian around each output, of the width that makes the loss its negative log likelihood."""
+    """Squared differences; its model is a Gaussian around each output, of the width that makes the loss its negative
+    log likelihood.
+    """
 
     def value(self) -> Float[Tensor, ""]:
         return (self.shares * (self._values - self.targets).square()).sum()
@@ -224,7 +232,9 @@ class SquaredError(Entrywise):
         return self._curvature * (self._values - self.targets)
 
     def sampled_gradients(self, generator: torch.Generator) -> Float[Tensor, "R C"]:
-        drawn = torch.randn(self._values.shape, generator=generator, dtype=self._values.dtype, device=self._values.device)
+        drawn = torch.randn(
+            self._values.shape, generator=generator, dtype=self._values.dtype, device=self._values.device
+        )
         return (self.num_rows * self._curvature).sqrt() * drawn
 
     @cached_property
@@ -234,7 +244,8 @@ class SquaredError(Entrywise):
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy(Entrywise):
-    """-a log sigmoid(output) - b log(1 - sigmoid(output)), where a and b are given by the target and the weight of positives.
+    """-a log sigmoid(output) - b log(1 - sigmoid(output)), where a and b are given by the target and the weight of
+    positives.
 
     Attributes:
         positives: What the part of the loss for positives is multiplied by.

@@ -51,15 +51,18 @@ class Replayed:
 
 @dataclass
 class Replay:
-    """Runs a training step again, on a kept batch, with everything put back that it changes; `protection.py` says what is out of reach.
+    """Runs a training step again, on a kept batch, with everything put back that it changes; `protection.py` says what
+    is out of reach.
 
-    Every replay begins with the same random numbers, so that dropout masks stay the same over training. Loggers are mute for the module, in
-    `self.log` and through `self.logger`; what it prints is printed. Attention and compiled modules run in plain torch, which can be
-    differentiated twice. Backward hooks of the user and hooks of monitors are silent.
+    Every replay begins with the same random numbers, so that dropout masks stay the same over training. Loggers are
+    mute for the module, in `self.log` and through `self.logger`; what it prints is printed. Attention and compiled
+    modules run in plain torch, which can be differentiated twice. Backward hooks of the user and hooks of monitors are
+    silent.
 
     Args:
         loss_fn: Takes module and batch and gives the loss, in the place of `training_step`.
-        num_examples: Keep only so many, the first, of a batch whose tensors have one leading size; the whole batch unless given.
+        num_examples: Keep only so many, the first, of a batch whose tensors have one leading size; the whole batch
+            unless given.
         eval_mode: Run the module in eval mode.
         output_module: Layer whose output is looked at, where the loss functions of torch do not say what went in.
         seed: Of the random numbers; each process has its own.
@@ -80,7 +83,9 @@ class Replay:
         try:
             self.batch = first_examples(copy.deepcopy(batch), self.num_examples)
         except Exception as error:  # batches may be of any class of the user's
-            self._uncopied = f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
+            self._uncopied = (
+                f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
+            )
 
     def take_back(self, batch: Any, batch_idx: int, device: torch.device) -> None:
         """Go on with a batch that another run kept."""
@@ -153,7 +158,9 @@ class Replay:
             output = module.training_step(*[batch, self.batch_idx][: _num_arguments(module.training_step)])
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"{'the step' if self.loss_fn is None else 'loss_fn'} gave {_described(loss)} instead of a loss")
+            raise ValueError(
+                f"{'the step' if self.loss_fn is None else 'loss_fn'} gave {_described(loss)} instead of a loss"
+            )
         return loss.reshape(())
 
 
@@ -204,7 +211,9 @@ def differentiable_twice(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch, Python and numpy that begin at a seed, and afterwards go on as if nothing had been drawn."""
+    """Random numbers of torch, Python and numpy that begin at a seed, and afterwards go on as if nothing had been
+    drawn.
+    """
     with ExitStack() as stack:
         for name in SEEDS:
             stack.callback(_set_environment, name, os.environ.get(name))
@@ -243,7 +252,9 @@ def _silence(part: nn.Module) -> None:
         getattr(part, kind).clear()
     for kind in FORWARD_HOOKS:
         hooks = getattr(part, kind)
-        for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__.partition('.')[0]}.")]:
+        for key in [
+            key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__.partition('.')[0]}.")
+        ]:
             del hooks[key]
 
 
@@ -252,11 +263,17 @@ def _described(output: Any) -> str:
     if not isinstance(output, Tensor):
         return f"a {type(output).__name__}"
     shape = tuple(output.shape)
-    return f"a tensor of shape {shape}" if output.numel() != 1 else "a number without a gradient (detached, or under no_grad)"
+    return (
+        f"a tensor of shape {shape}"
+        if output.numel() != 1
+        else "a number without a gradient (detached, or under no_grad)"
+    )
 
 
 def _reshard(module: nn.Module) -> None:
-    """Without a backward pass FSDP2 keeps some parameters gathered, and would go on with those whatever became of the shards."""
+    """Without a backward pass FSDP2 keeps some parameters gathered, and would go on with those whatever became of the
+    shards.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Entries: what is larger is data rather than state, and not looked into. Tensors of any size are safe from what torch writes.
+# Entries: what is larger is data rather than state, and not looked into. Tensors of any size are safe from what torch
+# writes.
 LARGE = 1_000_000
 
 # Objects of classes derived from theirs are no state of the module: Trainers, loggers, datasets, optimizers.
@@ -21,10 +22,11 @@ OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, 
 
 
 class Snapshot:
-    """Everything that is reached from a module, as it is: entries of containers and attributes, parameters, buffers, generators.
+    """Everything that is reached from a module, as it is: entries of containers and attributes, parameters, buffers,
+    generators.
 
-    Objects stay the same, what is in them is put back. Out of reach: global variables and attributes of classes, variables of functions,
-    iterators, files.
+    Objects stay the same, what is in them is put back. Out of reach: global variables and attributes of classes,
+    variables of functions, iterators, files.
 
     Args:
         roots: Where to begin.
@@ -135,7 +137,8 @@ class Snapshot:
 
 
 class WriteGuard(TorchDispatchMode):
-    """Keeps a copy of what some tensors hold just before the first write to it, so that it costs no memory where nothing is written.
+    """Keeps a copy of what some tensors hold just before the first write to it, so that it costs no memory where
+    nothing is written.
 
     Args:
         tensors: Which.

@@ -1,4 +1,6 @@
-"""What went into the loss of the user's own training step: the loss functions that it called, or what a named layer put out."""
+"""What went into the loss of the user's own training step: the loss functions that it called, or what a named layer put
+out.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -66,8 +68,8 @@ class LossTap:
     def reproduce(self, loss: Tensor, scale: Tensor | float = 1.0) -> OutputLoss:
         """The loss of a step as a function of the model's outputs; waits for the device once.
 
-        The loss may be what one call gave times constants: accumulation and a GradScaler, weights of the user's, a mask and a mean after
-        `reduction="none"`.
+        The loss may be what one call gave times constants: accumulation and a GradScaler, weights of the user's, a mask
+        and a mean after `reduction="none"`.
 
         Args:
             loss: Alive.
@@ -81,7 +83,10 @@ class LossTap:
         call, slope = self._only_call(loss)
         found = call.as_output_loss(slope / scale)
         if not bool(_agrees(found.value(), loss.detach() / scale) & (slope >= 0).all()):
-            raise ValueError(f"the loss is more than {call.name}: something is added to it, it is driven up, or it is no number; {INSTEAD}")
+            raise ValueError(
+                f"the loss is more than {call.name}: something is added to it, it is driven up, or it is no "
+                f"number; {INSTEAD}"
+            )
         return found
 
     def _only_call(self, loss: Tensor) -> tuple[LossCall, Tensor]:
@@ -92,7 +97,9 @@ class LossTap:
         if not found:
             raise ValueError(f"the loss comes from none of {NAMES}; {INSTEAD}")
         if len(found) > 1:
-            raise ValueError(f"the loss is made of {len(found)} calls: {', '.join(call.name for call, _ in found)}; {INSTEAD}")
+            raise ValueError(
+                f"the loss is made of {len(found)} calls: {', '.join(call.name for call, _ in found)}; {INSTEAD}"
+            )
         call, slope = found[0]
         if slope.requires_grad:
             raise ValueError(f"the loss is not {call.name} times a constant; {INSTEAD}")
@@ -100,7 +107,9 @@ class LossTap:
 
     def _differentiated(self, loss: Tensor, scale: Tensor | float) -> Differentiated:
         if len(self.outputs) != 1:
-            raise ValueError(f"output_module put out {len(self.outputs)} tensors with a graph in this step instead of one")
+            raise ValueError(
+                f"output_module put out {len(self.outputs)} tensors with a graph in this step instead of one"
+            )
         (captured,) = self.outputs
         if torch.autograd.grad(loss, captured, retain_graph=True, allow_unused=True)[0] is None:
             raise ValueError("the loss does not depend on what output_module put out")
@@ -123,7 +132,9 @@ class LossTap:
 
 @dataclass(frozen=True)
 class Hook:
-    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
+    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and
+    averages.
+    """
 
     hear: Callable[..., None] | None
 

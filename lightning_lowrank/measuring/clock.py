@@ -17,8 +17,9 @@ def cuda_event() -> Any:
 class Clock:
     """Seconds spent in training, without validation, and those of them that were ours.
 
-    Ours are seconds of the host; on CUDA those between two events of the device, so that what the training step had queued before is not
-    ours. They count once the device is past them: nothing waits. Where ours is a collective, waiting for other processes is part of it.
+    Ours are seconds of the host; on CUDA those between two events of the device, so that what the training step had
+    queued before is not ours. They count once the device is past them: nothing waits. Where ours is a collective,
+    waiting for other processes is part of it.
 
     Args:
         now: Seconds of the host.

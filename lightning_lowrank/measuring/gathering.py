@@ -20,14 +20,18 @@ from lightning_lowrank.measuring.source import Reading
 
 @dataclass(frozen=True)
 class Taken:
-    """What a process has to measure: matrices `[*B, M, N]`, or a spectrum where only that is known, and the weights to set beside them."""
+    """What a process has to measure: matrices `[*B, M, N]`, or a spectrum where only that is known, and the weights to
+    set beside them.
+    """
 
     labels: tuple[str, ...]
     value: Tensor | Spectrum
     weight: Tensor | Spectrum | None = None
 
 
-def take(readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool) -> list[Taken]:
+def take(
+    readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool
+) -> list[Taken]:
     """What of these readings is this process's to measure. Communicates where tensors are sharded, in one collective.
 
     What cannot be read or made is left out; whoever misses it counts it as lost.
@@ -36,7 +40,8 @@ def take(readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spec
         readings: The same on every process but for their parts.
         owners: Who measures each.
         team: The processes.
-        spectra_only: Nothing but singular values is asked for, so that of a tall sharded matrix only Gram matrices have to move.
+        spectra_only: Nothing but singular values is asked for, so that of a tall sharded matrix only Gram matrices have
+            to move.
         beside: Also the weights beside them.
     """
     weights = [reading.weight for reading in readings if reading.weight is not None] if beside else []
@@ -57,11 +62,15 @@ def _complete(reading: Reading) -> Reading:
     """Something to send in the place of shards that this process could not read: the others wait for them."""
     if reading.parts or not any(map(is_sharded, reading.like)):
         return reading
-    return replace(reading, parts=[torch.full_like(t.detach(), torch.nan, dtype=reading.dtype or t.dtype) for t in reading.like])
+    return replace(
+        reading, parts=[torch.full_like(t.detach(), torch.nan, dtype=reading.dtype or t.dtype) for t in reading.like]
+    )
 
 
 def _condensed(reading: Reading) -> Reading:
-    """The same spectrum from Gram matrices to be added up, where the short side is not sharded and they are smaller than the shards."""
+    """The same spectrum from Gram matrices to be added up, where the short side is not sharded and they are smaller
+    than the shards.
+    """
     part = reading.parts[0] if len(reading.parts) == 1 else None
     if part is None or not is_sharded(part) or not len(reading.shape) == part.ndim == 2 or part.element_size() > 4:
         return reading

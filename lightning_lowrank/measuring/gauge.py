@@ -69,7 +69,8 @@ def refuse_seed(seed: object) -> None:
     """Of what is drawn at random.
 
     Raises:
-        ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32 bits.
+        ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32
+            bits.
     """
     if type(seed) is not int or not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
@@ -83,7 +84,8 @@ class Gauge(Source):
         trouble: Why a part of a sample is missing, until it was told.
         curves: What vectors it gives beside them, at every site.
         absent: Names of quantities that this model cannot have: nothing is written of them.
-        shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first speaks for them.
+        shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first
+            speaks for them.
     """
 
     quantities: Sequence[Quantity]
@@ -95,7 +97,9 @@ class Gauge(Source):
 
     @abstractmethod
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found in this sample: all batches of the due step are over. Called on every process, so it may communicate."""
+        """What was found in this sample: all batches of the due step are over. Called on every process, so it may
+        communicate.
+        """
 
     def labels(self) -> Sequence[str]:
         """The sites, and the whole model."""

@@ -52,7 +52,10 @@ class GaugeRecorder(Recorder):
     @property
     def curves(self) -> list[Curve]:
         """Its vectors."""
-        with_prefix = ((curve, self._prefix + curve.name, curve.middles and self._prefix + curve.middles) for curve in self._gauge.curves)
+        with_prefix = (
+            (curve, self._prefix + curve.name, curve.middles and self._prefix + curve.middles)
+            for curve in self._gauge.curves
+        )
         return [replace(curve, name=name, middles=middles) for curve, name, middles in with_prefix]
 
     def is_global(self, quantity: str) -> bool:
@@ -93,11 +96,18 @@ class GaugeRecorder(Recorder):
         values = torch.stack([_column(self._asked, numbers.values, like) for numbers in found], -1)
         errors = torch.stack([_column(self._asked, numbers.errors, like) for numbers in found], -1)
         lost = torch.isnan(values).all(0)
-        vectors = [torch.stack([_vector(curve, numbers, like) for numbers in found], -1) for curve in self._gauge.curves]
+        vectors = [
+            torch.stack([_vector(curve, numbers, like) for numbers in found], -1) for curve in self._gauge.curves
+        ]
         return Staged([numbers.site for numbers in found], torch.cat([values, lost[None], *vectors]), errors, {})
 
     def _fresh(self) -> Results:
-        results = Results(len(self._asked), spectra=False, subspaces=False, num_orders=sum(len(curve.axis) for curve in self._gauge.curves))
+        results = Results(
+            len(self._asked),
+            spectra=False,
+            subspaces=False,
+            num_orders=sum(len(curve.axis) for curve in self._gauge.curves),
+        )
         # Which of them are estimates may differ from sample to sample.
         results.estimated = True
         return results

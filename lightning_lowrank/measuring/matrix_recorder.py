@@ -53,7 +53,9 @@ class MatrixRecorder(Recorder):
         self._histograms = histograms
         self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
         # Where a statistic reads all singular values they cost nothing; they are not decomposed for.
-        self.needs: Needs = max((s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments")
+        self.needs: Needs = max(
+            (s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments"
+        )
         self.needs = "values" if histograms else self.needs
         self._owners: dict[str, int] = {}
         super().__init__(probe, prefix=prefix)
@@ -85,10 +87,14 @@ class MatrixRecorder(Recorder):
 
     def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
         """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
-        self._results.know({label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels})
+        self._results.know(
+            {label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels}
+        )
         self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
         beside = any(statistic.partner == "weight" for statistic in self.statistics)
-        taken = take(readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside)
+        taken = take(
+            readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside
+        )
         self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
 
     def report(self) -> dict[str, Tensor]:
@@ -107,7 +113,9 @@ class MatrixRecorder(Recorder):
 
     def _fresh(self) -> Results:
         orders = 1 + COUNT if self.needs == "values" else 0
-        return Results(len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders)
+        return Results(
+            len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders
+        )
 
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""
@@ -126,7 +134,11 @@ class MatrixRecorder(Recorder):
     def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
         if statistic.takes == (Spectrum,):
             return estimate(statistic, group.spectrum)
-        value = statistic(group.now, group.before) if statistic.partner == "previous" else statistic(group.spectrum, group.weight)
+        value = (
+            statistic(group.now, group.before)
+            if statistic.partner == "previous"
+            else statistic(group.spectrum, group.weight)
+        )
         return value, torch.zeros_like(value)
 
     def _groups(self, taken: Sequence[Taken], generator: torch.Generator) -> list[Group]:
@@ -174,7 +186,9 @@ class MatrixRecorder(Recorder):
 def _joined(spectra: Sequence[Spectrum]) -> Spectrum:
     """Spectra of one kind as one batch `[n, K]`, behind the axis of probes where there is one."""
     first, axis = spectra[0], int(spectra[0].num_probes > 0)
-    values, weights = (torch.cat([_flat(getattr(s, field), axis) for s in spectra], axis) for field in ("values", "weights"))
+    values, weights = (
+        torch.cat([_flat(getattr(s, field), axis) for s in spectra], axis) for field in ("values", "weights")
+    )
     coarse = [s.coarse for s in spectra if s.coarse is not None]
     return replace(first, values=values, weights=weights, coarse=_joined(coarse) if coarse else None)
 

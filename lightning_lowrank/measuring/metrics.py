@@ -49,16 +49,20 @@ class SpectralStatistic(Metric):
     def __init__(self, statistic: str, *, k: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistic, self.k = find(statistic), k
-        # A MetricCollection feeds only one of the metrics whose states are equal after the first batch, and of the identity all ranks are:
-        # what two statistics add up needs two names.
+        # A MetricCollection feeds only one of the metrics whose states are equal after the first batch, and of the
+        # identity all ranks are: what two statistics add up needs two names.
         self._sum = f"sum_of_{self.statistic.name}_{k}"
         self.add_state(self._sum, torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
     def update(self, *matrices: Num[Tensor, "*_ M N"] | Spectrum | Subspace | Scaling) -> None:
-        """Add a batch of matrices; two of them for a statistic of a pair. Or of the value objects that the statistic takes."""
+        """Add a batch of matrices; two of them for a statistic of a pair. Or of the value objects that the statistic
+        takes.
+        """
         if len(matrices) != len(self.statistic.takes):
-            raise ValueError(f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}")
+            raise ValueError(
+                f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
+            )
         pairs = zip(self.statistic.takes, matrices, strict=True)
         values = self.statistic(*(self._value(kind, m) if isinstance(m, Tensor) else m for kind, m in pairs))
         setattr(self, self._sum, self.total + values.sum().to(self.total))
@@ -113,7 +117,7 @@ class SiteMeans(Metric):
 
 @lru_cache(maxsize=1024)
 def _index(sites: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: the same sites are read at every sample, and moving their numbers to the device means to wait for it."""
+    """Indices of the sites on the device; cached, because moving them there at every sample would wait for it."""
     return torch.tensor(sites, device=device)
 
 
@@ -156,7 +160,8 @@ class Gram(Metric):
 
         Args:
             centred: About the mean of the rows, not as they are.
-            num_rows: How many all processes have seen, from who knows: unless given it is read from the device, which has to be waited for.
+            num_rows: How many all processes have seen, from who knows: unless given it is read from the device, which
+                has to be waited for.
         """
         gram, total, rows = self.compute()
         # torchmetrics makes a single number of a single entry.

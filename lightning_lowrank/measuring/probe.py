@@ -22,7 +22,8 @@ class Probe:
         schedule: `step -> bool`.
 
     Raises:
-        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would work.
+        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would
+            work.
     """
 
     name: str
@@ -39,7 +40,10 @@ class Probe:
                 raise ValueError(f"probe {self.name!r}: {error}") from error
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
-            raise ValueError(f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are {_offered(self.source)}")
+            raise ValueError(
+                f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are "
+                f"{_offered(self.source)}"
+            )
 
 
 def refuse_namesakes(probes: Sequence[Probe]) -> None:

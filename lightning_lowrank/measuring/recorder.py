@@ -20,7 +20,8 @@ BATCH = -1
 
 
 class Recorder(ABC):
-    """A probe at work: turns what its source gives into numbers per site, staged until the optimizer has really stepped.
+    """A probe at work: turns what its source gives into numbers per site, staged until the optimizer has really
+    stepped.
 
     Attributes:
         expected: Sites that are to have a number.

@@ -1,6 +1,7 @@
 """Numbers of a sample in the making, per site, here and over all processes.
 
-Shape letters:  Q statistics   all: these, whether the matrix was lost, and order statistics   n matrices measured at once   S sites
+Shape letters:  Q statistics   all: these, whether the matrix was lost, and order statistics   n matrices measured at
+once   S sites
                 K values kept
 """
 
@@ -87,13 +88,22 @@ class Results:
             self._kept |= {(kind, label): row for label, row in zip(staged.labels, rows, strict=True)}
 
     def packed(self, device: torch.device) -> Float[Tensor, " _"]:
-        """All of it as one vector, of the same length on every process, to be added up; NaN where there is no memory for it."""
+        """All of it as one vector, of the same length on every process, to be added up; NaN where there is no memory
+        for it.
+        """
         with suppress(Exception):
             self._make_room(device)
             kept = [_sized(self._kept.get(key), size, self.means.total) for key, size in self._sizes()]
             return torch.cat([tensor.flatten() for tensor in (*self._sums(), *kept)])
-        rows = ((2 * self._num_statistics + 3 if self.estimated else self._num_statistics + 2) + self._num_orders) * len(self.columns)
-        return torch.full((rows + sum(size.numel() for _, size in self._sizes()),), torch.nan, dtype=working_dtype(device), device=device)
+        rows = (
+            (2 * self._num_statistics + 3 if self.estimated else self._num_statistics + 2) + self._num_orders
+        ) * len(self.columns)
+        return torch.full(
+            (rows + sum(size.numel() for _, size in self._sizes()),),
+            torch.nan,
+            dtype=working_dtype(device),
+            device=device,
+        )
 
     def unpack(self, vector: Float[Tensor, " _"]) -> None:
         """Take the sum over all processes in the place of what was found here."""
@@ -128,7 +138,10 @@ class Results:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The last sample's subspaces."""
-        return {kind: {label: tensor for (of, label), tensor in self._previous.items() if of == kind} for kind in (BASIS, VALUES)}
+        return {
+            kind: {label: tensor for (of, label), tensor in self._previous.items() if of == kind}
+            for kind in (BASIS, VALUES)
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take them back."""
@@ -154,9 +167,15 @@ class Results:
 
     def _metrics(self) -> tuple[SiteMeans, SiteMeans]:
         """Means of the statistics and of whether a site was lost; means of the errors."""
-        num_rows, num_errors, num_sites = self._num_statistics + 1 + self._num_orders, self._num_statistics, len(self.columns)
+        num_rows, num_errors, num_sites = (
+            self._num_statistics + 1 + self._num_orders,
+            self._num_statistics,
+            len(self.columns),
+        )
         # They are added up with everything else of a report, in one collective.
-        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(num_errors, num_sites, sync_on_compute=False)
+        return SiteMeans(num_rows, num_sites, sync_on_compute=False), SiteMeans(
+            num_errors, num_sites, sync_on_compute=False
+        )
 
     def _make_room(self, device: torch.device) -> None:
         """Metrics as wide as the known sites, with what the narrower ones had."""

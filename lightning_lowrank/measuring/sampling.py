@@ -19,7 +19,8 @@ from lightning_lowrank.measuring.source import Begun, Step
 class Sampling:
     """Leads the due recorders through the moments of training steps.
 
-    An optimizer that does not step in the due batch (accumulation, a GradScaler that skips, alternating networks) is read at its next step.
+    An optimizer that does not step in the due batch (accumulation, a GradScaler that skips, alternating networks) is
+    read at its next step.
 
     Args:
         module: The one in training.
@@ -28,7 +29,8 @@ class Sampling:
         team: The processes that share the work.
         guard: Context in which to run what the optimizer's hook calls.
         may_skip: There is a GradScaler, so that an optimizer that calls no hook has skipped its step.
-        hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner does it later.
+        hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner
+            does it later.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Sampling:
         self._has_read_free = False
 
     def owed(self, given: Mapping[str, set[str]]) -> dict[str, Any]:
-        """What it still waits for, as plain numbers: optimizers, and of each recorder the sites that had their number."""
+        """State of an unfinished sample as plain numbers: optimizers awaited, and each recorder's finished sites."""
         sites = {r.name: dict.fromkeys(sorted(given.get(r.name, ())), True) for r in self.recorders}
         return {"optimizers": dict.fromkeys(map(str, sorted(self._pending)), True), "given": sites}
 
@@ -96,7 +98,12 @@ class Sampling:
         step = Step(optimizer, self._to_read(optimizer), scale)
         self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator, self._team))
         if scale is not None:
-            self._finite += [torch.isfinite(local(p.grad)).all() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            self._finite += [
+                torch.isfinite(local(p.grad)).all()
+                for g in optimizer.param_groups
+                for p in g["params"]
+                if p.grad is not None
+            ]
         self._open[index] = step
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
 
@@ -123,7 +130,9 @@ class Sampling:
         return self._agreed()
 
     def report(self) -> dict[str, Tensor]:
-        """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may have skipped."""
+        """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may
+        have skipped.
+        """
         self._each(lambda r: r.sample_over(self._generator, self._team))
         self._each(lambda r: r.commit(BATCH))
         for recorder in self.recorders:
@@ -144,7 +153,9 @@ class Sampling:
             return
         device = self._generator.device
         dtype = working_dtype(device)
-        lost = torch.stack([~finite for finite in self._finite]).sum() if self._finite else torch.zeros((), device=device)
+        lost = (
+            torch.stack([~finite for finite in self._finite]).sum() if self._finite else torch.zeros((), device=device)
+        )
         vectors = [lost.to(dtype).reshape(1), *(recorder.packed(device) for recorder in self.recorders)]
         parts = self._team.summed(torch.cat(vectors)).split([len(vector) for vector in vectors])
         for recorder, part in zip(self.recorders, parts[1:], strict=True):
@@ -211,4 +222,7 @@ def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[
             troubles.append(f"{recorder.name}: {type(error).__name__}: {error}")
     sites = [list(recorder.sites) for recorder in recorders]
     agreed = all(others == sites for others in team.said(sites))
-    return troubles if agreed else [*troubles, "the processes have different matrices, so that nothing is watched"], agreed
+    return troubles if agreed else [
+        *troubles,
+        "the processes have different matrices, so that nothing is watched",
+    ], agreed

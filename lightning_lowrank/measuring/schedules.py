@@ -41,7 +41,8 @@ class Every:
         whole = type(self.n) is int and type(self.start) is int
         if not whole or self.n < 1 or self.start < 0:
             raise ValueError(
-                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 and start at least 0"
+                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 "
+                "and start at least 0"
             )
 
     def __call__(self, step: int) -> bool:
@@ -59,12 +60,14 @@ class Spent(NamedTuple):
 
 @dataclass(eq=False)
 class Budget:
-    """As often as costs at most a share of training time: measured once in a warm-up, then every so many steps, fixed for the run.
+    """As often as costs at most a share of training time: measured once in a warm-up, then every so many steps, fixed
+    for the run.
 
-    The warm-up is the first 100 optimizer steps. There is a sample at the first, which counts for nothing, like all of the first 20 steps
-    (compilation, allocators, caches); then 8 samples, every 10 steps. From medians (what a sample took, what a step took without, what it
-    costs to ask at every step) follows the cadence that takes 0.8 of the share; of several processes the longest that one of them wants.
-    The promise is for the time after that. The cadence is in the checkpoint; a run resumed in its warm-up begins it again.
+    The warm-up is the first 100 optimizer steps. There is a sample at the first, which counts for nothing, like all of
+    the first 20 steps (compilation, allocators, caches); then 8 samples, every 10 steps. From medians (what a sample
+    took, what a step took without, what it costs to ask at every step) follows the cadence that takes 0.8 of the share;
+    of several processes the longest that one of them wants. The promise is for the time after that. The cadence is in
+    the checkpoint; a run resumed in its warm-up begins it again.
 
     Where a sample waits for other processes, that is part of what it takes.
 
@@ -85,7 +88,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not isinstance(self.share, float) or not 0 < self.share < 1:
-            raise ValueError(f"max_overhead, Budget(share={self.share!r}): a share of training time above 0 and below 1, 0.01 for 1 %")
+            raise ValueError(
+                f"max_overhead, Budget(share={self.share!r}): a share of training time above 0 and below 1, "
+                "0.01 for 1 %"
+            )
         self.forget()
 
     def forget(self) -> None:
@@ -126,7 +132,9 @@ class Budget:
 
     @property
     def overhead(self) -> float:
-        """Percent of training time that was ours since the cadence was chosen, or since the first sample of a run resumed; NaN before."""
+        """Percent of training time that was ours since the cadence was chosen, or since the first sample of a run
+        resumed; NaN before.
+        """
         if self._mark is None or self._now is None or self._now.total <= self._mark.total:
             return math.nan
         return 100 * (self._now.own - self._mark.own) / (self._now.total - self._mark.total)
@@ -178,7 +186,8 @@ def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
         share: Of all time.
         sample: Seconds of a sample.
         step: Seconds of a step of training, ours aside.
-        idle: Seconds of ours at every step, due or not. If that is all there is to spend, samples have a tenth of it all the same.
+        idle: Seconds of ours at every step, due or not. If that is all there is to spend, samples have a tenth of it
+            all the same.
 
     Example:
         >>> cadence(0.01, sample=0.008, step=0.0992)
@@ -196,5 +205,7 @@ def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:
     """
     budgets = [schedule for schedule in schedules if isinstance(schedule, Budget)]
     if budgets and any(schedule is not budgets[0] for schedule in schedules):
-        raise ValueError("a Budget is for all that a monitor does in training: give all of its probes one and the same Budget object")
+        raise ValueError(
+            "a Budget is for all that a monitor does in training: give all of its probes one and the same Budget object"
+        )
     return budgets[0] if budgets else None

@@ -19,7 +19,8 @@ from lightning_lowrank.models.views import View
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source has to offer for one place: made into matrices, or their spectrum, only by the process that measures it.
+    """What a source has to offer for one place: made into matrices, or their spectrum, only by the process that
+    measures it.
 
     Every process has the same readings in the same order; their parts differ where tensors are sharded or summands.
 
@@ -48,7 +49,8 @@ class Step:
 
     Attributes:
         optimizer: The one that steps.
-        parameters: Ids of the parameters to read now: its own, and with the first optimizer of a sample also those that none owns.
+        parameters: Ids of the parameters to read now: its own, and with the first optimizer of a sample also those that
+            none owns.
         scale: What gradients are still multiplied by (fused optimizers under a GradScaler), None for 1.
     """
 
@@ -83,7 +85,8 @@ class Begun:
 
 
 class Source(ABC):
-    """Where matrices come from. Each moment is called on due steps only; a source answers at the moments that it reads at.
+    """Where matrices come from. Each moment is called on due steps only; a source answers at the moments that it reads
+    at.
 
     Attributes:
         name: First part of the tags.
@@ -118,7 +121,9 @@ class Source(ABC):
         """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
 
     def units(self) -> Mapping[str, torch.Size]:
-        """What can be shared out between processes before it is read: shapes of the readings to come, by their first label."""
+        """What can be shared out between processes before it is read: shapes of the readings to come, by their first
+        label.
+        """
         return {}
 
     def batch_begins(self, begun: Begun) -> None:
@@ -171,7 +176,8 @@ class ParameterSource(Source):
     """A source whose sites are parameters of the module.
 
     Args:
-        match: Parameters to read: globs on the full name, `re:REGEX`, `type:LAYERCLASS`, one or several; all matrices unless given.
+        match: Parameters to read: globs on the full name, `re:REGEX`, `type:LAYERCLASS`, one or several; all matrices
+            unless given.
         exclude: The same, taken away.
         min_size: Shortest side of a matrix to read.
         heads: Split attention weights by head.
@@ -190,10 +196,17 @@ class ParameterSource(Source):
 
     def plan(self, module: nn.Module) -> None:
         """Choose the sites, anew only when parameters came or went."""
-        # With names: a parametrization keeps the parameter and changes where it is, as a lazy module keeps it and gives it a shape.
+        # With names: a parametrization keeps the parameter and changes where it is, as a lazy module keeps it and gives
+        # it a shape.
         seen = tuple((name, id(parameter), is_lazy(parameter)) for name, parameter in module.named_parameters())
         if seen != self._seen:
-            chosen = {"match": self.match, "exclude": self.exclude, "min_size": self.min_size, "heads": self.heads, "views": self.views}
+            chosen = {
+                "match": self.match,
+                "exclude": self.exclude,
+                "min_size": self.min_size,
+                "heads": self.heads,
+                "views": self.views,
+            }
             self.sites = sites(module, **chosen)  # type: ignore[arg-type]
             self._seen = seen
 

@@ -24,7 +24,8 @@ MOST_OUTPUTS = 256
 
 
 def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor, ""]:
-    """Half the squared length of parameters, times the strength, to be added to a loss: what a gradient gets of it is `strength * W`.
+    """Half the squared length of parameters, times the strength, to be added to a loss: what a gradient gets of it is
+    `strength * W`.
 
     Raises:
         ValueError: There are no parameters, or names with them.
@@ -40,7 +41,9 @@ def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor,
     return 0.5 * strength * torch.stack([parameter.square().sum() for parameter in several]).sum()
 
 
-def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: torch.Generator | None = None) -> Float[Tensor, "*B"]:
+def input_noise(
+    inputs: Float[Tensor, "*B"], deviation: float, *, generator: torch.Generator | None = None
+) -> Float[Tensor, "*B"]:
     """Inputs with independent Gaussian noise on every entry.
 
     Args:
@@ -52,7 +55,9 @@ def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: tor
         ValueError: The entries are no real numbers, or the deviation is negative or not finite.
     """
     if not inputs.is_floating_point() or not 0 <= deviation < inf:
-        raise ValueError(f"input_noise of deviation {deviation!r} on {inputs.dtype}: from 0 on, and on floating point inputs alone")
+        raise ValueError(
+            f"input_noise of deviation {deviation!r} on {inputs.dtype}: from 0 on, and on floating point inputs alone"
+        )
     return inputs + deviation * torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
 
 
@@ -60,10 +65,11 @@ def input_noise(inputs: Float[Tensor, "*B"], deviation: float, *, generator: tor
 def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[str] | None = None) -> Float[Tensor, ""]:
     """Half the mean over examples of the squared length of the outputs' Jacobian by the weights of linear layers.
 
-    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout, running statistics),
-    uncompiled, and gone through backward once for every output; what other examples of the batch are does not count, nor do frozen weights.
-    What the module draws at random in eval mode too is drawn without a trace. With non-reentrant activation checkpointing it can be
-    measured, but not added where a checkpointed part has batch norm.
+    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout,
+    running statistics), uncompiled, and gone through backward once for every output; what other examples of the batch
+    are does not count, nor do frozen weights. What the module draws at random in eval mode too is drawn without a
+    trace. With non-reentrant activation checkpointing it can be measured, but not added where a checkpointed part has
+    batch norm.
 
     Args:
         module: Called with the inputs alone.
@@ -71,9 +77,9 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
         match: Weights, as for monitors: of all linear layers unless given.
 
     Raises:
-        ValueError: There is no trained weight of a linear layer among those that fit, or one is used without a graph (reentrant
-            activation checkpointing); the module does not give one tensor, or a layer does not see one, with the examples along the first
-            axis; or there are more than 256 outputs for each.
+        ValueError: There is no trained weight of a linear layer among those that fit, or one is used without a graph
+            (reentrant activation checkpointing); the module does not give one tensor, or a layer does not see one, with
+            the examples along the first axis; or there are more than 256 outputs for each.
 
     Example:
         >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
@@ -82,7 +88,10 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
     wanted = {id(p) for p in chosen_parameters(module, match, None).values() if p.requires_grad}
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not layers:
-        raise ValueError(f"jacobian_penalty: match={match!r} fits no weight of a linear layer of {type(module).__name__} that is trained")
+        raise ValueError(
+            f"jacobian_penalty: match={match!r} fits no weight of a linear layer of "
+            f"{type(module).__name__} that is trained"
+        )
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     # Until the last backward pass: activation checkpointing runs layers again in it.
     with differentiable_twice(module), unheard(), torch.random.fork_rng(devices), _in_eval_mode(module):
@@ -90,14 +99,20 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
             outputs = module(inputs)
         rows, called = _rows(outputs, inputs), [output for _, _, output in calls]
         if not calls or not all(output.requires_grad for output in (rows, *called)):
-            why = "a layer runs without a graph; checkpoint with use_reentrant=False" if calls else "no such layer is called"
+            why = (
+                "a layer runs without a graph; checkpoint with use_reentrant=False"
+                if calls
+                else "no such layer is called"
+            )
             raise ValueError(f"jacobian_penalty: in the forward of {type(module).__name__} {why}")
         total: Tensor = rows.new_zeros(())
         for column in rows.unbind(1):
             signals = torch.autograd.grad(column.sum(), called, create_graph=True, materialize_grads=True)
             by_weight: dict[int, list[tuple[Tensor, Tensor]]] = {}
             for (weight, rows_in, _), signal in zip(calls, signals, strict=True):
-                by_weight.setdefault(weight, []).append((_by_example(rows_in, len(inputs)), _by_example(signal, len(inputs))))
+                by_weight.setdefault(weight, []).append(
+                    (_by_example(rows_in, len(inputs)), _by_example(signal, len(inputs)))
+                )
             total = total + torch.stack([_squared(sides) for sides in by_weight.values()]).sum()
         return 0.5 / len(inputs) * total
 
@@ -105,13 +120,14 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
 class JacobianPenalty(L.Callback):
     """Logs the Jacobian penalty of every batch as `jacobian_penalty`, and adds it to the loss if it is asked to.
 
-    It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and DDP treat it as a
-    part of the loss; the loss that `training_step` logged is without it. `GradientAnatomyMonitor` hears the training's own pass alone: what
-    a penalty that is added brings into a gradient is its `deviation`, and above 5 % of the gradient the shares are blank.
+    It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and
+    DDP treat it as a part of the loss; the loss that `training_step` logged is without it. `GradientAnatomyMonitor`
+    hears the training's own pass alone: what a penalty that is added brings into a gradient is its `deviation`, and
+    above 5 % of the gradient the shares are blank.
 
-    A module that counts or averages in its `forward`, in eval mode too, does so once more at every batch. Where the penalty is only logged,
-    what goes wrong is NaN and one warning; where it is to be added, a training without it would be another one, so that it ends with an
-    error in its first batch.
+    A module that counts or averages in its `forward`, in eval mode too, does so once more at every batch. Where the
+    penalty is only logged, what goes wrong is NaN and one warning; where it is to be added, a training without it would
+    be another one, so that it ends with an error in its first batch.
 
     Args:
         strength: What the penalty is multiplied by.
@@ -120,8 +136,9 @@ class JacobianPenalty(L.Callback):
         inputs_of: `batch -> inputs`; the batch, or the first of a tuple or list, unless given.
 
     Raises:
-        ValueError: The strength is no finite number. When training starts: the module has no `forward`, or it optimises by hand and the
-            penalty is to be added. In the first batch, if it is to be added: inputs are no tensor, or what `jacobian_penalty` refuses.
+        ValueError: The strength is no finite number. When training starts: the module has no `forward`, or it optimises
+            by hand and the penalty is to be added. In the first batch, if it is to be added: inputs are no tensor, or
+            what `jacobian_penalty` refuses.
 
     Example:
         >>> JacobianPenalty(1e-3, add=True).add
@@ -145,11 +162,17 @@ class JacobianPenalty(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what it cannot know: how to run the module, and which of several losses to add to."""
         if self.add and not pl_module.automatic_optimization:
-            raise ValueError("JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step")
+            raise ValueError(
+                "JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step"
+            )
         if type(pl_module).forward is L.LightningModule.forward:
-            raise ValueError(f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward")
+            raise ValueError(
+                f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward"
+            )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Keep the batch."""
         self._batch = batch
 
@@ -169,7 +192,10 @@ class JacobianPenalty(L.Callback):
         try:
             inputs = self.inputs_of(self._batch)
             if not isinstance(inputs, Tensor):
-                raise ValueError(f"JacobianPenalty: inputs are a {type(inputs).__name__} and no tensor; say where they are by inputs_of=")
+                raise ValueError(
+                    f"JacobianPenalty: inputs are a {type(inputs).__name__} and no tensor; say where they are "
+                    "by inputs_of="
+                )
             penalty: Tensor = jacobian_penalty(module, inputs, self.match)
             return penalty
         except Exception as error:  # to watch must not end a run
@@ -185,22 +211,32 @@ def _rows(outputs: Any, inputs: Tensor) -> Float[Tensor, "B C"]:
     """What the module gave, a row for each example."""
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs) or outputs.numel() == 0:
         found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise ValueError(f"jacobian_penalty: the module gave {found} of {len(inputs)} examples; wrap it to give one tensor, by example")
+        raise ValueError(
+            f"jacobian_penalty: the module gave {found} of {len(inputs)} examples; wrap it to give one "
+            "tensor, by example"
+        )
     rows = outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]
     if rows.shape[1] > MOST_OUTPUTS:
-        raise ValueError(f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; {MOST_OUTPUTS} at most")
+        raise ValueError(
+            f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; "
+            f"{MOST_OUTPUTS} at most"
+        )
     return rows
 
 
 def _by_example(rows: Tensor, num_examples: int) -> Float[Tensor, "B T _"]:
     """Rows of a layer, those of an example together."""
     if rows.ndim < 2 or len(rows) != num_examples:
-        raise ValueError(f"jacobian_penalty: a layer sees shape {tuple(rows.shape)} of {num_examples} examples: they belong first")
+        raise ValueError(
+            f"jacobian_penalty: a layer sees shape {tuple(rows.shape)} of {num_examples} examples: they belong first"
+        )
     return rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None]
 
 
 def _squared(sides: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
-    """Sum over examples of the squared length of the gradient of one output by a weight, from the two sides of all calls."""
+    """Sum over examples of the squared length of the gradient of one output by a weight, from the two sides of all
+    calls.
+    """
     inputs, signals = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
     if inputs.shape[1] == 1:
         return (inputs.square().sum(-1) * signals.square().sum(-1)).sum()

@@ -27,8 +27,10 @@ class Product:
     """How the A and B of a LoRA pair are multiplied.
 
     Attributes:
-        blocks: A stacks the factors of this many blocks, B their partners: groups of a convolution; q, k and v; experts.
-        experts: The blocks are experts in peft's layout: the expert is the faster index of B's columns, the slower one of A's rows.
+        blocks: A stacks the factors of this many blocks, B their partners: groups of a convolution; q, k and v;
+            experts.
+        experts: The blocks are experts in peft's layout: the expert is the faster index of B's columns, the slower one
+            of A's rows.
         transposed: The layer computes `x A B`, not `B A x`.
     """
 
@@ -44,7 +46,9 @@ class Product:
         if a.shape[1] == b.shape[0] < a.shape[0] and a.ndim == 2:
             return cls(transposed=True)
         blocks = a.shape[0] * experts // b[0].numel()
-        fits = a.shape[0] * experts == b[0].numel() * blocks and b.shape[0] * experts % max(blocks, 1) == 0 and blocks > 0
+        fits = (
+            a.shape[0] * experts == b[0].numel() * blocks and b.shape[0] * experts % max(blocks, 1) == 0 and blocks > 0
+        )
         return cls(blocks, experts > 1) if fits else None
 
     def __call__(self, a: Shaped[Tensor, "R ..."], b: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "_ N"]:
@@ -53,7 +57,9 @@ class Product:
             return (a @ b).mT
         experts = self.blocks if self.experts else 1
         tall = rearrange(b.flatten(1), "m (r e) -> (e m) r", e=experts)
-        stacked = rearrange(tall, "(g m) r -> g m r", g=self.blocks) @ rearrange(a.flatten(1), "(g r) n -> g r n", g=self.blocks)
+        stacked = rearrange(tall, "(g m) r -> g m r", g=self.blocks) @ rearrange(
+            a.flatten(1), "(g r) n -> g r n", g=self.blocks
+        )
         return rearrange(stacked, "g m n -> (g m) n")
 
     def shape(self, a: Tensor, b: Tensor) -> tuple[int, int]:
@@ -70,7 +76,9 @@ def wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed(parametrization: ParametrizationList) -> Iterator[dict[str, Tensor]]:
-    """The parametrization in eval mode, with copies of its buffers to compute with; generators, flags and attributes are put back after."""
+    """The parametrization in eval mode, with copies of its buffers to compute with; generators, flags and attributes
+    are put back after.
+    """
     kept = {module: dict(module.__dict__) for module in parametrization.modules()}
     tensors = [(t, t.clone()) for attributes in kept.values() for t in attributes.values() if isinstance(t, Tensor)]
     numbers = random.getstate()
@@ -106,7 +114,9 @@ def pushed_forward(parametrization: ParametrizationList, values: Sequence[Tensor
             return functional_call(parametrization, {**buffers, **dict(zip(names, values, strict=True))}, ())  # type: ignore[no-any-return]
 
         # Not torch.func.jvp: its first call compiles TorchScript, with a deprecation warning that is not the user's.
-        _, change = torch.autograd.functional.jvp(weight, tuple(v.detach() for v in values), tuple(c.detach() for c in changes))
+        _, change = torch.autograd.functional.jvp(
+            weight, tuple(v.detach() for v in values), tuple(c.detach() for c in changes)
+        )
         return change  # type: ignore[no-any-return]
 
 

@@ -18,7 +18,8 @@ def tag(name: str) -> str:
 
 
 def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module]) -> set[str]:
-    """The names that one of the patterns fits: a glob, `re:` and a regular expression, or `type:` and a class of the layer.
+    """The names that one of the patterns fits: a glob, `re:` and a regular expression, or `type:` and a class of the
+    layer.
 
     Args:
         argument: What the user calls the patterns: the beginning of the message.
@@ -30,7 +31,9 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
     found: set[str] = set()
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
-        raise ValueError(f"{argument}={patterns!r}: patterns are words, one or a list of them: globs, 're:REGEX', 'type:LAYERCLASS'")
+        raise ValueError(
+            f"{argument}={patterns!r}: patterns are words, one or a list of them: globs, 're:REGEX', 'type:LAYERCLASS'"
+        )
     for pattern in several:
         test = _test(argument, pattern)
         hits = {name for name, layer in layers.items() if test(name, layer)}
@@ -40,7 +43,9 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
     return found
 
 
-def chosen_parameters(module: nn.Module, match: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
+def chosen_parameters(
+    module: nn.Module, match: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> dict[str, nn.Parameter]:
     """By tag the parameters that `match` fits, all unless given, without those that `exclude` fits.
 
     Raises:

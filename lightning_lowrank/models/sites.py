@@ -20,7 +20,9 @@ from lightning_lowrank.models.names import fitting, tag
 from lightning_lowrank.models.views import View, view_of
 
 PARAMETRIZED = re.compile(r"(?P<layer>(?:.*\.)?)parametrizations\.(?P<local>[^.]+)")
-FACTOR = re.compile(r"(?P<layer>(?:.*\.)?)lora_(?:embedding_)?(?P<letter>A|a|down)(?P<adapter>\.(?!weight$)[^.]+)?(?:\.weight)?")
+FACTOR = re.compile(
+    r"(?P<layer>(?:.*\.)?)lora_(?:embedding_)?(?P<letter>A|a|down)(?P<adapter>\.(?!weight$)[^.]+)?(?:\.weight)?"
+)
 PARTNER = {"A": "B", "a": "b", "down": "up"}
 
 
@@ -67,9 +69,11 @@ class Site:
         return self.view(values[0] if self.parametrization is None else computed(self.parametrization, values))
 
     def tangent(self, changes: Sequence[Tensor], values: Sequence[Tensor] = ()) -> Num[Tensor, "*B M N"]:
-        """What changes of the parameters mean for the matrices to first order, at whole values of them; at those of now unless given.
+        """What changes of the parameters mean for the matrices to first order, at whole values of them; at those of now
+        unless given.
 
-        Of a LoRA pair `dB A + B dA`. Of a parametrised weight the change of its largest original, as it is where it has the weight's shape.
+        Of a LoRA pair `dB A + B dA`. Of a parametrised weight the change of its largest original, as it is where it has
+        the weight's shape.
         """
         if self.linear:
             return self.view(changes[0].detach())
@@ -94,15 +98,18 @@ def sites(
     heads: bool = False,
     views: Mapping[str, str | View] | None = None,
 ) -> list[Site]:
-    """The places of a module where matrices are: of each layer those that its type implies, each tensor once, in the order of the module.
+    """The places of a module where matrices are: of each layer those that its type implies, each tensor once, in the
+    order of the module.
 
     Args:
-        match: Only what one of these patterns fits: a glob on the full name (`*.attn.*`), `re:` and a regular expression that is searched
-            in it, or `type:` and the class of the layer or one of its bases (`type:Linear`).
+        match: Only what one of these patterns fits: a glob on the full name (`*.attn.*`), `re:` and a regular
+            expression that is searched in it, or `type:` and the class of the layer or one of its bases
+            (`type:Linear`).
         exclude: Not what one of these patterns fits.
         min_size: Shortest side of a matrix below which it is left out.
         heads: One matrix per attention head, where the layer knows how many it has.
-        views: Patterns as above, with the view to take instead of the one that the layer's type implies; the last that fits counts.
+        views: Patterns as above, with the view to take instead of the one that the layer's type implies; the last that
+            fits counts.
 
     Raises:
         ValueError: A pattern fits nothing, or a view does not fit its tensor.
@@ -158,13 +165,25 @@ class _Tensor:
             if taken.isdisjoint(labels):
                 break
         taken.update(labels)
-        return Site(name, self.parameters, view, labels, view.shape(self.name, self.like.shape), self.product, self.parametrization)
+        return Site(
+            name,
+            self.parameters,
+            view,
+            labels,
+            view.shape(self.name, self.like.shape),
+            self.product,
+            self.parametrization,
+        )
 
 
 def _tensors(module: nn.Module) -> list[_Tensor]:
     """Each weight once: LoRA pairs as one, parametrised ones computed, tied ones under their first name."""
     layers = dict(module.named_modules())
-    attentions = {id(getattr(m.out_proj, "base_layer", m.out_proj)): m for m in layers.values() if isinstance(m, nn.MultiheadAttention)}
+    attentions = {
+        id(getattr(m.out_proj, "base_layer", m.out_proj)): m
+        for m in layers.values()
+        if isinstance(m, nn.MultiheadAttention)
+    }
     named = _named_parameters(layers)
     pairs = {name: pair for name in named if (pair := _pair(name, named, layers))}
     known = {id(pair.parameters[1]): pair for pair in pairs.values()}
@@ -176,7 +195,9 @@ def _tensors(module: nn.Module) -> list[_Tensor]:
         if isinstance(owner, ParametrizationList) and PARAMETRIZED.match(name) and _computable(owner):
             tensor = _parametrized(name, owner, layers, attentions)
         else:
-            tensor = pairs.get(name) or _Tensor((tag(name), name), owner, (parameter,), parameter, attentions.get(id(owner)))
+            tensor = pairs.get(name) or _Tensor(
+                (tag(name), name), owner, (parameter,), parameter, attentions.get(id(owner))
+            )
         known.update({id(parameter): tensor for parameter in tensor.parameters})
         tensors.append(tensor)
     return tensors
@@ -202,7 +223,10 @@ def _computable(owner: ParametrizationList) -> bool:
 
 
 def _parametrized(
-    name: str, owner: ParametrizationList, layers: Mapping[str, nn.Module], attentions: Mapping[int, nn.MultiheadAttention]
+    name: str,
+    owner: ParametrizationList,
+    layers: Mapping[str, nn.Module],
+    attentions: Mapping[int, nn.MultiheadAttention],
 ) -> _Tensor:
     """A weight that is computed from its originals, under the name that the layer knows it by."""
     found = PARAMETRIZED.match(name)
@@ -214,7 +238,9 @@ def _parametrized(
     return _Tensor((clean, name), layer, originals, like, attentions.get(id(layer)), parametrization=owner)
 
 
-def _pair(name: str, named: Mapping[str, tuple[nn.Parameter, nn.Module]], layers: Mapping[str, nn.Module]) -> _Tensor | None:
+def _pair(
+    name: str, named: Mapping[str, tuple[nn.Parameter, nn.Module]], layers: Mapping[str, nn.Module]
+) -> _Tensor | None:
     """The LoRA pair that this parameter is the A of."""
     found = FACTOR.fullmatch(name) if "lora_" in name else None
     if found is None:
@@ -230,7 +256,9 @@ def _pair(name: str, named: Mapping[str, tuple[nn.Parameter, nn.Module]], layers
     if product is None:
         return None
     clean = tag(f"{found['layer']}lora{found['adapter'] or ''}")
-    return _Tensor((clean, name, partner), layer, (a, b), torch.empty(product.shape(a, b), device="meta"), product=product)
+    return _Tensor(
+        (clean, name, partner), layer, (a, b), torch.empty(product.shape(a, b), device="meta"), product=product
+    )
 
 
 def _product_view(tensor: _Tensor, product: Product, heads: bool) -> View | None:

@@ -1,7 +1,7 @@
 """The parts of a model that may share the learning unequally: modules, attention heads, neurons.
 
-Heads and neurons are found where they are read: a head is a block of the inputs of its attention's output projection, a neuron an input
-of the layer after its activation. There a gate on it has an exact gradient (`gates.py`).
+Heads and neurons are found where they are read: a head is a block of the inputs of its attention's output projection, a
+neuron an input of the layer after its activation. There a gate on it has an exact gradient (`gates.py`).
 """
 
 import re
@@ -61,7 +61,11 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Part]:
     found = dict(_projections(module, layers))
     for pattern, count in counts.items():
         found |= dict.fromkeys(_chosen("heads", pattern, layers, weights), count)
-    return {name: _part(name, layers[name], weights[name], count, "heads") for name, count in found.items() if name in weights}
+    return {
+        name: _part(name, layers[name], weights[name], count, "heads")
+        for name, count in found.items()
+        if name in weights
+    }
 
 
 def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projections: Sequence[str]) -> dict[str, Part]:
@@ -69,8 +73,8 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
 
     Args:
         module: Anything.
-        patterns: Names of the layers. Unless given, the second of two linear layers (or of two convolutions) that belong together, where
-            the first gives as much as the second takes, and neither is part of an attention.
+        patterns: Names of the layers. Unless given, the second of two linear layers (or of two convolutions) that
+            belong together, where the first gives as much as the second takes, and neither is part of an attention.
         projections: Output projections of attentions.
 
     Raises:
@@ -78,11 +82,17 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
     """
     layers, weights = _linear_layers(module), _weights(module)
     names = _hidden(layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
-    return {name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons") for name in names if name in weights}
+    return {
+        name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons")
+        for name in names
+        if name in weights
+    }
 
 
 def _projections(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
-    """Output projections with their number of heads: the first linear layer behind those of queries, keys and values that fits them."""
+    """Output projections with their number of heads: the first linear layer behind those of queries, keys and values
+    that fits them.
+    """
     everything = dict(module.named_modules())
     for name, layer in everything.items():
         if isinstance(layer, nn.MultiheadAttention) and f"{name}.out_proj".lstrip(".") in layers:
@@ -121,7 +131,9 @@ def _num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
 def _hidden(layers: Mapping[str, nn.Module], projections: Sequence[str]) -> Iterator[str]:
     """Second layers of pairs; what is between the factors of a LoRA pair is no neuron."""
     for (first, giving), (second, taking) in pairwise(layers.items()):
-        others = any(name in projections or "lora_" in name or _enters_attention(name, layers[name]) for name in (first, second))
+        others = any(
+            name in projections or "lora_" in name or _enters_attention(name, layers[name]) for name in (first, second)
+        )
         alike = isinstance(giving, _ConvNd) == isinstance(taking, _ConvNd)
         if alike and not others and 0 < _outputs(giving) == _inputs(taking) and _belong_together(first, second):
             yield second
@@ -137,7 +149,11 @@ def _belong_together(first: str, second: str) -> bool:
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers that multiply what comes in by a weight, in the order of the module."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd) or is_transposed(layer)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | _ConvNd) or is_transposed(layer)
+    }
 
 
 def _chosen(
@@ -147,7 +163,9 @@ def _chosen(
     names = sorted(fitting(argument, patterns, layers))
     if names and weights.keys().isdisjoint(names) and not any(_is_lazy(layers[name]) for name in names):
         why = "computed (a parametrization), shared with another layer, packed, or in groups"
-        raise ValueError(f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}")
+        raise ValueError(
+            f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}"
+        )
     return names
 
 
@@ -161,8 +179,8 @@ def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argumen
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of which a block is read by one layer and by nothing else, by the name of the layer.
 
-    Not those that are computed from others, have no shape yet, are packed, or have groups; nor those that another layer has too: in an
-    embedding's gradient, or that of a layer before, a gate on these inputs has no part.
+    Not those that are computed from others, have no shape yet, are packed, or have groups; nor those that another layer
+    has too: in an embedding's gradient, or that of a layer before, a gate on these inputs has no part.
     """
     owners = Counter(id(parameter) for owner in module.modules() for parameter in owner._parameters.values())
     found = {}

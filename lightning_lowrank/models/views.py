@@ -32,9 +32,10 @@ class View:
 
     Attributes:
         pattern: For instance `(heads d) n -> heads d n`: one matrix per head.
-        sizes: Lengths of axes that the shape leaves open, as a mapping or pairs. Axes called `qkv`, `kv`, `ifgo` and `rzn` know theirs.
-        parts: Names of the batch entries, appended to the name of the site with a dot. Unless given: `q`, `k`, `v` for an axis
-            called `qkv`, `h0`, `h1`, ... for one called `heads`.
+        sizes: Lengths of axes that the shape leaves open, as a mapping or pairs. Axes called `qkv`, `kv`, `ifgo` and
+            `rzn` know theirs.
+        parts: Names of the batch entries, appended to the name of the site with a dot. Unless given: `q`, `k`, `v` for
+            an axis called `qkv`, `h0`, `h1`, ... for one called `heads`.
 
     Example:
         >>> View("(heads d) n -> heads d n", {"heads": 4})(torch.ones(32, 5)).shape
@@ -81,7 +82,9 @@ def _fitted(view: View, name: str, shape: tuple[int, ...]) -> View:
     batch = view.shape(name, shape)[:-2]
     parts = view.parts or _names(_groups(view.pattern.partition("->")[2])[:-2], batch)
     if len(parts) != prod(batch) and (parts or batch):
-        raise ValueError(f"view {view.pattern!r} makes {prod(batch)} matrices of {name}, but names {len(parts)}: {list(parts)}")
+        raise ValueError(
+            f"view {view.pattern!r} makes {prod(batch)} matrices of {name}, but names {len(parts)}: {list(parts)}"
+        )
     return replace(view, parts=parts)
 
 
@@ -162,7 +165,9 @@ def _bilinear(module: nn.Module, local: str, parameter: Tensor, heads: bool) -> 
 
 
 def _by_name(module: nn.Module, name: str, parameter: Tensor) -> View | None:
-    """Layers without a rule: fused attention by its name, transformers' transposed `Conv1D` by its class, others by their axes."""
+    """Layers without a rule: fused attention by its name, transformers' transposed `Conv1D` by its class, others by
+    their axes.
+    """
     transposed = is_transposed(module) and parameter.ndim == 2
     if is_fused(name, (parameter.shape[1], parameter.shape[0]) if transposed else parameter.shape):
         return _known("n (qkv d) -> qkv d n" if transposed else "(qkv d) n -> qkv d n")
@@ -174,7 +179,9 @@ def _by_name(module: nn.Module, name: str, parameter: Tensor) -> View | None:
 
 
 def is_fused(name: str, shape: Sequence[int]) -> bool:
-    """Whether queries, keys and values are stacked in it, to judge by the name of the parameter or its layer and by the shape."""
+    """Whether queries, keys and values are stacked in it, to judge by the name of the parameter or its layer and by the
+    shape.
+    """
     named = {part.removesuffix("_weight") for part in name.split(".")[-2:]}
     return len(shape) == 2 and shape[0] == 3 * shape[1] and not FUSED.isdisjoint(named)
 

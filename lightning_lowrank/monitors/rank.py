@@ -54,10 +54,10 @@ def RankMonitor(
     Cost: one eigensolver call per matrix and due step, on the default three sources; see the benchmark of overhead.
 
     Args:
-        sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights), `optimizer_state`, `features`,
-            `centred_features`, `validation_features`.
-        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What
-            only some of the sources offer (`weight_ratio`: changes; `subspace_overlap`: not features) is asked of those.
+        sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights),
+            `optimizer_state`, `features`, `centred_features`, `validation_features`.
+        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What only some of
+            the sources offer (`weight_ratio`: changes; `subspace_overlap`: not features) is asked of those.
         every_n_steps: Cadence, in optimizer steps; 50 unless given.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
@@ -72,8 +72,8 @@ def RankMonitor(
         max_overhead: Share of training time that watching may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training starts: a pattern
-            matches nothing; an alert is on what is not measured.
+        ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training
+            starts: a pattern matches nothing; an alert is on what is not measured.
 
     Example:
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
@@ -85,10 +85,15 @@ def RankMonitor(
         raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
     of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
     of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
-    built = [make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]]
+    built = [
+        make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]
+    ]
     schedule = cadence(every_n_steps, max_overhead, 50)
     # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
-    offered = [[name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)] for one in built]
+    offered = [
+        [name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)]
+        for one in built
+    ]
     probes = [Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)]
     return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name, label="rank")
 

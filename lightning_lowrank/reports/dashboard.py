@@ -1,4 +1,6 @@
-"""How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on what sinks already moved."""
+"""How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on what sinks already
+moved.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ def layout(quantities: Mapping[str, Sequence[str]]) -> Layout:
     """
     return {
         f"lowrank {source}": {
-            quantity: ["Margin", [f"lowrank/{quantity}_{end}" for end in ("median", "min", "max")]] for quantity in of_source
+            quantity: ["Margin", [f"lowrank/{quantity}_{end}" for end in ("median", "min", "max")]]
+            for quantity in of_source
         }
         for source, of_source in quantities.items()
     }
@@ -62,13 +65,17 @@ class Watched(Protocol):
 
 
 def summary_table(monitor: Watched) -> Table:
-    """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now, with its standard error.
+    """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now, with its
+    standard error.
 
     Args:
         monitor: One that has watched a run; without a sample the table is empty.
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
-    table = Table(title=f"{monitor.label}: {monitor.overhead:.2f} % of training time", caption="medians over sites, and the lowest now")
+    table = Table(
+        title=f"{monitor.label}: {monitor.overhead:.2f} % of training time",
+        caption="medians over sites, and the lowest now",
+    )
     table.add_column("quantity", overflow="fold")
     for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))

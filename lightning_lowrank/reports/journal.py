@@ -40,9 +40,21 @@ class Journal:
     """
 
     def __init__(
-        self, label: str, *, per_site: bool | Literal["auto"], histograms: bool, alerts: Watch, budget: Budget | None = None
+        self,
+        label: str,
+        *,
+        per_site: bool | Literal["auto"],
+        histograms: bool,
+        alerts: Watch,
+        budget: Budget | None = None,
     ) -> None:
-        self.label, self.per_site, self.histograms, self.alerts, self.budget = label, per_site, histograms, alerts, budget
+        self.label, self.per_site, self.histograms, self.alerts, self.budget = (
+            label,
+            per_site,
+            histograms,
+            alerts,
+            budget,
+        )
         self.first: Sample | None = None
         self.latest: Sample | None = None
         self.failures = 0
@@ -69,9 +81,14 @@ class Journal:
         # First, since all processes must decide alike: what comes after may fail in one of them.
         self.alerts.observe(step, values)
         self._count_losses(recorders, host, awaited)
-        self.first, self.latest = _merged(step, values, self.first, keep=True), _merged(step, values, self.latest, keep=False)
+        self.first, self.latest = (
+            _merged(step, values, self.first, keep=True),
+            _merged(step, values, self.latest, keep=False),
+        )
         of_sites = {q: row for r in recorders for q, row in values.items() if q in r.measured and not r.is_global(q)}
-        of_model = {quantity: next(iter(row.values()), math.nan) for quantity, row in values.items() if quantity not in of_sites}
+        of_model = {
+            quantity: next(iter(row.values()), math.nan) for quantity, row in values.items() if quantity not in of_sites
+        }
         summaries = of_model | {
             f"lowrank/{quantity}_{end}": value
             for quantity, row in of_sites.items()
@@ -82,11 +99,15 @@ class Journal:
         sinks.mirror(trainer, summaries)
         scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
         self.tell(sinks.write(sinks.loggers_of(trainer), scalars, step))
-        self.tell(self._vectors.write(sinks.loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step))
+        self.tell(
+            self._vectors.write(sinks.loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step)
+        )
         self.tell(sinks.write_counts(sinks.loggers_of(trainer), dict(_counts(recorders, host)), step))
         if self.histograms:
             self.tell(
-                sinks.write_histograms(sinks.loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step)
+                sinks.write_histograms(
+                    sinks.loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step
+                )
             )
 
     def announce(self, recorders: Sequence[Recorder]) -> None:
@@ -109,7 +130,11 @@ class Journal:
             self._laid_out = True
             layout = dashboard.layout(quantities)
             self.tell(
-                sinks.tell_writers(sinks.loggers_of(trainer), "add_custom_scalars", lambda writer: dashboard.write_layout(writer, layout))
+                sinks.tell_writers(
+                    sinks.loggers_of(trainer),
+                    "add_custom_scalars",
+                    lambda writer: dashboard.write_layout(writer, layout),
+                )
             )
 
     def begin(self) -> None:
@@ -152,7 +177,9 @@ class Journal:
         """
         self.failures += count
         kind = message.partition(":")[0]
-        self._warn(kind, f"{message}. Training goes on; counted in lowrank/{self.label}_failures.", everywhere=everywhere)
+        self._warn(
+            kind, f"{message}. Training goes on; counted in lowrank/{self.label}_failures.", everywhere=everywhere
+        )
 
     def _warn(self, kind: str, message: str, *, everywhere: bool = False) -> None:
         if kind in self._said:
@@ -182,7 +209,9 @@ class Journal:
                 self.say(f"{recorder.name} is {remark}")
 
     def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
-        """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it has had."""
+        """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it
+        has had.
+        """
         read = {site for site, flag in zip(recorder.sites, flags, strict=True) if not np.isnan(flag)}
         recorder.expected |= dict.fromkeys(sorted(read))
         given = self.given.pop(recorder.name, set()) | read
@@ -198,15 +227,22 @@ class Journal:
             lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
             error = recorder.take_error()
             if lost or error:
-                where = f"{len(lost)} of {len(recorder.expected)} sites, the first is {_named(lost[0])}" if lost else "a part of it"
+                where = (
+                    f"{len(lost)} of {len(recorder.expected)} sites, the first is {_named(lost[0])}"
+                    if lost
+                    else "a part of it"
+                )
                 self.trouble(
-                    f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}", max(1, len(lost)), everywhere=bool(error)
+                    f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}",
+                    max(1, len(lost)),
+                    everywhere=bool(error),
                 )
             elif not recorder.expected:
                 self.say(f"there is no {recorder.name} to read")
 
     def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Scalars of single sites, if they are few or asked for; where they are many, without details, if these are few.
+        """Scalars of single sites, if they are few or asked for; where they are many, without details, if these are
+        few.
 
         Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
         """
@@ -215,7 +251,9 @@ class Journal:
             asked = [(r, q) for r in self._watched for q in r.quantities if not r.is_global(q) and q not in without]
             few = sum(len(r.sites_of(q)) for r, q in asked) <= FEW
             if self.per_site is True or (self.per_site == "auto" and few):
-                return {f"{q}/{site}": value for q, row in values.items() if q not in without for site, value in row.items()}
+                return {
+                    f"{q}/{site}": value for q, row in values.items() if q not in without for site, value in row.items()
+                }
         return {}
 
     def _costs(self, recorders: Sequence[Recorder]) -> dict[str, float]:
@@ -236,7 +274,9 @@ class Journal:
             return {}
         if budget.exceeded:
             spent = f"it took {budget.overhead:.2g} % of the time since the warm-up, {_percent(budget)} were allowed"
-            self._warn("budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable.")
+            self._warn(
+                "budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable."
+            )
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}
 
@@ -265,7 +305,9 @@ def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | 
     if old is None:
         return Sample(step, values)
     both = (values, old.values) if keep else (old.values, values)
-    return Sample(old.step if keep else step, {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **values}})
+    return Sample(
+        old.step if keep else step, {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **values}}
+    )
 
 
 def _when(probe: Probe) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 def step_of(trainer: L.Trainer) -> int:
     """The x-axis of Lightning's own logging: batches that ended in an optimizer step.
 
-    Private, but what `self.log` and Lightning's monitors use; `global_step` counts every optimizer in manual optimization.
+    Private, but what `self.log` and Lightning's monitors use; `global_step` counts every optimizer in manual
+    optimization.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     return int(loop._batches_that_stepped if hasattr(loop, "_batches_that_stepped") else trainer.global_step)
@@ -36,7 +37,9 @@ def to_host(report: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
         here = {key: tensor for key, tensor in report.items() if tensor.device == device}
         flat = torch.cat([tensor.detach().flatten().to(_widest(device)) for tensor in here.values()])
         parts = np.split(flat.cpu().numpy().astype(np.float64), np.cumsum([t.numel() for t in here.values()])[:-1])
-        arrays |= {key: part.reshape(tuple(tensor.shape)) for (key, tensor), part in zip(here.items(), parts, strict=True)}
+        arrays |= {
+            key: part.reshape(tuple(tensor.shape)) for (key, tensor), part in zip(here.items(), parts, strict=True)
+        }
     return arrays
 
 
@@ -47,7 +50,8 @@ def _widest(device: torch.device) -> torch.dtype:
 def write(loggers: Iterable[Logger], scalars: Mapping[str, float], step: int) -> list[Exception]:
     """Hand one flat dict of scalars to every logger; what a logger raises is returned, not raised.
 
-    `self.log` would be the wrong way: it repeats the last value at every `log_every_n_steps` and drops those in between.
+    `self.log` would be the wrong way: it repeats the last value at every `log_every_n_steps` and drops those in
+    between.
     """
 
     def hand(logger: Logger) -> None:
@@ -90,7 +94,9 @@ def _give_up(logger: Logger) -> None:
         with suppress(Exception):
             experiment.close()
         experiment.file_writer = experiment.all_writers = None
-    if isinstance(getattr(experiment, "metrics", None), list):  # Lightning's CSV file: rows that wait, of which not all are ours
+    if isinstance(
+        getattr(experiment, "metrics", None), list
+    ):  # Lightning's CSV file: rows that wait, of which not all are ours
         experiment.metrics = [row for row in experiment.metrics if not any("lowrank/" in key for key in row)]
 
 
@@ -117,10 +123,13 @@ def summaries(values: NDArray[np.float64]) -> dict[str, float]:
     return {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
 
 
-def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int) -> list[Exception]:
+def write_histograms(
+    loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np.float64]], step: int
+) -> list[Exception]:
     """Histograms of log10 of the singular values, for loggers whose experiment takes histograms (TensorBoard).
 
-    Left out is what is below 1e-8 of the largest: rounding of the Gram matrix, which would stretch the axis without end.
+    Left out is what is below 1e-8 of the largest: rounding of the Gram matrix, which would stretch the axis without
+    end.
     """
     positive = {tag: values[values > 1e-8 * np.nanmax(values, initial=0)] for tag, values in spectra.items()}
 
@@ -132,7 +141,9 @@ def write_histograms(loggers: Iterable[Logger], spectra: Mapping[str, NDArray[np
     return tell_writers(loggers, "add_histogram", draw)
 
 
-def write_counts(loggers: Iterable[Logger], counts: Mapping[str, Sequence[NDArray[np.float64]]], step: int) -> list[Exception]:
+def write_counts(
+    loggers: Iterable[Logger], counts: Mapping[str, Sequence[NDArray[np.float64]]], step: int
+) -> list[Exception]:
     """Histograms from the middles of cells of one width and from what is in each, for loggers as above."""
 
     def draw(writer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Everything measured, for the tab of TensorBoard: one vector per quantity and sample instead of one scalar per site."""
+"""Every number for TensorBoard's tab: one vector per quantity and sample instead of one scalar per site."""
 
 import hashlib
 import json
@@ -76,8 +76,9 @@ class Measured(Protocol):
 class Vectors:
     """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are left alone.
 
-    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from its first event
-    only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them, the curve goes on under another tag.
+    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from
+    its first event only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them,
+    the curve goes on under another tag.
     """
 
     def __init__(self) -> None:
@@ -150,20 +151,30 @@ def rows(
     found = [row for recorder in recorders for row in _of_recorder(recorder, values, host)]
     own, alert = f"lowrank/{label}_", "lowrank/alert/"
     summaries = ("_min", "_median", "_max")
-    cost = {tag.removeprefix(own): value for tag, value in scalars.items() if tag.startswith(own) and not tag.endswith(summaries)}
+    cost = {
+        tag.removeprefix(own): value
+        for tag, value in scalars.items()
+        if tag.startswith(own) and not tag.endswith(summaries)
+    }
     states = {tag.removeprefix(alert): value for tag, value in scalars.items() if tag.startswith(alert)}
     return [*found, Row("cost", label, cost), Row("alert", label, states)]
 
 
-def _of_recorder(recorder: Measured, values: Mapping[str, Mapping[str, float]], host: Mapping[str, NDArray[np.float64]]) -> list[Row]:
+def _of_recorder(
+    recorder: Measured, values: Mapping[str, Mapping[str, float]], host: Mapping[str, NDArray[np.float64]]
+) -> list[Row]:
     known = {"source": recorder.name, "level": recorder.probe.source.level}
     found, sites = [], list(recorder.sites)
     for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
-            found.append(Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit}))
+            found.append(
+                Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit})
+            )
     if recorder.orders in host:
-        shapes = {site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None}
+        shapes = {
+            site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None
+        }
         read = {site: host[recorder.orders][:, i] for i, site in enumerate(sites) if site in shapes}
         found.append(Row("spectrum", recorder.name, read, known, [shapes[site] for site in read]))
     for curve in recorder.curves:

@@ -13,7 +13,9 @@ from lightning_lowrank.statistics.effective_rank_energy import effective_rank_en
 from lightning_lowrank.statistics.energy_rank import energy_rank as energy_rank
 from lightning_lowrank.statistics.frobenius_norm import frobenius_norm as frobenius_norm
 from lightning_lowrank.statistics.kept_share import kept_share as kept_share
-from lightning_lowrank.statistics.marchenko_pastur_outliers import marchenko_pastur_outliers as marchenko_pastur_outliers
+from lightning_lowrank.statistics.marchenko_pastur_outliers import (
+    marchenko_pastur_outliers as marchenko_pastur_outliers,
+)
 from lightning_lowrank.statistics.nuclear_to_spectral import nuclear_to_spectral as nuclear_to_spectral
 from lightning_lowrank.statistics.numerical_rank import numerical_rank as numerical_rank
 from lightning_lowrank.statistics.participation_ratio import participation_ratio as participation_ratio

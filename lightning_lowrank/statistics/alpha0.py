@@ -9,10 +9,12 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def alpha0(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Position of the maximum of f(alpha): the exponent with which the mean logarithm of the mass grows, the information dimension.
+    """Position of the maximum of f(alpha): the exponent with which the mean logarithm of the mass grows, the
+    information dimension.
 
-    NeuroMFA calls it regularity. In rank mode it is in units of the dimension of order 2, and independent weights have 1 plus half the
-    size of the floor of `c2_excess`, which is 1.03 with 64 weights per neuron and 1.01 with 1024. In "neuromfa" it falls when weights grow.
+    NeuroMFA calls it regularity. In rank mode it is in units of the dimension of order 2, and independent weights have
+    1 plus half the size of the floor of `c2_excess`, which is 1.03 with 64 weights per neuron and 1.01 with 1024. In
+    "neuromfa" it falls when weights grow.
 
     Args:
         scaling: Of any mode.
@@ -21,10 +23,12 @@ def alpha0(scaling: Scaling) -> Float[Tensor, "*B"]:
         NaN where there is no spectrum: see `valid`.
 
     Example:
-        >>> alpha0(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> alpha0(multifractal_spectrum(weight, direction="in"))
         tensor(1.0127, dtype=torch.float64)
 
     References:
-        Xiao et al. (2025), ICLR, arXiv:2402.09099; Hentschel & Procaccia (1983), Physica D 8(3), for the dimension of order 1.
+        Xiao et al. (2025), ICLR, arXiv:2402.09099; Hentschel & Procaccia (1983), Physica D 8(3), for the dimension of
+        order 1.
     """
     return scaling.only_valid(scaling.alpha_at(0.0))

@@ -13,17 +13,19 @@ ROUNDING = 1e-9
 
 @statistic(unit="1", comparable=False)
 def asymmetry(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Logarithm of the left part of the spectrum's width over the right part: `ln((alpha0 - alpha_min) / (alpha_max - alpha0))`.
+    """Logarithm of the left part of the spectrum's width over the right part: `ln((alpha0 - alpha_min) / (alpha_max -
+    alpha0))`.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        Positive where the spectrum reaches further to the left: where neurons with large masses are the unusual ones. NaN where there is no
-        spectrum, or it has no width.
+        Positive where the spectrum reaches further to the left: where neurons with large masses are the unusual ones.
+        NaN where there is no spectrum, or it has no width.
 
     Example:
-        >>> asymmetry(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> asymmetry(multifractal_spectrum(weight, direction="in"))
         tensor(-0.6476, dtype=torch.float64)
 
     References:

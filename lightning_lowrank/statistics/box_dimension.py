@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def box_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Generalised dimension of order 0, `-tau(-1)`: how fast the number of boxes falls that it takes to cover the network.
+    """Generalised dimension of order 0, `-tau(-1)`: how fast the number of boxes falls that it takes to cover the
+    network.
 
     Neurons with the smallest masses rule it.
 
@@ -20,10 +21,12 @@ def box_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
         At least `alpha0`. NaN where there is no spectrum: see `valid`.
 
     Example:
-        >>> box_dimension(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> box_dimension(multifractal_spectrum(weight, direction="in"))
         tensor(1.0277, dtype=torch.float64)
 
     References:
-        Hentschel & Procaccia (1983), Physica D 8(3), equation 1.11; Tel, Fulop & Vicsek (1989), Physica A 159(2), for sums over nodes.
+        Hentschel & Procaccia (1983), Physica D 8(3), equation 1.11; Tel, Fulop & Vicsek (1989), Physica A 159(2), for
+        sums over nodes.
     """
     return scaling.only_valid(-scaling.tau_at(-1.0))

@@ -9,10 +9,11 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def c2_excess(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Slope of the variance of ln p over the neurons, less what counting alone gives: the curvature of tau at q = 0 that is not noise.
+    """Slope of the variance of ln p over the neurons, less what counting alone gives: the curvature of tau at q = 0
+    that is not noise.
 
-    It sees what all neurons do, not the extremes alone as `width`. It turns back where neurons differ so much that some have empty boxes
-    (row scales that vary by more than 30 %); `dispersion` does not.
+    It sees what all neurons do, not the extremes alone as `width`. It turns back where neurons differ so much that some
+    have empty boxes (row scales that vary by more than 30 %); `dispersion` does not.
 
     Args:
         scaling: Of any mode.
@@ -21,10 +22,12 @@ def c2_excess(scaling: Scaling) -> Float[Tensor, "*B"]:
         About 0 for independent weights, negative for neurons that differ. NaN where there is no spectrum: see `valid`.
 
     Example:
-        >>> c2_excess(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> c2_excess(multifractal_spectrum(weight, direction="in"))
         tensor(0.0012, dtype=torch.float64)
 
     References:
-        Delour, Muzy & Arneodo (2001), European Physical Journal B 23, for cumulants of the logarithm; this library, for what is taken off.
+        Delour, Muzy & Arneodo (2001), European Physical Journal B 23, for cumulants of the logarithm; this library, for
+        what is taken off.
     """
     return scaling.only_valid(scaling.c2 - scaling.c2_floor)

@@ -21,7 +21,8 @@ def decades(scaling: Scaling) -> Float[Tensor, "*B"]:
         Below 1 an exponent is no dimension. NaN where there are too few radii.
 
     Example:
-        >>> decades(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> decades(multifractal_spectrum(weight, direction="in"))
         tensor(1.4557, dtype=torch.float64)
 
     References:

@@ -9,10 +9,11 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def dispersion(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Variance of the logarithm of the mass over neurons, less that of counting noise, averaged over the radii: how unlike they are.
+    """Variance of the logarithm of the mass over neurons, less that of counting noise, averaged over the radii: how
+    unlike they are.
 
-    It needs no power law, so that it is a number also where tau is not concave. In rank mode it grows with the spread of the rows' scales
-    all the way. Above `dispersion_chance` it is not chance.
+    It needs no power law, so that it is a number also where tau is not concave. In rank mode it grows with the spread
+    of the rows' scales all the way. Above `dispersion_chance` it is not chance.
 
     Args:
         scaling: Of any mode.
@@ -21,7 +22,8 @@ def dispersion(scaling: Scaling) -> Float[Tensor, "*B"]:
         About 0 for independent weights. NaN where there are too few radii.
 
     Example:
-        >>> dispersion(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> dispersion(multifractal_spectrum(weight, direction="in"))
         tensor(-0.0028, dtype=torch.float64)
 
     References:

@@ -14,9 +14,10 @@ DEVIATIONS = 3.5
 def dispersion_chance(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Dispersion that fewer than one in a hundred networks exceed whose neurons are all alike.
 
-    Masses at one radius are part of those at a larger one, so that the covariance of their logarithms is the smaller of the two variances.
-    That gives the variance of the dispersion, which is taken to follow a chi-squared law, 3.5 standard deviations out: of independent
-    weights of six shapes from 10 x 128 to 64 x 1024, 0.1 to 0.6 % of 2000 draws each passed it.
+    Masses at one radius are part of those at a larger one, so that the covariance of their logarithms is the smaller of
+    the two variances. That gives the variance of the dispersion, which is taken to follow a chi-squared law, 3.5
+    standard deviations out: of independent weights of six shapes from 10 x 128 to 64 x 1024, 0.1 to 0.6 % of 2000 draws
+    each passed it.
 
     Args:
         scaling: Of any mode.
@@ -25,7 +26,8 @@ def dispersion_chance(scaling: Scaling) -> Float[Tensor, "*B"]:
         Positive. NaN where there are too few radii.
 
     Example:
-        >>> dispersion_chance(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> dispersion_chance(multifractal_spectrum(weight, direction="in"))
         tensor(0.0172, dtype=torch.float64)
 
     References:

@@ -11,7 +11,8 @@ from lightning_lowrank.statistics.registry import statistic
 def effective_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponential of the entropy of the singular values over their sum.
 
-    Weighs the tail: many tiny values count for much, also those that rounding to bfloat16 adds (1.33 for a rank-one 1024 x 1024 matrix).
+    Weighs the tail: many tiny values count for much, also those that rounding to bfloat16 adds (1.33 for a rank-one
+    1024 x 1024 matrix).
 
     Args:
         spectrum: Whole or not.

@@ -22,6 +22,7 @@ def effective_rank_energy(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         tensor(3.0000, dtype=torch.float64)
 
     References:
-        Hill (1973), Ecology 54(2), the number of order 1; Roy & Vetterli (2007) with energies in place of singular values.
+        Hill (1973), Ecology 54(2), the number of order 1; Roy & Vetterli (2007) with energies in place of singular
+        values.
     """
     return perplexity(spectrum.unit.square(), spectrum.weights)

@@ -12,18 +12,21 @@ def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*
     """Smallest number of directions that hold all but a share `epsilon` of the squared Frobenius norm.
 
     Args:
-        spectrum: Whole or not; a value that stands for several is taken in part where that is enough, and the count rounded up.
+        spectrum: Whole or not; a value that stands for several is taken in part where that is enough, and the count
+            rounded up.
         epsilon: Share of the energy that may be left out. A tie within 1e-12 counts as enough.
 
     Returns:
-        A whole number between 1 and `min(M, N)`; 0 for a zero matrix. Jumps by one where another statistic moves smoothly.
+        A whole number between 1 and `min(M, N)`; 0 for a zero matrix. Jumps by one where another statistic moves
+        smoothly.
 
     Example:
         >>> energy_rank(svd(torch.diag(torch.tensor([3.0, 1.0, 0.5]))), epsilon=0.1)
         tensor(2., dtype=torch.float64)
 
     References:
-        Jolliffe (2002), Principal Component Analysis, Section 6.1.1: cumulative percentage of total variation, 70 to 90 %.
+        Jolliffe (2002), Principal Component Analysis, Section 6.1.1: cumulative percentage of total variation, 70 to 90
+        %.
     """
     energies = spectrum.unit_energies
     cumulative = energies.cumsum(-1)

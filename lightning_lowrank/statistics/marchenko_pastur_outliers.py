@@ -16,17 +16,17 @@ DEVIATIONS = 6.0
 def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above the largest that noise with the same median singular value would have.
 
-    The level of the noise is fitted through the median, which a few strong directions barely move: with r of them out of n it rises as if
-    the quantile r / 2n higher had been read, so that weak directions are missed, never invented. What is not a Gaussian bulk (heavy-tailed
-    entries, rows of unequal size, a spectrum that falls as a power) has "outliers" without number: this counts deviations from one law, not
-    meaning.
+    The level of the noise is fitted through the median, which a few strong directions barely move: with r of them out
+    of n it rises as if the quantile r / 2n higher had been read, so that weak directions are missed, never invented.
+    What is not a Gaussian bulk (heavy-tailed entries, rows of unequal size, a spectrum that falls as a power) has
+    "outliers" without number: this counts deviations from one law, not meaning.
 
     Args:
         spectrum: Whole, else NaN.
 
     Returns:
-        A whole number between 0 and `min(M, N)`; 0 for a zero matrix. Above 0 for 1 % of Gaussian 8 x 8 matrices, 0.2 % at 16 x 16, under
-        0.1 % from
+        A whole number between 0 and `min(M, N)`; 0 for a zero matrix. Above 0 for 1 % of Gaussian 8 x 8 matrices, 0.2 %
+        at 16 x 16, under 0.1 % from
             32 x 32 up.
 
     Example:
@@ -35,8 +35,8 @@ def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         tensor(1., dtype=torch.float64)
 
     References:
-        Gavish & Donoho (2014), IEEE Trans. Inf. Theory 60(8), for noise of unknown level; the margin is the Tracy-Widom law's in Johnstone
-        (2001), Theorem 1.1.
+        Gavish & Donoho (2014), IEEE Trans. Inf. Theory 60(8), for noise of unknown level; the margin is the Tracy-Widom
+        law's in Johnstone (2001), Theorem 1.1.
     """
     if min(spectrum.shape) == 0:
         return torch.zeros_like(spectrum.top)

@@ -22,6 +22,7 @@ def nuclear_to_spectral(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         tensor(1.5000, dtype=torch.float64)
 
     References:
-        The intrinsic dimension of Tropp (2015), arXiv:1501.01571, Definition 7.1.1, of the positive polar factor sqrt(A^H A).
+        The intrinsic dimension of Tropp (2015), arXiv:1501.01571, Definition 7.1.1, of the positive polar factor
+        sqrt(A^H A).
     """
     return (spectrum.weights * spectrum.unit).sum(-1)

@@ -11,8 +11,9 @@ from lightning_lowrank.statistics.registry import statistic
 def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above `max(M, N) * 2**-23` times the largest one.
 
-    The rounding unit of float32 whatever the dtype of the matrix: from a Gram matrix in float64 nothing below 1e-8 of the largest value can
-    be told from 0. Entries rounded to bfloat16 or float16 give noise far above this cut, so such a matrix has full numerical rank.
+    The rounding unit of float32 whatever the dtype of the matrix: from a Gram matrix in float64 nothing below 1e-8 of
+    the largest value can be told from 0. Entries rounded to bfloat16 or float16 give noise far above this cut, so such
+    a matrix has full numerical rank.
 
     Args:
         spectrum: Whole, else NaN.
@@ -25,6 +26,7 @@ def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         tensor(1., dtype=torch.float64)
 
     References:
-        Golub & Van Loan (2013), Matrix Computations, Section 5.4.1; the cut is that of `numpy.linalg.matrix_rank` for float32.
+        Golub & Van Loan (2013), Matrix Computations, Section 5.4.1; the cut is that of `numpy.linalg.matrix_rank` for
+        float32.
     """
     return (spectrum.weights * (spectrum.unit > noise_floor(spectrum.shape))).sum(-1)

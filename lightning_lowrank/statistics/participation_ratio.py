@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions", needs="moments")
 def participation_ratio(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Square of the sum of squared singular values over the sum of their squares: as many equal ones would be as spread out.
+    """Square of the sum of squared singular values over the sum of their squares: as many equal ones would be as spread
+    out.
 
     Args:
         spectrum: Whole or not. Only the sums of second and fourth powers are used.

@@ -1,4 +1,4 @@
-"""Registration of statistics: one decorator turns a formula into something that probes, metrics and tests find by name."""
+"""Registration of statistics: one decorator makes a formula known to probes, metrics and tests by its name."""
 
 import re
 from collections.abc import Callable
@@ -29,14 +29,17 @@ class Statistic:
         function: Value object(s) -> Tensor `[*B]`.
         takes: The types of its value objects: one, or two for a statistic of a pair.
         unit: What it counts: "directions", "1", "entries" (the unit of the matrix's entries).
-        needs: The least a spectrum must hold: "moments" (energy and its square), "top" (also the largest value), "values".
-        tail: Reads the smallest values: NaN on spectra that are not whole. May be registered as a function of the parameter.
+        needs: The least a spectrum must hold: "moments" (energy and its square), "top" (also the largest value),
+            "values".
+        tail: Reads the smallest values: NaN on spectra that are not whole. May be registered as a function of the
+            parameter.
         scale_free: Unchanged when the matrix is multiplied by a number; otherwise it is multiplied by the same number.
         partner: What the second value object of a pair is: "weight" (same site) or "previous" (same site, last sample).
         parameter: Name of the number that may stand at the end of the name, None without.
         domain: Lower (excluded) and upper (included) end of that number.
         counts: A whole number, or in its relative form a multiple of one part.
-        reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative form.
+        reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative
+            form.
         comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
     """
 
@@ -68,15 +71,17 @@ class Statistic:
 def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> Callable[[Formula], Formula]:
     """Register a function under its own name; what is `known` of it are the fields of `Statistic`.
 
-    What it returns may be called as written, and in addition pools the probes of an estimate, gives NaN where the matrix was not finite,
-    and NaN where `tail` is asked of a spectrum that is not whole.
+    What it returns may be called as written, and in addition pools the probes of an estimate, gives NaN where the
+    matrix was not finite, and NaN where `tail` is asked of a spectrum that is not whole.
     """
 
     def register(function: Formula) -> Formula:
         name = function.__name__
         if name in REGISTERED and REGISTERED[name].function.__module__ != function.__module__:
             raise ValueError(f"there is a statistic {name!r} already, in {REGISTERED[name].function.__module__}")
-        takes = tuple(a for k, a in get_annotations(function).items() if isinstance(a, type) and k != "return" and a is not float)
+        takes = tuple(
+            a for k, a in get_annotations(function).items() if isinstance(a, type) and k != "return" and a is not float
+        )
         default = next(iter((function.__kwdefaults__ or {}).values()), 0.0)
         reads_tail = tail if callable(tail) else lambda _: tail
 
@@ -148,7 +153,14 @@ def _with_parameter(found: Statistic, name: str, value: float) -> Statistic:
 
 
 def _relative(found: Statistic) -> Statistic:
-    return replace(found, name=f"relative_{found.name}", function=partial(_over_null, found), unit="1", scale_free=True, reads_shape=True)
+    return replace(
+        found,
+        name=f"relative_{found.name}",
+        function=partial(_over_null, found),
+        unit="1",
+        scale_free=True,
+        reads_shape=True,
+    )
 
 
 def _over_null(found: Statistic, spectrum: Spectrum) -> Tensor:

@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def scaling_fit(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Smallest R squared of the lines through ln Z_q, over the orders of at least 0.5 in size: whether masses follow power laws at all.
+    """Smallest R squared of the lines through ln Z_q, over the orders of at least 0.5 in size: whether masses follow
+    power laws at all.
 
     Args:
         scaling: Of any mode. Nearer to 0 the partition function hardly changes, and at q = 0 it is constant.
@@ -18,7 +19,8 @@ def scaling_fit(scaling: Scaling) -> Float[Tensor, "*B"]:
         At most 1. Below 0.95 the exponents are local slopes of a bent curve. NaN where there are too few radii.
 
     Example:
-        >>> scaling_fit(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> scaling_fit(multifractal_spectrum(weight, direction="in"))
         tensor(0.9989, dtype=torch.float64)
 
     References:

@@ -11,9 +11,10 @@ from lightning_lowrank.statistics.registry import statistic
 def schatten_quasi_norm(spectrum: Spectrum, *, p: float = 0.5) -> Float[Tensor, "*B"]:
     """The `p`-th root of the sum of the singular values to the power `p`.
 
-    The nuclear norm at 1, the Frobenius norm at 2; a norm from 1 on. Of a product of k factors the least mean squared Frobenius norm has `p
-    = 2 / k`. Below 1 the smallest values count most: a singular value that is off by 1e-8 of the largest (float64 Gram matrix) adds up to
-    `1e-8 ** p` to a sum that is at least 1, for each of them. Below about 0.01 the root leaves the range of numbers and is Inf.
+    The nuclear norm at 1, the Frobenius norm at 2; a norm from 1 on. Of a product of k factors the least mean squared
+    Frobenius norm has `p = 2 / k`. Below 1 the smallest values count most: a singular value that is off by 1e-8 of the
+    largest (float64 Gram matrix) adds up to `1e-8 ** p` to a sum that is at least 1, for each of them. Below about 0.01
+    the root leaves the range of numbers and is Inf.
 
     Args:
         spectrum: Whole, else NaN, where `p` is below 1.
@@ -27,6 +28,7 @@ def schatten_quasi_norm(spectrum: Spectrum, *, p: float = 0.5) -> Float[Tensor, 
         tensor(25.0000, dtype=torch.float64)
 
     References:
-        Srebro, Rennie & Jaakkola (2004) for p = 1 and two factors; Shang et al. (2016), arXiv:1611.00925, for k of them.
+        Srebro, Rennie & Jaakkola (2004) for p = 1 and two factors; Shang et al. (2016), arXiv:1611.00925, for k of
+        them.
     """
     return spectrum.top * (spectrum.weights * spectrum.unit**p).sum(-1) ** (1 / p)

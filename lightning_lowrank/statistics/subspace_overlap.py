@@ -17,11 +17,14 @@ def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
         before: The same for the sample before.
 
     Returns:
-        Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands `subspace_overlap_chance`.
+        Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands
+        `subspace_overlap_chance`.
 
     Example:
         >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace
-        >>> subspace_overlap(top_subspace(torch.eye(4) * torch.arange(4.0), 2), top_subspace(torch.eye(4) * torch.arange(4.0).roll(1), 2))
+        >>> before = top_subspace(torch.diag(torch.arange(4.0)), 2)
+        >>> after = top_subspace(torch.diag(torch.arange(4.0).roll(1)), 2)
+        >>> subspace_overlap(before, after)
         tensor(0.5000, dtype=torch.float64)
 
     References:

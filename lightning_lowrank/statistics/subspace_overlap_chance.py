@@ -16,7 +16,8 @@ def subspace_overlap_chance(now: Subspace, before: Subspace) -> Float[Tensor, "*
         before: The same for the sample before.
 
     Returns:
-        The larger dimension over that of the space: `k / min(M, N)` for two of dimension k. 0 where either is of a zero matrix.
+        The larger dimension over that of the space: `k / min(M, N)` for two of dimension k. 0 where either is of a zero
+            matrix.
 
     Example:
         >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace

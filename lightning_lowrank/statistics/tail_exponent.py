@@ -15,9 +15,11 @@ WORKSPACE = 2**21
 def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponent alpha of the power law `density(x) ~ x ** -alpha` that fits the largest squared singular values best.
 
-    Where the tail begins is chosen by the Kolmogorov-Smirnov distance, alpha by maximum likelihood above it. To be read beside
-    `tail_exponent_fit`: every spectrum gets some exponent. It depends on the size of small matrices and on reshaping. A Gaussian matrix has
-    none to compare with: which tail is chosen there is chance, and the standard deviation over draws is half the mean.
+    Where the tail begins is chosen by the Kolmogorov-Smirnov distance, alpha by maximum likelihood above it. To be read
+    beside
+    `tail_exponent_fit`: every spectrum gets some exponent. It depends on the size of small matrices and on reshaping. A
+    Gaussian matrix has none to compare with: which tail is chosen there is chance, and the standard deviation over
+    draws is half the mean.
 
     Args:
         spectrum: Whole, else NaN.
@@ -30,8 +32,8 @@ def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         tensor(2.0182, dtype=torch.float64)
 
     References:
-        Clauset, Shalizi & Newman (2009), SIAM Review 51(4), equations 3.1 and 3.9; Martin & Mahoney (2021), JMLR 22(165), for weight
-        matrices.
+        Clauset, Shalizi & Newman (2009), SIAM Review 51(4), equations 3.1 and 3.9; Martin & Mahoney (2021), JMLR
+        22(165), for weight matrices.
     """
     return power_law_fit(spectrum)[0]
 
@@ -51,11 +53,21 @@ def power_law_fit(spectrum: Spectrum) -> tuple[Float[Tensor, "*B"], Float[Tensor
     return torch.where(found, exponent, torch.nan), torch.where(found, distance, torch.nan)
 
 
-def _distances(logs: Float[Tensor, "*B K"], rates: Float[Tensor, "*B K"], counts: Float[Tensor, " K"]) -> Float[Tensor, "*B K"]:
-    """Largest gap between the shares of values above each value, in the data and in each law; a few laws at a time, to bound memory."""
+def _distances(
+    logs: Float[Tensor, "*B K"], rates: Float[Tensor, "*B K"], counts: Float[Tensor, " K"]
+) -> Float[Tensor, "*B K"]:
+    """Largest gap between the shares of values above each value, in the data and in each law; a few laws at a time, to
+    bound memory.
+    """
     at_once = max(1, WORKSPACE // max(1, logs.numel()))
     parts = [
-        _gaps(logs, logs[..., i : i + at_once, None], rates[..., i : i + at_once, None], counts, counts[i : i + at_once, None])
+        _gaps(
+            logs,
+            logs[..., i : i + at_once, None],
+            rates[..., i : i + at_once, None],
+            counts,
+            counts[i : i + at_once, None],
+        )
         for i in range(0, logs.shape[-1], at_once)
     ]
     return torch.cat(parts, -1)

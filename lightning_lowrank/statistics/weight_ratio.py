@@ -24,7 +24,7 @@ def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
         tensor(0.0100, dtype=torch.float64)
 
     References:
-        Yang, Simon & Bernstein (2023), arXiv:2310.17813, Condition 1: feature learning needs an update's ratio that does not depend on
-        width.
+        Yang, Simon & Bernstein (2023), arXiv:2310.17813, Condition 1: feature learning needs an update's ratio that
+        does not depend on width.
     """
     return torch.where(weight.top == 0, torch.nan, ratio(change.top, weight.top))

@@ -11,8 +11,9 @@ from lightning_lowrank.statistics.registry import statistic
 def width(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Largest less smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise included.
 
-    NeuroMFA calls it heterogeneity. A few extreme neurons set it, and with finitely many weights it is never 0: read it beside
-    `width_floor`. Independent weights have about that on average, and once in a thousand three times as much or more.
+    NeuroMFA calls it heterogeneity. A few extreme neurons set it, and with finitely many weights it is never 0: read it
+    beside `width_floor`. Independent weights have about that on average, and once in a thousand three times as much or
+    more.
 
     Args:
         scaling: Of any mode.
@@ -21,7 +22,8 @@ def width(scaling: Scaling) -> Float[Tensor, "*B"]:
         Not negative. NaN where there is no spectrum: see `valid`.
 
     Example:
-        >>> width(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> width(multifractal_spectrum(weight, direction="in"))
         tensor(0.1801, dtype=torch.float64)
 
     References:

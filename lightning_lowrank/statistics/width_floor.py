@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def width_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Width that neurons which are all alike have from counting finitely many weights: the range of q times the size of the floor of c2.
+    """Width that neurons which are all alike have from counting finitely many weights: the range of q times the size of
+    the floor of c2.
 
     Args:
         scaling: Of any mode.
@@ -18,7 +19,8 @@ def width_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
         Not negative. NaN where there are too few radii.
 
     Example:
-        >>> width_floor(multifractal_spectrum(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), direction="in"))
+        >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        >>> width_floor(multifractal_spectrum(weight, direction="in"))
         tensor(0.1751, dtype=torch.float64)
 
     References:

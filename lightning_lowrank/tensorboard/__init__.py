@@ -1,1 +1,3 @@
-"""The tab "Low rank" of TensorBoard. Imports nothing else of the package and no torch: TensorBoard loads it in its own process."""
+"""The tab "Low rank" of TensorBoard. Imports nothing else of the package and no torch: TensorBoard loads it in its own
+process.
+"""

@@ -15,7 +15,10 @@ from lightning_lowrank.tensorboard.series import GAP, Part, Reader, Table, thinn
 Arguments = Mapping[str, str]
 
 # What asks, in the browser: none imports what stands behind it.
-MODULES = tuple(Path(__file__).with_name(f"{name}.js") for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index"))
+MODULES = tuple(
+    Path(__file__).with_name(f"{name}.js")
+    for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index")
+)
 
 # Samples that are sent at once; more columns than a heat map has pixels would not be seen.
 LIMIT = 512
@@ -30,14 +33,21 @@ def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     found = reader.runs()
     return {
         "runs": [
-            {"run": run, "entries": [{key: str(series[entry][-1].known.get(key, "")) for key in shown} for entry in sorted(series)]}
+            {
+                "run": run,
+                "entries": [
+                    {key: str(series[entry][-1].known.get(key, "")) for key in shown} for entry in sorted(series)
+                ],
+            }
             for run, series in found.items()
         ]
     }
 
 
 def matrix(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """Samples x sites of a quantity, of our cost or of alerts, thinned to what can be seen; all samples of one site if one is named."""
+    """Samples x sites of a quantity, of our cost or of alerts, thinned to what can be seen; all samples of one site if
+    one is named.
+    """
     _, table = _series(reader, arguments, _kind(arguments))
     return _answer(table, arguments)
 
@@ -45,7 +55,10 @@ def matrix(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 def spectra(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Frobenius norm and order statistics of one site or of all, their ranks, and what noise has there."""
     parts, table = _series(reader, arguments, "spectrum")
-    return _answer(table, arguments) | {"noise": [_noise(parts, site) for site in table.sites], "width": int(table.values.shape[-1])}
+    return _answer(table, arguments) | {
+        "noise": [_noise(parts, site) for site in table.sites],
+        "width": int(table.values.shape[-1]),
+    }
 
 
 def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What TensorBoard imports when it starts: as little as can be, for an error here would keep TensorBoard from starting."""
+"""Entry point that TensorBoard imports at its start; small, because an error here would stop TensorBoard."""
 
 from typing import Any
 
@@ -11,7 +11,9 @@ class LowRankLoader(TBLoader):  # type: ignore[misc]
     """Loads the tab, or leaves TensorBoard without it: TensorBoard catches what `load` raises."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Have every sample kept, unless the user has said how many: TensorBoard would keep 10 or 100 of them, without a word."""
+        """Have every sample kept, unless the user has said how many: TensorBoard would keep 10 or 100 of them, without
+        a word.
+        """
         if isinstance(getattr(flags, "samples_per_plugin", None), dict):
             flags.samples_per_plugin.setdefault(PLUGIN, 0)
 

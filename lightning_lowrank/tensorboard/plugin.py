@@ -35,7 +35,9 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> dict[str, Application]:
         """Route -> WSGI application."""
-        routes = {f"/{route}": self._application(partial(self._data, answer)) for route, answer in answers.ANSWERS.items()}
+        routes = {
+            f"/{route}": self._application(partial(self._data, answer)) for route, answer in answers.ANSWERS.items()
+        }
         modules = {f"/{module.name}": self._application(partial(_module, module)) for module in answers.MODULES}
         return {**routes, **modules, "/csv": self._application(self._sheet)}
 
@@ -55,7 +57,9 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
             try:
                 response = answer(request) if request.method in ("GET", "HEAD") else _json({"error": "only GET"}, 405)
             except (KeyError, ValueError) as error:
-                response = _json({"error": str(error.args[0] if error.args else error)}, 404 if isinstance(error, KeyError) else 400)
+                response = _json(
+                    {"error": str(error.args[0] if error.args else error)}, 404 if isinstance(error, KeyError) else 400
+                )
             return response(environ, start)
 
         return application
@@ -78,4 +82,6 @@ def _module(module: Path, request: Request) -> Response:
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(content, allow_nan=False), status=status, content_type="application/json", headers=HEADERS)
+    return Response(
+        json.dumps(content, allow_nan=False), status=status, content_type="application/json", headers=HEADERS
+    )

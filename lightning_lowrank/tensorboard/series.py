@@ -42,7 +42,9 @@ class Part:
 
     def fits(self, array: NDArray[Any]) -> bool:
         """Whether a sample is as we write it: a number per site, of spectra and curves some."""
-        whole = array.shape[:1] == (len(self.sites),) and array.ndim == (2 if self.known["kind"] in ("spectrum", "curve") else 1)
+        whole = array.shape[:1] == (len(self.sites),) and array.ndim == (
+            2 if self.known["kind"] in ("spectrum", "curve") else 1
+        )
         return whole and array.dtype.kind in "fiu"
 
 
@@ -121,7 +123,9 @@ class Reader:
         parts = list(parts)
         sites = list(dict.fromkeys(site for part in parts for site in part.sites))
         found = self._read(run, PLUGIN, [part.tag for part in parts])
-        samples = [(datum.wall_time, datum.step, part, datum.numpy) for part in parts for datum in found.get(part.tag, ())]
+        samples = [
+            (datum.wall_time, datum.step, part, datum.numpy) for part in parts for datum in found.get(part.tag, ())
+        ]
         samples = [sample for sample in samples if sample[2].fits(sample[3])]
         steps = np.array(sorted({step for _, step, _, _ in samples}), np.int64)
         widths = {array.shape[1:] for *_, array in samples} or {()}
@@ -149,9 +153,15 @@ class Reader:
         return dict(found.get(run, {}))
 
 
-def thinned(steps: NDArray[np.int64], limit: int, first: int | None = None, last: int | None = None) -> NDArray[np.int64]:
-    """Which samples to show: all between two steps, or as many as allowed, evenly spread, the first and the last among them."""
-    chosen = np.flatnonzero((steps >= (steps.min(initial=0) if first is None else first)) & (steps <= (np.inf if last is None else last)))
+def thinned(
+    steps: NDArray[np.int64], limit: int, first: int | None = None, last: int | None = None
+) -> NDArray[np.int64]:
+    """Which samples to show: all between two steps, or as many as allowed, evenly spread, the first and the last among
+    them.
+    """
+    chosen = np.flatnonzero(
+        (steps >= (steps.min(initial=0) if first is None else first)) & (steps <= (np.inf if last is None else last))
+    )
     if len(chosen) <= limit:
         return chosen
     return chosen[np.unique(np.linspace(0, len(chosen) - 1, limit).round().astype(np.int64))]
@@ -187,7 +197,9 @@ def _has_shapes(known: Mapping[str, Any]) -> bool:
     shapes, places = known.get("shapes"), known.get("shape_of")
     if not isinstance(shapes, list) or not isinstance(places, list) or len(places) != len(known["sites"]):
         return False
-    whole = all(isinstance(shape, dict) and _numbers(shape.get("ranks")) and _numbers(shape.get("null")) for shape in shapes)
+    whole = all(
+        isinstance(shape, dict) and _numbers(shape.get("ranks")) and _numbers(shape.get("null")) for shape in shapes
+    )
     return whole and all(isinstance(place, int) and 0 <= place < len(shapes) for place in places)
 
 

@@ -34,5 +34,8 @@ def cadence(every_n_steps: int | None, max_overhead: float | None, default: int)
     if max_overhead is None:
         return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:
-        raise ValueError(f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: one of them, for the budget chooses the cadence")
+        raise ValueError(
+            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: one of them, for the "
+            "budget chooses the cadence"
+        )
     return Budget(max_overhead)

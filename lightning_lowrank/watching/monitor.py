@@ -28,9 +28,9 @@ from lightning_lowrank.watching.account import Account
 class Monitor(Account, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
-    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites (also in
-    `trainer.callback_metrics`), single sites as `<quantity>/<site>`, numbers of the whole model as `<quantity>`, and what it cost itself as
-    `lowrank/<label>_...`: docs/reference.md has all tags.
+    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites
+    (also in `trainer.callback_metrics`), single sites as `<quantity>/<site>`, numbers of the whole model as
+    `<quantity>`, and what it cost itself as `lowrank/<label>_...`: docs/reference.md has all tags.
 
     Args:
         probes: What to measure.
@@ -42,7 +42,8 @@ class Monitor(Account, L.Callback):
         label: Word for this monitor in messages and cost tags.
 
     Raises:
-        ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not measured.
+        ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not
+            measured.
     """
 
     def __init__(
@@ -82,13 +83,22 @@ class Monitor(Account, L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
         counts: dict[str, Any] = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
-        counts["alerts"], budget = self._journal.alerts.state_dict(), {} if self.budget is None else self.budget.state_dict()
-        return counts | {"budget": budget, "waiting": self._owed(), "probes": {r.name: r.state_dict() for r in self.recorders}}
+        counts["alerts"], budget = (
+            self._journal.alerts.state_dict(),
+            {} if self.budget is None else self.budget.state_dict(),
+        )
+        return counts | {
+            "budget": budget,
+            "waiting": self._owed(),
+            "probes": {r.name: r.state_dict() for r in self.recorders},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a run was stopped."""
         self._resumed = True
-        self._checked, self._journal.failures, self._journal.skipped = (state_dict[key] for key in ("checked", "failures", "skipped"))
+        self._checked, self._journal.failures, self._journal.skipped = (
+            state_dict[key] for key in ("checked", "failures", "skipped")
+        )
         self._waiting = state_dict["waiting"]
         self._journal.alerts.load_state_dict(state_dict.get("alerts", {}))
         if self.budget is not None:
@@ -97,7 +107,7 @@ class Monitor(Account, L.Callback):
             recorder.load_state_dict(state_dict["probes"][recorder.name])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have the curves on disk before the checkpoint is, so that a run that is killed and resumed has a gap in none."""
+        """Write the curves to disk before the checkpoint, so that a killed and resumed run has no gap in any."""
         if self._enabled:
             with self._guard():
                 self._journal.tell(sinks.save(sinks.loggers_of(trainer)))
@@ -105,7 +115,9 @@ class Monitor(Account, L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say so if the run that is resumed was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
-            self._journal.say("the checkpoint has no state of this monitor with these quantities: what is held against it begins anew")
+            self._journal.say(
+                "the checkpoint has no state of this monitor with these quantities: what is held against it begins anew"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and a second monitor that would write the same tags."""
@@ -127,14 +139,18 @@ class Monitor(Account, L.Callback):
             troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
             for trouble in troubles:
                 self._journal.trouble(trouble)
-            self._journal.alerts.check({quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities})
+            self._journal.alerts.check(
+                {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
+            )
             self._journal.announce(self.recorders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._journal.start(on_device=pl_module.device.type == "cuda")
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Ask the schedules, and let sources hook what they must."""
         if not self._enabled:
             return
@@ -164,7 +180,9 @@ class Monitor(Account, L.Callback):
             with self._guard():
                 self._sampling.gradients_final(optimizer, trainers.scale_of(trainer, optimizer))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
         self._unhook()
         if self._sampling is None:
@@ -209,8 +227,15 @@ class Monitor(Account, L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever seen."""
-        if self._enabled and self.latest is None and self._sampling is not None and not pl_module.automatic_optimization:
-            self._journal.trouble("no optimizer step was seen: in manual optimization, step the optimizers that `self.optimizers()` gives")
+        if (
+            self._enabled
+            and self.latest is None
+            and self._sampling is not None
+            and not pl_module.automatic_optimization
+        ):
+            self._journal.trouble(
+                "no optimizer step was seen: in manual optimization, step the optimizers that `self.optimizers()` gives"
+            )
         self._stop()
         self._journal.clock.pause()
 
@@ -231,7 +256,9 @@ class Monitor(Account, L.Callback):
         self._journal.end()
         self._enabled = False
 
-    def _report(self, trainer: L.Trainer, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool) -> None:
+    def _report(
+        self, trainer: L.Trainer, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool
+    ) -> None:
         """Move a report to the host and write it down."""
         host = sinks.to_host(report)
         if host.pop("finite", np.array(1.0)):
@@ -270,16 +297,22 @@ class Monitor(Account, L.Callback):
         """A new sample, with the same draws at the same step, in a resumed run too."""
         module, team = trainer.lightning_module, trainers.team_of(trainer)
         generator = torch.Generator(module.device).manual_seed(self.seed + step)
-        return Sampling(module, optimizers, generator, team, self._guard, self._hooks, may_skip=trainers.may_skip(trainer))
+        return Sampling(
+            module, optimizers, generator, team, self._guard, self._hooks, may_skip=trainers.may_skip(trainer)
+        )
 
     @contextmanager
     def _guard(self, *, loses: bool = True) -> Iterator[None]:
-        """Ours is timed; what goes wrong in it never ends the run, only the sample: and not even that where one process works alone."""
+        """Ours is timed; what goes wrong in it never ends the run, only the sample: and not even that where one process
+        works alone.
+        """
         with self._journal.clock.ours():
             try:
                 yield
             except Exception as error:
-                self._journal.trouble(f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}", everywhere=True)
+                self._journal.trouble(
+                    f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}", everywhere=True
+                )
                 if loses:
                     self._abandon()
 

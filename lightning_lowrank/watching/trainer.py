@@ -15,7 +15,10 @@ HIDING = {
     "DeepSpeedStrategy": "its engine keeps gradients to itself",
     "XLAFSDPStrategy": "it keeps matrices as flat pieces without rows and columns",
 }
-INSTEAD = "'ddp' and its variants, or ModelParallelStrategy with fully_shard (FSDP2) and parallelize_module in configure_model"
+INSTEAD = (
+    "'ddp' and its variants, or ModelParallelStrategy with fully_shard (FSDP2) and "
+    "parallelize_module in configure_model"
+)
 
 
 def refuse_hidden(trainer: L.Trainer, module: nn.Module) -> None:
@@ -29,7 +32,9 @@ def refuse_hidden(trainer: L.Trainer, module: nn.Module) -> None:
         raise ValueError(f"strategy {name} cannot be watched: {HIDING[name]}; what works is {INSTEAD}")
     for path, part in module.named_modules():
         if type(part).__name__ == "FullyShardedDataParallel":
-            raise ValueError(f"{path!r} is wrapped in FSDP1 and cannot be watched: {HIDING['FSDPStrategy']}; what works is {INSTEAD}")
+            raise ValueError(
+                f"{path!r} is wrapped in FSDP1 and cannot be watched: {HIDING['FSDPStrategy']}; what works is {INSTEAD}"
+            )
 
 
 def team_of(trainer: L.Trainer) -> Team:

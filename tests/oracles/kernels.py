@@ -27,12 +27,22 @@ def mlp(width=12, dtype=torch.float64):
 
 
 def with_norms(dtype):
-    return filled(nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, COLUMNS)), dtype)
+    return filled(
+        nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, COLUMNS)),
+        dtype,
+    )
 
 
 def convolutional(dtype):
     return filled(
-        nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(12, COLUMNS)),
+        nn.Sequential(
+            nn.Unflatten(1, (1, 5)),
+            nn.Conv1d(1, 4, 3),
+            nn.BatchNorm1d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(12, COLUMNS),
+        ),
         dtype,
     )
 

@@ -1,4 +1,6 @@
-"""Networks whose exponents are known, and the published recipe in loops, by numpy and scipy alone: nothing here imports the package."""
+"""Networks whose exponents are known, and the published recipe in loops, by numpy and scipy alone: nothing here imports
+the package.
+"""
 
 from collections import Counter
 
@@ -9,7 +11,9 @@ from scipy.stats import linregress
 
 
 def cascade_distances(parts, base, levels):
-    """Nodes split again and again in the ratio of `parts`; two of them are `base ** -k` apart if they part after k splits."""
+    """Nodes split again and again in the ratio of `parts`; two of them are `base ** -k` apart if they part after k
+    splits.
+    """
     ends = np.cumsum(parts)
     total = ends[-1]
     digits = np.stack(np.unravel_index(np.arange(total**levels), (total,) * levels), -1)
@@ -38,7 +42,9 @@ def cascade_alpha(parts, base, q):
 
 
 def cascade_weights(parts, base, levels, seed=0):
-    """The same as a weight matrix of lengths `1 / |w|`: rows and columns in any order, signs at random, no edge to itself."""
+    """The same as a weight matrix of lengths `1 / |w|`: rows and columns in any order, signs at random, no edge to
+    itself.
+    """
     draw = np.random.default_rng(seed)
     distances = cascade_distances(parts, base, levels)
     weights = np.divide(1.0, distances, where=distances > 0, out=np.zeros_like(distances))
@@ -47,7 +53,9 @@ def cascade_weights(parts, base, levels, seed=0):
 
 
 def binomial_masses(share, levels):
-    """What 2 ** levels boxes hold of a measure that is split again and again, a share to the left and the rest to the right."""
+    """What 2 ** levels boxes hold of a measure that is split again and again, a share to the left and the rest to the
+    right.
+    """
     masses = np.ones(1)
     for _ in range(levels):
         masses = np.concatenate([share * masses, (1 - share) * masses])
@@ -80,7 +88,9 @@ def chain_distances(weights, sources, *, directed):
 def hops(nodes, edges):
     """Numbers of steps between all nodes of an undirected network."""
     one, other = np.array(edges).T
-    return shortest_path(coo_matrix((np.ones(len(one)), (one, other)), shape=(nodes, nodes)), directed=False, unweighted=True)
+    return shortest_path(
+        coo_matrix((np.ones(len(one)), (one, other)), shape=(nodes, nodes)), directed=False, unweighted=True
+    )
 
 
 def ring(nodes, neighbours):
@@ -94,7 +104,11 @@ def watts_strogatz(nodes, neighbours, rewired, seed=0):
     edges = {tuple(sorted(edge)) for edge in ring(nodes, neighbours)}
     for i, j in ring(nodes, neighbours):
         if draw.random() < rewired:
-            free = [k for k in draw.permutation(nodes)[: 4 * neighbours + 4] if k != i and tuple(sorted((i, k))) not in edges]
+            free = [
+                k
+                for k in draw.permutation(nodes)[: 4 * neighbours + 4]
+                if k != i and tuple(sorted((i, k))) not in edges
+            ]
             edges.remove(tuple(sorted((i, j))))
             edges.add(tuple(sorted((i, int(free[0])))))
     return sorted(edges)
@@ -120,16 +134,24 @@ def flower(generations):
 
 
 def tree_distances(children, factor, generations):
-    """Distances in a tree where each node has so many children, each generation `factor` times as far away as the one above."""
+    """Distances in a tree where each node has so many children, each generation `factor` times as far away as the one
+    above.
+    """
     tops = np.cumsum([0, *(children**k for k in range(generations + 1))])
-    edges = [(tops[k] + i // children, tops[k + 1] + i, factor**k) for k in range(generations) for i in range(children ** (k + 1))]
+    edges = [
+        (tops[k] + i // children, tops[k + 1] + i, factor**k)
+        for k in range(generations)
+        for i in range(children ** (k + 1))
+    ]
     one, other, lengths = np.array(edges).T
     tree = coo_matrix((lengths, (one.astype(int), other.astype(int))), shape=(tops[-1], tops[-1]))
     return shortest_path(tree, directed=False)
 
 
 def published_tau(lengths, orders, threshold):
-    """The recipe of NeuroMFA's authors in loops: lengths of each neuron's edges -> tau, and alpha0 and width by forward differences."""
+    """The recipe of NeuroMFA's authors in loops: lengths of each neuron's edges -> tau, and alpha0 and width by forward
+    differences.
+    """
     neurons = [Counter(np.round([d for d in row if 1 < d <= threshold]).tolist()) for row in lengths]
     neurons = [kept for kept in neurons if sum(kept.values()) > 10]
     radii = sorted(set().union(*neurons))

@@ -1,4 +1,4 @@
-"""Fit of a power law to the largest of some values, written from the paper in numpy: nothing here imports the package."""
+"""Power-law fit to the largest of some values, written from the paper in numpy without the package."""
 
 import numpy as np
 

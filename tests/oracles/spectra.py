@@ -1,4 +1,6 @@
-"""Matrices with spectra that are known by construction, and their statistics by numpy alone: nothing here imports the package."""
+"""Matrices with spectra that are known by construction, and their statistics by numpy alone: nothing here imports the
+package.
+"""
 
 import numpy as np
 import torch

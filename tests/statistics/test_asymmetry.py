@@ -16,7 +16,12 @@ def test_of_a_cascade(cascade):
     parts, base, _ = cascade
     right, middle, left = cascade_alpha(parts, base, [-3.0, 0.0, 3.0])
 
-    assert_close(asymmetry(scalings.cascade(*cascade)).item(), float(np.log((middle - left) / (right - middle))), rtol=0, atol=1e-9)
+    assert_close(
+        asymmetry(scalings.cascade(*cascade)).item(),
+        float(np.log((middle - left) / (right - middle))),
+        rtol=0,
+        atol=1e-9,
+    )
 
 
 def test_is_not_defined_without_a_width():
@@ -27,4 +32,6 @@ def test_an_even_spectrum_has_none():
     """Masses whose exponents come in pairs about 2."""
     masses = (torch.tensor([1.95, 2.05], dtype=torch.float64)[:, None] * torch.arange(-6, 1)).exp()
 
-    assert_close(asymmetry(Scaling(masses, torch.ones(7).double(), torch.arange(-6, 1).double())).item(), 0.0, rtol=0, atol=1e-9)
+    assert_close(
+        asymmetry(Scaling(masses, torch.ones(7).double(), torch.arange(-6, 1).double())).item(), 0.0, rtol=0, atol=1e-9
+    )

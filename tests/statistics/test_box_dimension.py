@@ -10,4 +10,6 @@ from tests import scalings
 
 @pytest.mark.parametrize("cascade", scalings.CASCADES)
 def test_counts_boxes(cascade):
-    assert_close(box_dimension(scalings.cascade(*cascade)).item(), float(np.log(2) / np.log(cascade[1])), rtol=0, atol=1e-10)
+    assert_close(
+        box_dimension(scalings.cascade(*cascade)).item(), float(np.log(2) / np.log(cascade[1])), rtol=0, atol=1e-10
+    )

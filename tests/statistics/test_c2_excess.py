@@ -14,7 +14,9 @@ def test_is_the_slope_of_the_excess_variance():
     masses = scaling.masses.numpy()
     excess = np.log(masses).var(0, ddof=1) - 1 / masses.mean(0)
 
-    assert_close(c2_excess(scaling).item(), float(np.polyfit(np.arange(7) * np.log(3), excess, 1)[0]), rtol=0, atol=1e-10)
+    assert_close(
+        c2_excess(scaling).item(), float(np.polyfit(np.arange(7) * np.log(3), excess, 1)[0]), rtol=0, atol=1e-10
+    )
 
 
 def test_is_without_bias_on_independent_weights():

@@ -15,7 +15,9 @@ from tests.oracles.spectra import gaussian, singular_values, with_values
 def test_matches_entropy(matrix):
     values = singular_values(matrix)
 
-    assert_close(effective_rank_energy(svd(matrix)).item(), float(np.exp(scipy.stats.entropy(values**2))), rtol=1e-6, atol=0)
+    assert_close(
+        effective_rank_energy(svd(matrix)).item(), float(np.exp(scipy.stats.entropy(values**2))), rtol=1e-6, atol=0
+    )
 
 
 def test_a_weight_is_a_multiplicity():

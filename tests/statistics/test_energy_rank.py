@@ -33,6 +33,8 @@ def test_is_taken_in_part_from_a_value_that_stands_for_several(epsilon):
 
 
 def test_thirds_add_up():
-    weighted = Spectrum(torch.ones(9, dtype=torch.float64), torch.full((9,), 1 / 3, dtype=torch.float64), (3, 3), whole=False)
+    weighted = Spectrum(
+        torch.ones(9, dtype=torch.float64), torch.full((9,), 1 / 3, dtype=torch.float64), (3, 3), whole=False
+    )
 
     assert energy_rank(weighted, epsilon=1e-6).item() == 3

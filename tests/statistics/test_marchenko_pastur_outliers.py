@@ -1,4 +1,4 @@
-"""Oracles: planted directions of known strength in Gaussian noise, and scipy's root finding for the median of the law."""
+"""Oracles: planted directions of known strength in Gaussian noise; scipy's root finding for the law's median."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ def test_counts_planted_directions(planted):
     assert marchenko_pastur_outliers(svd(matrix)).item() == planted
 
 
-@pytest.mark.parametrize(("shape", "rate"), [((8, 8), 0.015), ((16, 16), 0.004), ((32, 64), 0.001), ((128, 128), 0.001)])
+@pytest.mark.parametrize(
+    ("shape", "rate"), [((8, 8), 0.015), ((16, 16), 0.004), ((32, 64), 0.001), ((128, 128), 0.001)]
+)
 def test_false_alarms_are_rare(shape, rate):
     counts = marchenko_pastur_outliers(svd(gaussian(1000, *shape)))
 

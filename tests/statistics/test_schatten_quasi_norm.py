@@ -1,4 +1,6 @@
-"""Oracles: numpy's nuclear and Frobenius norms, scipy's matrix power, and the factorisation that the quasi-norm comes from."""
+"""Oracles: numpy's nuclear and Frobenius norms, scipy's matrix power, and the factorisation that the quasi-norm comes
+from.
+"""
 
 import numpy as np
 import pytest

@@ -23,7 +23,9 @@ def test_matches_scipy(shape, k):
     before = now + 0.3 * gaussian(*shape, seed=1)
     angles = scipy.linalg.subspace_angles(short_side(now, k), short_side(before, k))
 
-    assert_close(subspace_overlap(top_subspace(now, k), top_subspace(before, k)).item(), float((np.cos(angles) ** 2).mean()))
+    assert_close(
+        subspace_overlap(top_subspace(now, k), top_subspace(before, k)).item(), float((np.cos(angles) ** 2).mean())
+    )
 
 
 def test_is_one_with_itself():
@@ -41,4 +43,8 @@ def test_directions_that_the_matrix_lacks_do_not_count():
 def test_zero_matrix_overlaps_with_nothing():
     zero, other = top_subspace(torch.zeros(20, 30), 4), top_subspace(gaussian(20, 30), 4)
 
-    assert torch.stack([subspace_overlap(zero, other), subspace_overlap(other, zero), subspace_overlap(zero, zero)]).eq(0).all()
+    assert (
+        torch.stack([subspace_overlap(zero, other), subspace_overlap(other, zero), subspace_overlap(zero, zero)])
+        .eq(0)
+        .all()
+    )

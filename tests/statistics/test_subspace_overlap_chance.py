@@ -25,4 +25,9 @@ def test_of_unequal_dimensions():
     now = top_subspace(torch.stack([with_values([3.0, 2.0], (20, 30), seed=s) for s in range(400)]), 8)
     before = top_subspace(gaussian(400, 20, 30), 8)
 
-    assert_close(subspace_overlap_chance(now, before).mean().item(), subspace_overlap(now, before).mean().item(), rtol=0.05, atol=0)
+    assert_close(
+        subspace_overlap_chance(now, before).mean().item(),
+        subspace_overlap(now, before).mean().item(),
+        rtol=0.05,
+        atol=0,
+    )

@@ -35,7 +35,9 @@ def test_finds_the_exponent_of_a_power_law(alpha):
     assert_close(tail_exponent(svd(matrix)).item(), alpha, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("matrix", [torch.eye(50), torch.zeros(50, 50), gaussian(9, 9), gaussian(50, 3) @ gaussian(3, 50)])
+@pytest.mark.parametrize(
+    "matrix", [torch.eye(50), torch.zeros(50, 50), gaussian(9, 9), gaussian(50, 3) @ gaussian(3, 50)]
+)
 def test_is_nan_without_a_tail(matrix):
     assert torch.isnan(torch.stack([tail_exponent(svd(matrix)), tail_exponent_fit(svd(matrix))])).all()
 

@@ -23,7 +23,8 @@ def test_is_within_a_step_of_the_two_sided_distance():
     eigenvalues = singular_values(gaussian(60, 40)) ** 2
     distance, alpha = clauset(eigenvalues)
     two_sided = [
-        scipy.stats.kstest(e, scipy.stats.pareto(alpha - 1, scale=e.min()).cdf) for e in (np.sort(eigenvalues)[i:] for i in range(39))
+        scipy.stats.kstest(e, scipy.stats.pareto(alpha - 1, scale=e.min()).cdf)
+        for e in (np.sort(eigenvalues)[i:] for i in range(39))
     ]
 
     assert any(0 <= result.statistic - distance <= 1 / (40 - i) + 1e-9 for i, result in enumerate(two_sided))

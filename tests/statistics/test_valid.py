@@ -19,6 +19,8 @@ def test_weights_have_a_spectrum(spread):
     assert valid(rank_scaling(scalings.jittered(256, 256, spread=spread))) == 1
 
 
-@pytest.mark.parametrize("weights", [torch.zeros(64, 64), torch.ones(64, 64), gaussian(64, 31), scalings.jittered(256, 256, spread=0.5)])
+@pytest.mark.parametrize(
+    "weights", [torch.zeros(64, 64), torch.ones(64, 64), gaussian(64, 31), scalings.jittered(256, 256, spread=0.5)]
+)
 def test_some_have_none(weights):
     assert valid(rank_scaling(weights)) == 0

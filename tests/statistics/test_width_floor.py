@@ -24,6 +24,8 @@ def test_is_six_slopes_of_the_noise_of_counts():
 
 def test_noise_in_rank_mode_is_that_of_binomial_counts():
     scaling = rank_scaling(gaussian(64, 128))
-    draws = np.random.default_rng(generator().initial_seed()).binomial(128, (scaling.masses.numpy().mean(0) - 1) / 128, (200_000, 24))
+    draws = np.random.default_rng(generator().initial_seed()).binomial(
+        128, (scaling.masses.numpy().mean(0) - 1) / 128, (200_000, 24)
+    )
 
     assert_close(scaling.noise_variances.numpy(), np.log1p(draws).var(0), rtol=0.02, atol=0)

@@ -1,7 +1,7 @@
 """Directions in which a small network can move without any change of its outputs, counted and explained.
 
-Shape letters:  P entries of all parameters   T tangent vectors   V singular values   F directions of no change   H neurons of a hidden
-layer   I weights into one, bias included   O neurons of the next layer   D duplicates
+Shape letters:  P entries of all parameters   T tangent vectors   V singular values   F directions of no change   H
+neurons of a hidden layer   I weights into one, bias included   O neurons of the next layer   D duplicates
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,20 @@ from lightning_lowrank.maths.operators.operators import Jacobian, Layout
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
 # sigma(-x) = -sigma(x).
 ODD = (nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Identity)
-OTHER = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.ReLU6, nn.Hardtanh, nn.Hardswish)
+OTHER = (
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.Softplus,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Hardswish,
+)
 ACTIVATIONS = tuple(dict.fromkeys(HOMOGENEOUS + ODD + OTHER))
 # Neurons are looked at as duplicates where their weights differ by no more than this part of their length.
 ALIKE = 1e-6
@@ -31,11 +44,12 @@ class FlatDirections:
 
     Attributes:
         total: How many there are: parameters without the rank of the outputs' Jacobian.
-        duplicates: Of these, how many a narrower network would not have: neurons with the same incoming weights, or no outgoing ones.
+        duplicates: Of these, how many a narrower network would not have: neurons with the same incoming weights, or no
+            outgoing ones.
         scale: How many of the others are neurons whose incoming weights can grow as their outgoing ones shrink.
         rest: What neither explains: fewer data than parameters, dead neurons, layers without an activation between.
-        gap: Smallest singular value of the Jacobian that counts as not 0, over the largest that does. The count is exact where this is
-            large, and a matter of the tolerance where it is not.
+        gap: Smallest singular value of the Jacobian that counts as not 0, over the largest that does. The count is
+            exact where this is large, and a matter of the tolerance where it is not.
     """
 
     total: Int[Tensor, ""]
@@ -57,7 +71,9 @@ class Hidden:
     def incoming(self) -> Float[Tensor, "H I"]:
         """Weights into each neuron, and its bias."""
         bias = self.before.bias
-        return self.before.weight.detach() if bias is None else torch.cat([self.before.weight, bias[:, None]], -1).detach()
+        return (
+            self.before.weight.detach() if bias is None else torch.cat([self.before.weight, bias[:, None]], -1).detach()
+        )
 
     @property
     def outgoing(self) -> Float[Tensor, "H O"]:
@@ -74,16 +90,17 @@ def flat_directions(
 ) -> FlatDirections:
     """How many eigenvalues of the Gauss-Newton matrix of a small network are 0, and why, in float64.
 
-    A network with a neuron split in two, or with one that has no outgoing weights, computes what a narrower one does; its Jacobian has the
-    same rank there, so that every parameter that it has more is a flat direction.
+    A network with a neuron split in two, or with one that has no outgoing weights, computes what a narrower one does;
+    its Jacobian has the same rank there, so that every parameter that it has more is a flat direction.
 
     Args:
-        model: Linear layers with at most one activation between two of them, perhaps after `nn.Flatten`. A copy of it is used.
+        model: Linear layers with at most one activation between two of them, perhaps after `nn.Flatten`. A copy of it
+            is used.
         inputs: As many examples as memory has room for outputs times parameters.
-        factor: Outputs -> product with L, where L L^T is the Hessian of the loss in the outputs. For the squared error, where that is the
-            identity, unless given.
-        tolerance: Singular values of the Jacobian below this part of the largest count as 0. Weights that were split in float32 are
-            parallel to seven digits only, and take 1e-6.
+        factor: Outputs -> product with L, where L L^T is the Hessian of the loss in the outputs. For the squared error,
+            where that is the identity, unless given.
+        tolerance: Singular values of the Jacobian below this part of the largest count as 0. Weights that were split in
+            float32 are parallel to seven digits only, and take 1e-6.
 
     References:
         Zhang et al. (2021), NeurIPS, arXiv:2105.14573, and (2022), arXiv:2111.15527, for the embedding principle.
@@ -97,7 +114,9 @@ def flat_directions(
     _, values, rows = torch.linalg.svd(torch.linalg.qr(jacobian, mode="r").R)
     floor = tolerance * values[0]
     flat = rows[(values > floor).sum() :]
-    found = [_flat_ones(jacobian, floor, _tangents(layers, layout, params, of)) @ flat.mT for of in (_duplicated, _scaled)]
+    found = [
+        _flat_ones(jacobian, floor, _tangents(layers, layout, params, of)) @ flat.mT for of in (_duplicated, _scaled)
+    ]
     duplicates, both = _rank(found[0], tolerance), _rank(torch.cat(found), tolerance)
     total = jacobian.shape[-1] - (values > floor).sum()
     return FlatDirections(total, duplicates, both - duplicates, total - both, _gap(values, floor))
@@ -117,14 +136,19 @@ def _hidden_layers(model: nn.Sequential) -> list[Hidden]:
     known = all(type(module) in (nn.Linear, *ACTIVATIONS) for module in modules)
     if not known or not {0, len(modules) - 1} <= set(linear) or any(j - i > 2 for i, j in pairwise(linear)):
         raise ValueError(
-            f"flat directions are counted in an nn.Sequential of nn.Linear layers, first and last among them, with at most one of "
-            f"{', '.join(kind.__name__ for kind in ACTIVATIONS)} between two; this is {[type(m).__name__ for m in model]}"
+            "flat directions are counted in an nn.Sequential of nn.Linear layers, first and last among "
+            "them, with at most one of "
+            f"{', '.join(kind.__name__ for kind in ACTIVATIONS)} between two; this is "
+            f"{[type(m).__name__ for m in model]}"
         )
     return [Hidden(linear[i], modules[i + 1] if j == i + 2 else nn.Identity(), linear[j]) for i, j in pairwise(linear)]
 
 
 def _jacobian(
-    model: nn.Module, inputs: Tensor, params: list[Tensor], factor: Callable[[Tensor], Callable[[Tensor], Tensor]] | None
+    model: nn.Module,
+    inputs: Tensor,
+    params: list[Tensor],
+    factor: Callable[[Tensor], Callable[[Tensor], Tensor]] | None,
 ) -> Float[Tensor, "_ P"]:
     """L^T J, row by row."""
     with torch.enable_grad():
@@ -155,7 +179,9 @@ def _tangent(layer: Hidden, change: Change, layout: Layout, params: Mapping[str,
 def _scaled(layer: Hidden) -> Iterator[Change]:
     """Each neuron's incoming weights grow, its outgoing ones shrink."""
     if isinstance(layer.activation, HOMOGENEOUS):
-        for one in torch.eye(layer.before.out_features, dtype=torch.float64, device=layer.before.weight.device)[..., None]:
+        for one in torch.eye(layer.before.out_features, dtype=torch.float64, device=layer.before.weight.device)[
+            ..., None
+        ]:
             yield one * layer.incoming, -one * layer.outgoing
 
 
@@ -193,7 +219,11 @@ def _groups(layer: Hidden) -> Iterator[tuple[list[int], list[Tensor]]]:
 def _multiple(layer: Hidden, weights: Float[Tensor, " I"], first: Float[Tensor, " I"]) -> Tensor | None:
     """By what the output of one neuron is that of another, whatever the input; None where it is no multiple."""
     length, other = torch.linalg.vector_norm(weights), torch.linalg.vector_norm(first)
-    size = length / other if isinstance(layer.activation, HOMOGENEOUS) and other > 0 and length > 0 else torch.ones_like(length)
+    size = (
+        length / other
+        if isinstance(layer.activation, HOMOGENEOUS) and other > 0 and length > 0
+        else torch.ones_like(length)
+    )
     for sign in (1.0, -1.0) if isinstance(layer.activation, ODD) else (1.0,):
         if torch.linalg.vector_norm(weights - sign * size * first) <= ALIKE * length:
             return sign * size
@@ -214,7 +244,7 @@ def _flat_ones(jacobian: Float[Tensor, "_ P"], floor: Tensor, tangents: Float[Te
 
 
 def _rank(rows: Float[Tensor, "T F"], tolerance: float) -> Int[Tensor, ""]:
-    """Tangents that differ by no more than the tolerance are one: those of neurons that are alike in a few digits do."""
+    """Tangents without duplicates: two that differ by no more than the tolerance count as one."""
     none = torch.zeros((), dtype=torch.int64, device=rows.device)
     return torch.linalg.matrix_rank(rows, atol=tolerance) if rows.numel() else none
 
@@ -222,4 +252,6 @@ def _rank(rows: Float[Tensor, "T F"], tolerance: float) -> Int[Tensor, ""]:
 def _gap(values: Float[Tensor, " V"], floor: Tensor) -> Float[Tensor, ""]:
     counted = values > floor
     rounding = torch.finfo(values.dtype).eps * values[0]
-    return torch.where(counted, values, torch.inf).min() / torch.where(counted, rounding, values).max().maximum(rounding)
+    return torch.where(counted, values, torch.inf).min() / torch.where(counted, rounding, values).max().maximum(
+        rounding
+    )

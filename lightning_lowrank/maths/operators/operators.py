@@ -1,9 +1,10 @@
 """Second derivatives of a loss as operators: products with vectors on a graph that is kept, never a matrix.
 
-All by double backward. Compositions of forward and reverse mode that go through `jacrev` are wrong through normalisation layers, and
-forward mode is not there for fused attention.
+All by double backward. Compositions of forward and reverse mode that go through `jacrev` are wrong through
+normalisation layers, and forward mode is not there for fused attention.
 
-Shape letters:  P entries of all parameters   L parameters   R rows of the model's outputs   C columns of them   n size of an operator
+Shape letters:  P entries of all parameters   L parameters   R rows of the model's outputs   C columns of them   n size
+of an operator
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +74,8 @@ class Layout:
 def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Tensor, " P"], Operator]:
     """The gradient of a loss, and its Hessian.
 
-    A product is one backward pass through the graph of the gradient, which lives as long as the operator: about three times the memory of
-    the forward pass. Parameters that the loss does not depend on have zeros.
+    A product is one backward pass through the graph of the gradient, which lives as long as the operator: about three
+    times the memory of the forward pass. Parameters that the loss does not depend on have zeros.
     """
     dtype = _dtype(params)
     gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -93,8 +94,8 @@ class Jacobian:
     Attributes:
         outputs: With the graph that made them, which is kept.
         params: What they are differentiated by.
-        summed: Adds up over all processes, of which each has rows of its own and zeros elsewhere: every product is then that of all
-            rows, the same on every process, and NaN where one of them failed, so that none is waited for.
+        summed: Adds up over all processes, of which each has rows of its own and zeros elsewhere: every product is then
+            that of all rows, the same on every process, and NaN where one of them failed, so that none is waited for.
     """
 
     outputs: Float[Tensor, "R C"]
@@ -113,7 +114,9 @@ class Jacobian:
 
     @cached_property
     def _adjoint(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """A vector, and its product with the transpose as a function of it: linear, so that its derivative is the Jacobian."""
+        """A vector, and its product with the transpose as a function of it: linear, so that its derivative is the
+        Jacobian.
+        """
         at = torch.zeros_like(self.outputs, requires_grad=True)
         keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
         return at, torch.autograd.grad(self.outputs, self.params, at, **keep)
@@ -124,7 +127,9 @@ class Jacobian:
 
     def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
         """Product of the transpose with a vector in output space."""
-        return self._everywhere(lambda: _flat(_products([self.outputs], self.params, [rows]), self.dtype), torch.Size([self.size]))
+        return self._everywhere(
+            lambda: _flat(_products([self.outputs], self.params, [rows]), self.dtype), torch.Size([self.size])
+        )
 
     def _change(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
         at, image = self._adjoint
@@ -168,12 +173,13 @@ def output_gauss_newton(jacobian: Jacobian, factor: RowsToRows, factor_transpose
 def fisher(jacobian: Jacobian, gradients: Float[Tensor, "R C"], *, num_examples: int | None = None) -> Operator:
     """Mean over examples of the outer product of the gradient of the example's loss with itself.
 
-    The empirical Fisher with the gradients at the targets; the Monte Carlo estimate of the Fisher with those at targets drawn from the
-    model, unbiased with one row per example.
+    The empirical Fisher with the gradients at the targets; the Monte Carlo estimate of the Fisher with those at targets
+    drawn from the model, unbiased with one row per example.
 
     Args:
         gradients: Of each row's own loss by its outputs, not divided by the number of rows.
-        num_examples: Rows of an example follow each other, as many for each, and its loss is the mean of theirs. One row each unless given.
+        num_examples: Rows of an example follow each other, as many for each, and its loss is the mean of theirs. One
+            row each unless given.
     """
     num_examples = num_examples or len(gradients)
     if len(gradients) % num_examples:
@@ -235,10 +241,16 @@ def _parts(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _products(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Vectors times the derivative of outputs by inputs, on a graph that is kept; 0 for outputs that depend on nothing."""
-    pairs = [(output, vector.to(output.dtype)) for output, vector in zip(outputs, vectors, strict=True) if output.requires_grad]
+    """Vectors times the derivative of outputs by inputs; the graph is kept. 0 for outputs that depend on nothing."""
+    pairs = [
+        (output, vector.to(output.dtype))
+        for output, vector in zip(outputs, vectors, strict=True)
+        if output.requires_grad
+    ]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
     differentiated, along = zip(*pairs, strict=True)
     # Never with `create_graph`: the graph of a product would cost as much memory again.
-    return torch.autograd.grad(differentiated, inputs, along, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        differentiated, inputs, along, retain_graph=True, allow_unused=True, materialize_grads=True
+    )

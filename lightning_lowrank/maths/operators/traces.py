@@ -17,7 +17,15 @@ from lightning_lowrank.maths.operators.estimates import Estimate
 from lightning_lowrank.maths.operators.operators import Layout, Operator, dense
 from lightning_lowrank.maths.spectra.lanczos import krylov, quadrature
 from lightning_lowrank.maths.spectra.sketch import counting_error, leave_one_out
-from lightning_lowrank.maths.spectra.spectrum import Spectrum, descending, eigenvalues, full_precision, pooled, ratio, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import (
+    Spectrum,
+    descending,
+    eigenvalues,
+    full_precision,
+    pooled,
+    ratio,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class SpectralEstimate:
     """What random vectors, and known eigenpairs, tell of an operator.
 
     Attributes:
-        spectrum: Signed roots of its eigenvalues, one estimate per probe: `trace`, `negative_mass` and the statistics of energies take it.
+        spectrum: Signed roots of its eigenvalues, one estimate per probe: `trace`, `negative_mass` and the statistics
+            of energies take it.
         coupling: What the known pairs, not quite exact, keep of the squares: to be added to the sum of the spectrum's.
         layer_traces: Of the diagonal block of each parameter, one estimate per probe; empty without a layout.
         layer_squares: Squared Frobenius norm of the rows of each parameter, one estimate per probe.
@@ -46,11 +55,12 @@ def spectral_estimate(
     generator: torch.Generator,
     layout: Layout | None = None,
 ) -> SpectralEstimate:
-    """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random: `num_probes * steps` products.
+    """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random:
+    `num_probes * steps` products.
 
-    With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left. Sums over up to
-    `2 steps - 1` powers of the eigenvalues are without bias; of others, such as the negative mass, the quadrature of an indefinite operator
-    takes about 40 steps, and 10 are enough for a positive one.
+    With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left. Sums
+    over up to `2 steps - 1` powers of the eigenvalues are without bias; of others, such as the negative mass, the
+    quadrature of an indefinite operator takes about 40 steps, and 10 are enough for a positive one.
 
     Args:
         known: Pairs of this very operator, converged or not.
@@ -59,7 +69,8 @@ def spectral_estimate(
         layout: Where the operator's rows are those of parameters.
 
     References:
-        Ubaru, Chen & Saad (2017), SIAM J. Matrix Analysis 38(4); deflation as in Meyer, Musco, Musco & Woodruff (2021), SOSA, Algorithm 1.
+        Ubaru, Chen & Saad (2017), SIAM J. Matrix Analysis 38(4); deflation as in Meyer, Musco, Musco & Woodruff (2021),
+        SOSA, Algorithm 1.
     """
     if num_probes < 2:
         raise ValueError(f"an estimate with an error takes at least 2 probes, not {num_probes}")
@@ -86,8 +97,8 @@ def exact_spectrum(operator: Operator) -> Spectrum:
 def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Estimate:
     """A statistic of a spectrum, corrected for what chance adds to it on average, by the jackknife over its probes.
 
-    Nothing to correct, and no error, where the spectrum is exact. The error of a statistic that counts is at least one step where it
-    counts beyond what is known.
+    Nothing to correct, and no error, where the spectrum is exact. The error of a statistic that counts is at least one
+    step where it counts beyond what is known.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.
@@ -114,7 +125,7 @@ def trace(spectrum: Spectrum) -> Float[Tensor, "*B"]:
 
 
 def negative_mass(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Sum of the magnitudes of the negative eigenvalues over that of all: between 0 and 1, and 0 for a zero operator."""
+    """Sum of the magnitudes of negative eigenvalues over the sum of all: between 0 and 1; 0 for a zero operator."""
     spectrum = pooled(spectrum)
     masses = spectrum.weights * _eigenvalues(spectrum).abs()
     return ratio(torch.where(spectrum.values < 0, masses, 0.0).sum(-1), masses.sum(-1))
@@ -126,7 +137,9 @@ def trace_of_square(found: SpectralEstimate) -> Estimate:
 
 
 def participation_ratio(found: SpectralEstimate) -> Estimate:
-    """Square of the sum of the eigenvalues' magnitudes over the sum of their squares: as many equal ones would be as spread out."""
+    """Square of the sum of the eigenvalues' magnitudes over the sum of their squares: as many equal ones would be as
+    spread out.
+    """
 
     def formula(spectrum: Spectrum) -> Tensor:
         total = (pooled(spectrum).weights * pooled(spectrum).values.square()).sum(-1)
@@ -185,13 +198,15 @@ def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor
 def _probe(
     operator: Operator, known: Eigenpairs, steps: int, generator: torch.Generator, layout: Layout | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From a vector of signs: the complement within its Krylov space, its squared length, and what it tells of layers."""
+    """Complement of the basis in the Krylov space of a sign vector, its squared length, and its share per layer."""
     vectors, wide = known.vectors, working_dtype(operator.device)
 
     def outside(vector: Tensor) -> Tensor:
         return vector - (vectors @ vector) @ vectors
 
-    signs = torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
+    signs = (
+        torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
+    )
     start = outside(signs)
     length = torch.linalg.vector_norm(start)
     space = krylov(lambda vector: outside(operator.multiply(vector)), start, steps)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_lowrank.maths.scaling.scaling import Scaling
 
-# With 256 nodes, 90 % intervals of these hold the truth about nine times in ten; those of the width, which rare nodes rule, six times.
+# With 256 nodes, 90 % intervals of these hold the truth about nine times in ten; those of the width, which rare nodes
+# rule, six times.
 TRUSTED: dict[str, Callable[[Scaling], Tensor]] = {
     "alpha0": lambda scaling: scaling.alpha_at(0.0),
     "box_dimension": lambda scaling: -scaling.tau_at(-1.0),
@@ -25,10 +26,13 @@ FEWEST_NODES = 256
 CHUNK = 2**22
 
 
-def standard_error(name: str, scaling: Scaling, *, generator: torch.Generator, num_resamples: int = 200) -> Float[Tensor, "*B"]:
+def standard_error(
+    name: str, scaling: Scaling, *, generator: torch.Generator, num_resamples: int = 200
+) -> Float[Tensor, "*B"]:
     """Standard deviation of a statistic over resamples of the nodes: its error, where those are a sample of more.
 
-    Only what resampling tells: NaN for other statistics, the width above all, for less than 256 nodes, and where there is no spectrum.
+    Only what resampling tells: NaN for other statistics, the width above all, for less than 256 nodes, and where there
+    is no spectrum.
 
     Args:
         name: Of a statistic of a `Scaling`.
@@ -39,7 +43,9 @@ def standard_error(name: str, scaling: Scaling, *, generator: torch.Generator, n
     nodes = scaling.masses.shape[-2]
     if name not in TRUSTED or nodes < FEWEST_NODES:
         return torch.full_like(scaling.fit[..., 0], torch.nan)
-    drawn = torch.randint(nodes, (num_resamples, nodes), generator=generator, device=generator.device).to(scaling.masses.device)
+    drawn = torch.randint(nodes, (num_resamples, nodes), generator=generator, device=generator.device).to(
+        scaling.masses.device
+    )
     at_once = max(1, CHUNK // max(1, scaling.masses.numel()))
     found = torch.cat([TRUSTED[name](_resampled(scaling, part)) for part in drawn.split(at_once)])
     return scaling.only_valid(found.std(0))
@@ -49,7 +55,8 @@ def _resampled(scaling: Scaling, drawn: Tensor) -> Scaling:
     """One scaling per row of node numbers, along a new leading axis."""
     masses = scaling.masses[..., drawn, :].movedim(-3, 0)
     fit, log_radii, noise = (
-        None if row is None else row.expand(len(drawn), *row.shape) for row in (scaling.fit, scaling.log_radii, scaling.noise)
+        None if row is None else row.expand(len(drawn), *row.shape)
+        for row in (scaling.fit, scaling.log_radii, scaling.noise)
     )
     assert fit is not None
     return replace(scaling, masses=masses, fit=fit, log_radii=log_radii, noise=noise)

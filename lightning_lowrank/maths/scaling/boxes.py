@@ -17,7 +17,10 @@ CHUNK = 2**18
 
 
 def box_counting(
-    distances: Num[Tensor, "*B S N"], radii: Float[Tensor, " R"] | Sequence[float | int], *, orders: Sequence[float] = ORDERS
+    distances: Num[Tensor, "*B S N"],
+    radii: Float[Tensor, " R"] | Sequence[float | int],
+    *,
+    orders: Sequence[float] = ORDERS,
 ) -> Scaling:
     """How the numbers of nodes at most r away from each node scale with r, in any network whose distances are known.
 
@@ -38,8 +41,12 @@ def box_counting(
     return Scaling(masses, torch.ones_like(limits), log_radii=limits.log(), orders=tuple(orders))
 
 
-def counts(values: Float[Tensor, "*B S N"], limits: Float[Tensor, "*B R"], compare: Callable[..., Tensor]) -> Float[Tensor, "*B S R"]:
-    """How many entries of each row are at least as large as each limit, for `torch.ge`, or at most as large, for `torch.le`."""
+def counts(
+    values: Float[Tensor, "*B S N"], limits: Float[Tensor, "*B R"], compare: Callable[..., Tensor]
+) -> Float[Tensor, "*B S R"]:
+    """How many entries of each row are at least as large as each limit, for `torch.ge`, or at most as large, for
+    `torch.le`.
+    """
     nodes, others = values.shape[-2:]
     found = torch.empty(*values.shape[:-1], limits.shape[-1], dtype=working_dtype(values.device), device=values.device)
     step = max(1, CHUNK // max(1, others))

@@ -25,14 +25,17 @@ def multifractal_spectrum(
     num_repeats: int = 10,
     orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """How unlike each other the neurons of weight matrices are: the scaling of their masses, whose spectrum is f(alpha).
+    """How unlike each other the neurons of weight matrices are: the scaling of their masses, whose spectrum is
+    f(alpha).
 
     Args:
-        weights: For "rank" a matrix or a batch of them, for "neuromfa" the matrices of all layers in order; as `nn.Linear` has them, rows
-            are outputs. Kernels of a convolution enter by their norms: `weight.flatten(2).norm(dim=-1)`.
-        mode: "rank": radii are quantiles of the entries, free of scale; see `rank_scaling`. "neuromfa": lengths `1 / |w|` at integer radii,
-            as published; see `neuromfa_scaling`.
-        direction: "out": nodes are columns, neurons with their outgoing weights, as published. "in": rows, neurons with those coming in.
+        weights: For "rank" a matrix or a batch of them, for "neuromfa" the matrices of all layers in order; as
+            `nn.Linear` has them, rows are outputs. Kernels of a convolution enter by their norms:
+            `weight.flatten(2).norm(dim=-1)`.
+        mode: "rank": radii are quantiles of the entries, free of scale; see `rank_scaling`. "neuromfa": lengths `1 /
+            |w|` at integer radii, as published; see `neuromfa_scaling`.
+        direction: "out": nodes are columns, neurons with their outgoing weights, as published. "in": rows, neurons with
+            those coming in.
         max_neurons: Nodes that are sampled, of each matrix or layer; None for all.
         generator: Draws those; needed for them only.
         threshold: Of "neuromfa": longest edge that is kept.
@@ -48,17 +51,28 @@ def multifractal_spectrum(
         tensor(1., dtype=torch.float64)
     """
     if mode not in MODES or direction not in DIRECTIONS:
-        raise ValueError(f"multifractal_spectrum: mode={mode!r} with direction={direction!r}; there are {MODES} and {DIRECTIONS}")
+        raise ValueError(
+            f"multifractal_spectrum: mode={mode!r} with direction={direction!r}; there are {MODES} and {DIRECTIONS}"
+        )
     if max_neurons is not None and generator is None:
-        raise ValueError(f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)")
+        raise ValueError(
+            f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)"
+        )
     if mode == "neuromfa":
         matrices = [weights] if isinstance(weights, Tensor) else weights
         nodes = [matrix if direction == "in" else matrix.mT for matrix in matrices]
         return neuromfa_scaling(
-            nodes, threshold=threshold, max_neurons=max_neurons, num_repeats=num_repeats, generator=generator, orders=orders
+            nodes,
+            threshold=threshold,
+            max_neurons=max_neurons,
+            num_repeats=num_repeats,
+            generator=generator,
+            orders=orders,
         )
     if not isinstance(weights, Tensor):
-        raise ValueError('mode="rank" takes one tensor, a matrix or a batch of them: layers differ, and are looked at one by one')
+        raise ValueError(
+            'mode="rank" takes one tensor, a matrix or a batch of them: layers differ, and are looked at one by one'
+        )
     rows = weights if direction == "in" else weights.mT
     if max_neurons is not None:
         assert generator is not None

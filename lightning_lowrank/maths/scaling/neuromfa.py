@@ -33,17 +33,19 @@ def neuromfa_scaling(
     generator: torch.Generator | None = None,
     orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """Scaling of a network of neurons as its authors' code has it: every neuron with its edges to the next layer, all layers in one sum.
+    """Scaling of a network of neurons as its authors' code has it: every neuron with its edges to the next layer, all
+    layers in one sum.
 
-    An edge has length `1 / |w|`. Kept are lengths above 1 and up to the threshold, rounded to integers, and neurons with more than 10 of
-    them. Radii are all the integers that occur; shares are of a neuron's own edges. The result depends on the scale of the weights, on the
-    threshold and on how many neurons are sampled: compare it with `shuffled` and `gaussian_like` weights, not between models.
+    An edge has length `1 / |w|`. Kept are lengths above 1 and up to the threshold, rounded to integers, and neurons
+    with more than 10 of them. Radii are all the integers that occur; shares are of a neuron's own edges. The result
+    depends on the scale of the weights, on the threshold and on how many neurons are sampled: compare it with
+    `shuffled` and `gaussian_like` weights, not between models.
 
     Args:
         weights: Matrices of all layers in order; rows are source neurons, columns the neurons that they feed.
         threshold: Longest edge that is kept.
-        max_neurons: Sampled per layer; twice that in layers four times as wide as the narrowest, in proportion in those between. None
-            takes all neurons, once.
+        max_neurons: Sampled per layer; twice that in layers four times as wide as the narrowest, in proportion in those
+            between. None takes all neurons, once.
         num_repeats: How many samples, along the leading axis of the result, where neurons are sampled.
         generator: Draws the samples: in the same state at every call, the same neurons.
         orders: The q at which vectors are evaluated.
@@ -52,19 +54,26 @@ def neuromfa_scaling(
         ValueError: Neurons are to be sampled without a generator.
 
     References:
-        Xiao et al. (2025), ICLR, arXiv:2402.09099, for the idea; for the numbers its code, `wnfd_llm` in joshuaxiao98/Neuron_MFA_LLM.
+        Xiao et al. (2025), ICLR, arXiv:2402.09099, for the idea; for the numbers its code, `wnfd_llm` in
+        joshuaxiao98/Neuron_MFA_LLM.
     """
     with full_precision(weights[0].device):
         if max_neurons is None:
             return _scaling(_edge_counts(weights, threshold), orders)
         if generator is None:
-            raise ValueError(f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)")
+            raise ValueError(
+                f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)"
+            )
         samples = [sample_neurons(weights, max_neurons, generator=generator) for _ in range(num_repeats)]
         return _scaling(torch.stack([_edge_counts(sample, threshold) for sample in samples]), orders)
 
 
-def sample_neurons(weights: Sequence[Num[Tensor, "_ _"]], max_neurons: int, *, generator: torch.Generator) -> list[Num[Tensor, "_ _"]]:
-    """The weights between neurons drawn from each layer: the same for the matrix that ends in a layer and that which begins there."""
+def sample_neurons(
+    weights: Sequence[Num[Tensor, "_ _"]], max_neurons: int, *, generator: torch.Generator
+) -> list[Num[Tensor, "_ _"]]:
+    """The weights between neurons drawn from each layer: the same for the matrix that ends in a layer and that which
+    begins there.
+    """
     narrowest = min(min(weight.shape) for weight in weights)
     sampled: list[Tensor] = []
     targets = torch.empty(0)
@@ -107,14 +116,19 @@ def _scaling(counts: Float[Tensor, "*B S T"], orders: Sequence[float]) -> Scalin
     masses = torch.where(kept | counts.isnan(), 1 + counts.cumsum(-1), 0.0)
     occurs = (kept & (counts > 0)).any(-2)
     radii = torch.arange(1, counts.shape[-1] + 1, dtype=counts.dtype, device=counts.device)
-    return Scaling(masses, occurs.to(counts), log_radii=radii.log().expand_as(occurs), per_node=True, orders=tuple(orders))
+    return Scaling(
+        masses, occurs.to(counts), log_radii=radii.log().expand_as(occurs), per_node=True, orders=tuple(orders)
+    )
 
 
-def published_summary(scaling: Scaling, *, drop_hooks: bool = False, drop_non_monotone: bool = False) -> tuple[Tensor, Tensor]:
-    """Position of the spectrum's maximum and its width by forward differences of tau, as published; statistics use exact derivatives.
+def published_summary(
+    scaling: Scaling, *, drop_hooks: bool = False, drop_non_monotone: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Position of the spectrum's maximum and its width by forward differences of tau, as published; statistics use
+    exact derivatives.
 
-    The steps before and after q = 0 share the maximum of these differences, and their alpha are some per cent apart: in the published code
-    rounding decides between them, here it is the first.
+    The steps before and after q = 0 share the maximum of these differences, and their alpha are some per cent apart: in
+    the published code rounding decides between them, here it is the first.
 
     Args:
         scaling: With a leading axis of samples, say; the authors average over it.
@@ -131,20 +145,28 @@ def published_summary(scaling: Scaling, *, drop_hooks: bool = False, drop_non_mo
 
 
 def emergence(
-    alpha0: Float[Tensor, "*B"], width: Float[Tensor, "*B"], first_alpha0: Float[Tensor, "*B"], first_width: Float[Tensor, "*B"]
+    alpha0: Float[Tensor, "*B"],
+    width: Float[Tensor, "*B"],
+    first_alpha0: Float[Tensor, "*B"],
+    first_width: Float[Tensor, "*B"],
 ) -> Float[Tensor, "*B"]:
-    """Degree of emergence: how far a spectrum has widened and moved to the left, `width / first_width * ln(first_alpha0 / alpha0)`.
+    """Degree of emergence: how far a spectrum has widened and moved to the left, `width / first_width * ln(first_alpha0
+    / alpha0)`.
 
-    To be read as the excess over that of shuffled weights. Growing weights alone raise it, and so does a larger sample of the same network.
+    To be read as the excess over that of shuffled weights. Growing weights alone raise it, and so does a larger sample
+    of the same network.
 
     Returns:
-        Positive where the spectrum has moved to the left. NaN where an alpha0 is not positive, or the first width is below 0.001.
+        Positive where the spectrum has moved to the left. NaN where an alpha0 is not positive, or the first width is
+        below 0.001.
     """
     meaningful = (alpha0 > 0) & (first_alpha0 > 0) & (first_width >= 1e-3)
     return torch.where(meaningful, width / first_width * (first_alpha0 / alpha0).log(), torch.nan)
 
 
 def typical_threshold(weights: Sequence[Num[Tensor, "_ _"]]) -> Float[Tensor, ""]:
-    """Three over the root mean square of all weights: a threshold that keeps most edges of Gaussian weights, whatever their scale."""
+    """Three over the root mean square of all weights: a threshold that keeps most edges of Gaussian weights, whatever
+    their scale.
+    """
     squares = torch.stack([magnitudes(weight, working_dtype(weight.device)).square().sum() for weight in weights]).sum()
     return 3 / (squares / sum(weight.numel() for weight in weights)).sqrt()

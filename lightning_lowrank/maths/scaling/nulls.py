@@ -16,5 +16,7 @@ def shuffled(weight: Num[Tensor, "M N"], *, generator: torch.Generator) -> Num[T
 
 def gaussian_like(weight: Float[Tensor, "M N"], *, generator: torch.Generator) -> Float[Tensor, "M N"]:
     """Independent Gaussian entries of the same mean and variance."""
-    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=generator.device).to(weight.device)
+    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=generator.device).to(
+        weight.device
+    )
     return weight.mean() + weight.std() * noise

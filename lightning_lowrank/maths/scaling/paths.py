@@ -17,13 +17,18 @@ from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.maths.spectra.spectrum import full_precision, working_dtype
 
 
-def path_distances(weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, " S"], *, directed: bool = False) -> Float[Tensor, "S V"]:
-    """Lengths of the shortest paths from some neurons of a chain of layers to all, where an edge has length `1 / |w|`: exactly.
+def path_distances(
+    weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, " S"], *, directed: bool = False
+) -> Float[Tensor, "S V"]:
+    """Lengths of the shortest paths from some neurons of a chain of layers to all, where an edge has length `1 / |w|`:
+    exactly.
 
-    Sweeps forth and back over the layers until nothing changes, four to seven on networks of dense layers; one sweep for directed paths.
+    Sweeps forth and back over the layers until nothing changes, four to seven on networks of dense layers; one sweep
+    for directed paths.
 
     Args:
-        weights: Matrices of successive layers; rows are neurons of one layer, columns those of the next. A weight of 0 is no edge.
+        weights: Matrices of successive layers; rows are neurons of one layer, columns those of the next. A weight of 0
+            is no edge.
         sources: Numbers of neurons, counted through all layers from the first.
         directed: From layer to layer only; otherwise edges can be walked both ways.
 
@@ -40,7 +45,8 @@ def path_distances(weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, "
     for i, (one, other) in enumerate(pairwise(weights)):
         if one.shape[1] != other.shape[0]:
             raise ValueError(
-                f"matrix {i} ends with {one.shape[1]} neurons and matrix {i + 1} begins with {other.shape[0]}: no chain of layers"
+                f"matrix {i} ends with {one.shape[1]} neurons and matrix {i + 1} begins with "
+                f"{other.shape[0]}: no chain of layers"
             )
     for i, weight in enumerate(weights):
         if not bool(torch.isfinite(weight).all()):
@@ -84,13 +90,15 @@ def path_scaling(
 ) -> Scaling:
     """How masses within shortest paths of length r around sampled neurons of a chain of layers scale with r.
 
-    Dense layers are a small world, whose distances span less than one decade: over that, any curve has a slope, and it is warned of.
+    Dense layers are a small world, whose distances span less than one decade: over that, any curve has a slope, and it
+    is warned of.
 
     Args:
         weights: As for `path_distances`.
         generator: Draws the sources.
         num_sources: Boxes are grown around so many neurons of all layers.
-        num_radii: From that within which there are five neurons on average to that which holds half of all that can be reached.
+        num_radii: From that within which there are five neurons on average to that which holds half of all that can be
+            reached.
         directed: From layer to layer only.
         orders: The q at which vectors are evaluated.
     """
@@ -99,10 +107,15 @@ def path_scaling(
     distances = path_distances(weights, sources, directed=directed)
     ordered = distances[torch.isfinite(distances) & (distances > 0)].sort().values
     if len(ordered) < 10 * len(sources):
-        raise ValueError(f"from {len(sources)} sources only {len(ordered)} neurons can be reached: too few to see masses grow")
+        raise ValueError(
+            f"from {len(sources)} sources only {len(ordered)} neurons can be reached: too few to see masses grow"
+        )
     first, last = ordered[4 * len(sources)], ordered[len(ordered) // 2]
     decades = float((last / first).log10())
     if decades < 1:
-        warnings.warn(f"distances between neurons span {decades:.2f} decades: a slope over less than one is no dimension", stacklevel=2)
+        warnings.warn(
+            f"distances between neurons span {decades:.2f} decades: a slope over less than one is no dimension",
+            stacklevel=2,
+        )
     radii = torch.exp(torch.linspace(0, 1, num_radii).to(ordered) * (last / first).log()) * first
     return box_counting(distances, radii, orders=orders)

@@ -1,4 +1,5 @@
-"""Scaling of a weight matrix at radii that are quantiles of its own entries: neither their scale nor a choice of distance matters.
+"""Scaling of a weight matrix at radii that are quantiles of its own entries: neither their scale nor a choice of
+distance matters.
 
 Shape letters:  B any batch axes   S nodes (rows)   N their fan-out (columns)   R radii   C cells of H histograms
 """
@@ -17,7 +18,8 @@ from lightning_lowrank.maths.spectra.spectrum import full_precision, working_dty
 # With fewer columns no radius holds both many entries and a small part of them.
 FEWEST_COLUMNS = 32
 
-# A float32 that is not negative is 31 bits in the order of its value: the upper ones name a bin, the lower ones a place in it.
+# A float32 that is not negative is 31 bits in the order of its value: the upper ones name a bin, the lower ones a place
+# in it.
 LOW = 13
 BINS, PLACES = 2 ** (31 - LOW), 2**LOW
 
@@ -28,19 +30,28 @@ Pieces = Callable[[], Iterator[Tensor]]
 
 
 def rank_scaling(
-    weights: Num[Tensor, "*B S N"], *, num_radii: int = 24, min_count: int = 8, max_share: float = 0.5, orders: Sequence[float] = ORDERS
+    weights: Num[Tensor, "*B S N"],
+    *,
+    num_radii: int = 24,
+    min_count: int = 8,
+    max_share: float = 0.5,
+    orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """How many of its weights each row has among the largest 1 %, 2 %, ... of the matrix, and how the moments of that number scale.
+    """How many of its weights each row has among the largest 1 %, 2 %, ... of the matrix, and how the moments of that
+    number scale.
 
-    The radii are entries of the matrix, and what grows is held against its own mean: only the order of the magnitudes matters, and every
-    distance that falls with |w| gives the same. The dimension of order 2 is 1 by construction. Weights drawn independently, from whatever
-    law, give `tau = q` but for counting noise, which is known exactly (`noise`).
+    The radii are entries of the matrix, and what grows is held against its own mean: only the order of the magnitudes
+    matters, and every distance that falls with |w| gives the same. The dimension of order 2 is 1 by construction.
+    Weights drawn independently, from whatever law, give `tau = q` but for counting noise, which is known exactly
+    (`noise`).
 
-    A row of zeros does not count. There is no scaling (NaN) with less than 32 columns, where more than half of the entries of other rows
-    are zero, and with fewer than five radii of different length (constant, ternary). Magnitudes are compared in float32.
+    A row of zeros does not count. There is no scaling (NaN) with less than 32 columns, where more than half of the
+    entries of other rows are zero, and with fewer than five radii of different length (constant, ternary). Magnitudes
+    are compared in float32.
 
     Args:
-        weights: Rows are nodes, columns what they are connected to. A matrix with NaN or Inf gives NaN and leaves its batch alone.
+        weights: Rows are nodes, columns what they are connected to. A matrix with NaN or Inf gives NaN and leaves its
+            batch alone.
         num_radii: How many, at shares of the entries that are evenly spaced in their logarithm.
         min_count: Entries that a row has, on average, within the smallest radius.
         max_share: Of the entries, within the largest radius.
@@ -68,7 +79,8 @@ def rank_scaling_in_parts(
 ) -> Scaling:
     """The same of a matrix of which several processes have parts, and exactly the same: what they add up is counts.
 
-    Each adds up two histograms, of 1 MB and 0.8 MB, and the table of the masses; no process ever has more of the matrix than before.
+    Each adds up two histograms, of 1 MB and 0.8 MB, and the table of the masses; no process ever has more of the matrix
+    than before.
 
     Args:
         part: Entries that this process has, of some rows and some columns; each entry of the matrix is on one process.
@@ -86,13 +98,19 @@ def rank_scaling_in_parts(
         return _scaled(masses, radii, shape[1], ORDERS)
 
 
-def _shares(columns: int, device: torch.device, num_radii: int = 24, min_count: int = 8, max_share: float = 0.5) -> Float[Tensor, " R"]:
+def _shares(
+    columns: int, device: torch.device, num_radii: int = 24, min_count: int = 8, max_share: float = 0.5
+) -> Float[Tensor, " R"]:
     least = min(min_count / max(columns, 1), max_share)
     return torch.logspace(math.log10(least), math.log10(max_share), num_radii, dtype=torch.float32, device=device)
 
 
-def _scaled(masses: Float[Tensor, "*B S R"], radii: Float[Tensor, "*B R"], columns: int, orders: Sequence[float]) -> Scaling:
-    return Scaling(masses, _usable(radii, columns).to(masses), noise=_binomial_noise(masses, columns), orders=tuple(orders))
+def _scaled(
+    masses: Float[Tensor, "*B S R"], radii: Float[Tensor, "*B R"], columns: int, orders: Sequence[float]
+) -> Scaling:
+    return Scaling(
+        masses, _usable(radii, columns).to(masses), noise=_binomial_noise(masses, columns), orders=tuple(orders)
+    )
 
 
 def _alone(counts: Tensor) -> Tensor:
@@ -130,7 +148,7 @@ def _rows(matrix: Num[Tensor, "S N"]) -> int:
 
 
 def _magnitudes(matrix: Num[Tensor, "S N"]) -> Pieces:
-    """In float32, a few rows at a time, as often as asked; a matrix that is larger than a chunk is never copied whole."""
+    """A few rows at a time in float32; a matrix larger than a chunk is never copied whole."""
     step = _rows(matrix)
     if matrix.numel() > CHUNK:
         return lambda: (magnitudes(piece, torch.float32).contiguous() for piece in matrix.split(step))
@@ -155,7 +173,9 @@ def _binomial_noise(masses: Float[Tensor, "*B S R"], columns: int) -> Float[Tens
     return (chances * (logs - (chances * logs).sum(-1, keepdim=True)).square()).sum(-1)
 
 
-def largest(pieces: Pieces, ranks: Int[Tensor, " R"], summed: Callable[[Tensor], Tensor] = _alone) -> Float[Tensor, " R"]:
+def largest(
+    pieces: Pieces, ranks: Int[Tensor, " R"], summed: Callable[[Tensor], Tensor] = _alone
+) -> Float[Tensor, " R"]:
     """Entries of given rank, 1 for the largest: exactly, by histograms, in a tenth of the time of sorting.
 
     Args:
@@ -189,7 +209,9 @@ def _histogram(parts: Iterable[Int[Tensor, " _"]], size: int, device: torch.devi
 
 
 def _find(histograms: Int[Tensor, "H C"], ranks: Int[Tensor, "H R"]) -> tuple[Int[Tensor, "H R"], Int[Tensor, "H R"]]:
-    """The cell that holds the entry of each rank, 1 for that in the highest cell, and how many entries lie in cells above it."""
+    """The cell that holds the entry of each rank, 1 for that in the highest cell, and how many entries lie in cells
+    above it.
+    """
     reached = histograms.cumsum(-1, dtype=torch.int32)
     cell = torch.searchsorted(reached, (reached[:, -1:] - ranks + 1).int()).clamp(max=histograms.shape[-1] - 1)
     return cell, reached[:, -1:] - reached.gather(-1, cell)

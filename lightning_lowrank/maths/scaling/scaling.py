@@ -22,13 +22,14 @@ FEWEST_RADII = 5
 class Scaling:
     """Masses around the nodes of a batch of networks, and the exponents with which their moments grow.
 
-    With shares `p_i(r) = N_i(r) / N_i(r_max)` the partition function is `Z_q(r) = sum_i p_i(r) ** q`, and `tau(q)` is the slope of `ln Z_q`
-    over `ln r` by least squares. That is a sum over nodes, each of which carries its measure, so that this `tau(q)` is `tau(q + 1)` of the
-    literature on sandboxes: `tau(0)` is 0, and the generalised dimension of order q + 1 is `tau(q) / q`.
+    With shares `p_i(r) = N_i(r) / N_i(r_max)` the partition function is `Z_q(r) = sum_i p_i(r) ** q`, and `tau(q)` is
+    the slope of `ln Z_q` over `ln r` by least squares. That is a sum over nodes, each of which carries its measure, so
+    that this `tau(q)` is `tau(q + 1)` of the literature on sandboxes: `tau(0)` is 0, and the generalised dimension of
+    order q + 1 is `tau(q) / q`.
 
     Attributes:
-        masses: N_i(r): nodes, or weight, within the radius r of node i, itself included; radii ascending. 0 where a node (or a box of a
-            cover) does not count. NaN for a network that was not finite.
+        masses: N_i(r): nodes, or weight, within the radius r of node i, itself included; radii ascending. 0 where a
+            node (or a box of a cover) does not count. NaN for a network that was not finite.
         fit: 1 at the radii that the fits read, 0 at the others.
         log_radii: ln r. None for rank mode: the logarithm of the mean mass at that radius takes its place.
         noise: Variance of ln N_i(r) among nodes that are all alike; `1 / mean N` unless given, which is that of counts.
@@ -36,8 +37,8 @@ class Scaling:
         orders: The q at which vectors are evaluated, ascending.
 
     References:
-        Xiao, Chen & Bogdan (2021), Scientific Reports 11:22964, for the sum over nodes; Chhabra & Jensen (1989), Physical Review Letters
-        62(12), equations 6 to 8, for derivatives as averages.
+        Xiao, Chen & Bogdan (2021), Scientific Reports 11:22964, for the sum over nodes; Chhabra & Jensen (1989),
+        Physical Review Letters 62(12), equations 6 to 8, for derivatives as averages.
     """
 
     masses: Float[Tensor, "*B S R"]
@@ -91,7 +92,9 @@ class Scaling:
 
     @cached_property
     def slope_weights(self) -> Float[Tensor, "*B R"]:
-        """What a curve over the radii is multiplied by and summed, to give its slope; NaN with fewer than five radii or two nodes."""
+        """What a curve over the radii is multiplied by and summed, to give its slope; NaN with fewer than five radii or
+        two nodes.
+        """
         count = self.fit.sum(-1, keepdim=True)
         centred = self.fit * (self.abscissa - (self.fit * self.abscissa).sum(-1, keepdim=True) / count)
         none = (count < FEWEST_RADII) | (self.counted.sum(-1, keepdim=True) < 2) | self.lost[..., None]
@@ -114,7 +117,9 @@ class Scaling:
 
     @cached_property
     def f(self) -> Float[Tensor, "*B Q"]:
-        """The spectrum f(alpha) = q alpha - tau, at most 0: by how much fewer nodes there are of that exponent, as a dimension."""
+        """The spectrum f(alpha) = q alpha - tau, at most 0: by how much fewer nodes there are of that exponent, as a
+        dimension.
+        """
         return self.masses.new_tensor(self.orders) * self.alpha - self.tau
 
     @cached_property
@@ -125,7 +130,7 @@ class Scaling:
 
     @cached_property
     def node_dimensions(self) -> Float[Tensor, "*B S"]:
-        """The local dimension of each node, slope of ln N_i; NaN of a node that has no mass at a radius that fits read."""
+        """Local dimension of each node, the slope of ln N_i; NaN for a node without mass at a radius of the fit."""
         whole = (self.live | (self.fit == 0)[..., None, :]).all(-1)
         return torch.where(whole & self.counted, self.slope(self.log_masses), torch.nan)
 
@@ -145,7 +150,9 @@ class Scaling:
 
     def mean_over_radii(self, curves: Float[Tensor, "*C R"]) -> Float[Tensor, "*C"]:
         """Means over the radii that fits read; NaN where there are no fits."""
-        return self._over_radii(torch.where(self.slope_weights.isnan(), torch.nan, self.fit / self.fit.sum(-1, keepdim=True)), curves)
+        return self._over_radii(
+            torch.where(self.slope_weights.isnan(), torch.nan, self.fit / self.fit.sum(-1, keepdim=True)), curves
+        )
 
     def determination(self, curves: Float[Tensor, "*B Q R"]) -> Float[Tensor, "*B Q"]:
         """R squared of the lines that `slope` fits."""
@@ -177,7 +184,7 @@ class Scaling:
 
     @cached_property
     def c2(self) -> Float[Tensor, "*B"]:
-        """Second cumulant: slope of the variance of ln p over nodes, so that tau is about `alpha0 q + c2 q ** 2 / 2`."""
+        """Second cumulant, the slope of the variance of ln p over nodes: tau is about `alpha0 q + c2 q ** 2 / 2`."""
         return self.slope(self.variance(self.log_shares))
 
     @cached_property

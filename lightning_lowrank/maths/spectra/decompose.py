@@ -1,6 +1,7 @@
 """Spectra of many matrices at once, each with as much work as is needed.
 
-Shape letters:  B any batch axes   M rows, N columns of a matrix   S short side of a group of matrices   G matrices in the group
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S short side of a group of matrices   G matrices in
+the group
 """
 
 from collections import defaultdict
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor
 
 from lightning_lowrank.maths.spectra.sketch import moments_of_gram, sketch, top_of_gram
-from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, eigenvalues, full_precision, short_grams, svd, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import (
+    Needs,
+    Spectrum,
+    eigenvalues,
+    full_precision,
+    short_grams,
+    svd,
+    working_dtype,
+)
 
 # Longest short side that is solved exactly.
 SKETCH_ABOVE = 1500
 # Bytes of Gram matrices in one call.
 WORKSPACE = 2**28
-# Of the Gram matrix of its trial space, whole and in part, and of two quadratures each for the estimate and the coarse one.
+# Of the Gram matrix of its trial space, whole and in part, and of two quadratures each for the estimate and the coarse
+# one.
 SOLVES_OF_A_SKETCH = 6
 
 
@@ -39,14 +49,19 @@ class Decomposition:
 
 
 def decompose(
-    matrices: Sequence[Tensor], needs: Needs, *, generator: torch.Generator | None = None, sketch_above: int = SKETCH_ABOVE
+    matrices: Sequence[Tensor],
+    needs: Needs,
+    *,
+    generator: torch.Generator | None = None,
+    sketch_above: int = SKETCH_ABOVE,
 ) -> Decomposition:
     """Spectra of matrices of any shapes, dtypes and devices; those of one short side share the calls of the solver.
 
     Args:
         matrices: `[*B, M, N]` each. One that can't be decomposed gives NaN and does not harm the others.
         needs: "moments" and "top" take no eigensolver, but for matrices that are sketched.
-        generator: Its seed makes those of the sketches, which are then the same whatever else is decomposed; 0 unless given.
+        generator: Its seed makes those of the sketches, which are then the same whatever else is decomposed; 0 unless
+            given.
         sketch_above: Matrices with a longer short side are sketched.
 
     Example:
@@ -65,10 +80,14 @@ def decompose(
 
 
 def flops(shape: Sequence[int]) -> float:
-    """Work of decomposing matrices `[*B, M, N]`, roughly: Gram products and tridiagonalisation, or products with a block of probes."""
+    """Work of decomposing matrices `[*B, M, N]`, roughly: Gram products and tridiagonalisation, or products with a
+    block of probes.
+    """
     short, long = sorted(shape[-2:])
     batch = prod(shape[:-2])
-    return batch * (2.0 * short * long * (short + 1.0) + 4 / 3 * short**3 if short <= SKETCH_ABOVE else 800.0 * short * long)
+    return batch * (
+        2.0 * short * long * (short + 1.0) + 4 / 3 * short**3 if short <= SKETCH_ABOVE else 800.0 * short * long
+    )
 
 
 def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int]]:
@@ -85,13 +104,21 @@ def _batches(matrices: Sequence[Tensor], sketch_above: int) -> Iterator[list[int
             yield [i for _, i in batch]
 
 
-def _attempt(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int) -> tuple[list[Spectrum], int]:
+def _attempt(
+    batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int
+) -> tuple[list[Spectrum], int]:
     """Spectra, and how many calls of a solver they took; where all at once fails, one matrix after the other."""
     with suppress(RuntimeError, TypeError, ValueError):
         return _together(batch, needs, generator, sketch_above)
     # Not while the error is handled: it holds the memory that did not suffice.
     first = batch[0]
-    parts = batch if len(batch) > 1 else list(first.reshape(-1, *first.shape[-2:])) if _divisible(first, sketch_above) else []
+    parts = (
+        batch
+        if len(batch) > 1
+        else list(first.reshape(-1, *first.shape[-2:]))
+        if _divisible(first, sketch_above)
+        else []
+    )
     if not parts:
         return [_lost(first)], 0
     alone = [_attempt([matrix], needs, generator, sketch_above) for matrix in parts]
@@ -99,7 +126,9 @@ def _attempt(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator |
     return (spectra if len(batch) > 1 else [_stacked(spectra, first)]), num_solves
 
 
-def _together(batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int) -> tuple[list[Spectrum], int]:
+def _together(
+    batch: Sequence[Tensor], needs: Needs, generator: torch.Generator | None, sketch_above: int
+) -> tuple[list[Spectrum], int]:
     first = batch[0]
     with full_precision(first.device):
         if len(batch) == 1 and min(first.shape[-2:]) > sketch_above and not first.is_complex():
@@ -120,7 +149,9 @@ def _stacked(spectra: Sequence[Spectrum], matrices: Tensor) -> Spectrum:
     values, weights = (torch.stack([getattr(s, field)[:size] for s in spectra]) for field in ("values", "weights"))
     whole = all(s.whole for s in spectra)
     batch = matrices.shape[:-2]
-    return Spectrum(values.reshape(*batch, -1), weights.reshape(*batch, -1), (matrices.shape[-2], matrices.shape[-1]), whole=whole)
+    return Spectrum(
+        values.reshape(*batch, -1), weights.reshape(*batch, -1), (matrices.shape[-2], matrices.shape[-1]), whole=whole
+    )
 
 
 def _solved(batch: Sequence[Tensor], needs: Needs) -> list[Spectrum]:

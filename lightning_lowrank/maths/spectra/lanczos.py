@@ -1,5 +1,5 @@
-"""Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device, without waiting for
-it.
+"""Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device,
+without waiting for it.
 
 Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps
 """
@@ -35,15 +35,17 @@ class Krylov:
     remainder: Num[Tensor, "*B N"]
 
 
-def krylov(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int, *, spare: Num[Tensor, "*B N"] | None = None) -> Krylov:
+def krylov(
+    multiply: Multiply, start: Num[Tensor, "*B N"], steps: int, *, spare: Num[Tensor, "*B N"] | None = None
+) -> Krylov:
     """The Krylov space of a start vector, by the Lanczos recurrence.
 
     Args:
         multiply: Symmetric or Hermitian, `v -> A v` for a batch of vectors.
         start: Any length but zero.
         steps: Products made; no more than N are of use.
-        spare: Where the space is exhausted early, the recurrence starts again outside of it with this vector, its entries shifted. Without
-            it, what follows is zero and decoupled.
+        spare: Where the space is exhausted early, the recurrence starts again outside of it with this vector, its
+            entries shifted. Without it, what follows is zero and decoupled.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, Algorithm 10.1.1, with full reorthogonalisation.
@@ -67,8 +69,8 @@ def krylov(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int, *, spare:
 def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B"]:
     """The largest eigenvalue of a positive semi-definite operator, from the three-term recurrence alone.
 
-    Without reorthogonalisation values are found again and again, which does not matter for the largest, and a step costs a product and
-    little else.
+    Without reorthogonalisation values are found again and again, which does not matter for the largest, and a step
+    costs a product and little else.
 
     Args:
         multiply: Symmetric, `v -> A v`; the eigenvectors of the conjugate do as well.
@@ -99,7 +101,8 @@ def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: in
 
 
 def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K+1"]:
-    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column more than rows.
+    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column
+    more than rows.
 
     Small singular values keep more of their digits than in a recurrence with the Gram matrix.
 
@@ -109,8 +112,8 @@ def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) 
         steps: Pairs of products.
 
     References:
-        Golub & Kahan (1965), SIAM J. Numerical Analysis 2(2), Section 3; one-sided reorthogonalisation as in Simon & Zha (2000), SIAM J.
-        Scientific Computing 21(6).
+        Golub & Kahan (1965), SIAM J. Numerical Analysis 2(2), Section 3; one-sided reorthogonalisation as in Simon &
+        Zha (2000), SIAM J. Scientific Computing 21(6).
     """
     basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
     wide = start.new_zeros(*start.shape[:-1], steps, steps + 1)
@@ -129,7 +132,8 @@ def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) 
 
 
 def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
-    """Nodes, ascending, and weights, with sum 1, of the Gauss quadrature of the operator's spectral measure at the start vector.
+    """Nodes, ascending, and weights, with sum 1, of the Gauss quadrature of the operator's spectral measure at the
+    start vector.
 
     References:
         Golub & Welsch (1969), Mathematics of Computation 23(106).
@@ -151,7 +155,9 @@ def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _or_else(vector: Tensor, length: Tensor, spare: Tensor, basis: Tensor) -> Tensor:
-    """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit vector."""
+    """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit
+    vector.
+    """
     fresh, _ = _normalised(_orthogonal(spare, basis), _norm(spare))
     return torch.where(length[..., None] == 0, fresh, vector)
 

@@ -17,10 +17,12 @@ NODES = 8192
 
 @lru_cache(maxsize=4096)
 def null(shape: tuple[int, int]) -> Spectrum:
-    """Spectrum of a Gaussian matrix of that shape and of unit energy: the quantiles (i - 1/2) / K of the Marchenko-Pastur law.
+    """Spectrum of a Gaussian matrix of that shape and of unit energy: the quantiles (i - 1/2) / K of the
+    Marchenko-Pastur law.
 
-    What a statistic gives here is what it gives on a random matrix, but for fluctuations and for corrections in 1/K that are largest in the
-    topmost value. Statistics of Gaussian matrices over those of this spectrum (mean of 200, of 8 for the largest):
+    What a statistic gives here is what it gives on a random matrix, but for fluctuations and for corrections in 1/K
+    that are largest in the topmost value. Statistics of Gaussian matrices over those of this spectrum (mean of 200, of
+    8 for the largest):
 
     | shape | `energy_rank` | `stable_rank` | `effective_rank` | `participation_ratio` | `nuclear_to_spectral` |
     |---|---|---|---|---|---|
@@ -47,7 +49,8 @@ def null(shape: tuple[int, int]) -> Spectrum:
 def quantiles(short: int, long: int) -> Float[Tensor, " K"]:
     """Singular values, largest first, of a Gaussian matrix whose entries have variance `1 / long`."""
     aspect = short / long
-    # With lambda = 1 + aspect + 2 sqrt(aspect) cos(angle) the law's square roots at both edges become a smooth density of the angle.
+    # With lambda = 1 + aspect + 2 sqrt(aspect) cos(angle) the law's square roots at both edges become a smooth density
+    # of the angle.
     angles = (torch.arange(NODES, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / NODES)
     eigenvalues = 1 + aspect + 2 * math.sqrt(aspect) * angles.cos()
     mass = (angles.sin().square() / eigenvalues).cumsum(-1)

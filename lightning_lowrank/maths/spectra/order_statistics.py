@@ -17,7 +17,8 @@ COUNT = 32
 
 @lru_cache(maxsize=4096)
 def ranks(short: int) -> tuple[int, ...]:
-    """Which of `short` singular values are kept, the largest being number 0: all of up to 32, otherwise 32 that grow apart quadratically.
+    """Which of `short` singular values are kept, the largest being number 0: all of up to 32, otherwise 32 that grow
+    apart quadratically.
 
     The largest one and the smallest one are always among them.
 

@@ -1,7 +1,7 @@
 """Estimates of the spectra of large matrices, and of the error of what is computed from them.
 
-Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short side   L directions of a trial space   P probes   K steps or
-nodes
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short side   L directions of a trial space   P
+probes   K steps or nodes
 """
 
 from collections.abc import Callable
@@ -38,23 +38,27 @@ TELLABLE = 1e-5
 ROUNDING = 1e-3
 
 
-def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: int = 32, steps: int = 28, num_probes: int = 8) -> Spectrum:
-    """An estimate of all singular values in O(M N) work: the strongest directions one by one, the rest by stochastic Lanczos quadrature.
+def sketch(
+    matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: int = 32, steps: int = 28, num_probes: int = 8
+) -> Spectrum:
+    """An estimate of all singular values in O(M N) work: the strongest directions one by one, the rest by stochastic
+    Lanczos quadrature.
 
-    The rest is the mean of Gauss and Gauss-Radau quadrature, which are too high and too low for sums of singular values, reweighted so that
-    the number of values and the energy are right.
+    The rest is the mean of Gauss and Gauss-Radau quadrature, which are too high and too low for sums of singular
+    values, reweighted so that the number of values and the energy are right.
 
     Args:
         matrix: Best with both sides above 1500; below, `svd` is as fast.
-        generator: On the device of the matrix, and not seeded as the one that the matrix itself was drawn from: probes that repeat its
-            entries are not independent of it, and no error would tell.
+        generator: On the device of the matrix, and not seeded as the one that the matrix itself was drawn from: probes
+            that repeat its entries are not independent of it, and no error would tell.
         rank: Most directions taken out one by one; only those that have converged are.
         steps: Lanczos steps for the rest. `coarse` has half of them and a smaller trial space for the directions.
         num_probes: Independent start vectors.
 
     References:
-        Musco & Musco (2015), NeurIPS, Algorithm 2, for the directions; Ubaru, Chen & Saad (2017), SIAM J. Matrix Analysis 38(4), for the
-        quadrature; Golub & Meurant (2010), Matrices, Moments and Quadrature, Theorem 6.4 for the bracket.
+        Musco & Musco (2015), NeurIPS, Algorithm 2, for the directions; Ubaru, Chen & Saad (2017), SIAM J. Matrix
+        Analysis 38(4), for the quadrature; Golub & Meurant (2010), Matrices, Moments and Quadrature, Theorem 6.4 for
+        the bracket.
     """
     shape = (matrix.shape[-2], matrix.shape[-1])
     with full_precision(matrix.device):
@@ -64,15 +68,20 @@ def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: i
         wide = _krylov(tall, atoms.basis, num_probes, steps, generator)
         energy = torch.linalg.vector_norm(tall, dim=-1).double().square().sum(-1)
         fine = _spectrum(atoms.energies, atoms.kept, wide, energy, shape, scale)
-        coarse = _spectrum(atoms.coarse, atoms.kept, wide[..., : (steps + 1) // 2, : (steps + 1) // 2 + 1], energy, shape, scale)
+        coarse = _spectrum(
+            atoms.coarse, atoms.kept, wide[..., : (steps + 1) // 2, : (steps + 1) // 2 + 1], energy, shape, scale
+        )
         return replace(fine, coarse=coarse)
 
 
-def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """A statistic of a spectrum and its error: 0 where the spectrum is exact, else a bound that the truth rarely leaves.
+def estimate(
+    statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum
+) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
+    """A statistic of a spectrum and its error: 0 where the spectrum is exact, else a bound that the truth rarely
+    leaves.
 
-    Three jackknife standard errors over the probes, what half the work changes, 1e-3 of the value for rounding to float32, and one for a
-    statistic that counts beyond the directions taken out one by one.
+    Three jackknife standard errors over the probes, what half the work changes, 1e-3 of the value for rounding to
+    float32, and one for a statistic that counts beyond the directions taken out one by one.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equation 1.3.
@@ -86,7 +95,9 @@ def estimate(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> tup
     return value, 3 * spread.sqrt() + bias + counting_error(statistic, spectrum, value) + ROUNDING * value.abs()
 
 
-def counting_error(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum, value: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+def counting_error(
+    statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum, value: Float[Tensor, "*B"]
+) -> Float[Tensor, "*B"]:
     """One, for a statistic that counts beyond the directions taken out one by one; 0 for one that moves smoothly.
 
     A `Statistic` knows how far apart its values lie; any other function is taken for continuous.
@@ -116,9 +127,11 @@ def moments(matrix: Num[Tensor, "*B M N"]) -> Spectrum:
 
 
 def top(matrix: Num[Tensor, "*B M N"]) -> Spectrum:
-    """The largest singular value, and one more with a multiplicity that completes the energy and the sum of its squares: no eigensolver.
+    """The largest singular value, and one more with a multiplicity that completes the energy and the sum of its
+    squares: no eigensolver.
 
-    The largest eigenvalue of a float32 Gram matrix by Lanczos from a fixed vector: within 1e-5 of the truth for short sides up to 1500.
+    The largest eigenvalue of a float32 Gram matrix by Lanczos from a fixed vector: within 1e-5 of the truth for short
+    sides up to 1500.
 
     Example:
         >>> top(torch.diag(torch.tensor([2.0, 1.0, 1.0]))).values
@@ -145,7 +158,7 @@ def top_of_gram(gram: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B 2"], Flo
 
 
 def _start(gram: Tensor) -> Tensor:
-    """A start vector that is always the same: a chirp, whose energy is spread evenly over places and over frequencies."""
+    """A fixed start vector: a chirp, whose energy is spread evenly over places and over frequencies."""
     return torch.arange(1, gram.shape[-1] + 1, dtype=torch.float32, device=gram.device).square().sin().to(gram.dtype)
 
 
@@ -229,11 +242,17 @@ def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], ra
     converged = (residual < CONVERGED * energies) & (energies > torch.finfo(torch.float32).eps ** 2 * energies[..., :1])
     # One that has not converged must not be found again, halved, in what is left by weaker ones.
     kept = converged.cummin(-1).values
-    return Atoms(basis * kept[..., None, :], energies * kept, coarse.flip(-1)[..., :rank].clamp(min=0) * kept, kept.double())
+    return Atoms(
+        basis * kept[..., None, :], energies * kept, coarse.flip(-1)[..., :rank].clamp(min=0) * kept, kept.double()
+    )
 
 
 def _krylov(
-    tall: Float[Tensor, "*B M S"], basis: Float[Tensor, "*B S L"], num_probes: int, steps: int, generator: torch.Generator
+    tall: Float[Tensor, "*B M S"],
+    basis: Float[Tensor, "*B S L"],
+    num_probes: int,
+    steps: int,
+    generator: torch.Generator,
 ) -> Float[Tensor, "P *B K K+1"]:
     """The matrix without the directions of the basis, within the Krylov spaces of random vectors."""
 
@@ -244,12 +263,18 @@ def _krylov(
         there, back = _there_and_back(tall, vectors, shift)
         return there, outside(back)
 
-    start = torch.randn(*tall.shape[:-2], num_probes, tall.shape[-1], generator=generator, device=tall.device, dtype=tall.dtype)
+    start = torch.randn(
+        *tall.shape[:-2], num_probes, tall.shape[-1], generator=generator, device=tall.device, dtype=tall.dtype
+    )
     return bidiagonal(round_trip, outside(start), steps).double().movedim(-3, 0)
 
 
-def _there_and_back(tall: Float[Tensor, "*B M S"], vectors: Float[Tensor, "*B P S"], shift: Tensor | float) -> tuple[Tensor, Tensor]:
-    """`v A^T - shift`, and that times A, by a few rows of A at a time: the second product finds them in the cache of the CPU."""
+def _there_and_back(
+    tall: Float[Tensor, "*B M S"], vectors: Float[Tensor, "*B P S"], shift: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`v A^T - shift`, and that times A, by a few rows of A at a time: the second product finds them in the cache of
+    the CPU.
+    """
     rows = max(1, CACHED // tall.shape[-1]) if tall.device.type == "cpu" else tall.shape[-2]
     there, back = vectors.new_empty(*vectors.shape[:-1], tall.shape[-2]), torch.zeros_like(vectors)
     for first in range(0, tall.shape[-2], rows):
@@ -261,7 +286,12 @@ def _there_and_back(tall: Float[Tensor, "*B M S"], vectors: Float[Tensor, "*B P 
 
 
 def _spectrum(
-    atoms: Tensor, kept: Tensor, wide: Float[Tensor, "P *B K K+1"], energy: Tensor, shape: tuple[int, int], scale: Tensor
+    atoms: Tensor,
+    kept: Tensor,
+    wide: Float[Tensor, "P *B K K+1"],
+    energy: Tensor,
+    shape: tuple[int, int],
+    scale: Tensor,
 ) -> Spectrum:
     """Directions one by one and quadrature nodes for the rest, as one spectrum."""
     square = wide[..., :-1]
@@ -275,8 +305,12 @@ def _spectrum(
     return Spectrum(values, weights, shape, whole=False, num_probes=len(nodes))
 
 
-def _reweighted(nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]) -> Float[Tensor, "P *B K"]:
-    """Weights with sum 1 and that mean, tilted no more than it takes; where the mean is 0 it is not known, and they stay as they are."""
+def _reweighted(
+    nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
+) -> Float[Tensor, "P *B K"]:
+    """Weights with sum 1 and that mean, tilted no more than it takes; where the mean is 0 it is not known, and they
+    stay as they are.
+    """
     before = (weights * nodes).sum(-1, keepdim=True)
     variance = (weights * (nodes - before).square()).sum(-1, keepdim=True)
     slope = ratio(mean[..., None] - before, variance) * (mean[..., None] > 0)
@@ -287,7 +321,9 @@ def _reweighted(nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"]
 def leave_one_out(spectrum: Spectrum) -> Spectrum:
     """As a batch in front: the pooled spectrum of all probes but one."""
     parts: list[Spectrum] = [pooled(_without(spectrum, i)) for i in range(spectrum.num_probes)]
-    return replace(parts[0], values=torch.stack([p.values for p in parts]), weights=torch.stack([p.weights for p in parts]))
+    return replace(
+        parts[0], values=torch.stack([p.values for p in parts]), weights=torch.stack([p.weights for p in parts])
+    )
 
 
 def _without(spectrum: Spectrum, probe: int) -> Spectrum:

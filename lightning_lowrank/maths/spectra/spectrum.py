@@ -25,14 +25,15 @@ class Spectrum:
     """Singular values of a batch of matrices, largest magnitude first, each with its multiplicity.
 
     Attributes:
-        values: Singular values; for symmetric operators `sign(lambda) * sqrt(|lambda|)`. Largest magnitude first: `descending` sorts so.
-            NaN for a matrix that was not finite.
+        values: Singular values; for symmetric operators `sign(lambda) * sqrt(|lambda|)`. Largest magnitude first:
+            `descending` sorts so. NaN for a matrix that was not finite.
         weights: How many singular values each stands for, fractions included; ones where the spectrum is whole.
         shape: Rows and columns of the matrix.
         whole: Every singular value is there. An estimate or a summary by moments is not whole.
-        num_probes: 0 when exact. Otherwise `values` and `weights` have a leading axis of this length, one independent estimate each.
-        coarse: The same estimate from half the work; what a statistic differs by between the two is the error that more probes would not
-            cure.
+        num_probes: 0 when exact. Otherwise `values` and `weights` have a leading axis of this length, one independent
+            estimate each.
+        coarse: The same estimate from half the work; what a statistic differs by between the two is the error that more
+            probes would not cure.
     """
 
     values: Float[Tensor, "*B K"]
@@ -54,7 +55,7 @@ class Spectrum:
 
     @cached_property
     def unit(self) -> Float[Tensor, "*B K"]:
-        """Magnitudes over the largest one: between 0 and 1, all 0 for the zero matrix. What scale-free statistics read."""
+        """Magnitudes over the largest: between 0 and 1, all 0 for the zero matrix. Scale-free statistics read it."""
         return ratio(self.magnitudes, self.top[..., None])
 
     @cached_property
@@ -90,14 +91,18 @@ def noise_floor(shape: tuple[int, int]) -> float:
 
 
 def perplexity(masses: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
-    """Exponential of the entropy of `masses` over their sum: as many equal masses would be as spread out. 0 where all are 0."""
+    """Exponential of the entropy of `masses` over their sum: as many equal masses would be as spread out. 0 where all
+    are 0.
+    """
     total = (weights * masses).sum(-1)
     shares = ratio(masses, total[..., None])
     spread = (weights * torch.special.entr(shares)).sum(-1).exp()
     return torch.where(total == 0, 0.0, spread)
 
 
-def descending(values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
+def descending(
+    values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]
+) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
     """The same values, largest magnitude first, and their weights: the order that a `Spectrum` is in."""
     order = values.abs().argsort(-1, descending=True)
     return values.gather(-1, order), weights.gather(-1, order)
@@ -131,12 +136,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> Spectrum:
     """All singular values, from the Gram matrix of the short side.
 
-    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). With `dtype=torch.float32`, all that
-    devices without float64 can do, each singular value below about `4e-4` of the largest is noise: the ranks of energies stay within 1e-5,
-    `effective_rank` and the nuclear norm are up to 20 % high on steep spectra.
+    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). With
+    `dtype=torch.float32`, all that devices without float64 can do, each singular value below about `4e-4` of the
+    largest is noise: the ranks of energies stay within 1e-5, `effective_rank` and the nuclear norm are up to 20 % high
+    on steep spectra.
 
     Args:
-        matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and leaves its batch alone.
+        matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and leaves its
+            batch alone.
         dtype: What to work in. float64 where the device has it.
 
     Returns:
@@ -155,7 +162,8 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
 
 
 def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[Tensor, "*B S S"], Float[Tensor, "*B"]]:
-    """Gram matrix of the short side S of the matrix over `scale`, and that scale: the largest entry, or 1 where none is needed.
+    """Gram matrix of the short side S of the matrix over `scale`, and that scale: the largest entry, or 1 where none is
+    needed.
 
     Squares of entries leave float32's range at 1e19, and float64's at 1e154; what was stored in 32 bits is safe in 64.
     """
@@ -167,8 +175,11 @@ def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[T
     return short @ short.mH, scale
 
 
-def short_grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Float[Tensor, "G S S"], Float[Tensor, " G"] | None]:
-    """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is needed.
+def short_grams(
+    matrices: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Float[Tensor, "G S S"], Float[Tensor, " G"] | None]:
+    """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is
+    needed.
 
     One scratch buffer serves all: fresh memory for each matrix would cost as much as the product.
     """
@@ -182,14 +193,20 @@ def short_grams(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Float[T
         scale = _scale(torch.cat([torch.maximum(m.amax((-2, -1)), -m.amin((-2, -1))) for m in flat]).to(dtype))
         inverses = scale.reciprocal()[:, None, None].split(sizes)
     gram = torch.empty(sum(sizes), short, short, dtype=dtype, device=flat[0].device)
-    scratch = torch.empty(min(max(m.numel() for m in flat), max(SCRATCH, max(sizes) * short)), dtype=dtype, device=flat[0].device)
+    scratch = torch.empty(
+        min(max(m.numel() for m in flat), max(SCRATCH, max(sizes) * short)), dtype=dtype, device=flat[0].device
+    )
     for matrix, inverse, out in zip(flat, inverses, gram.split(sizes), strict=True):
         long = matrix if matrix.shape[-2] == short else matrix.mT
         step = max(1, scratch.numel() // (len(long) * short))
         for begin in range(0, max(1, long.shape[-1]), step):
             part = long[..., begin : begin + step]
             # In the order of the matrix in memory.
-            wide = scratch[: part.numel()].view(part.mT.shape).mT if long is not matrix else scratch[: part.numel()].view(part.shape)
+            wide = (
+                scratch[: part.numel()].view(part.mT.shape).mT
+                if long is not matrix
+                else scratch[: part.numel()].view(part.shape)
+            )
             wide.copy_(part) if inverse is None else torch.mul(part.to(dtype), inverse, out=wide)
             torch.baddbmm(out, wide, wide.mT, beta=float(begin > 0), out=out)
     return gram, scale
@@ -211,7 +228,9 @@ def _scale(largest: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     return torch.where(usable, largest.clamp(min=torch.finfo(largest.dtype).tiny), 1.0)
 
 
-def from_gram(gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = None, scale: Float[Tensor, "*B"] | None = None) -> Spectrum:
+def from_gram(
+    gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = None, scale: Float[Tensor, "*B"] | None = None
+) -> Spectrum:
     """Spectrum of `scale * A`, given `A A^H` or `A^H A` for either side of A.
 
     Args:
@@ -233,7 +252,8 @@ def from_gram(gram: Num[Tensor, "*B S S"], *, shape: tuple[int, int] | None = No
 
 
 def eigenvalues(symmetric: Num[Tensor, "*B S S"], *, overwrite: bool = False) -> Float[Tensor, "*B S"]:
-    """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its batch.
+    """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its
+    batch.
 
     Args:
         overwrite: The matrices may be changed, which saves a copy.
@@ -248,7 +268,9 @@ def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"
     return values, vectors
 
 
-def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]], *, overwrite: bool = False) -> tuple[Tensor, ...]:
+def _solved(
+    symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]], *, overwrite: bool = False
+) -> tuple[Tensor, ...]:
     finite = torch.isfinite(symmetric.sum((-2, -1), dtype=_accumulator(symmetric)))
     lost = ~finite[..., None, None]
     safe = symmetric.masked_fill_(lost, 0.0) if overwrite else symmetric.masked_fill(lost, 0.0)
@@ -256,7 +278,9 @@ def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]], *
         results = tuple(solver(safe))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         results = _one_by_one(safe, solver)
-    return tuple(torch.where(finite.reshape(finite.shape + (1,) * (r.ndim - finite.ndim)), r, torch.nan) for r in results)
+    return tuple(
+        torch.where(finite.reshape(finite.shape + (1,) * (r.ndim - finite.ndim)), r, torch.nan) for r in results
+    )
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -274,7 +298,9 @@ def _one_by_one(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             # The solution of the zero matrix has the shapes and dtypes that are due.
             results.append(tuple(torch.full_like(r, torch.nan) for r in solver(torch.zeros_like(one))))
-    return tuple(torch.stack(parts).reshape(*symmetric.shape[:-2], *parts[0].shape) for parts in zip(*results, strict=True))
+    return tuple(
+        torch.stack(parts).reshape(*symmetric.shape[:-2], *parts[0].shape) for parts in zip(*results, strict=True)
+    )
 
 
 def _empty(matrix: Num[Tensor, "*B M N"], shape: tuple[int, int]) -> Spectrum:

@@ -20,8 +20,8 @@ class Subspace:
     """Top singular vectors of a batch of matrices on their short side, with the singular values.
 
     Attributes:
-        basis: Orthonormal columns, strongest first; left vectors where the matrix is wide or square, right ones where it is tall. NaN for a
-            matrix that was not finite.
+        basis: Orthonormal columns, strongest first; left vectors where the matrix is wide or square, right ones where
+            it is tall. NaN for a matrix that was not finite.
         values: The singular values, largest first.
     """
 
@@ -43,7 +43,8 @@ class Subspace:
 def top_subspace(matrix: Num[Tensor, "*B M N"], k: int) -> Subspace:
     """The `k` strongest singular directions of the short side, or as many as there are.
 
-    From the Gram matrix and all its eigenvectors, so that a batch is one call: three to four times the cost of the values alone.
+    From the Gram matrix and all its eigenvectors, so that a batch is one call: three to four times the cost of the
+    values alone.
 
     Example:
         >>> top_subspace(torch.diag(torch.tensor([3.0, 4.0])), 1).values
@@ -62,7 +63,8 @@ def top_subspace(matrix: Num[Tensor, "*B M N"], k: int) -> Subspace:
 
 
 def top_subspaces(matrices: Sequence[Num[Tensor, "*_ M N"]], k: int) -> Subspace:
-    """Those of batches of matrices of one shape as one batch: in one call, or one after the other where that takes too much memory.
+    """Those of batches of matrices of one shape as one batch: in one call, or one after the other where that takes too
+    much memory.
 
     NaN for a matrix that even alone cannot be decomposed.
     """
@@ -83,7 +85,9 @@ def _alone(matrix: Num[Tensor, "M N"], k: int) -> Subspace:
 
 
 def squared_cosines(one: Subspace, other: Subspace) -> Float[Tensor, "*B"]:
-    """Sum of the squared cosines of the principal angles between the live parts of two subspaces: how many directions they share."""
+    """Sum of the squared cosines of the principal angles between the live parts of two subspaces: how many directions
+    they share.
+    """
     products = (one.basis.mH @ other.basis).abs().square()
     return (products * one.live[..., :, None] * other.live[..., None, :]).sum((-2, -1))
 

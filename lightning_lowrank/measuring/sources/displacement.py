@@ -17,8 +17,8 @@ class Displacement(ParameterSource):
     """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0.
 
     Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
-    logged as `lowrank/displacement_bytes` and said at the start. Of sharded weights each process keeps its shards; a checkpoint has them
-    whole.
+    logged as `lowrank/displacement_bytes` and said at the start. Of sharded weights each process keeps its shards; a
+    checkpoint has them whole.
     """
 
     name = "displacement"
@@ -40,7 +40,9 @@ class Displacement(ParameterSource):
 
     def facts(self) -> dict[str, float]:
         """Memory that the copy takes here."""
-        return {"bytes": float(sum(local(t).numel() * t.element_size() for kept in self._initial.values() for t in kept))}
+        return {
+            "bytes": float(sum(local(t).numel() * t.element_size() for kept in self._initial.values() for t in kept))
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """W_0, whole."""
@@ -54,10 +56,14 @@ class Displacement(ParameterSource):
         self._initial[site.name] = start = attempt(partial(self._start, site))
         if site.parametrization is None or not start:
             return change(site, start)
-        return Reading(site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=weights(site))
+        return Reading(
+            site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=weights(site)
+        )
 
     def _start(self, site: Site) -> Sequence[Tensor]:
-        """What was kept of a site, placed as its weights are; a layer that was replaced by one of another size begins anew."""
+        """What was kept of a site, placed as its weights are; a layer that was replaced by one of another size begins
+        anew.
+        """
         now, start = _kept(site), self._initial[site.name]
         if start and [t.shape for t in start] != [t.shape for t in now]:
             return _copied(site)
@@ -69,7 +75,9 @@ def _copied(site: Site) -> list[Tensor]:
 
 
 def _kept(site: Site) -> Sequence[Tensor]:
-    """What the distance is measured from: a parametrised weight is kept as it was computed, since the computation may change."""
+    """What the distance is measured from: a parametrised weight is kept as it was computed, since the computation may
+    change.
+    """
     return site.values() if site.parametrization is None else [site.weight()]
 
 

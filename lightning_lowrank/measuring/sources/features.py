@@ -26,7 +26,9 @@ WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_
 
 @dataclass(frozen=True)
 class Tap:
-    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and averages."""
+    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and
+    averages.
+    """
 
     hear: Callable[..., None] | None
     # How many passes are under way that are ours, and no part of the training.
@@ -58,21 +60,25 @@ def unheard() -> Iterator[None]:
 class Features(Source):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
-    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other outputs of four axes
-    or more along the second. Of a layer that returns several things the first tensor is read. The number of rows is logged as
-    `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left
-    without a number. With several processes each sample costs one exchange of row counts, which waits for the device.
+    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other
+    outputs of four axes or more along the second. Of a layer that returns several things the first tensor is read. The
+    number of rows is logged as `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose
+    output changes its width or cannot be read is left without a number. With several processes each sample costs one
+    exchange of row counts, which waits for the device.
 
     Args:
-        match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given all linear,
-            convolutional, embedding, attention and recurrent layers.
+        match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given
+            all linear, convolutional, embedding, attention and recurrent layers.
         exclude: The same, taken away.
-        centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe; `feature`).
-        stage: "train": the rows of a due step. "validation": those of a whole validation loop; tags begin with `validation_`.
+        centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe;
+            `feature`).
+        stage: "train": the rows of a due step. "validation": those of a whole validation loop; tags begin with
+            `validation_`.
         max_width: Wider outputs are left out: a Gram matrix of that side is kept in float64.
 
     Raises:
-        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled module.
+        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled
+            module.
     """
 
     match: str | Sequence[str] | None = None
@@ -86,7 +92,9 @@ class Features(Source):
             raise ValueError(f"Features(stage={self.stage!r}): it is 'train' or 'validation'")
         self.of_parameters = False
         self.level = "functions"
-        self.name = ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
+        self.name = (
+            ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
+        )
         self._layers: dict[str, nn.Module] = {}
         self._grams: dict[str, Tensor] = {}
         self._error: Exception | None = None
@@ -168,15 +176,23 @@ class Features(Source):
     def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Layers of the usual types, less the too wide."""
         usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS)}
-        return {name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width}
+        return {
+            name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width
+        }
 
     def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
         """A layer that a hook does not see, or where it would change the numbers."""
         if any(map(compiled, around)):
-            raise ValueError(f"features of {name!r} cannot be read: hooks inside a compiled module never run; match layers outside of it")
+            raise ValueError(
+                f"features of {name!r} cannot be read: hooks inside a compiled module never run; match "
+                "layers outside of it"
+            )
         fast = [m for m in (layer, *around) if isinstance(m, nn.TransformerEncoderLayer)]
         if any(self.stage == "validation" or not m.training for m in fast):
-            why = "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
+            why = (
+                "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; "
+                "match layers outside of it"
+            )
             raise ValueError(f"features of {name!r} cannot be read: {why}")
 
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -207,15 +223,23 @@ class Features(Source):
 def _no_rows(width: int, device: torch.device) -> Tensor:
     """Gram matrix and sum of no rows; where only other processes came by a layer, they take part in the sum.
 
-    Not a metric: torchmetrics keeps a second copy of each state, and refers to itself, so that both would stay until garbage is collected.
+    Not a metric: torchmetrics keeps a second copy of each state, and refers to itself, so that both would stay until
+    garbage is collected.
     """
     return torch.zeros(width + 1, width, dtype=state_dtype(), device=device)
 
 
 def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
-    """Widths and numbers of rows of all processes together, in one order: of the layers that every process that came by can read."""
-    found = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
-    whole = {name: entries for name, entries in found.items() if len({width for width, _ in entries}) == 1 and entries[0][0]}
+    """Widths and numbers of rows of all processes together, in one order: of the layers that every process that came by
+    can read.
+    """
+    found = {
+        name: [part[name] for part in parts if name in part]
+        for name in sorted({name for part in parts for name in part})
+    }
+    whole = {
+        name: entries for name, entries in found.items() if len({width for width, _ in entries}) == 1 and entries[0][0]
+    }
     return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
 
 
@@ -235,4 +259,8 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
 
 def compiled(module: nn.Module) -> bool:
     """Whether it runs inside a graph of torch.compile."""
-    return bool(getattr(module, "_compiler_ctx", None)) or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return (
+        bool(getattr(module, "_compiler_ctx", None))
+        or module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+    )

@@ -14,7 +14,8 @@ from lightning_lowrank.models.sites import Site
 class Gradients(ParameterSource):
     """Gradients as the optimizer gets them, before clipping: synchronised, unscaled, accumulated.
 
-    A LoRA pair is read as `B dA + dB A`, what its gradients do to the product. A sparse gradient is read through the rows it has.
+    A LoRA pair is read as `B dA + dB A`, what its gradients do to the product. A sparse gradient is read through the
+    rows it has.
     """
 
     name = "gradient"

@@ -14,8 +14,9 @@ class OptimizerState(ParameterSource):
     """What the optimizer keeps per parameter, after the step.
 
     Args:
-        key: An entry of the optimizer's state of a parameter's shape (`exp_avg`, `momentum_buffer`, `square_avg`, ...), or `first_moment`
-            (Adam's `exp_avg`, SGD's `momentum_buffer`) or `second_moment` (`exp_avg_sq`). It is the first part of the tags.
+        key: An entry of the optimizer's state of a parameter's shape (`exp_avg`, `momentum_buffer`, `square_avg`, ...),
+            or `first_moment` (Adam's `exp_avg`, SGD's `momentum_buffer`) or `second_moment` (`exp_avg_sq`). It is the
+            first part of the tags.
 
     A parameter without that entry is not read. LoRA pairs have no state of their product and are not read.
     """

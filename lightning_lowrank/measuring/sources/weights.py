@@ -7,7 +7,7 @@ from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, w
 
 @dataclass(kw_only=True)
 class Weights(ParameterSource):
-    """Weights before the step, frozen ones too; a LoRA pair as its product, a parametrised weight as the layer uses it."""
+    """Weights before the step, frozen ones included; a LoRA pair as its product, a parametrised weight as used."""
 
     name = "weight"
 

@@ -22,30 +22,35 @@ def GradientAnatomyMonitor(
     alerts: Sequence[Alert] | Literal["default"] | None = "default",
     max_overhead: float | None = None,
 ) -> Monitor:
-    """Where each layer's gradient comes from: residue or spike of the inputs, which side limits its rank, and how stable it is.
+    """Where each layer's gradient comes from: residue or spike of the inputs, which side limits its rank, and how
+    stable it is.
 
-    On due steps the inputs of linear layers and convolutions are heard, and the gradients of their outputs; of both the same rows are kept.
-    Their product is held against the gradient that the optimizer is given.
+    On due steps the inputs of linear layers and convolutions are heard, and the gradients of their outputs; of both the
+    same rows are kept. Their product is held against the gradient that the optimizer is given.
 
-    Memory on due steps: of each layer `max_rows` rows of inputs and of signals, a little more until the backward pass is over, 8 numbers
-    for every row that there was, and a copy of the gradient. Two directions per layer stay, and are in the checkpoint.
+    Memory on due steps: of each layer `max_rows` rows of inputs and of signals, a little more until the backward pass
+    is over, 8 numbers for every row that there was, and a copy of the gradient. Two directions per layer stay, and are
+    in the checkpoint.
 
     Args:
-        match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; of all linear layers and convolutions without groups unless given.
+        match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; of all linear layers and convolutions without
+            groups unless given.
         every_n_steps: Cadence, in optimizer steps; 1000 unless given.
         max_rows: Rows that are kept of each layer.
-        num_outputs: Of the model, at most 10: as many directions of the signals are the residue's. The width of the module's last linear
-            layer unless given.
+        num_outputs: Of the model, at most 10: as many directions of the signals are the residue's. The width of the
+            module's last linear layer unless given.
         exclude: As `match`, taken away.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": all if there are at most 100, else the four shares, the
-            gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
+        per_site: Scalars of single weights: `True`, `False`, or "auto": all if there are at most 100, else the four
+            shares, the gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
         seed: Of the rows and probes.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to spike.
+        alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to
+            spike.
         max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer that cannot be heard.
+        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer that cannot
+            be heard.
 
     Example:
         >>> GradientAnatomyMonitor().recorders[0].quantities[1:5]

@@ -1,4 +1,5 @@
-"""Inputs of a layer and gradients of its outputs, row by row, of one sample of rows: the gradient of its weight is their product.
+"""Inputs of a layer and gradients of its outputs, row by row, of one sample of rows: the gradient of its weight is
+their product.
 
 Shape letters:  T rows of one call   R rows that are kept   N inputs   M outputs   K probes   C channels   H, W an image
 """
@@ -66,9 +67,9 @@ class Pairs:
 class PairTap:
     """Hears all layers that share a weight, from the first batch of a sample until its gradient is final.
 
-    Rows are drawn in the forward pass, with keys from a generator on the host: nothing waits for the device. A call counts once the
-    backward pass has come by its output; so the second run of a layer under activation checkpointing counts where the first one had no
-    graph, and only there.
+    Rows are drawn in the forward pass, with keys from a generator on the host: nothing waits for the device. A call
+    counts once the backward pass has come by its output; so the second run of a layer under activation checkpointing
+    counts where the first one had no graph, and only there.
 
     Args:
         weight: Of which the gradient is spoken of.
@@ -77,7 +78,10 @@ class PairTap:
     """
 
     def __init__(
-        self, weight: nn.Parameter, layers: Sequence[nn.Module], ours: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        weight: nn.Parameter,
+        layers: Sequence[nn.Module],
+        ours: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.weight, self.layers, self.ours = weight, layers, ours
         self._max_rows = 0
@@ -130,7 +134,10 @@ class PairTap:
             return None
         # In random order, so that the first ones are a sample too.
         keep = torch.cat([call.keys for call in calls]).argsort(descending=True)[: self._max_rows].to(probes.device)
-        sides = [torch.cat([part.float() for part in parts])[keep] for parts in zip(*((c.inputs, c.signals) for c in calls), strict=True)]
+        sides = [
+            torch.cat([part.float() for part in parts])[keep]
+            for parts in zip(*((c.inputs, c.signals) for c in calls), strict=True)
+        ]
         return Pairs(sides[0], sides[1], sum(call.count for call in calls), product, probes)
 
     def probes(self) -> Float[Tensor, "N K"]:
@@ -149,7 +156,12 @@ class PairTap:
         return self._top[-1] if len(self._top) == self._max_rows else 0.0
 
     def _hear(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if self.gradient is not None or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
+        if (
+            self.gradient is not None
+            or not torch.is_grad_enabled()
+            or not isinstance(output, Tensor)
+            or not output.requires_grad
+        ):
             return
         runs_again = torch._C._current_graph_task_id() != -1
         if runs_again and self._outside:
@@ -158,7 +170,10 @@ class PairTap:
         with self.ours():
             try:
                 if not inputs:
-                    raise ValueError(f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is heard")
+                    raise ValueError(
+                        f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is "
+                        "heard"
+                    )
                 with full_precision(output.device):
                     call = self._call(layer, inputs[0].detach(), output)
                 output.register_hook(partial(self._answer, layer, call))
@@ -172,7 +187,9 @@ class PairTap:
         probed = of_inputs(layer, inputs.float(), self._probes)
         # Before any place is looked up: an index out of range ends a run on a GPU.
         if len(probed) * as_matrix(layer, self.weight).shape[0] != output.numel():
-            raise ValueError(f"a {type(layer).__name__} has other outputs than a layer of its kind: a forward of its own")
+            raise ValueError(
+                f"a {type(layer).__name__} has other outputs than a layer of its kind: a forward of its own"
+            )
         keys = torch.rand(len(probed), generator=self._draws, dtype=torch.float64, device="cpu")
         together = torch.cat([self._top, keys])
         self._top = together.topk(min(self._max_rows, len(together))).values
@@ -223,7 +240,9 @@ def output_rows(layer: nn.Module, gradient: Tensor) -> Float[Tensor, "T M"]:
 
 
 def is_heard(layer: nn.Module) -> bool:
-    """Whether its weight's gradient is a product of rows: linear layers, convolutions over lines and images without groups."""
+    """Whether its weight's gradient is a product of rows: linear layers, convolutions over lines and images without
+    groups.
+    """
     return _is_linear(layer) or (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1)
 
 

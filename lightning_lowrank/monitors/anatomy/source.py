@@ -48,11 +48,12 @@ class Anatomy(Gauge):
     """The gradient of each layer, split by where it comes from.
 
     Args:
-        match: Weights of linear layers and convolutions: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
+        match: Weights of linear layers and convolutions: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all unless
+            given.
         exclude: The same, taken away.
         max_rows: Rows that are kept of each layer's inputs and signals.
-        num_outputs: Of the model, so that as many directions of the signals are the residue's; the width of the module's last linear
-            layer unless given, and never more than 10.
+        num_outputs: Of the model, so that as many directions of the signals are the residue's; the width of the
+            module's last linear layer unless given, and never more than 10.
 
     Raises:
         ValueError: A number is out of its range; in `plan`: a pattern fits nothing, or a layer that cannot be heard.
@@ -74,17 +75,21 @@ class Anatomy(Gauge):
         if type(max_rows) is not int or max_rows < FEWEST_ROWS:
             raise ValueError(f"max_rows={max_rows!r}: a whole number, {FEWEST_ROWS} at least")
         if num_outputs is not None and (type(num_outputs) is not int or not 1 <= num_outputs <= MOST_OUTPUTS):
-            raise ValueError(f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer")
+            raise ValueError(
+                f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer"
+            )
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
         per_site = [
-            Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED, detail=name not in FIRST) for name, unit in OF_A_LAYER.items()
+            Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED, detail=name not in FIRST)
+            for name, unit in OF_A_LAYER.items()
         ]
         self.quantities = [Quantity("anatomy_loss"), *per_site]
         self._num_outputs, self._taps = num_outputs or 1, dict[str, PairTap]()
         self._losses: list[Tensor] = []
         self._left_out: Counter[str] = Counter()
         self._device = torch.device("cpu")
-        # By site: the first right singular vector at the start and at the last sample, and whether the residue ruled so far.
+        # By site: the first right singular vector at the start and at the last sample, and whether the residue ruled so
+        # far.
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def plan(self, module: nn.Module) -> None:
@@ -93,15 +98,22 @@ class Anatomy(Gauge):
         chosen = chosen_parameters(module, self._match, self._exclude)
         heard = {name: p for name, p in chosen.items() if id(p) in owners and not isinstance(p, DTensor)}
         if not heard:
-            there = [tag(name) for name, p in module.named_parameters() if id(p) in owners and not isinstance(p, DTensor)]
+            there = [
+                tag(name) for name, p in module.named_parameters() if id(p) in owners and not isinstance(p, DTensor)
+            ]
             raise ValueError(
-                f"match={self._match!r} fits no weight whose gradient has two sides to hear: of linear layers and convolutions without "
+                f"match={self._match!r} fits no weight whose gradient has two sides to hear: of linear "
+                "layers and convolutions without "
                 f"groups, not complex, sharded or parametrised; there are {there[:10]}"
             )
         for name, weight in heard.items():
             _refuse(module, name, owners[id(weight)])
-        heard_layers = {id(layer) for layers in owners.values() for layer in layers if not isinstance(layer.weight, DTensor)}
-        self._left_out = Counter(_described(m) for m in module.modules() if id(m) not in heard_layers and _has_matrix(m))
+        heard_layers = {
+            id(layer) for layers in owners.values() for layer in layers if not isinstance(layer.weight, DTensor)
+        }
+        self._left_out = Counter(
+            _described(m) for m in module.modules() if id(m) not in heard_layers and _has_matrix(m)
+        )
         self._device = next((p.device for p in module.parameters()), self._device)
         widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
@@ -124,7 +136,11 @@ class Anatomy(Gauge):
 
     def remark(self) -> str:
         """What it does not hear."""
-        return "without " + ", ".join(f"{count} {name}" for name, count in self._left_out.items()) if self._left_out else ""
+        return (
+            "without " + ", ".join(f"{count} {name}" for name, count in self._left_out.items())
+            if self._left_out
+            else ""
+        )
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """Keep the loss of the batch, as the user computed it."""
@@ -192,7 +208,10 @@ class Anatomy(Gauge):
         pooled = _pooled(pairs, tap.probes(), gradient, self._max_rows, team)
         try:
             if pooled is None:
-                why = "there was none, or the layer was called in a compiled or mapped function, or its weight used without it"
+                why = (
+                    "there was none, or the layer was called in a compiled or mapped function, or its weight "
+                    "used without it"
+                )
                 raise ValueError(f"no row of {name!r} was heard: {why}")
             return self._numbers(name, pooled, gradient)
         except Exception as error:  # one layer, which does no harm to others
@@ -207,7 +226,10 @@ class Anatomy(Gauge):
         for quantity in OF_THE_PRODUCT:
             values[quantity] = torch.where(apart <= LARGEST_DEVIATION, values[quantity], torch.nan)
         is_finite = torch.isfinite(wide).all()
-        blanked = [{key: torch.where(is_finite, value, torch.nan) for key, value in part.items()} for part in (values, found.errors)]
+        blanked = [
+            {key: torch.where(is_finite, value, torch.nan) for key, value in part.items()}
+            for part in (values, found.errors)
+        ]
         tags = [{f"anatomy_{key}": value for key, value in part.items()} for part in blanked]
         return Numbers(name, tags[0], tags[1])
 
@@ -219,7 +241,9 @@ class Anatomy(Gauge):
         nothing = torch.full_like(found.top, torch.nan)
         start, last = (known.get(key, nothing).to(found.top) for key in ("start", "last"))
         dominance = found.values["spike_dominance"]
-        ruled = torch.maximum(known.get("ruled", torch.zeros_like(dominance)).to(dominance), (dominance < RESIDUE).to(dominance))
+        ruled = torch.maximum(
+            known.get("ruled", torch.zeros_like(dominance)).to(dominance), (dominance < RESIDUE).to(dominance)
+        )
         is_finite = torch.isfinite(found.top).all()
         self._known[name] = {
             "start": torch.where(torch.isfinite(start).all(), start, found.top),
@@ -227,7 +251,11 @@ class Anatomy(Gauge):
             "ruled": ruled,
         }
         shifted = torch.where(torch.isfinite(dominance), ruled * (dominance > SPIKE), torch.nan)
-        return {"stability": (found.top @ last).abs(), "stability_to_start": (found.top @ start).abs(), "phase_shift": shifted}
+        return {
+            "stability": (found.top @ last).abs(),
+            "stability_to_start": (found.top @ start).abs(),
+            "phase_shift": shifted,
+        }
 
 
 def _owners(module: nn.Module) -> dict[int, list[nn.Module]]:

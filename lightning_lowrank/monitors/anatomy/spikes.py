@@ -16,7 +16,8 @@ from lightning_lowrank.maths.spectra.spectrum import ratio
 # Exponents of the power law that are told apart: from a flat spectrum to one that is a single direction.
 DECAYS = torch.arange(0, 3.0001, 0.01, dtype=torch.float64, device="cpu")
 
-# Below this ratio of the first eigenvalues the first principal component may be anything; below this squared cosine it is mostly noise.
+# Below this ratio of the first eigenvalues the first principal component may be anything; below this squared cosine it
+# is mostly noise.
 LEAST_GAP, LEAST_OVERLAP = 1.2, 0.5
 
 
@@ -47,9 +48,11 @@ class Outlier:
 
     Attributes:
         gap: First eigenvalue over the second.
-        overlap: Squared cosine that the first principal component can be expected to have with the true spike; 0 where there is none.
+        overlap: Squared cosine that the first principal component can be expected to have with the true spike; 0 where
+            there is none.
         is_told: Whether both are large enough for that component to be spoken of.
-        nu: The spike's standard deviation, over that of the strongest direction of the bulk, is the number of rows to this power.
+        nu: The spike's standard deviation, over that of the strongest direction of the bulk, is the number of rows to
+            this power.
         alpha: Exponent of the power law whose participation ratio is that of the bulk.
         nu_error: Standard error, had the rows been independent and Gaussian, and the bulk a power law.
         alpha_error: The same.
@@ -65,7 +68,13 @@ class Outlier:
 
 
 def spiked_data(
-    num_rows: int, width: int, *, nu: float, alpha: float = 0.0, generator: torch.Generator, dtype: torch.dtype = torch.float64
+    num_rows: int,
+    width: int,
+    *,
+    nu: float,
+    alpha: float = 0.0,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
 ) -> SpikedData:
     """Draw rows of the spiked covariance model.
 
@@ -94,20 +103,25 @@ def spiked_data(
         if not isinstance(exponent, int | float) or not isfinite(exponent):
             raise ValueError(f"spiked_data({name}={exponent!r}): a finite number")
     if not isinstance(generator, torch.Generator) or not dtype.is_floating_point:
-        raise ValueError(f"spiked_data(generator={generator!r}, dtype={dtype}): a torch.Generator, and a dtype of real numbers")
+        raise ValueError(
+            f"spiked_data(generator={generator!r}, dtype={dtype}): a torch.Generator, and a dtype of real numbers"
+        )
     drawn: dict[str, Any] = {"dtype": dtype, "device": generator.device}
     scales = torch.arange(1, width + 1, dtype=dtype, device=generator.device) ** (-alpha / 2)
     bulk = torch.randn(num_rows, width, generator=generator, **drawn) * scales
     direction = torch.nn.functional.normalize(torch.randn(width, generator=generator, **drawn), dim=0)
     coordinates, strength = torch.randn(num_rows, generator=generator, **drawn), float(num_rows) ** nu
-    return SpikedData(bulk + strength * torch.outer(coordinates, direction), bulk, coordinates, direction, strength, alpha)
+    return SpikedData(
+        bulk + strength * torch.outer(coordinates, direction), bulk, coordinates, direction, strength, alpha
+    )
 
 
 def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_examples: int) -> Outlier:
     """Tell spike and bulk from the eigenvalues of the covariance of a sample of rows.
 
-    The overlap is that of the spiked covariance model with any bulk: with m the mean of `1 / (l_j - l_1)` over the others of the T
-    eigenvalues of the Gram matrix of the rows, the spike's own eigenvalue is `-1 / m`, and the squared cosine `-m / (l_1 m')`.
+    The overlap is that of the spiked covariance model with any bulk: with m the mean of `1 / (l_j - l_1)` over the
+    others of the T eigenvalues of the Gram matrix of the rows, the spike's own eigenvalue is `-1 / m`, and the squared
+    cosine `-m / (l_1 m')`.
 
     Args:
         eigenvalues: Largest first, zeros at the end.
@@ -116,13 +130,13 @@ def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_exa
         num_examples: What the strength is a power of: rows that there were.
 
     Returns:
-        `nu` and `alpha` are NaN with fewer than 64 rows, or with a bulk that is steeper than any power law looked at; `nu` also where
-        there is no spike that can be told.
+        `nu` and `alpha` are NaN with fewer than 64 rows, or with a bulk that is steeper than any power law looked at;
+        `nu` also where there is no spike that can be told.
 
     References:
-        Bai & Ding (2012), Estimation of spiked eigenvalues in spiked models, for the spike's own eigenvalue. The squared cosine of a
-        spike l seen as l_1 is `l / l_1` times `d l_1 / d l`, which with `l = -1 / m(l_1)` is what is written above; of a flat bulk that
-        is the formula of Paul (2007), Statistica Sinica 17(4).
+        Bai & Ding (2012), Estimation of spiked eigenvalues in spiked models, for the spike's own eigenvalue. The
+        squared cosine of a spike l seen as l_1 is `l / l_1` times `d l_1 / d l`, which with `l = -1 / m(l_1)` is what
+        is written above; of a flat bulk that is the formula of Paul (2007), Statistica Sinica 17(4).
     """
     if len(eigenvalues) < 2:  # of one row or one column: there is no bulk
         nothing = torch.full((), torch.nan, dtype=eigenvalues.dtype, device=eigenvalues.device)
@@ -140,11 +154,14 @@ def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_exa
     squares = (others.square().sum() - trace.square() / num_rows).clamp(min=0)
     alpha, slope_of_log, scale = _power_law(ratio(trace.square(), squares), trace, width)
     fourth = (scale * torch.arange(1, width + 1, device=trace.device).to(trace) ** -alpha).pow(4).sum()
-    relative = 4 / num_rows**2 + 8 * ratio(fourth, squares.square()) / num_rows + 8 * ratio(squares, trace.square()) / num_rows
+    relative = (
+        4 / num_rows**2 + 8 * ratio(fourth, squares.square()) / num_rows + 8 * ratio(squares, trace.square()) / num_rows
+    )
     alpha_error = relative.sqrt() / slope_of_log
     strength = (population - trace / width) / scale
     nu = 0.5 * strength.log() / log(max(num_examples, 2))
-    # Half the relative error of a variance, and of the bulk's scale, which moves with the exponent by the mean log of the ranks.
+    # Half the relative error of a variance, and of the bulk's scale, which moves with the exponent by the mean log of
+    # the ranks.
     shift = log(width) * alpha_error
     nu_error = 0.5 * (2 / num_rows / overlap + shift.square()).sqrt() / log(max(num_examples, 2))
     known = (num_rows >= 64) & torch.isfinite(alpha)
@@ -164,7 +181,9 @@ def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_exa
 
 
 def _power_law(rank: Float[Tensor, ""], trace: Float[Tensor, ""], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponent of the power law of that participation ratio, the slope of the ratio's logarithm there, and the law's first eigenvalue."""
+    """Exponent of the power law of that participation ratio, the slope of the ratio's logarithm there, and the law's
+    first eigenvalue.
+    """
     decays = DECAYS.to(trace.device)
     places = torch.arange(1, width + 1, dtype=torch.float64, device=trace.device).log()
     sums = (-decays[:, None] * places).exp().sum(1)
@@ -180,7 +199,9 @@ def _power_law(rank: Float[Tensor, ""], trace: Float[Tensor, ""], width: int) ->
 
 
 def mean_is_told(mean: Float[Tensor, " N"], eigenvalues: Float[Tensor, " K"], num_rows: int) -> Float[Tensor, ""]:
-    """1 where the mean of rows is longer than that of as many rows about 0 would be, by four standard deviations; else 0."""
+    """1 where the mean of rows is longer than that of as many rows about 0 would be, by four standard deviations; else
+    0.
+    """
     spread = ratio(eigenvalues.square().sum(), eigenvalues.sum().square())
     excess = ratio(num_rows * mean.square().sum(), eigenvalues.sum())
     return (excess > 1 + 4 * (2 * spread).sqrt()).to(mean.dtype)

@@ -12,13 +12,21 @@ from torch import Tensor
 
 from lightning_lowrank.maths.spectra.marchenko_pastur import null
 from lightning_lowrank.maths.spectra.sketch import top
-from lightning_lowrank.maths.spectra.spectrum import Spectrum, eigenvectors, full_precision, ratio, short_gram, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import (
+    Spectrum,
+    eigenvectors,
+    full_precision,
+    ratio,
+    short_gram,
+    working_dtype,
+)
 from lightning_lowrank.monitors.anatomy.spikes import Outlier, chance_cosine, mean_is_told, outlier
 from lightning_lowrank.statistics import participation_ratio, stable_rank
 
 # More rows than these tell little of a spectrum, and cost the third power.
 SOLVED = 1024
-# What may lie between the product of the two sides and the layer's gradient, as a share of the latter: rounding of half precision passes.
+# What may lie between the product of the two sides and the layer's gradient, as a share of the latter: rounding of half
+# precision passes.
 LARGEST_DEVIATION = 0.05
 # Trial vectors beside those that are wanted, and how often they are multiplied.
 BESIDE, ROUNDS = 6, 8
@@ -111,7 +119,9 @@ def anatomy(sides: Sides, num_outputs: int) -> Found:
     """
     with full_precision(sides.gradient.device):
         dtype = working_dtype(sides.gradient.device)
-        inputs, signals, gradient = (_scaled(matrix.to(dtype)) for matrix in (sides.inputs, sides.signals, sides.gradient))
+        inputs, signals, gradient = (
+            _scaled(matrix.to(dtype)) for matrix in (sides.inputs, sides.signals, sides.gradient)
+        )
         mean, few = inputs.mean(0), signals[:SOLVED]
         of_inputs = principal(inputs - mean)
         told = outlier(of_inputs.eigenvalues, of_inputs.num_rows, inputs.shape[1], sides.num_rows)
@@ -121,7 +131,9 @@ def anatomy(sides: Sides, num_outputs: int) -> Found:
         values = split(gradient, residues, spikes) | _ranks(of_inputs, few, gradient)
         # A zero has no directions, though the decomposition gives some.
         vectors = torch.where(singular[0] > 0, vectors, torch.nan)
-        values["low_rank_share"] = torch.where(singular[0] > 0, ratio(singular.square().sum(), gradient.square().sum()), torch.nan)
+        values["low_rank_share"] = torch.where(
+            singular[0] > 0, ratio(singular.square().sum(), gradient.square().sum()), torch.nan
+        )
         by_chance = null((gradient.shape[0], gradient.shape[1])).values.square()
         values["low_rank_share_chance"] = by_chance[: len(singular)].sum().to(singular)
         values["horn"] = horn(inputs[:SOLVED], few)
@@ -131,15 +143,19 @@ def anatomy(sides: Sides, num_outputs: int) -> Found:
 
 
 def split(gradient: Float[Tensor, "M N"], residues: Basis, spikes: Basis) -> dict[str, Float[Tensor, ""]]:
-    """Shares of the gradient's energy by the signals' directions on its left and the inputs' on its right; they sum to one.
+    """Shares of the gradient's energy by the signals' directions on its left and the inputs' on its right; they sum to
+    one.
 
-    Residue: left inside, right outside. Interpolant: both inside. Spike: left outside, right inside. Bulk: both outside. With what random
-    directions, as many, would give of each as `_chance`. Which of residue and spike rules is told where both hold more than half. NaN where
-    no direction of the inputs counts, or the signals' are all there are.
+    Residue: left inside, right outside. Interpolant: both inside. Spike: left outside, right inside. Bulk: both
+    outside. With what random directions, as many, would give of each as `_chance`. Which of residue and spike rules is
+    told where both hold more than half. NaN where no direction of the inputs counts, or the signals' are all there are.
     """
     left, right = residues.counted @ gradient, gradient @ spikes.counted.mT
     energy, both = gradient.square().sum(), (left @ spikes.counted.mT).square().sum()
-    residue, spike = ratio(left.square().sum() - both, energy).clamp(min=0), ratio(right.square().sum() - both, energy).clamp(min=0)
+    residue, spike = (
+        ratio(left.square().sum() - both, energy).clamp(min=0),
+        ratio(right.square().sum() - both, energy).clamp(min=0),
+    )
     interpolant = ratio(both, energy)
     on_left, on_right = residues.size / gradient.shape[0], spikes.size / gradient.shape[1]
     shares = (residue, interpolant, spike, (1 - residue - interpolant - spike).clamp(min=0))
@@ -176,7 +192,9 @@ def signal_basis(signals: Float[Tensor, "T M"], k: int) -> Basis:
 
 
 def alignment(vectors: Basis, spikes: Basis) -> dict[str, Float[Tensor, ""]]:
-    """Part of the gradient's right space in the inputs' directions, over the most that there could be; and what chance gives."""
+    """Part of the gradient's right space in the inputs' directions, over the most that there could be; and what chance
+    gives.
+    """
     few = torch.minimum(spikes.size, vectors.size)
     shared = (vectors.counted @ spikes.counted.mT).square().sum()
     chance = torch.maximum(spikes.size, vectors.size) / vectors.directions.shape[1]
@@ -185,7 +203,8 @@ def alignment(vectors: Basis, spikes: Basis) -> dict[str, Float[Tensor, ""]]:
 
 
 def horn(inputs: Float[Tensor, "T N"], signals: Float[Tensor, "T M"]) -> Float[Tensor, ""]:
-    """Geometric mean of the first two singular values of the product of both sides, over that of the products of theirs: at most 1.
+    """Geometric mean of the first two singular values of the product of both sides, over that of the products of
+    theirs: at most 1.
 
     References:
         Horn (1950), On the singular values of a product of completely continuous operators, PNAS 36(7).
@@ -198,10 +217,11 @@ def horn(inputs: Float[Tensor, "T N"], signals: Float[Tensor, "T M"]) -> Float[T
 
 
 def deviation(product: Float[Tensor, "M K"], gradient: Float[Tensor, "M K"]) -> Float[Tensor, ""]:
-    """Length of what is left of the gradient when the product of both sides, times the best factor, is taken off; a share of its length.
+    """Length of what is left of the gradient when the product of both sides, times the best factor, is taken off; a
+    share of its length.
 
-    Of both in a few random directions, which have it without bias. A factor does not count: scalers of half precision and averages over
-    processes put one there.
+    Of both in a few random directions, which have it without bias. A factor does not count: scalers of half precision
+    and averages over processes put one there.
     """
     factor = ratio((product * gradient).sum(), product.square().sum())
     return ratio((factor * product - gradient).norm(), gradient.norm())
@@ -242,13 +262,19 @@ def _spikes(mean: Float[Tensor, " N"], found: Principal, told: Outlier) -> Basis
     return Basis(directions, torch.stack([has_mean, is_told.to(has_mean)]))
 
 
-def _ranks(inputs: Principal, signals: Float[Tensor, "T M"], gradient: Float[Tensor, "M N"]) -> dict[str, Float[Tensor, ""]]:
+def _ranks(
+    inputs: Principal, signals: Float[Tensor, "T M"], gradient: Float[Tensor, "M N"]
+) -> dict[str, Float[Tensor, ""]]:
     """Of both sides and of their product, and which side has the lower."""
-    of_inputs = Spectrum(inputs.eigenvalues.sqrt(), torch.ones_like(inputs.eigenvalues), (inputs.num_rows, len(inputs.first)))
+    of_inputs = Spectrum(
+        inputs.eigenvalues.sqrt(), torch.ones_like(inputs.eigenvalues), (inputs.num_rows, len(inputs.first))
+    )
     spectra: dict[str, Spectrum] = {"input": of_inputs, "signal": top(signals), "gradient": top(gradient)}
     found = {f"{side}_stable_rank": stable_rank(spectrum) for side, spectrum in spectra.items()}
     found |= {f"{side}_participation_ratio": participation_ratio(spectrum) for side, spectrum in spectra.items()}
-    found["signals_limit"] = (found["signal_participation_ratio"] < found["input_participation_ratio"]).to(gradient.dtype)
+    found["signals_limit"] = (found["signal_participation_ratio"] < found["input_participation_ratio"]).to(
+        gradient.dtype
+    )
     return found
 
 

@@ -1,8 +1,10 @@
-"""What a unit matters: the loss's gradient by a gate on it, exactly, from the weight that reads it and the gradient of that weight.
+"""What a unit matters: the loss's gradient by a gate on it, exactly, from the weight that reads it and the gradient of
+that weight.
 
-With `y = W (xi * h) + b`, one gate per block of inputs, the derivative of the loss by a gate at 1 is `<W, dL/dW>` over the columns that
-read the block: no hook, no second pass, whatever lies before or behind. An attention head is a block of the output projection's inputs, a
-neuron one input of the layer that follows its activation, a channel one input of a convolution.
+With `y = W (xi * h) + b`, one gate per block of inputs, the derivative of the loss by a gate at 1 is `<W, dL/dW>` over
+the columns that read the block: no hook, no second pass, whatever lies before or behind. An attention head is a block
+of the output projection's inputs, a neuron one input of the layer that follows its activation, a channel one input of a
+convolution.
 
 Shape letters:  G units, blocks of equal length along an axis of the weight
 """
@@ -14,10 +16,13 @@ from torch import Tensor
 from lightning_lowrank.maths.spectra.spectrum import full_precision, working_dtype
 
 
-def gate_gradients(weight: Num[Tensor, "..."], gradient: Num[Tensor, "..."], num_gates: int, axis: int = 1) -> Float[Tensor, " G"]:
+def gate_gradients(
+    weight: Num[Tensor, "..."], gradient: Num[Tensor, "..."], num_gates: int, axis: int = 1
+) -> Float[Tensor, " G"]:
     """Derivative of the loss by a gate on each block of a linear layer's inputs, at gates of 1.
 
-    Summed over the batch as the gradient is: examples of opposite sign cancel. A layer that is used several times has one gate for all.
+    Summed over the batch as the gradient is: examples of opposite sign cancel. A layer that is used several times has
+    one gate for all.
 
     Args:
         weight: Its inputs lie along the axis: 1 of linear layers and convolutions, 0 of transformers' `Conv1D`.

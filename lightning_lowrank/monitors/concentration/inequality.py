@@ -1,6 +1,7 @@
 """How unequally units share something, and whether those that have much get more.
 
-All are free of scale, and NaN where there is nothing to compare: fewer than two units, nothing to share, what is negative or not finite.
+All are free of scale, and NaN where there is nothing to compare: fewer than two units, nothing to share, what is
+negative or not finite.
 
 Shape letters:  B any batch axes   n units
 """
@@ -17,7 +18,8 @@ from lightning_lowrank.maths.spectra.spectrum import working_dtype
 # The largest units that a Hill exponent is of, at least.
 FEWEST_LARGEST = 5
 
-# Mean logarithm of the largest over the next unit that an exponent is told from: less is rounding, or a first update of Adam.
+# Mean logarithm of the largest over the next unit that an exponent is told from: less is rounding, or a first update of
+# Adam.
 NARROWEST = 1e-3
 
 # Standard deviation of logarithms that a slope is over, at least.
@@ -28,7 +30,8 @@ FEWEST_UNITS = 3
 
 
 def gini(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
-    """Mean distance between two units over twice their mean: 0 where all have the same, (n - 1) / n where one has everything.
+    """Mean distance between two units over twice their mean: 0 where all have the same, (n - 1) / n where one has
+    everything.
 
     Example:
         >>> gini(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -46,7 +49,9 @@ def gini_of_ordered(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
 
 
 def top_share(values: Float[Tensor, "*B n"], share: float = 0.1) -> Float[Tensor, "*B"]:
-    """What part the largest tenth of the units has, a fraction of a unit counted as a fraction. Equal units have `share`."""
+    """What part the largest tenth of the units has, a fraction of a unit counted as a fraction. Equal units have
+    `share`.
+    """
     shares = _shares(values).sort(dim=-1, descending=True).values
     count = share * shares.shape[-1]
     whole = int(count)
@@ -54,7 +59,9 @@ def top_share(values: Float[Tensor, "*B n"], share: float = 0.1) -> Float[Tensor
 
 
 def participation_ratio(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
-    """Squared sum over the sum of squares, over n: the part of the units that take part; 1 / n where one has everything."""
+    """Squared sum over the sum of squares, over n: the part of the units that take part; 1 / n where one has
+    everything.
+    """
     shares = _shares(values)
     return 1 / (shares.square().sum(-1) * max(shares.shape[-1], 1))
 
@@ -69,8 +76,8 @@ def hill_exponent(values: Float[Tensor, "*B n"], share: float = 0.1) -> Float[Te
     """Exponent a of the tail `P(X > x) ~ x ** -a` by the largest tenth: the smaller, the heavier.
 
     Returns:
-        From 0 to 1000. NaN also where the tenth is fewer than five units, where they are within a thousandth of each other, or where the
-        next is zero.
+        From 0 to 1000. NaN also where the tenth is fewer than five units, where they are within a thousandth of each
+        other, or where the next is zero.
     """
     ordered = _shares(values).sort(dim=-1, descending=True).values
     count = int(share * ordered.shape[-1])
@@ -81,9 +88,11 @@ def hill_exponent(values: Float[Tensor, "*B n"], share: float = 0.1) -> Float[Te
 
 
 def matthew_slope(before: Float[Tensor, "*B n"], growth: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
-    """Slope of `log growth` over `log before`: 0 where all grow alike, 1 where each grows as it is, above 1 where the rich get richer.
+    """Slope of `log growth` over `log before`: 0 where all grow alike, 1 where each grows as it is, above 1 where the
+    rich get richer.
 
-    What `growth` is of must not be part of `before`, nor the other way round: noise that both have in common would be a slope.
+    What `growth` is of must not be part of `before`, nor the other way round: noise that both have in common would be a
+    slope.
 
     Returns:
         NaN also with fewer than three units above zero in both, or where they differed by less than 1 % before.
@@ -110,7 +119,8 @@ def rank_persistence(before: Float[Tensor, "*B n"], after: Float[Tensor, "*B n"]
 
 
 def top_overlap(first: Float[Tensor, "*B n"], second: Float[Tensor, "*B n"], share: float = 0.2) -> Float[Tensor, "*B"]:
-    """Units that are among the largest of both, over those that are of one of them (Jaccard); by chance `top_overlap_chance`.
+    """Units that are among the largest of both, over those that are of one of them (Jaccard); by chance
+    `top_overlap_chance`.
 
     What has nothing is not among the largest, so that there may be fewer of those.
 
@@ -137,7 +147,9 @@ def num_largest(n: int, share: float) -> int:
 
 
 def _shares(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B _"]:
-    """Each unit's part of the whole; NaN where there is nothing to compare, and a single one where there are fewer than two."""
+    """Each unit's part of the whole; NaN where there is nothing to compare, and a single one where there are fewer than
+    two.
+    """
     values = values.to(working_dtype(values.device))
     if values.shape[-1] < 2:
         return values.new_full((*values.shape[:-1], 1), torch.nan)

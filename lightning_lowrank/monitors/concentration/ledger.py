@@ -53,9 +53,15 @@ class Ledger:
         self.recent: dict[str, Tensor] = {}
 
     def entered(self, rows: Rows) -> dict[str, Tensor]:
-        """Statistics of a sample, which is then entered. What it grew by is held against the samples before, without itself."""
+        """Statistics of a sample, which is then entered. What it grew by is held against the samples before, without
+        itself.
+        """
         now, before = _both(rows, self.sums)
-        found = {"matthew_slope": matthew_slope(before, now), "rank_persistence": rank_persistence(before, now)} if len(now) else {}
+        found = (
+            {"matthew_slope": matthew_slope(before, now), "rank_persistence": rank_persistence(before, now)}
+            if len(now)
+            else {}
+        )
         for name, row in rows.items():
             self._enter(name, row)
         now, start = _both(rows, self.start)
@@ -67,7 +73,11 @@ class Ledger:
     def against(self, reference: Rows) -> dict[str, Tensor]:
         """Whether the units that matter are those of another training; nothing where they are others."""
         now, then = _both(self.recent, reference)
-        return {"overlap_reference": top_overlap(now, then), "rank_reference": rank_persistence(now, then)} if len(now) else {}
+        return (
+            {"overlap_reference": top_overlap(now, then), "rank_reference": rank_persistence(now, then)}
+            if len(now)
+            else {}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors."""
@@ -96,17 +106,28 @@ def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
     """
     try:
         callbacks = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-        probes = [probe for state in callbacks.values() if isinstance(state, dict) for probe in state.get("probes", {}).items()]
+        probes = [
+            probe
+            for state in callbacks.values()
+            if isinstance(state, dict)
+            for probe in state.get("probes", {}).items()
+        ]
         watched = [kept.get("source", {}).get("ledgers", {}) for name, kept in probes if name.endswith("concentration")]
     except Exception as error:
         raise ValueError(f"reference={str(path)!r}: {type(error).__name__}: {error}") from error
     for ledgers in watched:
-        found = {name: ledger["recent"] for name, ledger in ledgers.items() if name.endswith("_gate") and ledger.get("recent")}
+        found = {
+            name: ledger["recent"]
+            for name, ledger in ledgers.items()
+            if name.endswith("_gate") and ledger.get("recent")
+        }
         if found:
             return found
     if watched:
         raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
-    raise ValueError(f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}")
+    raise ValueError(
+        f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}"
+    )
 
 
 def _both(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from lightning_lowrank.maths.spectra.spectrum import working_dtype
 def memberships(
     magnitudes: Float[Tensor, " P"], densities: Sequence[float], ordered: Float[Tensor, " P"] | None = None
 ) -> UInt8[Tensor, " P"]:
-    """How many of the masks each weight belongs to. A mask is of the largest weights, as many as its density says, and of those equal to
-    the least of them; a weight of zero belongs to none.
+    """How many of the masks each weight belongs to. A mask is of the largest weights, as many as its density says, and
+    of those equal to the least of them; a weight of zero belongs to none.
 
     Args:
         ordered: The magnitudes in rising order, where they are known: sorting is what takes the time.

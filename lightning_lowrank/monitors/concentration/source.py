@@ -21,7 +21,14 @@ from lightning_lowrank.measuring.source import Begun, Step, difference
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.units import Part, heads_of, modules_of, neurons_of
 from lightning_lowrank.monitors.concentration.gates import energies, gate_gradients
-from lightning_lowrank.monitors.concentration.ledger import GROWTH, INEQUALITY, OF_A_REFERENCE, OF_THE_START, Ledger, importances_in
+from lightning_lowrank.monitors.concentration.ledger import (
+    GROWTH,
+    INEQUALITY,
+    OF_A_REFERENCE,
+    OF_THE_START,
+    Ledger,
+    importances_in,
+)
 from lightning_lowrank.monitors.concentration.tickets import Tickets
 
 UNITS = ("module", "head", "neuron", "direction")
@@ -43,12 +50,14 @@ MOST_DENSITIES = 255
 
 
 class Concentration(Gauge):
-    """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start; masks of weights.
+    """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start;
+    masks of weights.
 
     Args:
-        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an eigensolver); unless
-            given, the first three as far as the model has them.
-        signals: Any of `gradient` and `update` (energy per entry), `gate` (of heads and neurons: what the loss does when they are scaled).
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an
+            eigensolver); unless given, the first three as far as the model has them.
+        signals: Any of `gradient` and `update` (energy per entry), `gate` (of heads and neurons: what the loss does
+            when they are scaled).
         densities: Of the masks of the largest weights; none without.
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
@@ -58,8 +67,8 @@ class Concentration(Gauge):
         seed: Of the weights that are drawn for the masks of large models.
 
     Raises:
-        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a pattern fits nothing,
-            units that were named are not there, or parameters are sharded.
+        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a
+            pattern fits nothing, units that were named are not there, or parameters are sharded.
     """
 
     name = "concentration"
@@ -83,15 +92,22 @@ class Concentration(Gauge):
         self._named, units = units is not None, USUAL if units is None else units
         _refuse(units, signals, densities, heads)
         # In one order, whatever they are given in: it is part of the name of their state in a checkpoint.
-        self._units, self._signals = ([one for one in known if one in given] for known, given in ((UNITS, units), (SIGNALS, signals)))
+        self._units, self._signals = (
+            [one for one in known if one in given] for known, given in ((UNITS, units), (SIGNALS, signals))
+        )
         self._match, self._exclude, self._heads, self._neurons = match, exclude, dict(heads or {}), neurons
         self._reference = {} if reference is None else importances_in(reference)
         if self._reference and not set(self._reference) & {f"{unit}_gate" for unit in units if "gate" in signals}:
-            raise ValueError(f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} have none of these")
+            raise ValueError(
+                f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} "
+                "have none of these"
+            )
         self._tickets = Tickets(densities, seed=seed) if densities else None
         self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
         self._ledgers = {f"{unit}_{signal}": Ledger() for unit, signal in self._keys}
-        self.quantities = [Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()]
+        self.quantities = [
+            Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()
+        ]
         self._look_again()
         self._parts: dict[str, list[Part]] = {}
         self._matrices: list[nn.Parameter] = []
@@ -102,12 +118,17 @@ class Concentration(Gauge):
     def plan(self, module: nn.Module) -> None:
         """Choose what is trained, anew only when parameters came, went, froze or thawed."""
         chosen = chosen_parameters(module, self._match, self._exclude)
-        seen = tuple((name, id(parameter), parameter.requires_grad, is_lazy(parameter)) for name, parameter in chosen.items())
+        seen = tuple(
+            (name, id(parameter), parameter.requires_grad, is_lazy(parameter)) for name, parameter in chosen.items()
+        )
         if seen == self._seen:
             return
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
-            raise ValueError(f"ConcentrationMonitor: {sharded!r} is sharded, and units are read whole; use DDP, or name others by match")
+            raise ValueError(
+                f"ConcentrationMonitor: {sharded!r} is sharded, and units are read whole; use DDP, or name "
+                "others by match"
+            )
         shaped = {name: parameter for name, parameter in chosen.items() if not is_lazy(parameter) and parameter.numel()}
         if not any(map(is_lazy, chosen.values())):  # they may still turn out to be anything
             self._refuse_missing(self._found(module, shaped))
@@ -129,12 +150,16 @@ class Concentration(Gauge):
     def batch_begins(self, begun: Begun) -> None:
         """Look at the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
-            self._weights = {f"concentration_{name}": value for name, value in self._tickets.compared(self._matrices).items()}
+            self._weights = {
+                f"concentration_{name}": value for name, value in self._tickets.compared(self._matrices).items()
+            }
 
     def gradients_final(self, step: Step) -> list[Any]:
         """Read gradients and gates; keep the weights from which the update is reckoned."""
         for unit, part in self._stepping(step):
-            gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in part.parameters if p.grad is not None]
+            gradients = [
+                p.grad.to_dense() if p.grad.is_sparse else p.grad for p in part.parameters if p.grad is not None
+            ]
             if len(gradients) < len(part.parameters):
                 continue  # what was not used has no gradient, which is not the same as a small one
             scale = 1.0 if step.scale is None else step.scale
@@ -157,7 +182,9 @@ class Concentration(Gauge):
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """What was found, the same on every process."""
         counts = {unit: sum(part.count for part in self._parts.get(unit, ())) for unit in self._units}
-        values = {f"concentration_{unit}_count": torch.tensor(float(count)) for unit, count in counts.items()} | (self._weights or {})
+        values = {f"concentration_{unit}_count": torch.tensor(float(count)) for unit, count in counts.items()} | (
+            self._weights or {}
+        )
         for (unit, signal), rows in self._read.items():
             ledger = self._ledgers[f"{unit}_{signal}"]
             found = ledger.entered(rows)
@@ -165,7 +192,8 @@ class Concentration(Gauge):
                 found |= ledger.against(self._reference.get(f"{unit}_gate", {}))
             values |= {f"concentration_{unit}_{signal}_{name}": value for name, value in found.items()}
         if read := [row for rows in self._read.values() for row in rows.values()]:
-            # One that is not finite makes all inequality blank: the sample is lost, and counted, as those of other monitors are.
+            # One that is not finite makes all inequality blank: the sample is lost, and counted, as those of other
+            # monitors are.
             sound = torch.cat(read).isfinite().all()
             values = {name: torch.where(sound, value, torch.nan) for name, value in values.items()}
         heads = list(self._of_heads())
@@ -178,7 +206,9 @@ class Concentration(Gauge):
 
     def facts(self) -> dict[str, float]:
         """Memory that masks and accounts take, once there are some."""
-        kept = [row for ledger in self._ledgers.values() for rows in ledger.state_dict().values() for row in rows.values()]
+        kept = [
+            row for ledger in self._ledgers.values() for rows in ledger.state_dict().values() for row in rows.values()
+        ]
         num_bytes = sum(row.nbytes for row in kept) + (self._tickets.num_bytes if self._tickets else 0)
         return {"bytes": float(num_bytes)} if num_bytes else {}
 
@@ -205,7 +235,9 @@ class Concentration(Gauge):
         return self._parts.get("head", []) if ("head", "gate") in self._keys else []
 
     def _look_again(self) -> None:
-        """For a run to come, of whose model nothing is known; a kind of units that it has had and lost is a gap, and not absent."""
+        """For a run to come, of whose model nothing is known; a kind of units that it has had and lost is a gap, and
+        not absent.
+        """
         self._seen = ()
         self.absent = {quantity.name for quantity in self.quantities if quantity.name.split("_")[1] in self._units}
 
@@ -247,9 +279,16 @@ class Concentration(Gauge):
         return {"module": modules_of(trained), **read, "direction": matrices}
 
     def _stepping(self, step: Step) -> list[tuple[str, Part]]:
-        return [(unit, part) for unit, parts in self._parts.items() for part in parts if id(part.parameters[0]) in step.parameters]
+        return [
+            (unit, part)
+            for unit, parts in self._parts.items()
+            for part in parts
+            if id(part.parameters[0]) in step.parameters
+        ]
 
-    def _note(self, unit: str, signal: str, part: Part, measure: Callable[[], Tensor], scale: float | Tensor = 1.0) -> None:
+    def _note(
+        self, unit: str, signal: str, part: Part, measure: Callable[[], Tensor], scale: float | Tensor = 1.0
+    ) -> None:
         if (unit, signal) in self._keys:
             self._read.setdefault((unit, signal), {})[part.name] = measure() / scale
 
@@ -258,7 +297,9 @@ class Concentration(Gauge):
         for part in self._headed:
             if part.name in rows:
                 now, recent = rows[part.name], self._ledgers["head_gate"].recent[part.name]
-                for label, value in zip(_labels(part), torch.where(now.isfinite(), recent, torch.nan).unbind(), strict=True):
+                for label, value in zip(
+                    _labels(part), torch.where(now.isfinite(), recent, torch.nan).unbind(), strict=True
+                ):
                     yield Numbers(label, {"concentration_head_importance": value})
 
 
@@ -283,16 +324,24 @@ def _labels(part: Part) -> list[str]:
     return [f"{part.name}.h{i}" for i in range(part.count)]
 
 
-def _refuse(units: Sequence[str], signals: Sequence[str], densities: Sequence[float], heads: Mapping[str, int] | None) -> None:
+def _refuse(
+    units: Sequence[str], signals: Sequence[str], densities: Sequence[float], heads: Mapping[str, int] | None
+) -> None:
     for argument, given, known in (("units", units, UNITS), ("signals", signals, SIGNALS)):
         listed = isinstance(given, Collection) and not isinstance(given, str)
         if not listed or not given or not all(one in known for one in given):
             raise ValueError(f"{argument}={given!r}: a list of one or more of {list(known)}")
     if set(signals) == {"gate"} and set(units) <= set(WITHOUT_GATES):
-        raise ValueError(f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'")
+        raise ValueError(
+            f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'"
+        )
     if not (heads is None or isinstance(heads, Mapping)):
         raise ValueError(f"heads={heads!r}: numbers of heads by pattern of layer, {{'*.attn.out': 8}}")
-    shares = isinstance(densities, Sequence) and all(isinstance(density, float) and 0 < density < 1 for density in densities)
+    shares = isinstance(densities, Sequence) and all(
+        isinstance(density, float) and 0 < density < 1 for density in densities
+    )
     if not shares or len({f"{density:g}" for density in densities}) < len(densities) or len(densities) > MOST_DENSITIES:
         most = f"a list of at most {MOST_DENSITIES} different parts of the weights"
-        raise ValueError(f"densities={densities!r}: {most}, each above 0 and below 1, different in six digits; [] for no masks")
+        raise ValueError(
+            f"densities={densities!r}: {most}, each above 0 and below 1, different in six digits; [] for no masks"
+        )

@@ -27,7 +27,8 @@ MOST_MASKS = 8
 # Samples before which no mask is said to have settled.
 EARLIEST = 4
 
-# Distance to the first mask, over chance, below which there is nothing to settle: at half density one weight in a hundred.
+# Distance to the first mask, over chance, below which there is nothing to settle: at half density one weight in a
+# hundred.
 LEAST_MOVED = 0.02
 
 OF_WEIGHTS = ("weight_gini", "weight_sparsity_0.99")
@@ -50,7 +51,15 @@ class Tickets:
     @property
     def names(self) -> list[str]:
         """Of what it gives."""
-        ends = ("hamming", "hamming_start", "hamming_chance", "jaccard", "jaccard_start", "jaccard_chance", "early_bird")
+        ends = (
+            "hamming",
+            "hamming_start",
+            "hamming_chance",
+            "jaccard",
+            "jaccard_start",
+            "jaccard_chance",
+            "early_bird",
+        )
         of_weights = [name + end for name in OF_WEIGHTS for end in ("", "_start")]
         return of_weights + [f"mask_{end}_{density:g}" for density in self._densities for end in ends]
 
@@ -99,7 +108,9 @@ class Tickets:
             halfway = max(kept for kept in self._masks if 2 * kept <= sample)
             later = [mask(row.to(new.device), place) for kept, row in self._masks.items() if kept >= halfway]
             since_halfway = torch.stack([hamming(now, one) for one in later]).max()
-            found["early_bird"] = torch.where(since_start > LEAST_MOVED * chance, since_halfway / since_start, torch.nan)
+            found["early_bird"] = torch.where(
+                since_start > LEAST_MOVED * chance, since_halfway / since_start, torch.nan
+            )
         return {f"mask_{name}_{density:g}": value for name, value in found.items()}
 
     @property
@@ -108,11 +119,15 @@ class Tickets:
         return max(self._masks, default=-1) + 1
 
     def _keep(self, new: Tensor, sound: Tensor) -> None:
-        """The newest mask, and of those before some that are evenly spread. Of weights that are not finite the last mask stays."""
+        """The newest mask, and of those before some that are evenly spread. Of weights that are not finite the last
+        mask stays.
+        """
         sample = self._sample
         last = self._masks[sample - 1].to(new.device) if sample else new
         apart = 2 ** (sample // MOST_MASKS).bit_length()
-        self._masks = {kept: row for kept, row in self._masks.items() if kept % apart == 0} | {sample: torch.where(sound, new, last)}
+        self._masks = {kept: row for kept, row in self._masks.items() if kept % apart == 0} | {
+            sample: torch.where(sound, new, last)
+        }
 
     def _looked_at(self, weights: Sequence[Tensor]) -> Float[Tensor, " P"]:
         """Magnitudes of all entries; of more than `MOST_WEIGHTS` those at so many places, the same at every sample."""

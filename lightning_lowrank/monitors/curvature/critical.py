@@ -16,7 +16,8 @@ LEAP = 4.0
 COLD = 20
 # Of a later one.
 WARM = 8
-# Guesses farther from 1 than this, either way, are no guesses: where there was no crossing for long, the search begins anew.
+# Guesses farther from 1 than this, either way, are no guesses: where there was no crossing for long, the search begins
+# anew.
 FAR = 1e12
 
 
@@ -35,12 +36,14 @@ class Critical:
     guess: Float[Tensor, ""]
 
 
-def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = WARM) -> Critical:
+def critical_multiple(
+    loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = WARM
+) -> Critical:
     """The multiple of the last update beyond which the loss is higher than before it.
 
-    On a quadratic with gradient descent it is 2 / (learning rate * sharpness along the gradient): below 1 the step went too far. The
-    search never waits for the device. It finds one crossing, as a rule the first. NaN where the loss is higher (an update that climbs), or
-    not (a direction without end), at all multiples that were tried.
+    On a quadratic with gradient descent it is 2 / (learning rate * sharpness along the gradient): below 1 the step went
+    too far. The search never waits for the device. It finds one crossing, as a rule the first. NaN where the loss is
+    higher (an update that climbs), or not (a direction without end), at all multiples that were tried.
 
     Args:
         loss_at: The loss where the weights are moved by that multiple of the update, from where they were before it.
@@ -48,7 +51,8 @@ def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
         passes: Forward passes, with that at 0; each halves the logarithm of the interval, once both ends are known.
 
     References:
-        Kalra et al. (2026), arXiv 2601.16979, Section 3: the critical learning rate, by exponential and then binary search.
+        Kalra et al. (2026), arXiv 2601.16979, Section 3: the critical learning rate, by exponential and then binary
+        search.
     """
     start = loss_at(torch.zeros_like(guess))
     below, above = torch.zeros_like(guess), torch.full_like(guess, torch.inf)
@@ -64,9 +68,13 @@ def critical_multiple(loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
 
 
 def along_update(
-    params: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Float[Tensor, ""]], guess: Float[Tensor, ""] | None
+    params: Sequence[Tensor],
+    start: Sequence[Tensor],
+    loss: Callable[[], Float[Tensor, ""]],
+    guess: Float[Tensor, ""] | None,
 ) -> Critical:
-    """The same of parameters that have just been updated; they are moved, each process its own shards, and put back bit for bit.
+    """The same of parameters that have just been updated; they are moved, each process its own shards, and put back bit
+    for bit.
 
     Args:
         start: What they were before the update.

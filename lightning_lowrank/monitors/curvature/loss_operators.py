@@ -78,7 +78,9 @@ def loss_operators(
     return LossOperators(team.summed(gradient) / team.size, whole, Layout.of(named), edge, error)
 
 
-def _of_outputs(outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[str], seed: int) -> Iterator[tuple[str, Operator]]:
+def _of_outputs(
+    outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[str], seed: int
+) -> Iterator[tuple[str, Operator]]:
     """Those that are known from how the loss depends on the outputs."""
     jacobian = Jacobian(outputs.outputs, params)
     if "gauss_newton" in asked:
@@ -87,13 +89,18 @@ def _of_outputs(outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[s
         yield "empirical_fisher", fisher(jacobian, outputs.row_gradients(), num_examples=outputs.num_examples)
     if "monte_carlo_fisher" in asked:
         if not isinstance(outputs, ClosedForm):
-            raise ValueError("monte_carlo_fisher takes a loss of torch's that says how probable targets are: leave it out of operators=")
+            raise ValueError(
+                "monte_carlo_fisher takes a loss of torch's that says how probable targets are: leave it "
+                "out of operators="
+            )
         generator = torch.Generator(outputs.outputs.device).manual_seed(seed)
         yield "monte_carlo_fisher", fisher(jacobian, outputs.sampled_gradients(generator))
 
 
 def _everywhere(operator: Operator, team: Team) -> Operator:
-    """The mean of an operator over all processes: what one process fails at is NaN in all of them, and none is waited for."""
+    """The mean of an operator over all processes: what one process fails at is NaN in all of them, and none is waited
+    for.
+    """
 
     def multiply(vector: Tensor) -> Tensor:
         try:

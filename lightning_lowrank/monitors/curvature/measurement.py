@@ -12,14 +12,21 @@ from torch import Tensor
 
 from lightning_lowrank import statistics
 from lightning_lowrank.maths.operators import traces
-from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, layer_energies, overlap, rayleigh_quotient, top_eigenpairs
+from lightning_lowrank.maths.operators.eigenspaces import (
+    Eigenpairs,
+    layer_energies,
+    overlap,
+    rayleigh_quotient,
+    top_eigenpairs,
+)
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
 from lightning_lowrank.monitors.curvature.self_check import VALID, is_wrong, symmetry_defect
 from lightning_lowrank.statistics.registry import find
 
-# Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in it.
+# Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in
+# it.
 CELLS = tuple(map(float, range(128)))
 DENSITY = ("eigenvalue", "density", "density_error", "density_counts")
 # Products for the one eigenvalue that is held against the edge of stability.
@@ -45,8 +52,9 @@ class Effort:
     steps: int = 0
 
 
-# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than directions follow
-# five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature of an indefinite operator takes 40.
+# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than
+# directions follow five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature
+# of an indefinite operator takes 40.
 EFFORTS = {
     "light": Effort(100),
     "standard": Effort(2500, further=7, probes=3, steps=2),
@@ -62,7 +70,8 @@ class Curvatures:
         top_k: Directions that are followed.
 
     Attributes:
-        tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under "edge".
+        tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under
+            "edge".
         valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
     """
 
@@ -107,7 +116,9 @@ class Curvatures:
         if edge is None:
             return
         even = edge.diagonal.max() == edge.diagonal.min()
-        found.values["batch_sharpness_over_threshold"] = torch.where(even, edge.sign * along * edge.diagonal[0], torch.nan)
+        found.values["batch_sharpness_over_threshold"] = torch.where(
+            even, edge.sign * along * edge.diagonal[0], torch.nan
+        )
         if self.effort.probes:
             scaled = preconditioned(operator, edge.diagonal)
             signed = replace(scaled, multiply=lambda vector: edge.sign * scaled.multiply(vector))
@@ -116,13 +127,17 @@ class Curvatures:
             found.note("sharpness_over_threshold", Estimate(pairs.values[0], pairs.residuals[0]))
             self.tops["edge"] = pairs.vectors
 
-    def _of_operator(self, name: str, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
+    def _of_operator(
+        self, name: str, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator
+    ) -> None:
         """The ends of its spectrum, and sums over it."""
         effort, before = self.effort, self.before(name, operator.size)
         k = max(1, min(self.top_k, operator.size - effort.lowest))
         products = k + effort.lowest + effort.further
         near = loss.gradient[None]
-        pairs = top_eigenpairs(operator, k, lowest=effort.lowest, start=before, further=near, num_products=products, generator=generator)
+        pairs = top_eigenpairs(
+            operator, k, lowest=effort.lowest, start=before, further=near, num_products=products, generator=generator
+        )
         for label, value, residual in zip(_labels(k, effort.lowest), pairs.values, pairs.residuals, strict=False):
             found.note(f"{name}_{label}", Estimate(value, residual))
         top = pairs.vectors[:k]
@@ -132,9 +147,13 @@ class Curvatures:
         self.tops[name] = top
         self._sums(name, operator, pairs, loss.layout, found, generator)
 
-    def _sums(self, name: str, operator: Operator, known: Eigenpairs, layout: Layout, found: Found, generator: torch.Generator) -> None:
+    def _sums(
+        self, name: str, operator: Operator, known: Eigenpairs, layout: Layout, found: Found, generator: torch.Generator
+    ) -> None:
         probes, steps = self.effort.probes, self.effort.steps
-        whole = traces.spectral_estimate(operator, known=known, num_probes=probes, steps=steps, generator=generator, layout=layout)
+        whole = traces.spectral_estimate(
+            operator, known=known, num_probes=probes, steps=steps, generator=generator, layout=layout
+        )
         found.note(f"{name}_trace", traces.debiased(traces.trace, whole.spectrum))
         found.note(f"{name}_squared_norm", traces.trace_of_square(whole))
         if _knows_magnitudes(name, self.effort):
@@ -148,9 +167,13 @@ class Curvatures:
             found.curves |= {f"{name}_{label}": row for label, row in zip(DENSITY, vars(density).values(), strict=True)}
 
     def _residual(self, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
-        """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left to learn."""
+        """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left
+        to learn.
+        """
         rest = difference(loss.operators["hessian"], loss.operators["gauss_newton"])
-        estimate = traces.spectral_estimate(rest, num_probes=self.effort.probes, steps=1, generator=generator, layout=loss.layout)
+        estimate = traces.spectral_estimate(
+            rest, num_probes=self.effort.probes, steps=1, generator=generator, layout=loss.layout
+        )
         found.note("residual_trace", traces.sample_mean(estimate.layer_traces.sum(-1)))
         found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
 
@@ -173,7 +196,11 @@ DEEP: dict[str, Callable[..., Tensor]] = {
 
 def densities_of(operators: Sequence[str]) -> list[tuple[str, str]]:
     """Names of the curves of a density, and of the one that has the cells' middles for that which counts in cells."""
-    return [(f"{name}_{label}", f"{name}_eigenvalue" if label == "density_counts" else "") for name in operators for label in DENSITY]
+    return [
+        (f"{name}_{label}", f"{name}_eigenvalue" if label == "density_counts" else "")
+        for name in operators
+        for label in DENSITY
+    ]
 
 
 # The operators whose difference is the residual.
@@ -209,11 +236,17 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
     """
     unknown = [name for name in operators if name not in OPERATORS]
     if isinstance(operators, str) or unknown:
-        raise ValueError(f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for critical sharpness alone")
+        raise ValueError(
+            f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for "
+            "critical sharpness alone"
+        )
     if detail not in EFFORTS:
         raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
     if detail == "light" and operators and "hessian" not in operators:
-        raise ValueError(f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take level='standard'")
+        raise ValueError(
+            f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take "
+            "level='standard'"
+        )
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1")
 

@@ -28,21 +28,25 @@ def CurvatureMonitor(
     alerts: Sequence[Alert] | Literal["default"] | None = "default",
     max_overhead: float | None = None,
 ) -> Monitor:
-    """Curvature of the training's own loss: sharpness against the edge of stability, sketches of Hessian, Gauss-Newton and Fisher matrix.
+    """Curvature of the training's own loss: sharpness against the edge of stability, sketches of Hessian, Gauss-Newton
+    and Fisher matrix.
 
-    The loss is seen on the graph of the training step itself, with no second forward pass and no second loss function; where that would
-    change the training's last bits, or shows nothing (fused attention, compiled modules, static graphs of DDP), a kept batch is run through
-    `training_step` once more, with everything put back that it changes. Which of both is said at the start.
+    The loss is seen on the graph of the training step itself, with no second forward pass and no second loss function;
+    where that would change the training's last bits, or shows nothing (fused attention, compiled modules, static graphs
+    of DDP), a kept batch is run through `training_step` once more, with everything put back that it changes. Which of
+    both is said at the start.
 
     Args:
-        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, critical sharpness, what part of gradient,
-            update and displacement lies in the top directions, participation ratios of all but the Hessian. "full": also all of the
-            spectrum by quadrature: effective ranks, negative mass, the smallest eigenvalue, densities.
-        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical sharpness alone, which
-            takes forward passes only and works where the loss cannot be differentiated twice.
+        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, critical sharpness, what part
+            of gradient, update and displacement lies in the top directions, participation ratios of all but the
+            Hessian. "full": also all of the spectrum by quadrature: effective ranks, negative mass, the smallest
+            eigenvalue, densities.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
+            sharpness alone, which takes forward passes only and works where the loss cannot be differentiated twice.
         top_k: Directions that are followed.
         every_n_steps: Cadence, in optimizer steps; 100, 2500 or 20000 by level unless given: at most 5 % of the time.
-        batch: "live": the loss of the step. "fixed": always that of the first batch that was seen, so that curves compare over time.
+        batch: "live": the loss of the step. "fixed": always that of the first batch that was seen, so that curves
+            compare over time.
         loss_fn: `(module, batch) -> loss` in the place of `training_step`; the batch is then fixed.
         output_module: The layer whose output goes into the loss, where that is none of torch's.
         match: Parameters to differentiate by: globs, `re:REGEX`, `type:LAYERCLASS`.
@@ -54,14 +58,20 @@ def CurvatureMonitor(
         max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen; the message says
-            what to do.
+        ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen;
+            the message says what to do.
 
     Example:
         >>> CurvatureMonitor("light").recorders[0].quantities[3:]
         ['batch_sharpness', 'batch_sharpness_over_threshold']
     """
-    chosen: dict[str, Any] = {"batch": batch, "loss_fn": loss_fn, "output_module": output_module, "match": match, "exclude": exclude}
+    chosen: dict[str, Any] = {
+        "batch": batch,
+        "loss_fn": loss_fn,
+        "output_module": output_module,
+        "match": match,
+        "exclude": exclude,
+    }
     source = Curvature(level, operators, top_k=top_k, **chosen)
     schedule = cadence(every_n_steps, max_overhead, source.effort.every)
     return monitor_of(source, schedule, label="curvature", per_site=per_site, seed=seed, alerts=alerts, name=name)

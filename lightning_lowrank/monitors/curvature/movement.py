@@ -51,7 +51,9 @@ class Movement:
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
     def shares(self, trained: Named) -> dict[str, Tensor]:
-        """What part of each lies within the directions, and what part of a random vector would; nothing without directions."""
+        """What part of each lies within the directions, and what part of a random vector would; nothing without
+        directions.
+        """
         if self.before is None:
             return {}
         now = _flat(trained, list(trained.values()))
@@ -59,7 +61,9 @@ class Movement:
         if size != len(now):  # some were frozen, or thawed
             return {}
         began = {"update": self.start, "displacement": self.initial}
-        moves = {name: now - _flat(trained, places) for name, then in began.items() if (places := _placed(trained, then))}
+        moves = {
+            name: now - _flat(trained, places) for name, then in began.items() if (places := _placed(trained, then))
+        }
         moves |= {} if gradient is None or len(gradient) != size else {"gradient": gradient}
         found = {f"{name}_in_top": energy_share(move, self.before) for name, move in moves.items()}
         return found | {"in_top_chance": now.new_tensor(self.before.shape[0] / size)}

@@ -12,7 +12,8 @@ Put = Callable[[Iterable[Tensor]], None]
 
 @contextmanager
 def moving(params: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], Put]]:
-    """Where the parameters are, and a function that puts them elsewhere; leaving puts them back, after an exception too.
+    """Where the parameters are, and a function that puts them elsewhere; leaving puts them back, after an exception
+    too.
 
     Of sharded parameters, this process's shards.
     """

@@ -17,8 +17,9 @@ from lightning_lowrank.monitors.curvature.moving import moving
 
 # Largest defect that is believed: rounding in bfloat16 makes a tenth of it, in float32 a thousandth of that.
 VALID = 0.05
-# How often farther from the product than from each other differences may be. On nets with kinks, of which each difference sees others, the
-# ratio was at most 2.2 in 144 cases; a product that is wrong by ten percent has one of hundreds.
+# How often farther from the product than from each other differences may be. On nets with kinks, of which each
+# difference sees others, the ratio was at most 2.2 in 144 cases; a product that is wrong by ten percent has one of
+# hundreds.
 KINKS = 5.0
 # Length of the longer step, in lengths of the weights.
 STEP = 1e-3
@@ -27,7 +28,8 @@ Losses = Callable[[], AbstractContextManager[Tensor]]
 
 
 def symmetry_defect(operator: Operator, generator: torch.Generator) -> Float[Tensor, ""]:
-    """|u^T A v - v^T A u| over the mean length of A u and A v, for two Gaussian vectors: rounding where A is symmetric, as it should be.
+    """|u^T A v - v^T A u| over the mean length of A u and A v, for two Gaussian vectors: rounding where A is symmetric,
+    as it should be.
 
     Two products. An antisymmetric part of a share s of the Frobenius norm shows as about 1.6 s.
     """
@@ -39,10 +41,12 @@ def symmetry_defect(operator: Operator, generator: torch.Generator) -> Float[Ten
 
 
 def difference_defect(losses: Losses, params: Sequence[Tensor]) -> Estimate:
-    """|H g - d| over the longer of both, with d a central difference of gradients along the gradient g: rounding where H is their slope.
+    """|H g - d| over the longer of both, with d a central difference of gradients along the gradient g: rounding where
+    H is their slope.
 
-    The error is how far the difference over twice the step is from d. Where activations have kinks (ReLU, max pooling) differences see
-    them and a Hessian does not: both numbers are large then, and tell nothing. Takes five gradients and a product.
+    The error is how far the difference over twice the step is from d. Where activations have kinks (ReLU, max pooling)
+    differences see them and a Hessian does not: both numbers are large then, and tell nothing. Takes five gradients and
+    a product.
 
     Args:
         losses: Gives the loss at the parameters as they are, with its graph, while its context lasts.
@@ -66,7 +70,9 @@ def difference_defect(losses: Losses, params: Sequence[Tensor]) -> Estimate:
 
         far, near = ((slope_at(step) - slope_at(-step)) / (2 * step) for step in (longer, longer / 2))
     length = torch.maximum(torch.linalg.vector_norm(image), torch.linalg.vector_norm(near))
-    return Estimate(ratio(torch.linalg.vector_norm(near - image), length), ratio(torch.linalg.vector_norm(far - near), length))
+    return Estimate(
+        ratio(torch.linalg.vector_norm(near - image), length), ratio(torch.linalg.vector_norm(far - near), length)
+    )
 
 
 def is_wrong(defect: Estimate) -> Float[Tensor, ""]:

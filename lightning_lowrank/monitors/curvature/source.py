@@ -1,4 +1,5 @@
-"""Curvature of the user's own loss: Hessian, Gauss-Newton matrix and Fisher information, in the user's own training step.
+"""Curvature of the user's own loss: Hessian, Gauss-Newton matrix and Fisher information, in the user's own training
+step.
 
 Shape letters:  P entries of all parameters   k directions
 """
@@ -59,11 +60,11 @@ class Curvature(Gauge):
 
     Args:
         detail: How much is measured.
-        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical sharpness alone, which
-            takes forward passes only.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
+            sharpness alone, which takes forward passes only.
         top_k: Directions that are followed.
-        batch: "live": the step's own loss, where that is possible without a difference to the training. "fixed": always that of the first
-            batch that was seen.
+        batch: "live": the step's own loss, where that is possible without a difference to the training. "fixed": always
+            that of the first batch that was seen.
         loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
         output_module: The layer whose output goes into the loss, where the loss is none of torch's.
         match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
@@ -90,7 +91,13 @@ class Curvature(Gauge):
         refuse(detail, operators, top_k)
         if batch not in get_args(Batch):
             raise ValueError(f"batch={batch!r}: one of {list(get_args(Batch))}")
-        self.batch, self.loss_fn, self.output_module, self.match, self.exclude = batch, loss_fn, output_module, match, exclude
+        self.batch, self.loss_fn, self.output_module, self.match, self.exclude = (
+            batch,
+            loss_fn,
+            output_module,
+            match,
+            exclude,
+        )
         self.effort = EFFORTS[detail]
         self.operators = tuple(name for name in operators if self.effort.probes or name == "hessian")
         self.state = Curvatures(self.effort, top_k)
@@ -209,7 +216,9 @@ class Curvature(Gauge):
 
     def facts(self) -> dict[str, float]:
         """How the loss is seen, and what the weights at the start take."""
-        kept = {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
+        kept = (
+            {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
+        )
         return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
 
     def remark(self) -> str:
@@ -217,7 +226,9 @@ class Curvature(Gauge):
         return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the kept batch."""
+        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the
+        kept batch.
+        """
         known = {"multiple": self._multiple, "valid": self.state.valid}
         kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
         return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}}
@@ -284,7 +295,9 @@ class Curvature(Gauge):
         for name, (per_site, estimated) in names(self.operators, self.effort, top_k).items():
             yield Quantity(name, per_site=per_site, estimated=estimated)
         if self.effort.probes and self.operators:
-            yield from (Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance"))
+            yield from (
+                Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance")
+            )
         if self._follows:
             yield from (Quantity(name, estimated=True) for name in ("critical_multiple", "critical_sharpness"))
 
@@ -293,4 +306,6 @@ def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     """Of the whole model, and of each parameter."""
     yield Numbers(WHOLE, found.values, found.errors, found.curves)
     for i, parameter in enumerate(parameters if found.layers else ()):
-        yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))
+        yield Numbers(
+            parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors))
+        )

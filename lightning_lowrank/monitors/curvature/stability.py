@@ -23,11 +23,11 @@ class Threshold:
     """The edge of stability of an optimizer in its present state, for a loss that is quadratic.
 
     Attributes:
-        diagonal: Of D: with H the Hessian, times `sign`, the edge is where the largest eigenvalue of D^(1/2) H D^(1/2) is 1. 0 where the
-            optimizer moves nothing; infinite where it is unstable already.
+        diagonal: Of D: with H the Hessian, times `sign`, the edge is where the largest eigenvalue of D^(1/2) H D^(1/2)
+            is 1. 0 where the optimizer moves nothing; infinite where it is unstable already.
         sign: -1 for an optimizer that maximizes.
-        per_group: For each parameter group the largest stable eigenvalue: of the Hessian for SGD; of P^-1 H for Adam, where decay
-            that is added to the gradient is in D alone.
+        per_group: For each parameter group the largest stable eigenvalue: of the Hessian for SGD; of P^-1 H for Adam,
+            where decay that is added to the gradient is in D alone.
     """
 
     diagonal: Float[Tensor, " P"]
@@ -38,9 +38,10 @@ class Threshold:
 def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | None:
     """Where the optimizer becomes unstable; None where that is not known, and `why_unknown` says why.
 
-    At the edge a step turns the deviation from the minimum into its opposite. For gradient descent with momentum b, dampening d and
-    weight decay w that is at the eigenvalue 2 (1 + b) / (lr (1 - d)) - w, with Nesterov's momentum at 2 (1 + b) / (lr (1 + 2 b)) - w; for
-    Adam with its present preconditioner P at 2 (1 + b) / (lr (1 - b)) of P^-1 H. Clipping, schedules and noise are not in it.
+    At the edge a step turns the deviation from the minimum into its opposite. For gradient descent with momentum b,
+    dampening d and weight decay w that is at the eigenvalue 2 (1 + b) / (lr (1 - d)) - w, with Nesterov's momentum at 2
+    (1 + b) / (lr (1 + 2 b)) - w; for Adam with its present preconditioner P at 2 (1 + b) / (lr (1 - b)) of P^-1 H.
+    Clipping, schedules and noise are not in it.
 
     Args:
         params: In the order of the vectors that the diagonal is to fit.
@@ -60,7 +61,10 @@ def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | Non
 def why_unknown(optimizer: Optimizer) -> str | None:
     """Why the edge of stability of an optimizer is not known, None where it is."""
     if type(optimizer) not in KNOWN:
-        return f"no edge of stability is known for {type(optimizer).__name__}, only for {', '.join(t.__name__ for t in KNOWN)}"
+        return (
+            f"no edge of stability is known for {type(optimizer).__name__}, only for "
+            f"{', '.join(t.__name__ for t in KNOWN)}"
+        )
     for key in ("maximize", "momentum", "betas", "nesterov"):
         if any(group.get(key) != optimizer.param_groups[0].get(key) for group in optimizer.param_groups):
             return f"no edge of stability is known where {key!r} differs between parameter groups"

@@ -1,4 +1,5 @@
-"""What the tab draws of a scaling: its spectrum, the partition function with its fits, and how the neurons' own dimensions are spread.
+"""What the tab draws of a scaling: its spectrum, the partition function with its fits, and how the neurons' own
+dimensions are spread.
 
 Shape letters:  B any batch axes   S nodes   R radii   P of them that are drawn   Q orders   C cells of a histogram
 """
@@ -42,8 +43,12 @@ def curves(source: str, *, histogram: bool) -> list[Curve]:
 
 
 def vectors(source: str, scaling: Scaling) -> dict[str, Float[Tensor, "*B _"]]:
-    """Spectra, NaN where there are none; `ln Z_q` at radii from the smallest to the largest, with both ends of each line; a histogram."""
-    spectrum = {name: torch.where(scaling.valid[..., None], getattr(scaling, name), torch.nan)[..., ::2] for name in SPECTRUM}
+    """Spectra, NaN where there are none; `ln Z_q` at radii from the smallest to the largest, with both ends of each
+    line; a histogram.
+    """
+    spectrum = {
+        name: torch.where(scaling.valid[..., None], getattr(scaling, name), torch.nan)[..., ::2] for name in SPECTRUM
+    }
     drawn = spectrum | _partition(scaling) | _histogram(scaling.node_dimensions)
     return {f"{source}_{name}": row for name, row in drawn.items()}
 
@@ -69,7 +74,9 @@ def _radii(scaling: Scaling) -> Int[Tensor, "*B P"]:
 
 
 def _histogram(numbers: Float[Tensor, "*B S"]) -> dict[str, Float[Tensor, "*B C"]]:
-    """Middles of cells between the least and the largest, and what lies in each; the density adds up to 1 whatever their width."""
+    """Middles of cells between the least and the largest, and what lies in each; the density adds up to 1 whatever
+    their width.
+    """
     known = torch.isfinite(numbers)
     low, high = torch.where(known, numbers, torch.inf).amin(-1), torch.where(known, numbers, -torch.inf).amax(-1)
     width = ((high - low) / CELLS).clamp(min=NARROWEST)[..., None]
@@ -77,5 +84,9 @@ def _histogram(numbers: Float[Tensor, "*B S"]) -> dict[str, Float[Tensor, "*B C"
     places = ((numbers - low[..., None]) / width).floor().clamp(0, CELLS - 1)
     counts = (places[..., None] == cells).sum(-2).to(numbers)
     middles, total = low[..., None] + width * (cells + 0.5), known.sum(-1, keepdim=True)
-    rows = {"neuron_dimension": middles, "neuron_dimension_counts": counts, "neuron_dimension_density": counts / total / width}
+    rows = {
+        "neuron_dimension": middles,
+        "neuron_dimension_counts": counts,
+        "neuron_dimension_density": counts / total / width,
+    }
     return {name: torch.where(total > 0, row, torch.nan) for name, row in rows.items()}

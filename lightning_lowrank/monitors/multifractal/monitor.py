@@ -30,40 +30,54 @@ def MultifractalMonitor(
     num_repeats: int = 10,
     max_overhead: float | None = None,
 ) -> Monitor:
-    """How unlike each other the neurons of a model become: multifractal statistics of its weights, beside what chance gives.
+    """How unlike each other the neurons of a model become: multifractal statistics of its weights, beside what chance
+    gives.
 
     It reads weights, before the step, and nothing else.
 
     Args:
-        mode: "rank": every matrix in both directions, free of scale and of a choice of distance. "neuromfa": the whole model as one network
-            by the published recipe, beside shuffled and Gaussian weights, with the degree of emergence.
+        mode: "rank": every matrix in both directions, free of scale and of a choice of distance. "neuromfa": the whole
+            model as one network by the published recipe, beside shuffled and Gaussian weights, with the degree of
+            emergence.
         every_n_steps: Cadence, in optimizer steps; 500 unless given.
-        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given, for "neuromfa" but embeddings.
+        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given, for "neuromfa" but
+            embeddings.
         exclude: The same, taken away.
-        max_neurons: Neurons that are looked at, per matrix or layer, the same at every sample; all unless given. "neuromfa" was published
-            with 32.
+        max_neurons: Neurons that are looked at, per matrix or layer, the same at every sample; all unless given.
+            "neuromfa" was published with 32.
         per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the neurons that are drawn, and of the nulls.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
         heads: Of "rank": split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as for `RankMonitor`.
-        threshold: Of "neuromfa": longest edge `1 / |w|` that is kept; None takes three over the root mean square of the first weights seen.
+        threshold: Of "neuromfa": longest edge `1 / |w|` that is kept; None takes three over the root mean square of the
+            first weights seen.
         num_repeats: Of "neuromfa" with `max_neurons`: samples of neurons that are averaged over.
         max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word, out of its range, or of the other mode; when training starts: a pattern fits nothing.
+        ValueError: An option is another word, out of its range, or of the other mode; when training starts: a pattern
+            fits nothing.
 
     Example:
         >>> MultifractalMonitor().recorders[0].quantities[:3]
         ['multifractal_dispersion', 'multifractal_dispersion_chance', 'multifractal_alpha0']
     """
-    of_both: dict[str, Any] = {"match": match, "exclude": exclude, "max_neurons": max_neurons, "views": views, "seed": seed}
+    of_both: dict[str, Any] = {
+        "match": match,
+        "exclude": exclude,
+        "max_neurons": max_neurons,
+        "views": views,
+        "seed": seed,
+    }
     if mode not in MODES:
         raise ValueError(f"MultifractalMonitor(mode={mode!r}): one of {list(MODES)}")
     if mode == "rank" and (threshold, num_repeats) != (THRESHOLD, 10):
-        raise ValueError(f"threshold={threshold} and num_repeats={num_repeats} are of mode='neuromfa': mode='rank' has no edge lengths")
+        raise ValueError(
+            f"threshold={threshold} and num_repeats={num_repeats} are of mode='neuromfa': mode='rank' "
+            "has no edge lengths"
+        )
     if mode == "neuromfa" and heads:
         raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
     whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}

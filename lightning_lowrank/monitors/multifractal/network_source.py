@@ -36,16 +36,21 @@ LONGEST = 10_000.0
 
 
 class NeuroMFA(Neurons):
-    """Multifractal statistics of all layers as one network, as published, beside two nulls: shuffled entries, Gaussians of equal variance.
+    """Multifractal statistics of all layers as one network, as published, beside two nulls: shuffled entries, Gaussians
+    of equal variance.
 
-    `neuromfa_emergence` holds width and position against those of the first sample of the run; that of a null against the null's own.
+    `neuromfa_emergence` holds width and position against those of the first sample of the run; that of a null against
+    the null's own.
 
     Args:
-        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices but those of embeddings unless given.
+        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices but those of embeddings
+            unless given.
         exclude: The same, taken away.
-        max_neurons: Sampled per layer, the same at every sample, `num_repeats` times (published: 32); all neurons once unless given.
+        max_neurons: Sampled per layer, the same at every sample, `num_repeats` times (published: 32); all neurons once
+            unless given.
         num_repeats: How many such samples.
-        threshold: Longest edge `1 / |w|` that is kept. None: three over the root mean square of the weights at the first sample of the run.
+        threshold: Longest edge `1 / |w|` that is kept. None: three over the root mean square of the weights at the
+            first sample of the run.
         views: Your own einops patterns by parameter name.
         seed: Of the neurons that are drawn.
 
@@ -70,7 +75,9 @@ class NeuroMFA(Neurons):
         if type(num_repeats) is not int or num_repeats < 1:
             raise ValueError(f"num_repeats={num_repeats!r}: a whole number, at least 1")
         if threshold is not None and not (isinstance(threshold, float | int) and 2 <= threshold <= LONGEST):
-            why = f"the longest edge 1 / |w| that is kept, at least 2 and at most {LONGEST:g}; published is {THRESHOLD:g}"
+            why = (
+                f"the longest edge 1 / |w| that is kept, at least 2 and at most {LONGEST:g}; published is {THRESHOLD:g}"
+            )
             raise ValueError(f"threshold={threshold!r}: {why}")
         self._num_repeats, self._threshold = num_repeats, threshold
         self._frozen: float | None = None
@@ -129,8 +136,14 @@ class NeuroMFA(Neurons):
 
     def _scaling(self, matrices: Sequence[Tensor], orders: Sequence[float]) -> Scaling:
         longest = self._longest(matrices)
-        known: dict[str, Any] = {"max_neurons": self._max_neurons, "num_repeats": self._num_repeats, "threshold": longest}
-        return multifractal_spectrum(matrices, "neuromfa", generator=self._drawn(matrices[0].device), orders=orders, **known)
+        known: dict[str, Any] = {
+            "max_neurons": self._max_neurons,
+            "num_repeats": self._num_repeats,
+            "threshold": longest,
+        }
+        return multifractal_spectrum(
+            matrices, "neuromfa", generator=self._drawn(matrices[0].device), orders=orders, **known
+        )
 
     def _longest(self, matrices: Sequence[Tensor]) -> float:
         """The threshold, that of the first weights which are finite and not all 0."""
@@ -148,7 +161,9 @@ class NeuroMFA(Neurons):
             found = find(name)(scaling).reshape(-1)
             tag = f"neuromfa_{name}{end}"
             values[tag], errors[tag] = found.nanmean(), _error(found)
-        values[f"neuromfa_emergence{end}"] = self._emergence(values[f"neuromfa_alpha0{end}"], values[f"neuromfa_width{end}"], end)
+        values[f"neuromfa_emergence{end}"] = self._emergence(
+            values[f"neuromfa_alpha0{end}"], values[f"neuromfa_width{end}"], end
+        )
 
     def _emergence(self, alpha0: Float[Tensor, ""], width: Float[Tensor, ""], end: str) -> Float[Tensor, ""]:
         """Held against the first sample that had a spectrum."""
@@ -161,7 +176,9 @@ class NeuroMFA(Neurons):
         sampled = self._max_neurons is not None and self._num_repeats > 1
         for name in (*COMPARED, "emergence"):
             estimated = sampled and name in ("alpha0", "width", "dispersion")
-            yield from (Quantity(f"neuromfa_{name}{end}", estimated=estimated) for end in ("", "_shuffled", "_gaussian"))
+            yield from (
+                Quantity(f"neuromfa_{name}{end}", estimated=estimated) for end in ("", "_shuffled", "_gaussian")
+            )
         yield from (Quantity(f"neuromfa_{name}", find(name).unit) for name in OF_THE_NETWORK)
 
 
@@ -172,7 +189,9 @@ def _gaussian(weight: Num[Tensor, "*B M N"], draws: torch.Generator) -> Float[Te
 
 
 def _for_the_tab(scaling: Scaling) -> dict[str, Float[Tensor, " _"]]:
-    """Spectra are means over the samples of neurons that have one; the rest, by which a single fit is judged, is of the first sample."""
+    """Spectra are means over the samples of neurons that have one; the rest, by which a single fit is judged, is of the
+    first sample.
+    """
     rows = {name: row.reshape(-1, row.shape[-1]) for name, row in vectors("neuromfa", scaling).items()}
     means = {f"neuromfa_{name}" for name in SPECTRUM}
     return {name: row.nanmean(0) if name in means else row[0] for name, row in rows.items()}

@@ -16,7 +16,8 @@ from lightning_lowrank.maths.scaling.rank import rank_scaling_in_parts
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.models.sites import Site
 
-# Entries of a parameter from which on less is sent, and kept, if counts are added up than if its matrices are put together.
+# Entries of a parameter from which on less is sent, and kept, if counts are added up than if its matrices are put
+# together.
 LARGE = 2**20
 
 
@@ -63,14 +64,19 @@ def parts(site: Site) -> Iterator[Part]:
         yield Part(label, some, places[chosen] % rows, columns, (rows, width))
 
 
-def counted_apart(part: Part, direction: str, team: Team, *, max_neurons: int | None, generator: torch.Generator) -> Scaling:
-    """What `multifractal_spectrum` is of the whole matrix, as a batch of one. All processes have to come here, with their parts."""
+def counted_apart(
+    part: Part, direction: str, team: Team, *, max_neurons: int | None, generator: torch.Generator
+) -> Scaling:
+    """What `multifractal_spectrum` is of the whole matrix, as a batch of one. All processes have to come here, with
+    their parts.
+    """
     entries, nodes = (part.entries, part.rows) if direction == "in" else (part.entries.mT, part.columns)
     count, fan = part.shape if direction == "in" else part.shape[::-1]
     nodes = nodes.to(entries.device)
     if max_neurons is not None:
         drawn = torch.randperm(count, generator=generator, device=generator.device)[:max_neurons].to(entries.device)
-        # Those that are drawn have their place among them for a number, others -1. How many of them are here the device is asked once.
+        # Those that are drawn have their place among them for a number, others -1. How many of them are here the device
+        # is asked once.
         anew = nodes.new_full((count,), -1).scatter_(0, drawn, torch.arange(len(drawn), device=drawn.device))[nodes]
         (here,) = torch.nonzero(anew >= 0, as_tuple=True)
         entries, nodes, count = entries[here], anew[here], len(drawn)

@@ -73,7 +73,9 @@ class Neurons(Gauge):
         """Choose the sites."""
         self._weights.plan(module)
         if self._weights.match is not None and not self._weights.sites:
-            raise ValueError(f"match={self._weights.match!r} without exclude={self._weights.exclude!r} leaves no matrix to measure")
+            raise ValueError(
+                f"match={self._weights.match!r} without exclude={self._weights.exclude!r} leaves no matrix to measure"
+            )
 
     def batch_begins(self, begun: Begun) -> None:
         """Measure, once in a sample: weights are the same until an optimizer steps."""
@@ -97,13 +99,14 @@ class Neurons(Gauge):
 class Multifractal(Neurons):
     """Multifractal statistics of every matrix in both directions, by the ranks of its entries.
 
-    A matrix has two sites: `.in`, whose neurons are its rows with the weights that come in, and `.out`, its columns with those that go out.
+    A matrix has two sites: `.in`, whose neurons are its rows with the weights that come in, and `.out`, its columns
+    with those that go out.
 
     Args:
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given.
         exclude: The same, taken away.
-        max_neurons: Neurons that are looked at in each matrix, the same at every sample; all unless given. From 256 on numbers that
-            sampling is known to tell come with an error.
+        max_neurons: Neurons that are looked at in each matrix, the same at every sample; all unless given. From 256 on
+            numbers that sampling is known to tell come with an error.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name.
         seed: Of the neurons that are drawn.
@@ -124,12 +127,15 @@ class Multifractal(Neurons):
         views: Mapping[str, str | View] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(Weights(match=match, exclude=exclude, heads=heads, views=views), max_neurons=max_neurons, seed=seed)
+        super().__init__(
+            Weights(match=match, exclude=exclude, heads=heads, views=views), max_neurons=max_neurons, seed=seed
+        )
         self._estimated = TRUSTED.keys() if max_neurons is not None and max_neurons >= FEWEST_NODES else ()
         # A tag for each matrix would flood the list of histograms: the tab draws them.
         self.curves = curves("multifractal", histogram=False)
         self.quantities = [
-            Quantity(f"multifractal_{name}", find(name).unit, per_site=True, estimated=name in self._estimated) for name in OF_A_MATRIX
+            Quantity(f"multifractal_{name}", find(name).unit, per_site=True, estimated=name in self._estimated)
+            for name in OF_A_MATRIX
         ]
 
     def labels(self) -> list[str]:
@@ -162,18 +168,24 @@ class Multifractal(Neurons):
                 matrices = torch.stack([matrix for _, matrix in some]) if len(some) > 1 else some[0][1][None]
                 for direction in DIRECTIONS:
                     draws = self._drawn(matrices.device)
-                    scaling = multifractal_spectrum(matrices, direction=direction, max_neurons=self._max_neurons, generator=draws)
+                    scaling = multifractal_spectrum(
+                        matrices, direction=direction, max_neurons=self._max_neurons, generator=draws
+                    )
                     yield from self._statistics([label for label, _ in some], direction, shape, scaling, draws)
 
     def _matrices(self, sites: Sequence[Site], team: Team) -> Iterator[tuple[str, Num[Tensor, "_ _"]]]:
         """What is this process's to measure, whole."""
-        gathered = team.gathered([site.values() for site in sites], team.assigned([float(prod(site.shape)) for site in sites]))
+        gathered = team.gathered(
+            [site.values() for site in sites], team.assigned([float(prod(site.shape)) for site in sites])
+        )
         for site, whole in zip(sites, gathered, strict=True):
             if whole is None:
                 continue
             try:
                 yield from zip(site.labels, connections(site, site.weight(*whole)).flatten(0, -3), strict=True)
-            except Exception as error:  # a user's parametrization may raise anything, and the other sites are none the worse for it
+            except (
+                Exception
+            ) as error:  # a user's parametrization may raise anything, and the other sites are none the worse for it
                 self.trouble = error
 
     def _statistics(
@@ -181,7 +193,11 @@ class Multifractal(Neurons):
     ) -> Iterator[Numbers]:
         """Of a batch of matrices of one shape."""
         values = {f"multifractal_{name}": find(name)(scaling) for name in OF_A_MATRIX}
-        found = values, self._errors(scaling, shape[DIRECTIONS.index(direction)], draws), vectors("multifractal", scaling)
+        found = (
+            values,
+            self._errors(scaling, shape[DIRECTIONS.index(direction)], draws),
+            vectors("multifractal", scaling),
+        )
         for i, label in enumerate(labels):
             yield Numbers(f"{label}.{direction}", *({name: row[i] for name, row in rows.items()} for rows in found))
 

@@ -1,9 +1,12 @@
-"""What is read from kernels: sizes, ranks, what they share with labels and with each other, and how fast their modes are learnt.
+"""What is read from kernels: sizes, ranks, what they share with labels and with each other, and how fast their modes
+are learnt.
 
-Sums over pairs of different projections are without bias, where the same sums over a kernel made of the projections are not: its squared
-norm is too large by tr(K)^2 / k, which for a kernel of rank 40 and 16 projections is several times the truth.
+Sums over pairs of different projections are without bias, where the same sums over a kernel made of the projections are
+not: its squared norm is too large by tr(K)^2 / k, which for a kernel of rank 40 and 16 projections is several times the
+truth.
 
-Shape letters:  R rows of the model's outputs   C columns of them   L parameters   k projections   n size of a kernel   s modes
+Shape letters:  R rows of the model's outputs   C columns of them   L parameters   k projections   n size of a kernel
+s modes
 """
 
 from dataclasses import replace
@@ -59,10 +62,12 @@ def alignment(kernel: Kernel, targets: Float[Tensor, "R C"], *, centred: bool = 
 
 
 def velocity(now: Kernel, before: Kernel) -> Estimate:
-    """One minus the cosine between a kernel and an earlier one of the same examples: 0 while training is lazy, whatever the scale does.
+    """One minus the cosine between a kernel and an earlier one of the same examples: 0 while training is lazy, whatever
+    the scale does.
 
-    Least noisy from the same seed and with the same known directions, or none: what is known of each alone keeps noise from cancelling,
-    which is worse than to know nothing where little has turned. Chance may put it below 0. NaN where a kernel is 0.
+    Least noisy from the same seed and with the same known directions, or none: what is known of each alone keeps noise
+    from cancelling, which is worse than to know nothing where little has turned. Chance may put it below 0. NaN where a
+    kernel is 0.
 
     References:
         Fort et al. (2020), NeurIPS, equation 6.
@@ -71,7 +76,9 @@ def velocity(now: Kernel, before: Kernel) -> Estimate:
 
 
 def relative_change(now: Kernel, before: Kernel) -> Estimate:
-    """Squared Frobenius norm of the difference over that of the earlier kernel: 0 while training is lazy, scale included."""
+    """Squared Frobenius norm of the difference over that of the earlier kernel: 0 while training is lazy, scale
+    included.
+    """
     squares, earlier = _inner(now, now), _inner(before, before)
     return jackknife(ratio(squares - 2 * _inner(now, before) + earlier, earlier))
 
@@ -89,7 +96,9 @@ def layer_shares(layers: LayerKernels) -> Estimate:
 
 def layer_velocities(now: LayerKernels, before: LayerKernels) -> Estimate:
     """`velocity` of the kernel of each parameter, from the same vectors; 1 for one that has no kernel."""
-    across, ours, theirs = (_pair_means(a.products * b.products, now.pairs) for a, b in ((now, before), (now, now), (before, before)))
+    across, ours, theirs = (
+        _pair_means(a.products * b.products, now.pairs) for a, b in ((now, before), (now, now), (before, before))
+    )
     return jackknife(1 - ratio(across, (ours * theirs).sqrt()))
 
 
@@ -105,11 +114,12 @@ def label_energies(modes: Eigenpairs, targets: Float[Tensor, "R C"]) -> Float[Te
 
 
 def time_constants(modes: Eigenpairs, rate: float | Float[Tensor, ""]) -> Float[Tensor, " s"]:
-    """Steps in which what is left to learn of a mode falls by e, while the kernel stays as it is; infinite for a mode that is never learnt.
+    """Steps in which what is left to learn of a mode falls by e, while the kernel stays as it is; infinite for a mode
+    that is never learnt.
 
     Args:
-        rate: Learning rate times the second derivative of the loss in an output: 2 / (R C) for torch's mean squared error, 1 for modes of
-            the Gauss-Newton matrix, which has the loss in it.
+        rate: Learning rate times the second derivative of the loss in an output: 2 / (R C) for torch's mean squared
+            error, 1 for modes of the Gauss-Newton matrix, which has the loss in it.
     """
     return 1 / (rate * modes.values.clamp(min=0))
 
@@ -141,7 +151,9 @@ def num_learnt(spectrum: Spectrum, time: float | Float[Tensor, ""]) -> Float[Ten
     return (spectrum.weights * torch.where(eigenvalues.isnan(), torch.nan, eigenvalues * time >= 1)).sum(-1)
 
 
-def learnt_energy(modes: Eigenpairs, targets: Float[Tensor, "R C"], time: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
+def learnt_energy(
+    modes: Eigenpairs, targets: Float[Tensor, "R C"], time: float | Float[Tensor, ""]
+) -> Float[Tensor, ""]:
     """Part of the squared length of the labels within the modes whose time constant is over.
 
     Args:
@@ -151,13 +163,15 @@ def learnt_energy(modes: Eigenpairs, targets: Float[Tensor, "R C"], time: float 
 
 
 def jackknife(replicates: Float[Tensor, "k1 *B"]) -> Estimate:
-    """An estimate from its values with all projections, first, and with all but each one: no error where there are none.
+    """An estimate from its values with all projections, first, and with all but each one: no error where there are
+    none.
 
-    The error is the standard deviation of Student's t times that of the jackknife: from few projections it is itself uncertain.
+    The error is the standard deviation of Student's t times that of the jackknife: from few projections it is itself
+    uncertain.
 
     References:
-        Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3; of U-statistics: Arvesen (1969), Annals of Mathematical
-        Statistics 40(6).
+        Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3; of U-statistics: Arvesen (1969), Annals
+        of Mathematical Statistics 40(6).
     """
     value, left_out, others = replicates[0], replicates[1:], len(replicates) - 2
     if others < 0:
@@ -167,7 +181,9 @@ def jackknife(replicates: Float[Tensor, "k1 *B"]) -> Estimate:
 
 
 def widened(found: Estimate, num: int) -> Estimate:
-    """With the jackknife's error over so many probes times the standard deviation of Student's t, as `jackknife` has it; none, no error."""
+    """With the jackknife's error over so many probes times the standard deviation of Student's t, as `jackknife` has
+    it; none, no error.
+    """
     return replace(found, error=found.error * sqrt((num - 1) / (num - 3))) if num else found
 
 
@@ -203,7 +219,7 @@ def _cosine(one: Kernel, other: Kernel) -> Float[Tensor, " k1"]:
 
 
 def _inner(one: Kernel, other: Kernel) -> Float[Tensor, " k1"]:
-    """Sum of the products of all entries of two kernels, as estimated from all projections and from all but each one."""
+    """Sum of products of all entries of two kernels, estimated from all projections and from all but each one."""
     common = one.basis.to(working_dtype(one.basis.device)) @ other.basis.mT.to(working_dtype(one.basis.device))
     total = (one.core.to(common) @ common @ other.core.to(common) * common).sum()[None]
     for known, sketched in ((one, other), (other, one)):
@@ -237,7 +253,9 @@ def _centred(kernel: Kernel) -> Kernel:
 def _of_labels(kernel: Kernel, targets: Float[Tensor, "R C"]) -> Kernel:
     """Y Y^T, known."""
     basis = targets.reshape(kernel.rest.shape[1], -1).mT.to(kernel.basis)
-    return Kernel(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device), kernel.rest[:0], kernel.num_rows)
+    return Kernel(
+        basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device), kernel.rest[:0], kernel.num_rows
+    )
 
 
 def _diagonal(layers: LayerKernels) -> Float[Tensor, "k L"]:

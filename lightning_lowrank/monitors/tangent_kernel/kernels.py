@@ -1,9 +1,10 @@
-"""The empirical neural tangent kernel, from products with the Jacobian of the outputs: where outputs are many, neither is ever formed.
+"""The empirical neural tangent kernel, from products with the Jacobian of the outputs: where outputs are many, neither
+is ever formed.
 
 What is known of the top of a kernel is kept as it is, so that chance acts on the rest alone.
 
-Shape letters:  R rows of the model's outputs   C columns of them   P entries of all parameters   L parameters   k projections or probes
-n size of a kernel   m columns whose kernels are summed   q known directions   s known modes
+Shape letters:  R rows of the model's outputs   C columns of them   P entries of all parameters   L parameters   k
+projections or probes n size of a kernel   m columns whose kernels are summed   q known directions   s known modes
 """
 
 from collections import deque
@@ -35,8 +36,8 @@ class Kernel:
     Attributes:
         basis: Directions of the known part, of any length.
         core: Symmetric; the known part between them.
-        rest: Of independent projections, each with as many columns as there are kernels in the sum. No projections where
-            all is known.
+        rest: Of independent projections, each with as many columns as there are kernels in the sum. No projections
+            where all is known.
         num_rows: Rows of the model's outputs; each has the same number of the kernel's.
     """
 
@@ -94,8 +95,8 @@ def kernel_operator(jacobian: Jacobian, kernel: KernelName) -> Operator:
 def projections(jacobian: Jacobian, *, num: int, seed: int) -> Float[Tensor, "k R C"]:
     """Products of the Jacobian with vectors of random signs: all three kernels are estimated from them.
 
-    One product each; memory of `num` times the outputs. The vectors come from the seed, so that those of another step are the same, and no
-    vector is kept.
+    One product each; memory of `num` times the outputs. The vectors come from the seed, so that those of another step
+    are the same, and no vector is kept.
 
     Args:
         num: At least 4, for there to be an error.
@@ -107,11 +108,14 @@ def projections(jacobian: Jacobian, *, num: int, seed: int) -> Float[Tensor, "k 
         return torch.stack([jacobian.forward(_signs(jacobian.size, seed, i, jacobian)) for i in range(num)])
 
 
-def known_part(operator: Operator, modes: Eigenpairs | None = None, *, further: Float[Tensor, "_ n"] | None = None) -> Known:
-    """What is known of a kernel from modes, converged or not, without a product, and from further directions, by one product each.
+def known_part(
+    operator: Operator, modes: Eigenpairs | None = None, *, further: Float[Tensor, "_ n"] | None = None
+) -> Known:
+    """What is known of a kernel from modes, converged or not, without a product, and from further directions, by one
+    product each.
 
-    The alignment of a full kernel with labels is least noisy with these as further directions, and again without their mean over the rows;
-    a velocity where both kernels are known in the same directions.
+    The alignment of a full kernel with labels is least noisy with these as further directions, and again without their
+    mean over the rows; a velocity where both kernels are known in the same directions.
     """
     none = torch.zeros(0, operator.size, device=operator.device, dtype=operator.dtype)
     vectors, images = (none, none) if modes is None else (modes.vectors, modes.images())
@@ -164,13 +168,16 @@ def exact_kernel(modes: Eigenpairs, num_rows: int) -> Kernel:
 
 
 def spectrum_of_modes(modes: Eigenpairs) -> Spectrum:
-    """Roots of all eigenvalues, as the statistics take it; `traces.spectral_estimate` gives that of a kernel with many rows."""
+    """Roots of all eigenvalues, as the statistics take it; `traces.spectral_estimate` gives that of a kernel with many
+    rows.
+    """
     values, weights = descending(modes.values.sqrt(), torch.ones_like(modes.values))
     return Spectrum(values, weights, (modes.vectors.shape[-1], modes.vectors.shape[-1]))
 
 
 def sampled_outputs(outputs: Float[Tensor, "R C"], num: int, *, generator: torch.Generator) -> Float[Tensor, "R c"]:
-    """Some of the columns, drawn without replacement, each times sqrt(C / num): the class-summed kernel and all traces keep their mean.
+    """Some of the columns, drawn without replacement, each times sqrt(C / num): the class-summed kernel and all traces
+    keep their mean.
 
     For vocabularies. The full kernel of the columns drawn is another one, with fewer rows.
 
@@ -182,10 +189,14 @@ def sampled_outputs(outputs: Float[Tensor, "R C"], num: int, *, generator: torch
     return outputs[:, drawn] * sqrt(columns / len(drawn))
 
 
-def layer_kernels(jacobian: Jacobian, layout: Layout, kernel: KernelName, *, num_probes: int, seed: int, held: int = 2) -> LayerKernels:
-    """What the kernel of each parameter has in common with vectors of random signs, by one product with the transpose each.
+def layer_kernels(
+    jacobian: Jacobian, layout: Layout, kernel: KernelName, *, num_probes: int, seed: int, held: int = 2
+) -> LayerKernels:
+    """What the kernel of each parameter has in common with vectors of random signs, by one product with the transpose
+    each.
 
-    A kernel is the sum of those of the parameters. The layers of the class-summed kernel are those of the full one: the same traces.
+    A kernel is the sum of those of the parameters. The layers of the class-summed kernel are those of the full one: the
+    same traces.
 
     Args:
         num_probes: At least 4, for there to be an error.
@@ -193,7 +204,9 @@ def layer_kernels(jacobian: Jacobian, layout: Layout, kernel: KernelName, *, num
         held: Gradients in memory at once. Every probe is paired with the `held - 1` before it, so that more tell more.
     """
     if num_probes < FEWEST or held < 2:
-        raise ValueError(f"the layers' kernels take at least {FEWEST} probes and 2 gradients held, not {num_probes} and {held}")
+        raise ValueError(
+            f"the layers' kernels take at least {FEWEST} probes and 2 gradients held, not {num_probes} and {held}"
+        )
     with full_precision(jacobian.outputs.device):
         device = jacobian.outputs.device
         products = torch.zeros(num_probes, num_probes, len(layout.names), dtype=working_dtype(device), device=device)
@@ -207,7 +220,9 @@ def layer_kernels(jacobian: Jacobian, layout: Layout, kernel: KernelName, *, num
     return LayerKernels(products, (apart > 0) & (apart < held))
 
 
-def _of_known(directions: Float[Tensor, "q n"], images: Float[Tensor, "q n"]) -> tuple[Float[Tensor, "q2 n"], Float[Tensor, "q2 q2"]]:
+def _of_known(
+    directions: Float[Tensor, "q n"], images: Float[Tensor, "q n"]
+) -> tuple[Float[Tensor, "q2 n"], Float[Tensor, "q2 q2"]]:
     """What a kernel has within the directions, and between them and the rest of space, as a basis and a core."""
     within = directions @ images.mT
     outside = images - within @ directions
@@ -216,7 +231,9 @@ def _of_known(directions: Float[Tensor, "q n"], images: Float[Tensor, "q n"]) ->
     return torch.cat([directions, outside]), core
 
 
-def _directions(kernel: KernelName, columns: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "m C"] | None:
+def _directions(
+    kernel: KernelName, columns: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "m C"] | None:
     """Whose kernels are summed: combinations of the outputs; None where every output has rows of its own."""
     if kernel == "full":
         return None

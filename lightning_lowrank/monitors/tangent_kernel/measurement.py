@@ -1,6 +1,8 @@
-"""One measurement of the tangent kernel: what is asked of it, how much work goes into it, and what is kept for the next.
+"""One measurement of the tangent kernel: what is asked of it, how much work goes into it, and what is kept for the
+next.
 
-Shape letters:  R rows of the model's outputs   C columns of them   L parameters   k modes   n size of a kernel   q known directions
+Shape letters:  R rows of the model's outputs   C columns of them   L parameters   k modes   n size of a kernel   q
+known directions
 """
 
 from collections.abc import Mapping
@@ -34,7 +36,8 @@ from lightning_lowrank.monitors.tangent_kernel.kernels import (
 )
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs
 
-# Pairs of products with the Jacobian, beyond which a kernel is estimated rather than formed: about what the estimates take.
+# Pairs of products with the Jacobian, beyond which a kernel is estimated rather than formed: about what the estimates
+# take.
 EXACT = 128
 # Gradients in memory at once, for the kernels of the parameters.
 HELD = 4
@@ -46,9 +49,11 @@ class Effort:
 
     Attributes:
         top_k: Modes that are followed.
-        num_projections: Of the parameters, from which sums and comparisons are estimated; also probes of the parameters' own kernels.
+        num_projections: Of the parameters, from which sums and comparisons are estimated; also probes of the
+            parameters' own kernels.
         further: Products for the top, beyond one for each mode.
-        probes: Random vectors for sums over the spectrum and ranks; with fewer than 4 their errors would be without bounds.
+        probes: Random vectors for sums over the spectrum and ranks; with fewer than 4 their errors would be without
+            bounds.
         steps: Products with the Krylov space of each; with one there would be no squared norm.
     """
 
@@ -88,7 +93,9 @@ class Reference:
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "Reference":
         """Taken back."""
-        found: dict[str, Any] = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in state.items()}
+        found: dict[str, Any] = {
+            name: part.to(device) if isinstance(part, Tensor) else part for name, part in state.items()
+        }
         kernel, layers = ({field.name: found[field.name] for field in fields(kind)} for kind in (Kernel, LayerKernels))
         return cls(Kernel(**kernel), LayerKernels(**layers), tuple(found["parameters"]))
 
@@ -116,7 +123,8 @@ class Modes:
 class TangentKernels:
     """What is followed from one measurement to the next.
 
-    Memory: two references of `num_projections` times the outputs each, `top_k` modes, and no more than that for the number of parameters.
+    Memory: two references of `num_projections` times the outputs each, `top_k` modes, and no more than that for the
+    number of parameters.
 
     Args:
         kernel: Which one.
@@ -143,7 +151,9 @@ class TangentKernels:
         self.directions: Float[Tensor, "q n"] | None = None
         self.exact: bool | None = None
 
-    def measure(self, outputs: KernelOutputs, rate: float | Tensor | None, steps: int, generator: torch.Generator) -> Found:
+    def measure(
+        self, outputs: KernelOutputs, rate: float | Tensor | None, steps: int, generator: torch.Generator
+    ) -> Found:
         """All that is asked for.
 
         Args:
@@ -192,7 +202,9 @@ class TangentKernels:
         return Modes(top, known, whole, exact)
 
     def _kernels(self, outputs: KernelOutputs, operator: Operator, modes: Modes) -> tuple[Kernel, Kernel]:
-        """The kernel as it is known best, and as it compares best with others: known in the same directions as they are."""
+        """The kernel as it is known best, and as it compares best with others: known in the same directions as they
+        are.
+        """
         if modes.exact:
             kernel = exact_kernel(modes.known, outputs.shape[0])
             return kernel, kernel
@@ -206,17 +218,24 @@ class TangentKernels:
         return kernel, compared
 
     def _further(self, labels: Float[Tensor, "R C"] | None) -> Float[Tensor, "2 n"] | None:
-        """Directions in which a full kernel has to be known for its alignment with labels; others take as many products as columns."""
+        """Directions in which a full kernel has to be known for its alignment with labels; others take as many products
+        as columns.
+        """
         if self.kernel != "full" or labels is None:
             return None
         return torch.stack([labels.flatten(), (labels - labels.mean(0)).flatten()])
 
     def _sizes(self, name: str, modes: Modes, found: Found) -> None:
         """Ends of a spectrum, and sums over it."""
-        for label, value, residual in zip(_labels(self.effort.top_k), modes.top.values, modes.top.residuals, strict=False):
+        for label, value, residual in zip(
+            _labels(self.effort.top_k), modes.top.values, modes.top.residuals, strict=False
+        ):
             found.note(f"{name}_{label}", Estimate(value, residual))
         spectrum = modes.spectrum
-        sums = {"trace": traces.debiased(traces.trace, spectrum.spectrum), "squared_norm": traces.trace_of_square(spectrum)}
+        sums = {
+            "trace": traces.debiased(traces.trace, spectrum.spectrum),
+            "squared_norm": traces.trace_of_square(spectrum),
+        }
         for label, found_sum in (sums | {"participation_ratio": traces.participation_ratio(spectrum)}).items():
             found.note(f"{name}_{label}", estimates.widened(found_sum, spectrum.spectrum.num_probes))
         for statistic in (statistics.effective_rank_energy, statistics.energy_rank):
@@ -226,7 +245,9 @@ class TangentKernels:
     def _motion(self, outputs: KernelOutputs, kernel: Kernel, found: Found) -> None:
         """How far the kernel has turned since the last measurement, and since the first."""
         probes = self.effort.num_projections
-        layers = layer_kernels(outputs.jacobian, outputs.layout, self.kernel, num_probes=probes, seed=self.seed, held=HELD)
+        layers = layer_kernels(
+            outputs.jacobian, outputs.layout, self.kernel, num_probes=probes, seed=self.seed, held=HELD
+        )
         now = Reference(kernel, layers, outputs.layout.names)
         found.note_layers("ntk_layer_share", estimates.layer_shares(layers))
         if self.first is None or self.last is None or not now.fits(self.first) or not now.fits(self.last):
@@ -237,15 +258,21 @@ class TangentKernels:
             found.note_layers("ntk_layer_velocity", estimates.layer_velocities(layers, self.last.layers))
         self.last = now
 
-    def _gauss_newton(self, operator: Operator, rate: float | Tensor | None, steps: int, found: Found, generator: torch.Generator) -> None:
+    def _gauss_newton(
+        self, operator: Operator, rate: float | Tensor | None, steps: int, found: Found, generator: torch.Generator
+    ) -> None:
         """The same of the loss's own matrix, and what gradient descent would have learnt of it."""
         modes = self._modes("ntk_gauss_newton", operator, operator.size, generator)
         self._sizes("ntk_gauss_newton", modes, found)
         if rate is None:
             return
         constants = estimates.time_constants(modes.top, rate)
-        for label, constant, error in zip(_labels(self.effort.top_k), constants, _relative(modes.top) * constants, strict=False):
-            found.note(f"ntk_{label.replace('lambda', 'time_constant')}".removesuffix("_max"), Estimate(constant, error))
+        for label, constant, error in zip(
+            _labels(self.effort.top_k), constants, _relative(modes.top) * constants, strict=False
+        ):
+            found.note(
+                f"ntk_{label.replace('lambda', 'time_constant')}".removesuffix("_max"), Estimate(constant, error)
+            )
         time = rate * steps
         learnt = traces.debiased(lambda spectrum: estimates.num_learnt(spectrum, time), modes.spectrum.spectrum)
         found.note("ntk_modes_learnt", estimates.widened(learnt, modes.spectrum.spectrum.num_probes))
@@ -255,9 +282,19 @@ def names(top_k: int) -> dict[str, tuple[bool, bool]]:
     """Everything that is found, and of each whether it is one per parameter, and whether it has an error."""
     sums = ("trace", "squared_norm", "participation_ratio", "effective_rank_energy", "energy_rank")
     estimated = [f"{name}_{label}" for name in ("ntk", "ntk_gauss_newton") for label in (*_labels(top_k), *sums)]
-    estimated += ["ntk_condition", "ntk_label_alignment", "ntk_centred_label_alignment", "ntk_velocity", "ntk_distance_to_start"]
+    estimated += [
+        "ntk_condition",
+        "ntk_label_alignment",
+        "ntk_centred_label_alignment",
+        "ntk_velocity",
+        "ntk_distance_to_start",
+    ]
     estimated += ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
-    plain = [*(f"ntk_label_energy_{i}" for i in range(1, top_k + 1)), "ntk_label_energy_in_top", "ntk_label_energy_in_top_chance"]
+    plain = [
+        *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1)),
+        "ntk_label_energy_in_top",
+        "ntk_label_energy_in_top_chance",
+    ]
     layers = dict.fromkeys(["ntk_layer_share", "ntk_layer_velocity"], (True, True))
     return dict.fromkeys(estimated, (False, True)) | dict.fromkeys(plain, (False, False)) | layers
 
@@ -269,7 +306,9 @@ def _of_labels(kernel: Kernel, top: Eigenpairs, labels: Float[Tensor, "R C"], fo
     energies = estimates.label_energies(top, labels)
     found.values |= {f"ntk_label_energy_{i}": energy for i, energy in enumerate(energies, 1)}
     found.values["ntk_label_energy_in_top"] = energies.sum()
-    found.values["ntk_label_energy_in_top_chance"] = torch.ones_like(energies.sum()) * len(energies) / top.vectors.shape[-1]
+    found.values["ntk_label_energy_in_top_chance"] = (
+        torch.ones_like(energies.sum()) * len(energies) / top.vectors.shape[-1]
+    )
 
 
 def _condition(top: Eigenpairs) -> Estimate:

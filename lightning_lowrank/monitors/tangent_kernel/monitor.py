@@ -33,25 +33,29 @@ def NTKMonitor(
 ) -> Monitor:
     """The tangent kernel on a kept batch: its size and rank, what it shares with the labels, and how fast it turns.
 
-    The first batch seen that has a kernel is kept, and run through `training_step` again after due steps, in eval mode, with everything
-    put back that it changes; the Jacobian is never formed. A kernel that takes at most 128 pairs of products with it (examples times
-    outputs; examples alone for the sum of the outputs) is exact, others are estimated, with errors.
+    The first batch seen that has a kernel is kept, and run through `training_step` again after due steps, in eval mode,
+    with everything put back that it changes; the Jacobian is never formed. A kernel that takes at most 128 pairs of
+    products with it (examples times outputs; examples alone for the sum of the outputs) is exact, others are estimated,
+    with errors.
 
     A sample is worth tens to hundreds of training steps, which is why the cadences are long.
 
-    Memory that stays: twice `num_projections` times the outputs looked at, twice `top_k` modes; all of it is in the checkpoint, with the
-    kept batch if that is a plain nest of tensors, numbers and words and there is one process. Otherwise a run that is resumed begins with a
-    new batch and a new start.
+    Memory that stays: twice `num_projections` times the outputs looked at, twice `top_k` modes; all of it is in the
+    checkpoint, with the kept batch if that is a plain nest of tensors, numbers and words and there is one process.
+    Otherwise a run that is resumed begins with a new batch and a new start.
 
     Args:
-        match: Parameters that the kernel is of: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
-        kernel: "class_summed": of examples, summed over the outputs; every product takes as many as there are outputs. "full": of all
-            outputs. "sum_of_logits": of examples, for the sum of the outputs over the root of their number.
+        match: Parameters that the kernel is of: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless
+            given.
+        kernel: "class_summed": of examples, summed over the outputs; every product takes as many as there are outputs.
+            "full": of all outputs. "sum_of_logits": of examples, for the sum of the outputs over the root of their
+            number.
         num_examples: First examples of the batch, on each process.
         num_projections: For sums and comparisons, and random vectors for the parameters' own kernels; at least 4.
         top_k: Modes that are followed.
         every_n_steps: Cadence, in optimizer steps; 3000 unless given, 6000 for the class-summed kernel.
-        output_module: The layer whose output goes into the loss, where that is none of torch's; nothing is then known of labels.
+        output_module: The layer whose output goes into the loss, where that is none of torch's; nothing is then known
+            of labels.
         loss_fn: `(module, batch) -> loss` in the place of `training_step`.
         exclude: As `match`, taken away.
         per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
@@ -59,19 +63,31 @@ def NTKMonitor(
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
         max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
-        num_outputs: Columns of the outputs to look at, drawn where there are more; 256 unless given, 10 of the class-summed kernel.
+        num_outputs: Columns of the outputs to look at, drawn where there are more; 256 unless given, 10 of the
+            class-summed kernel.
         train_mode: Run the module as in training instead.
 
     Raises:
-        ValueError: An option is another word or number; when training starts: a pattern fits nothing, or the step cannot be run again; the
-            message says what to do.
+        ValueError: An option is another word or number; when training starts: a pattern fits nothing, or the step
+            cannot be run again; the message says what to do.
 
     Example:
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]
         ['lora_ntk_lambda_max', 'lora_ntk_lambda_2']
     """
-    chosen: dict[str, Any] = {"match": match, "exclude": exclude, "output_module": output_module, "loss_fn": loss_fn, "seed": seed}
-    counts: dict[str, Any] = {"num_examples": num_examples, "num_projections": num_projections, "top_k": top_k, "num_outputs": num_outputs}
+    chosen: dict[str, Any] = {
+        "match": match,
+        "exclude": exclude,
+        "output_module": output_module,
+        "loss_fn": loss_fn,
+        "seed": seed,
+    }
+    counts: dict[str, Any] = {
+        "num_examples": num_examples,
+        "num_projections": num_projections,
+        "top_k": top_k,
+        "num_outputs": num_outputs,
+    }
     source = TangentKernel(kernel, train_mode=train_mode, **counts, **chosen)
     schedule = cadence(every_n_steps, max_overhead, source.every)
     return monitor_of(source, schedule, label="ntk", per_site=per_site, seed=seed, alerts=alerts, name=name)

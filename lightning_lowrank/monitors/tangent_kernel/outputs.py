@@ -1,6 +1,8 @@
-"""What a tangent kernel is of: the rows of outputs that count, of all processes, some of the columns where they are many, and the labels.
+"""What a tangent kernel is of: the rows of outputs that count, of all processes, some of the columns where they are
+many, and the labels.
 
-Shape letters:  R rows of all processes' outputs   S rows of one process   C columns of them   c columns that are looked at
+Shape letters:  R rows of all processes' outputs   S rows of one process   C columns of them   c columns that are looked
+at
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,14 @@ from torch.nn.functional import pad
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.output_loss import ClosedForm, OutputLoss
-from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator, RowsToRows, gauss_newton, output_gauss_newton
+from lightning_lowrank.maths.operators.operators import (
+    Jacobian,
+    Layout,
+    Operator,
+    RowsToRows,
+    gauss_newton,
+    output_gauss_newton,
+)
 from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName, sampled_outputs
 
 # Columns of labels, beyond which they are not compared with a kernel of examples.
@@ -26,8 +35,10 @@ class KernelOutputs:
 
     Attributes:
         jacobian: Of the rows that count.
-        labels: What these outputs are to become; None where the loss does not say, or says it of outputs that are not looked at.
-        gauss_newton: Matrix of the loss, in the space of outputs or of parameters, whichever is smaller: its eigenvalues other than 0.
+        labels: What these outputs are to become; None where the loss does not say, or says it of outputs that are not
+            looked at.
+        gauss_newton: Matrix of the loss, in the space of outputs or of parameters, whichever is smaller: its
+            eigenvalues other than 0.
         layout: Of the parameters.
     """
 
@@ -113,7 +124,11 @@ class OwnOutputs:
     @property
     def word(self) -> tuple[int, int, tuple[object, ...]]:
         """Rows of the loss and of the kernel, and what has to be the same on every process."""
-        return len(self.loss.outputs), len(self.rows), (self.rows.shape[1], type(self.loss).__name__, self.labels is None)
+        return (
+            len(self.loss.outputs),
+            len(self.rows),
+            (self.rows.shape[1], type(self.loss).__name__, self.labels is None),
+        )
 
 
 def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Team) -> KernelOutputs | None:
@@ -129,15 +144,19 @@ def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Te
     words = [word for word in team.said(None if own is None else own.word) if word is not None]
     if own is None or len(words) < team.size or len({kind for _, _, kind in words}) > 1:
         return None
-    of_loss, place = (Place.of(sizes, team) for sizes in ([rows for rows, _, _ in words], [rows for _, rows, _ in words]))
+    of_loss, place = (
+        Place.of(sizes, team) for sizes in ([rows for rows, _, _ in words], [rows for _, rows, _ in words])
+    )
     everything = _jacobian(own.loss.outputs, of_loss, named)
     # Together, so that each process decides alike: the graph of the products is made once.
     jacobian = everything if own.whole and of_loss == place else _jacobian(own.rows, place, named)
-    return KernelOutputs(jacobian, _labels(own, place, jacobian.dtype), _gauss_newton(own.loss, everything, of_loss), Layout.of(named))
+    return KernelOutputs(
+        jacobian, _labels(own, place, jacobian.dtype), _gauss_newton(own.loss, everything, of_loss), Layout.of(named)
+    )
 
 
 def _labels(own: OwnOutputs, place: Place, dtype: torch.dtype) -> Float[Tensor, "R c"] | None:
-    """Without the columns that no row has, where a kernel of examples does not see them: of a vocabulary few are left."""
+    """Rows without the columns that are zero in all of them; of a vocabulary, few are left."""
     if own.labels is None:
         return None
     labels = place.everywhere(own.labels.to(dtype))
@@ -166,5 +185,7 @@ def _gauss_newton(loss: OutputLoss, jacobian: Jacobian, place: Place) -> Operato
         found = gauss_newton(jacobian, by_rows(loss.hessian_product))
     else:
         transposed = by_rows(loss.factor_transposed_product)
-        found = output_gauss_newton(jacobian, by_rows(loss.factor_product), lambda rows: place.team.summed(transposed(rows).contiguous()))
+        found = output_gauss_newton(
+            jacobian, by_rows(loss.factor_product), lambda rows: place.team.summed(transposed(rows).contiguous())
+        )
     return replace(found, multiply=lambda vector: found.multiply(vector) / size)

@@ -32,8 +32,8 @@ class TangentKernel(Gauge):
     """The empirical neural tangent kernel in the chosen parameters, on the first examples of the first batch seen.
 
     Args:
-        kernel: "full": of all outputs. "class_summed": of examples, summed over the outputs. "sum_of_logits": of examples, for the sum of
-            the outputs.
+        kernel: "full": of all outputs. "class_summed": of examples, summed over the outputs. "sum_of_logits": of
+            examples, for the sum of the outputs.
         num_examples: Of the kept batch, on each process.
         num_projections: For sums and comparisons; the memory that stays is twice so many times the outputs.
         top_k: Modes that are followed.
@@ -41,12 +41,14 @@ class TangentKernel(Gauge):
         loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
         match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
         exclude: The same, taken away.
-        num_outputs: Columns of the outputs to look at, drawn once; all up to 256, and up to 10 of the class-summed kernel, unless given.
+        num_outputs: Columns of the outputs to look at, drawn once; all up to 256, and up to 10 of the class-summed
+            kernel, unless given.
         train_mode: Run the module as in training: with batch normalisation that is no kernel of examples any more.
         seed: Of the projections, and of what the module draws.
 
     Raises:
-        ValueError: An option is another word or number; in `plan`, a pattern fits nothing or the step cannot be run again.
+        ValueError: An option is another word or number; in `plan`, a pattern fits nothing or the step cannot be run
+            again.
     """
 
     name = "ntk"
@@ -95,7 +97,9 @@ class TangentKernel(Gauge):
         """Choose the parameters; those that are frozen now may be trained later."""
         self._named = chosen_parameters(module, self.match, self.exclude)
         if not self._named:
-            raise ValueError(f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of")
+            raise ValueError(
+                f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of"
+            )
         if self._module is not module:
             self._begin(module)
 
@@ -143,15 +147,19 @@ class TangentKernel(Gauge):
     def state_dict(self) -> dict[str, Any]:
         """The kept batch, with the kernels that later ones are compared with.
 
-        Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a run that is resumed
-        then begins anew, as it does with other options.
+        Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a
+        run that is resumed then begins anew, as it does with other options.
         """
         if self._waiting:
             return dict(self._waiting)
         first, last = self.state.first, self.state.last
         if first is None or last is None or self._shared or not _is_plain(self._replay.batch):
             return {}
-        known: dict[str, Any] = {"batch": self._replay.batch, "batch_idx": self._replay.batch_idx, "tops": dict(self.state.tops)}
+        known: dict[str, Any] = {
+            "batch": self._replay.batch,
+            "batch_idx": self._replay.batch_idx,
+            "tops": dict(self.state.tops),
+        }
         known |= {"first": first.state_dict(), "last": last.state_dict(), "options": self._options}
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
@@ -168,7 +176,11 @@ class TangentKernel(Gauge):
     @property
     def _options(self) -> dict[str, Any]:
         """With others a kernel is another, of other rows or outputs."""
-        drawn = {"seed": self.seed, "num_outputs": self.num_outputs, "num_projections": self.state.effort.num_projections}
+        drawn = {
+            "seed": self.seed,
+            "num_outputs": self.num_outputs,
+            "num_projections": self.state.effort.num_projections,
+        }
         seen = {"num_examples": self.num_examples, "train_mode": self.train_mode, "output_module": self.output_module}
         return {"kernel": self.state.kernel} | drawn | seen
 
@@ -181,14 +193,21 @@ class TangentKernel(Gauge):
         self._replay.output_module = None if self.output_module is None else module_named(module, self.output_module)
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
-                why = "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' or on one device"
+                why = (
+                    "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' "
+                    "or on one device"
+                )
                 raise ValueError(f"{name!r} is sharded, and a tangent kernel cannot be seen: {why}")
         for name, parameter in self._named.items():
             if parameter.is_complex() and parameter.requires_grad:
-                raise ValueError(f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match")
+                raise ValueError(
+                    f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match"
+                )
         for path, part in module.named_modules():
             if self.train_mode and isinstance(part, nn.SyncBatchNorm) and module.trainer.world_size > 1:
-                raise ValueError(f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False")
+                raise ValueError(
+                    f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False"
+                )
         refuse_replay(module, self.loss_fn)
 
     def _take_up(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -198,7 +217,9 @@ class TangentKernel(Gauge):
         self.state.directions = state["directions"].to(device) if "directions" in state else None
 
     def _outputs(self, stack: ExitStack, team: Team) -> KernelOutputs:
-        """The outputs of the kept batch, with their graph until the stack is left; the same on every process, or an error on every one."""
+        """The outputs of the kept batch, with their graph until the stack is left; the same on every process, or an
+        error on every one.
+        """
         own: OwnOutputs | None = None
         error: Exception | None = None
         try:
@@ -221,13 +242,19 @@ def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     """Of the whole model, and of each parameter."""
     yield Numbers(WHOLE, found.values, found.errors)
     for i, parameter in enumerate(parameters):
-        yield Numbers(parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors)))
+        yield Numbers(
+            parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors))
+        )
 
 
 def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
     """The learning rate that gradient descent with one rate has in the long run; None for other optimizers."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    steps = {(float(g["lr"]), g["momentum"], g["dampening"], g["maximize"]) for g in groups if "dampening" in g and "maximize" in g}
+    steps = {
+        (float(g["lr"]), g["momentum"], g["dampening"], g["maximize"])
+        for g in groups
+        if "dampening" in g and "maximize" in g
+    }
     if any(type(optimizer) is not SGD for optimizer in optimizers) or len(steps) != 1:
         return None
     rate, momentum, dampening, maximizes = steps.pop()
@@ -253,6 +280,8 @@ def _refuse_small(**numbers: tuple[int, int]) -> None:
 
 def _refuse_odd(loss_fn: object, train_mode: object) -> None:
     if loss_fn is not None and not callable(loss_fn):
-        raise ValueError(f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step")
+        raise ValueError(
+            f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step"
+        )
     if type(train_mode) is not bool:
         raise ValueError(f"train_mode={train_mode!r}: True or False")

@@ -52,7 +52,7 @@ class Call:
 
 
 class Calls:
-    """Users' functions, off the training thread: what they raise is told later, and one that hangs is not called again."""
+    """Runs users' functions off the training thread; reports what they raise later, and calls none again that hangs."""
 
     def __init__(self) -> None:
         self._running: list[Call] = []
@@ -74,7 +74,9 @@ class Calls:
         self._given_up += [call.function for call in late]
         self._running = [call for call in self._running if call not in late and call not in through]
         raised = [f"a function called by an alert raised {call.error}" for call in through if call.error]
-        return raised + [f"a function called by an alert took more than {call.timeout:g} s and is not called again" for call in late]
+        return raised + [
+            f"a function called by an alert took more than {call.timeout:g} s and is not called again" for call in late
+        ]
 
     def wait(self) -> list[str]:
         """Let those at work have their time: the process may end after this. What went wrong."""

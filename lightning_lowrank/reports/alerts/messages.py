@@ -11,14 +11,25 @@ PAGE = "docs/how-to/get-alerts.md"
 CAUSES = {
     "second_moment": "an optimizer state that was reset or overflowed",
     "first_moment": "gradients that have come to point one way: a learning rate too high, repeated batches",
-    "displacement": "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples",
-    "feature": "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or with too little variance, "
-    "dead units, a normalisation that is missing",
-    "gradient": "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, dead units or a saturated loss",
+    "displacement": (
+        "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples"
+    ),
+    "feature": (
+        "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or "
+        "with too little variance, dead units, a normalisation that is missing"
+    ),
+    "gradient": (
+        "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, "
+        "dead units or a saturated loss"
+    ),
     "update": "a learning rate too high, momentum on few directions, or clipping at every step",
-    "weight": "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others",
+    "weight": (
+        "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others"
+    ),
 }
-NO_NUMBER = "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero"
+NO_NUMBER = (
+    "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero"
+)
 
 
 def title_of(event: AlertEvent) -> str:
@@ -32,11 +43,16 @@ def message_of(event: AlertEvent, rule: Alert) -> str:
         return f"{event.quantity} is well again at step {event.step}; rule {event.rule}, told at step {event.since}."
     named = "; ".join(_of_site(site) for site in event.worst)
     more = event.num_firing - len(event.worst)
-    where = f"{event.num_firing} of {event.num_sites} sites" if event.worst[0].condition != "non_finite" else "the monitor"
+    where = (
+        f"{event.num_firing} of {event.num_sites} sites" if event.worst[0].condition != "non_finite" else "the monitor"
+    )
     also = f"; and {more} more" if more else ""
     cause = rule.cause or _usual(event)
     because = f" Usual cause: {cause}." if cause else ""
-    return f"rule {event.rule}, {event.quantity} at {where} since step {event.since}: {named}{also}.{because} See {PAGE}#when-one-fires."
+    return (
+        f"rule {event.rule}, {event.quantity} at {where} since step {event.since}: "
+        f"{named}{also}.{because} See {PAGE}#when-one-fires."
+    )
 
 
 def table(events: Sequence[AlertEvent]) -> str:

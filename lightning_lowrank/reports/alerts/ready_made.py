@@ -6,10 +6,19 @@ from typing import Any, Literal
 from lightning_lowrank.reports.alerts.rules import Action, Alert, AlertEvent, Baseline
 
 Source = Literal[
-    "weight", "gradient", "update", "displacement", "first_moment", "second_moment", "feature", "centred_feature", "validation_feature"
+    "weight",
+    "gradient",
+    "update",
+    "displacement",
+    "first_moment",
+    "second_moment",
+    "feature",
+    "centred_feature",
+    "validation_feature",
 ]
 
-# Share of the baseline that may be lost. Gradients lose most of their rank in health, and updates of Adam follow them; weights do not.
+# Share of the baseline that may be lost. Gradients lose most of their rank in health, and updates of Adam follow them;
+# weights do not.
 ALLOWED_DROP = {"weight": 0.5, "feature": 0.7, "centred_feature": 0.7, "validation_feature": 0.7}
 LARGEST_DROP = 0.9
 
@@ -20,7 +29,10 @@ PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
 EVENT: dict[str, Any] = {"severity": "info", "for_samples": 1, "warm_up_samples": 0}
 
 # What is said where curvature is not believed: all of it is NaN then.
-WRONG = "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others by match"
+WRONG = (
+    "a layer whose backward pass cannot be differentiated, as custom autograd functions that "
+    "detach; name the others by match"
+)
 
 
 def RankCollapseAlert(
@@ -46,9 +58,9 @@ def RankCollapseAlert(
         statistic: Which rank.
         sites: As in `Alert`, like all that follows except for these:
         floor: Least rank allowed; 0.5 is what a zero matrix, whose rank is 0, falls below, and no other.
-        drop: Share of the baseline that may be lost. If there is no floor either, it depends on the source: 0.5 for weights, 0.7 for
-            features, 0.9 for gradients, updates and what they add up to, since low rank is normal there. Updates of optimizers that
-            orthogonalise (Muon) are flat by construction: for those give 0.3.
+        drop: Share of the baseline that may be lost. If there is no floor either, it depends on the source: 0.5 for
+            weights, 0.7 for features, 0.9 for gradients, updates and what they add up to, since low rank is normal
+            there. Updates of optimizers that orthogonalise (Muon) are flat by construction: for those give 0.3.
 
     Example:
         >>> RankCollapseAlert("gradient", floor=0.5, drop=0.95, actions=["warn", "stop"]).conditions
@@ -93,8 +105,8 @@ def ChangePointAlert(
         quantity: As in `Alert`, like all others.
         change: Spreads of the level, of which each is at least 2 % of it.
         window: Samples that a level is learnt from.
-        baseline: "warm-up": a level is kept until it is left, however slowly, so that a steady trend is told too once it has come far
-            enough. "running": the level follows what is slower than `window`, and only jumps are told.
+        baseline: "warm-up": a level is kept until it is left, however slowly, so that a steady trend is told too once
+            it has come far enough. "running": the level follows what is slower than `window`, and only jumps are told.
 
     Example:
         >>> ChangePointAlert("weight_effective_rank", "blocks.*").conditions
@@ -120,7 +132,8 @@ def ChangePointAlert(
 
 
 def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs, and one more.
+    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs,
+    and one more.
 
     Args:
         below: Least share of the energy.
@@ -147,7 +160,10 @@ def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*",
         >>> ResidueSuppressedAlert(sites="net.0.*").sites
         'net.0.*'
     """
-    cause = "an activation with a kink (ReLU) on inputs with a strong common direction: standardise them, add noise, or take a smooth one"
+    cause = (
+        "an activation with a kink (ReLU) on inputs with a strong common direction: standardise "
+        "them, add noise, or take a smooth one"
+    )
     return Alert("anatomy_spike_dominance", sites, **_with(options, above=above, warm_up_samples=0, cause=cause))
 
 
@@ -163,17 +179,21 @@ def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
         'info'
     """
     cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
-    return Alert("anatomy_phase_shift", sites, **_with(EVENT | options, above=0.5, actions=("log", "wandb"), cause=cause))
+    return Alert(
+        "anatomy_phase_shift", sites, **_with(EVENT | options, above=0.5, actions=("log", "wandb"), cause=cause)
+    )
 
 
 def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> Alert:
-    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al. (2020).
+    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al.
+    (2020).
 
     Args:
         density: Of the mask; one of those that the monitor has.
-        below: Largest distance of the newest mask to those of the second half of the training so far, over its distance to the first. A
-            mask that moves steadily has 0.5 or a bit more at any cadence, one that has settled 0. You et al. ask for a tenth of the weights
-            between five epochs; masks of a few steps in a row are closer than that from the first on.
+        below: Largest distance of the newest mask to those of the second half of the training so far, over its distance
+            to the first. A mask that moves steadily has 0.5 or a bit more at any cadence, one that has settled 0. You
+            et al. ask for a tenth of the weights between five epochs; masks of a few steps in a row are closer than
+            that from the first on.
         options: Others of `Alert`.
 
     Example:

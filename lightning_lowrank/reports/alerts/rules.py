@@ -14,7 +14,14 @@ Baseline = Literal["running", "warm-up"]
 CONDITIONS = ("below", "above", "drop", "rise", "slope", "change", "non_finite")
 SHARES = ("drop", "slope", "non_finite")
 # Numbers that are counts, and the least of each.
-COUNTS = {"window": 2, "for_samples": 1, "keep_samples": 1, "cooldown_steps": 0, "warm_up_samples": 0, "warm_up_steps": 0}
+COUNTS = {
+    "window": 2,
+    "for_samples": 1,
+    "keep_samples": 1,
+    "cooldown_steps": 0,
+    "warm_up_samples": 0,
+    "warm_up_steps": 0,
+}
 # Samples of the warm-up that a condition needs: a baseline; its spread.
 NEEDED = {"drop": 1, "rise": 1, "change": 5}
 
@@ -96,8 +103,9 @@ class AlertEvent:
 class Alert:
     """A rule: a quantity at some sites, conditions of which one is enough, how patient it is, and what follows.
 
-    At each site it is ok, pending (violated in fewer than `for_samples` samples in a row) or firing. A number that is not there or not
-    finite counts neither way. Of an estimated quantity the bound of its error is compared: it fires only if the number is certainly beyond.
+    At each site it is ok, pending (violated in fewer than `for_samples` samples in a row) or firing. A number that is
+    not there or not finite counts neither way. Of an estimated quantity the bound of its error is compared: it fires
+    only if the number is certainly beyond.
 
     Args:
         quantity: As in the tags, `weight_stable_rank`; a monitor's own prefix may be left out.
@@ -107,20 +115,25 @@ class Alert:
         drop: Share of the baseline by which it may fall, 0.5 for a half.
         rise: The same upwards; 2.0 allows up to three times the baseline.
         slope: Share of its mean by which it may fall per sample: least squares over the last `window` samples.
-        change: A change point, either way: how many spreads it may be away from the baseline (a spread is 1.4826 times the median distance
-            from the median, and at least 2 % of that). After it has fired the baseline is learnt anew, which takes `window` samples.
+        change: A change point, either way: how many spreads it may be away from the baseline (a spread is 1.4826 times
+            the median distance from the median, and at least 2 % of that). After it has fired the baseline is learnt
+            anew, which takes `window` samples.
         non_finite: Share of the sites that may be without a finite number in a sample.
-        baseline: Median of the last `window` samples before the violation, or of those of the warm-up, which stays for good.
+        baseline: Median of the last `window` samples before the violation, or of those of the warm-up, which stays for
+            good.
         window: Samples, for running baselines and slopes.
         for_samples: Samples in a row that must violate before it fires.
         keep_samples: Samples in a row that must be well again before it is over.
-        hysteresis: How far from the threshold "well" begins: a share of the threshold, or of the way back to the baseline.
+        hysteresis: How far from the threshold "well" begins: a share of the threshold, or of the way back to the
+            baseline.
         quorum: Sites that must be firing: a number, or (below 1.0) a share.
-        cooldown_steps: Steps between two messages; what begins in between is told when they are over, if it still fires.
+        cooldown_steps: Steps between two messages; what begins in between is told when they are over, if it still
+            fires.
         warm_up_samples: Numbers of a site to learn from before it is judged.
         warm_up_steps: Steps before which nothing is judged either: those of the learning rate's warm-up.
         severity: Word for loggers that know such.
-        actions: `warn`, `log` (scalar, table and JSON lines), `wandb` (its alert, where its logger is), `checkpoint`, `stop`, `raise`.
+        actions: `warn`, `log` (scalar, table and JSON lines), `wandb` (its alert, where its logger is), `checkpoint`,
+            `stop`, `raise`.
         call: A function of an `AlertEvent`, called in a thread of its own in the first process.
         call_timeout: Seconds after which it is given up, and not called again.
         cause: What usually is behind it; there is something general for every source.
@@ -178,12 +191,22 @@ class Alert:
         wrong = {
             f"give at least one of {CONDITIONS}": not given,
             **{f"{name}={x!r}: a finite number": not math.isfinite(x) for name, x in given.items()},
-            **{f"{name}={x!r}: a share above 0 and below 1": not 0 < x < 1 for name, x in given.items() if name in SHARES},
+            **{
+                f"{name}={x!r}: a share above 0 and below 1": not 0 < x < 1
+                for name, x in given.items()
+                if name in SHARES
+            },
             **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in ("rise", "change")},
             f"hysteresis={self.hysteresis!r}: from 0 on and below 1": not 0 <= self.hysteresis < 1,
-            f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0": not self._has_quorum(),
-            f"name={self.name!r}: letters, digits, '_', '.' and '-' only": not fullmatch(r"[\w.-]+", self.name or "x", ASCII),
-            f"call={self.call!r}: a function that takes an AlertEvent (a dotted path only in YAML)": not callable(self.call or print),
+            (
+                f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0"
+            ): not self._has_quorum(),
+            f"name={self.name!r}: letters, digits, '_', '.' and '-' only": not fullmatch(
+                r"[\w.-]+", self.name or "x", ASCII
+            ),
+            f"call={self.call!r}: a function that takes an AlertEvent (a dotted path only in YAML)": not callable(
+                self.call or print
+            ),
             f"call_timeout={self.call_timeout!r}: seconds above 0": not self.call_timeout > 0,
             f"{needed} samples at least to learn from (warm_up_samples, window), for {list(given)}": learnt < needed,
         }
@@ -191,14 +214,22 @@ class Alert:
 
     def _wrong_words(self) -> list[str]:
         one_of = {"baseline": get_args(Baseline), "severity": get_args(Severity)}
-        wrong = [f"{name}={getattr(self, name)!r}: one of {words}" for name, words in one_of.items() if getattr(self, name) not in words]
+        wrong = [
+            f"{name}={getattr(self, name)!r}: one of {words}"
+            for name, words in one_of.items()
+            if getattr(self, name) not in words
+        ]
         if isinstance(self.actions, str) or not set(self.actions) <= set(get_args(Action)):
             wrong.append(f"actions={self.actions!r}: a list of {get_args(Action)}")
         return wrong
 
     def _wrong_counts(self) -> list[str]:
         values = {name: getattr(self, name) for name in COUNTS}
-        return [f"{name}={x!r}: a whole number from {COUNTS[name]} on" for name, x in values.items() if not _counts(x, COUNTS[name])]
+        return [
+            f"{name}={x!r}: a whole number from {COUNTS[name]} on"
+            for name, x in values.items()
+            if not _counts(x, COUNTS[name])
+        ]
 
     def _has_quorum(self) -> bool:
         return _counts(self.quorum, 1) or (isinstance(self.quorum, float) and 0 < self.quorum <= 1)

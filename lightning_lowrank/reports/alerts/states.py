@@ -145,7 +145,9 @@ class Track:
             yield "slope", -rule.slope, False
 
     def _slope(self, doubt: float) -> tuple[float, float]:
-        """Change per sample as a share of the mean, by least squares, and the bound of its error, with the sign of the doubt."""
+        """Change per sample as a share of the mean, by least squares, and the bound of its error, with the sign of the
+        doubt.
+        """
         count = len(self.recent)
         values, errors = zip(*self.recent, strict=True)
         centred = [i - (count - 1) / 2 for i in range(count)]
@@ -202,12 +204,16 @@ class RuleState:
 
     def _firing(self) -> list[str]:
         """Sites at which it fires, none if they are fewer than the quorum; the worst first."""
-        sites = sorted((s for s, track in self.tracks.items() if track.state == "firing"), key=lambda s: -self.tracks[s].reason[2])
+        sites = sorted(
+            (s for s, track in self.tracks.items() if track.state == "firing"), key=lambda s: -self.tracks[s].reason[2]
+        )
         quorum, judged = self.rule.quorum, len(self.tracks.keys() - {SHARE})
         needed = math.ceil(quorum * judged) if isinstance(quorum, float) else quorum
         return sites if SHARE in sites or len(sites) >= max(1, needed) else []
 
-    def _told(self, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]) -> AlertEvent | None:
+    def _told(
+        self, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]
+    ) -> AlertEvent | None:
         """The event that is due: not within the cooldown, and nothing twice."""
         was_told, self.is_firing = self.is_told, bool(firing)
         if not firing:
@@ -223,11 +229,17 @@ class RuleState:
             self.tracks[site].told = True
         return self._event("firing", step, firing, values, errors)
 
-    def _event(self, state: Any, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]) -> AlertEvent:
+    def _event(
+        self, state: Any, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]
+    ) -> AlertEvent:
         worst = tuple(self._site(site) for site in firing[:NAMED])
-        since = min((self.tracks[site].since for site in firing), default=self.last_told if self.last_told is not None else step)
+        since = min(
+            (self.tracks[site].since for site in firing), default=self.last_told if self.last_told is not None else step
+        )
         num_sites = len(self.tracks.keys() - {SHARE}) or len(values)
-        event = AlertEvent(self.name, state, self.rule.severity, self.quantity, step, since, "", "", len(firing), num_sites, worst)
+        event = AlertEvent(
+            self.name, state, self.rule.severity, self.quantity, step, since, "", "", len(firing), num_sites, worst
+        )
         return replace(event, title=title_of(event), message=message_of(event, self.rule))
 
     def _site(self, site: str) -> SiteAlert:
@@ -239,7 +251,13 @@ class RuleState:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, which load with `weights_only=True`."""
         tracks = {site: asdict(track) for site, track in self.tracks.items()}
-        return {"rule": self._numbers(), "firing": self.is_firing, "told": self.is_told, "last_told": self.last_told, "tracks": tracks}
+        return {
+            "rule": self._numbers(),
+            "firing": self.is_firing,
+            "told": self.is_told,
+            "last_told": self.last_told,
+            "tracks": tracks,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a run was stopped, unless the rule is another now."""
@@ -250,7 +268,14 @@ class RuleState:
 
     def _numbers(self) -> str:
         """What decides: two rules of the same numbers are in the same state."""
-        left_out: dict[str, Any] = {"actions": (), "call": None, "call_timeout": 1.0, "cause": "", "name": None, "severity": "warn"}
+        left_out: dict[str, Any] = {
+            "actions": (),
+            "call": None,
+            "call_timeout": 1.0,
+            "cause": "",
+            "name": None,
+            "severity": "warn",
+        }
         return repr(replace(self.rule, sites=tuple(self._globs), **left_out))
 
 

@@ -36,12 +36,21 @@ class Watch:
     """
 
     def __init__(
-        self, rules: Sequence[Alert] | Literal["default"] | None, quantities: Sequence[str], *, prefix: str | None, label: str
+        self,
+        rules: Sequence[Alert] | Literal["default"] | None,
+        quantities: Sequence[str],
+        *,
+        prefix: str | None,
+        label: str,
     ) -> None:
         if isinstance(rules, str) and rules != "default":
             raise ValueError(f"alerts={rules!r}: a list of alerts, 'default' or None")
-        if isinstance(rules, Alert) or any(not isinstance(rule, Alert) for rule in rules or () if not isinstance(rules, str)):
-            raise ValueError(f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML")
+        if isinstance(rules, Alert) or any(
+            not isinstance(rule, Alert) for rule in rules or () if not isinstance(rules, str)
+        ):
+            raise ValueError(
+                f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML"
+            )
         start = f"{prefix}_" if prefix else ""
         given = default_alerts(q.removeprefix(start) for q in quantities) if isinstance(rules, str) else rules or ()
         self.states = [_state(rule, quantities, start) for rule in given]
@@ -73,11 +82,17 @@ class Watch:
             known = list(sites.get(state.quantity, ()))
             if known and not any(map(state.matches, known)):
                 more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-                there = f"has {known[:10]}{more}" if any(known) else "is one number of the whole model: leave sites= away"
-                raise ValueError(f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} {there}")
+                there = (
+                    f"has {known[:10]}{more}" if any(known) else "is one number of the whole model: leave sites= away"
+                )
+                raise ValueError(
+                    f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} {there}"
+                )
             looked_at = sum(map(state.matches, known))
             if known and isinstance(state.rule.quorum, int) and state.rule.quorum > looked_at:
-                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {looked_at} sites")
+                raise ValueError(
+                    f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {looked_at} sites"
+                )
 
     def observe(self, step: int, values: Values) -> None:
         """Show a report to the rules."""
@@ -90,7 +105,9 @@ class Watch:
 
     def scalars(self) -> dict[str, float]:
         """0, 1 or 2 of each rule that is logged: ok, pending, firing."""
-        return {f"lowrank/alert/{state.name}": float(state.level) for state in self.states if "log" in state.rule.actions}
+        return {
+            f"lowrank/alert/{state.name}": float(state.level) for state in self.states if "log" in state.rule.actions
+        }
 
     def act(self, trainer: L.Trainer) -> list[str]:
         """Do what the rules ask for after a report; what went wrong, in words. To be called by all processes."""
@@ -98,7 +115,10 @@ class Watch:
         failed = _all(lambda rule, event: self._tell(trainer, rule, event), due)
         # What all processes do together comes last, and whatever went wrong in one of them.
         firing = [(rule, event) for rule, event in due if event.state == "firing"]
-        failed += _all(lambda _, event: actions.save_checkpoint(trainer, event), [f for f in firing if "checkpoint" in f[0].actions])
+        failed += _all(
+            lambda _, event: actions.save_checkpoint(trainer, event),
+            [f for f in firing if "checkpoint" in f[0].actions],
+        )
         if any("stop" in rule.actions for rule, _ in firing):
             actions.stop(trainer)
         self._raising = next((event for rule, event in firing if "raise" in rule.actions), None)
@@ -122,7 +142,8 @@ class Watch:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where a run was stopped."""
         self.events = [
-            AlertEvent(**{**event, "worst": tuple(SiteAlert(**site) for site in event["worst"])}) for event in saved.get("events", ())
+            AlertEvent(**{**event, "worst": tuple(SiteAlert(**site) for site in event["worst"])})
+            for event in saved.get("events", ())
         ]
         for state in self.states:
             state.load_state_dict(saved.get("rules", {}).get(state.name, {}))
@@ -157,7 +178,9 @@ def _state(rule: Alert, quantities: Sequence[str], prefix: str) -> RuleState:
     quantity = next((q for q in (rule.quantity, prefix + rule.quantity) if q in quantities), None)
     if quantity is None:
         nearest = get_close_matches(rule.quantity, quantities, 3, cutoff=0)
-        raise ValueError(f"an alert is on {rule.quantity!r}, which is not measured; nearest: {nearest}; there are {list(quantities)}")
+        raise ValueError(
+            f"an alert is on {rule.quantity!r}, which is not measured; nearest: {nearest}; there are {list(quantities)}"
+        )
     name = rule.name or "_".join([quantity, *rule.conditions])
     return RuleState(rule, quantity, name)
 
