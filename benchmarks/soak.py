@@ -74,7 +74,7 @@ class Reading:
     written: int
 
 
-class Gauge(L.Callback):
+class MemoryGauge(L.Callback):
     """Takes a reading every so many steps."""
 
     def __init__(self, every: int, folder: Path) -> None:
@@ -124,7 +124,7 @@ def _soak(every: int | None, *, steps: int, num_readings: int, histograms: bool)
     quiet()
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        gauge = Gauge(steps // num_readings, Path(folder))
+        gauge = MemoryGauge(steps // num_readings, Path(folder))
         monitors = (
             [] if every is None else [RankMonitor(SOURCES, every_n_steps=every, histograms=histograms, per_site=True)]
         )

@@ -154,7 +154,7 @@ class Modes:
     predicted: Tensor
     seen: Tensor
 
-    def said(self, width: int, num: int) -> str:
+    def all_gather_object(self, width: int, num: int) -> str:
         """How well the first modes came as predicted."""
         predicted, seen = self.predicted[:num], self.seen[:num]
         learnt = torch.isfinite(seen)
@@ -267,7 +267,7 @@ def main(output: Path = Path("lazy_or_rich.png"), share: float = 1.0) -> None:
     print(f"Modes of the full kernel of {FEW} digits, predicted from the spectrum at the start:")
     for width, known in modes.items():
         for num in (50, len(known.seen)):
-            print(f"  {known.said(width, num)}")
+            print(f"  {known.all_gather_object(width, num)}")
     draw(found, modes, output)
     print(f"The curves are in {output}")
 

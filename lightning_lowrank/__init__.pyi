@@ -57,8 +57,8 @@ from .reports.alerts.ready_made import PhaseShiftAlert as PhaseShiftAlert
 from .reports.alerts.ready_made import RankCollapseAlert as RankCollapseAlert
 from .reports.alerts.ready_made import ResidueSuppressedAlert as ResidueSuppressedAlert
 from .reports.alerts.rules import Alert as Alert
+from .reports.alerts.rules import AlertError as AlertError
 from .reports.alerts.rules import AlertEvent as AlertEvent
-from .reports.alerts.rules import RankCollapseError as RankCollapseError
 from .reports.dashboard import Sample as Sample
 from .reports.dashboard import summary_table as summary_table
 from .statistics.registry import Statistic as Statistic

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_lowrank.maths.scaling.boxes import box_counting
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from tests.oracles import networks
 from tests.oracles.spectra import gaussian
 

@@ -21,12 +21,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_lowrank import (
     Alert,
+    AlertError,
     AlertEvent,
     Features,
     Monitor,
     Probe,
     RankCollapseAlert,
-    RankCollapseError,
     RankMonitor,
 )
 from tests.models import Classifier, MemoryLogger, Validated
@@ -164,7 +164,7 @@ def test_stop_ends_training_after_the_batch() -> None:
 def test_raise_ends_the_run_with_the_message() -> None:
     watched = monitor(always("raise"))
 
-    with pytest.raises(RankCollapseError, match="weight_stable_rank at 2 of 2 sites"):
+    with pytest.raises(AlertError, match="weight_stable_rank at 2 of 2 sites"):
         fit(watched)
 
     assert watched.events[0].step == FIRES_AT
@@ -173,7 +173,7 @@ def test_raise_ends_the_run_with_the_message() -> None:
 def test_other_rules_have_acted_before_one_raises(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
 
-    with pytest.raises(RankCollapseError):
+    with pytest.raises(AlertError):
         fit(monitor(always("raise", "log", name="one"), always("checkpoint", "log", name="two")), logger=logger)
 
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1

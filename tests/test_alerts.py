@@ -13,8 +13,8 @@ import torch
 
 from lightning_lowrank import Alert, AlertEvent, ChangePointAlert, RankCollapseAlert
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
+from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.alerts.states import RuleState
-from lightning_lowrank.reports.alerts.watch import Watch
 
 NAN = math.nan
 QUICK: dict[str, Any] = {"warm_up_samples": 3, "window": 3, "for_samples": 3, "keep_samples": 2, "cooldown_steps": 0}
@@ -270,10 +270,10 @@ STORY = [2.0] * 4 + [0.5, NAN, 0.5, 0.5, 0.5, NAN, 1.05, 2.0, 2.0, 2.0, 0.5, 0.5
 def test_a_run_resumed_in_any_state_gives_the_events_of_one_that_never_stopped(
     options: dict[str, Any], stopped: int
 ) -> None:
-    def watch() -> Watch:
-        return Watch([rule(**options, name="one")], [QUANTITY], prefix=None, label="rank")
+    def watch() -> Rulebook:
+        return Rulebook([rule(**options, name="one")], [QUANTITY], prefix=None, label="rank")
 
-    def show(watched: Watch, steps: range) -> Watch:
+    def show(watched: Rulebook, steps: range) -> Rulebook:
         for step in steps:
             watched.observe(step, {QUANTITY: {"a": STORY[step], "b": 5.0}})
         return watched
@@ -328,11 +328,11 @@ def test_numbers_that_make_no_sense_are_refused_by_name(options: dict[str, Any],
 
 def test_a_rule_on_what_is_not_measured_is_refused_with_what_is() -> None:
     with pytest.raises(ValueError, match=r"'weight_rank'.*nearest: \['weight_stable_rank'"):
-        Watch([Alert("weight_rank", below=1.0)], [QUANTITY, "gradient_energy_rank"], prefix=None, label="rank")
+        Rulebook([Alert("weight_rank", below=1.0)], [QUANTITY, "gradient_energy_rank"], prefix=None, label="rank")
 
 
 def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
-    watch = Watch([rule(sites=["blocks.*", "head"])], [QUANTITY], prefix=None, label="rank")
+    watch = Rulebook([rule(sites=["blocks.*", "head"])], [QUANTITY], prefix=None, label="rank")
 
     with pytest.raises(ValueError, match=r"fits nothing; weight_stable_rank has \['net.0.weight'\]"):
         watch.check({QUANTITY: ["net.0.weight"]})
@@ -340,11 +340,11 @@ def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
 
 def test_two_rules_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="a name of its own"):
-        Watch([rule(), rule(below=0.5)], [QUANTITY], prefix=None, label="rank")
+        Rulebook([rule(), rule(below=0.5)], [QUANTITY], prefix=None, label="rank")
 
 
 def test_the_prefix_of_a_monitor_may_be_left_out() -> None:
-    watch = Watch([rule()], [f"encoder_{QUANTITY}"], prefix="encoder", label="encoder_rank")
+    watch = Rulebook([rule()], [f"encoder_{QUANTITY}"], prefix="encoder", label="encoder_rank")
 
     assert [state.quantity for state in watch.states] == [f"encoder_{QUANTITY}"]
 
@@ -389,7 +389,7 @@ def test_defaults_are_on_what_is_measured() -> None:
 
 @pytest.mark.parametrize("quorum", [2, 20])
 def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> None:
-    watch = Watch(
+    watch = Rulebook(
         [Alert("weight_stable_rank", sites="net.0*", below=1.0, quorum=quorum)],
         ["weight_stable_rank"],
         prefix=None,

@@ -368,7 +368,7 @@ def test_validation_is_neither_training_nor_ours() -> None:
     clock.start()
     time.now += 3
     clock.pause()
-    with clock.ours():
+    with clock.timed():
         time.now += 5
     clock.resume()
 
@@ -378,9 +378,9 @@ def test_validation_is_neither_training_nor_ours() -> None:
 def test_what_is_nested_is_counted_once() -> None:
     clock = Clock(now=(time := Made()))
     clock.start()
-    with clock.ours():
+    with clock.timed():
         time.now += 1
-        with clock.ours():
+        with clock.timed():
             time.now += 2
 
     assert (clock.own, clock.percent) == (3, 100)
@@ -408,7 +408,7 @@ def test_seconds_of_a_device_count_when_it_is_past_them() -> None:
     clock.start(on_device=True)
     known = []
     for _ in range(3):
-        with clock.ours():
+        with clock.timed():
             Event.device.now += 4
         known.append(clock.own)
 

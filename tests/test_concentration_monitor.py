@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank import ConcentrationMonitor, EarlyBirdAlert, Monitor
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.monitors.concentration.inequality import gini, matthew_slope, top_share
 from lightning_lowrank.monitors.concentration.source import Concentration
 from tests.models import Adversaries, Classifier, MemoryLogger, Tied
@@ -203,7 +203,7 @@ def of(net: nn.Module, fill: float | None, **options: Any) -> dict[str, float]:
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter) if fill is None else torch.full_like(parameter, fill)
     step = Step(optimizer, frozenset(map(id, net.parameters())))
-    source.batch_begins(Begun(net, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(net, None, 0, [], Team(), 0))
     source.gradients_final(step)
     source.step_done(step)
     return {name: float(value) for name, value in source.numbers(Team())[0].values.items()}
@@ -262,7 +262,7 @@ def test_a_layer_of_another_size_begins_anew() -> None:
         source.plan(net)
         for parameter in net.parameters():
             parameter.grad = torch.randn_like(parameter)
-        source.batch_begins(Begun(net, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
         source.gradients_final(Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters()))))
         found = source.numbers(Team())[0].values
 
@@ -494,7 +494,7 @@ def test_the_device_is_not_waited_for() -> None:
 
     for _ in range(2):
         with waits:
-            source.batch_begins(Begun(net, None, 0, [], Team(), 0))
+            source.batch_begins(Batch(net, None, 0, [], Team(), 0))
             source.gradients_final(step)
             source.step_done(step)
         with waits:

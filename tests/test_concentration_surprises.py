@@ -88,7 +88,7 @@ def test_named_units_that_are_frozen_may_thaw() -> None:
     watched(module, monitor)
 
     assert monitor.failures == 0
-    assert "0 heads" in monitor.recorders[0].probe.source.remark()
+    assert "0 heads" in monitor.recorders[0].probe.source.note()
 
 
 class Lazy(Classifier):

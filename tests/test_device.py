@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Monitor, RankMonitor
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.decompose import decompose
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
@@ -21,7 +21,7 @@ from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspace
 from lightning_lowrank.measuring.matrix_recorder import MatrixRecorder
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import BATCH
-from lightning_lowrank.measuring.source import Begun, Source, Step
+from lightning_lowrank.measuring.source import Batch, Source, Step
 from lightning_lowrank.measuring.sources.displacement import Displacement
 from lightning_lowrank.measuring.sources.features import Features
 from lightning_lowrank.measuring.sources.gradients import Gradients
@@ -165,7 +165,7 @@ def sampled(
     """One step of training with a sample taken."""
     source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
     recorder.plan(module)
-    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
     module(torch.empty(5, 6, device="meta")).sum().backward()
     recorder.record(0, source.gradients_final(step), generator, Team())
     optimizer.step()

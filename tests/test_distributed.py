@@ -15,9 +15,9 @@ from torch.testing import assert_close
 
 from lightning_lowrank import Features, Gram, SiteMeans, SpectralStatistic
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.gathering import take
+from lightning_lowrank.measuring.gathering import gather
 from lightning_lowrank.measuring.metrics import state_dtype
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.source import Batch
 from tests.models import Classifier
 from tests.oracles.spectra import gaussian
 from tests.processes import together
@@ -67,14 +67,14 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", rank=rank, world_size=size)
     source, module = Features(), Classifier()
     source.plan(module)
-    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
     hidden = module.net[0](gaussian(3 + rank, 64, seed=rank, dtype=torch.float32))
     if rank == 0:
         module.net[2](hidden)
     source.batch_over()
     team = Team(rank, size)
     readings = source.sample_over(team)
-    taken = take(readings, list(range(len(readings))), team, spectra_only=True, beside=False)
+    taken = gather(readings, list(range(len(readings))), team, spectra_only=True, beside=False)
     dist.destroy_process_group()
     return {one.labels[0]: (one.value.shape, one.value.values) for one in taken}  # type: ignore[union-attr]
 
@@ -121,7 +121,7 @@ def put_together(rank: int, size: int, root: Path) -> Any:
             kinds = [k for k in PLACEMENTS if not (isinstance(k[0], _StridedShard) and shape[0] % 4)]
             parts = [[placed(true, mesh, kind), placed(true[0].clone(), mesh["tensor"], (S0,))] for kind in kinds]
             owners = [i % size for i in range(len(kinds))]
-            for kind, owner, found in zip(kinds, owners, team.gathered(parts, owners), strict=True):
+            for kind, owner, found in zip(kinds, owners, team.gather(parts, owners), strict=True):
                 assert (found is None) == (owner != rank)
                 for one, whole in zip(found or [], (true, true[0]), strict=False):
                     close = torch.allclose(one, whole, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)

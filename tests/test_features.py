@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import Every, Features, Monitor, Probe
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.source import Batch
 from tests.models import Classifier, ImageNet, MemoryLogger, Validated
 from tests.oracles.spectra import RANKS
 
@@ -251,7 +251,7 @@ def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> di
     """Shapes of the matrices that a sample of these batches gives, by label; hooks taken away."""
     source.plan(module)
     for batch in batches:
-        source.batch_begins(Begun(module, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(module, None, 0, [], Team(), 0))
         module(batch)
     source.batch_over()
     return {reading.labels[0]: tuple(reading.shape) for reading in source.sample_over(Team())}
@@ -272,7 +272,7 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:
     source, module = Features(), Classifier()
     source.plan(module)
-    source.batch_begins(Begun(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
     module(torch.ones(3, 64))
     source.detach()
 

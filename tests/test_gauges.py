@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lightning_lowrank import Alert, Monitor
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.schedules import Every
 from tests.models import Classifier, MemoryLogger
 
 
-class Losses(Gauge):
+class Losses(NumberSource):
     """The loss, its logarithm with an error, and the size of each layer's gradient."""
 
     name = "loss"
@@ -36,7 +36,7 @@ class Losses(Gauge):
 
     def labels(self) -> Sequence[str]:
         assert self.module is not None
-        return [WHOLE, *(name for name, _ in self.module.named_parameters())]
+        return [WHOLE_MODEL, *(name for name, _ in self.module.named_parameters())]
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         self.loss = loss.detach() / scale
@@ -45,7 +45,7 @@ class Losses(Gauge):
         assert self.loss is not None and self.module is not None
         log = self.loss.log()
         sizes = [Numbers(name, {"gradient_size": p.abs().sum()}) for name, p in self.module.named_parameters()]
-        return [Numbers(WHOLE, {"loss": self.loss, "log_loss": log}, {"log_loss": 0.1 * log.abs()}), *sizes]
+        return [Numbers(WHOLE_MODEL, {"loss": self.loss, "log_loss": log}, {"log_loss": 0.1 * log.abs()}), *sizes]
 
 
 def watched(**options: Any) -> tuple[Monitor, Classifier, MemoryLogger]:
@@ -118,7 +118,7 @@ def test_the_whole_model_is_announced_beside_its_sites(
     assert "loss at 4 sites and the whole model (every 2 steps)" in caplog.text
 
 
-def test_what_goes_wrong_in_a_gauge_is_counted_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_number_source_is_counted_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Losses, "loss_live", lambda *_: 1 / 0)
 
     with pytest.warns(UserWarning, match="loss: no number.*the first is the whole model"):
@@ -128,6 +128,6 @@ def test_what_goes_wrong_in_a_gauge_is_counted_and_the_run_goes_on(monkeypatch: 
     assert len(module.losses) == 8
 
 
-def test_a_gauge_that_is_asked_for_what_it_does_not_give_says_what_there_is() -> None:
+def test_a_number_source_that_is_asked_for_what_it_does_not_give_says_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"\['losss'\].*'log_loss'"):
         Probe("loss", Losses(), ["losss"])

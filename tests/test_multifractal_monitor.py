@@ -22,7 +22,7 @@ from lightning_lowrank.analysis.cli import main, reader_of
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.scaling.bootstrap import FEWEST_NODES
 from lightning_lowrank.maths.scaling.scaling import ORDERS
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources import neuromfa
 from lightning_lowrank.monitors.multifractal.curves import vectors
 from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
@@ -70,7 +70,7 @@ def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options:
 def numbers(source: Multifractal | NeuroMFA, module: nn.Module, *, seed: int = 0) -> dict[str, dict[str, float]]:
     """What a source finds at once, by site."""
     source.plan(module)
-    source.batch_begins(Begun(module, None, 0, [], Team(), seed))
+    source.batch_begins(Batch(module, None, 0, [], Team(), seed))
     return {
         found.site: {name: float(value) for name, value in found.values.items()} for found in source.numbers(Team())
     }
@@ -519,7 +519,7 @@ def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA],
     source.plan(net)
 
     with waits:
-        source.batch_begins(Begun(net, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
 
     assert source.numbers(Team())
     assert waits.seen == {}

@@ -608,7 +608,7 @@ def test_a_run_that_is_resumed_with_other_options_begins_anew(options: dict[str,
 
 def test_the_batch_of_the_step_is_let_go_of_after_the_sample() -> None:
     class Looking(L.Callback):
-        """Whether the gauge still has it."""
+        """Whether the source still has it."""
 
         held: Any = True
 

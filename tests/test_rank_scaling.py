@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import statistics
 from lightning_lowrank.maths.scaling import rank
+from lightning_lowrank.maths.scaling.by_rank import largest, rank_scaling
 from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.maths.scaling.rank import largest, rank_scaling
 from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
 from lightning_lowrank.statistics.registry import REGISTERED, find
 from tests import scalings

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.maths.scaling.rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.monitors.multifractal.curves import CELLS, DRAWN, POINTS, curves, vectors
 from tests import scalings

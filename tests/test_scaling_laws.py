@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
-from lightning_lowrank.maths.scaling.rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.measuring.metrics import SpectralStatistic
 from lightning_lowrank.measuring.probe import Probe

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from examples.char_transformer import CharTransformer
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.decompose import flops
-from lightning_lowrank.measuring.gathering import Taken, take
+from lightning_lowrank.measuring.gathering import Gathered, take
 from lightning_lowrank.measuring.source import Step
 from lightning_lowrank.measuring.sources.gradients import Gradients
 
@@ -24,7 +24,7 @@ def work(shape: torch.Size) -> float:
     return prod(shape[:-2]) * (2 * short**2 * long + 4 / 3 * short**3)
 
 
-def shares(module: nn.Module, size: int) -> list[list[Taken]]:
+def shares(module: nn.Module, size: int) -> list[list[Gathered]]:
     """What each of some processes measures of the gradients of a module."""
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -48,7 +48,7 @@ def test_every_matrix_is_measured_by_one_process(size: int) -> None:
 
 
 def test_four_processes_have_at_most_two_fifths_of_the_work_of_one() -> None:
-    def total(part: list[Taken]) -> float:
+    def total(part: list[Gathered]) -> float:
         return sum(work(taken.value.shape) for taken in part if isinstance(taken.value, Tensor))
 
     alone = total(shares(CharTransformer(vocabulary=65), 1)[0])
@@ -61,14 +61,14 @@ def test_four_processes_have_at_most_two_fifths_of_the_work_of_one() -> None:
 def test_work_goes_to_who_has_least() -> None:
     team = Team(0, 3)
 
-    assert team.assigned([1.0, 5.0, 3.0, 1.0]) == [2, 0, 1, 2]
-    assert team.assigned([1.0]) == [2]
+    assert team.assign([1.0, 5.0, 3.0, 1.0]) == [2, 0, 1, 2]
+    assert team.assign([1.0]) == [2]
     assert team.loads == [5.0, 3.0, 3.0]
 
 
 def test_one_process_alone_says_nothing_to_anybody() -> None:
     team, tensor = Team(), torch.ones(3)
 
-    assert team.said("word") == ["word"]
-    assert team.summed(tensor) is tensor
+    assert team.all_gather_object("word") == ["word"]
+    assert team.all_reduce(tensor) is tensor
     assert team.summand(tensor) is tensor

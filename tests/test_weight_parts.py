@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank.distributed.shards import held
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources import weight_parts
 from lightning_lowrank.monitors.multifractal.source import Multifractal
 from tests.processes import together
@@ -43,7 +43,7 @@ def numbers(module: nn.Module, team: Team, max_neurons: int | None) -> dict[str,
     """Values and curves of the sites that this process has."""
     source = Multifractal(max_neurons=max_neurons)
     source.plan(module)
-    source.batch_begins(Begun(module, None, 0, [], team, 0))
+    source.batch_begins(Batch(module, None, 0, [], team, 0))
     return {found.site: {**found.values, **found.curves} for found in source.numbers(team)}
 
 

@@ -38,7 +38,7 @@ class Team:
     sees_data: bool = True
     loads: list[float] = field(default_factory=list)
 
-    def assigned(self, costs: Sequence[float]) -> list[int]:
+    def assign(self, costs: Sequence[float]) -> list[int]:
         """Who does which of several pieces of work: the largest first, each to whom has least to do."""
         self.loads = self.loads or [0.0] * self.size
         owners = [0] * len(costs)
@@ -47,13 +47,13 @@ class Team:
             self.loads[owners[i]] += costs[i]
         return owners
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in one collective."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def said(self, word: Word) -> list[Word]:
+    def all_gather_object(self, word: Word) -> list[Word]:
         """What each process says: small things only, for which the device has to be waited for."""
         words = [word] * self.size
         if self.size > 1:
@@ -64,7 +64,7 @@ class Team:
         """What this process adds to a sum that only the owner shall have."""
         return tensor if self.size == 1 else of_everyone(tensor)
 
-    def gathered(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
+    def gather(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
         """Groups of tensors, whole on their owner, None elsewhere; all that is sharded moves in one collective.
 
         Each process sends its shards once, to their owners. With the work shared out evenly it sends, and receives, at

@@ -114,7 +114,7 @@ def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
         found: Choice | str = look(choice, loss)
     except ValueError as error:
         found = str(error)
-    words = team.said(found)
+    words = team.all_gather_object(found)
     for refusal in (word for word in words if isinstance(word, str)):
         raise ValueError(refusal)
     choices = [word for word in words if isinstance(word, Choice)]

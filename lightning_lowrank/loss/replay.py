@@ -131,7 +131,7 @@ class Replay:
                 seen = stack.enter_context(self(trainer, module))
             except Exception as error:  # the others would wait for this process
                 trouble = error
-            if not all(team.said(trouble is None)):
+            if not all(team.all_gather_object(trouble is None)):
                 raise trouble or RuntimeError("another process could not run its step again")
             yield seen
 

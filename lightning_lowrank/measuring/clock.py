@@ -80,7 +80,7 @@ class Clock:
         return spent
 
     @contextmanager
-    def ours(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         """Count what happens inside as ours, once where it is nested."""
         if self._inside:
             yield

@@ -19,7 +19,7 @@ from lightning_lowrank.measuring.source import Reading
 
 
 @dataclass(frozen=True)
-class Taken:
+class Gathered:
     """What a process has to measure: matrices `[*B, M, N]`, or a spectrum where only that is known, and the weights to
     set beside them.
     """
@@ -29,9 +29,9 @@ class Taken:
     weight: Tensor | Spectrum | None = None
 
 
-def take(
+def gather(
     readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool
-) -> list[Taken]:
+) -> list[Gathered]:
     """What of these readings is this process's to measure. Communicates where tensors are sharded, in one collective.
 
     What cannot be read or made is left out; whoever misses it counts it as lost.
@@ -48,11 +48,11 @@ def take(
     assert len(weights) in (0, len(readings))
     every = [_complete(reading) for reading in (*readings, *weights)]
     every = [_condensed(reading) if spectra_only else reading for reading in every]
-    whole = team.gathered([reading.parts for reading in every], [*owners] * (1 + bool(weights)))
+    whole = team.gather([reading.parts for reading in every], [*owners] * (1 + bool(weights)))
     made = [_made(reading, parts) for reading, parts in zip(every, whole, strict=True)]
     partners = made[len(readings) :] or [None] * len(readings)
     return [
-        Taken(reading.labels, value, weight)
+        Gathered(reading.labels, value, weight)
         for reading, value, weight in zip(readings, made, partners, strict=False)
         if reading.parts and value is not None and (weight is not None or not weights)
     ]

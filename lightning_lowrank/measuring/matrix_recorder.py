@@ -16,7 +16,7 @@ from lightning_lowrank.maths.spectra.order_statistics import COUNT, order_statis
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, pooled
 from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspaces
-from lightning_lowrank.measuring.gathering import Taken, take
+from lightning_lowrank.measuring.gathering import Gathered, gather
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
@@ -83,7 +83,7 @@ class MatrixRecorder(Recorder):
     def share(self, team: Team) -> None:
         """Share out what will be read, so that it does not depend on what goes wrong when it is."""
         units = self.probe.source.units()
-        self._owners = dict(zip(units, team.assigned([flops(shape) for shape in units.values()]), strict=True))
+        self._owners = dict(zip(units, team.assign([flops(shape) for shape in units.values()]), strict=True))
 
     def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
         """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
@@ -92,7 +92,7 @@ class MatrixRecorder(Recorder):
         )
         self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
         beside = any(statistic.partner == "weight" for statistic in self.statistics)
-        taken = take(
+        taken = gather(
             readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside
         )
         self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
@@ -108,7 +108,7 @@ class MatrixRecorder(Recorder):
     def _share(self, readings: Sequence[Reading], team: Team) -> list[int]:
         """Who measures each of the readings."""
         new = {reading.labels[0]: flops(reading.shape) for reading in readings if reading.labels[0] not in self._owners}
-        owners = self._owners | dict(zip(new, team.assigned(list(new.values())), strict=True))
+        owners = self._owners | dict(zip(new, team.assign(list(new.values())), strict=True))
         return [owners[reading.labels[0]] for reading in readings]
 
     def _fresh(self) -> Results:
@@ -141,7 +141,7 @@ class MatrixRecorder(Recorder):
         )
         return value, torch.zeros_like(value)
 
-    def _groups(self, taken: Sequence[Taken], generator: torch.Generator) -> list[Group]:
+    def _groups(self, taken: Sequence[Gathered], generator: torch.Generator) -> list[Group]:
         spectra = self._spectra([t.value for t in taken], self.needs, generator)
         weights = self._spectra([t.weight for t in taken if t.weight is not None], "top", generator)
         alike: dict[Hashable, list[int]] = defaultdict(list)
@@ -165,7 +165,7 @@ class MatrixRecorder(Recorder):
             shape = spectrum.shape
         return shape, spectrum.values.shape[-1], spectrum.num_probes, spectrum.whole
 
-    def _group(self, taken: Sequence[Taken], spectrum: Spectrum, weight: Spectrum | None) -> Group:
+    def _group(self, taken: Sequence[Gathered], spectrum: Spectrum, weight: Spectrum | None) -> Group:
         labels = [label for one in taken for label in one.labels]
         now = before = None
         if self._compares_subspaces:

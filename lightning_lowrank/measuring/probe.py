@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
-from lightning_lowrank.measuring.gauge import Gauge
+from lightning_lowrank.measuring.number_source import NumberSource
 from lightning_lowrank.measuring.schedules import Every, Schedule
 from lightning_lowrank.measuring.source import Source
 from lightning_lowrank.statistics import available, find
@@ -18,7 +18,7 @@ class Probe:
     Args:
         name: First part of the tags, as in `gradient_stable_rank`.
         source: Where matrices come from.
-        statistics: Names of statistics; of a gauge those of its quantities.
+        statistics: Names of statistics; of a `NumberSource` those of its quantities.
         schedule: `step -> bool`.
 
     Raises:
@@ -32,7 +32,7 @@ class Probe:
     schedule: Every | Schedule = field(default_factory=lambda: Every(50))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, Gauge):
+        if not isinstance(self.source, NumberSource):
             try:
                 for name in self.statistics:
                     find(name)
@@ -59,7 +59,7 @@ def refuse_namesakes(probes: Sequence[Probe]) -> None:
 
 def offers(source: Source, name: str) -> bool:
     """Whether there is such a statistic of what the source reads."""
-    if isinstance(source, Gauge):
+    if isinstance(source, NumberSource):
         return name in _offered(source)
     try:
         asked = find(name)
@@ -71,6 +71,6 @@ def offers(source: Source, name: str) -> bool:
 
 
 def _offered(source: Source) -> list[str]:
-    if isinstance(source, Gauge):
+    if isinstance(source, NumberSource):
         return [quantity.name for quantity in source.quantities]
     return [name for name in available() if offers(source, name)]

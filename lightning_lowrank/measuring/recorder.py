@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.gauge import WHOLE, Curve
 from lightning_lowrank.measuring.metrics import SiteMeans
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.results import Results, Staged
 from lightning_lowrank.measuring.source import Reading
@@ -81,7 +81,7 @@ class Recorder(ABC):
 
     def sites_of(self, quantity: str) -> list[str]:
         """Where a quantity is to be had: the whole model, or sites."""
-        return [site for site in self.expected if (site == WHOLE) == self.is_global(quantity)]
+        return [site for site in self.expected if (site == WHOLE_MODEL) == self.is_global(quantity)]
 
     def shape(self, site: str) -> tuple[int, int] | None:
         """Rows and columns of the matrix there, None where it was never read."""

@@ -13,7 +13,7 @@ from lightning_lowrank.distributed.shards import local
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.recorder import BATCH, Recorder
-from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.measuring.source import Batch, Step
 
 
 class Sampling:
@@ -68,20 +68,20 @@ class Sampling:
         self._pending = set(range(len(self._optimizers)))
         self._has_read_free = False
 
-    def owed(self, given: Mapping[str, set[str]]) -> dict[str, Any]:
+    def state_dict(self, given: Mapping[str, set[str]]) -> dict[str, Any]:
         """State of an unfinished sample as plain numbers: optimizers awaited, and each recorder's finished sites."""
         sites = {r.name: dict.fromkeys(sorted(given.get(r.name, ())), True) for r in self.recorders}
         return {"optimizers": dict.fromkeys(map(str, sorted(self._pending)), True), "given": sites}
 
-    def take_up(self, owed: Mapping[str, Any], recorders: Iterable[Recorder]) -> None:
+    def resume(self, state: Mapping[str, Any], recorders: Iterable[Recorder]) -> None:
         """Wait for what another sample still waited for."""
-        self.join(recorder for recorder in recorders if recorder.name in owed["given"])
-        self._pending &= {int(index) for index in owed["optimizers"]}
+        self.join(recorder for recorder in recorders if recorder.name in state["given"])
+        self._pending &= {int(index) for index in state["optimizers"]}
         self._has_read_free = len(self._pending) < len(self._optimizers)
 
     def batch_begins(self, batch: Any, index: int) -> None:
         """A batch is about to enter the module."""
-        begun = Begun(self._module, batch, index, self._optimizers, self._team, self._generator.initial_seed())
+        begun = Batch(self._module, batch, index, self._optimizers, self._team, self._generator.initial_seed())
         self._each(lambda r: r.probe.source.batch_begins(begun))
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
@@ -157,7 +157,7 @@ class Sampling:
             torch.stack([~finite for finite in self._finite]).sum() if self._finite else torch.zeros((), device=device)
         )
         vectors = [lost.to(dtype).reshape(1), *(recorder.packed(device) for recorder in self.recorders)]
-        parts = self._team.summed(torch.cat(vectors)).split([len(vector) for vector in vectors])
+        parts = self._team.all_reduce(torch.cat(vectors)).split([len(vector) for vector in vectors])
         for recorder, part in zip(self.recorders, parts[1:], strict=True):
             recorder.unpack(part)
         self._finite = [parts[0] == 0] if self._finite else []
@@ -180,7 +180,7 @@ class Sampling:
 
     def _agreed(self) -> bool:
         """Whether an optimizer stepped in any process, which is then through with it in all of them."""
-        words = self._team.said((sorted(self._done), sorted(self._pending)))
+        words = self._team.all_gather_object((sorted(self._done), sorted(self._pending)))
         self._pending.intersection_update(*(pending for _, pending in words))
         return any(done for done, _ in words)
 
@@ -221,7 +221,7 @@ def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[
         except Exception as error:  # no argument of the user's is wrong: the run goes on without this source
             troubles.append(f"{recorder.name}: {type(error).__name__}: {error}")
     sites = [list(recorder.sites) for recorder in recorders]
-    agreed = all(others == sites for others in team.said(sites))
+    agreed = all(others == sites for others in team.all_gather_object(sites))
     return troubles if agreed else [
         *troubles,
         "the processes have different matrices, so that nothing is watched",

@@ -163,7 +163,7 @@ class Budget:
             return False
         # No process may fail before it has said its word: the others wait for it.
         wanted = self._wanted()
-        self.every, self._decided, self._mark, self._seen = max(team.said(wanted)), now.step, now, []
+        self.every, self._decided, self._mark, self._seen = max(team.all_gather_object(wanted)), now.step, now, []
         return True
 
     def _wanted(self) -> int:

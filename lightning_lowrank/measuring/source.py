@@ -64,7 +64,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Begun:
+class Batch:
     """A batch that is about to enter the module.
 
     Attributes:
@@ -94,7 +94,7 @@ class Source(ABC):
         of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
         stage: The loop whose batches it watches.
         level: Where what it reads belongs, in overviews.
-        ours: Counts the time of what happens inside the user's own code.
+        timed: Counts the time of what happens inside the user's own code.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Source(ABC):
     of_changes: bool = False
     stage: Literal["train", "validation"] = "train"
     level: Literal["parameters", "functions", "structure", "subnetworks"] = "parameters"
-    ours: Callable[[], AbstractContextManager[None]] = nullcontext
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod
     def plan(self, module: nn.Module) -> None:
@@ -126,7 +126,7 @@ class Source(ABC):
         """
         return {}
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """A batch of a due step is about to enter the module."""
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
@@ -156,7 +156,7 @@ class Source(ABC):
         """Numbers to log beside what was read, known on the host."""
         return {}
 
-    def remark(self) -> str:
+    def note(self) -> str:
         """What a user should know of how it reads, to be said once; nothing unless there is something."""
         return ""
 

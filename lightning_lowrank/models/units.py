@@ -23,7 +23,7 @@ NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Units:
     """One or several units, and the parameters that they have a share of.
 
     Attributes:
@@ -39,15 +39,15 @@ class Part:
     count: int = 1
 
 
-def modules_of(parameters: Mapping[str, nn.Parameter]) -> list[Part]:
+def modules_of(parameters: Mapping[str, nn.Parameter]) -> list[Units]:
     """Layers with parameters of their own, each one unit."""
     owned: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         owned.setdefault(name.rpartition(".")[0], []).append(parameter)
-    return [Part(name, tuple(own)) for name, own in owned.items()]
+    return [Units(name, tuple(own)) for name, own in owned.items()]
 
 
-def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Part]:
+def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Units]:
     """The output projections of attention with their heads, by the name of the projection.
 
     Args:
@@ -68,7 +68,7 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Part]:
     }
 
 
-def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projections: Sequence[str]) -> dict[str, Part]:
+def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projections: Sequence[str]) -> dict[str, Units]:
     """The layers that read hidden neurons, with their inputs.
 
     Args:
@@ -169,11 +169,11 @@ def _chosen(
     return names
 
 
-def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argument: str) -> Part:
+def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argument: str) -> Units:
     axis = _axis(layer)
     if type(count) is not int or count < 1 or weight.shape[axis] % count:
         raise ValueError(f"{argument}: {name!r} has {weight.shape[axis]} inputs, which {count!r} does not divide")
-    return Part(tag(name), (weight,), axis, count)
+    return Units(tag(name), (weight,), axis, count)
 
 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.measuring.gauge import WHOLE
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every
 from lightning_lowrank.reports import dashboard
 from lightning_lowrank.reports import loggers as sinks
-from lightning_lowrank.reports.alerts.watch import Watch
+from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.vectors import Vectors, rows
 
@@ -45,7 +45,7 @@ class Journal:
         *,
         per_site: bool | Literal["auto"],
         histograms: bool,
-        alerts: Watch,
+        alerts: Rulebook,
         budget: Budget | None = None,
     ) -> None:
         self.label, self.per_site, self.histograms, self.alerts, self.budget = (
@@ -98,13 +98,13 @@ class Journal:
         facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
         sinks.mirror(trainer, summaries)
         scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
-        self.tell(sinks.write(sinks.loggers_of(trainer), scalars, step))
-        self.tell(
+        self.count_errors(sinks.write(sinks.loggers_of(trainer), scalars, step))
+        self.count_errors(
             self._vectors.write(sinks.loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step)
         )
-        self.tell(sinks.write_counts(sinks.loggers_of(trainer), dict(_counts(recorders, host)), step))
+        self.count_errors(sinks.write_counts(sinks.loggers_of(trainer), dict(_counts(recorders, host)), step))
         if self.histograms:
-            self.tell(
+            self.count_errors(
                 sinks.write_histograms(
                     sinks.loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step
                 )
@@ -116,21 +116,21 @@ class Journal:
         counts = ", ".join(f"{r.name} at {_places(r.expected)} ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
-        self.say("; ".join([counts, *kept]))
+        self.info_once("; ".join([counts, *kept]))
         self._remark(recorders)
 
     def act(self, trainer: L.Trainer) -> None:
         """Do what alerts ask for, save raising."""
         for trouble in self.alerts.act(trainer):
-            self.trouble(trouble)
+            self.warn_once(trouble)
 
     def lay_out(self, trainer: L.Trainer, quantities: Mapping[str, Sequence[str]]) -> None:
         """TensorBoard's custom-scalars page, once."""
         if not self._laid_out:
             self._laid_out = True
             layout = dashboard.layout(quantities)
-            self.tell(
-                sinks.tell_writers(
+            self.count_errors(
+                sinks.each_writer(
                     sinks.loggers_of(trainer),
                     "add_custom_scalars",
                     lambda writer: dashboard.write_layout(writer, layout),
@@ -156,20 +156,22 @@ class Journal:
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
-            self.say(f"every {budget.every} steps from now on: {times}, {_percent(budget)} of the time may be spent")
+            self.info_once(
+                f"every {budget.every} steps from now on: {times}, {_percent(budget)} of the time may be spent"
+            )
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
         self.clock.pause()
         self._laid_out = False
         for trouble in self.alerts.calls.wait():
-            self.trouble(trouble)
+            self.warn_once(trouble)
 
     def forget(self) -> None:
         """The sample in the making is given up."""
         self.given.clear()
 
-    def trouble(self, message: str, count: int = 1, *, everywhere: bool = False) -> None:
+    def warn_once(self, message: str, count: int = 1, *, everywhere: bool = False) -> None:
         """Count what went wrong, and say each kind of it once.
 
         Args:
@@ -191,12 +193,12 @@ class Journal:
         elif everywhere:
             warnings.warn(f"lightning_lowrank {self.label}, process {process}: {message}", stacklevel=4)
 
-    def tell(self, errors: Sequence[Exception]) -> None:
+    def count_errors(self, errors: Sequence[Exception]) -> None:
         """Count what loggers raised."""
         for error in errors:
-            self.trouble(f"a logger raised {type(error).__name__}: {error}")
+            self.warn_once(f"a logger raised {type(error).__name__}: {error}")
 
-    def say(self, message: str) -> None:
+    def info_once(self, message: str) -> None:
         """Say something once."""
         if message not in self._said:
             self._said.add(message)
@@ -205,8 +207,8 @@ class Journal:
     def _remark(self, recorders: Sequence[Recorder]) -> None:
         """Say how sources read, and again when that has changed."""
         for recorder in recorders:
-            if remark := recorder.probe.source.remark():
-                self.say(f"{recorder.name} is {remark}")
+            if remark := recorder.probe.source.note():
+                self.info_once(f"{recorder.name} is {remark}")
 
     def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
         """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it
@@ -232,13 +234,13 @@ class Journal:
                     if lost
                     else "a part of it"
                 )
-                self.trouble(
+                self.warn_once(
                     f"{recorder.name}: no number for {where}{f' ({error})' if error else ''}",
                     max(1, len(lost)),
                     everywhere=bool(error),
                 )
             elif not recorder.expected:
-                self.say(f"there is no {recorder.name} to read")
+                self.info_once(f"there is no {recorder.name} to read")
 
     def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Scalars of single sites, if they are few or asked for; where they are many, without details, if these are
@@ -283,7 +285,7 @@ class Journal:
 
 def _by_site(recorder: Recorder, quantity: str, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
     """Numbers by site: of the whole model, or of each of its sites."""
-    there = awaited & ({WHOLE} if recorder.is_global(quantity) else awaited - {WHOLE})
+    there = awaited & ({WHOLE_MODEL} if recorder.is_global(quantity) else awaited - {WHOLE_MODEL})
     return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in there}
 
 
@@ -323,12 +325,12 @@ def _when(probe: Probe) -> str:
 
 def _places(sites: Collection[str]) -> str:
     """What a monitor has numbers of; the whole model is no site among others."""
-    parts, whole = sum(site != WHOLE for site in sites), [_named(WHOLE)] if WHOLE in sites else []
+    parts, whole = sum(site != WHOLE_MODEL for site in sites), [_named(WHOLE_MODEL)] if WHOLE_MODEL in sites else []
     return " and ".join([*([f"{parts} sites"] if parts else []), *whole]) or "its sites"
 
 
 def _named(site: str) -> str:
-    return "the whole model" if site == WHOLE else repr(site)
+    return "the whole model" if site == WHOLE_MODEL else repr(site)
 
 
 def _percent(budget: Budget) -> str:

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_lowrank.maths.spectra.spectrum import working_dtype
+
 
 def step_of(trainer: L.Trainer) -> int:
     """The x-axis of Lightning's own logging: batches that ended in an optimizer step.
@@ -35,7 +37,7 @@ def to_host(report: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
     arrays: dict[str, NDArray[np.float64]] = {}
     for device in {tensor.device for tensor in report.values()}:
         here = {key: tensor for key, tensor in report.items() if tensor.device == device}
-        flat = torch.cat([tensor.detach().flatten().to(_widest(device)) for tensor in here.values()])
+        flat = torch.cat([tensor.detach().flatten().to(working_dtype(device)) for tensor in here.values()])
         parts = np.split(flat.cpu().numpy().astype(np.float64), np.cumsum([t.numel() for t in here.values()])[:-1])
         arrays |= {
             key: part.reshape(tuple(tensor.shape)) for (key, tensor), part in zip(here.items(), parts, strict=True)
@@ -60,20 +62,20 @@ def write(loggers: Iterable[Logger], scalars: Mapping[str, float], step: int) ->
         logger.log_metrics(dict(scalars), step=step)
         logger.save()  # what fails later, fails in a call of Lightning's, which would end the run
 
-    return tell(loggers, hand)
+    return each(loggers, hand)
 
 
 def save(loggers: Iterable[Logger]) -> list[Exception]:
     """Have every logger write what it holds back; what failed is tried again."""
-    return [*reopen(loggers), *tell(loggers, lambda logger: logger.save())]
+    return [*reopen(loggers), *each(loggers, lambda logger: logger.save())]
 
 
 def reopen(loggers: Iterable[Logger]) -> list[Exception]:
     """Have closed TensorBoard writers begin another file."""
-    return tell(loggers, lambda logger: _experiment(logger)._get_file_writer() if _closed(logger) else None)
+    return each(loggers, lambda logger: _experiment(logger)._get_file_writer() if _closed(logger) else None)
 
 
-def tell(loggers: Iterable[Logger], act: Callable[[Logger], object]) -> list[Exception]:
+def each(loggers: Iterable[Logger], act: Callable[[Logger], object]) -> list[Exception]:
     """Do something with each, whatever the others raise; what they raised."""
     failed: list[Exception] = []
     for logger in loggers:
@@ -138,7 +140,7 @@ def write_histograms(
             if values.size:
                 writer.add_histogram(tag, np.log10(values), step)
 
-    return tell_writers(loggers, "add_histogram", draw)
+    return each_writer(loggers, "add_histogram", draw)
 
 
 def write_counts(
@@ -153,10 +155,10 @@ def write_counts(
             sums = {"num": inside.sum(), "sum": (inside * middles).sum(), "sum_squares": (inside * middles**2).sum()}
             writer.add_histogram_raw(tag, **ends, **sums, bucket_counts=inside.tolist(), global_step=step)
 
-    return tell_writers(loggers, "add_histogram_raw", draw)
+    return each_writer(loggers, "add_histogram_raw", draw)
 
 
-def tell_writers(loggers: Iterable[Logger], method: str, act: Callable[[Any], object]) -> list[Exception]:
+def each_writer(loggers: Iterable[Logger], method: str, act: Callable[[Any], object]) -> list[Exception]:
     """The same with the loggers' own writers that have a method."""
 
     def act_on_writer(logger: Logger) -> None:
@@ -165,4 +167,4 @@ def tell_writers(loggers: Iterable[Logger], method: str, act: Callable[[Any], ob
             act(writer)
             logger.save()
 
-    return tell(loggers, act_on_writer)
+    return each(loggers, act_on_writer)

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
-from lightning_lowrank.measuring.gauge import Curve
+from lightning_lowrank.measuring.number_source import Curve
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.reports import loggers as sinks
 
@@ -96,7 +96,7 @@ class Vectors:
             if type(writer).__module__.startswith("torch."):
                 writer.add_summary(self._summary(writer, due), step)
 
-        return sinks.tell_writers(loggers, "_get_file_writer", hand) if due else []
+        return sinks.each_writer(loggers, "_get_file_writer", hand) if due else []
 
     def _is_due(self, tag: str, row: Row) -> bool:
         """Spectra of every tenth sample, all else of each."""

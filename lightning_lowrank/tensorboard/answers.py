@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lowrank.tensorboard.series import GAP, Part, Reader, Table, thinned
+from lightning_lowrank.tensorboard.series import GAP, Reader, Segment, Table, thinned
 
 Arguments = Mapping[str, str]
 
@@ -99,7 +99,7 @@ ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {
 }
 
 
-def _series(reader: Reader, arguments: Arguments, kind: str) -> tuple[list[Part], Table]:
+def _series(reader: Reader, arguments: Arguments, kind: str) -> tuple[list[Segment], Table]:
     """All parts of a series, and their table: of one site if one is named."""
     run, name = _needed(arguments, "run"), _needed(arguments, "name")
     parts = reader.parts(run, kind, name)
@@ -129,7 +129,7 @@ def _answer(table: Table, arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def _noise(parts: list[Part], site: str) -> dict[str, Any]:
+def _noise(parts: list[Segment], site: str) -> dict[str, Any]:
     """Ranks, and what a Gaussian matrix of Frobenius norm 1 has there."""
     known = next(part.known for part in reversed(parts) if site in part.sites)
     return dict(known["shapes"][known["shape_of"][known["sites"].index(site)]])

@@ -24,7 +24,7 @@ NAN = np.uint32(0x7FC00000)
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A stretch of a series under one tag: its sites do not change.
 
     Attributes:
@@ -78,7 +78,7 @@ class Table:
         return Table(self.steps, [site], self.values[:, i : i + 1])
 
 
-Runs = dict[str, dict[tuple[str, str], list[Part]]]
+Runs = dict[str, dict[tuple[str, str], list[Segment]]]
 
 
 class Reader:
@@ -104,10 +104,10 @@ class Reader:
             for tag, series in sorted(listed[run].items(), key=lambda item: (item[1].max_step, item[0])):
                 known = _known(series.plugin_content)
                 if known is not None:
-                    runs.setdefault(run, {}).setdefault((known["kind"], known["name"]), []).append(Part(tag, known))
+                    runs.setdefault(run, {}).setdefault((known["kind"], known["name"]), []).append(Segment(tag, known))
         return runs
 
-    def parts(self, run: str, kind: str, name: str) -> list[Part]:
+    def parts(self, run: str, kind: str, name: str) -> list[Segment]:
         """The parts of one series.
 
         Raises:
@@ -118,7 +118,7 @@ class Reader:
             raise KeyError(f"run {run!r} has no {kind} {name!r}")
         return found
 
-    def table(self, run: str, parts: Iterable[Part]) -> Table:
+    def table(self, run: str, parts: Iterable[Segment]) -> Table:
         """Parts as one series. Where a step was written twice, by a run that was resumed, the later word holds."""
         parts = list(parts)
         sites = list(dict.fromkeys(site for part in parts for site in part.sites))

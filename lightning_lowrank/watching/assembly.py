@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning_lowrank.measuring.gauge import Gauge
+from lightning_lowrank.measuring.number_source import NumberSource
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.schedules import Budget, Every
 from lightning_lowrank.reports.alerts.rules import Alert
@@ -11,7 +11,7 @@ from lightning_lowrank.watching.monitor import Monitor
 
 
 def monitor_of(
-    gauge: Gauge,
+    source: NumberSource,
     schedule: Every | Budget,
     *,
     label: str,
@@ -20,8 +20,8 @@ def monitor_of(
     seed: int,
     name: str | None,
 ) -> Monitor:
-    """A monitor of everything that a gauge gives."""
-    probe = Probe(gauge.name, gauge, [quantity.name for quantity in gauge.quantities], schedule)
+    """A monitor of everything that a number source gives."""
+    probe = Probe(source.name, source, [quantity.name for quantity in source.quantities], schedule)
     return Monitor([probe], per_site=per_site, seed=seed, alerts=alerts, name=name, label=label)
 
 

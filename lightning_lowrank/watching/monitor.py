@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.measuring.gauge import refuse_seed
-from lightning_lowrank.measuring.gauge_recorder import recorder_of
+from lightning_lowrank.measuring.number_recorder import recorder_of
+from lightning_lowrank.measuring.number_source import refuse_seed
 from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
 from lightning_lowrank.measuring.schedules import shared_budget
 from lightning_lowrank.reports import loggers as sinks
+from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.reports.alerts.watch import Watch
 from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.watching import trainer as trainers
 from lightning_lowrank.watching.account import Account
@@ -64,10 +64,10 @@ class Monitor(Account, L.Callback):
         self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
         self.recorders = [recorder_of(probe, name, histograms=histograms) for probe in probes]
         self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
-        watch = Watch(alerts, self._quantities(), prefix=name, label=self.label)
+        watch = Rulebook(alerts, self._quantities(), prefix=name, label=self.label)
         self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
         for recorder in self.recorders:
-            recorder.probe.source.ours = self._journal.clock.ours
+            recorder.probe.source.timed = self._journal.clock.timed
         self._checked, self._enabled, self._resumed = -1, False, False
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
@@ -110,12 +110,12 @@ class Monitor(Account, L.Callback):
         """Write the curves to disk before the checkpoint, so that a killed and resumed run has no gap in any."""
         if self._enabled:
             with self._guard():
-                self._journal.tell(sinks.save(sinks.loggers_of(trainer)))
+                self._journal.count_errors(sinks.save(sinks.loggers_of(trainer)))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say so if the run that is resumed was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
-            self._journal.say(
+            self._journal.info_once(
                 "the checkpoint has no state of this monitor with these quantities: what is held against it begins anew"
             )
 
@@ -134,11 +134,11 @@ class Monitor(Account, L.Callback):
             for recorder in self.recorders:
                 recorder.begin()
         if self._enabled:
-            self._journal.tell(sinks.reopen(sinks.loggers_of(trainer)))
+            self._journal.count_errors(sinks.reopen(sinks.loggers_of(trainer)))
             trainers.refuse_hidden(trainer, pl_module)
             troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
             for trouble in troubles:
-                self._journal.trouble(trouble)
+                self._journal.warn_once(trouble)
             self._journal.alerts.check(
                 {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
             )
@@ -233,7 +233,7 @@ class Monitor(Account, L.Callback):
             and self._sampling is not None
             and not pl_module.automatic_optimization
         ):
-            self._journal.trouble(
+            self._journal.warn_once(
                 "no optimizer step was seen: in manual optimization, step the optimizers that `self.optimizers()` gives"
             )
         self._stop()
@@ -277,13 +277,13 @@ class Monitor(Account, L.Callback):
 
     def _owed(self) -> dict[str, Any]:
         """What a sample in the making waits for, as plain numbers: it is taken up by a run that is resumed."""
-        return self._waiting if self._sampling is None else self._sampling.owed(self._journal.given)
+        return self._waiting if self._sampling is None else self._sampling.state_dict(self._journal.given)
 
     def _go_on(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
         """Take up what a sample owed when the run was stopped, and what has become due."""
         waiting, self._waiting = self._waiting, {}
         if waiting:
-            sampling.take_up(waiting, self.recorders)
+            sampling.resume(waiting, self.recorders)
             self._journal.given |= {name: set(sites) for name, sites in waiting["given"].items()}
         if due:
             sampling.join(due)
@@ -306,11 +306,11 @@ class Monitor(Account, L.Callback):
         """Ours is timed; what goes wrong in it never ends the run, only the sample: and not even that where one process
         works alone.
         """
-        with self._journal.clock.ours():
+        with self._journal.clock.timed():
             try:
                 yield
             except Exception as error:
-                self._journal.trouble(
+                self._journal.warn_once(
                     f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}", everywhere=True
                 )
                 if loses:

@@ -3,7 +3,7 @@
 import numpy as np
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.statistics import c2_excess
 from tests import scalings
 from tests.oracles.spectra import gaussian

@@ -4,7 +4,7 @@ import math
 
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.statistics import decades
 from tests import scalings
 from tests.oracles.spectra import gaussian

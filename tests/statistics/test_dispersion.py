@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.statistics import dispersion
 from tests import scalings

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import chi2, norm
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.statistics import dispersion, dispersion_chance
 from tests.oracles.spectra import gaussian
 

@@ -3,7 +3,7 @@
 from scipy.stats import linregress
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import ORDERS
 from lightning_lowrank.statistics import scaling_fit
 from tests import scalings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.statistics import valid
 from tests import scalings
 from tests.oracles.spectra import gaussian

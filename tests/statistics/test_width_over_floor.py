@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from torch.testing import assert_close
 
-from lightning_lowrank.maths.scaling.rank import rank_scaling
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.statistics import width_over_floor
 from tests import scalings
 from tests.oracles.networks import cascade_alpha

@@ -94,13 +94,13 @@ class Jacobian:
     Attributes:
         outputs: With the graph that made them, which is kept.
         params: What they are differentiated by.
-        summed: Adds up over all processes, of which each has rows of its own and zeros elsewhere: every product is then
-            that of all rows, the same on every process, and NaN where one of them failed, so that none is waited for.
+        all_reduce: Sums over all processes, each of which has rows of its own and zeros elsewhere: every product
+            is then that of all rows, the same on every process, and NaN where one failed, so that none is waited for.
     """
 
     outputs: Float[Tensor, "R C"]
     params: Sequence[Tensor]
-    summed: Callable[[Tensor], Tensor] | None = None
+    all_reduce: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -137,13 +137,13 @@ class Jacobian:
         return change.to(self.dtype)
 
     def _everywhere(self, make: Callable[[], Tensor], shape: torch.Size) -> Tensor:
-        if self.summed is None:
+        if self.all_reduce is None:
             return make()
         try:
             product = make().contiguous()
         except Exception:  # the others would wait for this process
             product = torch.full(shape, torch.nan, dtype=self.dtype, device=self.outputs.device)
-        return self.summed(product)
+        return self.all_reduce(product)
 
 
 def gauss_newton(jacobian: Jacobian, product: RowsToRows) -> Operator:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.neuromfa import THRESHOLD, neuromfa_scaling
-from lightning_lowrank.maths.scaling.rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
 
 MODES = ("rank", "neuromfa")

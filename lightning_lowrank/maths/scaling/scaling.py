@@ -92,7 +92,7 @@ class Scaling:
 
     @cached_property
     def slope_weights(self) -> Float[Tensor, "*B R"]:
-        """What a curve over the radii is multiplied by and summed, to give its slope; NaN with fewer than five radii or
+        """What a curve over the radii is multiplied by and summed to give its slope; NaN with fewer than five radii or
         two nodes.
         """
         count = self.fit.sum(-1, keepdim=True)

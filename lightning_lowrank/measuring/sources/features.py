@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lowrank.distributed.shards import unspent, whole
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
-from lightning_lowrank.measuring.source import Begun, Reading, Source
+from lightning_lowrank.measuring.source import Batch, Reading, Source
 from lightning_lowrank.models.names import fitting, tag
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
@@ -125,7 +125,7 @@ class Features(Source):
         """Rows behind the latest sample, at the layer with the fewest."""
         return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Hook the layers for this batch."""
         self._device = next((p.device for p in begun.module.parameters()), self._device)
         if not self._hooks:
@@ -147,7 +147,7 @@ class Features(Source):
         grams, self._grams = self._grams, {}
         if not team.sees_data:
             grams, self._seen = {}, {}
-        self._pooled, self._seen = _agreed(team.said(self._seen)), {}
+        self._pooled, self._seen = _agreed(team.all_gather_object(self._seen)), {}
         return [
             Reading(
                 (f"{name}.out",),
@@ -199,7 +199,7 @@ class Features(Source):
         # Activation checkpointing runs the layer again during backward: those are the same rows.
         if torch._C._current_graph_task_id() != -1:
             return
-        with self.ours():
+        with self.timed():
             try:
                 rows = _rows(layer, output)
                 if rows is not None and rows.shape[-1] <= self.max_width:

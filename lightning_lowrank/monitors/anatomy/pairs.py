@@ -25,7 +25,7 @@ PROBES = 8
 
 
 @dataclass
-class Call:
+class HeardCall:
     """One call of a layer.
 
     Attributes:
@@ -74,16 +74,16 @@ class PairTap:
     Args:
         weight: Of which the gradient is spoken of.
         layers: All that multiply by it.
-        ours: Counts the time.
+        timed: Counts the time.
     """
 
     def __init__(
         self,
         weight: nn.Parameter,
         layers: Sequence[nn.Module],
-        ours: Callable[[], AbstractContextManager[None]] = nullcontext,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.weight, self.layers, self.ours = weight, layers, ours
+        self.weight, self.layers, self.timed = weight, layers, timed
         self._max_rows = 0
         self.error: Exception | None = None
         self.gradient: Tensor | None = None
@@ -91,7 +91,7 @@ class PairTap:
         self._begin(0)
 
     def _begin(self, seed: int) -> None:
-        self._calls: list[Call] = []
+        self._calls: list[HeardCall] = []
         self._draws = torch.Generator("cpu").manual_seed(seed)
         self._top = torch.empty(0, dtype=torch.float64, device="cpu")
         self._probes: Tensor | None = None
@@ -167,7 +167,7 @@ class PairTap:
         if runs_again and self._outside:
             return
         self._outside |= not runs_again
-        with self.ours():
+        with self.timed():
             try:
                 if not inputs:
                     raise ValueError(
@@ -181,7 +181,7 @@ class PairTap:
             except Exception as error:  # this runs inside the user's forward
                 self.error = error.with_traceback(None)
 
-    def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> Call:
+    def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> HeardCall:
         if self._probes is None:
             self._probes = self.probes()
         probed = of_inputs(layer, inputs.float(), self._probes)
@@ -195,12 +195,12 @@ class PairTap:
         self._top = together.topk(min(self._max_rows, len(together))).values
         places = (keys >= self._least()).nonzero()[:, 0]
         there = places.to(inputs.device)
-        return Call(keys[places], there, len(keys), input_rows(layer, inputs, output, there), probed)
+        return HeardCall(keys[places], there, len(keys), input_rows(layer, inputs, output, there), probed)
 
-    def _answer(self, layer: nn.Module, call: Call, gradient: Tensor) -> None:
+    def _answer(self, layer: nn.Module, call: HeardCall, gradient: Tensor) -> None:
         if self.gradient is not None or self._probes is None:
             return
-        with self.ours():
+        with self.timed():
             try:
                 with full_precision(gradient.device):
                     rows = output_rows(layer, gradient.detach())

@@ -12,12 +12,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
-from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity
-from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
+from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.measuring.sources.features import compiled
 from lightning_lowrank.models.names import chosen_parameters, tag
 from lightning_lowrank.monitors.anatomy.pairs import PROBES, Pairs, PairTap, as_matrix, is_heard
-from lightning_lowrank.monitors.anatomy.split import LARGEST_DEVIATION, SHARES, Found, Sides, anatomy, deviation
+from lightning_lowrank.monitors.anatomy.split import LARGEST_DEVIATION, SHARES, Sides, Split, anatomy, deviation
 
 SIDES = ("input", "signal", "gradient")
 OF_A_LAYER = {
@@ -44,7 +44,7 @@ FEWEST_ROWS = 16
 RESIDUE, SPIKE = 0.4, 0.6
 
 
-class Anatomy(Gauge):
+class Anatomy(NumberSource):
     """The gradient of each layer, split by where it comes from.
 
     Args:
@@ -119,22 +119,22 @@ class Anatomy(Gauge):
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
         trained = {name: weight for name, weight in heard.items() if weight.requires_grad}
         before = {id(tap.weight): tap for tap in self._taps.values()}
-        self._taps = {name: before.get(id(w)) or PairTap(w, owners[id(w)], self.ours) for name, w in trained.items()}
+        self._taps = {name: before.get(id(w)) or PairTap(w, owners[id(w)], self.timed) for name, w in trained.items()}
         for tap in before.values():
             if tap not in self._taps.values():
                 tap.drop()
 
     def labels(self) -> Sequence[str]:
         """The whole model, and each weight."""
-        return [WHOLE, *self._taps]
+        return [WHOLE_MODEL, *self._taps]
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Listen."""
         for i, tap in enumerate(self._taps.values()):
             # The probes are the same in all processes, so that their products can be added up.
             tap.attach(begun.seed * 4096 + i, -(-self._max_rows // begun.team.size))
 
-    def remark(self) -> str:
+    def note(self) -> str:
         """What it does not hear."""
         return (
             "without " + ", ".join(f"{count} {name}" for name, count in self._left_out.items())
@@ -166,11 +166,11 @@ class Anatomy(Gauge):
                 self.trouble = self.trouble or tap.error
                 tap.drop()
         final = [name for name, tap in self._taps.items() if tap.gradient is not None]
-        words = team.said(final)
+        words = team.all_gather_object(final)
         found = [self._of_layer(name, team) for name in final if all(name in word for word in words)]
         losses, self._losses = self._losses, []
         mean = torch.stack(losses).mean() if losses else torch.full((), torch.nan, device=self._device)
-        loss = Numbers(WHOLE, {"anatomy_loss": team.summed(mean.to(working_dtype(self._device))) / team.size})
+        loss = Numbers(WHOLE_MODEL, {"anatomy_loss": team.all_reduce(mean.to(working_dtype(self._device))) / team.size})
         return [loss, *(numbers for numbers in found if numbers is not None)]
 
     def detach(self) -> None:
@@ -233,7 +233,7 @@ class Anatomy(Gauge):
         tags = [{f"anatomy_{key}": value for key, value in part.items()} for part in blanked]
         return Numbers(name, tags[0], tags[1])
 
-    def _followed(self, name: str, found: Found) -> dict[str, Tensor]:
+    def _followed(self, name: str, found: Split) -> dict[str, Tensor]:
         """Against the start and the last sample."""
         known = self._known.get(name, {})
         if known and known["start"].shape != found.top.shape:
@@ -312,8 +312,8 @@ def _pooled(pairs: Pairs | None, probes: Tensor, gradient: Tensor, max_rows: int
     if pairs is not None:
         rows[team.rank, : len(pairs.inputs)] = torch.cat([pairs.inputs, pairs.signals], 1)
         product += pairs.product
-    rows, product = team.summed(rows), team.summed(product)
-    counts = team.said((len(pairs.inputs), pairs.num_rows) if pairs is not None else (0, 0))
+    rows, product = team.all_reduce(rows), team.all_reduce(product)
+    counts = team.all_gather_object((len(pairs.inputs), pairs.num_rows) if pairs is not None else (0, 0))
     if not any(count for count, _ in counts):
         return None
     # One of each process in turn, so that the first ones are a sample too.

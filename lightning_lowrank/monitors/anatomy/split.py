@@ -96,7 +96,7 @@ class Principal:
 
 
 @dataclass(frozen=True)
-class Found:
+class Split:
     """An anatomy.
 
     Attributes:
@@ -110,7 +110,7 @@ class Found:
     top: Float[Tensor, " N"]
 
 
-def anatomy(sides: Sides, num_outputs: int) -> Found:
+def anatomy(sides: Sides, num_outputs: int) -> Split:
     """All that is asked of one layer in one step; what cannot be told reliably is NaN.
 
     Args:
@@ -139,7 +139,7 @@ def anatomy(sides: Sides, num_outputs: int) -> Found:
         values["horn"] = horn(inputs[:SOLVED], few)
         first_two = Basis(vectors[:2], (singular[:2] > SMALLEST * singular[0]).to(vectors))
         values |= alignment(first_two, spikes) | _reliability(told, sides, residues, spikes)
-        return Found(values, {"bulk_decay": told.alpha_error, "spike_strength": told.nu_error}, vectors[0])
+        return Split(values, {"bulk_decay": told.alpha_error, "spike_strength": told.nu_error}, vectors[0])
 
 
 def split(gradient: Float[Tensor, "M N"], residues: Basis, spikes: Basis) -> dict[str, Float[Tensor, ""]]:

@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 from lightning_lowrank.distributed.shards import is_sharded
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.decompose import decompose
-from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity
-from lightning_lowrank.measuring.source import Begun, Step, difference
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
+from lightning_lowrank.measuring.source import Batch, Step, difference
 from lightning_lowrank.models.names import chosen_parameters
-from lightning_lowrank.models.units import Part, heads_of, modules_of, neurons_of
+from lightning_lowrank.models.units import Units, heads_of, modules_of, neurons_of
 from lightning_lowrank.monitors.concentration.gates import energies, gate_gradients
 from lightning_lowrank.monitors.concentration.ledger import (
     GROWTH,
@@ -32,7 +32,7 @@ from lightning_lowrank.monitors.concentration.ledger import (
 from lightning_lowrank.monitors.concentration.tickets import Tickets
 
 UNITS = ("module", "head", "neuron", "direction")
-# Taken unless others are given, as far as the model has them.
+# Gathered unless others are given, as far as the model has them.
 USUAL = ("module", "head", "neuron")
 SIGNALS = ("gradient", "update", "gate")
 
@@ -49,7 +49,7 @@ NAMED_BY = {
 MOST_DENSITIES = 255
 
 
-class Concentration(Gauge):
+class Concentration(NumberSource):
     """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start;
     masks of weights.
 
@@ -109,7 +109,7 @@ class Concentration(Gauge):
             Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()
         ]
         self._look_again()
-        self._parts: dict[str, list[Part]] = {}
+        self._parts: dict[str, list[Units]] = {}
         self._matrices: list[nn.Parameter] = []
         self._read: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._before: dict[int, Tensor] = {}
@@ -145,9 +145,9 @@ class Concentration(Gauge):
 
     def labels(self) -> list[str]:
         """The whole model, and its heads."""
-        return [WHOLE, *(label for part in self._headed for label in _labels(part))]
+        return [WHOLE_MODEL, *(label for part in self._headed for label in _labels(part))]
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Look at the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
             self._weights = {
@@ -198,7 +198,7 @@ class Concentration(Gauge):
             values = {name: torch.where(sound, value, torch.nan) for name, value in values.items()}
         heads = list(self._of_heads())
         self._drop()
-        return [Numbers(WHOLE, values), *heads]
+        return [Numbers(WHOLE_MODEL, values), *heads]
 
     def detach(self) -> None:
         """Forget the sample in the making."""
@@ -212,7 +212,7 @@ class Concentration(Gauge):
         num_bytes = sum(row.nbytes for row in kept) + (self._tickets.num_bytes if self._tickets else 0)
         return {"bytes": float(num_bytes)} if num_bytes else {}
 
-    def remark(self) -> str:
+    def note(self) -> str:
         """What it is of."""
         counts = {unit: sum(part.count for part in parts) for unit, parts in self._parts.items()}
         return "of " + ", ".join(f"{count:,} {unit}s" for unit, count in counts.items()) if counts else ""
@@ -231,7 +231,7 @@ class Concentration(Gauge):
             self._tickets.load_state_dict(state.get("tickets", {}))
 
     @property
-    def _headed(self) -> list[Part]:
+    def _headed(self) -> list[Units]:
         return self._parts.get("head", []) if ("head", "gate") in self._keys else []
 
     def _look_again(self) -> None:
@@ -255,7 +255,7 @@ class Concentration(Gauge):
         if ("head", "gate") in self._keys:
             yield "head_importance"
 
-    def _refuse_missing(self, found: Mapping[str, Sequence[Part]]) -> None:
+    def _refuse_missing(self, found: Mapping[str, Sequence[Units]]) -> None:
         """Units that were named, and a reference of which nothing is here: frozen ones are, since they may thaw."""
         missing = next((unit for unit in self._units if not found[unit]), None)
         if self._named and missing is not None:
@@ -268,17 +268,17 @@ class Concentration(Gauge):
             both = (dict(sorted(counts.items())[:5]) for counts in (theirs, ours))
             raise ValueError("reference: it has importances of {}, and here are {}: none in common".format(*both))
 
-    def _found(self, module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
+    def _found(self, module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[Units]]:
         """All kinds of parts that are trained."""
         heads = heads_of(module, self._heads)
         neurons = neurons_of(module, self._neurons, list(heads))
         ids = set(map(id, trained.values()))
         kinds = {"head": heads.values(), "neuron": neurons.values()}
         read = {unit: [part for part in parts if id(part.parameters[0]) in ids] for unit, parts in kinds.items()}
-        matrices = [Part(name, (p,), count=min(p.flatten(1).shape)) for name, p in trained.items() if p.ndim > 1]
+        matrices = [Units(name, (p,), count=min(p.flatten(1).shape)) for name, p in trained.items() if p.ndim > 1]
         return {"module": modules_of(trained), **read, "direction": matrices}
 
-    def _stepping(self, step: Step) -> list[tuple[str, Part]]:
+    def _stepping(self, step: Step) -> list[tuple[str, Units]]:
         return [
             (unit, part)
             for unit, parts in self._parts.items()
@@ -287,7 +287,7 @@ class Concentration(Gauge):
         ]
 
     def _note(
-        self, unit: str, signal: str, part: Part, measure: Callable[[], Tensor], scale: float | Tensor = 1.0
+        self, unit: str, signal: str, part: Units, measure: Callable[[], Tensor], scale: float | Tensor = 1.0
     ) -> None:
         if (unit, signal) in self._keys:
             self._read.setdefault((unit, signal), {})[part.name] = measure() / scale
@@ -303,7 +303,7 @@ class Concentration(Gauge):
                     yield Numbers(label, {"concentration_head_importance": value})
 
 
-def _energy(unit: str, part: Part, tensors: Sequence[Tensor]) -> Tensor:
+def _energy(unit: str, part: Units, tensors: Sequence[Tensor]) -> Tensor:
     """Mean square per unit."""
     if unit == "direction":
         # A sketch has no value of each direction.
@@ -316,11 +316,11 @@ def _energy(unit: str, part: Part, tensors: Sequence[Tensor]) -> Tensor:
     return energies(tensors[0], part.count, part.axis)
 
 
-def _importance(part: Part, gradient: Tensor) -> Tensor:
+def _importance(part: Units, gradient: Tensor) -> Tensor:
     return gate_gradients(part.parameters[0], gradient, part.count, part.axis).abs()
 
 
-def _labels(part: Part) -> list[str]:
+def _labels(part: Units) -> list[str]:
     return [f"{part.name}.h{i}" for i in range(part.count)]
 
 

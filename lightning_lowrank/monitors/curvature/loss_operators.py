@@ -69,13 +69,13 @@ def loss_operators(
     except Exception as failed:
         error = failed
     # What one process cannot do, none does: the others would wait for it.
-    words = team.said(sorted(found))
+    words = team.all_gather_object(sorted(found))
     together = set(words[0]).intersection(*words) & set(asked)
     if "hessian" not in set(words[0]).intersection(*words):
         raise error or RuntimeError("another process could not differentiate its loss twice")
     whole = {name: _everywhere(found[name], team) for name in asked if name in together}
     edge = threshold(optimizers[0], params) if len(optimizers) == 1 else None
-    return LossOperators(team.summed(gradient) / team.size, whole, Layout.of(named), edge, error)
+    return LossOperators(team.all_reduce(gradient) / team.size, whole, Layout.of(named), edge, error)
 
 
 def _of_outputs(
@@ -107,6 +107,6 @@ def _everywhere(operator: Operator, team: Team) -> Operator:
             product = operator.multiply(vector)
         except Exception:  # the others would wait for this process
             product = torch.full_like(vector, torch.nan)
-        return team.summed(product) / team.size
+        return team.all_reduce(product) / team.size
 
     return operator if team.size == 1 else replace(operator, multiply=multiply)

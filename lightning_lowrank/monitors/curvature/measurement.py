@@ -34,7 +34,7 @@ EDGE = 6
 
 
 @dataclass(frozen=True)
-class Effort:
+class CurvatureEffort:
     """How much work goes into each operator.
 
     Attributes:
@@ -56,9 +56,9 @@ class Effort:
 # directions follow five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature
 # of an indefinite operator takes 40.
 EFFORTS = {
-    "light": Effort(100),
-    "standard": Effort(2500, further=7, probes=3, steps=2),
-    "full": Effort(20000, further=30, lowest=1, probes=3, steps=40),
+    "light": CurvatureEffort(100),
+    "standard": CurvatureEffort(2500, further=7, probes=3, steps=2),
+    "full": CurvatureEffort(20000, further=30, lowest=1, probes=3, steps=40),
 }
 
 
@@ -75,7 +75,7 @@ class Curvatures:
         valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
     """
 
-    def __init__(self, effort: Effort, top_k: int) -> None:
+    def __init__(self, effort: CurvatureEffort, top_k: int) -> None:
         self.effort, self.top_k = effort, top_k
         self.tops: dict[str, Float[Tensor, "_ P"]] = {}
         self.valid: Tensor | None = None
@@ -207,7 +207,7 @@ def densities_of(operators: Sequence[str]) -> list[tuple[str, str]]:
 RESIDUAL = {"hessian", "gauss_newton"}
 
 
-def names(operators: Sequence[str], effort: Effort, top_k: int) -> dict[str, tuple[bool, bool]]:
+def names(operators: Sequence[str], effort: CurvatureEffort, top_k: int) -> dict[str, tuple[bool, bool]]:
     """Everything that is found, and of each whether it is one per parameter, and whether it has an error."""
     known: dict[str, tuple[bool, bool]] = {}
     if operators:
@@ -251,7 +251,7 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
         raise ValueError(f"top_k={top_k}: at least 1")
 
 
-def _knows_magnitudes(name: str, effort: Effort) -> bool:
+def _knows_magnitudes(name: str, effort: CurvatureEffort) -> bool:
     """Whether eigenvalues are summed by magnitude: where some are negative that takes the whole quadrature."""
     return name != "hessian" or effort.lowest > 0
 

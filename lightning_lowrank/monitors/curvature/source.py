@@ -20,8 +20,8 @@ from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import LossTap, module_named
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
-from lightning_lowrank.measuring.gauge import WHOLE, Curve, Gauge, Numbers, Quantity
-from lightning_lowrank.measuring.source import Begun, Step
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve, Numbers, NumberSource, Quantity
+from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.monitors.curvature.critical import along_update
 from lightning_lowrank.monitors.curvature.loss_operators import loss_operators
@@ -30,14 +30,14 @@ from lightning_lowrank.monitors.curvature.movement import Movement
 from lightning_lowrank.monitors.curvature.self_check import difference_defect
 
 Detail = Literal["light", "standard", "full"]
-Batch = Literal["live", "fixed"]
+WhichBatch = Literal["live", "fixed"]
 
 # How a loss is seen, in words.
 HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
 
 
 @dataclass
-class Sample:
+class Held:
     """What is held from the first batch of a sample to its end.
 
     Attributes:
@@ -48,14 +48,14 @@ class Sample:
         rate: The learning rate of the step.
     """
 
-    begun: Begun | None = None
+    begun: Batch | None = None
     tap: LossTap | None = None
     found: Found | None = None
     measured: Sequence[str] = ()
     rate: float | Tensor = 0.0
 
 
-class Curvature(Gauge):
+class Curvature(NumberSource):
     """Curvature of the loss in the chosen parameters.
 
     Args:
@@ -82,15 +82,15 @@ class Curvature(Gauge):
         operators: Sequence[str] = ("hessian", "gauss_newton"),
         *,
         top_k: int = 5,
-        batch: Batch = "live",
+        batch: WhichBatch = "live",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         output_module: str | None = None,
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> None:
         refuse(detail, operators, top_k)
-        if batch not in get_args(Batch):
-            raise ValueError(f"batch={batch!r}: one of {list(get_args(Batch))}")
+        if batch not in get_args(WhichBatch):
+            raise ValueError(f"batch={batch!r}: one of {list(get_args(WhichBatch))}")
         self.batch, self.loss_fn, self.output_module, self.match, self.exclude = (
             batch,
             loss_fn,
@@ -111,7 +111,7 @@ class Curvature(Gauge):
         self._trainer: Any = None
         self._multiple: Tensor | None = None
         self._movement = Movement()
-        self._sample = Sample()
+        self._sample = Held()
 
     def plan(self, module: nn.Module) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
@@ -123,7 +123,7 @@ class Curvature(Gauge):
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters where each has numbers of its own."""
-        return [WHOLE, *self._trained] if self.effort.probes and self.operators else [WHOLE]
+        return [WHOLE_MODEL, *self._trained] if self.effort.probes and self.operators else [WHOLE_MODEL]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
@@ -132,7 +132,7 @@ class Curvature(Gauge):
             "_trainer": None,
             "_named": {},
             "_replay": Replay(self.loss_fn),
-            "_sample": Sample(),
+            "_sample": Held(),
             "_movement": Movement(),
         }
 
@@ -150,7 +150,7 @@ class Curvature(Gauge):
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Listen to what goes into the loss, or keep the batch for later."""
         self._sample.begun = begun
         if self._sample.found is not None or self._sample.tap is not None:
@@ -211,7 +211,7 @@ class Curvature(Gauge):
         self._drop()
 
     def _drop(self) -> None:
-        self._sample = Sample()
+        self._sample = Held()
         self._movement.drop()
 
     def facts(self) -> dict[str, float]:
@@ -221,7 +221,7 @@ class Curvature(Gauge):
         )
         return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
 
-    def remark(self) -> str:
+    def note(self) -> str:
         """How the loss is seen, and why so."""
         return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
@@ -257,7 +257,7 @@ class Curvature(Gauge):
             with suppress(Exception):
                 defect = difference_defect(partial(self._replay.loss, self._trainer, self._module), params)
                 found = torch.stack([defect.value, defect.error]).to(found)
-        return Estimate(*(team.summed(found) / team.size))
+        return Estimate(*(team.all_reduce(found) / team.size))
 
     def _critical(self, team: Team, found: Found) -> None:
         """How far the loss could have followed the update."""
@@ -272,7 +272,7 @@ class Curvature(Gauge):
                     raise
                 # The others wait for this one.
                 self.trouble, value = error, torch.full((), torch.nan, dtype=working_dtype(device), device=device)
-            return team.summed(value) / team.size
+            return team.all_reduce(value) / team.size
 
         params, rate = list(self._trained.values()), self._sample.rate
         critical = along_update(params, list(self._movement.start.values()), loss, self._multiple)
@@ -304,7 +304,7 @@ class Curvature(Gauge):
 
 def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     """Of the whole model, and of each parameter."""
-    yield Numbers(WHOLE, found.values, found.errors, found.curves)
+    yield Numbers(WHOLE_MODEL, found.values, found.errors, found.curves)
     for i, parameter in enumerate(parameters if found.layers else ()):
         yield Numbers(
             parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors))

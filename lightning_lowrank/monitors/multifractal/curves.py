@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
-from lightning_lowrank.measuring.gauge import Curve
+from lightning_lowrank.measuring.number_source import Curve
 
 # Vectors over every second order q.
 SPECTRUM = ("tau", "dimensions", "alpha", "f")

@@ -15,8 +15,8 @@ from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
 from lightning_lowrank.maths.scaling.neuromfa import THRESHOLD, emergence, typical_threshold
 from lightning_lowrank.maths.scaling.nulls import gaussian_like, shuffled
 from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
-from lightning_lowrank.measuring.gauge import WHOLE, Numbers, Quantity
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, Quantity
+from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.models.sites import Site
 from lightning_lowrank.models.views import View
@@ -95,11 +95,11 @@ class NeuroMFA(Neurons):
 
     def labels(self) -> list[str]:
         """The whole model."""
-        return [WHOLE] if self._sites else []
+        return [WHOLE_MODEL] if self._sites else []
 
-    def measured(self, begun: Begun) -> list[Numbers]:
+    def measured(self, begun: Batch) -> list[Numbers]:
         """The statistics, on the first process: it has the references of the checkpoint."""
-        (parts,) = begun.team.gathered([[value for site in self._sites for value in site.values()]], [0])
+        (parts,) = begun.team.gather([[value for site in self._sites for value in site.values()]], [0])
         if not parts:
             return []
         rest = iter(parts)
@@ -118,7 +118,7 @@ class NeuroMFA(Neurons):
             scaling = self._scaling(list(matrices), FEW_ORDERS if end else ORDERS)
             self._describe(scaling, end, values, errors)
             drawn = drawn or _for_the_tab(scaling)
-        return [Numbers(WHOLE, values, errors, drawn)]
+        return [Numbers(WHOLE_MODEL, values, errors, drawn)]
 
     def state_dict(self) -> dict[str, Any]:
         """What emergence is held against, so that a resumed run goes on from there."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_lowrank.distributed.shards import held, is_sharded, local, sharded_axes
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.maths.scaling.rank import rank_scaling_in_parts
+from lightning_lowrank.maths.scaling.by_rank import rank_scaling_in_parts
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.models.sites import Site
 
@@ -22,7 +22,7 @@ LARGE = 2**20
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardedPart:
     """What this process has of a matrix; nothing where another one has the same.
 
     Attributes:
@@ -49,7 +49,7 @@ def lies_apart(site: Site) -> bool:
     return axes <= {0, 1} and _keeps_rows(site)
 
 
-def parts(site: Site) -> Iterator[Part]:
+def parts(site: Site) -> Iterator[ShardedPart]:
     """One for each matrix of a site that lies apart."""
     (parameter,) = site.parameters
     here, columns = (_numbers(stretches) for stretches in held(parameter))
@@ -61,11 +61,11 @@ def parts(site: Site) -> Iterator[Part]:
     for i, label in enumerate(site.labels):
         chosen = places // rows == i
         some = entries if bool(chosen.all()) else entries[chosen.to(entries.device)]
-        yield Part(label, some, places[chosen] % rows, columns, (rows, width))
+        yield ShardedPart(label, some, places[chosen] % rows, columns, (rows, width))
 
 
 def counted_apart(
-    part: Part, direction: str, team: Team, *, max_neurons: int | None, generator: torch.Generator
+    part: ShardedPart, direction: str, team: Team, *, max_neurons: int | None, generator: torch.Generator
 ) -> Scaling:
     """What `multifractal_spectrum` is of the whole matrix, as a batch of one. All processes have to come here, with
     their parts.
@@ -80,7 +80,7 @@ def counted_apart(
         anew = nodes.new_full((count,), -1).scatter_(0, drawn, torch.arange(len(drawn), device=drawn.device))[nodes]
         (here,) = torch.nonzero(anew >= 0, as_tuple=True)
         entries, nodes, count = entries[here], anew[here], len(drawn)
-    return rank_scaling_in_parts(entries, nodes, (count, fan), team.summed)[None]
+    return rank_scaling_in_parts(entries, nodes, (count, fan), team.all_reduce)[None]
 
 
 def _keeps_rows(site: Site) -> bool:

@@ -19,8 +19,8 @@ from lightning_lowrank.maths.scaling.bootstrap import FEWEST_NODES, TRUSTED, sta
 from lightning_lowrank.maths.scaling.multifractal import DIRECTIONS, multifractal_spectrum
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import full_precision
-from lightning_lowrank.measuring.gauge import Gauge, Numbers, Quantity, refuse_seed
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, refuse_seed
+from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.models.effective_weights import computed_shape
 from lightning_lowrank.models.sites import Site
@@ -42,8 +42,8 @@ KERNELS = re.compile(r"\(d_in( k\d)+\)$")
 CHUNK = 2**24
 
 
-class Neurons(Gauge):
-    """A gauge of the weights as they are before the step of the sample.
+class Neurons(NumberSource):
+    """Multifractal numbers of the weights as they are before the step of the sample.
 
     Args:
         weights: Which of them.
@@ -66,7 +66,7 @@ class Neurons(Gauge):
         self._found: Sequence[Numbers] | None = None
 
     @abstractmethod
-    def measured(self, begun: Begun) -> Sequence[Numbers]:
+    def measured(self, begun: Batch) -> Sequence[Numbers]:
         """What this process finds."""
 
     def plan(self, module: nn.Module) -> None:
@@ -77,7 +77,7 @@ class Neurons(Gauge):
                 f"match={self._weights.match!r} without exclude={self._weights.exclude!r} leaves no matrix to measure"
             )
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Measure, once in a sample: weights are the same until an optimizer steps."""
         if self._found is None:
             self._found = self.measured(begun)
@@ -142,7 +142,7 @@ class Multifractal(Neurons):
         """Both directions of every matrix."""
         return [f"{label}.{direction}" for label in self._weights.labels() for direction in DIRECTIONS]
 
-    def measured(self, begun: Begun) -> list[Numbers]:
+    def measured(self, begun: Batch) -> list[Numbers]:
         """The statistics of this process's share."""
         apart = [site for site in self._weights.sites if lies_apart(site)]
         together = [site for site in self._weights.sites if site not in apart]
@@ -150,7 +150,7 @@ class Multifractal(Neurons):
 
     def _of_parts(self, sites: Sequence[Site], team: Team) -> Iterator[Numbers]:
         """Of large sharded matrices: every process counts in its parts, and one of them has the statistics."""
-        for site, owner in zip(sites, team.assigned([float(sum(site.shape[-2:])) for site in sites]), strict=True):
+        for site, owner in zip(sites, team.assign([float(sum(site.shape[-2:])) for site in sites]), strict=True):
             for part, direction in product(parts(site), DIRECTIONS):
                 draws = self._drawn(part.entries.device)
                 scaling = counted_apart(part, direction, team, max_neurons=self._max_neurons, generator=draws)
@@ -175,8 +175,8 @@ class Multifractal(Neurons):
 
     def _matrices(self, sites: Sequence[Site], team: Team) -> Iterator[tuple[str, Num[Tensor, "_ _"]]]:
         """What is this process's to measure, whole."""
-        gathered = team.gathered(
-            [site.values() for site in sites], team.assigned([float(prod(site.shape)) for site in sites])
+        gathered = team.gather(
+            [site.values() for site in sites], team.assign([float(prod(site.shape)) for site in sites])
         )
         for site, whole in zip(sites, gathered, strict=True):
             if whole is None:

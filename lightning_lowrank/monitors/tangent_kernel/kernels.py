@@ -234,7 +234,7 @@ def _of_known(
 def _directions(
     kernel: KernelName, columns: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "m C"] | None:
-    """Whose kernels are summed: combinations of the outputs; None where every output has rows of its own."""
+    """Whose kernels are all_reduce: combinations of the outputs; None where every output has rows of its own."""
     if kernel == "full":
         return None
     if kernel == "class_summed":

@@ -44,7 +44,7 @@ HELD = 4
 
 
 @dataclass(frozen=True)
-class Effort:
+class KernelEffort:
     """How much work goes into a kernel.
 
     Attributes:
@@ -92,7 +92,7 @@ class Reference:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "Reference":
-        """Taken back."""
+        """Gathered back."""
         found: dict[str, Any] = {
             name: part.to(device) if isinstance(part, Tensor) else part for name, part in state.items()
         }
@@ -139,7 +139,7 @@ class TangentKernels:
         exact: Whether the last was formed rather than estimated.
     """
 
-    def __init__(self, kernel: KernelName, effort: Effort, seed: int) -> None:
+    def __init__(self, kernel: KernelName, effort: KernelEffort, seed: int) -> None:
         self.kernel, self.effort, self.seed = kernel, effort, seed
         self.forget()
 

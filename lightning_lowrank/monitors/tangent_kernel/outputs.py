@@ -82,7 +82,7 @@ class Place:
 
     def everywhere(self, rows: Float[Tensor, "S C"]) -> Float[Tensor, "R C"]:
         """All rows, on every process."""
-        return self.team.summed(self.alone(rows).contiguous())
+        return self.team.all_reduce(self.alone(rows).contiguous())
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Te
     Returns:
         None on every process where one of them has none, or outputs of another kind.
     """
-    words = [word for word in team.said(None if own is None else own.word) if word is not None]
+    words = [word for word in team.all_gather_object(None if own is None else own.word) if word is not None]
     if own is None or len(words) < team.size or len({kind for _, _, kind in words}) > 1:
         return None
     of_loss, place = (
@@ -171,7 +171,7 @@ def _labels(own: OwnOutputs, place: Place, dtype: torch.dtype) -> Float[Tensor, 
 def _jacobian(outputs: Float[Tensor, "S C"], place: Place, named: Mapping[str, Tensor]) -> Jacobian:
     # In bfloat16 every product would be rounded once more on its way in and out.
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return Jacobian(place.alone(wide), list(named.values()), place.team.summed if place.team.size > 1 else None)
+    return Jacobian(place.alone(wide), list(named.values()), place.team.all_reduce if place.team.size > 1 else None)
 
 
 def _gauss_newton(loss: OutputLoss, jacobian: Jacobian, place: Place) -> Operator:
@@ -186,6 +186,6 @@ def _gauss_newton(loss: OutputLoss, jacobian: Jacobian, place: Place) -> Operato
     else:
         transposed = by_rows(loss.factor_transposed_product)
         found = output_gauss_newton(
-            jacobian, by_rows(loss.factor_product), lambda rows: place.team.summed(transposed(rows).contiguous())
+            jacobian, by_rows(loss.factor_product), lambda rows: place.team.all_reduce(transposed(rows).contiguous())
         )
     return replace(found, multiply=lambda vector: found.multiply(vector) / size)

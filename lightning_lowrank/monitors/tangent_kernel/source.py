@@ -13,11 +13,11 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import module_named
 from lightning_lowrank.maths.operators.estimates import Found
-from lightning_lowrank.measuring.gauge import WHOLE, Gauge, Numbers, Quantity, refuse_seed
-from lightning_lowrank.measuring.source import Begun
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, refuse_seed
+from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.monitors.tangent_kernel.kernels import FEWEST, KernelName
-from lightning_lowrank.monitors.tangent_kernel.measurement import Effort, Reference, TangentKernels, names
+from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, Reference, TangentKernels, names
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 
 # Cadence unless one is given: a sample is so many times a step that this is a few percent of the time.
@@ -28,7 +28,7 @@ COLUMNS = {"full": 256, "class_summed": 10, "sum_of_logits": 1}
 STEPS = {"full": 6, "class_summed": 4, "sum_of_logits": 6}
 
 
-class TangentKernel(Gauge):
+class TangentKernel(NumberSource):
     """The empirical neural tangent kernel in the chosen parameters, on the first examples of the first batch seen.
 
     Args:
@@ -78,12 +78,12 @@ class TangentKernel(Gauge):
         refuse_seed(seed)
         self.match, self.exclude, self.output_module = match, exclude, output_module
         self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
-        self.state = TangentKernels(kernel, Effort(top_k, num_projections, steps=STEPS[kernel]), seed)
+        self.state = TangentKernels(kernel, KernelEffort(top_k, num_projections, steps=STEPS[kernel]), seed)
         self.quantities = [Quantity(name, per_site=site, estimated=errs) for name, (site, errs) in names(top_k).items()]
         self._replay = self._new_replay()
         self._named: dict[str, nn.Parameter] = {}
         self._module: Any = None
-        self._begun: Begun | None = None
+        self._begun: Batch | None = None
         self._waiting: Mapping[str, Any] = {}
         self._num_rows = 0
         self._shared = False
@@ -105,13 +105,13 @@ class TangentKernel(Gauge):
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters."""
-        return [WHOLE, *self._trained]
+        return [WHOLE_MODEL, *self._trained]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
         return vars(self) | {"_module": None, "_named": {}, "_replay": self._new_replay(), "_begun": None}
 
-    def batch_begins(self, begun: Begun) -> None:
+    def batch_begins(self, begun: Batch) -> None:
         """Keep the first batch."""
         self._begun, self._shared = begun, begun.team.size > 1
         if self._replay.batch is None and self._waiting and self._waiting.get("options") == self._options:
@@ -240,7 +240,7 @@ class TangentKernel(Gauge):
 
 def _numbers(found: Found, parameters: Sequence[str]) -> Iterator[Numbers]:
     """Of the whole model, and of each parameter."""
-    yield Numbers(WHOLE, found.values, found.errors)
+    yield Numbers(WHOLE_MODEL, found.values, found.errors)
     for i, parameter in enumerate(parameters):
         yield Numbers(
             parameter, *({name: row[i] for name, row in rows.items()} for rows in (found.layers, found.layer_errors))

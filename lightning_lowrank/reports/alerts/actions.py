@@ -21,7 +21,7 @@ WANDB_LEVELS = {"info": "INFO", "warn": "WARN", "error": "ERROR"}
 
 
 @dataclass
-class Call:
+class UserCall:
     """A user's function at work in a thread of its own."""
 
     function: Callable[[AlertEvent], Any]
@@ -55,7 +55,7 @@ class Calls:
     """Runs users' functions off the training thread; reports what they raise later, and calls none again that hangs."""
 
     def __init__(self) -> None:
-        self._running: list[Call] = []
+        self._running: list[UserCall] = []
         self._given_up: list[Callable[[AlertEvent], Any]] = []
 
     def __bool__(self) -> bool:
@@ -65,7 +65,7 @@ class Calls:
     def begin(self, function: Callable[[AlertEvent], Any], event: AlertEvent, timeout: float) -> None:
         """Call a function, unless it has hung before."""
         if function not in self._given_up:
-            self._running.append(Call(function, event, timeout))
+            self._running.append(UserCall(function, event, timeout))
 
     def troubles(self) -> list[str]:
         """What went wrong since this was last asked."""
@@ -97,15 +97,15 @@ def write(trainer: L.Trainer, label: str, events: Sequence[AlertEvent], step: in
     """All events so far: a table in TensorBoard, and a file of JSON lines beside the logs."""
     loggers = sinks.loggers_of(trainer)
     tag, text = f"lowrank/{label}_alerts", table(events)
-    failed = sinks.tell_writers(loggers, "add_text", lambda writer: writer.add_text(tag, text, step))
-    return failed + sinks.tell(loggers[:1], lambda logger: _write_lines(logger, label, events))
+    failed = sinks.each_writer(loggers, "add_text", lambda writer: writer.add_text(tag, text, step))
+    return failed + sinks.each(loggers[:1], lambda logger: _write_lines(logger, label, events))
 
 
 def alert_wandb(trainer: L.Trainer, event: AlertEvent) -> list[Exception]:
     """Its own alert, by duck-typing, where there is its logger; it is sent in the background."""
     level = "INFO" if event.state == "resolved" else WANDB_LEVELS[event.severity]
     options = {"title": event.title, "text": event.message, "level": level, "wait_duration": 0}
-    return sinks.tell_writers(sinks.loggers_of(trainer), "alert", lambda run: run.alert(**options))
+    return sinks.each_writer(sinks.loggers_of(trainer), "alert", lambda run: run.alert(**options))
 
 
 def save_checkpoint(trainer: L.Trainer, event: AlertEvent) -> None:

@@ -26,7 +26,7 @@ COUNTS = {
 NEEDED = {"drop": 1, "rise": 1, "change": 5}
 
 
-class RankCollapseError(RuntimeError):
+class AlertError(RuntimeError):
     """An alert fired whose rule asks for this: `actions` has "raise"."""
 
 

@@ -75,7 +75,7 @@ def rank_scaling_in_parts(
     part: Num[Tensor, "_ _"],
     nodes: Int[Tensor, " _"],
     shape: tuple[int, int],
-    summed: Callable[[Tensor], Tensor],
+    all_reduce: Callable[[Tensor], Tensor],
 ) -> Scaling:
     """The same of a matrix of which several processes have parts, and exactly the same: what they add up is counts.
 
@@ -86,7 +86,7 @@ def rank_scaling_in_parts(
         part: Entries that this process has, of some rows and some columns; each entry of the matrix is on one process.
         nodes: Numbers of these rows in the whole matrix.
         shape: Of the whole matrix.
-        summed: Adds up over all processes. All of them have to come here.
+        all_reduce: Adds up over all processes. All of them have to come here.
     """
     device = part.device
     with full_precision(device):
@@ -94,7 +94,7 @@ def rank_scaling_in_parts(
         masses = torch.zeros(shape[0], len(shares), dtype=working_dtype(device), device=device)
         radii = torch.zeros_like(shares)
         mine = part if part.numel() else part.new_empty(0, 1)
-        _fill(mine, nodes[: len(mine)], shape[1], shares, masses, radii, summed)
+        _fill(mine, nodes[: len(mine)], shape[1], shares, masses, radii, all_reduce)
         return _scaled(masses, radii, shape[1], ORDERS)
 
 
@@ -125,21 +125,21 @@ def _fill(
     shares: Float[Tensor, " R"],
     masses: Float[Tensor, "S R"],
     radii: Float[Tensor, " R"],
-    summed: Callable[[Tensor], Tensor],
+    all_reduce: Callable[[Tensor], Tensor],
 ) -> None:
     """Masses and radii of a matrix, from the part of it whose rows are some of the nodes."""
     pieces = _magnitudes(part)
     tops = torch.cat([piece.amax(-1) for piece in pieces()])
     marks = masses.new_zeros(len(masses) + 1)
     marks[nodes], marks[-1] = (tops > 0).to(marks), (~torch.isfinite(tops)).any().to(marks)
-    marks = summed(marks)
+    marks = all_reduce(marks)
     live, lost = marks[:-1] > 0, marks[-1] > 0
     ranks = (shares * (columns * live.sum())).ceil().long().clamp(min=1)
-    radii.copy_(largest(pieces, ranks, summed))
+    radii.copy_(largest(pieces, ranks, all_reduce))
     for rows, piece in zip(nodes.split(_rows(part)), pieces(), strict=True):
         if len(rows):
             masses[rows] = counts(piece, radii, torch.ge)
-    masses.copy_(1 + summed(masses)).masked_fill_(~live[:, None], 0.0).masked_fill_(lost, torch.nan)
+    masses.copy_(1 + all_reduce(masses)).masked_fill_(~live[:, None], 0.0).masked_fill_(lost, torch.nan)
 
 
 def _rows(matrix: Num[Tensor, "S N"]) -> int:
@@ -174,23 +174,23 @@ def _binomial_noise(masses: Float[Tensor, "*B S R"], columns: int) -> Float[Tens
 
 
 def largest(
-    pieces: Pieces, ranks: Int[Tensor, " R"], summed: Callable[[Tensor], Tensor] = _alone
+    pieces: Pieces, ranks: Int[Tensor, " R"], all_reduce: Callable[[Tensor], Tensor] = _alone
 ) -> Float[Tensor, " R"]:
     """Entries of given rank, 1 for the largest: exactly, by histograms, in a tenth of the time of sorting.
 
     Args:
         pieces: Give all entries, in float32 and not negative, at each call.
         ranks: From 1 to the number of entries.
-        summed: Adds up over all processes, where the entries are on several.
+        all_reduce: Adds up over all processes, where the entries are on several.
     """
     wanted, device = len(ranks), ranks.device
-    in_bins = summed(_histogram((bits >> LOW for bits in _bits(pieces)), BINS, device))
+    in_bins = all_reduce(_histogram((bits >> LOW for bits in _bits(pieces)), BINS, device))
     bins, above = _find(in_bins[None], ranks[None])
     # Bins that hold a wanted entry have rows for their places; entries of all others go to the last row.
     row = torch.full((BINS,), wanted * PLACES, dtype=torch.int32, device=device)
     row[bins[0]] = torch.arange(wanted, dtype=torch.int32, device=device) * PLACES
     addresses = (row.index_select(0, bits >> LOW) + (bits & (PLACES - 1)) for bits in _bits(pieces))
-    in_places = summed(_histogram(addresses, (wanted + 1) * PLACES, device)).view(wanted + 1, PLACES)
+    in_places = all_reduce(_histogram(addresses, (wanted + 1) * PLACES, device)).view(wanted + 1, PLACES)
     places, _ = _find(in_places[row[bins[0]] // PLACES], (ranks - above[0])[:, None])
     found: Tensor = (bins[0] * PLACES + places[:, 0]).int()
     return found.view(torch.float32)

@@ -1,4 +1,4 @@
-"""Gauges at work: finished numbers, of the whole model or of each site."""
+"""Number sources at work: finished numbers, of the whole model or of each site."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,26 +8,26 @@ from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
-from lightning_lowrank.measuring.gauge import Curve, Gauge, Numbers, Quantity
 from lightning_lowrank.measuring.matrix_recorder import MatrixRecorder
+from lightning_lowrank.measuring.number_source import Curve, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import BATCH, Recorder
 from lightning_lowrank.measuring.results import Results, Staged
 from lightning_lowrank.measuring.source import Reading
 
 
-class GaugeRecorder(Recorder):
-    """A probe of a gauge at work: keeps its numbers as they are.
+class NumberRecorder(Recorder):
+    """A probe of a number source at work: keeps its numbers as they are.
 
     Args:
-        probe: What to measure; its source is a gauge.
+        probe: What to measure; its source is a `NumberSource`.
         prefix: Of all tags.
     """
 
     def __init__(self, probe: Probe, *, prefix: str | None = None) -> None:
-        assert isinstance(probe.source, Gauge)
-        self._gauge, self._prefix = probe.source, f"{prefix}_" if prefix else ""
-        asked = {quantity.name: quantity for quantity in self._gauge.quantities}
+        assert isinstance(probe.source, NumberSource)
+        self._source, self._prefix = probe.source, f"{prefix}_" if prefix else ""
+        asked = {quantity.name: quantity for quantity in self._source.quantities}
         self._asked: list[Quantity] = [asked[name] for name in probe.statistics]
         self._device = torch.device("cpu")
         super().__init__(probe, prefix=prefix)
@@ -45,7 +45,7 @@ class GaugeRecorder(Recorder):
     @property
     def measured(self) -> set[str]:
         """As far as the model has it; also the errors of what is estimated."""
-        there = [quantity for quantity in self._asked if quantity.name not in self._gauge.absent]
+        there = [quantity for quantity in self._asked if quantity.name not in self._source.absent]
         names = {self._prefix + quantity.name for quantity in there}
         return names | {f"{self._prefix}{quantity.name}_error" for quantity in there if quantity.estimated}
 
@@ -54,7 +54,7 @@ class GaugeRecorder(Recorder):
         """Its vectors."""
         with_prefix = (
             (curve, self._prefix + curve.name, curve.middles and self._prefix + curve.middles)
-            for curve in self._gauge.curves
+            for curve in self._source.curves
         )
         return [replace(curve, name=name, middles=middles) for curve, name, middles in with_prefix]
 
@@ -63,22 +63,22 @@ class GaugeRecorder(Recorder):
         return not any(asked.per_site for asked in self._named(quantity))
 
     def is_detail(self, quantity: str) -> bool:
-        """Whether the gauge has others that come first."""
+        """Whether the source has others that come first."""
         return any(asked.detail for asked in self._named(quantity))
 
     def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
-        """A gauge reads for itself."""
+        """A number source reads for itself."""
 
     def sample_over(self, generator: torch.Generator, team: Team) -> None:
         """Stage the numbers of the sample: each process its share, or one for all, which have the same."""
         self._device = generator.device
-        found = self._gauge.numbers(team)
-        trouble, self._gauge.trouble = self._gauge.trouble, None
+        found = self._source.numbers(team)
+        trouble, self._source.trouble = self._source.trouble, None
         if trouble is not None:
             self.error = f"{type(trouble).__name__}: {trouble}"
         self._results.know({}, [numbers.site for numbers in found])
         self.expected |= dict.fromkeys(numbers.site for numbers in found)
-        if found and (self._gauge.shared or team.rank == 0):
+        if found and (self._source.shared or team.rank == 0):
             self._staged[BATCH] = [self._laid_out(found)]
 
     def report(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class GaugeRecorder(Recorder):
         errors = torch.stack([_column(self._asked, numbers.errors, like) for numbers in found], -1)
         lost = torch.isnan(values).all(0)
         vectors = [
-            torch.stack([_vector(curve, numbers, like) for numbers in found], -1) for curve in self._gauge.curves
+            torch.stack([_vector(curve, numbers, like) for numbers in found], -1) for curve in self._source.curves
         ]
         return Staged([numbers.site for numbers in found], torch.cat([values, lost[None], *vectors]), errors, {})
 
@@ -106,7 +106,7 @@ class GaugeRecorder(Recorder):
             len(self._asked),
             spectra=False,
             subspaces=False,
-            num_orders=sum(len(curve.axis) for curve in self._gauge.curves),
+            num_orders=sum(len(curve.axis) for curve in self._source.curves),
         )
         # Which of them are estimates may differ from sample to sample.
         results.estimated = True
@@ -126,6 +126,6 @@ def _vector(curve: Curve, numbers: Numbers, like: Tensor) -> Tensor:
 
 def recorder_of(probe: Probe, prefix: str | None, *, histograms: bool) -> Recorder:
     """What turns the readings of a probe into numbers."""
-    if isinstance(probe.source, Gauge):
-        return GaugeRecorder(probe, prefix=prefix)
+    if isinstance(probe.source, NumberSource):
+        return NumberRecorder(probe, prefix=prefix)
     return MatrixRecorder(probe, prefix=prefix, histograms=histograms)

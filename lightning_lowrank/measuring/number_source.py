@@ -1,4 +1,4 @@
-"""Gauges: sources of finished numbers, where what is measured is not the spectrum of one matrix."""
+"""Sources of finished numbers: what they measure is not the spectrum of one matrix."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -11,12 +11,12 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Source
 
 # The site of what belongs to the whole model.
-WHOLE = ""
+WHOLE_MODEL = ""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a gauge gives, of the whole model or of each site.
+    """A number that a number source gives, of the whole model or of each site.
 
     Attributes:
         name: Its tag, without the monitor's prefix.
@@ -35,7 +35,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Curve:
-    """A vector that a gauge gives at each site, for the tab.
+    """A vector that a number source gives at each site, for the tab.
 
     Attributes:
         name: Its tag, without the monitor's prefix.
@@ -50,10 +50,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a gauge found in one place.
+    """What a number source found in one place.
 
     Attributes:
-        site: Its label, or `WHOLE`.
+        site: Its label, or `WHOLE_MODEL`.
         values: By quantity; what is not there is NaN.
         errors: Standard errors of those that are estimated.
         curves: Vectors, as long as their axes.
@@ -76,7 +76,7 @@ def refuse_seed(seed: object) -> None:
         raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
 
 
-class Gauge(Source):
+class NumberSource(Source):
     """A source of finished numbers.
 
     Attributes:
@@ -103,7 +103,7 @@ class Gauge(Source):
 
     def labels(self) -> Sequence[str]:
         """The sites, and the whole model."""
-        return [WHOLE]
+        return [WHOLE_MODEL]
 
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """None: nothing is decomposed later."""

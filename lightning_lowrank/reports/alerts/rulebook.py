@@ -9,7 +9,7 @@ import lightning as L
 
 from lightning_lowrank.reports.alerts import actions
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
-from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent, RankCollapseError, SiteAlert
+from lightning_lowrank.reports.alerts.rules import Alert, AlertError, AlertEvent, SiteAlert
 from lightning_lowrank.reports.alerts.states import RuleState
 
 # Events that are kept for the table and the file: what is older was told long ago.
@@ -19,7 +19,7 @@ Rules = Sequence[Alert] | Literal["default"] | None
 Values = Mapping[str, Mapping[str, float]]
 
 
-class Watch:
+class Rulebook:
     """The rules of one monitor and what they have told. Every process has the same numbers, so that all decide alike.
 
     Args:
@@ -128,11 +128,11 @@ class Watch:
         """End the run, if it fired and its user wants that.
 
         Raises:
-            RankCollapseError: With the message of the alert.
+            AlertError: With the message of the alert.
         """
         event, self._raising = self._raising, None
         if event is not None:
-            raise RankCollapseError(event.message)
+            raise AlertError(event.message)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and words, which load with `weights_only=True`."""
@@ -183,8 +183,3 @@ def _state(rule: Alert, quantities: Sequence[str], prefix: str) -> RuleState:
         )
     name = rule.name or "_".join([quantity, *rule.conditions])
     return RuleState(rule, quantity, name)
-
-
-def _event(saved: Mapping[str, Any]) -> AlertEvent:
-    """An event from the plain words and numbers of a checkpoint."""
-    return AlertEvent(**{**saved, "worst": tuple(SiteAlert(**site) for site in saved["worst"])})
