@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from tests.models import digits
+from tests.trainings import digits
 
 FAULTY_STEPS = (2, 3)
 SHAPE = (10, 12)

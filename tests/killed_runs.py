@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import RankMonitor
-from tests.models import Classifier, digits
+from tests.trainings import Classifier, digits
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
 STATISTICS = ("stable_rank", "effective_rank", "subspace_overlap")

@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from lightning_lowrank import Monitor
-from tests.models import Classifier
+from tests.trainings import Classifier
 
 FLAGS = (
     *(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import Every, Gradients, Monitor, Probe
-from tests.models import Classifier, MemoryLogger, digits
+from tests.trainings import Classifier, MemoryLogger, digits
 
 SILENT: dict[str, Any] = {
     "enable_progress_bar": False,

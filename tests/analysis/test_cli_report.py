@@ -1,0 +1,157 @@
+"""The command line: a run as a page, and as a table."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_lowrank import RankMonitor
+from lightning_lowrank.analysis.cli import main
+from tests.tab import train, written
+from tests.tensorboard.test_tab import forge, write
+
+SCRIPT = "</script><script>owned=1</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run."""
+    folder = tmp_path_factory.mktemp("logs") / "run"
+    train(folder, RankMonitor(every_n_steps=4))
+    return folder
+
+
+def answers(page: Path) -> list[dict[str, object]]:
+    """What is in a report."""
+    text = page.read_text()
+    begin = text.index('id="answers">') + len('id="answers">')
+    return json.loads(text[begin : text.index("</script>", begin)])  # type: ignore[no-any-return]
+
+
+def test_the_numbers_are_those_of_the_event_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["summary", str(run), "--json"])
+
+    told = json.loads(capsys.readouterr().out)["."]
+    vectors, known = written(run)
+    for end, step in (("first", 0), ("latest", 20)):
+        assert told[end]["step"] == step
+        for quantity, values in told[end]["values"].items():
+            assert list(values) == known[f"lowrank_vector/{quantity}"]["sites"]
+            np.testing.assert_array_equal(
+                np.float32(list(values.values())), vectors[f"lowrank_vector/{quantity}"][step]
+            )
+    assert set(told["alerts"].values()) == {0.0} and told["overhead_percent"] > 0
+
+
+def test_the_table_has_the_medians_of_all_quantities(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+    main(["summary", str(run.parent)])
+
+    printed = capsys.readouterr().out
+    median = np.median(written(run)[0]["lowrank_vector/weight_stable_rank"][20])
+    assert f"{median:.3g}" in next(line for line in printed.splitlines() if "weight_stable_rank" in line)
+    assert "run: " in printed and "% of training time" in printed
+
+
+def test_what_is_no_number_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", (0, {"a": math.nan, "b": math.inf, "c": 0.5}))
+
+    main(["summary", str(tmp_path), "--json"])
+
+    assert json.loads(capsys.readouterr().out)["run"]["latest"]["values"] == {"q": {"a": None, "b": None, "c": 0.5}}
+
+
+def test_names_with_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "[bold]run[", (0, {"[/red]": 1.0}), name="[i]q")
+
+    main(["summary", str(tmp_path)])
+
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("[bold]run[", "[/red]", "[i]q"))
+
+
+def test_a_report_has_the_answer_to_every_question(run: Path, tmp_path: Path) -> None:
+    main(["report", str(run), "-o", str(tmp_path / "report.html")])
+
+    found = answers(tmp_path / "report.html")
+    assert {answer["route"] for answer in found} == {"runs", "texts", "matrix", "spectra"}
+    entries = found[0]["answer"]["runs"][0]["entries"]  # type: ignore[index]
+    assert len(entries) == len(found) - 2
+
+
+def test_a_report_is_thinned_as_asked(tmp_path: Path) -> None:
+    write(tmp_path / "run", *((step, {"a": float(step)}) for step in range(100)))
+
+    main(["report", str(tmp_path), "-o", str(tmp_path / "report.html"), "--samples", "12"])
+
+    (matrix,) = (answer["answer"] for answer in answers(tmp_path / "report.html") if answer["route"] == "matrix")
+    assert len(matrix["steps"]) == 12 and matrix["total"] == 100  # type: ignore[index]
+
+
+def test_a_report_asks_for_nothing_and_no_name_breaks_out_of_it(tmp_path: Path) -> None:
+    write(tmp_path / SCRIPT.replace("/", "") / "run", (0, {SCRIPT: 1.0}), name=SCRIPT)
+
+    main(["report", str(tmp_path / SCRIPT.replace("/", "")), "-o", str(tmp_path / "report.html")])
+
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<script") == text.count("</script>") == 2 and "owned" in text
+    assert "default-src 'none'" in text and "src=" not in text.split("</head>")[0]
+    assert answers(tmp_path / "report.html")[0]["answer"]["runs"][0]["entries"][0]["name"] == SCRIPT  # type: ignore[index]
+
+
+@pytest.mark.parametrize("command", ["report", "summary"])
+def test_a_folder_without_a_run_is_refused_in_words(command: str, tmp_path: Path) -> None:
+    for folder, words in ((tmp_path, "has no event files"), (tmp_path / "nothing", "is no folder")):
+        with pytest.raises(SystemExit, match=words):
+            main([command, str(folder)])
+
+
+@pytest.mark.parametrize("command", ["report", "summary"])
+def test_what_is_no_run_beside_a_run_is_no_hindrance(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "logs" / "run", (0, {"a": 1.0}))
+    forge(tmp_path / "logs" / "forged", b'{"kind":"vector","name":"q","sites":["a"]}', np.array([b"x"]))
+    (written,) = (tmp_path / "logs" / "run").glob("events.*")
+    for name, content in (("empty", b""), ("rubbish", b"no event"), ("cut", written.read_bytes()[:-7])):
+        (tmp_path / "logs" / name).mkdir()
+        (tmp_path / "logs" / name / "events.out.tfevents.1.host").write_bytes(content)
+
+    main([command, "logs"])
+
+    assert (tmp_path / "report.html").exists() == (command == "report")
+
+
+@pytest.mark.parametrize("output", [".", "missing/report.html"])
+def test_a_report_that_cannot_be_written_says_so(
+    output: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit, match="cannot be written"):
+        main(["report", str(run), "-o", output])
+
+
+@pytest.mark.slow
+def test_it_is_a_command_of_its_own(run: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("lightning-lowrank")), "report", str(run), "-o", "page.html"]
+
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0 and done.stdout.startswith("page.html: 1 runs"), done.stderr
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, lightning_lowrank.analysis.cli; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,551 @@
+"""`ConcentrationMonitor`: who carries the learning, in real trainings."""
+
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lightning_lowrank import ConcentrationMonitor, EarlyBirdAlert, Monitor
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.source import Batch, Step
+from lightning_lowrank.monitors.concentration.inequality import gini, matthew_slope, top_share
+from lightning_lowrank.monitors.concentration.source import Concentration
+from tests.processes import together
+from tests.promises.test_data_parallel import InOrder, fitted
+from tests.promises.test_device import Waits
+from tests.promises.test_neutrality import CASES, half, trained
+from tests.promises.test_sharded import Sharded
+from tests.promises.test_sharded import trained as trained_sharded
+from tests.trainings import Adversaries, Classifier, MemoryLogger, Tied
+
+SILENT: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+}
+
+
+class Attending(nn.Module):
+    """Eight pixels a token, fused attention, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (8, 8))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 4)).permute(2, 0, 3, 1, 4)
+        x = x + self.out((torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(x)).flatten(1))
+
+
+class Seen(L.Callback):
+    """Weights and gradients before each step, and weights after."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.after: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.before.append({name: p.detach().double().clone() for name, p in pl_module.named_parameters()})
+        self.gradients.append(
+            {name: p.grad.double().clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if len(self.after) < len(self.before):
+            self.after.append({name: p.detach().double().clone() for name, p in pl_module.named_parameters()})
+
+
+def watched(module: L.LightningModule, monitor: Monitor, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
+    logger = MemoryLogger()
+    L.seed_everything(0, verbose=False)
+    L.Trainer(**(SILENT | options), logger=logger, callbacks=[monitor, *callbacks]).fit(module)
+    return logger
+
+
+def values(logger: MemoryLogger, tag: str) -> Tensor:
+    return torch.tensor(list(logger.curve(f"concentration_{tag}").values()), dtype=torch.float64)
+
+
+def gates(seen: Seen, name: str, count: int) -> Tensor:
+    """Of blocks of columns, by samples: straight from the formula."""
+    both = [
+        (b[name] * g[name]).sum(0).view(count, -1).sum(1).abs()
+        for b, g in zip(seen.before, seen.gradients, strict=True)
+    ]
+    return torch.stack(both)
+
+
+def test_heads_and_neurons_are_judged_by_their_gates() -> None:
+    seen = Seen()
+
+    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=1), seen)
+
+    for unit, name, count in (("head", "net.out.weight", 2), ("neuron", "net.mlp.2.weight", 64)):
+        importance = gates(seen, name, count)
+        assert values(logger, f"{unit}_count").tolist() == [count] * 8
+        assert_close(values(logger, f"{unit}_gate_gini"), gini(importance), rtol=1e-5, atol=1e-7)
+        assert_close(values(logger, f"{unit}_gate_gini_start"), gini(importance)[:1].expand(8), rtol=1e-5, atol=1e-7)
+    assert_close(
+        values(logger, "head_importance/net.out.h1")[0], gates(seen, "net.out.weight", 2)[0, 1], rtol=1e-5, atol=1e-9
+    )
+
+
+def test_modules_are_judged_by_mean_squares_of_gradient_and_update() -> None:
+    seen = Seen()
+
+    logger = watched(Classifier(), ConcentrationMonitor(["module"], ["gradient", "update"], every_n_steps=1), seen)
+
+    updates = [
+        {name: after[name] - before[name] for name in after}
+        for after, before in zip(seen.after, seen.before, strict=True)
+    ]
+    for signal, tensors in (("gradient", seen.gradients), ("update", updates)):
+        layers = [
+            [torch.cat([t[f"net.{i}.weight"].flatten(), t[f"net.{i}.bias"]]).square().mean() for i in (0, 2)]
+            for t in tensors
+        ]
+        energies = torch.stack([torch.stack(row) for row in layers])
+        assert_close(values(logger, f"module_{signal}_top_share"), top_share(energies), rtol=1e-3, atol=1e-6)
+
+
+def test_growth_is_held_against_the_samples_before_without_itself() -> None:
+    seen = Seen()
+
+    logger = watched(Classifier(Attending()), ConcentrationMonitor(["neuron"], ["gate"], every_n_steps=1), seen)
+
+    importance = gates(seen, "net.mlp.2.weight", 64)
+    found = values(logger, "neuron_gate_matthew_slope")
+    assert found[0].isnan()
+    expected = torch.stack([matthew_slope(importance[:i].sum(0), importance[i]) for i in range(1, 8)])
+    assert_close(found[1:], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_directions_are_the_squared_singular_values_of_all_matrices() -> None:
+    seen = Seen()
+
+    logger = watched(Classifier(), ConcentrationMonitor(["direction"], ["gradient"], every_n_steps=1), seen)
+
+    spectra = [
+        torch.cat([torch.linalg.svdvals(g[f"net.{i}.weight"]).square() / g[f"net.{i}.weight"].numel() for i in (0, 2)])
+        for g in seen.gradients
+    ]
+    assert_close(
+        values(logger, "direction_gradient_gini"), torch.stack([gini(s) for s in spectra]), rtol=1e-4, atol=1e-6
+    )
+    assert values(logger, "direction_count").tolist() == [42] * 8
+
+
+def test_masks_are_those_of_the_weights_before_the_step() -> None:
+    seen = Seen()
+
+    logger = watched(Classifier(), ConcentrationMonitor(every_n_steps=1, densities=[0.25]), seen)
+
+    flat = [torch.cat([w[f"net.{i}.weight"].flatten() for i in (0, 2)]).abs() for w in seen.before]
+    masks = [row >= row.sort().values[-round(0.25 * len(row))] for row in flat]
+    expected = torch.stack([(mask != masks[0]).double().mean() for mask in masks])
+    assert_close(values(logger, "mask_hamming_start_0.25"), expected, rtol=1e-6, atol=1e-6)
+    assert_close(values(logger, "mask_hamming_0.25")[3], (masks[3] != masks[2]).double().mean(), rtol=1e-6, atol=1e-6)
+    assert values(logger, "mask_hamming_chance_0.25").tolist() == pytest.approx([0.375] * 8)
+    assert_close(values(logger, "weight_gini"), gini(torch.stack(flat)), rtol=1e-5, atol=1e-6)
+
+
+class Settling(Classifier):
+    """It learns in the first two steps."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
+def test_a_settled_mask_is_an_event() -> None:
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+
+    watched(Settling(), monitor)
+
+    assert [(event.state, event.severity, event.step) for event in monitor.events] == [("firing", "info", 4)]
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-2])
+def test_samples_close_together_are_no_settled_mask(rate: float) -> None:
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+
+    watched(Classifier(lr=rate), monitor, max_epochs=3)
+
+    assert monitor.events == []
+
+
+def test_a_model_of_any_size_has_about_a_hundred_numbers() -> None:
+    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=4))
+
+    tags = [tag for tag in logger.curves() if "concentration" in tag]
+    assert len(tags) < 140
+
+
+def of(net: nn.Module, fill: float | None, **options: Any) -> dict[str, float]:
+    """Numbers of one sample in which all gradients have one value, or are as they come."""
+    source, optimizer = Concentration(**options), torch.optim.SGD(net.parameters(), lr=0.1)
+    source.plan(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter) if fill is None else torch.full_like(parameter, fill)
+    step = Step(optimizer, frozenset(map(id, net.parameters())))
+    source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+    source.gradients_final(step)
+    source.step_done(step)
+    return {name: float(value) for name, value in source.numbers(Team())[0].values.items()}
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+def test_a_sample_with_gradients_that_are_not_finite_has_no_number_at_all(fill: float) -> None:
+    found = of(nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3)), fill)
+
+    assert all(map(math.isnan, found.values()))
+
+
+def test_gradients_of_zero_give_no_inequality() -> None:
+    found = of(nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3)), 0.0)
+
+    assert found["concentration_neuron_count"] == 60
+    assert all(
+        math.isnan(found[f"concentration_{unit}_gradient_{name}"])
+        for unit in ("module", "neuron")
+        for name in ("gini", "entropy")
+    )
+    assert all(
+        math.isnan(found[f"concentration_neuron_gate_{name}"]) for name in ("gini", "hill_exponent", "top_share")
+    )
+
+
+def test_one_neuron_is_no_inequality() -> None:
+    found = of(nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 3)), None)
+
+    assert found["concentration_neuron_count"] == 1
+    assert math.isnan(found["concentration_neuron_gate_gini"])
+
+
+def test_a_step_that_is_not_finite_enters_no_account() -> None:
+    source, net = (
+        Concentration(["module"], ["gradient"]),
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 2)),
+    )
+    step = Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters())))
+    source.plan(net)
+    states = []
+    for fill in (1.0, math.inf, 2.0):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, fill)
+        source.gradients_final(step)
+        source.numbers(Team())
+        states.append(source.state_dict()["ledgers"]["module_gradient"]["sums"])
+
+    assert [float(state["1"]) for state in states] == [1, 1, 5]
+
+
+def test_a_layer_of_another_size_begins_anew() -> None:
+    source = Concentration(["neuron"], ["gate"], densities=[0.5])
+    for width in (8, 8, 12):
+        net = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+        source.plan(net)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+        source.gradients_final(Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters()))))
+        found = source.numbers(Team())[0].values
+
+    assert float(found["concentration_neuron_gate_overlap_start"]) == 1
+    assert float(found["concentration_mask_hamming_start_0.5"]) == 0
+    assert "concentration_neuron_gate_matthew_slope" not in found
+
+
+def test_what_goes_wrong_in_a_sample_costs_its_numbers_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def odd(*_: Any) -> Any:
+        raise RuntimeError("odd")
+
+    without = trained(Classifier, {}, [], tmp_path / "without")
+    monitor = ConcentrationMonitor(every_n_steps=2)
+    monkeypatch.setattr(Concentration, "gradients_final", odd)
+    with pytest.warns(UserWarning, match="RuntimeError: odd"):
+        with_it = trained(Classifier, {}, [monitor], tmp_path / "with")
+
+    assert_close(with_it, without, rtol=0, atol=0, equal_nan=True)
+    assert monitor.failures > 0
+
+
+def test_frozen_and_unused_layers_are_left_out() -> None:
+    net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10))
+    net[2].requires_grad_(False)
+
+    logger = watched(Classifier(net), ConcentrationMonitor(every_n_steps=4))
+
+    assert values(logger, "module_count").tolist() == [2, 2]
+    assert values(logger, "neuron_count").tolist() == [12, 12]
+
+
+SOME = [
+    "plain",
+    "dropout and batch norm",
+    "accumulation",
+    "16-mixed",
+    "16-mixed, fused AdamW",
+    "bf16-true",
+    "two optimizers in turn",
+    "LBFGS",
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*SOME, "tied weights", "spectral norm", "backbone unfrozen", "LoRA", "activation checkpointing"]
+)
+def test_training_is_the_same_with_the_monitor(case: str, tmp_path: Path) -> None:
+    make, options = CASES[case]
+    monitors = [
+        ConcentrationMonitor(every_n_steps=2),
+        ConcentrationMonitor(["direction"], every_n_steps=2, densities=[], name="other"),
+    ]
+
+    without = trained(make, options(), [], tmp_path / "without")
+    with_it = trained(make, options(), monitors, tmp_path / "with")
+
+    assert_close(with_it, without, rtol=0, atol=0, equal_nan=True)
+    assert all(monitor.latest is not None and monitor.failures == 0 for monitor in monitors)
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"plugins": half()}, {"precision": "bf16-mixed"}])
+def test_accumulation_and_half_precision_give_numbers(options: dict[str, Any]) -> None:
+    monitor = ConcentrationMonitor(every_n_steps=1)
+
+    logger = watched(Classifier(Attending(), optimizer="sgd", lr=0.01), monitor, **options)
+
+    assert monitor.failures == 0
+    assert values(logger, "neuron_gate_gini")[-1] > 0
+    reference = watched(Classifier(Attending(), optimizer="sgd", lr=0.01), ConcentrationMonitor(every_n_steps=1))
+    if "plugins" in options:  # the scale of the loss is taken out, and the first steps are skipped
+        heads = values(logger, "head_importance/net.out.h0")
+        assert heads[0] / values(reference, "head_importance/net.out.h0")[0] < 10
+
+
+@pytest.mark.parametrize("module", [lambda: Adversaries(every=3), lambda: Classifier(Tied())])
+def test_other_ways_of_training_give_numbers(module: Callable[[], L.LightningModule]) -> None:
+    monitor = ConcentrationMonitor(every_n_steps=2)
+
+    logger = watched(module(), monitor)
+
+    assert monitor.failures == 0
+    assert values(logger, "module_count").numel() > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_resumed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def run(epochs: int, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
+        logger, module = MemoryLogger(), InOrder(0, 1, Attending())
+        L.seed_everything(0, verbose=False)
+        module.net.load_state_dict(start)
+        settings = SILENT | {
+            "max_epochs": epochs,
+            "enable_checkpointing": bool(callbacks),
+            "default_root_dir": tmp_path,
+        }
+        L.Trainer(**settings, logger=logger, callbacks=[ConcentrationMonitor(every_n_steps=1), *callbacks]).fit(
+            module, **options
+        )
+        return logger
+
+    torch.manual_seed(0)
+    start = Attending().state_dict()
+    whole = run(4)
+    run(2, ModelCheckpoint(tmp_path / "checkpoints"))
+    (path,) = tmp_path.rglob("*.ckpt")
+    resumed = run(4, ckpt_path=path)
+
+    tags = [tag for tag in resumed.curves() if tag.startswith("concentration_")]
+    for tag in tags:
+        second = resumed.curve(tag)
+        assert second == pytest.approx(
+            {step: value for step, value in whole.curve(tag).items() if step in second}, nan_ok=True
+        ), tag
+    assert len(tags) > 80
+
+
+def test_a_reference_says_whether_the_same_units_matter(tmp_path: Path) -> None:
+    first = Classifier(Attending())
+    watched(first, ConcentrationMonitor(every_n_steps=1), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+    second = Classifier(Attending(), lr=1e-4)
+    second.load_state_dict(first.state_dict())
+
+    logger = watched(second, ConcentrationMonitor(every_n_steps=1, reference=path))
+
+    assert values(logger, "neuron_gate_rank_reference")[-1] > 0.3
+    assert values(logger, "neuron_gate_overlap_reference")[-1] > values(logger, "neuron_gate_overlap_chance")[-1]
+
+
+def test_a_reference_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
+    watched(Classifier(), ConcentrationMonitor(every_n_steps=4), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+
+    with pytest.raises(ValueError, match=r"reference.*none in common"):
+        watched(Classifier(Attending()), ConcentrationMonitor(reference=path))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an unknown unit": (lambda _: ConcentrationMonitor(["layer"]), "units=.*layer.*module"),
+    "no unit": (lambda _: ConcentrationMonitor([]), "units=.*one or more"),
+    "a string": (lambda _: ConcentrationMonitor("head"), "units='head'"),
+    "an unknown signal": (lambda _: ConcentrationMonitor(signals=["loss"]), "signals=.*loss.*gate"),
+    "gates of modules": (lambda _: ConcentrationMonitor(["module"], ["gate"]), "have no gates"),
+    "a density of one": (lambda _: ConcentrationMonitor(densities=[1.0]), "densities=.*below 1"),
+    "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5]), "densities=.*different"),
+    "no file": (lambda root: ConcentrationMonitor(reference=root / "none.ckpt"), "none.ckpt.*FileNotFoundError"),
+    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0), "n=0.*at least 1"),
+    "a cadence and a budget": (
+        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01),
+        "every_n_steps=2 and max_overhead",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_argument_is_refused_when_it_is_made(case: str, tmp_path: Path) -> None:
+    make, message = REFUSED[case]
+
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_a_reference_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4)
+    watched(Classifier(), monitor, ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+
+    with pytest.raises(ValueError, match="watched without gates of heads or neurons"):
+        ConcentrationMonitor(reference=path)
+
+
+def test_a_reference_for_a_monitor_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    watched(Classifier(), ConcentrationMonitor(every_n_steps=4), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+
+    with pytest.raises(ValueError, match=r"signals=\['gradient'\] have none of these"):
+        ConcentrationMonitor(signals=["gradient"], reference=path)
+
+
+def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> None:
+    torch.save({"callbacks": {"other": {}}}, tmp_path / "other.ckpt")
+
+    with pytest.raises(ValueError, match=r"no ConcentrationMonitor watched that run.*other"):
+        ConcentrationMonitor(reference=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("match", "*.attention"), ("exclude", "*.attention"), ("neurons", "*.fc2"), ("heads", {"*.o": 2})],
+)
+def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, value: Any) -> None:
+    monitor = ConcentrationMonitor(**{option: value})
+
+    with pytest.raises(ValueError, match=f"{option}: .*fits nothing"):
+        watched(Classifier(), monitor)
+
+
+def test_a_monitor_that_has_watched_can_be_sent_to_another_process() -> None:
+    monitor = ConcentrationMonitor(every_n_steps=4)
+    watched(Classifier(Attending()), monitor)
+
+    sent = pickle.loads(pickle.dumps(monitor))
+
+    assert sent.state_key == monitor.state_key
+    assert (
+        watched(Classifier(Attending()), sent).curves().keys()
+        == watched(Classifier(Attending()), monitor).curves().keys()
+    )
+
+
+def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
+    monitor = ConcentrationMonitor(every_n_steps=4)
+    watched(Classifier(), monitor)
+    torch.save(monitor.state_dict(), tmp_path / "state.pt")
+
+    again = ConcentrationMonitor(every_n_steps=4)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    assert_close(again.state_dict()["probes"], monitor.state_dict()["probes"], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_device_is_not_waited_for() -> None:
+    source, net, waits = Concentration(), Attending(), Waits("cpu")
+    source.plan(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    step = Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters())))
+
+    for _ in range(2):
+        with waits:
+            source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+            source.gradients_final(step)
+            source.step_done(step)
+        with waits:
+            assert source.numbers(Team())
+
+    assert waits.seen == {}
+
+
+def curves(rank: int, size: int, root: Path) -> Any:
+    """What is logged in a training of several processes, or of one; not what it cost, nor the loss."""
+    L.seed_everything(0, verbose=False)
+    monitor, logger = ConcentrationMonitor(every_n_steps=1), MemoryLogger()
+    fitted(InOrder(rank, size, Attending()), [monitor], logger, size)
+    kept = {
+        tag: curve
+        for tag, curve in logger.curves().items()
+        if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))
+    }
+    return {"curves": kept, "failures": monitor.failures}
+
+
+@pytest.mark.slow
+def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
+    first, second = together(curves, tmp_path)
+    alone = curves(0, 1, tmp_path)
+
+    assert first["failures"] == second["failures"] == alone["failures"] == 0
+    assert second["curves"] == {}
+    assert first["curves"].keys() == alone["curves"].keys()
+    # Ranks and slopes of a few units turn on the last digits.
+    smooth = [
+        tag
+        for tag in alone["curves"]
+        if any(end in tag for end in ("gini", "top_share", "entropy", "weight", "hamming", "importance"))
+    ]
+    for tag in smooth:
+        assert_close(first["curves"][tag], alone["curves"][tag], rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def sharded(rank: int, size: int, root: Path) -> Any:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    try:
+        trained_sharded(Sharded(), ConcentrationMonitor(), MemoryLogger(), root, strategy=strategy, devices=size)
+    except ValueError as error:
+        return str(error)
+    return "no word"
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_refused_before_training(tmp_path: Path) -> None:
+    for said in together(sharded, tmp_path):
+        assert "is sharded" in said and "DDP" in said
