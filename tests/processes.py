@@ -95,10 +95,14 @@ def _as_program(
     os.environ.update(environment)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
-    with stdout.open("w") as out, stderr.open("w") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(str(path), run_name="__main__")
-            except BaseException:
-                traceback.print_exc()
-                raise
+    with (
+        stdout.open("w") as out,
+        stderr.open("w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            raise

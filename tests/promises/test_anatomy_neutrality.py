@@ -6,10 +6,7 @@ import pytest
 from torch.testing import assert_close
 
 from lightning_lowrank import GradientAnatomyMonitor
-from tests.measuring.test_features import Checkpointed
-from tests.promises.test_neutrality import CASES, trained
-from tests.promises.test_replay_neutrality import Recurrent
-from tests.trainings import Classifier
+from tests.trainings import CASES, Checkpointed, Classifier, Recurrent, trained
 
 # Of a parametrised layer the weight is no parameter, and there is no other.
 EVERYWHERE = {case: both for case, both in CASES.items() if case != "spectral norm"}

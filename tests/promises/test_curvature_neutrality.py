@@ -9,10 +9,7 @@ import pytest
 from torch.testing import assert_close
 
 from lightning_lowrank import CurvatureMonitor
-from tests.loss.test_replay import critic_loss
-from tests.promises.test_neutrality import CASES, COMPILED, trained
-from tests.promises.test_replay_neutrality import Recurrent
-from tests.trainings import Adversaries, Classifier
+from tests.trainings import CASES, COMPILED, Adversaries, Classifier, Recurrent, critic_loss, trained
 
 LEVELS: dict[str, dict[str, Any]] = {
     "light": {"level": "light", "every_n_steps": 3},

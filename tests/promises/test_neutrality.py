@@ -2,144 +2,16 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
-from torch.amp import GradScaler
-from torch.utils.checkpoint import checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lowrank import Features, Monitor, Probe, RankMonitor
-from tests.trainings import Adversaries, Classifier, ImageNet, Tied, Validated
+from tests.trainings import CASES, COMPILED, Classifier, ImageNet, Validated, half, trained
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "validation_features")
-
-
-KINDS_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-
-
-def half() -> MixedPrecision:
-    """16-mixed on CPU; the string alone would become bf16."""
-    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))
-
-
-class Checkpointed(nn.Module):
-    """Its first part runs again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.2))
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(checkpoint(self.body, x, use_reentrant=False))
-
-
-class Finetuned(Classifier):
-    """A backbone that is frozen at first."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Identity())
-        self.backbone, self.head = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.backbone(x))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-def adapted() -> Classifier:
-    """A frozen model with LoRA pairs from peft."""
-    from peft import LoraConfig, get_peft_model
-
-    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    return Classifier(get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=4, lora_dropout=0.1)))
-
-
-def unfreezing() -> dict[str, Any]:
-    """The backbone joins the optimizer in the second epoch."""
-    return {"callbacks": [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)]}
-
-
-CASES: dict[str, tuple[Callable[[], L.LightningModule], Callable[[], dict[str, Any]]]] = {
-    "plain": (Classifier, dict),
-    "dropout and batch norm": (lambda: Classifier(ImageNet()), dict),
-    "validation": (lambda: Validated(ImageNet()), dict),
-    "accumulation": (Classifier, lambda: {"accumulate_grad_batches": 3}),
-    "clipping by norm": (Classifier, lambda: {"gradient_clip_val": 0.01}),
-    "clipping by value": (Classifier, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-    "16-mixed": (Classifier, lambda: {"plugins": half()}),
-    "16-mixed, fused AdamW": (lambda: Classifier(fused=True), lambda: {"plugins": half()}),
-    "bf16-mixed": (Classifier, lambda: {"precision": "bf16-mixed"}),
-    "bf16-true": (Classifier, lambda: {"precision": "bf16-true"}),
-    "fused AdamW": (lambda: Classifier(fused=True), dict),
-    "momentum": (lambda: Classifier(optimizer="sgd", momentum=0.9), dict),
-    "two optimizers by hand": (Adversaries, dict),
-    "two optimizers in turn": (lambda: Adversaries(every=3), dict),
-    "LBFGS": (lambda: Classifier(optimizer="lbfgs", max_iter=4), dict),
-    "tied weights": (lambda: Classifier(Tied()), dict),
-    "spectral norm": (lambda: Classifier(nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10))), dict),
-    "activation checkpointing": (lambda: Classifier(Checkpointed()), dict),
-    "backbone unfrozen": (Finetuned, unfreezing),
-    "LoRA": (adapted, dict),
-    "weight averaging": (Validated, lambda: {"callbacks": [WeightAveraging()]}),
-}
-
-
-def settings_of_torch() -> tuple[Any, ...]:
-    """What is global and could be left changed."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.get_num_threads(),
-        torch.is_inference_mode_enabled(),
-    )
-
-
-def trained(
-    make: Callable[[], Any], options: dict[str, Any], monitors: list[Monitor], root: Path, *, resume: Path | None = None
-) -> dict[str, Any]:
-    """All that a run leaves behind."""
-    L.seed_everything(3, verbose=False)
-    before = settings_of_torch()
-    module = make()
-    logger = CSVLogger(root, flush_logs_every_n_steps=1)
-    settings = {
-        "max_epochs": 2,
-        "logger": logger,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    extra = options.pop("callbacks", [])
-    keeps = any(isinstance(callback, ModelCheckpoint) for callback in extra)
-    trainer = L.Trainer(**settings | options, enable_checkpointing=keeps, callbacks=[*monitors, *extra])
-    trainer.fit(module, ckpt_path=resume)
-    assert settings_of_torch() == before
-    return {
-        "state": module.state_dict(),
-        "optimizers": [o.state_dict() for o in trainer.optimizers],
-        "losses": module.losses,
-        "logged": {k: v for k, v in trainer.logged_metrics.items() if "/" not in k},
-        "rng": (torch.get_rng_state(), np.random.get_state()[1]),
-        "hooks": [sum(len(getattr(m, kind)) for kind in KINDS_OF_HOOKS) for m in module.modules()],
-        "hooks of optimizers": [
-            len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers
-        ],
-    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -152,38 +24,6 @@ def test_training_is_the_same_with_a_monitor(case: str, tmp_path: Path) -> None:
 
     torch.testing.assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
     assert monitor.latest is not None and monitor.latest.values
-
-
-class Quiet(Classifier):
-    """Without `self.log`, which Dynamo cannot trace on Python 3.11."""
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
-
-
-def compiled(backend: str) -> torch.nn.Module:
-    """The whole module, as `torch.compile` gives it."""
-    return torch.compile(Quiet(), backend=backend)  # type: ignore[return-value]
-
-
-def compiled_in_place(backend: str) -> Classifier:
-    """The whole module, its class unchanged."""
-    module = Classifier()
-    module.compile(backend=backend)
-    return module
-
-
-def compiled_inside(backend: str) -> Classifier:
-    """One layer of the module."""
-    return Classifier(
-        nn.Sequential(torch.compile(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), backend=backend), nn.Linear(32, 10))
-    )
-
-
-COMPILED = {"module": compiled, "module in place": compiled_in_place, "layer": compiled_inside}
 
 
 @pytest.mark.slow

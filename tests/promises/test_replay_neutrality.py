@@ -14,95 +14,30 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lowrank import RankMonitor
 from lightning_lowrank.loss.replay import Replay
-from tests.loss.test_replay import Experimental, critic_loss
+from tests.callbacks import Inline, Replaying
 from tests.processes import together
-from tests.promises.test_neutrality import CASES, COMPILED, trained
-from tests.trainings import Classifier, ImageNet, digits
-
-
-def curvature(loss: Tensor, module: nn.Module) -> Tensor:
-    """Of the loss along its gradient: a double backward through everything."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
-    gradient = torch.autograd.grad(loss, params, **keep)
-    along = [g.detach() for g in gradient]
-    depends = [(g, a) for g, a in zip(gradient, along, strict=True) if g.requires_grad]
-    if not depends:
-        return loss.new_zeros(())
-    # The graph of the loss is still wanted where it is the user's.
-    keep = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    product = torch.autograd.grad([g for g, _ in depends], params, [a for _, a in depends], **keep)
-    return sum((h * a).sum() for h, a in zip(product, along, strict=True))  # type: ignore[return-value]
-
-
-class Replaying(L.Callback):
-    """Runs the first batch again after some steps, and differentiates its loss twice."""
-
-    def __init__(self, replay: Replay | None = None, every: int = 1) -> None:
-        self.replay, self.every = replay or Replay(), every
-        self.losses: list[float] = []
-        self.curvatures: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.replay.batch is None:
-            self.replay.keep(batch, batch_idx)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx % self.every:
-            return
-        with self.replay(trainer, pl_module) as seen:
-            self.losses.append(seen.loss.item())
-            self.curvatures.append(curvature(seen.loss, pl_module).item())
-
-
-class Inline(L.Callback):
-    """Differentiates the live loss twice before each backward pass."""
-
-    def __init__(self) -> None:
-        self.curvatures: list[float] = []
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.curvatures.append(curvature(loss, pl_module).item())
-
-
-class Attention(nn.Module):
-    """Two transformer layers, whose attention is fused, on the rows of 8 x 8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
-        )
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.view(-1, 8, 8)).flatten(1))
-
-
-class Recurrent(nn.Module):
-    """An LSTM over the rows of 8 x 8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.view(-1, 8, 8))[0][:, -1])
-
+from tests.trainings import (
+    CASES,
+    COMPILED,
+    Classifier,
+    Experimental,
+    Fused,
+    ImageNet,
+    Recurrent,
+    critic_loss,
+    digits,
+    trained,
+)
 
 EVERYWHERE = CASES | {
-    "fused attention": (lambda: Classifier(Attention()), dict),
+    "fused attention": (lambda: Classifier(Fused()), dict),
     "LSTM": (lambda: Classifier(Recurrent()), dict),
 }
 
@@ -337,7 +272,7 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import random, sys
 import lightning as L
 from tests.trainings import Classifier
-from tests.promises.test_replay_neutrality import Replaying
+from tests.callbacks import Replaying
 
 class Drawing(Classifier):
     def training_step(self, batch, batch_idx):
@@ -434,6 +369,6 @@ def test_other_monitors_do_not_count_the_rows_of_a_replay() -> None:
 
 def test_fused_attention_is_differentiated_twice_in_a_replay(tmp_path: Path) -> None:
     callback = Replaying()
-    trained(lambda: Classifier(Attention()), {"max_epochs": 1}, [callback], tmp_path)  # type: ignore[list-item]
+    trained(lambda: Classifier(Fused()), {"max_epochs": 1}, [callback], tmp_path)  # type: ignore[list-item]
 
     assert all(value != 0 for value in callback.curvatures)

@@ -28,15 +28,13 @@ from lightning_lowrank.monitors.multifractal.curves import vectors
 from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
 from lightning_lowrank.monitors.multifractal.source import OF_A_MATRIX, Multifractal
 from lightning_lowrank.tensorboard import answers
+from tests.dispatch import Waits
 from tests.processes import together
-from tests.promises.test_data_parallel import InOrder, fitted
-from tests.promises.test_device import Waits
-from tests.promises.test_neutrality import CASES, trained
-from tests.promises.test_sharded import Sharded
-from tests.promises.test_sharded import trained as trained_sharded
 from tests.scalings import jittered
+from tests.sharded import Sharded
+from tests.sharded import trained as trained_sharded
 from tests.tab import train, written
-from tests.trainings import Classifier, ImageNet, MemoryLogger
+from tests.trainings import CASES, Classifier, ImageNet, InOrder, MemoryLogger, fitted, mlp, trained
 
 SPECTRAL = ("alpha0", "width", "c2_excess", "box_dimension", "asymmetry")
 
@@ -49,10 +47,6 @@ class Snapshots(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
-
-
-def mlp(width: int = 64) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 40), nn.ReLU(), nn.Linear(40, 10))
 
 
 def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
