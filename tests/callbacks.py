@@ -27,8 +27,8 @@ def curvature(loss: Tensor, module: nn.Module) -> Tensor:
 class Replaying(L.Callback):
     """Runs the first batch again after some steps, and differentiates its loss twice."""
 
-    def __init__(self, replay: Replay | None = None, every: int = 1) -> None:
-        self.replay, self.every = replay or Replay(), every
+    def __init__(self, every: int = 1, **options: Any) -> None:
+        self.replay, self.every = Replay(**options), every
         self.losses: list[float] = []
         self.curvatures: list[float] = []
 

@@ -24,7 +24,6 @@ from tests.processes import together
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
 from tests.trainings import (
-    CASES,
     Adversaries,
     Attending,
     Classifier,
@@ -286,35 +285,6 @@ def test_frozen_and_unused_layers_are_left_out() -> None:
 
     assert values(logger, "module_count").tolist() == [2, 2]
     assert values(logger, "neuron_count").tolist() == [12, 12]
-
-
-SOME = [
-    "plain",
-    "dropout and batch norm",
-    "accumulation",
-    "16-mixed",
-    "16-mixed, fused AdamW",
-    "bf16-true",
-    "two optimizers in turn",
-    "LBFGS",
-]
-
-
-@pytest.mark.parametrize(
-    "case", [*SOME, "tied weights", "spectral norm", "backbone unfrozen", "LoRA", "activation checkpointing"]
-)
-def test_training_is_the_same_with_the_monitor(case: str, tmp_path: Path) -> None:
-    make, options = CASES[case]
-    monitors = [
-        ConcentrationMonitor(every_n_steps=2),
-        ConcentrationMonitor(["direction"], every_n_steps=2, densities=[], name="other"),
-    ]
-
-    without = trained(make, options(), [], tmp_path / "without")
-    with_it = trained(make, options(), monitors, tmp_path / "with")
-
-    assert_close(with_it, without, rtol=0, atol=0, equal_nan=True)
-    assert all(monitor.latest is not None and monitor.failures == 0 for monitor in monitors)
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"plugins": half()}, {"precision": "bf16-mixed"}])

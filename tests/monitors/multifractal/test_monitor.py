@@ -34,7 +34,7 @@ from tests.scalings import jittered
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
 from tests.tab import train, written
-from tests.trainings import CASES, Classifier, ImageNet, InOrder, MemoryLogger, fitted, mlp, trained
+from tests.trainings import Classifier, ImageNet, InOrder, MemoryLogger, fitted, mlp
 
 SPECTRAL = ("alpha0", "width", "c2_excess", "box_dimension", "asymmetry")
 
@@ -463,23 +463,6 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
     whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1))
     assert 0 < logger.curve("neuromfa_width_error")[0] < logger.curve("neuromfa_width")[0]
     assert not [tag for tag in whole.curves() if "_error" in tag]
-
-
-@pytest.mark.parametrize(
-    "case", ["plain", "dropout and batch norm", "16-mixed", "two optimizers in turn", "spectral norm", "LoRA"]
-)
-def test_training_is_the_same_with_both_modes(case: str, tmp_path: Path) -> None:
-    make, options = CASES[case]
-    monitors = [
-        MultifractalMonitor(every_n_steps=5),
-        MultifractalMonitor("neuromfa", every_n_steps=5, max_neurons=20, num_repeats=2),
-    ]
-
-    without = trained(make, options(), [], tmp_path / "without")
-    with_both = trained(make, options(), monitors, tmp_path / "with")
-
-    assert_close(with_both, without, rtol=0, atol=0, equal_nan=True)
-    assert all(monitor.latest is not None and monitor.failures == 0 for monitor in monitors)
 
 
 @pytest.mark.parametrize("mode", ["rank", "neuromfa"])

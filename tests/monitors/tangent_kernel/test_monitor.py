@@ -178,39 +178,11 @@ def test_in_train_mode_batch_normalisation_couples_examples_and_it_is_flagged() 
     assert curves[0]["ntk_trace"][0] != pytest.approx(curves[1]["ntk_trace"][0], rel=1e-2)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "perceptron": lambda: Classifier(nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))),
-    "batch norm and dropout": lambda: Classifier(ImageNet()),
-    "fused attention": Sequences,
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"accumulate_grad_batches": 2},
     "bf16": {"precision": "bf16-mixed"},
 }
-
-
-def trained(model: str, monitor: Monitor | None, options: dict[str, Any]) -> tuple[dict[str, Any], list[float], Any]:
-    torch.manual_seed(1)
-    module = MODELS[model]()
-    trainer = L.Trainer(**SILENT, **options, max_epochs=1, logger=False, callbacks=[monitor] if monitor else [])
-    trainer.fit(module)
-    return module.state_dict(), module.losses, (torch.get_rng_state(), trainer.optimizers[0].state_dict())
-
-
-@pytest.mark.parametrize("train_mode", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", MODELS)
-def test_watching_changes_nothing(model: str, options: str, train_mode: bool) -> None:
-    monitor = NTKMonitor(
-        kernel="full", num_examples=4, num_projections=4, top_k=1, every_n_steps=2, train_mode=train_mode
-    )
-
-    watched = trained(model, monitor, OPTIONS[options])
-
-    torch.testing.assert_close(watched, trained(model, None, OPTIONS[options]), rtol=0, atol=0, equal_nan=True)
-    assert monitor.failures == 0
-    assert monitor.latest is not None
 
 
 def test_half_precision_changes_the_kernel_by_its_rounding() -> None:

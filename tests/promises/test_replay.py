@@ -1,8 +1,6 @@
 """A step can be run again, and differentiated twice, so that nobody can tell: training is the same bit for bit."""
 
 import random
-import subprocess
-import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,64 +22,13 @@ from lightning_lowrank.loss.replay import Replay
 from tests.callbacks import Inline, Replaying
 from tests.processes import together
 from tests.trainings import (
-    CASES,
-    COMPILED,
     Classifier,
     Experimental,
     Fused,
     ImageNet,
-    Recurrent,
-    critic_loss,
     digits,
     trained,
 )
-
-EVERYWHERE = CASES | {
-    "fused attention": (lambda: Classifier(Fused()), dict),
-    "LSTM": (lambda: Classifier(Recurrent()), dict),
-}
-
-
-@pytest.mark.parametrize("case", EVERYWHERE)
-def test_training_is_the_same_with_replays(case: str, tmp_path: Path) -> None:
-    make, options = EVERYWHERE[case]
-    callback = Replaying(Replay(loss_fn=critic_loss if "optimizers" in case else None), every=3)
-
-    without = trained(make, options(), [], tmp_path / "without")
-    watched = trained(make, options(), [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert (
-        len(callback.curvatures) == 6
-        and np.isfinite(callback.curvatures).all()
-        and np.count_nonzero(callback.curvatures) == 6
-    )
-
-
-@pytest.mark.parametrize("case", [case for case in EVERYWHERE if case != "fused attention"])
-def test_training_is_the_same_with_double_backward_on_the_live_graph(case: str, tmp_path: Path) -> None:
-    make, options = EVERYWHERE[case]
-    callback = Inline()
-
-    without = trained(make, options(), [], tmp_path / "without")
-    watched = trained(make, options(), [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert len(callback.curvatures) >= 16
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("what", COMPILED)
-def test_training_a_compiled_module_is_the_same_with_replays(what: str, backend: str, tmp_path: Path) -> None:
-    callback = Replaying()
-
-    without = trained(lambda: COMPILED[what](backend), {}, [], tmp_path / "without")
-    watched = trained(lambda: COMPILED[what](backend), {}, [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0)
-    assert len(callback.curvatures) == 16
 
 
 class Helper:
@@ -266,37 +213,6 @@ def test_everything_is_undone_after_an_exception() -> None:
     without, watched = busy([]), busy([Failing()])
 
     assert_equal(watched, without)
-
-
-IN_A_PROCESS_OF_ITS_OWN = """
-import random, sys
-import lightning as L
-from tests.trainings import Classifier
-from tests.callbacks import Replaying
-
-class Drawing(Classifier):
-    def training_step(self, batch, batch_idx):
-        return random.random() * super().training_step(batch, batch_idx)
-
-L.seed_everything(3, verbose=False)
-callbacks = [Replaying()] if sys.argv[1] == "watched" else []
-quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-L.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Drawing())
-print(random.getstate()[1])
-"""
-
-
-@pytest.mark.slow
-def test_random_numbers_of_python_are_the_same() -> None:
-    """In processes without the run-time type checks of the tests, which draw from them."""
-    without, watched = (
-        subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True
-        ).stdout
-        for kind in ("alone", "watched")
-    )
-
-    assert without == watched
 
 
 class Slices(Classifier):
