@@ -70,8 +70,11 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 # (monitor, case) in which some numbers cannot be had, which are counted as failures.
 INCOMPLETE: dict[tuple[str, str], str] = {
-    **{("curvature", case): "the loss in the place of the step is none of torch's" for case in LOSSES},
-    **{(name, case): "the loss in the place of the step is none of torch's" for name in NTKS for case in LOSSES},
+    **{
+        (name, case): "the loss in the place of the step is none of torch's"
+        for name in (*TWICE, *NTKS)
+        for case in LOSSES
+    },
     **{(name, "spectral norm"): "torch holds its vectors fixed: second derivatives are wrong" for name in TWICE},
     **{(name, "reentrant checkpoint"): "has no second derivative" for name in (*TWICE, "curvature, light")},
 }

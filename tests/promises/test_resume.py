@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
+from tests.monitors import MONITORS, VARIANTS
 from tests.trainings import Adversaries, Ordered, Resumable, digits
 
 # The second run needs no ModelCheckpoint, and some of them have other monitors.
@@ -111,6 +112,42 @@ def test_a_run_stopped_between_epochs_and_resumed_has_the_curves_of_one_that_nev
     expected = read(tmp_path / "whole")
     assert "displacement_subspace_overlap/" in " ".join(expected)
     assert_same_curves(read(tmp_path / "first", tmp_path / "second"), expected)
+
+
+FIXED = "curvature, full, fixed"
+# Watched together; alone the one whose fixed batch is not in the checkpoint.
+TOGETHER = [
+    [name for name in MONITORS | VARIANTS if name != FIXED],
+    pytest.param([FIXED], marks=pytest.mark.xfail(strict=True, reason="the fixed batch is not in the checkpoint")),
+]
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=["all others", "fixed batch"])
+def test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped(
+    names: list[str], tmp_path: Path
+) -> None:
+    def watching() -> list[Monitor]:
+        return [(MONITORS | VARIANTS)[name](every_n_steps=3) for name in names]
+
+    trained(tmp_path / "whole", watching(), max_epochs=3)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5)
+
+    trained(tmp_path / "first", [*watching(), checkpoint], max_steps=5)
+    trained(tmp_path / "second", watching(), resume=saved(tmp_path / "checkpoints"), max_epochs=3)
+
+    assert_same_curves(read(tmp_path / "first", tmp_path / "second"), read(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", MONITORS | VARIANTS)
+def test_the_state_of_any_monitor_is_plain_and_goes_into_another(name: str, tmp_path: Path) -> None:
+    watching, other = ((MONITORS | VARIANTS)[name](every_n_steps=2) for _ in range(2))
+    trained(tmp_path / "run", [watching], max_epochs=1)
+    torch.save(watching.state_dict(), tmp_path / "state.pt")
+
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    assert all(plain(watching.state_dict()))
+    assert same(other.state_dict()["probes"], watching.state_dict()["probes"])
 
 
 @pytest.fixture(scope="module")
