@@ -28,7 +28,9 @@ _USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "alerts": None}
 
 MONITORS: dict[str, Callable[..., Monitor]] = {
     "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),
-    "curvature": lambda **options: CurvatureMonitor("standard", OPERATORS, **_USUAL | {"top_k": 1} | options),
+    "curvature": lambda **options: CurvatureMonitor(
+        **_USUAL | {"level": "standard", "operators": OPERATORS, "top_k": 1} | options
+    ),
     "ntk": lambda **options: NTKMonitor(
         **_USUAL | {"kernel": "full", "num_examples": 4, "num_projections": 4, "top_k": 1} | options
     ),
