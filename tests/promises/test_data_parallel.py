@@ -282,12 +282,13 @@ def test_two_processes_log_with_any_monitor_what_one_does_and_train_as_unwatched
     assert first["numbers"].keys() == alone["numbers"].keys()
     assert_close(first["first"], second["first"], rtol=0, atol=0, equal_nan=True)
     # At the first step, after which rounding is learnt. Of the kernel, rows in another order have other estimates.
+    near = dict.fromkeys(MONITORS, 1e-2) | {"ntk": 0.3}
     for name in MONITORS:
         pairs = [
             (first["first"][name][quantity][site], value)
             for quantity, sites in alone["first"][name].items()
             for site, value in sites.items()
-            if "monte_carlo" not in quantity
+            if "monte_carlo" not in quantity and "_error" not in quantity
         ]
-        same = sum(found == pytest.approx(expected, rel=1e-2, abs=1e-5, nan_ok=True) for found, expected in pairs)
-        assert same >= (0.5 if name == "ntk" else 0.95) * len(pairs) > 0, name
+        same = sum(found == pytest.approx(expected, rel=near[name], abs=1e-5, nan_ok=True) for found, expected in pairs)
+        assert same >= 0.9 * len(pairs) > 0, name
