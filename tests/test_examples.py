@@ -10,11 +10,11 @@ from tests.processes import script
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = {
     "char_transformer": (["--max_steps=52", "--batch_size=4"], ["lowest", "%", "tensorboard --logdir runs"]),
-    "circuits": (["--steps=8"], ["tuned on English", "Spearman", "circuits.png"]),
+    "circuits": (["--steps=4"], ["tuned on English", "Spearman", "circuits.png"]),
     "concentration": (["--share=0.02", "--seeds=1"], ["Gini, null", "mask_early_bird", "concentration.png"]),
     "edge_of_stability": (["--share=0.03"], ["largest eigenvalue", "edge_of_stability.png"]),
     "flat_directions": (["--widest=4", "--steps=60"], ["duplicates", "flat_directions.png"]),
-    "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
+    "fine_tuning": (["--steps=1", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
     "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
     "gradient_anatomy": (
         ["--n=40", "--steps=12", "--only=real"],
@@ -22,7 +22,7 @@ FEW_STEPS = {
     ),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
-    "lora_kernel": (["--steps=2", "--every=1", "--num_examples=4"], ["share of the factors A", "lora_kernel.png"]),
+    "lora_kernel": (["--steps=1", "--every=1", "--num_examples=2"], ["share of the factors A", "lora_kernel.png"]),
     "hessian_outliers": (["--only=conv net", "--share=0.02"], ["Gauss-Newton", "hessian_outliers.png"]),
 }
 
