@@ -20,9 +20,13 @@ from .maths.spectra.subspaces import top_subspace as top_subspace
 from .measuring.metrics import Gram as Gram
 from .measuring.metrics import SiteMeans as SiteMeans
 from .measuring.metrics import SpectralStatistic as SpectralStatistic
+from .measuring.number_source import Numbers as Numbers
+from .measuring.number_source import NumberSource as NumberSource
+from .measuring.number_source import Quantity as Quantity
 from .measuring.probe import Probe as Probe
 from .measuring.schedules import Budget as Budget
 from .measuring.schedules import Every as Every
+from .measuring.source import MatrixSource as MatrixSource
 from .measuring.source import Reading as Reading
 from .measuring.source import Source as Source
 from .measuring.sources.displacement import Displacement as Displacement
@@ -36,10 +40,14 @@ from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty
 from .methods.regularisers import weight_decay as weight_decay
 from .models.views import View as View
+from .monitors.anatomy.alerts import NotLowRankAlert as NotLowRankAlert
+from .monitors.anatomy.alerts import PhaseShiftAlert as PhaseShiftAlert
+from .monitors.anatomy.alerts import ResidueSuppressedAlert as ResidueSuppressedAlert
 from .monitors.anatomy.monitor import GradientAnatomyMonitor as GradientAnatomyMonitor
 from .monitors.anatomy.source import Anatomy as Anatomy
 from .monitors.anatomy.spikes import SpikedData as SpikedData
 from .monitors.anatomy.spikes import spiked_data as spiked_data
+from .monitors.concentration.alerts import EarlyBirdAlert as EarlyBirdAlert
 from .monitors.concentration.monitor import ConcentrationMonitor as ConcentrationMonitor
 from .monitors.concentration.source import Concentration as Concentration
 from .monitors.curvature.monitor import CurvatureMonitor as CurvatureMonitor
@@ -51,11 +59,7 @@ from .monitors.rank import RankMonitor as RankMonitor
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert
-from .reports.alerts.ready_made import EarlyBirdAlert as EarlyBirdAlert
-from .reports.alerts.ready_made import NotLowRankAlert as NotLowRankAlert
-from .reports.alerts.ready_made import PhaseShiftAlert as PhaseShiftAlert
 from .reports.alerts.ready_made import RankCollapseAlert as RankCollapseAlert
-from .reports.alerts.ready_made import ResidueSuppressedAlert as ResidueSuppressedAlert
 from .reports.alerts.rules import Alert as Alert
 from .reports.alerts.rules import AlertError as AlertError
 from .reports.alerts.rules import AlertEvent as AlertEvent
@@ -63,4 +67,5 @@ from .reports.dashboard import Sample as Sample
 from .reports.dashboard import summary_table as summary_table
 from .statistics.registry import Statistic as Statistic
 from .statistics.registry import statistic as statistic
+from .watching.loops import watching as watching
 from .watching.monitor import Monitor as Monitor

@@ -4,16 +4,15 @@ out.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.loss.calls import FORMS, LossCall
 from lightning_lowrank.loss.output_loss import Differentiated, OutputLoss
+from lightning_lowrank.models.taps import Listener, in_training
 
 # Relative difference between a loss and what it should be, in float32; in less, so many units in the last place.
 TOLERANCE, LAST_PLACES = 1e-5, 4
@@ -29,14 +28,16 @@ class LossTap:
 
     Args:
         layer: One whose output to capture, instead of calls of loss functions.
+        ours: Listen in a pass of our own instead of the training's.
     """
 
-    def __init__(self, layer: nn.Module | None = None) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module | None = None, *, ours: bool = False) -> None:
+        self.layer, self._ours = layer, ours
         self.calls: list[LossCall] = []
         self.outputs: list[Tensor] = []
         self._mode = _Listening(self._hear)
-        self._hook: RemovableHandle | None = None
+        self._listener = Listener(self._capture, ours=ours)
+        self._listener.layers = {} if layer is None else {"": layer}
 
     def enter(self) -> None:
         """Begin to listen, with nothing heard."""
@@ -45,13 +46,11 @@ class LossTap:
         if self.layer is None:
             _push_mode(self._mode)
         else:
-            self._hook = self.layer.register_forward_hook(Hook(self._capture))
+            self._listener.attach()
 
     def exit(self) -> None:
         """Stop listening; what was heard stays."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._listener.detach()
         _take_off(self._mode)
 
     def clear(self) -> None:
@@ -120,34 +119,11 @@ class LossTap:
     def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
         # This runs inside the user's step: what cannot be recorded has not been heard.
         with suppress(Exception):
-            if loss.requires_grad:
+            if loss.requires_grad and (self._ours or in_training()):
                 self.calls.append(LossCall.of(function, args, kwargs, loss))
 
-    def _capture(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # Activation checkpointing runs the layer again during backward.
-        if torch._C._current_graph_task_id() == -1:
-            with suppress(Exception):
-                self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and
-    averages.
-    """
-
-    hear: Callable[..., None] | None
-
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # In a compiled function a hook would become part of the graph, or break it.
-        if self.hear is not None and not torch.compiler.is_compiling():
-            self.hear(layer, inputs, output)
-
-    def __deepcopy__(self, memo: Any) -> "Hook":
-        return Hook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (None,)
+    def _capture(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
 
 
 class _Listening(TorchFunctionMode):
