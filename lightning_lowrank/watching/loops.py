@@ -33,10 +33,10 @@ class LoopTraining(Training):
     def __init__(
         self,
         called: nn.Module,
-        optimizers: Sequence[Any],
-        loggers: Sequence[Any],
-        folder: str,
-        save: Callable[[str], object] | None,
+        optimizers: Sequence[Any] = (),
+        loggers: Sequence[Any] = (),
+        folder: str = "",
+        save: Callable[[str], object] | None = None,
     ) -> None:
         self.called, self.module = called, _plain(called)
         self.optimizers: list[Optimizer] = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from torch import Tensor
@@ -47,7 +47,7 @@ class Monitor(L.Callback):
 
     _arguments: dict[str, Any]
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
+    def __new__(cls, *args: Any, **options: Any) -> "Monitor":
         """Note the arguments, for `repr`; copies and pickles are made without."""
         made = super().__new__(cls)
         made._arguments = inspect.signature(cls).bind_partial(*args, **options).arguments
