@@ -81,9 +81,15 @@ class Replay:
                 f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
             )
 
-    def resume(self, batch: Any, batch_idx: int, device: torch.device) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The kept batch; nothing where it is no plain nest of tensors, numbers and words."""
+        kept = self.batch is not None and _is_plain(self.batch)
+        return {"batch": self.batch, "batch_idx": self.batch_idx} if kept else {}
+
+    def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on with a batch that another run kept."""
-        self.batch, self.batch_idx = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)), batch_idx
+        self.batch = apply_to_collection(state["batch"], Tensor, lambda tensor: tensor.to(device))
+        self.batch_idx = state["batch_idx"]
 
     @contextmanager
     def __call__(self, training: Training) -> Iterator[Replayed]:
@@ -194,6 +200,15 @@ def first_examples(batch: Any, num_examples: int | None) -> Any:
     if num_examples is None or len(sizes) != 1:
         return batch
     return apply_to_collection(batch, Tensor, lambda tensor: tensor[:num_examples].clone() if tensor.ndim else tensor)
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether a checkpoint can hold it that loads with `weights_only=True`."""
+    if type(batch) is dict:
+        return all(type(key) in (str, int) and _is_plain(part) for key, part in batch.items())
+    if type(batch) in (list, tuple):
+        return all(map(_is_plain, batch))
+    return batch is None or type(batch) in (Tensor, int, float, bool, str)
 
 
 def _silence(module: nn.Module) -> None:

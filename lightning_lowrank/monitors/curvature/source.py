@@ -118,6 +118,9 @@ class Curvature(NumberSource):
         self._multiple: Tensor | None = None
         self._movement = Movement()
         self._sample = Held()
+        # The kept batch of the run that is resumed.
+        self._waiting: Mapping[str, Any] = {}
+        self._shared = False
 
     def plan(self, training: Training) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
@@ -146,7 +149,10 @@ class Curvature(NumberSource):
     def _begin(self, training: Training) -> None:
         """Choose how to see the loss, in a run that begins."""
         layer = None if self.output_module is None else module_named(training.module, self.output_module)
-        self._replay = Replay(self.loss_fn, output_module=layer)
+        self._replay, self._shared = Replay(self.loss_fn, output_module=layer), training.team.size > 1
+        if self._waiting and self._stays:
+            self._replay.resume(self._waiting, training.device)
+        self._waiting = {}
         if self.operators:
             self._choice = choose(training, batch=self.batch, loss_fn=self.loss_fn)
         if self._follows:
@@ -233,18 +239,25 @@ class Curvature(NumberSource):
         return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the
-        kept batch.
+        """The top directions, the weights at the start, and a batch that stays, so that a run that is resumed goes on
+        from there; not the batch where several processes have one each.
         """
         known = {"multiple": self._multiple, "valid": self.state.valid}
         kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
-        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}}
+        stays = {} if self._shared or not self._stays else self._replay.state_dict() or self._waiting
+        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}, "replay": dict(stays)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self._module = None  # another run, in which the loss may have to be seen in another way
+        self._training = None  # another run, in which the loss may have to be seen in another way
+        self._waiting = state.get("replay", {})
         self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
         self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
+
+    @property
+    def _stays(self) -> bool:
+        """Whether one batch is kept for the whole run."""
+        return self.batch == "fixed" or self.loss_fn is not None
 
     @property
     def _is_replayed(self) -> bool:

@@ -160,13 +160,10 @@ class TangentKernel(NumberSource):
         if self._waiting:
             return dict(self._waiting)
         first, last = self.state.first, self.state.last
-        if first is None or last is None or self._shared or not _is_plain(self._replay.batch):
+        kept = self._replay.state_dict()
+        if first is None or last is None or self._shared or not kept:
             return {}
-        known: dict[str, Any] = {
-            "batch": self._replay.batch,
-            "batch_idx": self._replay.batch_idx,
-            "tops": dict(self.state.tops),
-        }
+        known: dict[str, Any] = {**kept, "tops": dict(self.state.tops)}
         known |= {"first": first.state_dict(), "last": last.state_dict(), "options": self._options}
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
@@ -218,7 +215,7 @@ class TangentKernel(NumberSource):
         refuse_replay(training, self.loss_fn)
 
     def _resume(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._replay.resume(state["batch"], state["batch_idx"], device)
+        self._replay.resume(state, device)
         self.state.tops = {name: vectors.to(device) for name, vectors in state["tops"].items()}
         self.state.first, self.state.last = (Reference.of_state(state[name], device) for name in ("first", "last"))
         self.state.directions = state["directions"].to(device) if "directions" in state else None
@@ -269,15 +266,6 @@ def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
     if maximizes:
         return None
     return rate * (1 - dampening) / (1 - momentum) if momentum else rate
-
-
-def _is_plain(batch: Any) -> bool:
-    """Whether a checkpoint can hold it that loads with `weights_only=True`."""
-    if type(batch) is dict:
-        return all(_is_plain(part) for pair in batch.items() for part in pair)
-    if type(batch) in (list, tuple):
-        return all(_is_plain(part) for part in batch)
-    return batch is None or type(batch) in (Tensor, int, float, bool, str)
 
 
 def _refuse_small(**numbers: tuple[int, int]) -> None:
