@@ -118,6 +118,19 @@ class Watching:
         """The latest numbers by tag, as in a Trainer's `callback_metrics`."""
         return self._training.metrics
 
+    def begins(self) -> None:
+        """Choose the sites.
+
+        Raises:
+            ValueError: What a monitor asks for is not there, or two monitors write the same tags.
+        """
+        refuse_hidden(None, self._training.called)
+        for i, monitor in enumerate(self.monitors):
+            for other in self.monitors[:i]:
+                monitor.refuse_double(other)
+            monitor.watch.begins(self._training)
+            monitor.watch.starts(self._training)
+
     @contextmanager
     def batch(self, batch: Any = None) -> Iterator[None]:
         """Context of everything that a training does with one batch.
@@ -261,16 +274,9 @@ def watching(
         1.0
     """
     several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    training = LoopTraining(model, several, loggers, folder, save_checkpoint)
-    refuse_hidden(None, model)
-    for i, monitor in enumerate(monitors):
-        for other in monitors[:i]:
-            monitor.refuse_double(other)
-    watch = Watching(training, monitors)
+    watch = Watching(LoopTraining(model, several, loggers, folder, save_checkpoint), monitors)
     try:
-        for monitor in monitors:
-            monitor.watch.begins(training)
-            monitor.watch.starts(training)
+        watch.begins()
         yield watch
     finally:
         watch.ends()

@@ -4,6 +4,7 @@ Oracle: Lightning's own loop, which shares nothing with these loops but the moni
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,6 +26,7 @@ from lightning_lowrank import (
     RankMonitor,
     watching,
 )
+from tests.processes import together
 from tests.trainings import Adversaries, Classifier, MemoryLogger, digits
 
 SOURCES = ["gradients", "weights", "updates", "displacement", "optimizer_state", "features"]
@@ -110,7 +112,7 @@ def in_loop(
 def assert_same(found: tuple[dict[str, Any], list[Tensor]], expected: tuple[dict[str, Any], list[Tensor]]) -> None:
     assert found[0].keys() == expected[0].keys()
     for tag, curve in expected[0].items():
-        torch.testing.assert_close(found[0][tag], curve, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{tag}: {m}")
+        torch.testing.assert_close(found[0][tag], curve, rtol=0, atol=0, equal_nan=True, msg=tag)
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
@@ -258,15 +260,15 @@ def test_an_alert_stops_the_loop_and_saves() -> None:
 def test_nothing_is_left_behind_after_an_exception() -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with (
-        pytest.raises(KeyError),
-        watching(
-            net, optimizer, RankMonitor(SOURCES, every_n_steps=1), GradientAnatomyMonitor(every_n_steps=1)
-        ) as watch,
-        watch.batch(),
-    ):
-        net(torch.ones(2, 64)).sum().backward()
-        raise KeyError
+
+    def interrupted() -> None:
+        monitors = [RankMonitor(SOURCES, every_n_steps=1), GradientAnatomyMonitor(every_n_steps=1)]
+        with watching(net, optimizer, *monitors) as watch, watch.batch():
+            net(torch.ones(2, 64)).sum().backward()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
 
     assert not any(part._forward_hooks for part in net.modules())
     assert not optimizer._optimizer_step_pre_hooks
@@ -299,3 +301,42 @@ def test_two_monitors_of_one_kind_are_told_apart_by_name() -> None:
         watching(net, optimizer, RankMonitor(), RankMonitor()),
     ):
         pytest.fail("begun")
+
+
+def on_fabric(rank: int, size: int, root: Path) -> dict[str, Any]:
+    """What a process of a data-parallel run ends with, unwatched and watched."""
+    fabric = (
+        Fabric(accelerator="cpu", devices=size, strategy="ddp") if size > 1 else Fabric(accelerator="cpu", devices=1)
+    )
+    fabric.launch()
+    ends: dict[str, Any] = {}
+    for name, monitors in (("unwatched", []), ("watched", [MONITORS[name]() for name in ("rank", "anatomy", "ntk")])):
+        torch.manual_seed(0)
+        plain, logger = Net(), MemoryLogger()
+        net, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        with watching(net, optimizer, *monitors, loggers=[logger]) as watch:
+            for batch in DataLoader(digits(), batch_size=8):
+                part = [tensor[rank::size] for tensor in batch]
+                with watch.batch(part):
+                    fabric.backward(watch.loss(loss_of(net, part)))
+                    optimizer.step()
+                    optimizer.zero_grad()
+        ends[name] = {"weights": [p.detach() for p in plain.parameters()], "curves": curves(logger)}
+    return ends
+
+
+@pytest.mark.slow
+def test_two_processes_of_fabric_find_what_one_finds_on_the_same_batches(tmp_path: Path) -> None:
+    first, second = together(on_fabric, tmp_path)
+    (alone,) = together(on_fabric, tmp_path, 1)
+
+    for a, b, c in zip(
+        *(end["watched"]["weights"] for end in (first, second)), first["unwatched"]["weights"], strict=True
+    ):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert not second["watched"]["curves"]
+    found, expected = first["watched"]["curves"], alone["watched"]["curves"]
+    for tag in ("rank/gradient_stable_rank_median", "rank/update_effective_rank_max", "anatomy/residue_median"):
+        torch.testing.assert_close(found[tag], expected[tag], rtol=1e-3, atol=1e-6)
+    assert "ntk/velocity" in found

@@ -130,8 +130,8 @@ class Anatomy(NumberSource):
                 tap.drop()
 
     def labels(self) -> Sequence[str]:
-        """The whole model, and each weight."""
-        return [WHOLE_MODEL, *self._taps]
+        """Each weight; the whole model has a number where a loss is shown."""
+        return list(self._taps)
 
     def batch_begins(self, batch: Batch) -> None:
         """Listen."""
@@ -176,7 +176,7 @@ class Anatomy(NumberSource):
         losses, self._losses = self._losses, []
         mean = torch.stack(losses).mean() if losses else torch.full((), torch.nan, device=self._device)
         loss = Numbers(WHOLE_MODEL, {"anatomy_loss": team.all_reduce(mean.to(working_dtype(self._device))) / team.size})
-        return [loss, *(numbers for numbers in found if numbers is not None)]
+        return [*([loss] if losses else []), *(numbers for numbers in found if numbers is not None)]
 
     def detach(self) -> None:
         """Let go of the sample."""
