@@ -7,11 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-# Shapes and types of every call are checked in tests, and only there. Here because xdist does not hand pytest's own
-# option to its workers.
-install_import_hook("lightning_lowrank", "beartype.beartype")
+from tests.typechecks import check_types
+
+# Here because xdist does not hand pytest's own option to its workers.
+check_types("lightning_lowrank")
 torch.set_num_threads(1)
 
 

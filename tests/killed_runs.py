@@ -7,7 +7,6 @@ Twenty kills, with the figures that the documentation states:
 
 import argparse
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +17,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import RankMonitor
+from tests.processes import forked
 from tests.trainings import Classifier, digits
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
@@ -190,13 +189,6 @@ def live(root: Path, kill: Kill | None, num_steps: int, watched: bool) -> None:
     torch.save({"module": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}, root / "end.pt")
 
 
-def processes() -> ForkServerContext:
-    """Processes of their own that need not import everything anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed_runs", "lightning_lowrank.monitors.rank"])
-    return context
-
-
 def lives(root: Path, kills: Sequence[Kill], num_steps: int, *, watched: bool) -> list[Life]:
     """Run to the end, with a process for each kill and one more."""
     root.mkdir()
@@ -205,7 +197,7 @@ def lives(root: Path, kills: Sequence[Kill], num_steps: int, *, watched: bool) -
 
 def _one(root: Path, kill: Kill | None, num_steps: int, watched: bool) -> Life:
     before, (_, resumed) = set(root.glob("events*")), newest(root)
-    process = processes().Process(target=live, args=(root, kill, num_steps, watched))
+    process = forked().Process(target=live, args=(root, kill, num_steps, watched))
     process.start()
     if kill is not None and kill.moment == OUTSIDE:
         time.sleep(kill.delay)

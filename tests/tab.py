@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lowrank import Monitor
+from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.trainings import Classifier
 
 FLAGS = (
@@ -183,3 +185,37 @@ def settled(page: WebDriver) -> None:
 def wait(page: WebDriver, claim: Any) -> None:
     """Until something is so."""
     WebDriverWait(page, 60, poll_frequency=0.05).until(lambda _: claim())
+
+
+def choose(page: WebDriver, control: str, value: str) -> None:
+    Select(page.find_element(By.ID, control)).select_by_value(value)
+    settled(page)
+
+
+def keys(page: WebDriver, *pressed: str) -> str:
+    """Press keys on the first heat map; what it then says."""
+    wait(page, page.find_element(By.CSS_SELECTOR, "canvas").is_displayed)
+    page.find_element(By.CSS_SELECTOR, "canvas").send_keys(*pressed)
+    return page.find_element(By.CSS_SELECTOR, ".heat .status").text
+
+
+def write(folder: Path, *samples: tuple[int, dict[str, float]], name: str = "q", kind: str = "vector") -> None:
+    """A run of hand-made vectors, through the writer that monitors use."""
+    logger, vectors = TensorBoardLogger(folder.parent, name=folder.name, version=""), Vectors()
+    for step, values in samples:
+        assert vectors.write([logger], [Row(kind, name, values)], step) == []
+    logger.experiment.close()
+
+
+def forge(folder: Path, content: bytes, *tensors: np.ndarray[Any, Any]) -> None:
+    """A run of somebody else under our name."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    writer = SummaryWriter(folder)
+    for step, tensor in enumerate(tensors):
+        value = Summary.Value(tag="t", tensor=make_tensor_proto(tensor))
+        value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "lowrank", content
+        value.metadata.data_class = 2
+        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    writer.close()

@@ -12,8 +12,7 @@ import pytest
 
 from lightning_lowrank import RankMonitor
 from lightning_lowrank.analysis.cli import main
-from tests.tab import train, written
-from tests.tensorboard.test_tab import forge, write
+from tests.tab import forge, train, write, written
 
 SCRIPT = "</script><script>owned=1</script>"
 

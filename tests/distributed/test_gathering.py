@@ -18,7 +18,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.gathering import gather
 from lightning_lowrank.measuring.metrics import state_dtype
 from lightning_lowrank.measuring.source import Batch
-from tests.laws.test_laws import names
+from tests.catalogue import names
 from tests.oracles.spectra import gaussian
 from tests.processes import together
 from tests.trainings import Classifier

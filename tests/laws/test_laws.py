@@ -7,26 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import statistics
-from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
 from lightning_lowrank.maths.spectra.subspaces import top_subspace
 from lightning_lowrank.statistics.registry import REGISTERED, find
+from tests.catalogue import names
+from tests.dispatch import Waits
 from tests.oracles.spectra import RANKS, gaussian, geometric, singular_values, with_values
 
 PARAMETERS = {"epsilon": (0.01, 0.5), "p": (0.5, 1, 1.5, 2)}
-
-
-def names():
-    """Every statistic of spectra and subspaces, with parameters, and the relative form of each that has one."""
-    of_matrices = {n: s for n, s in REGISTERED.items() if Scaling not in s.takes}
-    plain = [
-        *of_matrices,
-        *(f"{n}_{value}" for n, s in of_matrices.items() for value in PARAMETERS.get(s.parameter, ())),
-    ]
-    return sorted(plain + [f"relative_{n}" for n in plain if find(n).comparable])
 
 
 def evaluate(name, *matrices):
@@ -145,34 +135,20 @@ def test_stays_on_the_device(name, pair):
     assert evaluate(name, *(m.to("meta") for m in pair)).device.type == "meta"
 
 
-class Waits(TorchDispatchMode):
-    """Counts reads of a tensor by the host."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.item,
-            torch.ops.aten.is_nonzero,
-        )
-        return function(*args, **(kwargs or {}))
-
-
 @every
 def test_never_waits_for_the_device(name, pair):
     evaluate(name, *pair)  # what a Gaussian matrix gives is a table, filled once per shape
-    with Waits() as waits:
+    with Waits("cpu") as waits:
         evaluate(name, *pair)
 
-    assert waits.count == 0
+    assert waits.seen == {}
 
 
 def test_waits_are_seen():
-    with Waits() as waits:
+    with Waits("cpu") as waits:
         torch.ones(()).item()
 
-    assert waits.count == 1
+    assert waits.seen == {"_local_scalar_dense": 1}
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6, 1e8])
@@ -306,7 +282,7 @@ def test_gaussian_matrices_are_one_in_relative_form(name, shape):
 
 
 def test_every_file_registers_its_own_name():
-    files = {path.stem for path in Path(statistics.__file__).parent.glob("*.py")} - {"__init__"}
+    files = {path.stem for path in Path(statistics.__file__).parent.glob("*.py")} - {"__init__", "registry"}
 
     assert files == {n for n, s in REGISTERED.items() if s.function.__module__ == f"{statistics.__name__}.{n}"}
 
@@ -322,3 +298,8 @@ def test_docstring_states_bounds_and_shows_a_use(name):
     documented = REGISTERED[name].function.__doc__ or ""
 
     assert {"Returns:", "Example:"} <= set(documented.split())
+
+
+@pytest.mark.parametrize("law", [test_batch_is_one_by_one, test_transposing_changes_nothing, test_stays_on_the_device])
+def test_a_new_statistic_obeys_the_laws(law, added):
+    law("values_above_0.2", (gaussian(3, 24, 16), gaussian(3, 24, 16, seed=1)))

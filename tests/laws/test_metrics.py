@@ -15,7 +15,7 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
 from lightning_lowrank.maths.spectra.subspaces import top_subspace
 from lightning_lowrank.measuring.metrics import state_dtype
 from lightning_lowrank.statistics.registry import find
-from tests.laws.test_laws import names
+from tests.catalogue import names
 from tests.oracles.spectra import RANKS, gaussian, singular_values
 
 SINGLE = [name for name in names() if len(find(name).takes) == 1]

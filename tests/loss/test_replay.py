@@ -11,32 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_lowrank.loss.replay import Mute, Replay, first_examples
-from tests.trainings import Adversaries, Classifier, ImageNet, MemoryLogger
-
-
-def critic_loss(module: Any, batch: Any) -> Tensor:
-    fake = module.generator(batch[0].roll(1, 0))
-    return (module.critic(fake) - module.critic(batch[0])).square().mean()
-
-
-class Experiment:
-    """Where a logger writes to."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float]] = []
-
-    def add_scalar(self, tag: str, value: float) -> None:
-        self.rows.append((tag, value))
-
-
-class Experimental(MemoryLogger):
-    """A logger with an experiment."""
-
-    log_dir = "somewhere"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experiment = Experiment()
+from tests.trainings import Adversaries, Classifier, Experimental, ImageNet, MemoryLogger, critic_loss
 
 
 class Once(L.Callback):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from lightning_lowrank.maths.operators.flat_directions import flat_directions
-from tests.maths.test_operators import cross_entropy_factors
+from tests.operators import cross_entropy_factors
 from tests.oracles.spectra import gaussian, generator
 
 INPUTS = gaussian(60, 4)

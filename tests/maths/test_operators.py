@@ -23,6 +23,7 @@ from lightning_lowrank.maths.operators.operators import (
     output_gauss_newton,
     preconditioned,
 )
+from tests.operators import cross_entropy_factors
 from tests.oracles.spectra import gaussian, generator
 
 
@@ -74,16 +75,6 @@ def cross_entropy_product(outputs):
     """With the Hessian of the mean cross-entropy in the logits, in closed form."""
     p = outputs.detach().softmax(-1)
     return lambda u: (p * u - p * (p * u).sum(-1, keepdim=True)) / len(p)
-
-
-def cross_entropy_factors(outputs):
-    p = outputs.detach().softmax(-1)
-    root = p.sqrt()
-    scale = len(p) ** 0.5
-    return (
-        lambda u: (root * u - p * (root * u).sum(-1, keepdim=True)) / scale,
-        lambda u: (root * u - root * (p * u).sum(-1, keepdim=True)) / scale,
-    )
 
 
 def classifier(num=7, wide=4, classes=3):

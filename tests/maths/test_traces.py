@@ -16,9 +16,9 @@ from lightning_lowrank.maths.operators.operators import Layout, Operator
 from lightning_lowrank.maths.operators.traces import density, exact_spectrum, negative_mass, spectral_estimate, trace
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.maths.spectra.spectrum import pooled
-from tests.maths.test_eigenspaces import SPECTRA, with_spectrum
+from tests.dispatch import Waits
+from tests.operators import SPECTRA, with_spectrum
 from tests.oracles.spectra import gaussian, generator
-from tests.promises.test_device import Waits
 
 SIZE, SEEDS, PROBES = 60, 200, 3
 POSITIVE = [20.0, 12.0, *np.linspace(0, 1, SIZE - 2)]

@@ -11,13 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import Every, Features, Monitor, Probe
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch
 from tests.oracles.spectra import RANKS
-from tests.trainings import Classifier, ImageNet, MemoryLogger, Validated
+from tests.trainings import Checkpointed, Classifier, ImageNet, MemoryLogger, Validated
 
 STATISTICS = ("effective_rank", "stable_rank", "frobenius_norm")
 Rows = dict[str, list[list[NDArray[np.float64]]]]
@@ -57,19 +56,6 @@ class Sequence(nn.Module):
         x = self.embedding((16 * x[:, 20:32]).long())
         x = self.recurrence(self.attention(x, x, x)[0])[0]
         return self.head(self.convolution(x.mT).mean(-1))
-
-
-class Checkpointed(nn.Module):
-    """Two linear layers, the first run again during backward."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.first, self.second, self.reentrant = nn.Linear(64, 32), nn.Linear(32, 10), reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.requires_grad_()
-        x = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
-        return self.second(torch.relu(x))
 
 
 def run(

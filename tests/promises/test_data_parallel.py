@@ -15,35 +15,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank import RankMonitor
 from lightning_lowrank.measuring import matrix_recorder as matrices
 from lightning_lowrank.measuring.sources.features import Features
 from lightning_lowrank.measuring.sources.gradients import Gradients
 from lightning_lowrank.reports import loggers as sinks
 from tests.processes import together
-from tests.trainings import Classifier, MemoryLogger, digits
+from tests.trainings import InOrder, Keep, MemoryLogger, fitted
 
 pytestmark = pytest.mark.slow
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "centred_features")
 STATISTICS = ("stable_rank", "effective_rank", "subspace_overlap", "weight_ratio", "relative_stable_rank")
-
-
-class InOrder(Classifier):
-    """Sees 16 digits a step, on one process or on several together."""
-
-    def __init__(self, rank: int, size: int, net: nn.Module | None = None, batch_size: int = 16) -> None:
-        super().__init__(
-            net or nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), optimizer="sgd", lr=0.1, momentum=0.9
-        )
-        self.rank, self.size, self.batch_size = rank, size, batch_size
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        # The sampler that Lightning would put here shuffles.
-        sampler = DistributedSampler(digits(), self.size, self.rank, shuffle=False)
-        return DataLoader(digits(), batch_size=self.batch_size // self.size, sampler=sampler)
 
 
 class Idle(nn.Sequential):
@@ -55,39 +39,6 @@ class Idle(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return self[2](self[1](self[0](x)))
-
-
-class Keep(L.Callback):
-    """The samples of a monitor."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor = monitor
-        self.samples: list[Any] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.monitor.latest is not None:
-            self.samples.append((self.monitor.latest.step, {k: dict(v) for k, v in self.monitor.latest.values.items()}))
-
-
-def fitted(
-    module: L.LightningModule, callbacks: list[L.Callback], logger: Any, size: int, **options: Any
-) -> dict[str, Tensor]:
-    """Final weights."""
-    settings = {
-        "max_epochs": 1,
-        "accelerator": "auto",
-        "devices": size,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    settings |= {
-        "enable_checkpointing": False,
-        "use_distributed_sampler": False,
-        "strategy": "ddp" if size > 1 else "auto",
-    }
-    options = {key: value() if callable(value) else value for key, value in options.items()}
-    L.Trainer(**settings | options, logger=logger, callbacks=callbacks).fit(module)
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

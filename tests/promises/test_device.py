@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Monitor, RankMonitor
 from lightning_lowrank.distributed.team import Team
@@ -29,29 +28,11 @@ from lightning_lowrank.measuring.sources.optimizer_state import OptimizerState
 from lightning_lowrank.measuring.sources.updates import Updates
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
+from tests.dispatch import Waits
 from tests.trainings import Classifier, MemoryLogger
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
 STATISTICS = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio", "subspace_overlap", "weight_ratio")
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers read from tensors there, and copies to it or from it."""
-
-    READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-    COPIES = ("_to_copy", "copy_", "lift_fresh")
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.seen = device, Counter[str]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        result = function(*args, **(kwargs or {}))
-        devices = {part.device.type for part in (*args, result) if isinstance(part, Tensor)}
-        if self.device in devices and (name in self.READS or (name in self.COPIES and len(devices) > 1)):
-            self.seen[name] += 1
-        return result
 
 
 def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

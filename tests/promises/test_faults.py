@@ -90,7 +90,7 @@ def missing(curve: dict[int, float]) -> list[int]:
     return [step for step, value in curve.items() if np.isnan(value)]
 
 
-def timed(caught: pytest.WarningsRecorder) -> list[str]:
+def ours(caught: pytest.WarningsRecorder) -> list[str]:
     """What this package warned of; Lightning has warnings of its own."""
     return [str(w.message) for w in caught if str(w.message).startswith("lightning_lowrank")]
 

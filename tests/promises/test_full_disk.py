@@ -17,7 +17,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_lowrank import RankMonitor
-from tests.killed_runs import curves, processes
+from tests.killed_runs import curves
+from tests.processes import forked
 from tests.trainings import Classifier
 
 pytestmark = pytest.mark.slow
@@ -82,7 +83,7 @@ def train(root: Path, kind: str, full: range, watched: bool, module: type[Classi
 def ended(root: Path, *arguments: Any) -> dict[str, Any]:
     """How the run of a process ended."""
     root.mkdir()
-    process = processes().Process(target=train, args=(root, *arguments))
+    process = forked().Process(target=train, args=(root, *arguments))
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -1,251 +1,164 @@
-"""Watching changes nothing: training with and without a monitor is equal bit for bit."""
+"""Watching changes nothing: training with and without monitors is equal bit for bit."""
 
-import subprocess
-import sys
-from collections.abc import Callable
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
-import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
-from torch.amp import GradScaler
-from torch.utils.checkpoint import checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.testing import assert_close
 
-from lightning_lowrank import Features, Monitor, Probe, RankMonitor
-from tests.trainings import Adversaries, Classifier, ImageNet, Tied, Validated
+from tests.callbacks import Inline, Replaying
+from tests.monitors import BY_HAND, INCOMPLETE, MONITORS, REFUSED, VARIANTS, watchers
+from tests.processes import together
+from tests.trainings import CASES, COMPILED, LOSSES, QUIET, Classifier, ImageNet, Validated, half, trained, unwatched
 
-EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "validation_features")
+pytestmark = pytest.mark.filterwarnings("ignore:.*lightning_lowrank")  # of what is in INCOMPLETE
 
-
-KINDS_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-
-
-def half() -> MixedPrecision:
-    """16-mixed on CPU; the string alone would become bf16."""
-    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))
-
-
-class Checkpointed(nn.Module):
-    """Its first part runs again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.2))
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(checkpoint(self.body, x, use_reentrant=False))
-
-
-class Finetuned(Classifier):
-    """A backbone that is frozen at first."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Identity())
-        self.backbone, self.head = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.backbone(x))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-def adapted() -> Classifier:
-    """A frozen model with LoRA pairs from peft."""
-    from peft import LoraConfig, get_peft_model
-
-    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    return Classifier(get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=4, lora_dropout=0.1)))
-
-
-def unfreezing() -> dict[str, Any]:
-    """The backbone joins the optimizer in the second epoch."""
-    return {"callbacks": [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)]}
-
-
-CASES: dict[str, tuple[Callable[[], L.LightningModule], Callable[[], dict[str, Any]]]] = {
-    "plain": (Classifier, dict),
-    "dropout and batch norm": (lambda: Classifier(ImageNet()), dict),
-    "validation": (lambda: Validated(ImageNet()), dict),
-    "accumulation": (Classifier, lambda: {"accumulate_grad_batches": 3}),
-    "clipping by norm": (Classifier, lambda: {"gradient_clip_val": 0.01}),
-    "clipping by value": (Classifier, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-    "16-mixed": (Classifier, lambda: {"plugins": half()}),
-    "16-mixed, fused AdamW": (lambda: Classifier(fused=True), lambda: {"plugins": half()}),
-    "bf16-mixed": (Classifier, lambda: {"precision": "bf16-mixed"}),
-    "bf16-true": (Classifier, lambda: {"precision": "bf16-true"}),
-    "fused AdamW": (lambda: Classifier(fused=True), dict),
-    "momentum": (lambda: Classifier(optimizer="sgd", momentum=0.9), dict),
-    "two optimizers by hand": (Adversaries, dict),
-    "two optimizers in turn": (lambda: Adversaries(every=3), dict),
-    "LBFGS": (lambda: Classifier(optimizer="lbfgs", max_iter=4), dict),
-    "tied weights": (lambda: Classifier(Tied()), dict),
-    "spectral norm": (lambda: Classifier(nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10))), dict),
-    "activation checkpointing": (lambda: Classifier(Checkpointed()), dict),
-    "backbone unfrozen": (Finetuned, unfreezing),
-    "LoRA": (adapted, dict),
-    "weight averaging": (Validated, lambda: {"callbacks": [WeightAveraging()]}),
-}
-
-
-def settings_of_torch() -> tuple[Any, ...]:
-    """What is global and could be left changed."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.get_num_threads(),
-        torch.is_inference_mode_enabled(),
-    )
-
-
-def trained(
-    make: Callable[[], Any], options: dict[str, Any], monitors: list[Monitor], root: Path, *, resume: Path | None = None
-) -> dict[str, Any]:
-    """All that a run leaves behind."""
-    L.seed_everything(3, verbose=False)
-    before = settings_of_torch()
-    module = make()
-    logger = CSVLogger(root, flush_logs_every_n_steps=1)
-    settings = {
-        "max_epochs": 2,
-        "logger": logger,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    extra = options.pop("callbacks", [])
-    keeps = any(isinstance(callback, ModelCheckpoint) for callback in extra)
-    trainer = L.Trainer(**settings | options, enable_checkpointing=keeps, callbacks=[*monitors, *extra])
-    trainer.fit(module, ckpt_path=resume)
-    assert settings_of_torch() == before
-    return {
-        "state": module.state_dict(),
-        "optimizers": [o.state_dict() for o in trainer.optimizers],
-        "losses": module.losses,
-        "logged": {k: v for k, v in trainer.logged_metrics.items() if "/" not in k},
-        "rng": (torch.get_rng_state(), np.random.get_state()[1]),
-        "hooks": [sum(len(getattr(m, kind)) for kind in KINDS_OF_HOOKS) for m in module.modules()],
-        "hooks of optimizers": [
-            len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers
-        ],
-    }
+# Those in which each watches alone.
+FEW = ("dropout and batch norm", "16-mixed, fused AdamW", "two optimizers in turn", "activation checkpointing")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_the_same_with_a_monitor(case: str, tmp_path: Path) -> None:
+def test_training_is_the_same_with_all_monitors_at_once(case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
-    monitor = RankMonitor(EVERYTHING, every_n_steps=2, histograms=True, per_site=True)
+    monitors = watchers(case)
 
-    without = trained(make, options(), [], tmp_path / "without")
-    watched = trained(make, options(), [monitor], tmp_path / "with")
+    watched = trained(make, options(), list(monitors.values()), tmp_path)
 
-    torch.testing.assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert monitor.latest is not None and monitor.latest.values
-
-
-class Quiet(Classifier):
-    """Without `self.log`, which Dynamo cannot trace on Python 3.11."""
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
+    assert_close(watched, unwatched(case), rtol=0, atol=0, equal_nan=True)
+    for name, monitor in monitors.items():
+        assert monitor.latest is not None and monitor.latest.values, name
+        assert (monitor.failures > 0) == ((name, case) in INCOMPLETE), name
 
 
-def compiled(backend: str) -> torch.nn.Module:
-    """The whole module, as `torch.compile` gives it."""
-    return torch.compile(Quiet(), backend=backend)  # type: ignore[return-value]
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("name", MONITORS | VARIANTS)
+def test_training_is_the_same_with_each_alone(name: str, case: str, tmp_path: Path) -> None:
+    make, options = CASES[case]
+    monitors = watchers(case, name)
+
+    watched = trained(make, options(), list(monitors.values()), tmp_path)
+
+    assert_close(watched, unwatched(case), rtol=0, atol=0, equal_nan=True)
+    assert monitors[name].latest is not None and monitors[name].latest.values
 
 
-def compiled_in_place(backend: str) -> Classifier:
-    """The whole module, its class unchanged."""
-    module = Classifier()
-    module.compile(backend=backend)
-    return module
+@pytest.mark.parametrize(("name", "case"), REFUSED)
+def test_what_a_monitor_cannot_watch_it_refuses_before_training(name: str, case: str, tmp_path: Path) -> None:
+    make, options = CASES.get(case) or (lambda: COMPILED[case]("eager"), dict)
+    module = make()
+
+    with pytest.raises(ValueError, match=REFUSED[name, case]):
+        trained(lambda: module, options(), [MONITORS[name]()], tmp_path)
+    assert module.losses == []
 
 
-def compiled_inside(backend: str) -> Classifier:
-    """One layer of the module."""
-    return Classifier(
-        nn.Sequential(torch.compile(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), backend=backend), nn.Linear(32, 10))
-    )
+def test_what_is_refused_by_hand_is_watched_with_a_loss_function() -> None:
+    for (name, case), message in REFUSED.items():
+        assert (name in watchers(case)) == (message == BY_HAND)
 
 
-COMPILED = {"module": compiled, "module in place": compiled_in_place, "layer": compiled_inside}
+BACKENDS = [("module", "inductor"), *((what, "aot_eager") for what in COMPILED)]
+FURTHER = [pytest.param(what, "inductor", marks=pytest.mark.evidence) for what in COMPILED if what != "module"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("what", COMPILED)
-def test_training_a_compiled_module_is_the_same_with_a_monitor(what: str, backend: str, tmp_path: Path) -> None:
-    monitor = RankMonitor(EVERYTHING[:-2], every_n_steps=2, per_site=True)
+@pytest.mark.parametrize(("what", "backend"), [*BACKENDS, *FURTHER])
+def test_training_a_compiled_module_is_the_same_with_all_monitors(what: str, backend: str, tmp_path: Path) -> None:
+    monitors, replaying = watchers(what), Replaying(every=3)
+    options = {"max_epochs": 1}
 
-    without = trained(lambda: COMPILED[what](backend), {}, [], tmp_path / "without")
-    watched = trained(lambda: COMPILED[what](backend), {}, [monitor], tmp_path / "with")
+    without = trained(lambda: COMPILED[what](backend), dict(options), [], tmp_path / "without")
+    callbacks = [*monitors.values(), replaying]
+    watched = trained(lambda: COMPILED[what](backend), dict(options), callbacks, tmp_path / "with")
 
-    torch.testing.assert_close(watched, without, rtol=0, atol=0)
-    assert monitor.failures == 0
-    assert not any("_orig_mod" in site for values in monitor.latest.values.values() for site in values)
+    assert_close(watched, without, rtol=0, atol=0)
+    assert len(replaying.curvatures) == 3
+    for name, monitor in monitors.items():
+        assert monitor.failures == 0, name
+        sites = [site for values in monitor.latest.values.values() for site in values]
+        assert sites and not any("_orig_mod" in site for site in sites), name
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-def test_a_run_that_is_stopped_and_resumed_is_the_same_with_a_monitor(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_and_resumed_is_the_same_with_all_monitors(tmp_path: Path) -> None:
     found = []
-    for name, monitors in {"without": lambda: [], "with": lambda: [RankMonitor(EVERYTHING, every_n_steps=3)]}.items():
+    for name, case in {"without": None, "with": "validation"}.items():
         root = tmp_path / name
         make = lambda: Validated(ImageNet())  # noqa: E731
-        trained(make, {"callbacks": [ModelCheckpoint(root / "checkpoints")]}, monitors(), root / "first")
+        first, second = ([*watchers(case).values()] if case else [] for _ in range(2))
+        trained(make, {"callbacks": [ModelCheckpoint(root / "checkpoints")], "max_epochs": 1}, first, root / "first")
         (path,) = root.rglob("*.ckpt")
-        found.append(trained(make, {"max_epochs": 4}, monitors(), root / "second", resume=path))
+        found.append(trained(make, {"max_epochs": 2}, second, root / "second", resume=path))
 
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-def test_two_monitors_at_once_change_nothing(tmp_path: Path) -> None:
-    other = Monitor([Probe("centred_feature", Features(centred=True), ["effective_rank"])], name="second")
-
-    without = trained(Classifier, {}, [], tmp_path / "without")
-    watched = trained(Classifier, {}, [RankMonitor(every_n_steps=1), other], tmp_path / "with")
-
-    torch.testing.assert_close(watched, without, rtol=0, atol=0)
+    assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-IN_A_PROCESS_OF_ITS_OWN = """
-import random, sys, lightning as L
-from lightning_lowrank import RankMonitor
-from tests.trainings import Classifier
-L.seed_everything(3, verbose=False)
-callbacks = [RankMonitor(every_n_steps=1)] if sys.argv[1] == "watched" else []
-quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-L.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Classifier())
-print(random.getstate()[1])
-"""
+class Drawing(Classifier):
+    """Its loss is as Python's generator says."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return random.random() * super().training_step(batch, batch_idx)
+
+
+def drawn(rank: int, size: int, root: Path) -> list[Any]:
+    """State of Python's generator after three trainings: alone, with all monitors, with replays."""
+    states = []
+    for callbacks in ([], [*watchers("plain").values()], [Replaying()]):
+        L.seed_everything(3, verbose=False)
+        L.Trainer(**QUIET, logger=False, max_epochs=1, callbacks=callbacks).fit(Drawing())
+        states.append(random.getstate())
+    return states
 
 
 def test_random_numbers_of_python_are_the_same(tmp_path: Path) -> None:
-    """In processes without the run-time type checks of the tests, which draw from them."""
-    without, watched = (
-        subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True
-        ).stdout
-        for kind in ("alone", "watched")
-    )
+    """In a process without the run-time type checks of the tests, which draw from them."""
+    ((alone, watched, replayed),) = together(drawn, tmp_path, size=1)
 
-    assert without == watched
+    assert alone == watched == replayed
 
 
 def test_the_scaler_of_the_mixed_precision_case_is_on() -> None:
     assert half().scaler.is_enabled()
+
+
+# A step can be run again, and differentiated twice, so that nobody can tell
+
+
+def callbacks_of(case: str) -> Sequence[Any]:
+    """Replays after steps, and a double backward on the live graph where that has one."""
+    replaying = Replaying(every=3, loss_fn=LOSSES.get(case))
+    return [replaying] if case == "fused attention" else [replaying, Inline()]
+
+
+def assert_differentiated(callback: Any, least: int) -> None:
+    assert len(callback.curvatures) >= least
+    assert all(value and value - value == 0 for value in callback.curvatures)  # finite, and not zero
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "reentrant checkpoint"])
+def test_training_is_the_same_with_replays_and_double_backward(case: str, tmp_path: Path) -> None:
+    make, options = CASES[case]
+    callbacks = callbacks_of(case)
+
+    watched = trained(make, options(), callbacks, tmp_path)
+
+    assert_close(watched, unwatched(case), rtol=0, atol=0, equal_nan=True)
+    assert_differentiated(callbacks[0], 6)
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("which", [0, 1], ids=["replays", "double backward"])
+def test_training_is_the_same_with_one_of_them(which: int, case: str, tmp_path: Path) -> None:
+    make, options = CASES[case]
+    callback = callbacks_of(case)[which]
+
+    watched = trained(make, options(), [callback], tmp_path)
+
+    assert_close(watched, unwatched(case), rtol=0, atol=0, equal_nan=True)
+    assert len(callback.curvatures) >= 6

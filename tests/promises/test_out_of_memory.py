@@ -4,7 +4,7 @@ nothing.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,57 +13,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lowrank import Features, Monitor, RankMonitor
 from lightning_lowrank.maths.spectra.decompose import decompose
 from lightning_lowrank.maths.spectra.subspaces import top_subspace, top_subspaces
 from lightning_lowrank.monitors.rank import OF_LAYERS, OF_PARAMETERS, SOURCES
+from tests.dispatch import SMALL, Scarce
 from tests.trainings import Classifier, MemoryLogger, Validated
 
 STEPS, STRIDE, SHORT = 24, 61, (2, 3, 4)
-# Bytes below which memory is not counted.
-SMALL = 8192
 # Bytes of a Gram matrix of 128 x 128.
 LARGE = 131072
-
-
-class Scarce(TorchDispatchMode):
-    """Counts memory that operators take, and raises where there is to be none.
-
-    Args:
-        refuses: Number of an allocation and its bytes -> whether it fails.
-    """
-
-    def __init__(self, refuses: Callable[[int, int], bool]) -> None:
-        super().__init__()
-        self.refuses, self.count = refuses, 0
-        self._taken: list[tuple[StorageWeakRef, int]] = []
-
-    def in_use(self) -> int:
-        """Bytes of tensors that are still there, small ones left out."""
-        self._taken = [(storage, size) for storage, size in self._taken if not storage.expired()]
-        return sum(size for _, size in self._taken)
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {}))}
-        result = function(*args, **kwargs or {})
-        for new in (t.untyped_storage() for t in _tensors(result)):
-            if new.nbytes() and new.data_ptr() not in given:
-                self.count += 1
-                if self.refuses(self.count - 1, new.nbytes()):
-                    raise torch.OutOfMemoryError(f"no {new.nbytes()} bytes left")
-                if new.nbytes() >= SMALL:
-                    self._taken.append((StorageWeakRef(new), new.nbytes()))
-        return result
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
 
 
 @contextmanager

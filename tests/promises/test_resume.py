@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
-from tests.trainings import Adversaries, Validated, digits
+from tests.trainings import Adversaries, Ordered, Resumable, digits
 
 # The second run needs no ModelCheckpoint, and some of them have other monitors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
@@ -27,38 +27,6 @@ STATISTICS = ("effective_rank", "subspace_overlap", "weight_ratio")
 COSTS = ("time_ms", "overhead_percent")
 
 Curves = dict[str, list[tuple[int, float]]]
-
-
-class Resumable:
-    """Four batches, the same in every epoch, that go on where they were stopped."""
-
-    def __init__(self) -> None:
-        self.position = 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = list(DataLoader(digits(32), batch_size=8))
-        for i in range(self.position % len(self), len(self)):
-            self.position = i + 1
-            yield batches[i]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-class Ordered(Validated):
-    """May be stopped at any step."""
-
-    def train_dataloader(self) -> Resumable:
-        return Resumable()
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(digits(16), batch_size=16)
 
 
 class InTurn(Adversaries):

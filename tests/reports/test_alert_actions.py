@@ -373,7 +373,7 @@ def test_another_run_begins_anew() -> None:
 
 
 CONFIG = """
-model: tests.models.Classifier
+model: tests.trainings.Classifier
 trainer:
   max_epochs: 1
   logger: false

@@ -102,7 +102,7 @@ def from_mlflow(logger: MLFlowLogger) -> Curves:
     return {tag: {point.step: point.value for point in points} for tag, points in histories.items()}
 
 
-def timed(curves: Curves) -> Curves:
+def ours(curves: Curves) -> Curves:
     return {tag: dict(curve) for tag, curve in curves.items() if "rank" in tag}
 
 

@@ -13,45 +13,20 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
-from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client, TestResponse
 
 from lightning_lowrank import RankMonitor
-from lightning_lowrank.reports.vectors import Row, Vectors
 from lightning_lowrank.tensorboard.answers import MODULES, script
 from lightning_lowrank.tensorboard.loader import LowRankLoader
 from lightning_lowrank.tensorboard.plugin import LowRankPlugin
 from lightning_lowrank.tensorboard.series import GAP, thinned
-from tests.tab import ask, tensorboard, train, wait_for_runs, written
+from tests.tab import ask, forge, tensorboard, train, wait_for_runs, write, written
 
 ROOT = Path(__file__).parents[2]
 Q = {"kind": "vector", "name": "q"}
-
-
-def write(folder: Path, *samples: tuple[int, dict[str, float]], name: str = "q", kind: str = "vector") -> None:
-    """A run of hand-made vectors, through the writer that monitors use."""
-    logger, vectors = TensorBoardLogger(folder.parent, name=folder.name, version=""), Vectors()
-    for step, values in samples:
-        assert vectors.write([logger], [Row(kind, name, values)], step) == []
-    logger.experiment.close()
-
-
-def forge(folder: Path, content: bytes, *tensors: np.ndarray[Any, Any]) -> None:
-    """A run of somebody else under our name."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.util.tensor_util import make_tensor_proto
-
-    writer = SummaryWriter(folder)
-    for step, tensor in enumerate(tensors):
-        value = Summary.Value(tag="t", tensor=make_tensor_proto(tensor))
-        value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "lowrank", content
-        value.metadata.data_class = 2
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
-    writer.close()
 
 
 def served(logs: Path, **flags: Any) -> LowRankPlugin:

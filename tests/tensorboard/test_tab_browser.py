@@ -15,13 +15,25 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import Select
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lowrank import Alert, RankMonitor
 from lightning_lowrank.analysis.cli import main
-from tests.tab import chromium, open_tab, renew, settled, tensorboard, train, value_at, wait, wait_for_runs, written
-from tests.tensorboard.test_tab import write
+from tests.tab import (
+    choose,
+    chromium,
+    keys,
+    open_tab,
+    renew,
+    settled,
+    tensorboard,
+    train,
+    value_at,
+    wait,
+    wait_for_runs,
+    write,
+    written,
+)
 from tests.trainings import Adversaries, Classifier
 
 pytestmark = [
@@ -98,11 +110,6 @@ def page(opened: WebDriver) -> WebDriver:
     return opened
 
 
-def choose(page: WebDriver, control: str, value: str) -> None:
-    Select(page.find_element(By.ID, control)).select_by_value(value)
-    settled(page)
-
-
 def view(page: WebDriver, name: str) -> str:
     page.find_element(By.ID, f"view-{name}").click()
     settled(page)
@@ -118,13 +125,6 @@ def only(page: WebDriver, run: str) -> None:
         if box.is_selected() != (name == run):
             box.click()
             settled(page)
-
-
-def keys(page: WebDriver, *pressed: str) -> str:
-    """Press keys on the first heat map; what it then says."""
-    wait(page, page.find_element(By.CSS_SELECTOR, "canvas").is_displayed)
-    page.find_element(By.CSS_SELECTOR, "canvas").send_keys(*pressed)
-    return page.find_element(By.CSS_SELECTOR, ".heat .status").text
 
 
 def number(text: str) -> float:

@@ -13,10 +13,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from lightning_lowrank import CurvatureMonitor, Monitor, MultifractalMonitor
-from tests.monitors.multifractal.test_monitor import mlp
-from tests.tab import chromium, open_tab, tensorboard, train, wait, wait_for_runs
-from tests.tensorboard.test_tab_browser import choose, keys
-from tests.trainings import Classifier
+from tests.tab import choose, chromium, keys, open_tab, tensorboard, train, wait, wait_for_runs
+from tests.trainings import Classifier, mlp
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from examples.char_transformer import Block
 from lightning_lowrank.models.units import heads_of, neurons_of
 from lightning_lowrank.monitors.concentration.gates import energies, gate_gradients
-from tests.promises.test_neutrality import adapted
+from tests.trainings import adapted
 
 
 class Gated(nn.Module):

@@ -1,5 +1,6 @@
 """`CurvatureMonitor`: the curvature of the user's own loss, in the user's own training."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_lowrank import Alert, CurvatureMonitor, Monitor
 from tests.processes import together
-from tests.trainings import Classifier, ImageNet, MemoryLogger, digits
+from tests.trainings import CASES, COMPILED, LOSSES, Classifier, ImageNet, MemoryLogger, digits, trained, unwatched
 
 FISHERS = ("empirical_fisher", "monte_carlo_fisher")
 
@@ -156,39 +157,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "fused attention": Attention,
     "layer norm": lambda: nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 10)),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"accumulate_grad_batches": 2},
-    "clipping": {"gradient_clip_val": 0.1},
-    "bf16": {"precision": "bf16-mixed"},
-}
-
-
-def trained(model: str, monitor: Monitor | None, options: dict[str, Any]) -> tuple[dict[str, Any], list[float], Any]:
-    torch.manual_seed(1)
-    module = Classifier(MODELS[model]())
-    silent: dict[str, Any] = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "max_epochs": 1,
-    }
-    trainer = L.Trainer(**silent, **options, logger=False, callbacks=[monitor] if monitor else [])
-    trainer.fit(module)
-    return module.state_dict(), module.losses, (torch.get_rng_state(), trainer.optimizers[0].state_dict())
-
-
-@pytest.mark.parametrize("batch", ["live", "fixed"])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", MODELS)
-def test_watching_changes_nothing(model: str, options: str, batch: Any) -> None:
-    monitor = CurvatureMonitor("standard", ["hessian", "gauss_newton", *FISHERS], top_k=2, every_n_steps=2, batch=batch)
-
-    watched = trained(model, monitor, OPTIONS[options])
-
-    torch.testing.assert_close(watched, trained(model, None, OPTIONS[options]), rtol=0, atol=0, equal_nan=True)
-    assert monitor.failures == 0
-    assert monitor.latest is not None
 
 
 def test_fused_attention_is_replayed_and_said_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,3 +453,33 @@ def test_a_replay_is_in_the_cost_of_its_own_sample() -> None:
 
     (cost,) = logger.curve("lowrank/curvature_time_ms").values()
     assert cost > 20
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_several_optimizers_have_the_sharpness_of_their_live_graphs_and_train_as_unwatched(
+    case: str, tmp_path: Path
+) -> None:
+    make, options = CASES[case]
+    monitor = CurvatureMonitor("light", every_n_steps=3, alerts=None)
+
+    found = trained(make, options(), [monitor], tmp_path)
+
+    torch.testing.assert_close(found, unwatched(case), rtol=0, atol=0)
+    # The first loss of a step: the critic's, that has a square of its weights in it.
+    assert monitor.latest is not None and monitor.latest.values["batch_sharpness"][""] == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("what", COMPILED)
+def test_curvature_of_a_compiled_module_comes_from_a_replay(what: str, tmp_path: Path) -> None:
+    monitor = CurvatureMonitor("standard", top_k=1, every_n_steps=4)
+
+    trained(lambda: COMPILED[what]("aot_eager"), {"max_epochs": 1}, [monitor], tmp_path)
+
+    source: Any = monitor.recorders[0].probe.source
+    assert source.facts()["replayed"] == 1.0
+    assert monitor.failures == 0
+    for quantity in ("batch_sharpness", "hessian_lambda_max", "hessian_trace", "gauss_newton_trace"):
+        assert math.isfinite(monitor.latest.values[quantity][""]), quantity
+    assert math.isfinite(monitor.latest.values["critical_sharpness"][""])

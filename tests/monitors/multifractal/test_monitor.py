@@ -28,15 +28,13 @@ from lightning_lowrank.monitors.multifractal.curves import vectors
 from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
 from lightning_lowrank.monitors.multifractal.source import OF_A_MATRIX, Multifractal
 from lightning_lowrank.tensorboard import answers
+from tests.dispatch import Waits
 from tests.processes import together
-from tests.promises.test_data_parallel import InOrder, fitted
-from tests.promises.test_device import Waits
-from tests.promises.test_neutrality import CASES, trained
-from tests.promises.test_sharded import Sharded
-from tests.promises.test_sharded import trained as trained_sharded
 from tests.scalings import jittered
+from tests.sharded import Sharded
+from tests.sharded import trained as trained_sharded
 from tests.tab import train, written
-from tests.trainings import Classifier, ImageNet, MemoryLogger
+from tests.trainings import Classifier, ImageNet, InOrder, MemoryLogger, fitted, mlp
 
 SPECTRAL = ("alpha0", "width", "c2_excess", "box_dimension", "asymmetry")
 
@@ -49,10 +47,6 @@ class Snapshots(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
-
-
-def mlp(width: int = 64) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 40), nn.ReLU(), nn.Linear(40, 10))
 
 
 def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
@@ -469,23 +463,6 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
     whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1))
     assert 0 < logger.curve("neuromfa_width_error")[0] < logger.curve("neuromfa_width")[0]
     assert not [tag for tag in whole.curves() if "_error" in tag]
-
-
-@pytest.mark.parametrize(
-    "case", ["plain", "dropout and batch norm", "16-mixed", "two optimizers in turn", "spectral norm", "LoRA"]
-)
-def test_training_is_the_same_with_both_modes(case: str, tmp_path: Path) -> None:
-    make, options = CASES[case]
-    monitors = [
-        MultifractalMonitor(every_n_steps=5),
-        MultifractalMonitor("neuromfa", every_n_steps=5, max_neurons=20, num_repeats=2),
-    ]
-
-    without = trained(make, options(), [], tmp_path / "without")
-    with_both = trained(make, options(), monitors, tmp_path / "with")
-
-    assert_close(with_both, without, rtol=0, atol=0, equal_nan=True)
-    assert all(monitor.latest is not None and monitor.failures == 0 for monitor in monitors)
 
 
 @pytest.mark.parametrize("mode", ["rank", "neuromfa"])

@@ -18,7 +18,7 @@ from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.monitors.multifractal import sharded
 from lightning_lowrank.monitors.multifractal.source import Multifractal
 from tests.processes import together
-from tests.promises.test_sharded import counting
+from tests.sharded import counting
 
 pytestmark = pytest.mark.slow
 

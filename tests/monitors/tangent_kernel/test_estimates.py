@@ -25,6 +25,7 @@ from lightning_lowrank.monitors.tangent_kernel.kernels import (
 )
 from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort
 from lightning_lowrank.monitors.tangent_kernel.source import STEPS
+from tests.dispatch import Waits
 from tests.oracles.kernels import (
     COLUMNS,
     NAMES,
@@ -38,7 +39,6 @@ from tests.oracles.kernels import (
     oracle,
     per_parameter,
 )
-from tests.promises.test_device import Waits
 
 # The third kernel differs from the first by nothing but its columns.
 SKETCHED = ["full", "class_summed"]

@@ -1,4 +1,4 @@
-"""What users do to a module while it trains: each found by trying to break a monitor."""
+"""What users do to a module while it is watched."""
 
 import copy
 import pickle

@@ -18,8 +18,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import CurvatureMonitor, Monitor
-from tests.promises.test_neutrality import KINDS_OF_HOOKS
-from tests.trainings import Classifier, ImageNet, MemoryLogger, Validated, digits
+from tests.trainings import KINDS_OF_HOOKS, Classifier, ImageNet, MemoryLogger, Validated, digits
 
 
 class NoNumber(Classifier):

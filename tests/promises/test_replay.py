@@ -1,8 +1,6 @@
 """A step can be run again, and differentiated twice, so that nobody can tell: training is the same bit for bit."""
 
 import random
-import subprocess
-import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,139 +12,23 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lowrank import RankMonitor
 from lightning_lowrank.loss.replay import Replay
-from tests.loss.test_replay import Experimental, critic_loss
+from tests.callbacks import Inline, Replaying
 from tests.processes import together
-from tests.promises.test_neutrality import CASES, COMPILED, trained
-from tests.trainings import Classifier, ImageNet, digits
-
-
-def curvature(loss: Tensor, module: nn.Module) -> Tensor:
-    """Of the loss along its gradient: a double backward through everything."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
-    gradient = torch.autograd.grad(loss, params, **keep)
-    along = [g.detach() for g in gradient]
-    depends = [(g, a) for g, a in zip(gradient, along, strict=True) if g.requires_grad]
-    if not depends:
-        return loss.new_zeros(())
-    # The graph of the loss is still wanted where it is the user's.
-    keep = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    product = torch.autograd.grad([g for g, _ in depends], params, [a for _, a in depends], **keep)
-    return sum((h * a).sum() for h, a in zip(product, along, strict=True))  # type: ignore[return-value]
-
-
-class Replaying(L.Callback):
-    """Runs the first batch again after some steps, and differentiates its loss twice."""
-
-    def __init__(self, replay: Replay | None = None, every: int = 1) -> None:
-        self.replay, self.every = replay or Replay(), every
-        self.losses: list[float] = []
-        self.curvatures: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.replay.batch is None:
-            self.replay.keep(batch, batch_idx)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx % self.every:
-            return
-        with self.replay(trainer, pl_module) as seen:
-            self.losses.append(seen.loss.item())
-            self.curvatures.append(curvature(seen.loss, pl_module).item())
-
-
-class Inline(L.Callback):
-    """Differentiates the live loss twice before each backward pass."""
-
-    def __init__(self) -> None:
-        self.curvatures: list[float] = []
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.curvatures.append(curvature(loss, pl_module).item())
-
-
-class Attention(nn.Module):
-    """Two transformer layers, whose attention is fused, on the rows of 8 x 8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
-        )
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.view(-1, 8, 8)).flatten(1))
-
-
-class Recurrent(nn.Module):
-    """An LSTM over the rows of 8 x 8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.view(-1, 8, 8))[0][:, -1])
-
-
-EVERYWHERE = CASES | {
-    "fused attention": (lambda: Classifier(Attention()), dict),
-    "LSTM": (lambda: Classifier(Recurrent()), dict),
-}
-
-
-@pytest.mark.parametrize("case", EVERYWHERE)
-def test_training_is_the_same_with_replays(case: str, tmp_path: Path) -> None:
-    make, options = EVERYWHERE[case]
-    callback = Replaying(Replay(loss_fn=critic_loss if "optimizers" in case else None), every=3)
-
-    without = trained(make, options(), [], tmp_path / "without")
-    watched = trained(make, options(), [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert (
-        len(callback.curvatures) == 6
-        and np.isfinite(callback.curvatures).all()
-        and np.count_nonzero(callback.curvatures) == 6
-    )
-
-
-@pytest.mark.parametrize("case", [case for case in EVERYWHERE if case != "fused attention"])
-def test_training_is_the_same_with_double_backward_on_the_live_graph(case: str, tmp_path: Path) -> None:
-    make, options = EVERYWHERE[case]
-    callback = Inline()
-
-    without = trained(make, options(), [], tmp_path / "without")
-    watched = trained(make, options(), [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0, equal_nan=True)
-    assert len(callback.curvatures) >= 16
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("what", COMPILED)
-def test_training_a_compiled_module_is_the_same_with_replays(what: str, backend: str, tmp_path: Path) -> None:
-    callback = Replaying()
-
-    without = trained(lambda: COMPILED[what](backend), {}, [], tmp_path / "without")
-    watched = trained(lambda: COMPILED[what](backend), {}, [callback], tmp_path / "with")  # type: ignore[list-item]
-
-    assert_close(watched, without, rtol=0, atol=0)
-    assert len(callback.curvatures) == 16
+from tests.trainings import (
+    Classifier,
+    Experimental,
+    Fused,
+    ImageNet,
+    digits,
+    trained,
+)
 
 
 class Helper:
@@ -333,37 +215,6 @@ def test_everything_is_undone_after_an_exception() -> None:
     assert_equal(watched, without)
 
 
-IN_A_PROCESS_OF_ITS_OWN = """
-import random, sys
-import lightning as L
-from tests.trainings import Classifier
-from tests.promises.test_replay_neutrality import Replaying
-
-class Drawing(Classifier):
-    def training_step(self, batch, batch_idx):
-        return random.random() * super().training_step(batch, batch_idx)
-
-L.seed_everything(3, verbose=False)
-callbacks = [Replaying()] if sys.argv[1] == "watched" else []
-quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-L.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Drawing())
-print(random.getstate()[1])
-"""
-
-
-@pytest.mark.slow
-def test_random_numbers_of_python_are_the_same() -> None:
-    """In processes without the run-time type checks of the tests, which draw from them."""
-    without, watched = (
-        subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, kind], capture_output=True, text=True, check=True
-        ).stdout
-        for kind in ("alone", "watched")
-    )
-
-    assert without == watched
-
-
 class Slices(Classifier):
     """Sees 16 digits a step over all processes; its batch normalisation sees those of its own process."""
 
@@ -434,6 +285,6 @@ def test_other_monitors_do_not_count_the_rows_of_a_replay() -> None:
 
 def test_fused_attention_is_differentiated_twice_in_a_replay(tmp_path: Path) -> None:
     callback = Replaying()
-    trained(lambda: Classifier(Attention()), {"max_epochs": 1}, [callback], tmp_path)  # type: ignore[list-item]
+    trained(lambda: Classifier(Fused()), {"max_epochs": 1}, [callback], tmp_path)  # type: ignore[list-item]
 
     assert all(value != 0 for value in callback.curvatures)

@@ -1,0 +1,86 @@
+"""The monitors that there are, as the tests watch with them.
+
+A new one is a line of `MONITORS`, with what it refuses in `REFUSED`. That it changes nothing, resumes, outlives faults
+and lack of memory, can be copied, waits for no device, works in several processes and beside every other is then tested
+for free (`tests/promises`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_lowrank import (
+    ConcentrationMonitor,
+    CurvatureMonitor,
+    GradientAnatomyMonitor,
+    Monitor,
+    MultifractalMonitor,
+    NTKMonitor,
+    RankMonitor,
+)
+from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
+from tests.trainings import COMPILED, LOSSES
+
+STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio")
+OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
+
+# As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
+_USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "alerts": None}
+
+MONITORS: dict[str, Callable[..., Monitor]] = {
+    "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),
+    "curvature": lambda **options: CurvatureMonitor("standard", OPERATORS, **_USUAL | {"top_k": 1} | options),
+    "ntk": lambda **options: NTKMonitor(
+        **_USUAL | {"kernel": "full", "num_examples": 4, "num_projections": 4, "top_k": 1} | options
+    ),
+    "multifractal": lambda **options: MultifractalMonitor(**_USUAL | options),
+    "anatomy": lambda **options: GradientAnatomyMonitor(**_USUAL | {"max_rows": 16} | options),
+    "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
+}
+
+# The same monitors at work in other ways: watched for neutrality too.
+VARIANTS: dict[str, Callable[..., Monitor]] = {
+    "rank of parameters": lambda **options: RankMonitor(
+        tuple(OF_PARAMETERS), **_USUAL | {"histograms": True, "name": "parameters"} | options
+    ),
+    "curvature, light": lambda **options: CurvatureMonitor("light", **_USUAL | {"name": "light"} | options),
+    "curvature, full, fixed": lambda **options: CurvatureMonitor(
+        "full", OPERATORS, **_USUAL | {"top_k": 1, "batch": "fixed", "every_n_steps": 20, "name": "full"} | options
+    ),
+    "ntk as in training": lambda **options: MONITORS["ntk"](
+        **{"train_mode": True, "every_n_steps": 10, "name": "train"} | options
+    ),
+    "neuromfa": lambda **options: MultifractalMonitor(
+        "neuromfa", **_USUAL | {"max_neurons": 20, "num_repeats": 2, "every_n_steps": 10} | options
+    ),
+    "directions": lambda **options: ConcentrationMonitor(
+        ["direction"], **_USUAL | {"densities": [], "name": "directions"} | options
+    ),
+}
+
+TWICE, NTKS = ("curvature", "curvature, full, fixed"), ("ntk", "ntk as in training")
+BY_HAND = r"manual optimization.*loss_fn"
+ENCODER = r"fast path that nn\.TransformerEncoderLayer takes.*match layers outside of it"
+# (monitor, case of `tests.trainings.CASES` or `COMPILED`) -> what it says before training.
+REFUSED: dict[tuple[str, str], str] = {
+    ("anatomy", "spectral norm"): "not complex, sharded or parametrised",
+    ("rank", "fused attention"): ENCODER,
+    **{(name, case): BY_HAND for name in ("curvature", "ntk") for case in LOSSES},
+    **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
+}
+# (monitor, case) in which some numbers cannot be had, which are counted as failures.
+INCOMPLETE: dict[tuple[str, str], str] = {
+    **{("curvature", case): "the loss in the place of the step is none of torch's" for case in LOSSES},
+    **{(name, case): "the loss in the place of the step is none of torch's" for name in NTKS for case in LOSSES},
+    **{(name, "spectral norm"): "torch holds its vectors fixed: second derivatives are wrong" for name in TWICE},
+    **{(name, "reentrant checkpoint"): "has no second derivative" for name in (*TWICE, "curvature, light")},
+}
+
+
+def watchers(case: str, *names: str, **options: Any) -> dict[str, Monitor]:
+    """The monitors of these names, or all, as they can watch a case: with a loss function where the step has none."""
+    both = MONITORS | VARIANTS
+    asked = [name for name in names or both if (name, case) not in REFUSED or REFUSED[name, case] == BY_HAND]
+    given = {"loss_fn": LOSSES[case]} if case in LOSSES else {}
+    replaying = ("curvature", "ntk")
+    return {name: both[name](**options | (given if name.startswith(replaying) else {})) for name in asked}
