@@ -3,6 +3,7 @@
 Shape letters:  B any batch axes   U units of a layer
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,4 +42,5 @@ def dormant_share(mean_magnitudes: Float[Tensor, "*B U"], tau: float = TAU) -> F
         Sokar et al. (2023), Definition 3.2; tau = 0.025 is what they use for DQN (Appendix B).
     """
     scores = dormancy_scores(mean_magnitudes)
-    return (scores <= tau).to(scores).mean(-1) + 0 * scores.sum(-1)
+    share = (scores <= tau).to(scores).mean(-1)
+    return torch.where(mean_magnitudes.isfinite().all(-1), share, torch.nan)

@@ -100,7 +100,7 @@ class DormantUnits(NumberSource):
 
     def _of_layer(self, name: str, num_rows: int, team: Team) -> dict[str, Tensor]:
         sums, alive = team.all_reduce(self._sums[name]), team.all_reduce((self._tops[name] > 0).to(self._sums[name]))
-        inactive = (alive == 0).to(sums).mean() + 0 * sums.sum()
+        inactive = torch.where(sums.isfinite().all(), (alive == 0).to(sums).mean(), torch.nan)
         return {"dormant_share": dormant_share(sums / num_rows, self._tau), "dormant_inactive": inactive}
 
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
