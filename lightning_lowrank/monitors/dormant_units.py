@@ -114,13 +114,13 @@ class DormantUnits(NumberSource):
 class DormantUnitsMonitor(Monitor):
     """How many units of each activation layer are dormant: inactive, or far below the layer's mean.
 
-    Dormant units take part in no decision and receive next to no gradient: the layer is narrower than it looks. A
-    ReLU unit that is inactive on every input stays so, as no gradient reaches it. The share grows with too high learning
+    Dormant units take part in no decision and receive next to no gradient: the layer is narrower than it looks. A ReLU
+    unit that is inactive on every input stays so, as no gradient reaches it. The share grows with too high learning
     rates, and in reinforcement learning as targets move. Of activations without a zero (GELU, tanh, sigmoid) only
     `dormant_share` says something.
 
-    Writes `dormant/share_median` and `dormant/inactive_median` (at "standard" also minimum and maximum, and each layer),
-    between 0 and 1, over all rows of a due step. Units are along the layer's feature axis: channels of images.
+    Writes `dormant/share_median` and `dormant/inactive_median` (at "standard" also minimum and maximum, and each
+    layer), between 0 and 1, over all rows of a due step. Units are along the layer's feature axis: channels of images.
 
     Cost: three passes over the outputs of the chosen layers on due steps; two numbers per unit in float64.
 

@@ -54,7 +54,7 @@ def vectors(source: str, scaling: Scaling) -> dict[str, Float[Tensor, "*B _"]]:
 
 
 def _partition(scaling: Scaling) -> dict[str, Float[Tensor, "*B _"]]:
-    """The partition function at some radii and orders, with the line that was fitted to it; NaN where there is no fit."""
+    """The partition function at some radii and orders, and the line fitted to it; NaN where there is no fit."""
     orders = [scaling.orders.index(q) for q in DRAWN]
     log_partition, radii = scaling.log_partition[..., orders, :], _radii(scaling)
     has_fit = ~scaling.slope_weights[..., :1].isnan()  # [*B, 1]
