@@ -76,8 +76,13 @@ def choose(
     return Choice("inline", "the graph of each step's own loss") if why is None else Choice("replay", why)
 
 
-def look(choice: Choice, loss: Tensor) -> Choice:
-    """What only the graph of a loss can tell, at the first probe: the choice as it was, or a replay.
+def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
+    """What only the graph of a loss can tell, looked at in each sample: the choice as it was, or a replay.
+
+    Args:
+        choice: So far.
+        loss: With its graph.
+        hooked: What a look at this graph would call of the user's, None for nothing.
 
     Raises:
         ValueError: There is no second derivative; the message says what to do.
@@ -93,6 +98,10 @@ def look(choice: Choice, loss: Tensor) -> Choice:
         )
         raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
+    if choice.mode == "inline" and hooked is not None and not found:
+        if choice.only is not None:
+            raise ValueError(f"the loss cannot be seen without calling {hooked}; {choice.only}")
+        return Choice("replay", hooked)
     if not found:
         return choice
     if choice.mode == "replay":
@@ -104,14 +113,14 @@ def look(choice: Choice, loss: Tensor) -> Choice:
     return Choice("replay", found[0])
 
 
-def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
+def look_together(choice: Choice, loss: Tensor, team: Team, hooked: str | None = None) -> Choice:
     """The same for several processes, whose graphs may differ: a replay where one of them needs it.
 
     Raises:
         ValueError: One of them has no second derivative; the message says what to do.
     """
     try:
-        found: Choice | str = look(choice, loss)
+        found: Choice | str = look(choice, loss, hooked)
     except ValueError as error:
         found = str(error)
     words = team.all_gather_object(found)
@@ -146,13 +155,23 @@ def _needs_replay(training: Training) -> str | None:
         return why
     if (path := first_compiled(module)) is not None:
         return f"{path!r}, which is compiled"
+    if (hooks := hooked(module)) is not None:
+        return hooks
+    recurrent = (path for path, part in module.named_modules() if isinstance(part, nn.RNNBase) and _on_cuda(part))
+    return next((f"{path!r}, which cuDNN runs" for path in recurrent), None)
+
+
+def hooked(module: nn.Module) -> str | None:
+    """Hooks of modules and parameters that a backward pass of our own would call; None where there are none."""
     for path, part in module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
             return f"the backward hooks of {path!r}, which would hear of it"
-        if isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda:
-            return f"{path!r}, which cuDNN runs"
-    hooked = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
-    return next((f"the hooks of {name!r}, which would hear of it" for name in hooked), None)
+    names = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
+    return next((f"the hooks of {name!r}, which would hear of it" for name in names), None)
+
+
+def _on_cuda(part: nn.Module) -> bool:
+    return next(part.parameters()).is_cuda
 
 
 def _differentiable_once(nodes: Sequence[Any]) -> str | None:

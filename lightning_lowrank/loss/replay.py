@@ -13,15 +13,20 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.snapshot import Snapshot
-from lightning_lowrank.loss.tap import LossTap
+from lightning_lowrank.loss.tap import HOOKING, LossTap
 from lightning_lowrank.models.training import Training
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Packages whose forward hooks look and change nothing.
+WATCHERS = {"wandb", "comet_ml", "clearml", "neptune", "mlflow"}
 INSTEAD = "give loss_fn(module, batch) -> loss"
 PLAIN = "let the loader give tensors and plain containers"
 
@@ -103,7 +108,17 @@ class Replay:
         refuse_replay(training, self.loss_fn)
         module = training.module
         _reshard(module)
-        snapshot = Snapshot(module, [optimizer.param_groups for optimizer in training.optimizers])
+        snapshot = Snapshot(
+            module=module,
+            optimizers=[optimizer.param_groups for optimizer in training.optimizers],
+            hooks=[getattr(part, kind) for part in module.modules() for kind in FORWARD_HOOKS],
+            step=self.loss_fn or training.step_function,
+        )
+        if snapshot.spent and self.loss_fn is None:
+            raise ValueError(
+                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue, and "
+                f"what a replay takes from it is gone; {INSTEAD} that takes nothing from it"
+            )
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
             stack.callback(_reshard, module)
@@ -111,6 +126,7 @@ class Replay:
             stack.enter_context(seeded(self.seed + training.team.rank))
             stack.enter_context(training.muted(snapshot))
             _silence(module)
+            stack.enter_context(_NoHooks())
             if self.eval_mode:
                 module.eval()
             tap = LossTap(self.output_module, ours=True)
@@ -211,14 +227,32 @@ def _is_plain(batch: Any) -> bool:
     return batch is None or type(batch) in (Tensor, int, float, bool, str)
 
 
+class _NoHooks(TorchFunctionMode):
+    """In the place of hooks that the step sets on tensors, nothing: they would be called by passes of our own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOOKING:
+            return RemovableHandle({})
+        return func(*args, **(kwargs or {}))
+
+
 def _silence(module: nn.Module) -> None:
-    """Clear backward hooks of the user's; the snapshot puts them back."""
+    """Clear backward hooks of the user's, and forward hooks of tools that watch; the snapshot puts them back."""
     for part in module.modules():
         for kind in BACKWARD_HOOKS:
             getattr(part, kind).clear()
+        for kind in FORWARD_HOOKS:
+            hooks = getattr(part, kind)
+            for key in [key for key, hook in hooks.items() if _root(hook) in WATCHERS]:
+                del hooks[key]
     for parameter in module.parameters():
         if parameter._backward_hooks:
             parameter._backward_hooks.clear()
+
+
+def _root(hook: Any) -> str:
+    """The package that a hook is from."""
+    return str(getattr(hook, "__module__", type(hook).__module__)).partition(".")[0]
 
 
 def _described(output: Any) -> str:

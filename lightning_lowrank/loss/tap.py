@@ -17,6 +17,9 @@ from lightning_lowrank.models.taps import Listener, in_training
 # Relative difference between a loss and what it should be, in float32; in less, so many units in the last place.
 TOLERANCE, LAST_PLACES = 1e-5, 4
 
+# What sets hooks on a tensor, or asks for its gradient.
+HOOKING = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
+
 NAMES = ", ".join(f"F.{function.__name__}" for function in FORMS)
 INSTEAD = "name the layer whose output goes into the loss as output_module"
 
@@ -35,7 +38,9 @@ class LossTap:
         self.layer, self._ours = layer, ours
         self.calls: list[LossCall] = []
         self.outputs: list[Tensor] = []
-        self._mode = _Listening(self._hear)
+        # Whether the step has set hooks on tensors of its graph, which products with that graph would call.
+        self.is_hooked = False
+        self._mode = _Listening(self._hear, self._note_hook)
         self._listener = Listener(self._capture, ours=ours)
         self._listener.layers = {} if layer is None else {"": layer}
 
@@ -43,9 +48,8 @@ class LossTap:
         """Begin to listen, with nothing heard."""
         self.exit()
         self.clear()
-        if self.layer is None:
-            _push_mode(self._mode)
-        else:
+        _push_mode(self._mode)
+        if self.layer is not None:
             self._listener.attach()
 
     def exit(self) -> None:
@@ -55,7 +59,7 @@ class LossTap:
 
     def clear(self) -> None:
         """Let go of what was heard, and of its graphs."""
-        self.calls, self.outputs = [], []
+        self.calls, self.outputs, self.is_hooked = [], [], False
 
     def __enter__(self) -> "LossTap":
         self.enter()
@@ -119,24 +123,29 @@ class LossTap:
     def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
         # This runs inside the user's step: what cannot be recorded has not been heard.
         with suppress(Exception):
-            if loss.requires_grad and (self._ours or in_training()):
+            if self.layer is None and loss.requires_grad and (self._ours or in_training()):
                 self.calls.append(LossCall.of(function, args, kwargs, loss))
+
+    def _note_hook(self) -> None:
+        self.is_hooked |= in_training()
 
     def _capture(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
 
 
 class _Listening(TorchFunctionMode):
-    """Hands on each call of a loss function, with what it gave."""
+    """Hands on each call of a loss function, with what it gave; and says when a hook is set on a tensor."""
 
-    def __init__(self, hear: Callable[..., None]) -> None:
+    def __init__(self, hear: Callable[..., None], note_hook: Callable[[], None]) -> None:
         super().__init__()
-        self._hear = hear
+        self._hear, self._note_hook = hear, note_hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in FORMS:
             self._hear(func, args, kwargs or {}, result)
+        elif func in HOOKING:
+            self._note_hook()
         return result
 
 

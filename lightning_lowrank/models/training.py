@@ -66,6 +66,11 @@ class Training(ABC):
     def save_checkpoint(self, path: str) -> None:
         """Write a checkpoint; called by all processes."""
 
+    @property
+    def step_function(self) -> Any:
+        """The user's own training step, None where there is none."""
+        return None
+
     def refuse_rerun(self) -> None:
         """Refuse a training whose step cannot be run again.
 

@@ -117,12 +117,12 @@ class TrainerTraining(Training):
         """
         if not self.module.automatic_optimization:
             raise ValueError("training_step cannot be run again: in manual optimization it steps optimizers")
-        if "dataloader_iter" in inspect.signature(self._step).parameters:
+        if "dataloader_iter" in inspect.signature(self.step_function).parameters:
             raise ValueError("training_step(dataloader_iter) cannot be run again: it takes its own batches")
 
     def rerun(self, batch: Any, index: int) -> Any:
         """What `training_step` returns."""
-        return self._step(*[batch, index][: _num_arguments(self._step)])
+        return self.step_function(*[batch, index][: _num_arguments(self.step_function)])
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of Lightning's own training steps."""
@@ -146,7 +146,8 @@ class TrainerTraining(Training):
         return "static_graph=True of DDP, which counts backward passes" if static else None
 
     @property
-    def _step(self) -> Any:
+    def step_function(self) -> Any:
+        """`training_step`."""
         return self.module.training_step
 
     @property

@@ -172,7 +172,8 @@ class PairTap:
             )
         with full_precision(output.device):
             call = self._call(layer, inputs[0].detach(), output)
-        output.register_hook(partial(self._answer, layer, call))
+        with torch._C.DisableTorchFunction():  # nobody need know of it
+            output.register_hook(partial(self._answer, layer, call))
         self._calls.append(call)
 
     def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> HeardCall:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.loss.double_backward import Choice, choose, look_together
+from lightning_lowrank.loss.double_backward import Choice, choose, hooked, look_together
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import LossTap, module_named
@@ -181,7 +181,9 @@ class Curvature(NumberSource):
             return
         tap, self._sample.tap = self._sample.tap, None
         tap.exit()
-        self._choice = look_together(self._choice, loss, self._sample.batch.training.team)
+        training = self._sample.batch.training
+        hooks = "hooks that the step sets on tensors" if tap.is_hooked else hooked(training.module)
+        self._choice = look_together(self._choice, loss, training.team, hooks)
         if self._choice.mode == "inline":
             self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
 
