@@ -36,7 +36,7 @@ from benchmarks.budget import digits
 from benchmarks.overhead import quiet
 from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
-from lightning_lowrank.reports.alerts.ready_made import default_alerts
+from lightning_lowrank.reports.alerts.ready_made import rank_alerts
 
 STEPS, OFTEN = 1400, 10
 # Steps in a row that make a failure, and of which a spike rule knows mean and deviation; how many deviations are a
@@ -257,7 +257,7 @@ def outcome(case: Case, seed: int) -> Outcome:
     quiet()
     L.seed_everything(seed, verbose=False)
     run, plain = case.make(), RankMonitor()
-    rules = default_alerts(f"{s.removesuffix('s')}_{statistic}" for s in SOURCES for statistic in STATISTICS)
+    rules = rank_alerts(f"{s.removesuffix('s')}_{statistic}" for s in SOURCES for statistic in STATISTICS)
     if isinstance(run.net, Twin):
         rules.append(RankCollapseAlert("feature", "participation_ratio", "net.encoder.6.out", floor=1.3, name=FLOOR))
     often = RankMonitor(SOURCES, STATISTICS, every_n_steps=OFTEN, name="often", alerts=rules)

@@ -27,7 +27,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from lightning_lowrank.reports import loggers as sinks
+from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
 
 QUANTITIES = 8
@@ -101,10 +101,12 @@ def writing(num_layers: int, samples: int) -> Table:
         for step, (rows, _) in made.items()
     }
     cases: dict[str, Write] = {
-        f"{QUANTITIES} vectors": lambda logger, step: vectors.write([logger], made[step][0], step),
-        f"{QUANTITIES * num_layers:,} single scalars": lambda logger, step: sinks.write([logger], scalars[step], step),
+        f"{QUANTITIES} vectors": lambda logger, step: write_report(
+            [logger], {}, step, [vectors.draw(made[step][0], step)]
+        ),
+        f"{QUANTITIES * num_layers:,} single scalars": lambda logger, step: write_report([logger], scalars[step], step),
         "spectra of one source": lambda logger, step: (
-            [spectra.write([logger], made[step][1], i) for i in range(10)] and None
+            [write_report([logger], {}, i, [spectra.draw(made[step][1], i)]) for i in range(10)] and None
         ),
     }
     table = Table(title=f"{num_layers} layers x {QUANTITIES} quantities, medians of {samples} samples")
@@ -184,7 +186,7 @@ def showing(num_layers: int, samples: int, repeats: int) -> Table:
     with TemporaryDirectory() as folder, TemporaryDirectory() as profile:
         logger, vectors = TensorBoardLogger(folder, name="run", version=""), Vectors()
         for step in range(samples):
-            vectors.write([logger], quantities(num_layers, step), step)
+            write_report([logger], {}, step, [vectors.draw(quantities(num_layers, step), step)])
         logger.experiment.close()
         with served(folder) as address, browser(profile) as page:
             page.get(f"{address}/#lowrank")

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning as L
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import LossFunction, refuse_replay
+from lightning_lowrank.models.taps import first_compiled
+from lightning_lowrank.models.training import Training
 
 # Beginnings of the names of nodes in a graph that have no second derivative. In a replay plain torch takes the place of
 # the first.
@@ -52,8 +53,7 @@ class Choice:
 
 
 def choose(
-    trainer: L.Trainer,
-    module: L.LightningModule,
+    training: Training,
     *,
     batch: Literal["live", "fixed"] = "live",
     loss_fn: LossFunction | None = None,
@@ -63,10 +63,10 @@ def choose(
     Raises:
         ValueError: The loss cannot be differentiated twice; the message says what to do.
     """
-    _refuse(trainer, module)
-    why = _asked(batch, loss_fn) or _needs_replay(trainer, module)
+    _refuse(training)
+    why = _asked(batch, loss_fn) or _needs_replay(training)
     try:
-        refuse_replay(module, loss_fn)
+        refuse_replay(training, loss_fn)
     except ValueError as error:
         if why is not None:
             raise ValueError(
@@ -76,8 +76,13 @@ def choose(
     return Choice("inline", "the graph of each step's own loss") if why is None else Choice("replay", why)
 
 
-def look(choice: Choice, loss: Tensor) -> Choice:
-    """What only the graph of a loss can tell, at the first probe: the choice as it was, or a replay.
+def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
+    """What only the graph of a loss can tell, looked at in each sample: the choice as it was, or a replay.
+
+    Args:
+        choice: So far.
+        loss: With its graph.
+        hooked: What a look at this graph would call of the user's, None for nothing.
 
     Raises:
         ValueError: There is no second derivative; the message says what to do.
@@ -93,6 +98,10 @@ def look(choice: Choice, loss: Tensor) -> Choice:
         )
         raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
+    if choice.mode == "inline" and hooked is not None and not found:
+        if choice.only is not None:
+            raise ValueError(f"the loss cannot be seen without calling {hooked}; {choice.only}")
+        return Choice("replay", hooked)
     if not found:
         return choice
     if choice.mode == "replay":
@@ -104,14 +113,14 @@ def look(choice: Choice, loss: Tensor) -> Choice:
     return Choice("replay", found[0])
 
 
-def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
+def look_together(choice: Choice, loss: Tensor, team: Team, hooked: str | None = None) -> Choice:
     """The same for several processes, whose graphs may differ: a replay where one of them needs it.
 
     Raises:
         ValueError: One of them has no second derivative; the message says what to do.
     """
     try:
-        found: Choice | str = look(choice, loss)
+        found: Choice | str = look(choice, loss, hooked)
     except ValueError as error:
         found = str(error)
     words = team.all_gather_object(found)
@@ -121,18 +130,13 @@ def look_together(choice: Choice, loss: Tensor, team: Team) -> Choice:
     return next((word for word in choices if word.mode == "replay"), choices[0])
 
 
-def compiled(module: nn.Module) -> str | None:
-    """Name of the first part of a module that runs as a graph of torch.compile, as far as it shows."""
-    return next((path or type(module).__name__ for path, part in module.named_modules() if _is_compiled(part)), None)
-
-
-def _refuse(trainer: L.Trainer, module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
+def _refuse(training: Training) -> None:
+    for name, parameter in training.module.named_parameters():
         if isinstance(parameter, DTensor):
             why = "its shards come and go, and a second derivative with them"
             raise ValueError(f"{name!r} is sharded: the loss cannot be differentiated twice, {why}{FORWARD_ONLY}")
-    for path, part in module.named_modules():
-        if isinstance(part, nn.SyncBatchNorm) and trainer.world_size > 1:
+    for path, part in training.module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and training.team.size > 1:
             raise ValueError(
                 f"{path!r}: the loss cannot be differentiated twice through {FINAL['SyncBatchNorm']}{FORWARD_ONLY}"
             )
@@ -144,36 +148,30 @@ def _asked(batch: str, loss_fn: LossFunction | None) -> str | None:
     return "the fixed batch" if batch == "fixed" else None
 
 
-def _needs_replay(trainer: L.Trainer, module: L.LightningModule) -> str | None:
+def _needs_replay(training: Training) -> str | None:
     """Why a look at the live graph would see nothing, or leave a trace."""
-    if getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
-        return "static_graph=True of DDP, which counts backward passes"
-    if (path := compiled(module)) is not None:
+    module = training.module
+    if (why := training.no_live_graph()) is not None:
+        return why
+    if (path := first_compiled(module)) is not None:
         return f"{path!r}, which is compiled"
+    if (hooks := hooked(module)) is not None:
+        return hooks
+    recurrent = (path for path, part in module.named_modules() if isinstance(part, nn.RNNBase) and _on_cuda(part))
+    return next((f"{path!r}, which cuDNN runs" for path in recurrent), None)
+
+
+def hooked(module: nn.Module) -> str | None:
+    """Hooks of modules and parameters that a backward pass of our own would call; None where there are none."""
     for path, part in module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
             return f"the backward hooks of {path!r}, which would hear of it"
-        if isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda:
-            return f"{path!r}, which cuDNN runs"
-    hooked = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
-    return next((f"the hooks of {name!r}, which would hear of it" for name in hooked), None)
+    names = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
+    return next((f"the hooks of {name!r}, which would hear of it" for name in names), None)
 
 
-def _is_compiled(part: nn.Module) -> bool:
-    if getattr(part, "_compiler_ctx", None) or part._compiled_call_impl is not None or hasattr(part, "_orig_mod"):
-        return True
-    own = [
-        kind
-        for kind in type(part).__mro__
-        if kind.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")
-    ]
-    return any(_is_compiled_function(function) for kind in [part, *own] for function in list(vars(kind).values()))
-
-
-def _is_compiled_function(function: Any) -> bool:
-    # What torch.compiler.disable gives has an original too.
-    described: dict[str, Any] = getattr(function, "__dict__", {}) if callable(function) else {}
-    return "_torchdynamo_orig_callable" in described and not described.get("_torchdynamo_disable", False)
+def _on_cuda(part: nn.Module) -> bool:
+    return next(part.parameters()).is_cuda
 
 
 def _differentiable_once(nodes: Sequence[Any]) -> str | None:

@@ -1,35 +1,34 @@
 """A kept batch once more through the user's training step, so that nobody else can tell."""
 
 import copy
-import inspect
-import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import lightning as L
+import numpy as np
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.fabric.utilities.seed import seed_everything
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.snapshot import Snapshot
-from lightning_lowrank.loss.tap import LossTap
+from lightning_lowrank.loss.tap import HOOKING, LossTap
+from lightning_lowrank.models.training import Training
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Packages whose forward hooks look and change nothing.
+WATCHERS = {"wandb", "comet_ml", "clearml", "neptune", "mlflow"}
 INSTEAD = "give loss_fn(module, batch) -> loss"
 PLAIN = "let the loader give tensors and plain containers"
-SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,18 @@ class Replay:
                 f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
             )
 
-    def take_back(self, batch: Any, batch_idx: int, device: torch.device) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The kept batch; nothing where it is no plain nest of tensors, numbers and words."""
+        kept = self.batch is not None and _is_plain(self.batch)
+        return {"batch": self.batch, "batch_idx": self.batch_idx} if kept else {}
+
+    def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on with a batch that another run kept."""
-        self.batch, self.batch_idx = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)), batch_idx
+        self.batch = apply_to_collection(state["batch"], Tensor, lambda tensor: tensor.to(device))
+        self.batch_idx = state["batch_idx"]
 
     @contextmanager
-    def __call__(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Replayed]:
+    def __call__(self, training: Training) -> Iterator[Replayed]:
         """The loss of the kept batch, with its graph; leaving puts everything back, after an exception too.
 
         Raises:
@@ -100,99 +105,77 @@ class Replay:
         """
         if self.batch is None:
             raise ValueError(self._uncopied)
-        refuse_replay(module, self.loss_fn)
+        refuse_replay(training, self.loss_fn)
+        module = training.module
         _reshard(module)
-        snapshot = Snapshot(module, [optimizer.param_groups for optimizer in trainer.optimizers])
-        snapshot.attributes_of(trainer)
+        snapshot = Snapshot(
+            module=module,
+            optimizers=[optimizer.param_groups for optimizer in training.optimizers],
+            hooks=[getattr(part, kind) for part in module.modules() for kind in FORWARD_HOOKS],
+            step=self.loss_fn or training.step_function,
+        )
+        if snapshot.spent and self.loss_fn is None:
+            raise ValueError(
+                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue, and "
+                f"what a replay takes from it is gone; {INSTEAD} that takes nothing from it"
+            )
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
             stack.callback(_reshard, module)
             stack.enter_context(differentiable_twice(module))
-            stack.enter_context(seeded(self.seed + trainer.global_rank))
-            self._prepare(trainer, module)
-            tap = LossTap(self.output_module)
+            stack.enter_context(seeded(self.seed + training.team.rank))
+            stack.enter_context(training.muted(snapshot))
+            _silence(module)
+            stack.enter_context(_NoHooks())
+            if self.eval_mode:
+                module.eval()
+            tap = LossTap(self.output_module, ours=True)
             stack.callback(tap.clear)
-            with snapshot.guard(), trainer.precision_plugin.train_step_context(), tap:
-                loss = self._loss(module)
+            with snapshot.guard(), training.precision(), tap:
+                loss = self._loss(training)
             yield Replayed(loss, tap)
 
     @contextmanager
-    def loss(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Tensor]:
+    def loss(self, training: Training) -> Iterator[Tensor]:
         """The loss alone."""
-        with self(trainer, module) as seen:
+        with self(training) as seen:
             yield seen.loss
 
     @contextmanager
-    def together(self, trainer: L.Trainer, module: L.LightningModule, team: Team) -> Iterator[Replayed]:
+    def together(self, training: Training) -> Iterator[Replayed]:
         """The same on several processes: what one of them cannot do, none does, for the others would wait for it."""
         with ExitStack() as stack:
             trouble: Exception | None = None
             try:
-                seen = stack.enter_context(self(trainer, module))
+                seen = stack.enter_context(self(training))
             except Exception as error:  # the others would wait for this process
                 trouble = error
-            if not all(team.all_gather_object(trouble is None)):
+            if not all(training.team.all_gather_object(trouble is None)):
                 raise trouble or RuntimeError("another process could not run its step again")
             yield seen
 
-    def _prepare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Mute what would be heard outside; all of this is undone by the snapshot."""
-        trainer.loggers = [cast(Any, Mute(logger)) for logger in trainer.loggers]
-        for part in module.modules():
-            if isinstance(part, L.LightningModule):
-                # Not by setattr, which users override.
-                vars(part).update(log=_nothing, log_dict=_nothing)
-            _silence(part)
-        for parameter in module.parameters():
-            if parameter._backward_hooks:
-                parameter._backward_hooks.clear()
-        if self.eval_mode:
-            module.eval()
-
-    def _loss(self, module: L.LightningModule) -> Tensor:
+    def _loss(self, training: Training) -> Tensor:
         # The step may take its batch apart.
         batch = copy.deepcopy(self.batch)
-        if self.loss_fn is not None:
-            output: Any = self.loss_fn(module, batch)
-        else:
-            output = module.training_step(*[batch, self.batch_idx][: _num_arguments(module.training_step)])
+        rerun = self.loss_fn is None
+        output = training.rerun(batch, self.batch_idx) if self.loss_fn is None else self.loss_fn(training.called, batch)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                f"{'the step' if self.loss_fn is None else 'loss_fn'} gave {_described(loss)} instead of a loss"
-            )
+            raise ValueError(f"{'the step' if rerun else 'loss_fn'} gave {_described(loss)} instead of a loss")
         return loss.reshape(())
 
 
-class Mute:
-    """A logger that says what it is called and where it writes, and writes nothing."""
-
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-        self.experiment = DummyLogger().experiment
-
-    # For `isinstance(self.logger, TensorBoardLogger)`.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._logger)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._logger, name)
-        return _nothing if callable(found) else found
-
-
-def refuse_replay(module: L.LightningModule, loss_fn: LossFunction | None) -> None:
+def refuse_replay(training: Training, loss_fn: LossFunction | None) -> None:
     """Refuse what cannot be run again.
 
     Raises:
-        ValueError: The step would step optimizers, or takes its own batches; the message says what to do.
+        ValueError: The training's own step cannot be, and no function takes its place; the message says what to do.
     """
-    if loss_fn is not None:
-        return
-    if not module.automatic_optimization:
-        raise ValueError(f"training_step cannot be run again: in manual optimization it steps optimizers; {INSTEAD}")
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        raise ValueError(f"training_step(dataloader_iter) cannot be run again: it takes its own batches; {INSTEAD}")
+    if loss_fn is None:
+        try:
+            training.refuse_rerun()
+        except ValueError as error:
+            raise ValueError(f"{error}; {INSTEAD}") from error
 
 
 @contextmanager
@@ -211,22 +194,19 @@ def differentiable_twice(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch, Python and numpy that begin at a seed, and afterwards go on as if nothing had been
-    drawn.
-    """
-    with ExitStack() as stack:
-        for name in SEEDS:
-            stack.callback(_set_environment, name, os.environ.get(name))
-        isolation = isolate_rng()
-        isolation.__enter__()
-        # Left so, since it puts nothing back if it hears of an exception.
-        stack.callback(isolation.__exit__, None, None, None)
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and accelerator.type != "cuda":
-            device = torch.get_device_module(accelerator)
-            stack.callback(device.set_rng_state, device.get_rng_state())
-        seed_everything(seed, verbose=False)
-        yield
+    """Random numbers of torch, Python and numpy begin at a seed, and afterwards go on as if none had been drawn."""
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()), device_type=kind):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def first_examples(batch: Any, num_examples: int | None) -> Any:
@@ -238,24 +218,41 @@ def first_examples(batch: Any, num_examples: int | None) -> Any:
     return apply_to_collection(batch, Tensor, lambda tensor: tensor[:num_examples].clone() if tensor.ndim else tensor)
 
 
-def _num_arguments(step: Callable[..., Any]) -> int:
-    """How many of batch and its number it takes."""
-    parameters = inspect.signature(step).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2
-    return min(2, sum(p.kind is not p.VAR_KEYWORD for p in parameters))
+def _is_plain(batch: Any) -> bool:
+    """Whether a checkpoint can hold it that loads with `weights_only=True`."""
+    if type(batch) is dict:
+        return all(type(key) in (str, int) and _is_plain(part) for key, part in batch.items())
+    if type(batch) in (list, tuple):
+        return all(map(_is_plain, batch))
+    return batch is None or type(batch) in (Tensor, int, float, bool, str)
 
 
-def _silence(part: nn.Module) -> None:
-    """Backward hooks, and forward hooks of our own: those of other monitors."""
-    for kind in BACKWARD_HOOKS:
-        getattr(part, kind).clear()
-    for kind in FORWARD_HOOKS:
-        hooks = getattr(part, kind)
-        for key in [
-            key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__.partition('.')[0]}.")
-        ]:
-            del hooks[key]
+class _NoHooks(TorchFunctionMode):
+    """In the place of hooks that the step sets on tensors, nothing: they would be called by passes of our own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOOKING:
+            return RemovableHandle({})
+        return func(*args, **(kwargs or {}))
+
+
+def _silence(module: nn.Module) -> None:
+    """Clear backward hooks of the user's, and forward hooks of tools that watch; the snapshot puts them back."""
+    for part in module.modules():
+        for kind in BACKWARD_HOOKS:
+            getattr(part, kind).clear()
+        for kind in FORWARD_HOOKS:
+            hooks = getattr(part, kind)
+            for key in [key for key, hook in hooks.items() if _root(hook) in WATCHERS]:
+                del hooks[key]
+    for parameter in module.parameters():
+        if parameter._backward_hooks:
+            parameter._backward_hooks.clear()
+
+
+def _root(hook: Any) -> str:
+    """The package that a hook is from."""
+    return str(getattr(hook, "__module__", type(hook).__module__)).partition(".")[0]
 
 
 def _described(output: Any) -> str:
@@ -277,14 +274,3 @@ def _reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def _set_environment(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of what would be heard outside."""

@@ -1,9 +1,13 @@
 """What a training step may change besides gradients, put back bit for bit."""
 
+import gc
+import queue
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from io import IOBase
+from socket import socket
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -15,33 +19,57 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Entries: what is larger is data rather than state, and not looked into. Tensors of any size are safe from what torch
 # writes.
 LARGE = 1_000_000
+# Objects that a snapshot looks at, at most: about a second.
+MOST = 300_000
 
 # Objects of classes derived from theirs are no state of the module: Trainers, loggers, datasets, optimizers.
 OTHERS = {"lightning", "lightning_fabric", "pytorch_lightning", "torch", "builtins"}
-OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, bytes, int, float, complex, bool)
+SCALARS = {str, bytes, int, float, complex, bool, type(None)}
+OPAQUE = (type, ModuleType, BuiltinFunctionType, *SCALARS)
+# Whatever is taken from them is gone.
+SPENT = (Iterator, IOBase, socket, queue.Queue, queue.SimpleQueue)
 
 
 class Snapshot:
     """Everything that is reached from a module, as it is: entries of containers and attributes, parameters, buffers,
-    generators.
+    generators, containers in the bodies of the user's classes.
 
-    Objects stay the same, what is in them is put back. Out of reach: global variables and attributes of classes,
-    variables of functions, iterators, files.
+    Objects stay the same, what is in them is put back. Out of reach: global variables.
 
     Args:
-        roots: Where to begin.
+        roots: Where to begin, by name.
+
+    Raises:
+        ValueError: More is reached than can be kept in a second.
+
+    Attributes:
+        spent: Names of what cannot be put back: iterators, files, sockets, queues.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, **roots: Any) -> None:
+        self.spent: list[str] = []
         self._undo = ExitStack()
         self._tensors: list[Tensor] = []
-        self._seen: set[int] = set()
-        waiting = list(roots)
+        # Containers with their contents; in lists, which cost less than a closure each.
+        self._mappings: list[tuple[Any, dict[Any, Any]]] = []
+        self._collections: list[tuple[Any, list[Any]]] = []
+        self._classes: dict[type, dict[str, Any]] = {}
+        with _no_collection():
+            self._walk(list(roots.items()))
+
+    def _walk(self, waiting: list[tuple[Any, Any]]) -> None:
+        seen: set[int] = set()
         while waiting:
-            value = waiting.pop()
-            if value is not None and not isinstance(value, OPAQUE) and id(value) not in self._seen:
-                self._seen.add(id(value))
-                waiting += self._keep(value)
+            name, value = waiting.pop()
+            if isinstance(value, OPAQUE) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if len(seen) > MOST:
+                raise ValueError(
+                    f"more than {MOST:,} Python objects are reached from the module, the last in {_path(name)}: too "
+                    "many to put back; keep data in tensors or arrays, or outside of the module"
+                )
+            waiting += [((name, key), part) for key, part in self._keep(value, name)]
 
     def guard(self) -> "WriteGuard":
         """What saves tensors from being written to while it is entered."""
@@ -53,10 +81,16 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back, also if a part of it fails."""
+        for put_back, kept in (
+            (_put_back_class, list(self._classes.items())),
+            (_put_back_collection, self._collections),
+            (_put_back_mapping, self._mappings),
+        ):
+            self._undo.callback(_for_each, put_back, kept)
         self._undo.close()
 
-    def _keep(self, value: Any) -> Iterable[Any]:
-        """Keep what is in this, and say what else to look at."""
+    def _keep(self, value: Any, name: Any) -> Iterable[tuple[Any, Any]]:
+        """Keep what is in this, and give what else to look at, by name."""
         if isinstance(value, Tensor):
             return self._keep_tensor(value)
         if isinstance(value, dict):
@@ -64,12 +98,17 @@ class Snapshot:
         if isinstance(value, list | deque | set | bytearray):
             return self._keep_collection(value)
         if isinstance(value, tuple | frozenset):
-            return value if len(value) <= LARGE else ()
+            return _to_look_into(value)
         if isinstance(value, np.ndarray):
             return self._keep_array(value)
+        if isinstance(value, SPENT):
+            self.spent.append(_path(name))
+            return ()
+        if isinstance(value, FunctionType | MethodType | partial):
+            return _parts_of_function(value)
         return self._keep_object(value)
 
-    def _keep_tensor(self, tensor: Tensor) -> Iterable[Any]:
+    def _keep_tensor(self, tensor: Tensor) -> Iterable[tuple[Any, Any]]:
         if not _is_plain(tensor):
             return ()
         self._tensors.append(tensor)
@@ -86,43 +125,27 @@ class Snapshot:
                 tensor.requires_grad_(learns)
 
         self._undo.callback(undo)
-        return (gradient, tensor._backward_hooks)
+        if tensor._backward_hooks is not None:
+            self._keep_mapping(tensor._backward_hooks)
+        return [("grad", gradient)]
 
-    def _keep_mapping(self, mapping: MutableMapping[Any, Any]) -> Iterable[Any]:
+    def _keep_mapping(self, mapping: MutableMapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
         kept: dict[Any, Any] = dict(mapping)
-        kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+        self._mappings.append((mapping, kept))
+        return kept.items() if len(kept) <= LARGE and not set(map(type, kept.values())) <= SCALARS else ()
 
-        def undo() -> None:
-            # Untouched where nothing changed: compiled code looks at the version of a dictionary.
-            if _same(mapping, kept) and _same(mapping.values(), kept.values()):
-                return
-            for key in [key for key in mapping if key not in kept]:
-                kind.__delitem__(mapping, key)
-            kind.update(mapping, kept)
-            if not _same(mapping, kept):  # their order
-                kind.clear(mapping)
-                kind.update(mapping, kept)
-
-        self._undo.callback(undo)
-        return kept.values() if len(kept) <= LARGE else ()
-
-    def _keep_collection(self, values: Any) -> Iterable[Any]:
+    def _keep_collection(self, values: Any) -> Iterable[tuple[Any, Any]]:
         kept = list(values)
+        self._collections.append((values, kept))
+        return () if isinstance(values, bytearray) else _to_look_into(kept)
 
-        def undo() -> None:
-            if not _same(values, kept):
-                values.clear()
-                (values.update if isinstance(values, set) else values.extend)(kept)
-
-        self._undo.callback(undo)
-        return kept if len(kept) <= LARGE and not isinstance(values, bytearray) else ()
-
-    def _keep_array(self, array: Any) -> Iterable[Any]:
+    def _keep_array(self, array: Any) -> Iterable[tuple[Any, Any]]:
         if array.size <= LARGE:
             self._undo.callback(np.copyto, array, array.copy())
         return ()
 
-    def _keep_object(self, value: Any) -> Iterable[Any]:
+    def _keep_object(self, value: Any) -> Iterable[tuple[Any, Any]]:
+        kinds = type(value).__mro__
         if isinstance(value, nn.Module):
             # Kernels of normalisation layers write into their buffers and do not say so.
             for buffer in _small(value._buffers.values()):
@@ -130,10 +153,18 @@ class Snapshot:
         elif (draws := _state_of_generator(value)) is not None:
             self._undo.callback(draws)
             return ()
-        elif _belongs_to_others(type(value).__mro__):
+        elif _belongs_to_others(kinds):
             return ()
         attributes = getattr(value, "__dict__", None)
-        return self._keep_mapping(attributes) if isinstance(attributes, dict) else ()
+        own = list(self._keep_mapping(attributes)) if isinstance(attributes, dict) else []
+        return [*own, *(part for kind in kinds if not _belongs_to_others((kind,)) for part in self._keep_class(kind))]
+
+    def _keep_class(self, kind: type) -> Iterable[tuple[Any, Any]]:
+        """Data in the body of a class of the user's, which all of its instances share."""
+        if kind in self._classes:
+            return ()
+        self._classes[kind] = {name: value for name, value in vars(kind).items() if _is_data(name, value)}
+        return self._classes[kind].items()
 
 
 class WriteGuard(TorchDispatchMode):
@@ -166,6 +197,96 @@ class WriteGuard(TorchDispatchMode):
         if storage is not None:
             # Of the storage: no version is counted up, so that graphs which hold the tensor stay valid.
             self._undo.callback(storage.copy_, storage.clone())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection, which would look at all objects of the process again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _for_each(put_back: Callable[[Any, Any], None], kept: Sequence[tuple[Any, Any]]) -> None:
+    """Put back each, also if one of them fails; then raise what the first raised."""
+    first: Exception | None = None
+    for thing, contents in reversed(kept):
+        try:
+            put_back(thing, contents)
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _put_back_mapping(mapping: MutableMapping[Any, Any], kept: dict[Any, Any]) -> None:
+    # Untouched where nothing changed: compiled code looks at the version of a dictionary.
+    if _same(mapping, kept) and _same(mapping.values(), kept.values()):
+        return
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    for key in [key for key in mapping if key not in kept]:
+        kind.__delitem__(mapping, key)
+    kind.update(mapping, kept)
+    if not _same(mapping, kept):  # their order
+        kind.clear(mapping)
+        kind.update(mapping, kept)
+
+
+def _put_back_collection(values: Any, kept: list[Any]) -> None:
+    if not _same(values, kept):
+        values.clear()
+        (values.update if isinstance(values, set) else values.extend)(kept)
+
+
+def _put_back_class(kind: type, kept: dict[str, Any]) -> None:
+    now = {name: value for name, value in vars(kind).items() if _is_data(name, value)}
+    for name in now.keys() - kept.keys():
+        delattr(kind, name)
+    for name, value in kept.items():
+        if name not in now or now[name] is not value:
+            setattr(kind, name, value)
+
+
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an entry in the body of a class is data, and no method, property or the like."""
+    return not name.startswith("__") and not callable(value) and not hasattr(type(value), "__get__")
+
+
+def _to_look_into(values: Sequence[Any] | frozenset[Any]) -> Iterable[tuple[Any, Any]]:
+    """The entries of a collection, by number; none where they are many, or plain numbers and words."""
+    return enumerate(values) if len(values) <= LARGE and not set(map(type, values)) <= SCALARS else ()
+
+
+def _parts_of_function(function: Any) -> Iterable[tuple[Any, Any]]:
+    """What a function carries along: the object that it is bound to, arguments, variables from around it."""
+    if isinstance(function, MethodType):
+        return [("__self__", function.__self__), ("__func__", function.__func__)]
+    if isinstance(function, partial):
+        return [("func", function.func), ("args", function.args), ("keywords", function.keywords)]
+    names = function.__code__.co_freevars
+    return [
+        (n, cell.cell_contents) for n, cell in zip(names, function.__closure__ or (), strict=True) if _is_filled(cell)
+    ]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # the variable has no value yet
+        return False
+
+
+def _path(name: Any) -> str:
+    """The name of what was reached, from the nested pairs of the walk."""
+    keys: list[str] = []
+    while isinstance(name, tuple):
+        name, key = name
+        keys.append(f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]")
+    return "".join([str(name), *reversed(keys)])
 
 
 @cache

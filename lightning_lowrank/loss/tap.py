@@ -4,19 +4,21 @@ out.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.loss.calls import FORMS, LossCall
 from lightning_lowrank.loss.output_loss import Differentiated, OutputLoss
+from lightning_lowrank.models.taps import Listener, in_training
 
 # Relative difference between a loss and what it should be, in float32; in less, so many units in the last place.
 TOLERANCE, LAST_PLACES = 1e-5, 4
+
+# What sets hooks on a tensor, or asks for its gradient.
+HOOKING = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
 
 NAMES = ", ".join(f"F.{function.__name__}" for function in FORMS)
 INSTEAD = "name the layer whose output goes into the loss as output_module"
@@ -29,34 +31,35 @@ class LossTap:
 
     Args:
         layer: One whose output to capture, instead of calls of loss functions.
+        ours: Listen in a pass of our own instead of the training's.
     """
 
-    def __init__(self, layer: nn.Module | None = None) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module | None = None, *, ours: bool = False) -> None:
+        self.layer, self._ours = layer, ours
         self.calls: list[LossCall] = []
         self.outputs: list[Tensor] = []
-        self._mode = _Listening(self._hear)
-        self._hook: RemovableHandle | None = None
+        # Whether the step has set hooks on tensors of its graph, which products with that graph would call.
+        self.is_hooked = False
+        self._mode = _Listening(self._hear, self._note_hook)
+        self._listener = Listener(self._capture, ours=ours)
+        self._listener.layers = {} if layer is None else {"": layer}
 
     def enter(self) -> None:
         """Begin to listen, with nothing heard."""
         self.exit()
         self.clear()
-        if self.layer is None:
-            _push_mode(self._mode)
-        else:
-            self._hook = self.layer.register_forward_hook(Hook(self._capture))
+        _push_mode(self._mode)
+        if self.layer is not None:
+            self._listener.attach()
 
     def exit(self) -> None:
         """Stop listening; what was heard stays."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._listener.detach()
         _take_off(self._mode)
 
     def clear(self) -> None:
         """Let go of what was heard, and of its graphs."""
-        self.calls, self.outputs = [], []
+        self.calls, self.outputs, self.is_hooked = [], [], False
 
     def __enter__(self) -> "LossTap":
         self.enter()
@@ -120,47 +123,29 @@ class LossTap:
     def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
         # This runs inside the user's step: what cannot be recorded has not been heard.
         with suppress(Exception):
-            if loss.requires_grad:
+            if self.layer is None and loss.requires_grad and (self._ours or in_training()):
                 self.calls.append(LossCall.of(function, args, kwargs, loss))
 
-    def _capture(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # Activation checkpointing runs the layer again during backward.
-        if torch._C._current_graph_task_id() == -1:
-            with suppress(Exception):
-                self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
+    def _note_hook(self) -> None:
+        self.is_hooked |= in_training()
 
-
-@dataclass(frozen=True)
-class Hook:
-    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and
-    averages.
-    """
-
-    hear: Callable[..., None] | None
-
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # In a compiled function a hook would become part of the graph, or break it.
-        if self.hear is not None and not torch.compiler.is_compiling():
-            self.hear(layer, inputs, output)
-
-    def __deepcopy__(self, memo: Any) -> "Hook":
-        return Hook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (None,)
+    def _capture(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
 
 
 class _Listening(TorchFunctionMode):
-    """Hands on each call of a loss function, with what it gave."""
+    """Hands on each call of a loss function, with what it gave; and says when a hook is set on a tensor."""
 
-    def __init__(self, hear: Callable[..., None]) -> None:
+    def __init__(self, hear: Callable[..., None], note_hook: Callable[[], None]) -> None:
         super().__init__()
-        self._hear = hear
+        self._hear, self._note_hook = hear, note_hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in FORMS:
             self._hear(func, args, kwargs or {}, result)
+        elif func in HOOKING:
+            self._note_hook()
         return result
 
 

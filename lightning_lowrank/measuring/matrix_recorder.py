@@ -4,7 +4,7 @@ Shape letters:  n matrices read at once
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,9 @@ from lightning_lowrank.maths.spectra.spectrum import Needs, Spectrum, pooled
 from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspaces
 from lightning_lowrank.measuring.gathering import Gathered, gather
 from lightning_lowrank.measuring.probe import Probe
-from lightning_lowrank.measuring.recorder import Recorder
+from lightning_lowrank.measuring.recorder import BATCH, Recorder
 from lightning_lowrank.measuring.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
-from lightning_lowrank.measuring.source import Reading
+from lightning_lowrank.measuring.source import MatrixSource, Reading, Step
 from lightning_lowrank.statistics import find
 from lightning_lowrank.statistics.registry import Statistic
 
@@ -48,6 +48,8 @@ class MatrixRecorder(Recorder):
     """
 
     def __init__(self, probe: Probe, *, prefix: str | None = None, histograms: bool = False) -> None:
+        assert isinstance(probe.source, MatrixSource)
+        self._source = probe.source
         self.statistics: list[Statistic] = [find(name) for name in probe.statistics]
         self.num_solves = 0
         self._histograms = histograms
@@ -82,10 +84,22 @@ class MatrixRecorder(Recorder):
 
     def share(self, team: Team) -> None:
         """Share out what will be read, so that it does not depend on what goes wrong when it is."""
-        units = self.probe.source.units()
+        units = self._source.units()
         self._owners = dict(zip(units, team.assign([flops(shape) for shape in units.values()]), strict=True))
 
-    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
+    def gradients_final(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Measure what is read before a step."""
+        self._record(optimizer, self._source.gradients_final(step), generator, team)
+
+    def step_done(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Measure what is read after a step."""
+        self._record(optimizer, self._source.step_done(step), generator, team)
+
+    def sample_over(self, generator: torch.Generator, team: Team) -> None:
+        """Measure what belongs to the batches."""
+        self._record(BATCH, self._source.sample_over(team), generator, team)
+
+    def _record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
         """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
         self._results.know(
             {label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels}
@@ -110,6 +124,9 @@ class MatrixRecorder(Recorder):
         new = {reading.labels[0]: flops(reading.shape) for reading in readings if reading.labels[0] not in self._owners}
         owners = self._owners | dict(zip(new, team.assign(list(new.values())), strict=True))
         return [owners[reading.labels[0]] for reading in readings]
+
+    def _shapes(self) -> Mapping[str, tuple[int, int]]:
+        return self._source.shapes()
 
     def _fresh(self) -> Results:
         orders = 1 + COUNT if self.needs == "values" else 0

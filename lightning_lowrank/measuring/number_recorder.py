@@ -9,11 +9,11 @@ from torch import Tensor
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.matrix_recorder import MatrixRecorder
-from lightning_lowrank.measuring.number_source import Curve, Numbers, NumberSource, Quantity
+from lightning_lowrank.measuring.number_source import Curve, Detail, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import BATCH, Recorder
 from lightning_lowrank.measuring.results import Results, Staged
-from lightning_lowrank.measuring.source import Reading
+from lightning_lowrank.measuring.source import Step
 
 
 class NumberRecorder(Recorder):
@@ -62,12 +62,17 @@ class NumberRecorder(Recorder):
         """Whether it is one number for the whole model."""
         return not any(asked.per_site for asked in self._named(quantity))
 
-    def is_detail(self, quantity: str) -> bool:
-        """Whether the source has others that come first."""
-        return any(asked.detail for asked in self._named(quantity))
+    def detail(self, quantity: str) -> Detail:
+        """Least detail at which loggers get it."""
+        return next((asked.detail for asked in self._named(quantity)), "all")
 
-    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
-        """A number source reads for itself."""
+    def gradients_final(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Let the source read for itself."""
+        self._source.gradients_final(step)
+
+    def step_done(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Let the source read for itself."""
+        self._source.step_done(step)
 
     def sample_over(self, generator: torch.Generator, team: Team) -> None:
         """Stage the numbers of the sample: each process its share, or one for all, which have the same."""

@@ -1,8 +1,9 @@
 """Sources of finished numbers: what they measure is not the spectrum of one matrix."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +13,9 @@ from lightning_lowrank.measuring.source import Source
 
 # The site of what belongs to the whole model.
 WHOLE_MODEL = ""
+
+# How much loggers get; the tab and reports have everything at any detail.
+Detail = Literal["core", "standard", "all"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,28 @@ class Quantity:
         unit: What it counts.
         per_site: There is one for each site, and none for the whole model.
         estimated: It comes with a standard error.
-        detail: With many sites it has no curves of single ones unless all are asked for.
+        detail: Least detail at which loggers get it: "core" is what the monitor is for, "all" what one looks up.
     """
 
     name: str
     unit: str = "1"
     per_site: bool = False
     estimated: bool = False
-    detail: bool = False
+    detail: Detail = "standard"
+
+
+def led_by(core: Collection[str], quantities: Iterable[Quantity], looked_up: Collection[str] = ()) -> list[Quantity]:
+    """Quantities with the least detail at which loggers get them.
+
+    Args:
+        core: Names of those that the monitor is for.
+        quantities: All that it gives.
+        looked_up: Ends of the names of those that one looks up: what another moment or a null gives.
+    """
+    quantities = list(quantities)
+    details: dict[str, Detail] = {q.name: "all" for q in quantities if q.name.endswith(tuple(looked_up))}
+    details |= dict.fromkeys(core, "core")
+    return [replace(quantity, detail=details.get(quantity.name, quantity.detail)) for quantity in quantities]
 
 
 @dataclass(frozen=True)
@@ -97,14 +115,8 @@ class NumberSource(Source):
 
     @abstractmethod
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found in this sample: all batches of the due step are over. Called on every process, so it may
-        communicate.
-        """
+        """Numbers of this sample, whose batches are over. Called on every process, so it may communicate."""
 
     def labels(self) -> Sequence[str]:
-        """The sites, and the whole model."""
+        """The whole model, unless a source has sites."""
         return [WHOLE_MODEL]
-
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """None: nothing is decomposed later."""
-        return {}

@@ -7,7 +7,7 @@ from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
 from lightning_lowrank.measuring.number_source import NumberSource
 from lightning_lowrank.measuring.schedules import Every, Schedule
-from lightning_lowrank.measuring.source import Source
+from lightning_lowrank.measuring.source import MatrixSource, Source
 from lightning_lowrank.statistics import available, find
 
 
@@ -66,7 +66,7 @@ def offers(source: Source, name: str) -> bool:
     except ValueError:
         return False
     if asked.partner == "weight":
-        return source.of_changes
+        return isinstance(source, MatrixSource) and source.of_changes
     return asked.takes == (Spectrum,) or (source.of_parameters and Scaling not in asked.takes)
 
 

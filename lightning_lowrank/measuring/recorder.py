@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import SiteMeans
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve, Detail
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.results import Results, Staged
-from lightning_lowrank.measuring.source import Reading
+from lightning_lowrank.measuring.source import Step
+from lightning_lowrank.models.training import Training
 
 # Stands for all processes and optimizers where readings belong to the batch rather than to one optimizer.
 BATCH = -1
@@ -75,9 +76,9 @@ class Recorder(ABC):
         """Whether it is one number for the whole model."""
         return False
 
-    def is_detail(self, quantity: str) -> bool:
-        """Whether it has no curves of single sites where these are many."""
-        return False
+    def detail(self, quantity: str) -> Detail:
+        """Least detail at which loggers get it."""
+        return "core"
 
     def sites_of(self, quantity: str) -> list[str]:
         """Where a quantity is to be had: the whole model, or sites."""
@@ -91,22 +92,26 @@ class Recorder(ABC):
         """Calls of an eigensolver since this was last asked."""
         return 0
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the sites; those that were known once stay known."""
-        self.probe.source.plan(module)
+        self.probe.source.plan(training)
         self.expected |= dict.fromkeys(self.probe.source.labels())
-        self._results.know(self.probe.source.shapes(), self.expected)
+        self._results.know(self._shapes(), self.expected)
 
     def share(self, team: Team) -> None:
         """Share out what will be read, so that it does not depend on what goes wrong when it is."""
 
     @abstractmethod
-    def record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
-        """Stage what was read under the optimizer's number."""
+    def gradients_final(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Stage what is read before a step under the optimizer's number."""
 
+    @abstractmethod
+    def step_done(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
+        """Stage what is read after a step under the optimizer's number."""
+
+    @abstractmethod
     def sample_over(self, generator: torch.Generator, team: Team) -> None:
-        """Stage what belongs to the batches rather than to an optimizer, and let it count."""
-        self.record(BATCH, self.probe.source.sample_over(team), generator, team)
+        """Stage what belongs to the batches rather than to an optimizer, under `BATCH`."""
 
     def commit(self, optimizer: int) -> None:
         """The optimizer has stepped: what was staged counts."""
@@ -136,7 +141,7 @@ class Recorder(ABC):
 
     def packed(self, device: torch.device) -> Tensor:
         """What was found here, as one vector to be added up over all processes."""
-        self._results.know(self.probe.source.shapes())
+        self._results.know(self._shapes())
         return self._results.packed(device)
 
     def unpack(self, vector: Tensor) -> None:
@@ -165,6 +170,10 @@ class Recorder(ABC):
         if self._results.estimated:
             rows |= {f"{name}_error": row for name, row in zip(self.quantities, errors, strict=True)}
         return rows
+
+    def _shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of every matrix that it may ever measure, by label."""
+        return {}
 
     @abstractmethod
     def _fresh(self) -> Results: ...

@@ -5,15 +5,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.distributed.shards import local
-from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.recorder import BATCH, Recorder
 from lightning_lowrank.measuring.source import Batch, Step
+from lightning_lowrank.models.training import Training
 
 
 class Sampling:
@@ -23,32 +23,27 @@ class Sampling:
     read at its next step.
 
     Args:
-        module: The one in training.
-        optimizers: The Trainer's.
+        training: The training that is sampled.
+        optimizers: Those that are waited for.
         generator: Of the sketches.
-        team: The processes that share the work.
         guard: Context in which to run what the optimizer's hook calls.
-        may_skip: There is a GradScaler, so that an optimizer that calls no hook has skipped its step.
         hooks: Where to leave the handles of hooks. They may not be removed while the optimizer calls them: the owner
             does it later.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        training: Training,
         optimizers: Sequence[Optimizer],
         generator: torch.Generator,
-        team: Team,
         guard: Callable[[], AbstractContextManager[None]],
         hooks: list[RemovableHandle],
-        *,
-        may_skip: bool = False,
     ) -> None:
         self.recorders: list[Recorder] = []
         self.num_skipped = 0
-        self._module, self._optimizers, self._generator, self._team = module, optimizers, generator, team
-        self._guard, self._hooks, self._may_skip = guard, hooks, may_skip
-        self._pending = set(range(len(optimizers)))
+        self._training, self._optimizers, self._team = training, optimizers, training.team
+        self._generator, self._guard, self._hooks = generator, guard, hooks
+        self._pending = set(range(len(self._optimizers)))
         self._has_read_free = False
         self._open: dict[int, Step] = {}
         self._done: set[int] = set()
@@ -62,7 +57,7 @@ class Sampling:
     def join(self, recorders: Iterable[Recorder]) -> None:
         """Add recorders that have become due; all optimizers are read anew."""
         self.recorders += [recorder for recorder in recorders if recorder not in self.recorders]
-        self._each(lambda r: r.plan(self._module))
+        self._each(lambda r: r.plan(self._training))
         self._team.loads = []
         self._each(lambda r: r.share(self._team))
         self._pending = set(range(len(self._optimizers)))
@@ -81,12 +76,16 @@ class Sampling:
 
     def batch_begins(self, batch: Any, index: int) -> None:
         """A batch is about to enter the module."""
-        begun = Batch(self._module, batch, index, self._optimizers, self._team, self._generator.initial_seed())
-        self._each(lambda r: r.probe.source.batch_begins(begun))
+        begins = Batch(self._training, batch, index, self._generator.initial_seed())
+        self._each(lambda r: r.probe.source.batch_begins(begins))
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """The loss is computed, and multiplied by `scale`; the backward pass is next."""
         self._each(lambda r: r.probe.source.loss_live(loss, scale))
+
+    def backward_done(self) -> None:
+        """The backward pass of a batch is over."""
+        self._each(lambda r: r.probe.source.backward_done())
 
     def gradients_final(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Read gradients and weights, and wait for the step to happen."""
@@ -94,9 +93,9 @@ class Sampling:
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
         if self._team.size > 1:  # between batches FSDP2 may have parameters gathered that it steps in shards
-            self._each(lambda r: r.plan(self._module))
+            self._each(lambda r: r.plan(self._training))
         step = Step(optimizer, self._to_read(optimizer), scale)
-        self._each(lambda r: r.record(index, r.probe.source.gradients_final(step), self._generator, self._team))
+        self._each(lambda r: r.gradients_final(index, step, self._generator, self._team))
         if scale is not None:
             self._finite += [
                 torch.isfinite(local(p.grad)).all()
@@ -113,7 +112,7 @@ class Sampling:
             return
         with self._guard():
             step = self._open.pop(index)
-            self._each(lambda r: r.record(index, r.probe.source.step_done(step), self._generator, self._team))
+            self._each(lambda r: r.step_done(index, step, self._generator, self._team))
             self._each(lambda r: r.commit(index))
             self._pending.discard(index)
             self._done.add(index)
@@ -122,7 +121,7 @@ class Sampling:
         """The batch is over: whether an optimizer stepped, so that there is something to report."""
         self._each(lambda r: r.probe.source.batch_over())
         for index in list(self._open):
-            if self._may_skip:
+            if self._training.may_skip:
                 self._close(index)
                 self.num_skipped += 1
             else:  # an optimizer of the user's that calls no hooks
@@ -201,12 +200,16 @@ class Sampling:
     def _to_read(self, optimizer: Optimizer) -> frozenset[int]:
         """Ids of its parameters, and of those that no optimizer has if it is the first of the sample."""
         own = {id(o): {id(p) for g in o.param_groups for p in g["params"]} for o in self._optimizers}
-        free = set() if self._has_read_free else {id(p) for p in self._module.parameters()}.difference(*own.values())
+        free = (
+            set()
+            if self._has_read_free
+            else {id(p) for p in self._training.module.parameters()}.difference(*own.values())
+        )
         self._has_read_free = True
         return frozenset(own[id(optimizer)] | free)
 
 
-def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[list[str], bool]:
+def plan(recorders: Sequence[Recorder], training: Training) -> tuple[list[str], bool]:
     """Let every recorder choose its sites: what went wrong, and whether all processes have chosen the same.
 
     Raises:
@@ -215,13 +218,13 @@ def plan(recorders: Sequence[Recorder], module: nn.Module, team: Team) -> tuple[
     troubles = []
     for recorder in recorders:
         try:
-            recorder.plan(module)
+            recorder.plan(training)
         except ValueError:
             raise
         except Exception as error:  # no argument of the user's is wrong: the run goes on without this source
             troubles.append(f"{recorder.name}: {type(error).__name__}: {error}")
     sites = [list(recorder.sites) for recorder in recorders]
-    agreed = all(others == sites for others in team.all_gather_object(sites))
+    agreed = all(others == sites for others in training.team.all_gather_object(sites))
     return troubles if agreed else [
         *troubles,
         "the processes have different matrices, so that nothing is watched",

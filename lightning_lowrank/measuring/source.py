@@ -1,4 +1,4 @@
-"""What every source of matrices has: sites to read, and the moments of a training step at which it reads them."""
+"""What every source has, the moments of a step at which it reads; and what sources of matrices have besides."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
-from lightning_lowrank.models.sites import Site, sites
-from lightning_lowrank.models.views import View
+from lightning_lowrank.models.sites import Site
+from lightning_lowrank.models.training import Training
 
 
 @dataclass(frozen=True)
@@ -68,30 +67,28 @@ class Batch:
     """A batch that is about to enter the module.
 
     Attributes:
-        module: The one in training.
-        batch: What the loader gave.
+        training: The training that it belongs to.
+        data: What the loader gave.
         index: Its number in the epoch.
-        optimizers: The Trainer's.
-        team: The processes that share the work.
         seed: Of what is drawn in this sample; the same on every process.
     """
 
-    module: nn.Module
-    batch: Any
+    training: Training
+    data: Any
     index: int
-    optimizers: Sequence[Optimizer]
-    team: Team
     seed: int
 
 
 class Source(ABC):
-    """Where matrices come from. Each moment is called on due steps only; a source answers at the moments that it reads
-    at.
+    """Where numbers come from: the moments at which they are read, `MatrixSource` or `NumberSource` what they are.
+
+    Moments come on due steps only, so a running average over all steps cannot be a source. The order within a step:
+    `batch_begins`, `loss_live`, `backward_done` and `batch_over` for every micro-batch, `gradients_final` and
+    `step_done` for every optimizer, `sample_over` or `numbers` once.
 
     Attributes:
         name: First part of the tags.
-        of_parameters: Its sites are parameters.
-        of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
+        of_parameters: Its sites are parameters, so that an optimizer that does not step in the due batch is waited for.
         stage: The loop whose batches it watches.
         level: Where what it reads belongs, in overviews.
         timed: Counts the time of what happens inside the user's own code.
@@ -99,13 +96,12 @@ class Source(ABC):
 
     name: str
     of_parameters: bool = True
-    of_changes: bool = False
     stage: Literal["train", "validation"] = "train"
     level: Literal["parameters", "functions", "structure", "subnetworks"] = "parameters"
     timed: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the sites.
 
         Raises:
@@ -114,19 +110,9 @@ class Source(ABC):
 
     @abstractmethod
     def labels(self) -> Sequence[str]:
-        """One name per matrix that it is to give now."""
+        """Sites that are to have a number now."""
 
-    @abstractmethod
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
-
-    def units(self) -> Mapping[str, torch.Size]:
-        """What can be shared out between processes before it is read: shapes of the readings to come, by their first
-        label.
-        """
-        return {}
-
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """A batch of a due step is about to enter the module."""
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
@@ -136,6 +122,9 @@ class Source(ABC):
             loss: The step's own.
             scale: What it has been multiplied by, for accumulation and half precision.
         """
+
+    def backward_done(self) -> None:
+        """The gradient of one micro-batch has been added; of the first one, it stands alone."""
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """Gradients are synchronised, unscaled and accumulated, not yet clipped; weights are those before the step."""
@@ -148,16 +137,12 @@ class Source(ABC):
     def batch_over(self) -> None:
         """The batch is over; nothing may be left in the module."""
 
-    def sample_over(self, team: Team) -> list[Reading]:
-        """All batches of the due step are over. Called on every process at the same step, so it may communicate."""
-        return []
-
     def facts(self) -> dict[str, float]:
         """Numbers to log beside what was read, known on the host."""
         return {}
 
     def note(self) -> str:
-        """What a user should know of how it reads, to be said once; nothing unless there is something."""
+        """One sentence for the log about how this source reads; printed once per wording. Empty: nothing to print."""
         return ""
 
     def detach(self) -> None:
@@ -171,92 +156,25 @@ class Source(ABC):
         """Take it back."""
 
 
-@dataclass(kw_only=True)
-class ParameterSource(Source):
-    """A source whose sites are parameters of the module.
+class MatrixSource(Source):
+    """A source of matrices, whose spectra are asked for statistics.
 
-    Args:
-        match: Parameters to read: globs on the full name, `re:REGEX`, `type:LAYERCLASS`, one or several; all matrices
-            unless given.
-        exclude: The same, taken away.
-        min_size: Shortest side of a matrix to read.
-        heads: Split attention weights by head.
-        views: Your own einops patterns by parameter name (glob); the right side ends in `rows columns`.
+    Attributes:
+        of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
     """
 
-    match: str | Sequence[str] | None = None
-    exclude: str | Sequence[str] | None = None
-    min_size: int = 2
-    heads: bool = False
-    views: Mapping[str, str | View] | None = None
+    of_changes: bool = False
 
-    def __post_init__(self) -> None:
-        self.sites: list[Site] = []
-        self._seen: tuple[tuple[str, int, bool], ...] = ()
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
 
-    def plan(self, module: nn.Module) -> None:
-        """Choose the sites, anew only when parameters came or went."""
-        # With names: a parametrization keeps the parameter and changes where it is, as a lazy module keeps it and gives
-        # it a shape.
-        seen = tuple((name, id(parameter), is_lazy(parameter)) for name, parameter in module.named_parameters())
-        if seen != self._seen:
-            chosen = {
-                "match": self.match,
-                "exclude": self.exclude,
-                "min_size": self.min_size,
-                "heads": self.heads,
-                "views": self.views,
-            }
-            self.sites = sites(module, **chosen)  # type: ignore[arg-type]
-            self._seen = seen
+    def units(self) -> Mapping[str, torch.Size]:
+        """What can be shared out between processes before it is read: shapes of the readings to come, by their first
+        label.
+        """
+        return {}
 
-    def labels(self) -> list[str]:
-        """One name per matrix, in the order of the module's parameters."""
-        return [label for site in self.sites if self.reads(site) for label in site.labels]
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Those of all sites, frozen ones too."""
-        return {label: (site.shape[-2], site.shape[-1]) for site in self.sites for label in site.labels}
-
-    def units(self) -> dict[str, torch.Size]:
-        """Those of the sites that it reads."""
-        return {site.labels[0]: site.shape for site in self.sites if self.reads(site)}
-
-    def reads(self, site: Site) -> bool:
-        """Whether it has something to read there, as things are now."""
-        return True
-
-
-def weights(site: Site, values: Sequence[Tensor] | None = None) -> Reading:
-    """The matrices of a site, at values of its parameters; at those of now unless given."""
-    return Reading(site.labels, site.shape, site.values() if values is None else values, site.weight, site.parameters)
-
-
-def change(site: Site, before: Sequence[Tensor]) -> Reading:
-    """What a site's matrices are now less what they were; nothing to read where it is not known what they were."""
-    count = len(site.parameters) if before else 0
-
-    def made(*parts: Tensor) -> Tensor:
-        return difference(site.weight(*parts[:count]), site.weight(*parts[count:]))
-
-    if site.linear:  # each process subtracts what it has
-        parts = attempt(lambda: [difference(*pair) for pair in zip(site.values(), before, strict=bool(before))])
-        dtype = torch.promote_types(site.parameters[0].dtype, torch.float32)
-        return Reading(site.labels, site.shape, parts, site.view, site.parameters, dtype, weights(site, before))
-    parts = [*site.values(), *before] if before else ()
-    return Reading(site.labels, site.shape, parts, made, site.parameters * 2, weight=weights(site, before))
-
-
-def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """What was read; nothing where that is not possible, which is counted and does no harm to other sites."""
-    try:
-        return read()
-    except Exception:
-        return ()
-
-
-def difference(now: Tensor, before: Tensor) -> Tensor:
-    """What changed, in float32 at least: in half precision the difference would be rounded once more."""
-    if now.shape != before.shape:  # a single row would be subtracted from each
-        raise ValueError(f"a tensor of shape {tuple(before.shape)} has become one of {tuple(now.shape)}")
-    return now.to(torch.promote_types(now.dtype, torch.float32)) - before
+    def sample_over(self, team: Team) -> list[Reading]:
+        """All batches of the due step are over. Called on every process at the same step, so it may communicate."""
+        return []

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lowrank.loss.replay import differentiable_twice
-from lightning_lowrank.measuring.sources.features import unheard
 from lightning_lowrank.models.names import chosen_parameters
-from lightning_lowrank.watching import trainer as trainers
+from lightning_lowrank.models.taps import unheard
+from lightning_lowrank.watching.trainer import TrainerTraining
 
 # Outputs of one example: each takes a backward pass.
 MOST_OUTPUTS = 256
@@ -181,7 +181,7 @@ class JacobianPenalty(L.Callback):
         penalty = self._measured(pl_module)
         pl_module.log("jacobian_penalty", penalty.detach())
         if self.add:
-            loss.add_((self.strength * trainers.loss_scale(trainer, pl_module) * penalty).to(loss.dtype))
+            loss.add_((self.strength * TrainerTraining(trainer, pl_module).loss_scale() * penalty).to(loss.dtype))
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Let go of the batch."""

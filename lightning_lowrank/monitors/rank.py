@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.measuring.probe import Probe, offers
 from lightning_lowrank.measuring.source import Source
 from lightning_lowrank.measuring.sources.displacement import Displacement
@@ -14,8 +15,7 @@ from lightning_lowrank.measuring.sources.updates import Updates
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.models.views import View
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence
 
 OF_PARAMETERS: dict[str, list[Callable[..., Source]]] = {
     "gradients": [Gradients],
@@ -32,23 +32,7 @@ OF_LAYERS: dict[str, list[Callable[..., Source]]] = {
 SOURCES = OF_PARAMETERS | OF_LAYERS
 
 
-def RankMonitor(
-    sources: str | Sequence[str] = ("gradients", "weights", "updates"),
-    statistics: str | Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
-    every_n_steps: int | None = None,
-    match: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    histograms: bool = False,
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = "default",
-    min_size: int = 2,
-    heads: bool = False,
-    views: Mapping[str, str | View] | None = None,
-    max_overhead: float | None = None,
-) -> Monitor:
+class RankMonitor(Monitor):
     """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
 
     Cost: one eigensolver call per matrix and due step, on the default three sources; see the benchmark of overhead.
@@ -61,6 +45,7 @@ def RankMonitor(
         every_n_steps: Cadence, in optimizer steps; 50 unless given.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
         histograms: Also the spectra, as TensorBoard histograms.
         seed: Of the sketches of matrices above 1500 a side.
@@ -79,23 +64,51 @@ def RankMonitor(
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
         ['gradient', 'first_moment', 'second_moment']
     """
-    sources, statistics = _sequence(sources), _sequence(statistics)
-    unknown = [source for source in sources if source not in SOURCES]
-    if unknown or not sources:
-        raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
-    of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
-    of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
-    built = [
-        make(**of_layers if source in OF_LAYERS else of_parameters) for source in sources for make in SOURCES[source]
-    ]
-    schedule = cadence(every_n_steps, max_overhead, 50)
-    # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
-    offered = [
-        [name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)]
-        for one in built
-    ]
-    probes = [Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)]
-    return Monitor(probes, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name, label="rank")
+
+    label = "rank"
+
+    def __init__(
+        self,
+        sources: str | Sequence[str] = ("gradients", "weights", "updates"),
+        statistics: str | Sequence[str] = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio"),
+        every_n_steps: int | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        histograms: bool = False,
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        min_size: int = 2,
+        heads: bool = False,
+        views: Mapping[str, str | View] | None = None,
+        max_overhead: float | None = None,
+    ) -> None:
+        sources, statistics = _sequence(sources), _sequence(statistics)
+        unknown = [source for source in sources if source not in SOURCES]
+        if unknown or not sources:
+            raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
+        of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
+        of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
+        built = [
+            make(**of_layers if source in OF_LAYERS else of_parameters)
+            for source in sources
+            for make in SOURCES[source]
+        ]
+        schedule = cadence(every_n_steps, max_overhead, 50)
+        # What only some sources offer is asked of those; where nothing is left, the probe says what there is.
+        offered = [
+            [name for name in statistics if offers(one, name) or not any(offers(other, name) for other in built)]
+            for one in built
+        ]
+        probes = [
+            Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)
+        ]
+        super().__init__(
+            probes, detail=detail, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name
+        )
 
 
 def _sequence(names: str | Sequence[str]) -> Sequence[str]:

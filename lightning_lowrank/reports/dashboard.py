@@ -1,6 +1,4 @@
-"""How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on what sinks already
-moved.
-"""
+"""How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on the host."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,26 +23,27 @@ Layout = dict[str, dict[str, list[Any]]]
 _LAYOUTS: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
 
 
-def layout(quantities: Mapping[str, Sequence[str]]) -> Layout:
-    """Custom-scalars layout: for each source one chart per quantity, the median in the band from least to most.
+def layout(charts: Mapping[str, Mapping[str, Sequence[str]]], *, margins: bool) -> Layout:
+    """Custom-scalars layout: for each source one chart per quantity.
 
     Args:
-        quantities: Source -> its quantities, as in `{"gradient": ["gradient_stable_rank"]}`.
+        charts: Source -> quantity -> tags of its median, minimum and maximum over sites.
+        margins: Draw the median in the band from least to most; otherwise the median alone.
     """
+    kind, drawn = ("Margin", 3) if margins else ("Multiline", 1)
     return {
-        f"lowrank {source}": {
-            quantity: ["Margin", [f"lowrank/{quantity}_{end}" for end in ("median", "min", "max")]]
-            for quantity in of_source
-        }
-        for source, of_source in quantities.items()
+        f"lowrank {source}": {quantity: [kind, list(tags[:drawn])] for quantity, tags in of_source.items()}
+        for source, of_source in charts.items()
+        if of_source
     }
 
 
 def write_layout(writer: Any, added: Layout) -> None:
-    """Add to the layout of a writer that has `add_custom_scalars`."""
-    whole = _LAYOUTS.setdefault(writer, {})
-    whole.update(added)
-    writer.add_custom_scalars(whole)
+    """Add to the layout of a writer that has `add_custom_scalars`; leave other writers alone."""
+    if added and callable(getattr(writer, "add_custom_scalars", None)):
+        whole = _LAYOUTS.setdefault(writer, {})
+        whole.update(added)
+        writer.add_custom_scalars(whole)
 
 
 @runtime_checkable

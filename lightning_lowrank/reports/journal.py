@@ -1,60 +1,109 @@
-"""What a monitor tells: its numbers to all loggers, each kind of trouble once."""
+"""What a monitor writes: its numbers to all loggers, each kind of failure to the console once."""
 
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from numpy.typing import NDArray
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Detail
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every
-from lightning_lowrank.reports import dashboard
-from lightning_lowrank.reports import loggers as sinks
+from lightning_lowrank.models.training import Training
+from lightning_lowrank.reports import dashboard, loggers
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.dashboard import Sample
+from lightning_lowrank.reports.loggers import Array
 from lightning_lowrank.reports.vectors import Vectors, rows
 
 # Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
 FEW = 100
 
-Host = Mapping[str, NDArray[np.float64]]
+DETAILS = get_args(Detail)
+# Of our own cost and failures, what every logger gets.
+CORE_COSTS = ("overhead_percent", "failures")
+
+Host = Mapping[str, Array]
+Values = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What of a monitor's numbers its loggers get; the tab and reports have everything.
+
+    Attributes:
+        label: Word for the monitor in messages, the group of its tags, and its cost tags.
+        prefix: Of the names of its quantities; left out of the group, whose name has it.
+        detail: "core": medians over sites, and numbers of the whole model, of the quantities that the monitor is for.
+            "standard": minimum, median and maximum of most quantities; single sites where they are few. "all": also
+            errors, chance levels and all other quantities.
+        per_site: Scalars of single sites: always, never, or "auto": from "standard" on, where there are at most 100.
+        histograms: Also the spectra.
+
+    Raises:
+        ValueError: An option is another word.
+    """
+
+    label: str
+    prefix: str = ""
+    detail: Detail = "core"
+    per_site: bool | Literal["auto"] = "auto"
+    histograms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.detail not in DETAILS:
+            raise ValueError(f"detail={self.detail!r}: one of {list(DETAILS)}")
+        if not (isinstance(self.per_site, bool) or self.per_site == "auto"):
+            raise ValueError(f"per_site={self.per_site!r}: it is True, False or 'auto'")
+
+    def shows(self, detail: Detail) -> bool:
+        """Whether loggers get what needs so much detail."""
+        return DETAILS.index(detail) <= DETAILS.index(self.detail)
+
+    def tag(self, quantity: str, end: str = "") -> str:
+        """Group and name of a number: `curvature/hessian_lambda_max`, `rank/gradient_stable_rank_median`."""
+        word = self.label.removeprefix(self.prefix)
+        name = quantity.removeprefix(self.prefix).removeprefix(f"{word}_")
+        return f"{self.label}/{name}_{end}" if end else f"{self.label}/{name}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of one sample, moved to the host.
+
+    Attributes:
+        step: On the x-axis.
+        values: Quantity -> site -> number, of single sites and of the whole model.
+        summaries: Minimum, median and maximum over sites, or the number of the whole model, by tag.
+        shown: Those of them that loggers get.
+        sites: Numbers of single sites that loggers get, by tag.
+    """
+
+    step: int
+    values: Values
+    summaries: Mapping[str, float]
+    shown: Mapping[str, float]
+    sites: Mapping[str, float]
 
 
 class Journal:
     """Keeps what was measured and what went wrong, and writes it to the loggers.
 
     Args:
-        label: Word for the monitor in messages and cost tags.
-        per_site: Scalars of single sites.
-        histograms: Also the spectra.
+        style: What loggers get.
         alerts: The rules that reports are shown to.
         budget: What the monitor keeps to.
     """
 
-    def __init__(
-        self,
-        label: str,
-        *,
-        per_site: bool | Literal["auto"],
-        histograms: bool,
-        alerts: Rulebook,
-        budget: Budget | None = None,
-    ) -> None:
-        self.label, self.per_site, self.histograms, self.alerts, self.budget = (
-            label,
-            per_site,
-            histograms,
-            alerts,
-            budget,
-        )
+    def __init__(self, style: Style, *, alerts: Rulebook, budget: Budget | None = None) -> None:
+        self.style, self.alerts, self.budget = style, alerts, budget
+        self.label = style.label
         self.first: Sample | None = None
         self.latest: Sample | None = None
         self.failures = 0
@@ -63,79 +112,67 @@ class Journal:
         self._vectors = Vectors()
         self._said: set[str] = set()
         self._laid_out = False
-        self._watched: Sequence[Recorder] = ()
+        # Quantities of which single sites are written; decided when sites are known.
+        self._of_sites: frozenset[str] = frozenset()
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
         self.given: dict[str, set[str]] = {}
 
-    def write(self, trainer: L.Trainer, recorders: Sequence[Recorder], host: Host, *, complete: bool) -> None:
+    def write(self, training: Training, recorders: Sequence[Recorder], host: Host, *, complete: bool) -> None:
         """Keep a report and hand it to all loggers.
 
         Args:
+            training: Whose loggers they are.
             recorders: Those that the report is of.
             host: The report, moved to the host.
             complete: No optimizer is still to be read: a site that no report of this sample had is lost.
         """
         awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
-        values = {q: _by_site(r, q, host[q], awaited[r.name]) for r in recorders for q in host if q in r.measured}
-        step = sinks.step_of(trainer)
+        report = self._report(training.step, recorders, host, awaited)
         # First, since all processes must decide alike: what comes after may fail in one of them.
-        self.alerts.observe(step, values)
+        self.alerts.observe(report.step, report.values)
         self._count_losses(recorders, host, awaited)
-        self.first, self.latest = (
-            _merged(step, values, self.first, keep=True),
-            _merged(step, values, self.latest, keep=False),
-        )
-        of_sites = {q: row for r in recorders for q, row in values.items() if q in r.measured and not r.is_global(q)}
-        of_model = {
-            quantity: next(iter(row.values()), math.nan) for quantity, row in values.items() if quantity not in of_sites
-        }
-        summaries = of_model | {
-            f"lowrank/{quantity}_{end}": value
-            for quantity, row in of_sites.items()
-            for end, value in sinks.summaries(np.array(list(row.values()))).items()
-        }
-        self._remark(recorders)
-        facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
-        sinks.mirror(trainer, summaries)
-        scalars = summaries | self._sites(of_sites) | facts | self._costs(recorders) | self.alerts.scalars()
-        self.count_errors(sinks.write(sinks.loggers_of(trainer), scalars, step))
-        self.count_errors(
-            self._vectors.write(sinks.loggers_of(trainer), rows(self.label, recorders, values, host, scalars), step)
-        )
-        self.count_errors(sinks.write_counts(sinks.loggers_of(trainer), dict(_counts(recorders, host)), step))
-        if self.histograms:
-            self.count_errors(
-                sinks.write_histograms(
-                    sinks.loggers_of(trainer), {tag: row for tag, row in host.items() if "_spectrum/" in tag}, step
-                )
-            )
+        self.first = _merged(report, self.first, keep=True)
+        self.latest = _merged(report, self.latest, keep=False)
+        self._note(recorders)
+        training.mirror(report.summaries)
+        costs, levels = self._costs(recorders), self.alerts.levels()
+        scalars = {**report.shown, **report.sites, **self._own(recorders, costs, levels)}
+        draws = [
+            self._vectors.draw(rows(self.label, recorders, report.values, host, costs, levels), report.step),
+            loggers.draw_counts(dict(_counts(recorders, host)), report.step),
+            *self._pictures(host, report.step),
+        ]
+        self.count_errors(loggers.write(training.loggers, scalars, report.step, draws))
 
     def announce(self, recorders: Sequence[Recorder]) -> None:
         """Say once what will be measured, and what memory it keeps."""
-        self._watched = recorders
+        self._of_sites = self._quantities_by_site(recorders)
+        self._layout = dashboard.layout(
+            {r.name: self._charts(r) for r in recorders}, margins=self.style.shows("standard")
+        )
         counts = ", ".join(f"{r.name} at {_places(r.expected)} ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
         self.info_once("; ".join([counts, *kept]))
-        self._remark(recorders)
+        self._note(recorders)
 
-    def act(self, trainer: L.Trainer) -> None:
+    def act(self, training: Training) -> None:
         """Do what alerts ask for, save raising."""
-        for trouble in self.alerts.act(trainer):
+        for trouble in self.alerts.act(training):
             self.warn_once(trouble)
 
-    def lay_out(self, trainer: L.Trainer, quantities: Mapping[str, Sequence[str]]) -> None:
-        """TensorBoard's custom-scalars page, once."""
-        if not self._laid_out:
-            self._laid_out = True
-            layout = dashboard.layout(quantities)
-            self.count_errors(
-                sinks.each_writer(
-                    sinks.loggers_of(trainer),
-                    "add_custom_scalars",
-                    lambda writer: dashboard.write_layout(writer, layout),
-                )
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and words, which load with `weights_only=True`."""
+        budget = {} if self.budget is None else self.budget.state_dict()
+        counts = {"failures": self.failures, "skipped": self.skipped}
+        return counts | {"alerts": self.alerts.state_dict(), "budget": budget}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run was stopped."""
+        self.failures, self.skipped = state["failures"], state["skipped"]
+        self.alerts.load_state_dict(state["alerts"])
+        if self.budget is not None:
+            self.budget.load_state_dict(state["budget"])
 
     def begin(self) -> None:
         """Another run, that is no continuation."""
@@ -204,15 +241,15 @@ class Journal:
             self._said.add(message)
             rank_zero_info(f"lightning_lowrank {self.label}: {message}")
 
-    def _remark(self, recorders: Sequence[Recorder]) -> None:
+    def _note(self, recorders: Sequence[Recorder]) -> None:
         """Say how sources read, and again when that has changed."""
         for recorder in recorders:
-            if remark := recorder.probe.source.note():
-                self.info_once(f"{recorder.name} is {remark}")
+            if note := recorder.probe.source.note():
+                self.info_once(f"{recorder.name} is {note}")
 
-    def _awaited(self, recorder: Recorder, flags: NDArray[np.float64], complete: bool) -> set[str]:
-        """Sites that this report owes a number: those read now, and at the end of a sample those that no report of it
-        has had.
+    def _awaited(self, recorder: Recorder, flags: Array, complete: bool) -> set[str]:
+        """Sites that must have a number in this report: those just read; at the end of a sample also those that no
+        earlier report covered.
         """
         read = {site for site, flag in zip(recorder.sites, flags, strict=True) if not np.isnan(flag)}
         recorder.expected |= dict.fromkeys(sorted(read))
@@ -242,24 +279,74 @@ class Journal:
             elif not recorder.expected:
                 self.info_once(f"there is no {recorder.name} to read")
 
-    def _sites(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Scalars of single sites, if they are few or asked for; where they are many, without details, if these are
-        few.
+    def _report(self, step: int, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> Report:
+        """Everything that is made of a sample, in one walk over its quantities."""
+        values: dict[str, Mapping[str, float]] = {}
+        summaries: dict[str, float] = {}
+        shown: dict[str, float] = {}
+        sites: dict[str, float] = {}
+        for recorder in recorders:
+            for quantity in (q for q in host if q in recorder.measured):
+                row = values[quantity] = _by_site(recorder, quantity, host[quantity], awaited[recorder.name])
+                found = self._summary(recorder, quantity, row)
+                summaries |= found
+                ends = len(found) == 1 or self.style.shows("standard")
+                if self.style.shows(_detail(recorder, quantity)):
+                    shown |= found if ends else {tag: x for tag, x in found.items() if tag.endswith("_median")}
+                known = quantity.removesuffix("_error") if self.style.shows("all") else quantity
+                if known in self._of_sites:
+                    sites |= {f"{quantity}/{site}": value for site, value in row.items()}
+        return Report(step, values, summaries, shown, sites)
 
-        Few of all that are watched, not of this report: curves of probes with schedules of their own would have gaps.
+    def _summary(self, recorder: Recorder, quantity: str, row: Mapping[str, float]) -> dict[str, float]:
+        """A number of the whole model, or minimum, median and maximum over sites, by tag."""
+        if recorder.is_global(quantity):
+            return {self.style.tag(quantity): next(iter(row.values()), math.nan)}
+        ends = loggers.summaries(np.array(list(row.values())))
+        return {self.style.tag(quantity, end): value for end, value in ends.items()}
+
+    def _quantities_by_site(self, recorders: Sequence[Recorder]) -> frozenset[str]:
+        """Quantities whose single sites are written: all, those of the core, or none, so that they are few.
+
+        Decided once, of all that is watched: curves of probes with schedules of their own would have gaps.
         """
-        details = {quantity for r in self._watched for quantity in r.measured if r.is_detail(quantity)}
-        for without in (set[str](), details):
-            asked = [(r, q) for r in self._watched for q in r.quantities if not r.is_global(q) and q not in without]
-            few = sum(len(r.sites_of(q)) for r, q in asked) <= FEW
-            if self.per_site is True or (self.per_site == "auto" and few):
-                return {
-                    f"{q}/{site}": value for q, row in values.items() if q not in without for site, value in row.items()
-                }
-        return {}
+        if self.style.per_site is False or (self.style.per_site == "auto" and not self.style.shows("standard")):
+            return frozenset()
+        named = [(r, q) for r in recorders for q in r.quantities if not r.is_global(q)]
+        for allowed in DETAILS[::-1]:
+            asked = [(r, q) for r, q in named if DETAILS.index(r.detail(q)) <= DETAILS.index(allowed)]
+            if self.style.per_site is True or sum(len(r.sites_of(q)) for r, q in asked) <= FEW:
+                return frozenset(q for _, q in asked)
+        return frozenset()
+
+    def _charts(self, recorder: Recorder) -> dict[str, list[str]]:
+        """Tags of each quantity over sites that is drawn: median, minimum and maximum."""
+        drawn = [q for q in recorder.quantities if not recorder.is_global(q) and self.style.shows(recorder.detail(q))]
+        return {quantity: [self.style.tag(quantity, end) for end in ("median", "min", "max")] for quantity in drawn}
+
+    def _pictures(self, host: Host, step: int) -> Iterator[Any]:
+        """Histograms where they are asked for; once a run the layout of TensorBoard's custom scalars."""
+        if self.style.histograms:
+            yield loggers.draw_histograms({tag: row for tag, row in host.items() if "_spectrum/" in tag}, step)
+        if not self._laid_out:
+            self._laid_out = True
+            yield lambda writer: dashboard.write_layout(writer, self._layout)
+
+    def _own(
+        self, recorders: Sequence[Recorder], costs: Mapping[str, float], levels: Mapping[str, float]
+    ) -> dict[str, float]:
+        """What is not of the model: cost and failures, what sources say of themselves, states of alerts."""
+        more = self.style.shows("standard")
+        facts = {f"lowrank/{r.name}_{key}": value for r in recorders for key, value in r.probe.source.facts().items()}
+        shown = {name: value for name, value in costs.items() if more or name in CORE_COSTS}
+        return {
+            **(facts if more else {}),
+            **{f"lowrank/{self.label}_{name}": value for name, value in shown.items()},
+            **{f"lowrank/alert/{rule}": level for rule, level in levels.items()},
+        }
 
     def _costs(self, recorders: Sequence[Recorder]) -> dict[str, float]:
-        """Our own cost and failure counts."""
+        """Our own cost and failure counts, by name."""
         numbers = {
             "time_ms": 1000 * self.clock.take_sample(),
             "overhead_percent": self.clock.percent,
@@ -267,7 +354,7 @@ class Journal:
             "skipped_steps": float(self.skipped),
             "solver_calls": float(sum(r.take_solves() for r in recorders)),
         }
-        return {f"lowrank/{self.label}_{key}": value for key, value in (numbers | self._of_budget()).items()}
+        return numbers | self._of_budget()
 
     def _of_budget(self) -> dict[str, float]:
         """The cadence that was chosen and what it costs; a word if that is too much."""
@@ -283,13 +370,13 @@ class Journal:
         return known | {"every_n_steps": float(budget.every)}
 
 
-def _by_site(recorder: Recorder, quantity: str, row: NDArray[np.float64], awaited: set[str]) -> dict[str, float]:
+def _by_site(recorder: Recorder, quantity: str, row: Array, awaited: set[str]) -> dict[str, float]:
     """Numbers by site: of the whole model, or of each of its sites."""
     there = awaited & ({WHOLE_MODEL} if recorder.is_global(quantity) else awaited - {WHOLE_MODEL})
     return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in there}
 
 
-def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Sequence[NDArray[np.float64]]]]:
+def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Sequence[Array]]]:
     """What recorders count in cells, by the tag of its histogram: the middles of the cells, and how much is in each."""
     for recorder in recorders:
         for curve in (curve for curve in recorder.curves if curve.middles and curve.name in host):
@@ -298,18 +385,22 @@ def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Se
                     yield "/".join(filter(None, (curve.name, site))), (middles, inside)
 
 
-def _merged(step: int, values: Mapping[str, Mapping[str, float]], old: Sample | None, *, keep: bool) -> Sample:
+def _detail(recorder: Recorder, quantity: str) -> Detail:
+    """Least detail at which loggers get it; errors and chance levels never double the count."""
+    return "all" if quantity.endswith(("_error", "_chance", "_floor")) else recorder.detail(quantity)
+
+
+def _merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:
     """A sample with what a report adds: probes have schedules of their own, and validation reports by itself.
 
     Args:
         keep: What was there first stays; otherwise the new replaces it.
     """
     if old is None:
-        return Sample(step, values)
-    both = (values, old.values) if keep else (old.values, values)
-    return Sample(
-        old.step if keep else step, {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **values}}
-    )
+        return Sample(report.step, report.values)
+    both = (report.values, old.values) if keep else (old.values, report.values)
+    merged = {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **report.values}}
+    return Sample(old.step if keep else report.step, merged)
 
 
 def _when(probe: Probe) -> str:

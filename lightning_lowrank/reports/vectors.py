@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
 from lightning_lowrank.measuring.number_source import Curve
 from lightning_lowrank.measuring.probe import Probe
-from lightning_lowrank.reports import loggers as sinks
 
 # The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
 PLUGIN = "lowrank"
@@ -85,18 +83,19 @@ class Vectors:
         self._contents: dict[tuple[object, ...], tuple[str, bytes]] = {}
         self._samples: dict[str, int] = {}
 
-    def write(self, loggers: Iterable[Logger], rows: Sequence[Row], step: int) -> list[Exception]:
-        """Write a sample; what a logger raises is returned, not raised."""
+    def draw(self, rows: Sequence[Row], step: int) -> Callable[[Any], None]:
+        """What writes a sample to a writer of PyTorch's TensorBoard, and nothing to others."""
         tagged = [(*self._content(row), row) for row in rows if row.values]
         due = [(tag, content, _packed(row)) for tag, content, row in tagged if self._is_due(tag, row)]
 
-        def hand(experiment: Any) -> None:
-            writer = experiment._get_file_writer()
-            # tensorboardX has protocol buffers of its own, which do not mix.
-            if type(writer).__module__.startswith("torch."):
-                writer.add_summary(self._summary(writer, due), step)
+        def draw(experiment: Any) -> None:
+            if due and callable(getattr(experiment, "_get_file_writer", None)):
+                writer = experiment._get_file_writer()
+                # tensorboardX has protocol buffers of its own, which do not mix.
+                if type(writer).__module__.startswith("torch."):
+                    writer.add_summary(self._summary(writer, due), step)
 
-        return sinks.each_writer(loggers, "_get_file_writer", hand) if due else []
+        return draw
 
     def _is_due(self, tag: str, row: Row) -> bool:
         """Spectra of every tenth sample, all else of each."""
@@ -138,7 +137,8 @@ def rows(
     recorders: Iterable[Measured],
     values: Mapping[str, Mapping[str, float]],
     host: Mapping[str, NDArray[np.float64]],
-    scalars: Mapping[str, float],
+    costs: Mapping[str, float],
+    alerts: Mapping[str, float],
 ) -> list[Row]:
     """All rows of a report.
 
@@ -146,18 +146,11 @@ def rows(
         label: Word for the monitor.
         values: Quantity -> site -> number.
         host: The report, in which the order statistics are.
-        scalars: What goes to all loggers; among it the monitor's own cost and the states of its alerts.
+        costs: The monitor's own cost and failure counts, by name.
+        alerts: States of its alerts, by rule.
     """
     found = [row for recorder in recorders for row in _of_recorder(recorder, values, host)]
-    own, alert = f"lowrank/{label}_", "lowrank/alert/"
-    summaries = ("_min", "_median", "_max")
-    cost = {
-        tag.removeprefix(own): value
-        for tag, value in scalars.items()
-        if tag.startswith(own) and not tag.endswith(summaries)
-    }
-    states = {tag.removeprefix(alert): value for tag, value in scalars.items() if tag.startswith(alert)}
-    return [*found, Row("cost", label, cost), Row("alert", label, states)]
+    return [*found, Row("cost", label, costs), Row("alert", label, alerts)]
 
 
 def _of_recorder(

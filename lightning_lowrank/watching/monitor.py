@@ -1,334 +1,264 @@
-"""The one observing callback: runs probes at due steps, hands their reports to the sinks."""
+"""The observing Lightning callback: hands the moments of a Trainer to a watch."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import lightning as L
-import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
 
-from lightning_lowrank.measuring.number_recorder import recorder_of
-from lightning_lowrank.measuring.number_source import refuse_seed
-from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
+from lightning_lowrank.measuring.number_source import Detail, NumberSource
+from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
-from lightning_lowrank.measuring.sampling import Sampling, plan
-from lightning_lowrank.measuring.schedules import shared_budget
-from lightning_lowrank.reports import loggers as sinks
-from lightning_lowrank.reports.alerts.rulebook import Rulebook
-from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.reports.journal import Journal
-from lightning_lowrank.watching import trainer as trainers
-from lightning_lowrank.watching.account import Account
+from lightning_lowrank.measuring.schedules import Budget, Every
+from lightning_lowrank.reports.alerts.ready_made import rank_alerts
+from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
+from lightning_lowrank.reports.dashboard import Sample
+from lightning_lowrank.reports.journal import Style
+from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
+from lightning_lowrank.watching.watch import Watch
 
 
-class Monitor(Account, L.Callback):
+class Monitor(L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
-    Writes to every logger of the Trainer, at Lightning's own x-axis: `lowrank/<quantity>_{min,median,max}` over sites
-    (also in `trainer.callback_metrics`), single sites as `<quantity>/<site>`, numbers of the whole model as
-    `<quantity>`, and what it cost itself as `lowrank/<label>_...`: docs/reference.md has all tags.
+    Writes to every logger of the Trainer, at Lightning's own x-axis: `<label>/<quantity>_{min,median,max}` over sites
+    and `<label>/<quantity>` for the whole model (all of them also in `trainer.callback_metrics`), single sites as
+    `<quantity>/<site>`, its own cost as `lowrank/<label>_...`: docs/reference.md has all tags.
 
     Args:
         probes: What to measure.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
+        detail: What loggers get: "core", "standard" or "all"; TensorBoard's tab and reports have everything.
+        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         histograms: Also the spectra, as histograms of log10 of the singular values (TensorBoard).
         seed: Of the sketches of large matrices.
         alerts: Rules that say when to warn, or "default".
-        name: Prefix of all tags; two monitors in one Trainer need different ones where they measure the same.
-        label: Word for this monitor in messages and cost tags.
+        name: Prefix of all tags; two monitors of one kind in one Trainer need different ones.
 
     Raises:
         ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not
-            measured.
+            measured; when training starts: what was asked for is not there, or another monitor writes the same tags.
     """
+
+    # Word for this kind of monitor, in messages and as the group of its tags.
+    label: ClassVar[str] = "monitor"
+
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> "Monitor":
+        """Note the arguments, for `repr`; copies and pickles are made without."""
+        made = super().__new__(cls)
+        made._arguments = inspect.signature(cls).bind_partial(*args, **options).arguments
+        return made
 
     def __init__(
         self,
         probes: Sequence[Probe],
         *,
+        detail: Detail = "core",
         per_site: bool | Literal["auto"] = "auto",
         histograms: bool = False,
         seed: int = 0,
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
-        label: str = "monitor",
     ) -> None:
-        refuse_namesakes(probes)
-        refuse_seed(seed)
-        if per_site not in (True, False, "auto"):
-            raise ValueError(f"per_site={per_site!r}: it is True, False or 'auto'")
-        self.name, self.label, self.seed = name, f"{name}_{label}" if name else label, seed
-        self.recorders = [recorder_of(probe, name, histograms=histograms) for probe in probes]
-        self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
-        watch = Rulebook(alerts, self._quantities(), prefix=name, label=self.label)
-        self._journal = Journal(self.label, per_site=per_site, histograms=histograms, alerts=watch, budget=self.budget)
-        for recorder in self.recorders:
-            recorder.probe.source.timed = self._journal.clock.timed
-        self._checked, self._enabled, self._resumed = -1, False, False
-        self._sampling: Sampling | None = None
-        self._validation: Sampling | None = None
-        self._hooks: list[RemovableHandle] = []
-        # What a sample still owed when the run that is resumed was stopped.
-        self._waiting: dict[str, Any] = {}
+        self.name = name
+        prefix = f"{name}_" if name else ""
+        style = Style(prefix + self.label, prefix, detail, per_site, histograms)
+        self.watch = Watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
+        self._is_set_up = False
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """What `alerts="default"` stands for, by the quantities that are measured."""
+        return rank_alerts(quantities)
+
+    def __repr__(self) -> str:
+        """The class with the arguments that were given."""
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self._arguments.items())})"
+
+    @property
+    def place(self) -> str:
+        """Its place in a checkpoint: the class, with the name where there is one."""
+        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
 
     @property
     def state_key(self) -> str:
-        """Names and probes, so that several monitors have their own place in a checkpoint."""
-        return self._generate_state_key(label=self.label, quantities=self._quantities())
+        """Its place in a Trainer's checkpoint.
+
+        Another until `setup`, which refuses a second monitor of one place by a message of ours: Lightning would refuse
+        it before, by one that does not say what to do.
+        """
+        return self.place if self._is_set_up else f"{self.place} {id(self)}"
+
+    @property
+    def recorders(self) -> Sequence[Recorder]:
+        """Its probes at work."""
+        return self.watch.recorders
+
+    @property
+    def budget(self) -> Budget | None:
+        """What it keeps to, None for a fixed cadence."""
+        return self.watch.budget
+
+    @property
+    def first(self) -> Sample | None:
+        """The first number of everything measured, None before."""
+        return self.watch.first
+
+    @property
+    def latest(self) -> Sample | None:
+        """The latest number of everything measured, None before."""
+        return self.watch.latest
+
+    @property
+    def failures(self) -> int:
+        """Numbers that are missing so far, each with a warning of its kind."""
+        return self.watch.failures
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a GradScaler skipped when a sample was due."""
+        return self.watch.skipped
+
+    @property
+    def events(self) -> list[AlertEvent]:
+        """Alerts so far."""
+        return self.watch.events
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The torchmetrics that hold the numbers of the sample being taken, by probe."""
+        return self.watch.metrics
+
+    @property
+    def overhead(self) -> float:
+        """Cost of this monitor so far in percent of the training time: host time, validation not counted."""
+        return self.watch.overhead
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
-        counts: dict[str, Any] = {"checked": self._checked, "failures": self.failures, "skipped": self.skipped}
-        counts["alerts"], budget = (
-            self._journal.alerts.state_dict(),
-            {} if self.budget is None else self.budget.state_dict(),
-        )
-        return counts | {
-            "budget": budget,
-            "waiting": self._owed(),
-            "probes": {r.name: r.state_dict() for r in self.recorders},
-        }
+        return self.watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a run was stopped."""
-        self._resumed = True
-        self._checked, self._journal.failures, self._journal.skipped = (
-            state_dict[key] for key in ("checked", "failures", "skipped")
-        )
-        self._waiting = state_dict["waiting"]
-        self._journal.alerts.load_state_dict(state_dict.get("alerts", {}))
-        if self.budget is not None:
-            self.budget.load_state_dict(state_dict["budget"])
-        for recorder in self.recorders:
-            recorder.load_state_dict(state_dict["probes"][recorder.name])
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the curves to disk before the checkpoint, so that a killed and resumed run has no gap in any."""
-        if self._enabled:
-            with self._guard():
-                self._journal.count_errors(sinks.save(sinks.loggers_of(trainer)))
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say so if the run that is resumed was watched in another way, or not at all."""
-        if self.state_key not in checkpoint.get("callbacks", {}):
-            self._journal.info_once(
-                "the checkpoint has no state of this monitor with these quantities: what is held against it begins anew"
-            )
+        self.watch.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and a second monitor that would write the same tags."""
-        trainers.refuse_hidden(trainer, pl_module)
-        for other in (c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self):  # type: ignore[attr-defined]
-            self._refuse_double(other)
+        refuse_hidden(trainer.strategy, pl_module)
+        others = [c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            self.refuse_double(other)
+        self._is_set_up = True
+
+    def refuse_double(self, other: "Monitor") -> None:
+        """Refuse a second monitor that would write the same tags.
+
+        Raises:
+            ValueError: With what to do.
+        """
+        if other.place == self.place:
+            kind = type(self).__name__
+            raise ValueError(
+                f"two {kind} in one training, {self!r} and {other!r}: tell them apart by {kind}(..., name='...')"
+            )
+        self.watch.refuse_double(other.watch)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites; what matches nothing is refused here, before training."""
-        self._enabled = not trainer.barebones
-        if not self._resumed:
-            self._checked, self._waiting = -1, {}
-            self._journal.begin()
-            for recorder in self.recorders:
-                recorder.begin()
-        if self._enabled:
-            self._journal.count_errors(sinks.reopen(sinks.loggers_of(trainer)))
-            trainers.refuse_hidden(trainer, pl_module)
-            troubles, self._enabled = plan(self.recorders, pl_module, trainers.team_of(trainer))
-            for trouble in troubles:
-                self._journal.warn_once(trouble)
-            self._journal.alerts.check(
-                {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
-            )
-            self._journal.announce(self.recorders)
+        if not trainer.barebones:
+            refuse_hidden(trainer.strategy, pl_module)
+            self.watch.begins(TrainerTraining(trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._journal.start(on_device=pl_module.device.type == "cuda")
+        self.watch.starts(TrainerTraining(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the schedules, and let sources hook what they must."""
-        if not self._enabled:
-            return
-        with self._guard():
-            step = sinks.step_of(trainer)
-            if step != self._checked:
-                self._journal.step_begins(step, trainers.team_of(trainer))
-            due = [r for r in self._watching("train") if step != self._checked and r.probe.schedule(step)]
-            self._checked = step
-            if due or self._waiting:
-                self._sampling = self._sampling or self._sampled(trainer, trainer.optimizers, step)
-                self._go_on(self._sampling, due)
-            if self._sampling is not None:
-                self._sampling.batch_begins(batch, batch_idx)
+        """Ask whether a sample is due."""
+        self.watch.batch_begins(TrainerTraining(trainer, pl_module), batch, batch_idx)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Let sources look at the live loss."""
-        if self._sampling is not None:
-            with self._guard():
-                self._sampling.loss_live(loss, trainers.loss_scale(trainer, pl_module))
+        """Show the live loss."""
+        self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the gradients of one micro-batch."""
+        self.watch.backward_done()
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Read gradients and weights; uncompiled also where the user compiles the whole step."""
-        if self._sampling is not None:
-            with self._guard():
-                self._sampling.gradients_final(optimizer, trainers.scale_of(trainer, optimizer))
+        """Show gradients: synchronised, unscaled and accumulated, not yet clipped."""
+        self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
-        self._unhook()
-        if self._sampling is None:
-            return
-        sampling = self._sampling
-        with self._guard():
-            stepped = sampling.batch_over()
-            self._journal.skipped += sampling.take_skipped()
-            if stepped:
-                recorders = list(sampling.recorders)
-                self._report(trainer, recorders, sampling.report(), complete=sampling.complete)
-        if sampling.complete:
-            self._sampling = None
-        self._alert(trainer)
+        """Report."""
+        self.watch.batch_over(TrainerTraining(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hooks off layers also where the module's `on_train_batch_start` ended the epoch before the batch."""
-        if self._sampling is not None:
-            with self._guard():
-                self._sampling.batch_over()
+        self.watch.epoch_over()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the training clock; hook what is watched in validation."""
-        self._journal.clock.pause()
-        watching = self._watching("validation")
-        if self._enabled and watching and not trainer.sanity_checking:
-            with self._guard():
-                self._validation = self._sampled(trainer, [], sinks.step_of(trainer))
-                self._validation.join(watching)
-                self._validation.batch_begins(None, 0)
+        """Watch a validation loop."""
+        if trainer.sanity_checking:
+            self.watch.journal.clock.pause()
+        else:
+            self.watch.validation_begins(TrainerTraining(trainer, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report what was watched in validation."""
-        if self._validation is not None:
-            with self._guard():
-                self._validation.batch_over()
-                self._report(trainer, self._watching("validation"), self._validation.report(), complete=True)
-            self._validation = None
-            self._alert(trainer)
-        if self._enabled:
-            self._journal.clock.resume()
+        """Report what was watched in it."""
+        self.watch.validation_over(TrainerTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever seen."""
-        if (
-            self._enabled
-            and self.latest is None
-            and self._sampling is not None
-            and not pl_module.automatic_optimization
-        ):
-            self._journal.warn_once(
-                "no optimizer step was seen: in manual optimization, step the optimizers that `self.optimizers()` gives"
+        advice = "in manual optimization, step the optimizers that `self.optimizers()` gives"
+        self.watch.stops(advice="" if pl_module.automatic_optimization else advice)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the curves to disk before the checkpoint."""
+        self.watch.save(TrainerTraining(trainer, pl_module))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say so if the run that is resumed was watched in another way, or not at all."""
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self.watch.journal.info_once(
+                f"the checkpoint has no state of {self.place}: whatever its numbers are compared with begins anew"
             )
-        self._stop()
-        self._journal.clock.pause()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, Ctrl-C included."""
-        self._end()
+        self.watch.ends()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Be ready for another run."""
-        self._end()
+        self.watch.ends()
         # Not after an exception: a checkpoint may be written after that.
-        self._resumed = False
+        self.watch.forget_resumed()
 
-    def _end(self) -> None:
-        """Leave no hook behind; a loop without training is not watched."""
-        self._stop()
-        self._unhook()
-        self._journal.end()
-        self._enabled = False
 
-    def _report(
-        self, trainer: L.Trainer, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool
-    ) -> None:
-        """Move a report to the host and write it down."""
-        host = sinks.to_host(report)
-        if host.pop("finite", np.array(1.0)):
-            with self._guard(loses=False):
-                self._journal.write(trainer, recorders, host, complete=complete)
-                self._journal.lay_out(trainer, {r.name: r.quantities for r in self.recorders})
-        elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
-            self._journal.skipped += 1
-            self._sampling.join(recorders)
+def probe_of(source: NumberSource, schedule: Every | Budget) -> list[Probe]:
+    """The one probe of a monitor of finished numbers: all that its source gives."""
+    return [Probe(source.name, source, [quantity.name for quantity in source.quantities], schedule)]
 
-    def _alert(self, trainer: L.Trainer) -> None:
-        """Do what alerts ask for; only what the user wants to end the run leaves here."""
-        with self._guard(loses=False):
-            self._journal.act(trainer)
-        self._journal.alerts.raise_if_asked()
 
-    def _owed(self) -> dict[str, Any]:
-        """What a sample in the making waits for, as plain numbers: it is taken up by a run that is resumed."""
-        return self._waiting if self._sampling is None else self._sampling.state_dict(self._journal.given)
+def cadence(every_n_steps: int | None, max_overhead: float | None, default: int) -> Every | Budget:
+    """The schedule that a user asked for.
 
-    def _go_on(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
-        """Take up what a sample owed when the run was stopped, and what has become due."""
-        waiting, self._waiting = self._waiting, {}
-        if waiting:
-            sampling.resume(waiting, self.recorders)
-            self._journal.given |= {name: set(sites) for name, sites in waiting["given"].items()}
-        if due:
-            sampling.join(due)
-
-    def _stop(self) -> None:
-        """Give up the sample in the making, but let a checkpoint know of it that is still to be written."""
-        self._waiting = self._owed()
-        self._abandon(for_good=True)
-
-    def _sampled(self, trainer: L.Trainer, optimizers: Sequence[Optimizer], step: int) -> Sampling:
-        """A new sample, with the same draws at the same step, in a resumed run too."""
-        module, team = trainer.lightning_module, trainers.team_of(trainer)
-        generator = torch.Generator(module.device).manual_seed(self.seed + step)
-        return Sampling(
-            module, optimizers, generator, team, self._guard, self._hooks, may_skip=trainers.may_skip(trainer)
+    Raises:
+        ValueError: Both are given.
+    """
+    if max_overhead is None:
+        return Every(default if every_n_steps is None else every_n_steps)
+    if every_n_steps is not None:
+        raise ValueError(
+            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give one, for the budget chooses the "
+            "cadence"
         )
-
-    @contextmanager
-    def _guard(self, *, loses: bool = True) -> Iterator[None]:
-        """Ours is timed; what goes wrong in it never ends the run, only the sample: and not even that where one process
-        works alone.
-        """
-        with self._journal.clock.timed():
-            try:
-                yield
-            except Exception as error:
-                self._journal.warn_once(
-                    f"{type(error).__name__}: {error}{'; this sample is lost' if loses else ''}", everywhere=True
-                )
-                if loses:
-                    self._abandon()
-
-    def _abandon(self, *, for_good: bool = False) -> None:
-        """Give up what was found so far. Other processes may still wait for this one in the next report."""
-        self._journal.forget()
-        samplings = [s for s in (self._sampling, self._validation) if s is not None]
-        for sampling in samplings:
-            sampling.abandon()
-        if for_good or not any(sampling.awaited for sampling in samplings):
-            self._sampling = self._validation = None
-        for recorder in self.recorders:
-            recorder.abandon()
-
-    def _unhook(self) -> None:
-        """Take our hooks off the optimizers; not sooner than they are through."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    return Budget(max_overhead)

@@ -21,7 +21,7 @@ class Holder:
 def test_putting_back_does_not_invalidate_a_graph_that_holds_the_tensor() -> None:
     weight, held = torch.ones(3, requires_grad=True), torch.arange(3.0)
     loss = (weight * held).sum()
-    snapshot = Snapshot(Holder(held=held))
+    snapshot = Snapshot(root=Holder(held=held))
     with snapshot.guard():
         held.data.add_(1)  # behind the back of autograd
     snapshot.restore()
@@ -32,7 +32,7 @@ def test_putting_back_does_not_invalidate_a_graph_that_holds_the_tensor() -> Non
 
 def test_a_write_through_a_view_is_undone() -> None:
     held = torch.zeros(4, 4)
-    snapshot = Snapshot(Holder(held=held))
+    snapshot = Snapshot(root=Holder(held=held))
     with snapshot.guard():
         held.T[1].copy_(torch.ones(4))
         torch.add(held, 1, out=held)
@@ -44,7 +44,7 @@ def test_a_write_through_a_view_is_undone() -> None:
 
 def test_what_only_others_hold_stays_written() -> None:
     others = torch.zeros(2)
-    snapshot = Snapshot(Holder(held=torch.zeros(2)))
+    snapshot = Snapshot(root=Holder(held=torch.zeros(2)))
     with snapshot.guard():
         others.add_(1)
     snapshot.restore()
@@ -73,7 +73,7 @@ ODD: dict[str, Any] = {
 def test_odd_attributes_do_no_harm(name: str) -> None:
     holder = Holder(odd=ODD[name], again=[])
     holder.again.append(holder)
-    snapshot = Snapshot(holder)
+    snapshot = Snapshot(root=holder)
     holder.odd = None
     with snapshot.guard():
         torch.ones(2).add_(1)
@@ -84,7 +84,7 @@ def test_odd_attributes_do_no_harm(name: str) -> None:
 
 def test_the_order_of_entries_is_put_back() -> None:
     entries = {"a": 1, "b": 2}
-    snapshot = Snapshot(entries)
+    snapshot = Snapshot(root=entries)
     entries["a"] = entries.pop("a")
     snapshot.restore()
 
@@ -100,7 +100,7 @@ class Stubborn(list[int]):
 
 def test_the_rest_is_put_back_if_a_part_cannot_be() -> None:
     first, stubborn, last = [1], Stubborn([1]), [1]
-    snapshot = Snapshot([first, stubborn, last])
+    snapshot = Snapshot(root=[first, stubborn, last])
     for values in (first, stubborn, last):
         values.append(2)
 
@@ -111,7 +111,7 @@ def test_the_rest_is_put_back_if_a_part_cannot_be() -> None:
 
 def test_a_parameter_is_put_back_with_its_data_gradient_and_flag() -> None:
     held = torch.zeros(2, requires_grad=True)
-    snapshot = Snapshot(Holder(held=held))
+    snapshot = Snapshot(root=Holder(held=held))
     held.requires_grad_(False)
     held.data = torch.zeros(3)
     held.grad = torch.zeros(3)
@@ -123,7 +123,7 @@ def test_a_parameter_is_put_back_with_its_data_gradient_and_flag() -> None:
 @pytest.mark.filterwarnings("ignore")  # torch says that it would be faster compiled
 def test_operators_that_take_functions_are_let_through() -> None:
     query = torch.ones(1, 1, 8, 4)
-    snapshot = Snapshot(Holder(query=query))
+    snapshot = Snapshot(root=Holder(query=query))
     with snapshot.guard(), torch.compiler.set_stance("force_eager"):
         found = flex_attention(query, query, query)
     snapshot.restore()

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lowrank.distributed.shards import like, local, whole
-from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, attempt, change, difference, weights
+from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change, difference, weights
+from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.models.sites import Site
+from lightning_lowrank.models.training import Training
 
 
 @dataclass(kw_only=True)
@@ -28,9 +30,9 @@ class Displacement(ParameterSource):
         super().__post_init__()
         self._initial: dict[str, Sequence[Tensor]] = {}
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the sites and keep the weights of new ones."""
-        super().plan(module)
+        super().plan(training)
         new = [site for site in self.sites if site.name not in self._initial]
         self._initial |= {site.name: attempt(partial(_copied, site)) for site in new}
 

@@ -1,22 +1,21 @@
 """Features: what layers put out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.distributed.shards import unspent, whole
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
-from lightning_lowrank.measuring.source import Batch, Reading, Source
+from lightning_lowrank.measuring.source import Batch, MatrixSource, Reading
 from lightning_lowrank.models.names import fitting, tag
+from lightning_lowrank.models.taps import Listener
+from lightning_lowrank.models.training import Training, device_of
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
@@ -24,40 +23,8 @@ LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
 
 
-@dataclass(frozen=True)
-class Tap:
-    """A hook that hears nothing in a copy of the layer: users copy modules in training, for target networks and
-    averages.
-    """
-
-    hear: Callable[..., None] | None
-    # How many passes are under way that are ours, and no part of the training.
-    deaf: ClassVar[int] = 0
-
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # In a compiled function a hook would become part of the graph, or break it.
-        if self.hear is not None and not Tap.deaf and not torch.compiler.is_compiling():
-            self.hear(layer, inputs, output)
-
-    def __deepcopy__(self, memo: Any) -> "Tap":
-        return Tap(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (None,)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """What layers do here is heard by no tap."""
-    Tap.deaf += 1
-    try:
-        yield
-    finally:
-        Tap.deaf -= 1
-
-
 @dataclass(kw_only=True)
-class Features(Source):
+class Features(MatrixSource):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
     A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other
@@ -95,47 +62,45 @@ class Features(Source):
         self.name = (
             ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         )
-        self._layers: dict[str, nn.Module] = {}
+        self._listener = Listener(self._add, lambda: self.timed())
         self._grams: dict[str, Tensor] = {}
-        self._error: Exception | None = None
         self._device = torch.device("cpu")
-        self._hooks: list[RemovableHandle] = []
         # Width and number of rows by layer: of the sample being taken here, and of the last one in all processes.
         self._seen: dict[str, tuple[int, int]] = {}
         self._pooled: dict[str, tuple[int, int]] = {}
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the layers."""
-        layers = {name: layer for name, layer in module.named_modules() if name}
+        self._device = device_of(training.module)
+        layers = {name: layer for name, layer in training.module.named_modules() if name}
         # The projection of an attention is never called as a layer.
         inner = {id(layer.out_proj) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)}
         layers = {name: layer for name, layer in layers.items() if id(layer) not in inner}
         chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
         chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
         for name in sorted(chosen):
-            around = [layers[name[:i]] for i, letter in enumerate(name) if letter == "."]
-            self._refuse(name, layers[name], [module, *around])
-        self._layers = {tag(name): layers[name] for name in layers if name in chosen}
+            self._refuse(
+                name, [training.module] + [layers[name[:i]] for i, letter in enumerate(f"{name}.") if letter == "."]
+            )
+        heard = {tag(name): layer for name, layer in layers.items() if name in chosen}
+        self._listener.plan(training.module, heard, "features")
 
     def labels(self) -> list[str]:
         """One per layer."""
-        return [f"{name}.out" for name in self._layers]
+        return [f"{name}.out" for name in self._listener.layers]
 
     def facts(self) -> dict[str, float]:
         """Rows behind the latest sample, at the layer with the fewest."""
         return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
 
-    def batch_begins(self, begun: Batch) -> None:
-        """Hook the layers for this batch."""
-        self._device = next((p.device for p in begun.module.parameters()), self._device)
-        if not self._hooks:
-            self._hooks = [self._tapped(name, layer) for name, layer in self._layers.items()]
+    def batch_begins(self, batch: Batch) -> None:
+        """Listen to the layers during this batch."""
+        self._listener.attach()
 
     def batch_over(self) -> None:
-        """Take the hooks away, and own up to what went wrong in them."""
-        self._unhook()
-        error, self._error = self._error, None
-        if error is not None:
+        """Stop listening, and own up to what went wrong."""
+        self._listener.detach()
+        if (error := self._listener.take_error()) is not None:
             raise error
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -159,19 +124,10 @@ class Features(Source):
         ]
 
     def detach(self) -> None:
-        """Take the hooks away and forget the rows."""
-        self._unhook()
-        self._grams, self._seen, self._error = {}, {}, None
-
-    def _tapped(self, name: str, layer: nn.Module) -> RemovableHandle:
-        # Of a layer that works in parallel before it takes its output apart.
-        parallel = any(isinstance(p, DTensor) for p in layer.parameters(recurse=False))
-        return layer.register_forward_hook(Tap(partial(self._add, name)), prepend=parallel)
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Stop listening and forget the rows."""
+        self._listener.detach()
+        self._listener.take_error()
+        self._grams, self._seen = {}, {}
 
     def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Layers of the usual types, less the too wide."""
@@ -180,34 +136,28 @@ class Features(Source):
             name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width
         }
 
-    def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
-        """A layer that a hook does not see, or where it would change the numbers."""
-        if any(map(compiled, around)):
+    def _refuse(self, name: str, around: Sequence[nn.Module]) -> None:
+        """A layer whose hook would change the numbers.
+
+        Args:
+            around: The layer and all modules that it is in.
+        """
+        fast = [module for module in around if isinstance(module, nn.TransformerEncoderLayer)]
+        if any(self.stage == "validation" or not module.training for module in fast):
             raise ValueError(
-                f"features of {name!r} cannot be read: hooks inside a compiled module never run; match "
-                "layers outside of it"
+                f"features of {name!r} cannot be heard: a hook would turn off the fast path that "
+                "nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
             )
-        fast = [m for m in (layer, *around) if isinstance(m, nn.TransformerEncoderLayer)]
-        if any(self.stage == "validation" or not m.training for m in fast):
-            why = (
-                "a hook would turn off the fast path that nn.TransformerEncoderLayer takes in eval mode; "
-                "match layers outside of it"
-            )
-            raise ValueError(f"features of {name!r} cannot be read: {why}")
 
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # Activation checkpointing runs the layer again during backward: those are the same rows.
-        if torch._C._current_graph_task_id() != -1:
-            return
-        with self.timed():
-            try:
-                rows = _rows(layer, output)
-                if rows is not None and rows.shape[-1] <= self.max_width:
-                    self._pool(name, rows)
-            except Exception as error:  # this runs inside the user's forward
-                # Its traceback would keep the output of the layer until the batch is over.
-                self._seen[name], self._error = (0, 0), error.with_traceback(None)
-                self._grams.pop(name, None)
+        try:
+            rows = _rows(layer, output)
+            if rows is not None and rows.shape[-1] <= self.max_width:
+                self._pool(name, rows)
+        except Exception:
+            self._seen[name] = (0, 0)
+            self._grams.pop(name, None)
+            raise
 
     def _pool(self, name: str, rows: Tensor) -> None:
         """Add rows to the layer's; a width of 0 stands for one that cannot be had."""
@@ -255,12 +205,3 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
     if isinstance(layer, _ConvNd):
         return rows.movedim(-1 - len(layer.kernel_size), -1)
     return rows.movedim(1, -1) if rows.ndim > 3 else rows
-
-
-def compiled(module: nn.Module) -> bool:
-    """Whether it runs inside a graph of torch.compile."""
-    return (
-        bool(getattr(module, "_compiler_ctx", None))
-        or module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-    )

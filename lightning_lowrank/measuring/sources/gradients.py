@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, attempt, weights
+from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, weights
+from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.models.sites import Site
 
 

@@ -4,7 +4,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from lightning_lowrank.measuring.source import ParameterSource, Reading, Step
+from lightning_lowrank.measuring.parameter_source import ParameterSource
+from lightning_lowrank.measuring.source import Reading, Step
 
 ALIASES = {"first_moment": ("exp_avg", "momentum_buffer"), "second_moment": ("exp_avg_sq",)}
 

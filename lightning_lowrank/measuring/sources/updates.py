@@ -6,7 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, attempt, change
+from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change
+from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.models.sites import Site
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from lightning_lowrank.measuring.source import ParameterSource, Reading, Step, weights
+from lightning_lowrank.measuring.parameter_source import ParameterSource, weights
+from lightning_lowrank.measuring.source import Reading, Step
 
 
 @dataclass(kw_only=True)

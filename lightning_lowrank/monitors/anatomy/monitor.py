@@ -3,25 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning_lowrank.measuring.number_source import Detail
+from lightning_lowrank.monitors.anatomy.alerts import PhaseShiftAlert
 from lightning_lowrank.monitors.anatomy.source import Anatomy
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence, monitor_of
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
-def GradientAnatomyMonitor(
-    match: str | Sequence[str] | None = None,
-    every_n_steps: int | None = None,
-    max_rows: int = 2048,
-    num_outputs: int | None = None,
-    exclude: str | Sequence[str] | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = "default",
-    max_overhead: float | None = None,
-) -> Monitor:
+class GradientAnatomyMonitor(Monitor):
     """Where each layer's gradient comes from: residue or spike of the inputs, which side limits its rank, and how
     stable it is.
 
@@ -40,6 +29,7 @@ def GradientAnatomyMonitor(
         num_outputs: Of the model, at most 10: as many directions of the signals are the residue's. The width of the
             module's last linear layer unless given.
         exclude: As `match`, taken away.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single weights: `True`, `False`, or "auto": all if there are at most 100, else the four
             shares, the gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
         seed: Of the rows and probes.
@@ -56,6 +46,31 @@ def GradientAnatomyMonitor(
         >>> GradientAnatomyMonitor().recorders[0].quantities[1:5]
         ['anatomy_residue', 'anatomy_interpolant', 'anatomy_spike', 'anatomy_bulk']
     """
-    source = Anatomy(match=match, exclude=exclude, max_rows=max_rows, num_outputs=num_outputs)
-    schedule = cadence(every_n_steps, max_overhead, 1000)
-    return monitor_of(source, schedule, label=source.name, per_site=per_site, seed=seed, alerts=alerts, name=name)
+
+    label = "anatomy"
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """A layer goes from residue to spike: an event, not a warning."""
+        return [PhaseShiftAlert()]
+
+    def __init__(
+        self,
+        match: str | Sequence[str] | None = None,
+        every_n_steps: int | None = None,
+        max_rows: int = 2048,
+        num_outputs: int | None = None,
+        exclude: str | Sequence[str] | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        max_overhead: float | None = None,
+    ) -> None:
+        source = Anatomy(match=match, exclude=exclude, max_rows=max_rows, num_outputs=num_outputs)
+        schedule = cadence(every_n_steps, max_overhead, 1000)
+        super().__init__(
+            probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
+        )

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision
-from lightning_lowrank.measuring.sources.features import Tap
+from lightning_lowrank.models.taps import Listener, in_training, recomputes
 from lightning_lowrank.models.views import is_transposed
 
 # Random directions in which the product of all rows is kept, to be held against the gradient.
@@ -83,11 +82,12 @@ class PairTap:
         layers: Sequence[nn.Module],
         timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.weight, self.layers, self.timed = weight, layers, timed
+        self.weight, self.layers, self._timed = weight, layers, timed
         self._max_rows = 0
-        self.error: Exception | None = None
+        self._error: Exception | None = None
         self.gradient: Tensor | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._listener = Listener(self._hear, timed, again=True)
+        self._listener.layers = {str(i): layer for i, layer in enumerate(layers)}
         self._begin(0)
 
     def _begin(self, seed: int) -> None:
@@ -96,7 +96,13 @@ class PairTap:
         self._top = torch.empty(0, dtype=torch.float64, device="cpu")
         self._probes: Tensor | None = None
         self._product: Tensor | None = None
-        self.gradient, self.error = None, None
+        self.gradient, self._error = None, None
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong in this sample."""
+        self._error = self._error or self._listener.take_error()
+        return self._error
 
     def attach(self, seed: int, max_rows: int) -> None:
         """Listen to a batch, to a new sample if the last one is over.
@@ -109,14 +115,11 @@ class PairTap:
         if self.gradient is not None or self._probes is None:
             self._begin(seed)
         self._outside = False
-        if not self._hooks:
-            self._hooks = [layer.register_forward_hook(Tap(self._hear)) for layer in self.layers]
+        self._listener.attach()
 
     def detach(self) -> None:
         """The batch is over: what the backward pass never came by is forgotten."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._listener.detach()
         self._calls = [call for call in self._calls if call.signals is not None]
         for call in self._calls:  # their product is known
             call.probed = call.probed[:0]
@@ -155,31 +158,23 @@ class PairTap:
         """The smallest key that is among the largest ones."""
         return self._top[-1] if len(self._top) == self._max_rows else 0.0
 
-    def _hear(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if (
-            self.gradient is not None
-            or not torch.is_grad_enabled()
-            or not isinstance(output, Tensor)
-            or not output.requires_grad
-        ):
+    def _hear(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if self.gradient is not None or not torch.is_grad_enabled():
             return
-        runs_again = torch._C._current_graph_task_id() != -1
-        if runs_again and self._outside:
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        self._outside |= not runs_again
-        with self.timed():
-            try:
-                if not inputs:
-                    raise ValueError(
-                        f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is "
-                        "heard"
-                    )
-                with full_precision(output.device):
-                    call = self._call(layer, inputs[0].detach(), output)
-                output.register_hook(partial(self._answer, layer, call))
-                self._calls.append(call)
-            except Exception as error:  # this runs inside the user's forward
-                self.error = error.with_traceback(None)
+        if recomputes() and self._outside:
+            return
+        self._outside |= not recomputes()
+        if not inputs:
+            raise ValueError(
+                f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is heard"
+            )
+        with full_precision(output.device):
+            call = self._call(layer, inputs[0].detach(), output)
+        with torch._C.DisableTorchFunction():  # nobody need know of it
+            output.register_hook(partial(self._answer, layer, call))
+        self._calls.append(call)
 
     def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> HeardCall:
         if self._probes is None:
@@ -198,9 +193,9 @@ class PairTap:
         return HeardCall(keys[places], there, len(keys), input_rows(layer, inputs, output, there), probed)
 
     def _answer(self, layer: nn.Module, call: HeardCall, gradient: Tensor) -> None:
-        if self.gradient is not None or self._probes is None:
+        if self.gradient is not None or self._probes is None or not in_training():
             return
-        with self.timed():
+        with self._timed():
             try:
                 with full_precision(gradient.device):
                     rows = output_rows(layer, gradient.detach())
@@ -209,7 +204,7 @@ class PairTap:
                     # A graph that is kept may be gone through again: its gradients add up.
                     call.signals = some if call.signals is None else call.signals + some
             except Exception as error:  # this runs inside the user's backward pass
-                self.error = error.with_traceback(None)
+                self._error = error.with_traceback(None)
 
 
 def of_inputs(layer: nn.Module, inputs: Tensor, weights: Float[Tensor, "N K"]) -> Float[Tensor, "T K"]:

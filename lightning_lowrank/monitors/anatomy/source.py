@@ -14,8 +14,9 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch, Step
-from lightning_lowrank.measuring.sources.features import compiled
 from lightning_lowrank.models.names import chosen_parameters, tag
+from lightning_lowrank.models.taps import refuse_compiled
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.anatomy.pairs import PROBES, Pairs, PairTap, as_matrix, is_heard
 from lightning_lowrank.monitors.anatomy.split import LARGEST_DEVIATION, SHARES, Sides, Split, anatomy, deviation
 
@@ -80,10 +81,10 @@ class Anatomy(NumberSource):
             )
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
         per_site = [
-            Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED, detail=name not in FIRST)
+            Quantity(f"anatomy_{name}", unit, True, name in ESTIMATED, detail="core" if name in FIRST else "standard")
             for name, unit in OF_A_LAYER.items()
         ]
-        self.quantities = [Quantity("anatomy_loss"), *per_site]
+        self.quantities = [Quantity("anatomy_loss", detail="core"), *per_site]
         self._num_outputs, self._taps = num_outputs or 1, dict[str, PairTap]()
         self._losses: list[Tensor] = []
         self._left_out: Counter[str] = Counter()
@@ -92,8 +93,9 @@ class Anatomy(NumberSource):
         # far.
         self._known: dict[str, dict[str, Tensor]] = {}
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the weights, and refuse what no hook would hear."""
+        module = training.module
         owners = _owners(module)
         chosen = chosen_parameters(module, self._match, self._exclude)
         heard = {name: p for name, p in chosen.items() if id(p) in owners and not isinstance(p, DTensor)}
@@ -107,32 +109,35 @@ class Anatomy(NumberSource):
                 f"groups, not complex, sharded or parametrised; there are {there[:10]}"
             )
         for name, weight in heard.items():
-            _refuse(module, name, owners[id(weight)])
+            for layer in owners[id(weight)]:
+                refuse_compiled(module, {name: layer}, "the anatomy")
         heard_layers = {
             id(layer) for layers in owners.values() for layer in layers if not isinstance(layer.weight, DTensor)
         }
         self._left_out = Counter(
             _described(m) for m in module.modules() if id(m) not in heard_layers and _has_matrix(m)
         )
-        self._device = next((p.device for p in module.parameters()), self._device)
+        self._device = training.device
         widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
         trained = {name: weight for name, weight in heard.items() if weight.requires_grad}
         before = {id(tap.weight): tap for tap in self._taps.values()}
-        self._taps = {name: before.get(id(w)) or PairTap(w, owners[id(w)], self.timed) for name, w in trained.items()}
+        self._taps = {
+            name: before.get(id(w)) or PairTap(w, owners[id(w)], lambda: self.timed()) for name, w in trained.items()
+        }
         for tap in before.values():
             if tap not in self._taps.values():
                 tap.drop()
 
     def labels(self) -> Sequence[str]:
-        """The whole model, and each weight."""
-        return [WHOLE_MODEL, *self._taps]
+        """Each weight; the whole model has a number where a loss is shown."""
+        return list(self._taps)
 
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """Listen."""
         for i, tap in enumerate(self._taps.values()):
             # The probes are the same in all processes, so that their products can be added up.
-            tap.attach(begun.seed * 4096 + i, -(-self._max_rows // begun.team.size))
+            tap.attach(batch.seed * 4096 + i, -(-self._max_rows // batch.training.team.size))
 
     def note(self) -> str:
         """What it does not hear."""
@@ -171,7 +176,7 @@ class Anatomy(NumberSource):
         losses, self._losses = self._losses, []
         mean = torch.stack(losses).mean() if losses else torch.full((), torch.nan, device=self._device)
         loss = Numbers(WHOLE_MODEL, {"anatomy_loss": team.all_reduce(mean.to(working_dtype(self._device))) / team.size})
-        return [loss, *(numbers for numbers in found if numbers is not None)]
+        return [*([loss] if losses else []), *(numbers for numbers in found if numbers is not None)]
 
     def detach(self) -> None:
         """Let go of the sample."""
@@ -284,21 +289,6 @@ def _described(layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
     why = "parametrised " if weight is None else "complex " if weight.dtype.is_complex else ""
     return f"{why}{type(layer).__name__}"
-
-
-def _refuse(module: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:
-    """A layer inside a compiled module, where hooks never run."""
-    wanted = {id(layer) for layer in layers}
-    for path, layer in module.named_modules():
-        if id(layer) in wanted and any(map(compiled, _around(module, path))):
-            why = "hooks inside a compiled module never run; match layers outside of it, or do not compile"
-            raise ValueError(f"the anatomy of {name!r} cannot be seen: {why}")
-
-
-def _around(module: nn.Module, path: str) -> list[nn.Module]:
-    """The layer and all modules that it is in."""
-    parts = path.split(".") if path else []
-    return [module, *(module.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
 
 
 def _pooled(pairs: Pairs | None, probes: Tensor, gradient: Tensor, max_rows: int, team: Team) -> Pairs | None:

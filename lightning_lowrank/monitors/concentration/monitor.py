@@ -4,29 +4,13 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
+from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.monitors.concentration.source import Concentration
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence, monitor_of
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
-def ConcentrationMonitor(
-    units: Sequence[str] | None = None,
-    signals: Sequence[str] = ("gradient", "update", "gate"),
-    every_n_steps: int | None = None,
-    match: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = "default",
-    densities: Sequence[float] = (0.1, 0.5),
-    heads: Mapping[str, int] | None = None,
-    neurons: str | Sequence[str] | None = None,
-    reference: str | PathLike[str] | None = None,
-    max_overhead: float | None = None,
-) -> Monitor:
+class ConcentrationMonitor(Monitor):
     """Who carries the learning: how unequally modules, attention heads and neurons share gradient, update and
     importance.
 
@@ -41,6 +25,7 @@ def ConcentrationMonitor(
         every_n_steps: Cadence, in optimizer steps; 200 unless given.
         match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all unless given. Frozen ones are left out.
         exclude: The same, taken away.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Importance of single heads: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the weights that are drawn for the masks of models with more than 262,144.
         name: Prefix of all tags.
@@ -63,14 +48,43 @@ def ConcentrationMonitor(
         >>> ConcentrationMonitor(units=["head"], signals=["gate"]).recorders[0].quantities[1:4]
         ['concentration_head_gate_gini', 'concentration_head_gate_gini_start', 'concentration_head_gate_top_share']
     """
-    chosen: dict[str, Any] = {
-        "match": match,
-        "exclude": exclude,
-        "densities": densities,
-        "heads": heads,
-        "neurons": neurons,
-        "seed": seed,
-    }
-    source = Concentration(units, signals, reference=reference, **chosen)
-    schedule = cadence(every_n_steps, max_overhead, 200)
-    return monitor_of(source, schedule, label="concentration", per_site=per_site, seed=seed, alerts=alerts, name=name)
+
+    label = "concentration"
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """None."""
+        return []
+
+    def __init__(
+        self,
+        units: Sequence[str] | None = None,
+        signals: Sequence[str] = ("gradient", "update", "gate"),
+        every_n_steps: int | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        densities: Sequence[float] = (0.1, 0.5),
+        heads: Mapping[str, int] | None = None,
+        neurons: str | Sequence[str] | None = None,
+        reference: str | PathLike[str] | None = None,
+        max_overhead: float | None = None,
+    ) -> None:
+        chosen: dict[str, Any] = {
+            "match": match,
+            "exclude": exclude,
+            "densities": densities,
+            "heads": heads,
+            "neurons": neurons,
+            "seed": seed,
+        }
+        source = Concentration(units, signals, reference=reference, **chosen)
+        schedule = cadence(every_n_steps, max_overhead, 200)
+        super().__init__(
+            probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
+        )

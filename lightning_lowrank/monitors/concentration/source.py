@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 from lightning_lowrank.distributed.shards import is_sharded
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.decompose import decompose
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
-from lightning_lowrank.measuring.source import Batch, Step, difference
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, led_by
+from lightning_lowrank.measuring.parameter_source import difference
+from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.models.names import chosen_parameters
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.units import Units, heads_of, modules_of, neurons_of
 from lightning_lowrank.monitors.concentration.gates import energies, gate_gradients
 from lightning_lowrank.monitors.concentration.ledger import (
@@ -105,9 +107,8 @@ class Concentration(NumberSource):
         self._tickets = Tickets(densities, seed=seed) if densities else None
         self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
         self._ledgers = {f"{unit}_{signal}": Ledger() for unit, signal in self._keys}
-        self.quantities = [
-            Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()
-        ]
+        given = [Quantity(f"concentration_{name}", per_site=name == "head_importance") for name in self._names()]
+        self.quantities = led_by(self._core, given, looked_up=("_start",))
         self._look_again()
         self._parts: dict[str, list[Units]] = {}
         self._matrices: list[nn.Parameter] = []
@@ -115,8 +116,9 @@ class Concentration(NumberSource):
         self._before: dict[int, Tensor] = {}
         self._weights: dict[str, Tensor] | None = None
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose what is trained, anew only when parameters came, went, froze or thawed."""
+        module = training.module
         chosen = chosen_parameters(module, self._match, self._exclude)
         seen = tuple(
             (name, id(parameter), parameter.requires_grad, is_lazy(parameter)) for name, parameter in chosen.items()
@@ -147,7 +149,7 @@ class Concentration(NumberSource):
         """The whole model, and its heads."""
         return [WHOLE_MODEL, *(label for part in self._headed for label in _labels(part))]
 
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """Look at the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
             self._weights = {
@@ -233,6 +235,13 @@ class Concentration(NumberSource):
     @property
     def _headed(self) -> list[Units]:
         return self._parts.get("head", []) if ("head", "gate") in self._keys else []
+
+    @property
+    def _core(self) -> list[str]:
+        """What every logger gets: one number each of who carries the learning; whether the first mask has settled."""
+        asked = [(unit, signal) for unit, signal in self._keys if unit == "module" or signal == "gate"]
+        masks = [name for name in self._tickets.names if "early_bird" in name][:1] if self._tickets else []
+        return [f"concentration_{name}" for name in (*(f"{unit}_{signal}_gini" for unit, signal in asked), *masks)]
 
     def _look_again(self) -> None:
         """For a run to come, of whose model nothing is known; a kind of units that it has had and lost is a gap, and

@@ -5,29 +5,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_lowrank.monitors.curvature.source import Curvature, Detail
+from lightning_lowrank.measuring.number_source import Detail
+from lightning_lowrank.monitors.curvature.source import Curvature, Level
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence, monitor_of
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
+
+# Said where curvature is not believed.
+WRONG = (
+    "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others "
+    "by match"
+)
 
 
-def CurvatureMonitor(
-    level: Detail = "light",
-    operators: Sequence[str] = ("hessian", "gauss_newton"),
-    top_k: int = 5,
-    every_n_steps: int | None = None,
-    batch: Literal["live", "fixed"] = "live",
-    loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    output_module: str | None = None,
-    match: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = "default",
-    max_overhead: float | None = None,
-) -> Monitor:
+class CurvatureMonitor(Monitor):
     """Curvature of the training's own loss: sharpness against the edge of stability, sketches of Hessian, Gauss-Newton
     and Fisher matrix.
 
@@ -51,6 +41,7 @@ def CurvatureMonitor(
         output_module: The layer whose output goes into the loss, where that is none of torch's.
         match: Parameters to differentiate by: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the random vectors.
         name: Prefix of all tags.
@@ -65,13 +56,42 @@ def CurvatureMonitor(
         >>> CurvatureMonitor("light").recorders[0].quantities[3:]
         ['batch_sharpness', 'batch_sharpness_over_threshold']
     """
-    chosen: dict[str, Any] = {
-        "batch": batch,
-        "loss_fn": loss_fn,
-        "output_module": output_module,
-        "match": match,
-        "exclude": exclude,
-    }
-    source = Curvature(level, operators, top_k=top_k, **chosen)
-    schedule = cadence(every_n_steps, max_overhead, source.effort.every)
-    return monitor_of(source, schedule, label="curvature", per_site=per_site, seed=seed, alerts=alerts, name=name)
+
+    label = "curvature"
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """Products with the Hessian are wrong: all of curvature is NaN then."""
+        return [Alert("curvature_valid", below=0.5, for_samples=1, warm_up_samples=0, cause=WRONG)]
+
+    def __init__(
+        self,
+        level: Level = "light",
+        operators: Sequence[str] = ("hessian", "gauss_newton"),
+        top_k: int = 5,
+        every_n_steps: int | None = None,
+        batch: Literal["live", "fixed"] = "live",
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        output_module: str | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        max_overhead: float | None = None,
+    ) -> None:
+        chosen: dict[str, Any] = {
+            "batch": batch,
+            "loss_fn": loss_fn,
+            "output_module": output_module,
+            "match": match,
+            "exclude": exclude,
+        }
+        source = Curvature(level, operators, top_k=top_k, **chosen)
+        schedule = cadence(every_n_steps, max_overhead, source.effort.every)
+        super().__init__(
+            probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
+        )

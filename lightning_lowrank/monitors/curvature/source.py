@@ -14,23 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.loss.double_backward import Choice, choose, look_together
+from lightning_lowrank.loss.double_backward import Choice, choose, hooked, look_together
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import LossTap, module_named
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve, Numbers, NumberSource, Quantity
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Curve, Numbers, NumberSource, Quantity, led_by
 from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.models.names import chosen_parameters
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.curvature.critical import along_update
 from lightning_lowrank.monitors.curvature.loss_operators import loss_operators
 from lightning_lowrank.monitors.curvature.measurement import CELLS, EFFORTS, Curvatures, densities_of, names, refuse
 from lightning_lowrank.monitors.curvature.movement import Movement
 from lightning_lowrank.monitors.curvature.self_check import difference_defect
 
-Detail = Literal["light", "standard", "full"]
+Level = Literal["light", "standard", "full"]
 WhichBatch = Literal["live", "fixed"]
+
+# What every logger gets.
+CORE = (
+    *("curvature_valid", "batch_sharpness", "batch_sharpness_over_threshold", "sharpness_over_threshold"),
+    *("hessian_lambda_max", "hessian_trace", "critical_sharpness", "gradient_in_top", "update_in_top"),
+)
 
 # How a loss is seen, in words.
 HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
@@ -41,14 +48,14 @@ class Held:
     """What is held from the first batch of a sample to its end.
 
     Attributes:
-        begun: The latest batch.
+        batch: The latest batch.
         tap: Listens to the step.
         found: What was measured on the step's own graph.
         measured: Names of the parameters by which it was: those that are trained may be others a moment later.
         rate: The learning rate of the step.
     """
 
-    begun: Batch | None = None
+    batch: Batch | None = None
     tap: LossTap | None = None
     found: Found | None = None
     measured: Sequence[str] = ()
@@ -59,7 +66,7 @@ class Curvature(NumberSource):
     """Curvature of the loss in the chosen parameters.
 
     Args:
-        detail: How much is measured.
+        level: How much is measured.
         operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
             sharpness alone, which takes forward passes only.
         top_k: Directions that are followed.
@@ -78,7 +85,7 @@ class Curvature(NumberSource):
 
     def __init__(
         self,
-        detail: Detail = "light",
+        level: Level = "light",
         operators: Sequence[str] = ("hessian", "gauss_newton"),
         *,
         top_k: int = 5,
@@ -88,7 +95,7 @@ class Curvature(NumberSource):
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> None:
-        refuse(detail, operators, top_k)
+        refuse(level, operators, top_k)
         if batch not in get_args(WhichBatch):
             raise ValueError(f"batch={batch!r}: one of {list(get_args(WhichBatch))}")
         self.batch, self.loss_fn, self.output_module, self.match, self.exclude = (
@@ -98,26 +105,30 @@ class Curvature(NumberSource):
             match,
             exclude,
         )
-        self.effort = EFFORTS[detail]
+        self.effort = EFFORTS[level]
         self.operators = tuple(name for name in operators if self.effort.probes or name == "hessian")
         self.state = Curvatures(self.effort, top_k)
-        self.quantities = list(self._quantities(top_k))
+        self.quantities = led_by(CORE, self._quantities(top_k))
         densities = [Curve(name, CELLS, middles) for name, middles in densities_of(self.operators)]
         self.curves = densities if self.effort.lowest else []
         self._replay = Replay(loss_fn)
         self._choice: Choice | None = None
         self._named: dict[str, nn.Parameter] = {}
-        self._module: Any = None
-        self._trainer: Any = None
+        self._training: Training | None = None
         self._multiple: Tensor | None = None
         self._movement = Movement()
         self._sample = Held()
+        # The kept batch of the run that is resumed.
+        self._waiting: Mapping[str, Any] = {}
+        self._shared = False
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
-        self._named = chosen_parameters(module, self.match, self.exclude)
-        if self._module is not module:
-            self._begin(module)
+        self._named = chosen_parameters(training.module, self.match, self.exclude)
+        begins = self._training is None or self._training.module is not training.module
+        self._training = training
+        if begins:
+            self._begin(training)
         if self.operators and self._follows:
             self._movement.begin(self._trained)
 
@@ -128,48 +139,51 @@ class Curvature(NumberSource):
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
         return vars(self) | {
-            "_module": None,
-            "_trainer": None,
+            "_training": None,
             "_named": {},
             "_replay": Replay(self.loss_fn),
             "_sample": Held(),
             "_movement": Movement(),
         }
 
-    def _begin(self, module: Any) -> None:
+    def _begin(self, training: Training) -> None:
         """Choose how to see the loss, in a run that begins."""
-        self._module, self._trainer = module, module.trainer
-        layer = None if self.output_module is None else module_named(module, self.output_module)
-        self._replay = Replay(self.loss_fn, output_module=layer)
+        layer = None if self.output_module is None else module_named(training.module, self.output_module)
+        self._replay, self._shared = Replay(self.loss_fn, output_module=layer), training.team.size > 1
+        if self._waiting and self._stays:
+            self._replay.resume(self._waiting, training.device)
+        self._waiting = {}
         if self.operators:
-            self._choice = choose(self._trainer, module, batch=self.batch, loss_fn=self.loss_fn)
+            self._choice = choose(training, batch=self.batch, loss_fn=self.loss_fn)
         if self._follows:
-            refuse_replay(module, self.loss_fn)
+            refuse_replay(training, self.loss_fn)
 
     @property
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """Listen to what goes into the loss, or keep the batch for later."""
-        self._sample.begun = begun
+        self._sample.batch = batch
         if self._sample.found is not None or self._sample.tap is not None:
             return
         if self.operators and self.effort.probes:
             self._movement.before = self.state.before(self.operators[0], sum(p.numel() for p in self._trained.values()))
         if self._replay.batch is None or (self.batch == "live" and self._follows and not self._is_replayed):
-            self._replay.keep(begun.batch, begun.index)
+            self._replay.keep(batch.data, batch.index)
         if self._choice is not None and self._choice.mode == "inline":
             self._sample.tap = LossTap(self._replay.output_module)
             self._sample.tap.enter()
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
         """Measure on the step's own graph, once a sample."""
-        if self._sample.tap is None or self._choice is None or self._sample.begun is None:
+        if self._sample.tap is None or self._choice is None or self._sample.batch is None:
             return
         tap, self._sample.tap = self._sample.tap, None
         tap.exit()
-        self._choice = look_together(self._choice, loss, self._sample.begun.team)
+        training = self._sample.batch.training
+        hooks = "hooks that the step sets on tensors" if tap.is_hooked else hooked(training.module)
+        self._choice = look_together(self._choice, loss, training.team, hooks)
         if self._choice.mode == "inline":
             self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
 
@@ -189,7 +203,8 @@ class Curvature(NumberSource):
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """What was measured, and what moved along the top directions."""
         if self._choice is not None and self._is_replayed:
-            with self._replay.together(self._trainer, self._module, team) as seen:
+            assert self._training is not None
+            with self._replay.together(self._training) as seen:
                 self._choice = look_together(self._choice, seen.loss, team)
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
         found, parameters = self._sample.found or Found(), self._sample.measured
@@ -226,18 +241,25 @@ class Curvature(NumberSource):
         return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The top directions and the weights at the start, so that a run that is resumed goes on from there; not the
-        kept batch.
+        """The top directions, the weights at the start, and a batch that stays, so that a run that is resumed goes on
+        from there; not the batch where several processes have one each.
         """
         known = {"multiple": self._multiple, "valid": self.state.valid}
         kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
-        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}}
+        stays = {} if self._shared or not self._stays else self._replay.state_dict() or self._waiting
+        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}, "replay": dict(stays)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self._module = None  # another run, in which the loss may have to be seen in another way
+        self._training = None  # another run, in which the loss may have to be seen in another way
+        self._waiting = state.get("replay", {})
         self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
         self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
+
+    @property
+    def _stays(self) -> bool:
+        """Whether one batch is kept for the whole run."""
+        return self.batch == "fixed" or self.loss_fn is not None
 
     @property
     def _is_replayed(self) -> bool:
@@ -253,9 +275,9 @@ class Curvature(NumberSource):
         params = list(self._trained.values())
 
         found = torch.full((2,), torch.nan, device=params[0].device)
-        if self._choice is not None and self._choice.only is None:
+        if self._training is not None and self._choice is not None and self._choice.only is None:
             with suppress(Exception):
-                defect = difference_defect(partial(self._replay.loss, self._trainer, self._module), params)
+                defect = difference_defect(partial(self._replay.loss, self._training), params)
                 found = torch.stack([defect.value, defect.error]).to(found)
         return Estimate(*(team.all_reduce(found) / team.size))
 
@@ -263,9 +285,10 @@ class Curvature(NumberSource):
         """How far the loss could have followed the update."""
 
         def loss() -> Tensor:
-            device = self._module.device
+            assert self._training is not None
+            device = self._training.device
             try:
-                with self._replay(self._trainer, self._module) as seen:
+                with self._replay(self._training) as seen:
                     value = seen.loss.detach().to(working_dtype(device), copy=True)
             except Exception as error:
                 if team.size == 1:
@@ -282,13 +305,17 @@ class Curvature(NumberSource):
 
     def _measured(self, loss: Tensor, outputs: Callable[[], OutputLoss]) -> Found:
         """All operators of a loss, the same on every process."""
-        begun = self._sample.begun
-        assert begun is not None
-        known: dict[str, Any] = {"optimizers": begun.optimizers, "team": begun.team, "seed": begun.seed}
+        batch = self._sample.batch
+        assert batch is not None
+        known: dict[str, Any] = {
+            "optimizers": batch.training.optimizers,
+            "team": batch.training.team,
+            "seed": batch.seed,
+        }
         operators = loss_operators(loss, outputs, self._trained, self.operators, **known)
         self.trouble = operators.error
         self._sample.measured = operators.layout.names
-        seed = 0 if self.batch == "fixed" else begun.seed  # of a batch that stays the random vectors stay too
+        seed = 0 if self.batch == "fixed" else batch.seed  # of a batch that stays the random vectors stay too
         return self.state.measure(operators, torch.Generator(loss.device).manual_seed(seed))
 
     def _quantities(self, top_k: int) -> Iterator[Quantity]:

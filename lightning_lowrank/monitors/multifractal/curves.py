@@ -54,14 +54,21 @@ def vectors(source: str, scaling: Scaling) -> dict[str, Float[Tensor, "*B _"]]:
 
 
 def _partition(scaling: Scaling) -> dict[str, Float[Tensor, "*B _"]]:
+    """The partition function at some radii and orders, and the line fitted to it; NaN where there is no fit."""
     orders = [scaling.orders.index(q) for q in DRAWN]
-    logs, radii = scaling.log_partition[..., orders, :], _radii(scaling)
-    x = torch.where(scaling.slope_weights[..., :1].isnan(), torch.nan, scaling.abscissa.gather(-1, radii))
-    y = logs.gather(-1, radii[..., None, :].expand(*logs.shape[:-1], -1)) + 0 * x[..., None, :]
+    log_partition, radii = scaling.log_partition[..., orders, :], _radii(scaling)
+    has_fit = ~scaling.slope_weights[..., :1].isnan()  # [*B, 1]
+    log_radius = torch.where(has_fit, scaling.abscissa.gather(-1, radii), torch.nan)  # [*B, P]
+    at_every_order = radii[..., None, :].expand(*log_partition.shape[:-1], -1)  # [*B, D, P]
+    points = torch.where(has_fit[..., None, :], log_partition.gather(-1, at_every_order), torch.nan)
     # A line goes through the mean of what it is fitted to.
-    ends = x[..., None, [0, -1]] - scaling.mean_over_radii(scaling.abscissa)[..., None, None]
-    lines = scaling.mean_over_radii(logs)[..., None] + scaling.tau[..., orders, None] * ends
-    return {"log_radius": x, "log_partition": y.flatten(-2), "log_partition_fit": lines.flatten(-2)}
+    ends = log_radius[..., None, [0, -1]] - scaling.mean_over_radii(scaling.abscissa)[..., None, None]
+    lines = scaling.mean_over_radii(log_partition)[..., None] + scaling.tau[..., orders, None] * ends
+    return {
+        "log_radius": log_radius,
+        "log_partition": points.flatten(-2),
+        "log_partition_fit": lines.flatten(-2),
+    }
 
 
 def _radii(scaling: Scaling) -> Int[Tensor, "*B P"]:

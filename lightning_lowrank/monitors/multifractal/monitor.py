@@ -5,31 +5,15 @@ from typing import Any, Literal
 
 from lightning_lowrank.maths.scaling.multifractal import MODES
 from lightning_lowrank.maths.scaling.neuromfa import THRESHOLD
+from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.models.views import View
 from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
 from lightning_lowrank.monitors.multifractal.source import Multifractal
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence, monitor_of
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
-def MultifractalMonitor(
-    mode: Literal["rank", "neuromfa"] = "rank",
-    every_n_steps: int | None = None,
-    match: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    max_neurons: int | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = "default",
-    heads: bool = False,
-    views: Mapping[str, str | View] | None = None,
-    threshold: float | None = THRESHOLD,
-    num_repeats: int = 10,
-    max_overhead: float | None = None,
-) -> Monitor:
+class MultifractalMonitor(Monitor):
     """How unlike each other the neurons of a model become: multifractal statistics of its weights, beside what chance
     gives.
 
@@ -45,6 +29,7 @@ def MultifractalMonitor(
         exclude: The same, taken away.
         max_neurons: Neurons that are looked at, per matrix or layer, the same at every sample; all unless given.
             "neuromfa" was published with 32.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the neurons that are drawn, and of the nulls.
         name: Prefix of all tags.
@@ -64,23 +49,52 @@ def MultifractalMonitor(
         >>> MultifractalMonitor().recorders[0].quantities[:3]
         ['multifractal_dispersion', 'multifractal_dispersion_chance', 'multifractal_alpha0']
     """
-    of_both: dict[str, Any] = {
-        "match": match,
-        "exclude": exclude,
-        "max_neurons": max_neurons,
-        "views": views,
-        "seed": seed,
-    }
-    if mode not in MODES:
-        raise ValueError(f"MultifractalMonitor(mode={mode!r}): one of {list(MODES)}")
-    if mode == "rank" and (threshold, num_repeats) != (THRESHOLD, 10):
-        raise ValueError(
-            f"threshold={threshold} and num_repeats={num_repeats} are of mode='neuromfa': mode='rank' "
-            "has no edge lengths"
+
+    label = "multifractal"
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """None."""
+        return []
+
+    def __init__(
+        self,
+        mode: Literal["rank", "neuromfa"] = "rank",
+        every_n_steps: int | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        max_neurons: int | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        heads: bool = False,
+        views: Mapping[str, str | View] | None = None,
+        threshold: float | None = THRESHOLD,
+        num_repeats: int = 10,
+        max_overhead: float | None = None,
+    ) -> None:
+        of_both: dict[str, Any] = {
+            "match": match,
+            "exclude": exclude,
+            "max_neurons": max_neurons,
+            "views": views,
+            "seed": seed,
+        }
+        if mode not in MODES:
+            raise ValueError(f"MultifractalMonitor(mode={mode!r}): one of {list(MODES)}")
+        if mode == "rank" and (threshold, num_repeats) != (THRESHOLD, 10):
+            raise ValueError(
+                f"threshold={threshold} and num_repeats={num_repeats} are of mode='neuromfa': mode='rank' "
+                "has no edge lengths"
+            )
+        if mode == "neuromfa" and heads:
+            raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
+        whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}
+        source = Multifractal(heads=heads, **of_both) if mode == "rank" else NeuroMFA(**whole, **of_both)
+        schedule = cadence(every_n_steps, max_overhead, 500)
+        super().__init__(
+            probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
         )
-    if mode == "neuromfa" and heads:
-        raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
-    whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}
-    source = Multifractal(heads=heads, **of_both) if mode == "rank" else NeuroMFA(**whole, **of_both)
-    schedule = cadence(every_n_steps, max_overhead, 500)
-    return monitor_of(source, schedule, label=source.name, per_site=per_site, seed=seed, alerts=alerts, name=name)

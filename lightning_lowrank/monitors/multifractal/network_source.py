@@ -15,10 +15,11 @@ from lightning_lowrank.maths.scaling.multifractal import multifractal_spectrum
 from lightning_lowrank.maths.scaling.neuromfa import THRESHOLD, emergence, typical_threshold
 from lightning_lowrank.maths.scaling.nulls import gaussian_like, shuffled
 from lightning_lowrank.maths.scaling.scaling import ORDERS, Scaling
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, Quantity
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, Quantity, led_by
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.models.sites import Site
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.views import View
 from lightning_lowrank.monitors.multifractal.curves import SPECTRUM, curves, vectors
 from lightning_lowrank.monitors.multifractal.source import Neurons, connections
@@ -33,6 +34,9 @@ FEW_ORDERS = ORDERS[::5]
 
 # Of thresholds: a table has a column for each integer radius, and weights may be zero.
 LONGEST = 10_000.0
+
+# What every logger gets.
+CORE = ("neuromfa_alpha0", "neuromfa_width", "neuromfa_emergence", "neuromfa_emergence_shuffled")
 
 
 class NeuroMFA(Neurons):
@@ -84,12 +88,12 @@ class NeuroMFA(Neurons):
         self._first: dict[str, Tensor] = {}
         self._sites: list[Site] = []
         self.curves = curves("neuromfa", histogram=True)
-        self.quantities = list(self._quantities())
+        self.quantities = led_by(CORE, self._quantities(), looked_up=("_shuffled", "_gaussian"))
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the layers; an embedding is no layer of neurons, unless patterns name it."""
-        super().plan(module)
-        embeddings = [layer for layer in module.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        super().plan(training)
+        embeddings = [layer for layer in training.module.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
         left_out = {id(p) for layer in embeddings for p in layer.parameters()} if self._weights.match is None else set()
         self._sites = [site for site in self._weights.sites if left_out.isdisjoint(map(id, site.parameters))]
 
@@ -97,14 +101,14 @@ class NeuroMFA(Neurons):
         """The whole model."""
         return [WHOLE_MODEL] if self._sites else []
 
-    def measured(self, begun: Batch) -> list[Numbers]:
+    def measured(self, batch: Batch) -> list[Numbers]:
         """The statistics, on the first process: it has the references of the checkpoint."""
-        (parts,) = begun.team.gather([[value for site in self._sites for value in site.values()]], [0])
+        (parts,) = batch.training.team.gather([[value for site in self._sites for value in site.values()]], [0])
         if not parts:
             return []
         rest = iter(parts)
         weights = [site.weight(*(next(rest) for _ in site.parameters)) for site in self._sites]
-        draws = torch.Generator(weights[0].device).manual_seed(begun.seed)
+        draws = torch.Generator(weights[0].device).manual_seed(batch.seed)
         network = list(self._chain(weights))
         nulls = {
             "": network,

@@ -12,18 +12,19 @@ from math import prod
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.scaling.bootstrap import FEWEST_NODES, TRUSTED, standard_error
 from lightning_lowrank.maths.scaling.multifractal import DIRECTIONS, multifractal_spectrum
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import full_precision
-from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, refuse_seed
+from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, led_by, refuse_seed
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.models.effective_weights import computed_shape
 from lightning_lowrank.models.sites import Site
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.views import View
 from lightning_lowrank.monitors.multifractal.curves import curves, vectors
 from lightning_lowrank.monitors.multifractal.sharded import counted_apart, lies_apart, parts
@@ -40,6 +41,9 @@ KERNELS = re.compile(r"\(d_in( k\d)+\)$")
 
 # Entries of matrices of one shape that are measured at once.
 CHUNK = 2**24
+
+# What every logger gets.
+CORE = ("multifractal_dispersion", "multifractal_width_over_floor", "multifractal_c2_excess")
 
 
 class Neurons(NumberSource):
@@ -66,21 +70,21 @@ class Neurons(NumberSource):
         self._found: Sequence[Numbers] | None = None
 
     @abstractmethod
-    def measured(self, begun: Batch) -> Sequence[Numbers]:
+    def measured(self, batch: Batch) -> Sequence[Numbers]:
         """What this process finds."""
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the sites."""
-        self._weights.plan(module)
+        self._weights.plan(training)
         if self._weights.match is not None and not self._weights.sites:
             raise ValueError(
                 f"match={self._weights.match!r} without exclude={self._weights.exclude!r} leaves no matrix to measure"
             )
 
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """Measure, once in a sample: weights are the same until an optimizer steps."""
         if self._found is None:
-            self._found = self.measured(begun)
+            self._found = self.measured(batch)
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """What was found."""
@@ -133,20 +137,21 @@ class Multifractal(Neurons):
         self._estimated = TRUSTED.keys() if max_neurons is not None and max_neurons >= FEWEST_NODES else ()
         # A tag for each matrix would flood the list of histograms: the tab draws them.
         self.curves = curves("multifractal", histogram=False)
-        self.quantities = [
+        given = [
             Quantity(f"multifractal_{name}", find(name).unit, per_site=True, estimated=name in self._estimated)
             for name in OF_A_MATRIX
         ]
+        self.quantities = led_by(CORE, given)
 
     def labels(self) -> list[str]:
         """Both directions of every matrix."""
         return [f"{label}.{direction}" for label in self._weights.labels() for direction in DIRECTIONS]
 
-    def measured(self, begun: Batch) -> list[Numbers]:
+    def measured(self, batch: Batch) -> list[Numbers]:
         """The statistics of this process's share."""
         apart = [site for site in self._weights.sites if lies_apart(site)]
         together = [site for site in self._weights.sites if site not in apart]
-        return [*self._of_parts(apart, begun.team), *self._of_matrices(together, begun.team)]
+        return [*self._of_parts(apart, batch.training.team), *self._of_matrices(together, batch.training.team)]
 
     def _of_parts(self, sites: Sequence[Site], team: Team) -> Iterator[Numbers]:
         """Of large sharded matrices: every process counts in its parts, and one of them has the statistics."""

@@ -5,32 +5,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName
 from lightning_lowrank.monitors.tangent_kernel.source import TangentKernel
 from lightning_lowrank.reports.alerts.rules import Alert
-from lightning_lowrank.watching.assembly import cadence, monitor_of
-from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
-def NTKMonitor(
-    match: str | Sequence[str] | None = None,
-    kernel: KernelName = "class_summed",
-    num_examples: int = 64,
-    num_projections: int = 16,
-    top_k: int = 3,
-    every_n_steps: int | None = None,
-    output_module: str | None = None,
-    loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    per_site: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    name: str | None = None,
-    *,
-    alerts: Sequence[Alert] | Literal["default"] | None = None,
-    max_overhead: float | None = None,
-    num_outputs: int | None = None,
-    train_mode: bool = False,
-) -> Monitor:
+class NTKMonitor(Monitor):
     """The tangent kernel on a kept batch: its size and rank, what it shares with the labels, and how fast it turns.
 
     The first batch seen that has a kernel is kept, and run through `training_step` again after due steps, in eval mode,
@@ -58,6 +40,7 @@ def NTKMonitor(
             of labels.
         loss_fn: `(module, batch) -> loss` in the place of `training_step`.
         exclude: As `match`, taken away.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
         seed: Of the random vectors.
         name: Prefix of all tags.
@@ -75,19 +58,50 @@ def NTKMonitor(
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]
         ['lora_ntk_lambda_max', 'lora_ntk_lambda_2']
     """
-    chosen: dict[str, Any] = {
-        "match": match,
-        "exclude": exclude,
-        "output_module": output_module,
-        "loss_fn": loss_fn,
-        "seed": seed,
-    }
-    counts: dict[str, Any] = {
-        "num_examples": num_examples,
-        "num_projections": num_projections,
-        "top_k": top_k,
-        "num_outputs": num_outputs,
-    }
-    source = TangentKernel(kernel, train_mode=train_mode, **counts, **chosen)
-    schedule = cadence(every_n_steps, max_overhead, source.every)
-    return monitor_of(source, schedule, label="ntk", per_site=per_site, seed=seed, alerts=alerts, name=name)
+
+    label = "ntk"
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """None."""
+        return []
+
+    def __init__(
+        self,
+        match: str | Sequence[str] | None = None,
+        kernel: KernelName = "class_summed",
+        num_examples: int = 64,
+        num_projections: int = 16,
+        top_k: int = 3,
+        every_n_steps: int | None = None,
+        output_module: str | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = None,
+        max_overhead: float | None = None,
+        num_outputs: int | None = None,
+        train_mode: bool = False,
+    ) -> None:
+        chosen: dict[str, Any] = {
+            "match": match,
+            "exclude": exclude,
+            "output_module": output_module,
+            "loss_fn": loss_fn,
+            "seed": seed,
+        }
+        counts: dict[str, Any] = {
+            "num_examples": num_examples,
+            "num_projections": num_projections,
+            "top_k": top_k,
+            "num_outputs": num_outputs,
+        }
+        source = TangentKernel(kernel, train_mode=train_mode, **counts, **chosen)
+        schedule = cadence(every_n_steps, max_overhead, source.every)
+        super().__init__(
+            probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
+        )

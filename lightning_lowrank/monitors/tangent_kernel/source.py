@@ -13,9 +13,10 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import module_named
 from lightning_lowrank.maths.operators.estimates import Found
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, refuse_seed
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, led_by, refuse_seed
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.names import chosen_parameters
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.tangent_kernel.kernels import FEWEST, KernelName
 from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, Reference, TangentKernels, names
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
@@ -26,6 +27,12 @@ EVERY = {"full": 3000, "class_summed": 6000, "sum_of_logits": 3000}
 COLUMNS = {"full": 256, "class_summed": 10, "sum_of_logits": 1}
 # Products with the Krylov space of each random vector.
 STEPS = {"full": 6, "class_summed": 4, "sum_of_logits": 6}
+
+# What every logger gets.
+CORE = (
+    *("ntk_lambda_max", "ntk_participation_ratio", "ntk_label_alignment"),
+    *("ntk_velocity", "ntk_distance_to_start", "ntk_modes_learnt"),
+)
 
 
 class TangentKernel(NumberSource):
@@ -79,11 +86,12 @@ class TangentKernel(NumberSource):
         self.match, self.exclude, self.output_module = match, exclude, output_module
         self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
         self.state = TangentKernels(kernel, KernelEffort(top_k, num_projections, steps=STEPS[kernel]), seed)
-        self.quantities = [Quantity(name, per_site=site, estimated=errs) for name, (site, errs) in names(top_k).items()]
+        given = [Quantity(name, per_site=site, estimated=errs) for name, (site, errs) in names(top_k).items()]
+        self.quantities = led_by(CORE, given)
         self._replay = self._new_replay()
         self._named: dict[str, nn.Parameter] = {}
-        self._module: Any = None
-        self._begun: Batch | None = None
+        self._training: Training | None = None
+        self._batch: Batch | None = None
         self._waiting: Mapping[str, Any] = {}
         self._num_rows = 0
         self._shared = False
@@ -93,15 +101,16 @@ class TangentKernel(NumberSource):
         """Cadence unless one is given."""
         return EVERY[self.state.kernel]
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
-        self._named = chosen_parameters(module, self.match, self.exclude)
+        self._named = chosen_parameters(training.module, self.match, self.exclude)
         if not self._named:
             raise ValueError(
                 f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of"
             )
-        if self._module is not module:
-            self._begin(module)
+        if self._training is None or self._training.module is not training.module:
+            self._begin(training)
+        self._training = training
 
     def labels(self) -> Sequence[str]:
         """The whole model, and its parameters."""
@@ -109,34 +118,32 @@ class TangentKernel(NumberSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
-        return vars(self) | {"_module": None, "_named": {}, "_replay": self._new_replay(), "_begun": None}
+        return vars(self) | {"_training": None, "_named": {}, "_replay": self._new_replay(), "_batch": None}
 
-    def batch_begins(self, begun: Batch) -> None:
+    def batch_begins(self, batch: Batch) -> None:
         """Keep the first batch."""
-        self._begun, self._shared = begun, begun.team.size > 1
+        self._batch, self._shared = batch, batch.training.team.size > 1
         if self._replay.batch is None and self._waiting and self._waiting.get("options") == self._options:
-            self._take_up(self._waiting, next(begun.module.parameters()).device)
+            self._resume(self._waiting, batch.training.device)
         if self._replay.batch is None:
             self.state.forget()
-            self._replay.keep(begun.batch, begun.index)
+            self._replay.keep(batch.data, batch.index)
         self._waiting = {}
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """Everything about the kernel as it is after the step."""
-        begun, self._begun = self._begun, None
-        assert begun is not None
-        # Lightning counts the steps of all optimizers.
-        steps = self._module.trainer.global_step // len(begun.optimizers)
+        batch, self._batch = self._batch, None
+        assert batch is not None
         with ExitStack() as stack:
             outputs = self._outputs(stack, team)
-            generator = torch.Generator(outputs.jacobian.outputs.device).manual_seed(begun.seed)
-            found = self.state.measure(outputs, _rate(begun.optimizers), steps, generator)
+            generator = torch.Generator(outputs.jacobian.outputs.device).manual_seed(batch.seed)
+            found = self.state.measure(outputs, _rate(batch.training.optimizers), batch.training.step, generator)
         self._num_rows = outputs.shape[0]
         return list(_numbers(found, list(self._trained)))
 
     def detach(self) -> None:
         """There is nothing to let go of but the batch of the step."""
-        self._begun = None
+        self._batch = None
 
     def facts(self) -> dict[str, float]:
         """What it is a kernel of, and how it was found."""
@@ -153,19 +160,16 @@ class TangentKernel(NumberSource):
         if self._waiting:
             return dict(self._waiting)
         first, last = self.state.first, self.state.last
-        if first is None or last is None or self._shared or not _is_plain(self._replay.batch):
+        kept = self._replay.state_dict()
+        if first is None or last is None or self._shared or not kept:
             return {}
-        known: dict[str, Any] = {
-            "batch": self._replay.batch,
-            "batch_idx": self._replay.batch_idx,
-            "tops": dict(self.state.tops),
-        }
+        known: dict[str, Any] = {**kept, "tops": dict(self.state.tops)}
         known |= {"first": first.state_dict(), "last": last.state_dict(), "options": self._options}
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back, once it is known where to."""
-        self._module = None  # another run
+        self._training = None  # another run
         self._replay, self._waiting = self._new_replay(), state
         self.state.forget()
 
@@ -187,9 +191,9 @@ class TangentKernel(NumberSource):
     def _new_replay(self) -> Replay:
         return Replay(self.loss_fn, self.num_examples, eval_mode=not self.train_mode, seed=self.seed)
 
-    def _begin(self, module: Any) -> None:
+    def _begin(self, training: Training) -> None:
         """Refuse what cannot be measured, in a run that begins."""
-        self._module = module
+        module = training.module
         self._replay.output_module = None if self.output_module is None else module_named(module, self.output_module)
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
@@ -204,14 +208,14 @@ class TangentKernel(NumberSource):
                     f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match"
                 )
         for path, part in module.named_modules():
-            if self.train_mode and isinstance(part, nn.SyncBatchNorm) and module.trainer.world_size > 1:
+            if self.train_mode and isinstance(part, nn.SyncBatchNorm) and training.team.size > 1:
                 raise ValueError(
                     f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False"
                 )
-        refuse_replay(module, self.loss_fn)
+        refuse_replay(training, self.loss_fn)
 
-    def _take_up(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._replay.take_back(state["batch"], state["batch_idx"], device)
+    def _resume(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._replay.resume(state, device)
         self.state.tops = {name: vectors.to(device) for name, vectors in state["tops"].items()}
         self.state.first, self.state.last = (Reference.of_state(state[name], device) for name in ("first", "last"))
         self.state.directions = state["directions"].to(device) if "directions" in state else None
@@ -225,7 +229,8 @@ class TangentKernel(NumberSource):
         try:
             if not self._trained:
                 raise ValueError("none of the chosen parameters is trained")
-            loss = stack.enter_context(self._replay(self._module.trainer, self._module)).output_loss()
+            assert self._training is not None
+            loss = stack.enter_context(self._replay(self._training)).output_loss()
             own = OwnOutputs.of(loss, self.state.kernel, num_columns=self.num_outputs, seed=self.seed)
         except Exception as failed:
             error = failed
@@ -261,15 +266,6 @@ def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
     if maximizes:
         return None
     return rate * (1 - dampening) / (1 - momentum) if momentum else rate
-
-
-def _is_plain(batch: Any) -> bool:
-    """Whether a checkpoint can hold it that loads with `weights_only=True`."""
-    if type(batch) is dict:
-        return all(_is_plain(part) for pair in batch.items() for part in pair)
-    if type(batch) in (list, tuple):
-        return all(_is_plain(part) for part in batch)
-    return batch is None or type(batch) in (Tensor, int, float, bool, str)
 
 
 def _refuse_small(**numbers: tuple[int, int]) -> None:

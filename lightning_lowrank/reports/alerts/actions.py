@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lowrank.reports import loggers as sinks
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.alerts.messages import table
 from lightning_lowrank.reports.alerts.rules import AlertEvent
+from lightning_lowrank.reports.loggers import each, each_writer
 
 WANDB_LEVELS = {"info": "INFO", "warn": "WARN", "error": "ERROR"}
 
@@ -93,37 +92,30 @@ def warn(label: str, event: AlertEvent) -> None:
         rank_zero_info(f"lightning_lowrank {label} alert: {event.message}")
 
 
-def write(trainer: L.Trainer, label: str, events: Sequence[AlertEvent], step: int) -> list[Exception]:
+def write(training: Training, label: str, events: Sequence[AlertEvent], step: int) -> list[Exception]:
     """All events so far: a table in TensorBoard, and a file of JSON lines beside the logs."""
-    loggers = sinks.loggers_of(trainer)
+    loggers = training.loggers
     tag, text = f"lowrank/{label}_alerts", table(events)
-    failed = sinks.each_writer(loggers, "add_text", lambda writer: writer.add_text(tag, text, step))
-    return failed + sinks.each(loggers[:1], lambda logger: _write_lines(logger, label, events))
+    failed = each_writer(loggers, "add_text", lambda writer: writer.add_text(tag, text, step))
+    return failed + each(loggers[:1], lambda logger: _write_lines(logger, label, events))
 
 
-def alert_wandb(trainer: L.Trainer, event: AlertEvent) -> list[Exception]:
+def alert_wandb(training: Training, event: AlertEvent) -> list[Exception]:
     """Its own alert, by duck-typing, where there is its logger; it is sent in the background."""
     level = "INFO" if event.state == "resolved" else WANDB_LEVELS[event.severity]
     options = {"title": event.title, "text": event.message, "level": level, "wait_duration": 0}
-    return sinks.each_writer(sinks.loggers_of(trainer), "alert", lambda run: run.alert(**options))
+    return each_writer(training.loggers, "alert", lambda run: run.alert(**options))
 
 
-def save_checkpoint(trainer: L.Trainer, event: AlertEvent) -> None:
+def save_checkpoint(training: Training, event: AlertEvent) -> None:
     """Beside the logs; called by all processes."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-    path = f"{folder}/alert-{event.rule}-step={event.step}.ckpt"
-    try:
-        trainer.save_checkpoint(path, weights_only=False)
-    except Exception:
-        # Only the first process writes: the others wait for it where it would have come to.
-        trainer.strategy.barrier("Trainer.save_checkpoint")
-        raise
+    training.save_checkpoint(f"{Path(training.folder) / 'checkpoints'}/alert-{event.rule}-step={event.step}.ckpt")
 
 
-def stop(trainer: L.Trainer) -> None:
+def stop(training: Training) -> None:
     """End training after this batch; called by all processes, so that all end at the same one."""
     rank_zero_info("lightning_lowrank: an alert stops the training after this batch")
-    trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(True, all=False)
+    training.stop()
 
 
 def json_lines(events: Iterable[AlertEvent]) -> str:
@@ -131,8 +123,8 @@ def json_lines(events: Iterable[AlertEvent]) -> str:
     return "".join(json.dumps(_finite(asdict(event))) + "\n" for event in events)
 
 
-def _write_lines(logger: Logger, label: str, events: Sequence[AlertEvent]) -> None:
-    folder = getattr(logger, "log_dir", None) or logger.save_dir
+def _write_lines(logger: Any, label: str, events: Sequence[AlertEvent]) -> None:
+    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
     if folder:
         # Whole each time: a run that is resumed may have another folder, and not every store can append.
         files = get_filesystem(folder)

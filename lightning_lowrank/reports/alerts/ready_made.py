@@ -1,4 +1,4 @@
-"""Rules that are ready to use: rank collapse, change points, and what every preset watches for."""
+"""Rules that are ready to use: rank collapse, change points, and what `RankMonitor` watches for."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -24,15 +24,6 @@ LARGEST_DROP = 0.9
 
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
-
-# Of rules that tell of an event as soon as it is seen, whatever it is.
-EVENT: dict[str, Any] = {"severity": "info", "for_samples": 1, "warm_up_samples": 0}
-
-# What is said where curvature is not believed: all of it is NaN then.
-WRONG = (
-    "a layer whose backward pass cannot be differentiated, as custom autograd functions that "
-    "detach; name the others by match"
-)
 
 
 def RankCollapseAlert(
@@ -131,88 +122,10 @@ def ChangePointAlert(
     )
 
 
-def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs,
-    and one more.
-
-    Args:
-        below: Least share of the energy.
-        sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
-
-    Example:
-        >>> NotLowRankAlert().quantity
-        'anatomy_low_rank_share'
-    """
-    cause = "strong weight decay or noise in the loss, a loss near its minimum, inputs without a common direction"
-    return Alert("anatomy_low_rank_share", sites, **_with(options, below=below, warm_up_samples=0, cause=cause))
-
-
-def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An alert for a gradient in which the spike of the inputs takes the place of the residue.
-
-    Args:
-        above: Largest share of the spike in what both have.
-        sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
-
-    Example:
-        >>> ResidueSuppressedAlert(sites="net.0.*").sites
-        'net.0.*'
-    """
-    cause = (
-        "an activation with a kink (ReLU) on inputs with a strong common direction: standardise "
-        "them, add noise, or take a smooth one"
-    )
-    return Alert("anatomy_spike_dominance", sites, **_with(options, above=above, warm_up_samples=0, cause=cause))
-
-
-def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An event, not a warning: a gradient that the residue ruled is ruled by the spike of the inputs now.
-
-    Args:
-        sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
-
-    Example:
-        >>> PhaseShiftAlert().severity
-        'info'
-    """
-    cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
-    return Alert(
-        "anatomy_phase_shift", sites, **_with(EVENT | options, above=0.5, actions=("log", "wandb"), cause=cause)
-    )
-
-
-def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> Alert:
-    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al.
-    (2020).
-
-    Args:
-        density: Of the mask; one of those that the monitor has.
-        below: Largest distance of the newest mask to those of the second half of the training so far, over its distance
-            to the first. A mask that moves steadily has 0.5 or a bit more at any cadence, one that has settled 0. You
-            et al. ask for a tenth of the weights between five epochs; masks of a few steps in a row are closer than
-            that from the first on.
-        options: Others of `Alert`.
-
-    Example:
-        >>> EarlyBirdAlert().quantity
-        'concentration_mask_early_bird_0.5'
-    """
-    cause = "the ticket has emerged: pruned to this mask now, training would keep nearly the same weights"
-    told = _with(EVENT | options, below=below, actions=("warn", "log", "wandb"), cause=cause)
-    return Alert(f"concentration_mask_early_bird_{density:g}", **told)
-
-
-def _with(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    return defaults | options
-
-
-def default_alerts(quantities: Iterable[str]) -> list[Alert]:
-    """What every preset watches for, as far as it measures it: quiet in health."""
+def rank_alerts(quantities: Iterable[str]) -> list[Alert]:
+    """What is rarely healthy in ranks of weights, gradients and features, as far as it is measured: quiet in health."""
     known = list(quantities)
-    first_of_gradient = next((q for q in known if q.startswith("gradient_") and q != "gradient_in_top"), None)
+    first_of_gradient = next((quantity for quantity in known if quantity.startswith("gradient_")), None)
     rules = [
         RankCollapseAlert("weight", "stable_rank", drop=0.35, **PATIENT),
         RankCollapseAlert("weight", "effective_rank", drop=0.06, **PATIENT),
@@ -220,8 +133,6 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
         RankCollapseAlert("feature", "participation_ratio", drop=0.5, **PATIENT),
         # There is a sample for each validation, not for some steps: twenty would be too long.
         RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
-        Alert("curvature_valid", below=0.5, for_samples=1, warm_up_samples=0, cause=WRONG),
-        PhaseShiftAlert(),
     ]
     lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
     return [rule for rule in rules if rule.quantity in known] + lost

@@ -5,10 +5,8 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any, Literal
 
-import lightning as L
-
+from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.alerts import actions
-from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.reports.alerts.rules import Alert, AlertError, AlertEvent, SiteAlert
 from lightning_lowrank.reports.alerts.states import RuleState
 
@@ -16,6 +14,8 @@ from lightning_lowrank.reports.alerts.states import RuleState
 KEPT = 1000
 
 Rules = Sequence[Alert] | Literal["default"] | None
+# What "default" stands for, by the quantities that there are.
+Usual = Callable[[Sequence[str]], Sequence[Alert]]
 Values = Mapping[str, Mapping[str, float]]
 
 
@@ -25,6 +25,7 @@ class Rulebook:
     Args:
         rules: Those of the user, or "default", or None.
         quantities: What the monitor measures.
+        usual: What "default" stands for: rules by the quantities that there are, without prefix.
         prefix: Of the monitor's quantities; rules may leave it out.
         label: Word for the monitor in messages and tags.
 
@@ -37,9 +38,10 @@ class Rulebook:
 
     def __init__(
         self,
-        rules: Sequence[Alert] | Literal["default"] | None,
+        rules: Rules,
         quantities: Sequence[str],
         *,
+        usual: Usual,
         prefix: str | None,
         label: str,
     ) -> None:
@@ -52,7 +54,7 @@ class Rulebook:
                 f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML"
             )
         start = f"{prefix}_" if prefix else ""
-        given = default_alerts(q.removeprefix(start) for q in quantities) if isinstance(rules, str) else rules or ()
+        given = usual([q.removeprefix(start) for q in quantities]) if isinstance(rules, str) else rules or ()
         self.states = [_state(rule, quantities, start) for rule in given]
         names = [state.name for state in self.states]
         if len(set(names)) < len(names):
@@ -103,24 +105,22 @@ class Rulebook:
                     self.events = [*self.events, event][-KEPT:]
                     self._due.append((state.rule, event))
 
-    def scalars(self) -> dict[str, float]:
+    def levels(self) -> dict[str, float]:
         """0, 1 or 2 of each rule that is logged: ok, pending, firing."""
-        return {
-            f"lowrank/alert/{state.name}": float(state.level) for state in self.states if "log" in state.rule.actions
-        }
+        return {state.name: float(state.level) for state in self.states if "log" in state.rule.actions}
 
-    def act(self, trainer: L.Trainer) -> list[str]:
+    def act(self, training: Training) -> list[str]:
         """Do what the rules ask for after a report; what went wrong, in words. To be called by all processes."""
         due, self._due = self._due, []
-        failed = _all(lambda rule, event: self._tell(trainer, rule, event), due)
+        failed = _all(lambda rule, event: self._tell(training, rule, event), due)
         # What all processes do together comes last, and whatever went wrong in one of them.
         firing = [(rule, event) for rule, event in due if event.state == "firing"]
         failed += _all(
-            lambda _, event: actions.save_checkpoint(trainer, event),
+            lambda _, event: actions.save_checkpoint(training, event),
             [f for f in firing if "checkpoint" in f[0].actions],
         )
         if any("stop" in rule.actions for rule, _ in firing):
-            actions.stop(trainer)
+            actions.stop(training)
         self._raising = next((event for rule, event in firing if "raise" in rule.actions), None)
         return failed + (self.calls.troubles() if self.calls else [])
 
@@ -148,14 +148,14 @@ class Rulebook:
         for state in self.states:
             state.load_state_dict(saved.get("rules", {}).get(state.name, {}))
 
-    def _tell(self, trainer: L.Trainer, rule: Alert, event: AlertEvent) -> None:
+    def _tell(self, training: Training, rule: Alert, event: AlertEvent) -> None:
         """What the first process does by itself."""
-        if not trainer.is_global_zero:
+        if training.team.rank != 0:
             return
         if rule.call is not None:
             self.calls.begin(rule.call, event, rule.call_timeout)
-        errors = actions.write(trainer, self.label, self.events, event.step) if "log" in rule.actions else []
-        errors += actions.alert_wandb(trainer, event) if "wandb" in rule.actions else []
+        errors = actions.write(training, self.label, self.events, event.step) if "log" in rule.actions else []
+        errors += actions.alert_wandb(training, event) if "wandb" in rule.actions else []
         if "warn" in rule.actions:
             actions.warn(self.label, event)
         for error in errors:

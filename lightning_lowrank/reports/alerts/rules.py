@@ -30,6 +30,10 @@ class AlertError(RuntimeError):
     """An alert fired whose rule asks for this: `actions` has "raise"."""
 
 
+# Options of a rule that reports an event as soon as it is seen, whatever it is.
+EVENT: dict[str, Any] = {"severity": "info", "for_samples": 1, "warm_up_samples": 0}
+
+
 @dataclass(frozen=True)
 class Violation:
     """A number on the wrong side of a threshold.

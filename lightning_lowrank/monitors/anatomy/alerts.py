@@ -1,0 +1,59 @@
+"""Rules on the anatomy of gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_lowrank.reports.alerts.rules import EVENT, Alert
+
+
+def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs,
+    and one more.
+
+    Args:
+        below: Least share of the energy.
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> NotLowRankAlert().quantity
+        'anatomy_low_rank_share'
+    """
+    cause = "strong weight decay or noise in the loss, a loss near its minimum, inputs without a common direction"
+    return Alert("anatomy_low_rank_share", sites, **{"below": below, "warm_up_samples": 0, "cause": cause, **options})
+
+
+def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An alert for a gradient in which the spike of the inputs takes the place of the residue.
+
+    Args:
+        above: Largest share of the spike in what both have.
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> ResidueSuppressedAlert(sites="net.0.*").sites
+        'net.0.*'
+    """
+    cause = (
+        "an activation with a kink (ReLU) on inputs with a strong common direction: standardise "
+        "them, add noise, or take a smooth one"
+    )
+    return Alert("anatomy_spike_dominance", sites, **{"above": above, "warm_up_samples": 0, "cause": cause, **options})
+
+
+def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
+    """An event, not a warning: a gradient that the residue ruled is ruled by the spike of the inputs now.
+
+    Args:
+        sites: As in `Alert`, like all that follows.
+        options: Others of `Alert`.
+
+    Example:
+        >>> PhaseShiftAlert().severity
+        'info'
+    """
+    cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
+    return Alert(
+        "anatomy_phase_shift", sites, **{**EVENT, "above": 0.5, "actions": ("log", "wandb"), "cause": cause, **options}
+    )

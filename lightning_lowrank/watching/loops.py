@@ -1,0 +1,289 @@
+"""A training loop of the user's own, in plain torch or on Fabric, under watch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.models.taps import in_training
+from lightning_lowrank.models.training import Training, device_of
+from lightning_lowrank.watching.monitor import Monitor
+from lightning_lowrank.watching.trainer import refuse_hidden
+
+# Classes that do nothing but wrap a module, and the name under which they hold it.
+WRAPPERS = {"_FabricModule": "_forward_module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+class LoopTraining(Training):
+    """A training as a loop of the user's runs it.
+
+    Args:
+        called: The module as the loop calls it: plain, or wrapped by Fabric or DDP.
+        optimizers: Those that step it, plain or wrapped by Fabric.
+        loggers: Anything with `log_metrics(metrics, step)`.
+        folder: Where files of this run belong.
+        save: Writes a checkpoint at a path.
+    """
+
+    def __init__(
+        self,
+        called: nn.Module,
+        optimizers: Sequence[Any] = (),
+        loggers: Sequence[Any] = (),
+        folder: str = "",
+        save: Callable[[str], object] | None = None,
+    ) -> None:
+        self.called, self.module = called, _plain(called)
+        self.optimizers: list[Optimizer] = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self._loggers, self._folder, self._save = list(loggers), folder, save
+        self.device = device_of(self.module)
+        several = dist.is_available() and dist.is_initialized()
+        self.team = Team(dist.get_rank(), dist.get_world_size()) if several else Team()
+        # A step hook that is silent means that no step was made.
+        self.may_skip = all(hasattr(optimizer, "register_step_post_hook") for optimizer in self.optimizers)
+        self.num_steps = 0
+        self.should_stop = False
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Batches so far in which an optimizer had its gradients."""
+        return self.num_steps
+
+    @property
+    def loggers(self) -> list[Any]:
+        """On the first process."""
+        return self._loggers if self.team.rank == 0 else []
+
+    @property
+    def folder(self) -> str:
+        """Of the first logger, unless one was given."""
+        known = (getattr(logger, name, None) for logger in self._loggers for name in ("log_dir", "save_dir"))
+        return self._folder or str(next((path for path in known if path), "."))
+
+    def gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
+        """What a GradScaler has handed to an optimizer that unscales inside its step."""
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        return scale
+
+    def mirror(self, scalars: Mapping[str, float]) -> None:
+        """Keep them, as a Trainer keeps `callback_metrics`."""
+        self.metrics |= scalars
+
+    def stop(self) -> None:
+        """Raise the flag that the loop asks for."""
+        self.should_stop = True
+
+    def save_checkpoint(self, path: str) -> None:
+        """By the function that was given."""
+        if self._save is None:
+            raise ValueError("an alert asks for a checkpoint: give watching(..., save_checkpoint=...) a function")
+        self._save(path)
+
+    def refuse_rerun(self) -> None:
+        """Refuse: a loop has no step that could be called.
+
+        Raises:
+            ValueError: With the way out.
+        """
+        raise ValueError("a loop of your own has no training_step to run again")
+
+
+class Watching:
+    """Monitors at work on a loop; `watching` makes one.
+
+    Attributes:
+        monitors: Those at work, with `latest`, `failures`, `events`, `overhead`.
+    """
+
+    def __init__(self, training: LoopTraining, monitors: Sequence[Monitor]) -> None:
+        self._training, self.monitors = training, list(monitors)
+        self._watches = [monitor.watch for monitor in monitors]
+        self._count = 0
+        self._seen: set[int] = set()
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether an alert asks for the end of the training."""
+        return self._training.should_stop
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The latest numbers by tag, as in a Trainer's `callback_metrics`."""
+        return self._training.metrics
+
+    def begins(self) -> None:
+        """Choose the sites.
+
+        Raises:
+            ValueError: What a monitor asks for is not there, or two monitors write the same tags.
+        """
+        refuse_hidden(None, self._training.called)
+        for i, monitor in enumerate(self.monitors):
+            for other in self.monitors[:i]:
+                monitor.refuse_double(other)
+            monitor.watch.begins(self._training)
+            monitor.watch.starts(self._training)
+
+    @contextmanager
+    def batch(self, batch: Any = None) -> Iterator[None]:
+        """Context of everything that a training does with one batch.
+
+        Args:
+            batch: What monitors that run a batch again keep of it, `loss_fn(model, batch)`.
+        """
+        self.batch_begins(batch)
+        try:
+            yield
+        except BaseException:
+            self.ends()
+            raise
+        self.batch_over()
+
+    def batch_begins(self, batch: Any = None) -> None:
+        """The first half of `batch`, for loops that are made of callbacks."""
+        self._seen.clear()
+        if not self._hooks:
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._before_step)
+                for optimizer in self._training.optimizers
+                if hasattr(optimizer, "register_step_pre_hook")
+            ]
+        for watch in self._watches:
+            watch.batch_begins(self._training, batch, self._count)
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Show the loss to monitors before its backward pass, and give it back; neither divided nor scaled."""
+        for watch in self._watches:
+            watch.loss_live(self._training, loss)
+        return loss
+
+    def backward_done(self) -> None:
+        """Show the gradients of one micro-batch, to monitors of gradient noise."""
+        for watch in self._watches:
+            watch.backward_done()
+
+    def gradients(self, *optimizers: Any) -> None:
+        """Show gradients before the loop clips them; unscaled, if there is a GradScaler.
+
+        Without it they are read when the optimizer steps, as it is given them.
+
+        Args:
+            optimizers: Whose gradients are final; all unless given.
+        """
+        for optimizer in optimizers or self._training.optimizers:
+            self._final(getattr(optimizer, "optimizer", optimizer))
+
+    def batch_over(self) -> None:
+        """The second half of `batch`."""
+        self._unhook()
+        stepped, self._count = bool(self._seen), self._count + 1
+        for watch in self._watches:
+            watch.batch_over(self._training)
+        self._training.num_steps += stepped
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Context of a validation loop: its time is not counted, and features of validation are heard."""
+        for watch in self._watches:
+            watch.validation_begins(self._training)
+        try:
+            yield
+        finally:
+            for watch in self._watches:
+                watch.validation_over(self._training)
+
+    def ends(self) -> None:
+        """Leave no hook behind."""
+        self._unhook()
+        for watch in self._watches:
+            watch.stops()
+            watch.ends()
+            watch.forget_resumed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers, to be saved beside the model's; writes the curves to disk."""
+        for watch in self._watches:
+            watch.save(self._training)
+        states = {monitor.place: monitor.state_dict() for monitor in self.monitors}
+        return {"steps": self._training.num_steps, "batches": self._count, "monitors": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run was stopped; before the first batch."""
+        self._training.num_steps, self._count = state["steps"], state["batches"]
+        for monitor in self.monitors:
+            if monitor.place in state["monitors"]:
+                monitor.load_state_dict(state["monitors"][monitor.place])
+                monitor.watch.begins(self._training)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if in_training():
+            self._final(optimizer)
+
+    def _final(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self._seen:
+            self._seen.add(id(optimizer))
+            for watch in self._watches:
+                watch.gradients_final(self._training, optimizer)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    optimizer: Any,
+    *monitors: Monitor,
+    loggers: Sequence[Any] = (),
+    folder: str = "",
+    save_checkpoint: Callable[[str], object] | None = None,
+) -> Iterator[Watching]:
+    """Watch a training loop of your own, in plain torch or on Fabric.
+
+    Args:
+        model: As the loop calls it; Fabric's and DDP's wrappers are looked through.
+        optimizer: The one that steps it, or several in a list.
+        monitors: What to measure, as for a Trainer. Those that look at the loss take it from `watch.loss`, or by
+            `loss_fn` from the batches given to `watch.batch`.
+        loggers: Anything with `log_metrics(metrics, step)`: Lightning's loggers, those of Fabric.
+        folder: Where alerts write checkpoints; that of the first logger unless given.
+        save_checkpoint: Writes a checkpoint at a path, for alerts that ask for one.
+
+    Raises:
+        ValueError: What a monitor asks for is not there, or two monitors write the same tags.
+
+    Example:
+        >>> from lightning_lowrank import RankMonitor
+        >>> net = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> with watching(net, optimizer, RankMonitor(every_n_steps=1)) as watch:
+        ...     for batch in [torch.ones(3, 4)]:
+        ...         with watch.batch(batch):
+        ...             watch.loss(net(batch).sum()).backward()
+        ...             optimizer.step()
+        >>> round(watch.metrics["rank/gradient_stable_rank_median"], 2)
+        1.0
+    """
+    several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    watch = Watching(LoopTraining(model, several, loggers, folder, save_checkpoint), monitors)
+    try:
+        watch.begins()
+        yield watch
+    finally:
+        watch.ends()
+
+
+def _plain(module: Any) -> nn.Module:
+    """The module inside the wrappers of Fabric, DDP and `torch.compile`."""
+    while (name := WRAPPERS.get(type(module).__name__)) is not None:
+        module = getattr(module, name)
+    return module  # type: ignore[no-any-return]

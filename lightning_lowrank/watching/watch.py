@@ -1,0 +1,353 @@
+"""One training under watch: probes at due steps, their numbers to loggers and alerts, nothing changed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
+
+from lightning_lowrank.measuring.number_recorder import recorder_of
+from lightning_lowrank.measuring.number_source import refuse_seed
+from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
+from lightning_lowrank.measuring.recorder import Recorder
+from lightning_lowrank.measuring.sampling import Sampling, plan
+from lightning_lowrank.measuring.schedules import shared_budget
+from lightning_lowrank.models.taps import unheard
+from lightning_lowrank.models.training import Training
+from lightning_lowrank.reports import loggers
+from lightning_lowrank.reports.alerts.rulebook import Rulebook, Rules, Usual
+from lightning_lowrank.reports.alerts.rules import AlertEvent
+from lightning_lowrank.reports.dashboard import Sample
+from lightning_lowrank.reports.journal import Journal, Style
+
+
+class Watch:
+    """The moments of a training, whoever runs its loop; what a callback or a loop of the user's calls.
+
+    Each moment takes the training. Nothing here raises into it, save an alert whose rule asks for that, and what
+    `begins` refuses.
+
+    Args:
+        probes: What to measure.
+        style: What of it loggers get.
+        seed: Of the sketches of large matrices.
+        alerts: Rules that say when to warn, or "default".
+        usual: What "default" stands for.
+
+    Raises:
+        ValueError: There is no probe, two have one name, or an alert is on what is not measured.
+    """
+
+    def __init__(self, probes: Sequence[Probe], style: Style, *, seed: int, alerts: Rules, usual: Usual) -> None:
+        refuse_namesakes(probes)
+        refuse_seed(seed)
+        self.label, self.seed = style.label, seed
+        prefix = style.prefix.removesuffix("_") or None
+        self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
+        self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
+        rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
+        self.journal = Journal(style, alerts=rulebook, budget=self.budget)
+        for recorder in self.recorders:
+            recorder.probe.source.timed = self.journal.clock.timed
+        self._checked, self._enabled, self._resumed = -1, False, False
+        self._sampling: Sampling | None = None
+        self._validation: Sampling | None = None
+        self._hooks: list[RemovableHandle] = []
+        # State of an unfinished sample of the run that is resumed.
+        self._waiting: dict[str, Any] = {}
+
+    @property
+    def first(self) -> Sample | None:
+        """The first number of everything measured, None before."""
+        return self.journal.first
+
+    @property
+    def latest(self) -> Sample | None:
+        """The latest number of everything measured, None before."""
+        return self.journal.latest
+
+    @property
+    def failures(self) -> int:
+        """Numbers that are missing so far, each with a warning of its kind."""
+        return self.journal.failures
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a GradScaler skipped when a sample was due."""
+        return self.journal.skipped
+
+    @property
+    def events(self) -> list[AlertEvent]:
+        """Alerts so far."""
+        return list(self.journal.alerts.events)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The torchmetrics that hold the numbers of the sample being taken, by probe."""
+        return {recorder.name: recorder.means for recorder in self.recorders}
+
+    @property
+    def overhead(self) -> float:
+        """Cost of this monitor so far in percent of the training time: host time, validation not counted."""
+        return self.journal.clock.percent
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of everything measured."""
+        return [quantity for recorder in self.recorders for quantity in recorder.quantities]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers, which load with `weights_only=True`."""
+        return {
+            "quantities": self.quantities,
+            "checked": self._checked,
+            "journal": self.journal.state_dict(),
+            "waiting": self._unfinished(),
+            "probes": {recorder.name: recorder.state_dict() for recorder in self.recorders},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
+        if state["quantities"] != self.quantities:
+            self.journal.info_once(
+                "the checkpoint is of a run in which other quantities were measured: whatever numbers are compared "
+                "with begins anew"
+            )
+            return
+        self._resumed = True
+        self._checked, self._waiting = state["checked"], state["waiting"]
+        self.journal.load_state_dict(state["journal"])
+        for recorder in self.recorders:
+            recorder.load_state_dict(state["probes"][recorder.name])
+
+    def begins(self, training: Training) -> None:
+        """Choose the sites of a run.
+
+        Raises:
+            ValueError: What was asked for is not there; the message lists what is.
+        """
+        self._enabled = True
+        if not self._resumed:
+            self._checked, self._waiting = -1, {}
+            self.journal.begin()
+            for recorder in self.recorders:
+                recorder.begin()
+        self.journal.count_errors(loggers.reopen(training.loggers))
+        troubles, self._enabled = plan(self.recorders, training)
+        for trouble in troubles:
+            self.journal.warn_once(trouble)
+        known = {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
+        self.journal.alerts.check(known)
+        self.journal.announce(self.recorders)
+
+    def starts(self, training: Training) -> None:
+        """Start the clock."""
+        self.journal.start(on_device=training.device.type == "cuda")
+
+    def batch_begins(self, training: Training, batch: Any, index: int) -> None:
+        """Ask the schedules, and let sources place what hooks they need."""
+        if not self._enabled:
+            return
+        with self._guard():
+            step = training.step
+            if step != self._checked:
+                self.journal.step_begins(step, training.team)
+            due = [r for r in self._of_stage("train") if step != self._checked and r.probe.schedule(step)]
+            self._checked = step
+            if due or self._waiting:
+                self._sampling = self._sampling or self._sampled(training)
+                self._continue(self._sampling, due)
+            if self._sampling is not None:
+                self._sampling.batch_begins(batch, index)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss_live(self, training: Training, loss: Tensor) -> None:
+        """Let sources look at the live loss."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.loss_live(loss, training.loss_scale())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def backward_done(self) -> None:
+        """Let sources look at the gradients of one micro-batch."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.backward_done()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
+        """Read gradients and weights; uncompiled also where the user compiles the whole step."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.gradients_final(optimizer, training.gradient_scale(optimizer))
+
+    def batch_over(self, training: Training) -> None:
+        """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
+        self._unhook()
+        if self._sampling is None:
+            return
+        sampling = self._sampling
+        with self._guard():
+            stepped = sampling.batch_over()
+            self.journal.skipped += sampling.take_skipped()
+            if stepped:
+                recorders = list(sampling.recorders)
+                self._report(training, recorders, sampling.report(), complete=sampling.complete)
+        if sampling.complete:
+            self._sampling = None
+        self._alert(training)
+
+    def epoch_over(self) -> None:
+        """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
+        if self._sampling is not None:
+            with self._guard():
+                self._sampling.batch_over()
+
+    def validation_begins(self, training: Training) -> None:
+        """Stop the training clock; hook what is watched in validation."""
+        self.journal.clock.pause()
+        watched = self._of_stage("validation")
+        if self._enabled and watched:
+            with self._guard():
+                self._validation = self._sampled(training, no_optimizers=True)
+                self._validation.join(watched)
+                self._validation.batch_begins(None, 0)
+
+    def validation_over(self, training: Training) -> None:
+        """Report what was watched in validation."""
+        if self._validation is not None:
+            with self._guard():
+                self._validation.batch_over()
+                self._report(training, self._of_stage("validation"), self._validation.report(), complete=True)
+            self._validation = None
+            self._alert(training)
+        if self._enabled:
+            self.journal.clock.resume()
+
+    def save(self, training: Training) -> None:
+        """Write the curves to disk before a checkpoint, so that a killed and resumed run has no gap in any."""
+        if self._enabled:
+            with self._guard():
+                self.journal.count_errors(loggers.save(training.loggers))
+
+    def stops(self, *, advice: str = "") -> None:
+        """The training is over.
+
+        Args:
+            advice: What to do if no optimizer step was ever seen.
+        """
+        if self._enabled and self.latest is None and self._sampling is not None and advice:
+            self.journal.warn_once(f"no optimizer step was seen: {advice}")
+        self._stop()
+        self.journal.clock.pause()
+
+    def ends(self) -> None:
+        """Leave no hook behind, whatever happened."""
+        self._stop()
+        self._unhook()
+        self.journal.end()
+        self._enabled = False
+
+    def forget_resumed(self) -> None:
+        """Another run after this one is no continuation."""
+        self._resumed = False
+
+    def refuse_double(self, other: "Watch") -> None:
+        """Refuse a second monitor that would write the same tags.
+
+        Raises:
+            ValueError: With what both would write.
+        """
+        both = self._words() & other._words()
+        if both:
+            names = f"monitors {self.label!r} and {other.label!r}"
+            raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
+        if self.budget is not None and self.budget is other.budget:
+            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object: give each its own")
+
+    def _words(self) -> set[str]:
+        """What stands in the tags that only this monitor may write."""
+        return {self.label, *self.quantities, *(state.name for state in self.journal.alerts.states)}
+
+    def _of_stage(self, stage: str) -> list[Recorder]:
+        return [r for r in self.recorders if r.probe.source.stage == stage]
+
+    def _report(
+        self, training: Training, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool
+    ) -> None:
+        """Move a report to the host and write it down."""
+        host = loggers.to_host(report)
+        if host.pop("finite", np.array(1.0)):
+            with self._guard(loses=False):
+                self.journal.write(training, recorders, host, complete=complete)
+        elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
+            self.journal.skipped += 1
+            self._sampling.join(recorders)
+
+    def _alert(self, training: Training) -> None:
+        """Do what alerts ask for; only what the user wants to end the run leaves here."""
+        with self._guard(loses=False):
+            self.journal.act(training)
+        self.journal.alerts.raise_if_asked()
+
+    def _unfinished(self) -> dict[str, Any]:
+        """State of the sample in the making: a run that is resumed goes on with it."""
+        return self._waiting if self._sampling is None else self._sampling.state_dict(self.journal.given)
+
+    def _continue(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
+        """Resume the sample that was unfinished when the run was stopped, and add what has become due."""
+        waiting, self._waiting = self._waiting, {}
+        if waiting:
+            sampling.resume(waiting, self.recorders)
+            self.journal.given |= {name: set(sites) for name, sites in waiting["given"].items()}
+        if due:
+            sampling.join(due)
+
+    def _stop(self) -> None:
+        """Give up the sample in the making, but let a checkpoint know of it that is still to be written."""
+        self._waiting = self._unfinished()
+        self._abandon(for_good=True)
+
+    def _sampled(self, training: Training, *, no_optimizers: bool = False) -> Sampling:
+        """A new sample, with the same draws at the same step, in a resumed run too."""
+        generator = torch.Generator(training.device).manual_seed(self.seed + training.step)
+        optimizers = () if no_optimizers else training.optimizers
+        return Sampling(training, optimizers, generator, self._guard, self._hooks)
+
+    @contextmanager
+    def _guard(self, *, loses: bool = True) -> Iterator[None]:
+        """Context of all our work: timed, unheard by taps, and without an exception that could end the run.
+
+        Args:
+            loses: What goes wrong costs the sample.
+        """
+        with self.journal.clock.timed(), unheard():
+            try:
+                yield
+            except Exception as error:
+                lost = "; this sample is lost" if loses else ""
+                self.journal.warn_once(f"{type(error).__name__}: {error}{lost}", everywhere=True)
+                if loses:
+                    self._abandon()
+
+    def _abandon(self, *, for_good: bool = False) -> None:
+        """Give up what was found so far. Other processes may still wait for this one in the next report."""
+        self.journal.forget()
+        samplings = [s for s in (self._sampling, self._validation) if s is not None]
+        for sampling in samplings:
+            sampling.abandon()
+        if for_good or not any(sampling.awaited for sampling in samplings):
+            self._sampling = self._validation = None
+        for recorder in self.recorders:
+            recorder.abandon()
+
+    def _unhook(self) -> None:
+        """Take our hooks off the optimizers; not sooner than they are through."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
