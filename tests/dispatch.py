@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lowrank import Monitor
+from lightning_lowrank.watching.watch import Watch
 
 # Bytes below which memory is not counted.
 SMALL = 8192
@@ -76,13 +76,13 @@ def _tensors(value: Any) -> list[Tensor]:
 @contextmanager
 def within_monitors(mode: TorchDispatchMode) -> Iterator[None]:
     """What monitors do is done under a mode, what the user does is not."""
-    guard = Monitor._guard
+    guard = Watch._guard
 
     @contextmanager
-    def guarded(monitor: Monitor, **options: Any) -> Iterator[None]:
-        with guard(monitor, **options), mode:
+    def guarded(watch: Watch, **options: Any) -> Iterator[None]:
+        with guard(watch, **options), mode:
             yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "_guard", guarded)
+        patch.setattr(Watch, "_guard", guarded)
         yield

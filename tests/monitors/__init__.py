@@ -11,6 +11,7 @@ from typing import Any
 from lightning_lowrank import (
     ConcentrationMonitor,
     CurvatureMonitor,
+    DormantUnitsMonitor,
     GradientAnatomyMonitor,
     Monitor,
     MultifractalMonitor,
@@ -37,6 +38,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "multifractal": lambda **options: MultifractalMonitor(**_USUAL | options),
     "anatomy": lambda **options: GradientAnatomyMonitor(**_USUAL | {"max_rows": 16} | options),
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
+    "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -52,7 +54,7 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
         **{"train_mode": True, "every_n_steps": 10, "name": "train"} | options
     ),
     "neuromfa": lambda **options: MultifractalMonitor(
-        "neuromfa", **_USUAL | {"max_neurons": 20, "num_repeats": 2, "every_n_steps": 10} | options
+        "neuromfa", **_USUAL | {"name": "network", "max_neurons": 20, "num_repeats": 2, "every_n_steps": 10} | options
     ),
     "directions": lambda **options: ConcentrationMonitor(
         ["direction"], **_USUAL | {"densities": [], "name": "directions"} | options

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank import RankMonitor
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
@@ -28,6 +28,7 @@ from lightning_lowrank.measuring.sources.optimizer_state import OptimizerState
 from lightning_lowrank.measuring.sources.updates import Updates
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
+from lightning_lowrank.watching.watch import Watch
 from tests.dispatch import Waits, within_monitors
 from tests.monitors import MONITORS
 from tests.trainings import Attending, Classifier, MemoryLogger, logged
@@ -37,10 +38,10 @@ STATISTICS = ("energy_rank", "stable_rank", "effective_rank", "participation_rat
 
 
 def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, moved, ours, guard = Waits("cpu"), Counter[str](), list[bool](), Monitor._guard
+    waits, moved, ours, guard = Waits("cpu"), Counter[str](), list[bool](), Watch._guard
 
     @contextmanager
-    def watched(self: Monitor, **options: bool) -> Iterator[None]:
+    def watched(self: Watch, **options: bool) -> Iterator[None]:
         ours.append(True)
         try:
             with guard(self, **options), waits:
@@ -58,7 +59,7 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
         return wrapper
 
     monitor, logger = RankMonitor(EVERYTHING, STATISTICS, every_n_steps=2, per_site=True), MemoryLogger()
-    monkeypatch.setattr(Monitor, "_guard", watched)
+    monkeypatch.setattr(Watch, "_guard", watched)
     for name in ("cpu", "numpy", "tolist", "item"):
         monkeypatch.setattr(Tensor, name, counted(name))
 

@@ -20,15 +20,7 @@ def alone(name: str) -> Curves:
     return logged([MONITORS[name](every_n_steps=2)])[0].numbers()
 
 
-# Hooks of the anatomy see the second backward pass of curvature as a further use of each layer.
-DISTURBED = {("curvature", "anatomy"), ("anatomy", "curvature")}
-PAIRS = [
-    pytest.param(*pair, marks=[pytest.mark.xfail(strict=True, reason="curvature beside anatomy")] * (pair in DISTURBED))
-    for pair in permutations(MONITORS, 2)
-]
-
-
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize(("first", "second"), [*permutations(MONITORS, 2)])
 def test_numbers_beside_another_are_those_alone(first: str, second: str) -> None:
     monitors = [MONITORS[name](every_n_steps=2) for name in (first, second)]
 
