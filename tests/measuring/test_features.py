@@ -111,6 +111,56 @@ def second(output: NDArray[np.float64]) -> NDArray[np.float64]:
     return last(np.moveaxis(output, 1, -1))
 
 
+class Images(nn.Module):
+    """A network of transformers on images of 8 x 8, whose linear layers put out channels last."""
+
+    def __init__(self, network: nn.Module, width: int) -> None:
+        super().__init__()
+        self.network, self.head = network, nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.network(pixel_values=x.reshape(-1, 1, 8, 8)).pooler_output)
+
+
+def convnext() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    config = ConvNextConfig(
+        num_channels=1, image_size=8, patch_size=2, num_stages=2, hidden_sizes=[6, 11], depths=[1, 1]
+    )
+    return Images(ConvNextModel(config), 11)
+
+
+def swin() -> nn.Module:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        num_channels=1, image_size=8, patch_size=2, embed_dim=6, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    return Images(SwinModel(config), 12)
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2Model
+
+    class Text(nn.Module):
+        """The first 12 pixels as tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            config = GPT2Config(
+                n_embd=12, n_layer=1, n_head=3, n_positions=16, vocab_size=17, bos_token_id=0, eos_token_id=0
+            )
+            self.network, self.head = GPT2Model(config), nn.Linear(12, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.network((16 * x[:, 20:32]).long()).last_hidden_state.mean(1))
+
+    return Text()
+
+
+CONVNEXT, SWIN = "net.network.encoder.stages.1.layers.0", "net.network.encoder.layers.0.blocks.0"
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(64, 10)), "net.0", last),
     "convolution in two dimensions": (ImageNet, "net.convolution", second),
@@ -118,6 +168,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[NDArray[np.float
     "embedding": (Sequence, "net.embedding", last),
     "attention": (Sequence, "net.attention", last),
     "recurrence": (Sequence, "net.recurrence", last),
+    "linear in ConvNeXt, four axes": (convnext, f"{CONVNEXT}.pwconv2", last),
+    "convolution in ConvNeXt": (convnext, f"{CONVNEXT}.dwconv", second),
+    "linear in Swin": (swin, f"{SWIN}.mlp.fc1", last),
+    "Conv1D of transformers": (gpt2, "net.network.h.0.mlp.c_fc", last),
 }
 
 

@@ -16,12 +16,10 @@ from lightning_lowrank.distributed.shards import unspent, whole
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.measuring.source import Batch, Reading, Source
+from lightning_lowrank.models.axes import feature_axis, is_transposed, width
 from lightning_lowrank.models.names import fitting, tag
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
-
-# Attributes that say how wide the output of such a layer is.
-WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,15 @@ def unheard() -> Iterator[None]:
 class Features(Source):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
-    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other
-    outputs of four axes or more along the second. Of a layer that returns several things the first tensor is read. The
-    number of rows is logged as `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose
-    output changes its width or cannot be read is left without a number. With several processes each sample costs one
-    exchange of row counts, which waits for the device.
+    A row is a position of a sequence or of an image; its entries are along the axis that the layer's type says
+    (`models/axes.py`): the channels of a convolution, the last of a linear layer whatever stands before it. Of a layer
+    that returns several things the first tensor is read. The number of rows is logged as `lowrank/<name>_rows`: with
+    fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left without
+    a number. With several processes each sample costs one exchange of row counts, which waits for the device.
 
     Args:
         match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given
-            all linear, convolutional, embedding, attention and recurrent layers.
+            all linear, convolutional, embedding, attention and recurrent layers, transformers' `Conv1D` too.
         exclude: The same, taken away.
         centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe;
             `feature`).
@@ -96,6 +94,7 @@ class Features(Source):
             ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         )
         self._layers: dict[str, nn.Module] = {}
+        self._around: dict[str, nn.Module] = {}
         self._grams: dict[str, Tensor] = {}
         self._error: Exception | None = None
         self._device = torch.device("cpu")
@@ -116,6 +115,7 @@ class Features(Source):
             around = [layers[name[:i]] for i, letter in enumerate(name) if letter == "."]
             self._refuse(name, layers[name], [module, *around])
         self._layers = {tag(name): layers[name] for name in layers if name in chosen}
+        self._around = {tag(name): layers.get(name.rpartition(".")[0], module) for name in chosen}
 
     def labels(self) -> list[str]:
         """One per layer."""
@@ -175,10 +175,8 @@ class Features(Source):
 
     def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Layers of the usual types, less the too wide."""
-        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS)}
-        return {
-            name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width
-        }
+        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS) or is_transposed(layer)}
+        return {name for name, layer in usual.items() if width(layer) <= self.max_width}
 
     def _refuse(self, name: str, layer: nn.Module, around: Sequence[nn.Module]) -> None:
         """A layer that a hook does not see, or where it would change the numbers."""
@@ -201,7 +199,7 @@ class Features(Source):
             return
         with self.timed():
             try:
-                rows = _rows(layer, output)
+                rows = _rows(layer, output, self._around[name])
                 if rows is not None and rows.shape[-1] <= self.max_width:
                     self._pool(name, rows)
             except Exception as error:  # this runs inside the user's forward
@@ -243,7 +241,7 @@ def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[i
     return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
 
 
-def _rows(layer: nn.Module, output: Any) -> Tensor | None:
+def _rows(layer: nn.Module, output: Any, around: nn.Module) -> Tensor | None:
     """The output with its features last, None where it holds no real numbers."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
@@ -252,9 +250,7 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
         return None
     rows = whole(unspent(output.detach()))
-    if isinstance(layer, _ConvNd):
-        return rows.movedim(-1 - len(layer.kernel_size), -1)
-    return rows.movedim(1, -1) if rows.ndim > 3 else rows
+    return rows.movedim(feature_axis(layer, rows.shape, around), -1)
 
 
 def compiled(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from lightning_lowrank import GradientAnatomyMonitor, Monitor, spiked_data
 from lightning_lowrank.monitors.anatomy.pairs import PairTap
 from lightning_lowrank.monitors.anatomy.spikes import outlier
 from lightning_lowrank.monitors.anatomy.split import SHARES, Basis, Sides, alignment, anatomy
+from tests.measuring.test_features import convnext, gpt2, swin
 from tests.processes import together
 from tests.promises.test_data_parallel import InOrder
 from tests.trainings import Classifier, MemoryLogger, digits
@@ -84,6 +85,28 @@ def test_of_one_row_or_one_column_the_spike_is_blank_and_nothing_is_lost(case: s
     assert found["deviation"] < 1e-5
     assert found["gradient_stable_rank"] == pytest.approx(1)
     assert not found.keys() & {"bulk_decay", "spike_strength", "gap_ratio", *(SHARES if case == "one row" else ())}
+
+
+@pytest.mark.parametrize("axes", [(64,), (8, 8), (2, 8, 4), (2, 2, 4, 4)])
+def test_the_inputs_of_a_linear_layer_are_last_whatever_stands_before(axes: tuple[int, ...]) -> None:
+    *places, width = axes
+    layer = nn.Linear(width, 32)
+    whole = tuple(range(1, len(places) + 1))
+    net = Hidden(layer, lambda layer, x: layer(x.unflatten(-1, axes)).sum(whole) if whole else layer(x))
+    monitor, logger = watched(Classifier(net))
+
+    assert monitor.failures == 0
+    assert max(logger.curve("anatomy_deviation/net.layer.weight").values()) < 1e-5
+
+
+@pytest.mark.parametrize("make", [convnext, swin, gpt2])
+def test_layers_of_transformers_are_heard(make: Callable[[], nn.Module]) -> None:
+    monitor, logger = watched(Classifier(make()))
+    curves = {tag: curve for tag, curve in logger.curves().items() if tag.startswith("anatomy_deviation/")}
+
+    assert monitor.failures == 0
+    assert len(curves) >= 5
+    assert max(value for curve in curves.values() for value in curve.values()) < 1e-4
 
 
 def test_one_eigenvalue_tells_nothing() -> None:
