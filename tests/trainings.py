@@ -501,3 +501,51 @@ class Keep(L.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.monitor.latest is not None:
             self.samples.append((self.monitor.latest.step, {k: dict(v) for k, v in self.monitor.latest.values.items()}))
+
+
+class Images(nn.Module):
+    """A network of transformers on images of 8 x 8, whose linear layers put out channels last."""
+
+    def __init__(self, network: nn.Module, width: int) -> None:
+        super().__init__()
+        self.network, self.head = network, nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.network(pixel_values=x.reshape(-1, 1, 8, 8)).pooler_output)
+
+
+def convnext() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    config = ConvNextConfig(
+        num_channels=1, image_size=8, patch_size=2, num_stages=2, hidden_sizes=[6, 11], depths=[1, 1]
+    )
+    return Images(ConvNextModel(config), 11)
+
+
+def swin() -> nn.Module:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        num_channels=1, image_size=8, patch_size=2, embed_dim=6, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    return Images(SwinModel(config), 12)
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2Model
+
+    class Text(nn.Module):
+        """The first 12 pixels as tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            config = GPT2Config(
+                n_embd=12, n_layer=1, n_head=3, n_positions=16, vocab_size=17, bos_token_id=0, eos_token_id=0
+            )
+            self.network, self.head = GPT2Model(config), nn.Linear(12, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.network((16 * x[:, 20:32]).long()).last_hidden_state.mean(1))
+
+    return Text()

@@ -1,20 +1,27 @@
-"""Weights that are computed from several parameters: LoRA pairs, and those under `torch.nn.utils.parametrize`.
+"""Weights that are computed from several parameters: LoRA pairs, those under `torch.nn.utils.parametrize`, and those
+that a hook computes before each call (pruning, the older weight and spectral norm).
 
 Shape letters:  M rows, N columns of a weight   R rank of a LoRA pair
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision, working_dtype
 
@@ -97,37 +104,145 @@ def undisturbed(parametrization: ParametrizationList) -> Iterator[dict[str, Tens
             random.setstate(numbers)
 
 
-def computed(parametrization: ParametrizationList, values: Sequence[Tensor] = ()) -> Tensor:
-    """The weight as the layer would have it in evaluation, at values of its originals; at those of now unless given."""
-    given = dict(zip(_originals(parametrization), values, strict=True)) if values else {}
-    with undisturbed(parametrization) as buffers:
-        weight: Tensor = functional_call(parametrization, {**buffers, **given}, ())
-        return weight.detach()
+class Computation(ABC):
+    """How the weight that a layer multiplies by is computed from parameters that the optimizer steps."""
+
+    @property
+    @abstractmethod
+    def originals(self) -> dict[str, nn.Parameter]:
+        """Those parameters, by the names that their module has for them."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+
+    @abstractmethod
+    def _quietly(self) -> AbstractContextManager[Callable[..., Tensor]]:
+        """What computes the weight from values of the originals, without a trace."""
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        """The weight as the layer would have it in evaluation, at values of the originals, without a trace."""
+        with self._quietly() as compute:
+            return compute(*values).detach()
+
+    def tangent(self, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
+        """Change of the weight with changes of the originals: that of the largest one, as it is where it has the
+        weight's shape; else to first order.
+        """
+        largest = max(changes, key=Tensor.numel).detach()
+        return largest if largest.shape == self.shape else self._pushed_forward(values, changes)
+
+    def _pushed_forward(self, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
+        with self._quietly() as compute:
+            # Not torch.func.jvp: its first call compiles TorchScript, with a warning that is not the user's.
+            _, change = torch.autograd.functional.jvp(
+                compute, tuple(v.detach() for v in values), tuple(c.detach() for c in changes)
+            )
+            return change  # type: ignore[no-any-return]
 
 
-def pushed_forward(parametrization: ParametrizationList, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
-    """Change of the weight to first order in changes of its originals."""
-    names = _originals(parametrization)
-    with undisturbed(parametrization) as buffers:
+@dataclass(frozen=True, eq=False)
+class Parametrized(Computation):
+    """A weight under `torch.nn.utils.parametrize`."""
 
-        def weight(*values: Tensor) -> Tensor:
-            return functional_call(parametrization, {**buffers, **dict(zip(names, values, strict=True))}, ())  # type: ignore[no-any-return]
+    owner: ParametrizationList
 
-        # Not torch.func.jvp: its first call compiles TorchScript, with a deprecation warning that is not the user's.
-        _, change = torch.autograd.functional.jvp(
-            weight, tuple(v.detach() for v in values), tuple(c.detach() for c in changes)
-        )
-        return change  # type: ignore[no-any-return]
+    @property
+    def originals(self) -> dict[str, nn.Parameter]:
+        """All of them."""
+        return {name: parameter for name, parameter in self.owner._parameters.items() if parameter is not None}
+
+    @property
+    def shape(self) -> torch.Size:
+        """Computed once, since a parametrization may be expensive."""
+        known = _SHAPES.get(self.owner)
+        if known is None or known[0] != len(self.owner):
+            known = _SHAPES[self.owner] = (len(self.owner), self(*self.originals.values()).shape)
+        return known[1]
+
+    @contextmanager
+    def _quietly(self) -> Iterator[Callable[..., Tensor]]:
+        """With generators, buffers, flags and attributes put back after."""
+        with undisturbed(self.owner) as buffers:
+            yield lambda *values: functional_call(
+                self.owner, {**buffers, **dict(zip(self.originals, values, strict=True))}, ()
+            )
 
 
-def _originals(parametrization: ParametrizationList) -> list[str]:
-    """Names of the parameters that the weight is computed from."""
-    return [name for name, parameter in parametrization._parameters.items() if parameter is not None]
+@dataclass(frozen=True, eq=False)
+class Hooked(Computation):
+    """A weight that a hook computes before each call of its layer: pruned, or under the older weight or spectral norm.
+
+    Attributes:
+        layer: It, which has the originals, and masks or singular vectors as buffers.
+        hook: That of PyTorch.
+    """
+
+    layer: nn.Module
+    hook: BasePruningMethod | SpectralNorm | WeightNorm
+
+    @property
+    def local(self) -> str:
+        """The name that the layer knows the weight by."""
+        return str(self.hook._tensor_name if isinstance(self.hook, BasePruningMethod) else self.hook.name)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the weight is its one original times a mask."""
+        return isinstance(self.hook, BasePruningMethod)
+
+    @property
+    def originals(self) -> dict[str, nn.Parameter]:
+        """`weight_orig`; or `weight_g`, the lengths, and `weight_v`, the directions."""
+        named = {f"{self.local}_{end}": self.layer._parameters.get(f"{self.local}_{end}") for end in ("orig", "g", "v")}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def largest(self) -> nn.Parameter:
+        """The original that has the weight's shape."""
+        return max(self.originals.values(), key=Tensor.numel)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the largest original."""
+        return self.largest.shape
+
+    @contextmanager
+    def _quietly(self) -> Iterator[Callable[..., Tensor]]:
+        with full_precision(self.largest.device):
+            yield self._by_formula
+
+    def _by_formula(self, *values: Tensor) -> Tensor:
+        """PyTorch's own; of a spectral norm with the singular vectors of now."""
+        given: Any = SimpleNamespace(**self.layer._buffers | dict(zip(self.originals, values, strict=True)))
+        if isinstance(self.hook, BasePruningMethod):
+            return self.hook.apply_mask(given)  # type: ignore[no-any-return]
+        if isinstance(self.hook, SpectralNorm):
+            return self.hook.compute_weight(given, do_power_iteration=False)
+        return self.hook.compute_weight(given)  # type: ignore[no-any-return]
+
+    def tangent(self, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
+        """Of a pruned weight the change times the mask: what is masked takes part in nothing."""
+        return self(*changes) if self.is_pruned else super().tangent(values, changes)
 
 
-def computed_shape(parametrization: ParametrizationList) -> torch.Size:
-    """Shape of the weight; computed once, since a parametrization may be expensive."""
-    known = _SHAPES.get(parametrization)
-    if known is None or known[0] != len(parametrization):
-        known = _SHAPES[parametrization] = (len(parametrization), computed(parametrization).shape)
-    return known[1]
+def hooked(layer: nn.Module) -> dict[str, Hooked]:
+    """By the name of each parameter of a layer that is an original of a hooked weight how that is computed."""
+    kinds = (BasePruningMethod, SpectralNorm, WeightNorm)
+    found = [Hooked(layer, hook) for hook in layer._forward_pre_hooks.values() if isinstance(hook, kinds)]
+    return {name: one for one in found for name in one.originals}
+
+
+class InUse:
+    """What the layers of a module have of its parameters: nothing where they are pruned."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        layers = () if module is None else module.modules()
+        found = {id(one.largest): one for layer in layers for one in hooked(layer).values()}
+        self._pruned = {key: one for key, one in found.items() if one.is_pruned}
+
+    def __call__(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+        """Of a tensor of a parameter's shape, such as its gradient."""
+        computation = self._pruned.get(id(parameter))
+        return tensor if computation is None else computation(tensor)

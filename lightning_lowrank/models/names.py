@@ -8,6 +8,8 @@ from functools import cache
 
 from torch import nn
 
+from lightning_lowrank.models.effective_weights import hooked
+
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 
 
@@ -48,14 +50,31 @@ def chosen_parameters(
 ) -> dict[str, nn.Parameter]:
     """By tag the parameters that `match` fits, all unless given, without those that `exclude` fits.
 
+    What a hooked weight (pruned, or under the older norms) is computed from answers to the name of that weight too, and
+    the original of a pruned one goes by it: pruning in mid-run changes no name.
+
     Raises:
         ValueError: A pattern fits none.
     """
     named = dict(module.named_parameters())
     layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
-    chosen = set(named) if match is None else fitting("match", match, layers)
-    chosen -= set() if exclude is None else fitting("exclude", exclude, layers)
-    return {tag(name): parameter for name, parameter in named.items() if name in chosen}
+    used = {name: _used(name, layer) for name, layer in layers.items()}
+    known = layers | {used[name][0]: layer for name, layer in layers.items()}
+    wanted = set(known) if match is None else fitting("match", match, known)
+    unwanted = set() if exclude is None else fitting("exclude", exclude, known)
+    chosen = {}
+    for name, parameter in named.items():
+        names = {name, used[name][0]}
+        if not wanted.isdisjoint(names) and unwanted.isdisjoint(names):
+            chosen[tag(used[name][0] if used[name][1] else name)] = parameter
+    return chosen
+
+
+def _used(name: str, layer: nn.Module) -> tuple[str, bool]:
+    """The name of the weight that a parameter is an original of, or its own; and whether that is pruned."""
+    path, dot, local = name.rpartition(".")
+    computation = hooked(layer).get(local)
+    return (name, False) if computation is None else (path + dot + computation.local, computation.is_pruned)
 
 
 def _test(argument: str, pattern: str) -> Callable[[str, nn.Module], bool]:

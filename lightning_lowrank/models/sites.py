@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision
-from lightning_lowrank.models.effective_weights import Product, computed, computed_shape, pushed_forward, wide
+from lightning_lowrank.models.effective_weights import Computation, Parametrized, Product, hooked, wide
+from lightning_lowrank.models.fused import Fused, fused
 from lightning_lowrank.models.names import fitting, tag
 from lightning_lowrank.models.views import View, view_of
 
@@ -37,7 +38,7 @@ class Site:
         labels: One per matrix: the name, with the part appended where there are several.
         shape: Of the matrices, batch axes first; of the whole ones where they are sharded.
         product: Of a LoRA pair: `(A, B) -> B A`.
-        parametrization: Of a parametrised weight: what computes it.
+        computation: Of a parametrised, normed or pruned weight: what computes it.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Site:
     labels: tuple[str, ...]
     shape: torch.Size
     product: Product | None = None
-    parametrization: ParametrizationList | None = None
+    computation: Computation | None = None
 
     @property
     def linear(self) -> bool:
         """Whether the matrices are a view of one parameter, so that what changes it changes them alike."""
-        return self.product is None and self.parametrization is None
+        return self.product is None and self.computation is None
 
     def values(self) -> list[Tensor]:
         """The parameters as they are now, sharded ones as this process has them."""
@@ -66,14 +67,19 @@ class Site:
         if self.product is not None:
             with full_precision(values[0].device):
                 return self.view(self.product(*map(wide, values)))
-        return self.view(values[0] if self.parametrization is None else computed(self.parametrization, values))
+        return self.view(self.effective(*values))
+
+    def effective(self, *values: Tensor) -> Tensor:
+        """The tensor that the layer has for its weight in evaluation, likewise; not of a LoRA pair."""
+        values = values or tuple(self.values())
+        return values[0] if self.computation is None else self.computation(*values)
 
     def tangent(self, changes: Sequence[Tensor], values: Sequence[Tensor] = ()) -> Num[Tensor, "*B M N"]:
         """What changes of the parameters mean for the matrices to first order, at whole values of them; at those of now
         unless given.
 
-        Of a LoRA pair `dB A + B dA`. Of a parametrised weight the change of its largest original, as it is where it has
-        the weight's shape.
+        Of a LoRA pair `dB A + B dA`. Of a parametrised or normed weight the change of its largest original, as it is
+        where it has the weight's shape; of a pruned one the change of its original times the mask.
         """
         if self.linear:
             return self.view(changes[0].detach())
@@ -82,11 +88,8 @@ class Site:
             if self.product is not None:
                 (a, b), (da, db) = map(wide, values), map(wide, changes)
                 return self.view(self.product(a, db) + self.product(da, b))
-            largest = max(changes, key=Tensor.numel).detach()
-            assert self.parametrization is not None
-            if largest.shape == computed_shape(self.parametrization):
-                return self.view(largest)
-            return self.view(pushed_forward(self.parametrization, values, changes))
+            assert self.computation is not None
+            return self.view(self.computation.tangent(values, changes))
 
 
 def sites(
@@ -138,15 +141,17 @@ class _Tensor:
     Attributes:
         names: The clean one, and all that PyTorch knows its parameters by.
         like: A tensor of the weight's shape.
+        fused: How queries, keys and values lie in it, where it has these.
     """
 
     names: tuple[str, ...]
     owner: nn.Module
     parameters: tuple[nn.Parameter, ...]
     like: Tensor
+    fused: Fused | None = None
     attention: nn.MultiheadAttention | None = None
     product: Product | None = None
-    parametrization: ParametrizationList | None = None
+    computation: Computation | None = None
 
     @property
     def name(self) -> str:
@@ -156,7 +161,7 @@ class _Tensor:
         """The view that the layer's type implies."""
         if self.product is not None:
             return _product_view(self, self.product, heads)
-        return view_of(self.attention or self.owner, self.name, self.like, heads=heads)
+        return view_of(self.attention or self.owner, self.name, self.like, heads=heads, fused=self.fused)
 
     def site(self, view: View, taken: set[str]) -> Site:
         """The site under the first name that is not taken."""
@@ -172,7 +177,7 @@ class _Tensor:
             labels,
             view.shape(self.name, self.like.shape),
             self.product,
-            self.parametrization,
+            self.computation,
         )
 
 
@@ -192,12 +197,7 @@ def _tensors(module: nn.Module) -> list[_Tensor]:
         if id(parameter) in known and name not in pairs:
             known[id(parameter)].names += (name,)
             continue
-        if isinstance(owner, ParametrizationList) and PARAMETRIZED.match(name) and _computable(owner):
-            tensor = _parametrized(name, owner, layers, attentions)
-        else:
-            tensor = pairs.get(name) or _Tensor(
-                (tag(name), name), owner, (parameter,), parameter, attentions.get(id(owner))
-            )
+        tensor = pairs.get(name) or _of_parameter(name, owner, parameter, layers, attentions)
         known.update({id(parameter): tensor for parameter in tensor.parameters})
         tensors.append(tensor)
     return tensors
@@ -213,10 +213,32 @@ def _named_parameters(layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Par
     }
 
 
+def _of_parameter(
+    name: str,
+    owner: nn.Module,
+    parameter: nn.Parameter,
+    layers: Mapping[str, nn.Module],
+    attentions: Mapping[int, nn.MultiheadAttention],
+) -> _Tensor:
+    """A parameter that is a weight itself, or the weight that is computed from it."""
+    if isinstance(owner, ParametrizationList) and PARAMETRIZED.match(name) and _computable(owner):
+        return _parametrized(name, owner, layers, attentions)
+    path, _, local = name.rpartition(".")
+    read, attention = fused(path, layers), attentions.get(id(owner))
+    found = hooked(owner).get(local)
+    if found is None:
+        return _Tensor((tag(name), name), owner, (parameter,), parameter, read, attention)
+    ends = [found.local, *found.originals]
+    used, *names = [f"{path}.{end}" if path else end for end in ends]
+    like = torch.empty(found.shape, device="meta")
+    originals = tuple(found.originals.values())
+    return _Tensor((tag(used), *names), owner, originals, like, read, attention, computation=found)
+
+
 def _computable(owner: ParametrizationList) -> bool:
     """Whether the weight can be computed outside of training; else its originals are read as any parameter."""
     try:
-        computed_shape(owner)
+        Parametrized(owner).shape  # noqa: B018
     except Exception:  # it is the user's code, and may refuse eval mode
         return False
     return True
@@ -231,11 +253,14 @@ def _parametrized(
     """A weight that is computed from its originals, under the name that the layer knows it by."""
     found = PARAMETRIZED.match(name)
     assert found is not None
-    layer = layers[found["layer"].removesuffix(".")]
-    originals = tuple(p for p in owner._parameters.values() if p is not None)
-    like = torch.empty(computed_shape(owner), device="meta")
+    path = found["layer"].removesuffix(".")
+    layer = layers[path]
+    computation = Parametrized(owner)
+    originals, like = tuple(computation.originals.values()), torch.empty(computation.shape, device="meta")
     clean = tag(found["layer"] + found["local"])
-    return _Tensor((clean, name), layer, originals, like, attentions.get(id(layer)), parametrization=owner)
+    return _Tensor(
+        (clean, name), layer, originals, like, fused(path, layers), attentions.get(id(layer)), computation=computation
+    )
 
 
 def _pair(
@@ -247,7 +272,8 @@ def _pair(
         return None
     start, end = found.span("letter")
     partner = name[:start] + PARTNER[found["letter"]] + name[end:]
-    layer = layers[found["layer"].removesuffix(".")]
+    path = found["layer"].removesuffix(".")
+    layer = layers[path]
     if partner not in named or len(set(getattr(layer, "qkv_shapes", ()))) > 1:
         return None
     a, b = named[name][0], named[partner][0]
@@ -256,9 +282,8 @@ def _pair(
     if product is None:
         return None
     clean = tag(f"{found['layer']}lora{found['adapter'] or ''}")
-    return _Tensor(
-        (clean, name, partner), layer, (a, b), torch.empty(product.shape(a, b), device="meta"), product=product
-    )
+    like = torch.empty(product.shape(a, b), device="meta")
+    return _Tensor((clean, name, partner), layer, (a, b), like, fused(path, layers), product=product)
 
 
 def _product_view(tensor: _Tensor, product: Product, heads: bool) -> View | None:
@@ -274,8 +299,7 @@ def _product_view(tensor: _Tensor, product: Product, heads: bool) -> View | None
         return View("(parts d) n -> parts d n", {"parts": product.blocks}, parts)
     if product.experts:
         return View("(experts d) n -> experts d n", {"experts": product.blocks}).fitted(tensor.name, tensor.like.shape)
-    layer = tensor.names[1].partition("lora_")[0]
-    return view_of(nn.Identity(), f"{layer}weight", tensor.like)
+    return view_of(nn.Identity(), "weight", tensor.like, heads=heads, fused=tensor.fused)
 
 
 def _own_views(views: Mapping[str, str | View], tensors: Sequence[_Tensor]) -> dict[_Tensor, View]:

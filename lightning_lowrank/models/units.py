@@ -8,18 +8,30 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import groupby, pairwise, takewhile
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from lightning_lowrank.models.axes import is_transposed
+from lightning_lowrank.models.effective_weights import hooked
+from lightning_lowrank.models.fused import NUM_HEADS, fused
 from lightning_lowrank.models.names import fitting, tag
-from lightning_lowrank.models.views import is_fused, is_transposed
 
-# Layers that queries, keys or values come from, by the last part of their names.
-PROJECTION = re.compile(r"([qkv]|query|key|value)(_?proj|_?lin|s)?|(to_?|w_?)[qkv]", re.IGNORECASE)
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+# Layers that queries, keys or values come from, alone or as one, and those that turn places into them: by the last part
+# of their names.
+PROJECTION = re.compile(
+    r"(pos_)?([qkv]|query|key|value)(_?proj|_?lin|_?attn|s)?|(to_?|w_?)[qkv]|pos_proj|head_(logits|weights)_proj",
+    re.IGNORECASE,
+)
+# Here the name is enough: in whichever order queries, keys and values lie, each is a third of what comes out.
+ALL_THREE = re.compile(r"(\w+_)?qkv(_\w+)?|w_?qkv|c_attn|query_key_value", re.IGNORECASE)
+# Layers that read hidden neurons, where the sizes of those before do not tell.
+DOWN = re.compile(
+    r"\w*down(_?proj)?|(fc|lin|linear|dense|w|ff|ffn|conv)_?2|[cw]_?proj|fc_?out|w?o|dense_4h_to_h|proj_?out",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +93,7 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
         ValueError: A pattern fits nothing that can be read.
     """
     layers, weights = _linear_layers(module), _weights(module)
-    names = _hidden(layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
+    names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
     return {
         name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons")
         for name in names
@@ -91,29 +103,33 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
 
 def _projections(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
     """Output projections with their number of heads: the first linear layer behind those of queries, keys and values
-    that fits them.
+    that fits them. In one module these come first, wherever they are declared.
     """
     everything = dict(module.named_modules())
     for name, layer in everything.items():
         if isinstance(layer, nn.MultiheadAttention) and f"{name}.out_proj".lstrip(".") in layers:
             yield f"{name}.out_proj".lstrip("."), layer.num_heads
+    widths = {name: _width(name, layer, everything) for name, layer in layers.items()}
+    siblings = (list(names) for _, names in groupby(layers, lambda name: name.rpartition(".")[0]))
     before, width = "", 0
-    for name, layer in layers.items():
-        if _enters_attention(name, layer):
-            before, width = name, max(width, _outputs(layer) // (3 if _is_fused(name, layer) else 1))
+    for name in (name for names in siblings for name in sorted(names, key=lambda name: not widths[name])):
+        if widths[name]:
+            before, width = name, max(width, widths[name])
             continue
-        if before and _inputs(layer) == width:
+        if before and _inputs(layers[name]) == width:
             heads = _num_heads(before, everything, width)
             yield from [(name, heads)] if heads else []
         before, width = "", 0
 
 
-def _enters_attention(name: str, layer: nn.Module) -> bool:
-    return PROJECTION.fullmatch(name.rpartition(".")[2]) is not None or _is_fused(name, layer)
-
-
-def _is_fused(name: str, layer: nn.Module) -> bool:
-    return is_fused(f"{name}.weight", (_outputs(layer), _inputs(layer)))
+def _width(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> int:
+    """How many queries come out of it (or keys, where there are no queries), 0 where it is no part of an attention."""
+    read, local = fused(name, modules), name.rpartition(".")[2]
+    if read is not None:
+        return read.width(_outputs(layer))
+    if PROJECTION.fullmatch(local):
+        return _outputs(layer)
+    return _inputs(layer) if ALL_THREE.fullmatch(local) and _outputs(layer) == 3 * _inputs(layer) else 0
 
 
 def _num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
@@ -128,15 +144,30 @@ def _num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
     return 0
 
 
-def _hidden(layers: Mapping[str, nn.Module], projections: Sequence[str]) -> Iterator[str]:
+def _hidden(module: nn.Module, layers: Mapping[str, nn.Module], projections: Sequence[str]) -> Iterator[str]:
     """Second layers of pairs; what is between the factors of a LoRA pair is no neuron."""
+    modules = dict(module.named_modules())
     for (first, giving), (second, taking) in pairwise(layers.items()):
         others = any(
-            name in projections or "lora_" in name or _enters_attention(name, layers[name]) for name in (first, second)
+            name in projections or "lora_" in name or _width(name, layers[name], modules) for name in (first, second)
         )
         alike = isinstance(giving, _ConvNd) == isinstance(taking, _ConvNd)
         if alike and not others and 0 < _outputs(giving) == _inputs(taking) and _belong_together(first, second):
-            yield second
+            parent = modules[second.rpartition(".")[0]]
+            gated = first.endswith("w2") and second.endswith(
+                "w3"
+            )  # as Meta's Llama has them: the first one is the last
+            told = _outputs(giving) != _inputs(giving) or isinstance(parent, nn.Sequential) or _is_down(first, second)
+            yield from [second] if told and not gated else []
+
+
+def _is_down(first: str, second: str) -> bool:
+    """Whether the name of the second says that it reads the first. Where the first puts out as much as it takes, as
+    gates do where the hidden size is that of the model, both may as well read the same.
+    """
+    words = zip(first.split("."), second.split("."), strict=True)
+    differing = next((word for other, word in words if other != word), "")
+    return DOWN.fullmatch(differing) is not None or (first.endswith(".dense") and differing == "output")
 
 
 def _belong_together(first: str, second: str) -> bool:
@@ -185,12 +216,18 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     owners = Counter(id(parameter) for owner in module.modules() for parameter in owner._parameters.values())
     found = {}
     for name, layer in _linear_layers(module).items():
-        weight = layer._parameters.get("weight")
+        weight = _stepped(layer)
         if weight is None or is_lazy(weight) or weight.ndim < 2 or owners[id(weight)] > 1:
             continue
         if weight.shape[_axis(layer)] == _inputs(layer):
             found[name] = weight
     return found
+
+
+def _stepped(layer: nn.Module) -> nn.Parameter | None:
+    """Its weight; where that is pruned, what it is pruned from: masked, its gradient is the weight's."""
+    original = hooked(layer).get("weight_orig")
+    return layer._parameters.get("weight") if original is None or not original.is_pruned else original.largest
 
 
 def _is_lazy(layer: nn.Module) -> bool:

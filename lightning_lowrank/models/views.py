@@ -18,10 +18,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-# Axes that know their length and the names of their entries.
-SPELLED = ("qkv", "kv", "ifgo", "rzn")
+from lightning_lowrank.models.axes import is_transposed
+from lightning_lowrank.models.fused import PARTS, Fused
 
-FUSED = frozenset({"qkv", "Wqkv", "qkv_proj", "in_proj", "c_attn"})
+# Axes that know their length and the names of their entries.
+SPELLED = (*PARTS, "ifgo", "rzn")
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 
@@ -32,8 +33,8 @@ class View:
 
     Attributes:
         pattern: For instance `(heads d) n -> heads d n`: one matrix per head.
-        sizes: Lengths of axes that the shape leaves open, as a mapping or pairs. Axes called `qkv`, `kv`, `ifgo` and
-            `rzn` know theirs.
+        sizes: Lengths of axes that the shape leaves open, as a mapping or pairs. Axes called `qkv`, `qvk`, `kv`,
+            `ifgo` and `rzn` know theirs.
         parts: Names of the batch entries, appended to the name of the site with a dot. Unless given: `q`, `k`, `v` for
             an axis called `qkv`, `h0`, `h1`, ... for one called `heads`.
 
@@ -100,13 +101,16 @@ def _known(pattern: str, **sizes: int) -> View:
     return View(pattern, sizes)
 
 
-def view_of(module: nn.Module, name: str, parameter: Tensor, *, heads: bool = False) -> View | None:
+def view_of(
+    module: nn.Module, name: str, parameter: Tensor, *, heads: bool = False, fused: Fused | None = None
+) -> View | None:
     """The view that a layer's type implies, None where the parameter is no matrix (biases, scales of norms, vectors).
 
     Args:
         module: The layer that owns it; for the `out_proj` of an `nn.MultiheadAttention`, the attention.
-        name: Full name; its last two parts are read.
+        name: Full name; its last part is read.
         heads: One matrix per head, where the layer knows how many it has.
+        fused: How queries, keys and values lie in what the layer puts out, where it puts out these.
     """
     local = name.rpartition(".")[2]
     if is_lazy(parameter) or parameter.ndim < 2 or local == "bias" or isinstance(module, NORMS):
@@ -116,7 +120,7 @@ def view_of(module: nn.Module, name: str, parameter: Tensor, *, heads: bool = Fa
             found = rule(module, local, parameter, heads)
             break
     else:
-        found = _by_name(module, name, parameter)
+        found = _by_axes(module, parameter, fused, heads)
     return found and found.fitted(name, parameter.shape)
 
 
@@ -154,23 +158,20 @@ def _gates(axis: str) -> "Rule":
     return rule
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, a linear layer whose weight has its inputs as rows."""
-    return not isinstance(layer, _ConvNd) and any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
-
-
 def _bilinear(module: nn.Module, local: str, parameter: Tensor, heads: bool) -> View | None:
     """One bilinear form per output."""
     return _known("outputs m n -> outputs m n")
 
 
-def _by_name(module: nn.Module, name: str, parameter: Tensor) -> View | None:
-    """Layers without a rule: fused attention by its name, transformers' transposed `Conv1D` by its class, others by
-    their axes.
+def _by_axes(module: nn.Module, parameter: Tensor, fused: Fused | None, heads: bool) -> View | None:
+    """Layers without a rule: fused attention as its class reads it, transformers' transposed `Conv1D` by its class,
+    others by their axes.
     """
     transposed = is_transposed(module) and parameter.ndim == 2
-    if is_fused(name, (parameter.shape[1], parameter.shape[0]) if transposed else parameter.shape):
-        return _known("n (qkv d) -> qkv d n" if transposed else "(qkv d) n -> qkv d n")
+    if fused is not None and parameter.ndim == 2:
+        view = _fused(fused, parameter.shape[int(transposed)], transposed, heads)
+        if view is not None:
+            return view
     if transposed:
         return _known("n m -> m n")
     if parameter.ndim == 3:
@@ -178,12 +179,14 @@ def _by_name(module: nn.Module, name: str, parameter: Tensor) -> View | None:
     return _known("m n -> m n" if parameter.ndim == 2 else "m ... -> m (...)")
 
 
-def is_fused(name: str, shape: Sequence[int]) -> bool:
-    """Whether queries, keys and values are stacked in it, to judge by the name of the parameter or its layer and by the
-    shape.
-    """
-    named = {part.removesuffix("_weight") for part in name.split(".")[-2:]}
-    return len(shape) == 2 and shape[0] == 3 * shape[1] and not FUSED.isdisjoint(named)
+def _fused(fused: Fused, rows: int, transposed: bool, heads: bool) -> View | None:
+    """Queries, keys and values apart, with heads also by head; None where they cannot be told."""
+    told = fused.pattern(heads=heads) or fused.pattern(heads=False)
+    if told is None or rows % (len(fused.parts) * prod(told[1].values())):
+        return None
+    (read, _, parts), sizes = told[0].partition(" -> "), told[1]
+    names = [f"{part}.h{i}" for part in fused.parts for i in range(fused.num_heads)] if heads and sizes else ()
+    return View(f"n {read} -> {parts} n" if transposed else f"{read} n -> {parts} n", sizes, tuple(names))
 
 
 Rule = Callable[[nn.Module, str, Tensor, bool], View | None]

@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="entries", needs="moments", scale_free=False, comparable=False)
 def frobenius_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Root of the sum of squared singular values, which is that of the squared entries.
+    """Root of the sum of squared singular values, which is that of the squared entries. WeightWatcher's `norm` is its
+    square.
 
     Args:
         spectrum: Whole or not.

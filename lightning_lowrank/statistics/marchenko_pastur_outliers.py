@@ -19,7 +19,8 @@ def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     The level of the noise is fitted through the median, which a few strong directions barely move: with r of them out
     of n it rises as if the quantile r / 2n higher had been read, so that weak directions are missed, never invented.
     What is not a Gaussian bulk (heavy-tailed entries, rows of unequal size, a spectrum that falls as a power) has
-    "outliers" without number: this counts deviations from one law, not meaning.
+    "outliers" without number: this counts deviations from one law, not meaning. WeightWatcher's `num_spikes` is another
+    number: it fits the law's width to a density of the whole spectrum, with a smaller margin.
 
     Args:
         spectrum: Whole, else NaN.

@@ -9,7 +9,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="entries", needs="top", scale_free=False)
 def spectral_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Largest singular value: the most by which the matrix stretches a vector.
+    """Largest singular value: the most by which the matrix stretches a vector. WeightWatcher's `spectral_norm` is its
+    square.
 
     Args:
         spectrum: Whole or not.

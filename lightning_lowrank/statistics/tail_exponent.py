@@ -19,7 +19,8 @@ def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     beside
     `tail_exponent_fit`: every spectrum gets some exponent. It depends on the size of small matrices and on reshaping. A
     Gaussian matrix has none to compare with: which tail is chosen there is chance, and the standard deviation over
-    draws is half the mean.
+    draws is half the mean. WeightWatcher's `alpha` is the same from 20 eigenvalues on; below it takes a bias-corrected
+    estimator and another choice of the tail.
 
     Args:
         spectrum: Whole, else NaN.

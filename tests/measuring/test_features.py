@@ -16,7 +16,7 @@ from lightning_lowrank import Every, Features, Monitor, Probe
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch
 from tests.oracles.spectra import RANKS
-from tests.trainings import Checkpointed, Classifier, ImageNet, MemoryLogger, Validated
+from tests.trainings import Checkpointed, Classifier, ImageNet, MemoryLogger, Validated, convnext, gpt2, swin
 
 STATISTICS = ("effective_rank", "stable_rank", "frobenius_norm")
 Rows = dict[str, list[list[NDArray[np.float64]]]]
@@ -97,6 +97,8 @@ def second(output: NDArray[np.float64]) -> NDArray[np.float64]:
     return last(np.moveaxis(output, 1, -1))
 
 
+CONVNEXT, SWIN = "net.network.encoder.stages.1.layers.0", "net.network.encoder.layers.0.blocks.0"
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(64, 10)), "net.0", last),
     "convolution in two dimensions": (ImageNet, "net.convolution", second),
@@ -104,6 +106,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[NDArray[np.float
     "embedding": (Sequence, "net.embedding", last),
     "attention": (Sequence, "net.attention", last),
     "recurrence": (Sequence, "net.recurrence", last),
+    "linear in ConvNeXt, four axes": (convnext, f"{CONVNEXT}.pwconv2", last),
+    "convolution in ConvNeXt": (convnext, f"{CONVNEXT}.dwconv", second),
+    "linear in Swin": (swin, f"{SWIN}.mlp.fc1", last),
+    "Conv1D of transformers": (gpt2, "net.network.h.0.mlp.c_fc", last),
 }
 
 

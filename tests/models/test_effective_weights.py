@@ -3,18 +3,22 @@ itself.
 """
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.testing import assert_close
 
+from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.sites import Site, sites
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
+    from transformers import ModernBertConfig
+    from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
     from transformers.pytorch_utils import Conv1D
 
 
@@ -35,7 +39,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 6)
-        self.qkv = nn.Linear(8, 24)
+        self.bert = ModernBertAttention(ModernBertConfig(hidden_size=8, num_attention_heads=2), 0)
         self.embed = nn.Embedding(9, 8)
         self.conv = nn.Conv2d(8, 6, 3)
         self.grouped = nn.Conv2d(8, 12, 3, groups=2)
@@ -43,7 +47,7 @@ class Net(nn.Module):
         self.experts = Experts()
 
 
-LAYERS = ["linear", "qkv", "embed", "conv"]
+LAYERS = ["linear", "bert.Wqkv", "embed", "conv"]
 
 
 def adapt(module: nn.Module, *targets: str, **options: object) -> nn.Module:
@@ -72,7 +76,7 @@ def site(module: nn.Module, name: str) -> Site:
 @pytest.mark.parametrize("adapter", ["default", "other"])
 def test_a_pair_is_the_change_that_peft_merges(adapted: nn.Module, layer: str, adapter: str) -> None:
     merged = adapted.get_submodule(layer).get_delta_weight(adapter).detach()  # type: ignore[operator]
-    expected = merged.reshape(3, 8, 8) if layer == "qkv" else merged.flatten(1)
+    expected = merged.reshape(3, 8, 8) if layer == "bert.Wqkv" else merged.flatten(1)
 
     assert_close(site(adapted, f"{layer}.lora.{adapter}").weight().float(), expected)
 
@@ -84,10 +88,10 @@ def test_a_pair_on_a_transposed_linear_layer_has_outputs_as_rows() -> None:
 
 
 def test_a_pair_on_fused_attention_is_queries_keys_and_values(adapted: nn.Module) -> None:
-    assert site(adapted, "qkv.lora.default").labels == (
-        "qkv.lora.default.q",
-        "qkv.lora.default.k",
-        "qkv.lora.default.v",
+    assert site(adapted, "bert.Wqkv.lora.default").labels == (
+        "bert.Wqkv.lora.default.q",
+        "bert.Wqkv.lora.default.k",
+        "bert.Wqkv.lora.default.v",
     )
     assert site(adapted, "attn.lora.default").weight().shape == (3, 8, 8)
 
@@ -129,7 +133,7 @@ def test_a_pair_has_the_rank_of_its_factors_even_in_bfloat16() -> None:
     assert torch.linalg.matrix_rank(site(module, "lora").weight()) == 2
 
 
-@pytest.mark.parametrize("name", ["linear", "embed", "conv", "qkv", "experts", "grouped"])
+@pytest.mark.parametrize("name", ["linear", "embed", "conv", "bert.Wqkv", "experts", "grouped"])
 def test_the_tangent_of_a_pair_is_its_derivative(adapted: nn.Module, name: str) -> None:
     found = site(adapted, f"{name}.lora.default")
     a, b = (p.detach().double() for p in found.parameters)
@@ -315,3 +319,84 @@ def test_autocast_and_grad_mode_do_not_matter() -> None:
         with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
             assert_close((found.weight(), found.tangent(changes)), plain, rtol=0, atol=0)
             assert not found.weight().requires_grad
+
+
+HOOKED: dict[str, Callable[[], nn.Module]] = {
+    "older weight norm": lambda: weight_norm(nn.Conv1d(5, 7, 3)),
+    "older spectral norm": lambda: spectral_norm(nn.Linear(5, 7)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(5, 7), "weight", amount=0.4),
+    "pruned twice": lambda: prune.random_unstructured(
+        prune.ln_structured(nn.Conv1d(5, 7, 3), "weight", amount=2, n=2, dim=0), "weight", amount=0.4
+    ),
+}
+
+
+@pytest.fixture(params=HOOKED)
+def hooked(request: pytest.FixtureRequest) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return HOOKED[request.param]()
+
+
+def call(layer: nn.Module) -> Tensor:
+    """What the layer multiplies by in a call."""
+    layer(torch.zeros(1, 5) if isinstance(layer, nn.Linear) else torch.zeros(1, 5, 4))
+    return layer.weight.detach().flatten(1)  # type: ignore[operator, union-attr]
+
+
+def test_a_hooked_weight_is_that_of_the_layer_in_evaluation_under_the_name_that_the_layer_has(
+    hooked: nn.Module,
+) -> None:
+    call(hooked.train())
+    found = site(hooked, "weight")
+
+    assert_close(found.weight(), call(hooked.eval()), rtol=1e-6, atol=1e-7)
+    assert not found.weight().requires_grad
+    assert len(sites(hooked)) == 1
+
+
+def test_a_hooked_weight_is_computed_without_a_trace(hooked: nn.Module) -> None:
+    call(hooked.train())
+    state = {name: tensor.clone() for name, tensor in hooked.state_dict().items()}
+    versions = [tensor._version for tensor in hooked.state_dict(keep_vars=True).values()]
+    found = site(hooked, "weight")
+    found.weight()
+    found.tangent([torch.ones_like(p) for p in found.parameters])
+
+    assert_close(hooked.state_dict(), state, rtol=0, atol=0)
+    assert [tensor._version for tensor in hooked.state_dict(keep_vars=True).values()] == versions
+
+
+def test_hooked_weights_answer_to_their_name_and_to_those_of_their_originals(hooked: nn.Module) -> None:
+    names = [name for name, parameter in hooked.named_parameters() if parameter.ndim > 1]
+
+    assert all(len(sites(hooked, match=name)) == 1 for name in ["weight", *names])
+
+
+def test_what_is_masked_takes_no_part_in_the_tangent() -> None:
+    layer = prune.l1_unstructured(nn.Linear(5, 7), "weight", amount=0.4)
+    change = torch.randn(7, 5)
+
+    assert_close(site(layer, "weight").tangent([change]), change * layer.weight_mask)
+
+
+def test_pruning_gives_no_name_away_and_gives_the_weight_back() -> None:
+    layer = nn.Linear(5, 7)
+    names = [[s.name for s in sites(layer)], list(chosen_parameters(layer, "*weight", None))]
+    prune.l1_unstructured(layer, "weight", amount=0.4)
+    prune.l1_unstructured(layer, "bias", amount=0.4)
+
+    assert [[s.name for s in sites(layer)], list(chosen_parameters(layer, "*weight", None))] == names
+    assert set(chosen_parameters(layer, None, None)) == {"bias", "weight"}
+    pruned = site(layer, "weight").weight()
+    prune.remove(layer, "weight")
+    assert_close(site(layer, "weight").weight(), pruned, rtol=0, atol=0)
+
+
+def test_fused_attention_stays_apart_when_it_is_pruned() -> None:
+    layer = nn.MultiheadAttention(8, 2)
+    prune.random_unstructured(layer, "in_proj_weight", amount=0.5)
+    found = site(layer, "in_proj_weight")
+
+    assert found.labels == ("in_proj_weight.q", "in_proj_weight.k", "in_proj_weight.v")
+    assert_close(found.weight().flatten(0, 1), layer.in_proj_weight.detach())

@@ -56,7 +56,7 @@ class Displacement(ParameterSource):
 
     def _moved(self, site: Site) -> Reading:
         self._initial[site.name] = start = attempt(partial(self._start, site))
-        if site.parametrization is None or not start:
+        if site.computation is None or not start:
             return change(site, start)
         return Reading(
             site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=weights(site)
@@ -77,11 +77,11 @@ def _copied(site: Site) -> list[Tensor]:
 
 
 def _kept(site: Site) -> Sequence[Tensor]:
-    """What the distance is measured from: a parametrised weight is kept as it was computed, since the computation may
-    change.
+    """What the distance is measured from: a computed weight as it was computed, since the computation may begin, change
+    and end in the run, as pruning does.
     """
-    return site.values() if site.parametrization is None else [site.weight()]
+    return site.values() if site.computation is None else [site.effective()]
 
 
 def _from_start(site: Site, *parts: Tensor) -> Tensor:
-    return difference(site.weight(*parts[:-1]), parts[-1])
+    return difference(site.weight(*parts[:-1]), site.view(parts[-1]))

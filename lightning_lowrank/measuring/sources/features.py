@@ -13,29 +13,27 @@ from lightning_lowrank.distributed.shards import unspent, whole
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.measuring.source import Batch, MatrixSource, Reading
+from lightning_lowrank.models.axes import feature_axis, is_transposed, width
 from lightning_lowrank.models.names import fitting, tag
 from lightning_lowrank.models.taps import Listener
 from lightning_lowrank.models.training import Training, device_of
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
-# Attributes that say how wide the output of such a layer is.
-WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size")
-
 
 @dataclass(kw_only=True)
 class Features(MatrixSource):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
-    A row is a position of a sequence or of an image; its entries are along the last axis, for convolutions and other
-    outputs of four axes or more along the second. Of a layer that returns several things the first tensor is read. The
-    number of rows is logged as `lowrank/<name>_rows`: with fewer rows than columns it caps every rank. A layer whose
-    output changes its width or cannot be read is left without a number. With several processes each sample costs one
-    exchange of row counts, which waits for the device.
+    A row is a position of a sequence or of an image; its entries are along the axis that the layer's type says
+    (`models/axes.py`): the channels of a convolution, the last of a linear layer whatever stands before it. Of a layer
+    that returns several things the first tensor is read. The number of rows is logged as `lowrank/<name>_rows`: with
+    fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left without
+    a number. With several processes each sample costs one exchange of row counts, which waits for the device.
 
     Args:
         match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given
-            all linear, convolutional, embedding, attention and recurrent layers.
+            all linear, convolutional, embedding, attention and recurrent layers, transformers' `Conv1D` too.
         exclude: The same, taken away.
         centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe;
             `feature`).
@@ -63,6 +61,7 @@ class Features(MatrixSource):
             ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         )
         self._listener = Listener(self._add, lambda: self.timed())
+        self._around: dict[str, nn.Module] = {}
         self._grams: dict[str, Tensor] = {}
         self._device = torch.device("cpu")
         # Width and number of rows by layer: of the sample being taken here, and of the last one in all processes.
@@ -79,10 +78,10 @@ class Features(MatrixSource):
         chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
         chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
         for name in sorted(chosen):
-            self._refuse(
-                name, [training.module] + [layers[name[:i]] for i, letter in enumerate(f"{name}.") if letter == "."]
-            )
+            around = [layers[name[:i]] for i, letter in enumerate(f"{name}.") if letter == "."]
+            self._refuse(name, [training.module, *around])
         heard = {tag(name): layer for name, layer in layers.items() if name in chosen}
+        self._around = {tag(name): layers.get(name.rpartition(".")[0], training.module) for name in chosen}
         self._listener.plan(training.module, heard, "features")
 
     def labels(self) -> list[str]:
@@ -131,10 +130,8 @@ class Features(MatrixSource):
 
     def _default(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Layers of the usual types, less the too wide."""
-        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS)}
-        return {
-            name for name, layer in usual.items() if max(getattr(layer, width, 0) for width in WIDTHS) <= self.max_width
-        }
+        usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS) or is_transposed(layer)}
+        return {name for name, layer in usual.items() if width(layer) <= self.max_width}
 
     def _refuse(self, name: str, around: Sequence[nn.Module]) -> None:
         """A layer whose hook would change the numbers.
@@ -151,7 +148,7 @@ class Features(MatrixSource):
 
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         try:
-            rows = _rows(layer, output)
+            rows = _rows(layer, output, self._around[name])
             if rows is not None and rows.shape[-1] <= self.max_width:
                 self._pool(name, rows)
         except Exception:
@@ -193,7 +190,7 @@ def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[i
     return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
 
 
-def _rows(layer: nn.Module, output: Any) -> Tensor | None:
+def _rows(layer: nn.Module, output: Any, around: nn.Module) -> Tensor | None:
     """The output with its features last, None where it holds no real numbers."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
@@ -202,6 +199,4 @@ def _rows(layer: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
         return None
     rows = whole(unspent(output.detach()))
-    if isinstance(layer, _ConvNd):
-        return rows.movedim(-1 - len(layer.kernel_size), -1)
-    return rows.movedim(1, -1) if rows.ndim > 3 else rows
+    return rows.movedim(feature_axis(layer, rows.shape, around), -1)

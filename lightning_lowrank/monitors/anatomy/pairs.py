@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision
+from lightning_lowrank.models.axes import feature_axis, is_transposed
 from lightning_lowrank.models.taps import Listener, in_training, recomputes
-from lightning_lowrank.models.views import is_transposed
 
 # Random directions in which the product of all rows is kept, to be held against the gradient.
 PROBES = 8
@@ -70,9 +70,13 @@ class PairTap:
     counts once the backward pass has come by its output; so the second run of a layer under activation checkpointing
     counts where the first one had no graph, and only there.
 
+    Where a hook computes the layer's weight before each call (pruning, the older weight and spectral norm), the
+    gradient is that of the computed weight, summed over the calls: the two sides make that one, and what the optimizer
+    gets is made from it.
+
     Args:
-        weight: Of which the gradient is spoken of.
-        layers: All that multiply by it.
+        weight: That the optimizer steps.
+        layers: All that multiply by it, or by what is computed from it.
         timed: Counts the time.
     """
 
@@ -96,6 +100,7 @@ class PairTap:
         self._top = torch.empty(0, dtype=torch.float64, device="cpu")
         self._probes: Tensor | None = None
         self._product: Tensor | None = None
+        self._of_computed: Tensor | None = None
         self.gradient, self._error = None, None
 
     @property
@@ -126,7 +131,8 @@ class PairTap:
 
     def close(self) -> None:
         """The gradient is final: what comes later belongs to another step."""
-        self.gradient = None if self.weight.grad is None else self.weight.grad.detach().clone()
+        if self.weight.grad is not None:
+            self.gradient = (self.weight.grad if self._of_computed is None else self._of_computed).detach().clone()
 
     def take(self) -> Pairs | None:
         """What was heard, and be ready for another sample; None where nothing was."""
@@ -142,6 +148,11 @@ class PairTap:
             for parts in zip(*((c.inputs, c.signals) for c in calls), strict=True)
         ]
         return Pairs(sides[0], sides[1], sum(call.count for call in calls), product, probes)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the layers multiply by what is computed from the weight."""
+        return all(layer._parameters.get("weight") is not self.weight for layer in self.layers)
 
     def probes(self) -> Float[Tensor, "N K"]:
         """Entries of the weight in the order of its matrix, so that the product with probes has no rows to unfold."""
@@ -174,6 +185,9 @@ class PairTap:
             call = self._call(layer, inputs[0].detach(), output)
         with torch._C.DisableTorchFunction():  # nobody need know of it
             output.register_hook(partial(self._answer, layer, call))
+            used = getattr(layer, "weight", None) if self.is_computed else None
+            if isinstance(used, Tensor) and used.requires_grad:
+                used.register_hook(self._add_gradient)
         self._calls.append(call)
 
     def _call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> HeardCall:
@@ -191,6 +205,12 @@ class PairTap:
         places = (keys >= self._least()).nonzero()[:, 0]
         there = places.to(inputs.device)
         return HeardCall(keys[places], there, len(keys), input_rows(layer, inputs, output, there), probed)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        if self.gradient is None and self._probes is not None and in_training():
+            with self._timed():
+                gradient = gradient.detach()
+                self._of_computed = gradient.clone() if self._of_computed is None else self._of_computed + gradient
 
     def _answer(self, layer: nn.Module, call: HeardCall, gradient: Tensor) -> None:
         if self.gradient is not None or self._probes is None or not in_training():
@@ -231,7 +251,8 @@ def input_rows(layer: nn.Module, inputs: Tensor, output: Tensor, places: Int[Ten
 
 def output_rows(layer: nn.Module, gradient: Tensor) -> Float[Tensor, "T M"]:
     """One row for each place."""
-    return gradient.reshape(-1, gradient.shape[-1]) if _is_linear(layer) else _flat(_image(layer, gradient))
+    rows = gradient.movedim(feature_axis(layer, gradient.shape), -1)
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def is_heard(layer: nn.Module) -> bool:

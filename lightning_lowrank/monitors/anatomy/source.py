@@ -14,6 +14,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch, Step
+from lightning_lowrank.models.effective_weights import hooked
 from lightning_lowrank.models.names import chosen_parameters, tag
 from lightning_lowrank.models.taps import refuse_compiled
 from lightning_lowrank.models.training import Training
@@ -98,10 +99,12 @@ class Anatomy(NumberSource):
         module = training.module
         owners = _owners(module)
         chosen = chosen_parameters(module, self._match, self._exclude)
-        heard = {name: p for name, p in chosen.items() if id(p) in owners and not isinstance(p, DTensor)}
+        heard = {_weight_of(name): p for name, p in chosen.items() if id(p) in owners and not isinstance(p, DTensor)}
         if not heard:
             there = [
-                tag(name) for name, p in module.named_parameters() if id(p) in owners and not isinstance(p, DTensor)
+                _weight_of(tag(name))
+                for name, p in module.named_parameters()
+                if id(p) in owners and not isinstance(p, DTensor)
             ]
             raise ValueError(
                 f"match={self._match!r} fits no weight whose gradient has two sides to hear: of linear "
@@ -209,6 +212,8 @@ class Anatomy(NumberSource):
             self.trouble = self.trouble or error
         tap.gradient = None
         assert gradient is not None
+        if tap.is_computed and team.size > 1:  # of this process's rows: no optimizer gets it
+            gradient = team.all_reduce(gradient.float()) / team.size
         gradient = as_matrix(tap.layers[0], gradient)
         pooled = _pooled(pairs, tap.probes(), gradient, self._max_rows, team)
         try:
@@ -269,10 +274,22 @@ def _owners(module: nn.Module) -> dict[int, list[nn.Module]]:
     inner = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     owners: dict[int, list[nn.Module]] = {}
     for layer in module.modules():
-        weight = layer._parameters.get("weight") if is_heard(layer) and id(layer) not in inner else None
+        weight = _stepped(layer) if is_heard(layer) and id(layer) not in inner else None
         if weight is not None and not weight.dtype.is_complex:
             owners.setdefault(id(weight), []).append(layer)
     return owners
+
+
+def _stepped(layer: nn.Module) -> nn.Parameter | None:
+    """The weight of a layer, or the parameter of its shape that a hook computes it from."""
+    computed = {one.local: one.largest for one in hooked(layer).values()}
+    return computed.get("weight", layer._parameters.get("weight"))
+
+
+def _weight_of(name: str) -> str:
+    """The name of the weight that a layer multiplies by, whatever its parameter is called."""
+    path, dot, _ = name.rpartition(".")
+    return f"{path}{dot}weight"
 
 
 def _has_matrix(layer: nn.Module) -> bool:
@@ -285,8 +302,8 @@ def _described(layer: nn.Module) -> str:
         return "parametrised weight"
     if not is_heard(layer):
         return type(layer).__name__
-    # Torch's older `weight_norm` leaves an attribute that is no parameter.
-    weight = layer._parameters.get("weight")
+    # A parametrised layer has a property that is no parameter.
+    weight = _stepped(layer)
     why = "parametrised " if weight is None else "complex " if weight.dtype.is_complex else ""
     return f"{why}{type(layer).__name__}"
 

@@ -19,6 +19,7 @@ from lightning_lowrank.maths.spectra.decompose import decompose
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, led_by
 from lightning_lowrank.measuring.parameter_source import difference
 from lightning_lowrank.measuring.source import Batch, Step
+from lightning_lowrank.models.effective_weights import InUse
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.units import Units, heads_of, modules_of, neurons_of
@@ -112,6 +113,7 @@ class Concentration(NumberSource):
         self._look_again()
         self._parts: dict[str, list[Units]] = {}
         self._matrices: list[nn.Parameter] = []
+        self._in_use = InUse()
         self._read: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._before: dict[int, Tensor] = {}
         self._weights: dict[str, Tensor] | None = None
@@ -120,6 +122,7 @@ class Concentration(NumberSource):
         """Choose what is trained, anew only when parameters came, went, froze or thawed."""
         module = training.module
         chosen = chosen_parameters(module, self._match, self._exclude)
+        self._in_use = InUse(module)
         seen = tuple(
             (name, id(parameter), parameter.requires_grad, is_lazy(parameter)) for name, parameter in chosen.items()
         )
@@ -143,7 +146,8 @@ class Concentration(NumberSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches a run of its own."""
-        return vars(self) | {"_seen": (), "_parts": {}, "_matrices": [], "_read": {}, "_before": {}, "_weights": None}
+        kept = {"_seen": (), "_parts": {}, "_matrices": [], "_in_use": InUse()}
+        return vars(self) | kept | {"_read": {}, "_before": {}, "_weights": None}
 
     def labels(self) -> list[str]:
         """The whole model, and its heads."""
@@ -152,16 +156,14 @@ class Concentration(NumberSource):
     def batch_begins(self, batch: Batch) -> None:
         """Look at the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
-            self._weights = {
-                f"concentration_{name}": value for name, value in self._tickets.compared(self._matrices).items()
-            }
+            found = self._tickets.compared([self._in_use(p, p.detach()) for p in self._matrices])
+            self._weights = {f"concentration_{name}": value for name, value in found.items()}
 
     def gradients_final(self, step: Step) -> list[Any]:
         """Read gradients and gates; keep the weights from which the update is reckoned."""
         for unit, part in self._stepping(step):
-            gradients = [
-                p.grad.to_dense() if p.grad.is_sparse else p.grad for p in part.parameters if p.grad is not None
-            ]
+            found = [(p, p.grad) for p in part.parameters if p.grad is not None]
+            gradients = [self._in_use(p, grad.to_dense() if grad.is_sparse else grad) for p, grad in found]
             if len(gradients) < len(part.parameters):
                 continue  # what was not used has no gradient, which is not the same as a small one
             scale = 1.0 if step.scale is None else step.scale
@@ -175,7 +177,7 @@ class Concentration(NumberSource):
         """Read the update."""
         for unit, part in self._stepping(step):
             if all(id(p) in self._before for p in part.parameters):
-                moves = [difference(p.detach(), self._before[id(p)]) for p in part.parameters]
+                moves = [self._in_use(p, difference(p.detach(), self._before[id(p)])) for p in part.parameters]
                 self._note(unit, "update", part, partial(_energy, unit, part, moves))
         for parameter in step.parameters:
             self._before.pop(parameter, None)

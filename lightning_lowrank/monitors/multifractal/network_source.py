@@ -3,6 +3,7 @@
 Shape letters:  B any batch axes   M rows, N columns of a matrix   K samples of neurons
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
@@ -136,7 +137,9 @@ class NeuroMFA(Neurons):
         """All matrices in the order of the layers, rows are outputs; queries, keys and values as one, as published."""
         for site, weight in zip(self._sites, weights, strict=True):
             matrices = connections(site, weight)
-            yield from [matrices.flatten(0, -2)] if "qkv" in site.view.pattern else matrices.flatten(0, -3)
+            yield from (
+                [matrices.flatten(0, -2)] if re.search(r"\bq[kv]{2}\b", site.view.pattern) else matrices.flatten(0, -3)
+            )
 
     def _scaling(self, matrices: Sequence[Tensor], orders: Sequence[float]) -> Scaling:
         longest = self._longest(matrices)

@@ -22,7 +22,6 @@ from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, led_by, refuse_seed
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.measuring.sources.weights import Weights
-from lightning_lowrank.models.effective_weights import computed_shape
 from lightning_lowrank.models.sites import Site
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.views import View
@@ -227,7 +226,7 @@ def _num_taps(site: Site) -> int:
     """Entries of one kernel, where columns are channels times taps; else 1."""
     if site.product is not None or not KERNELS.search(site.view.pattern):
         return 1
-    shape = site.parameters[0].shape if site.parametrization is None else computed_shape(site.parametrization)
+    shape = (site.computation or site.parameters[0]).shape
     return prod(shape[2:])
 
 

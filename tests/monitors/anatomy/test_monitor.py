@@ -24,6 +24,9 @@ from lightning_lowrank.monitors.anatomy.spikes import outlier
 from lightning_lowrank.monitors.anatomy.split import SHARES, Basis, Sides, alignment, anatomy
 from tests.processes import together
 from tests.trainings import (
+    convnext,
+    gpt2,
+    swin,
     Adversaries,
     Checkpointed,
     Classifier,
@@ -646,3 +649,25 @@ def test_a_model_of_many_weights_has_curves_of_what_is_asked_first(depth: int, p
     found = {tag for tag in logger.curves() if tag.endswith("/net.0.weight")}
     assert len([tag for tag in found if "_error" not in tag]) == curves
     assert ("anatomy_residue/net.0.weight" in found) == (curves > 0)
+
+
+@pytest.mark.parametrize("axes", [(64,), (8, 8), (2, 8, 4), (2, 2, 4, 4)])
+def test_the_inputs_of_a_linear_layer_are_last_whatever_stands_before(axes: tuple[int, ...]) -> None:
+    *places, width = axes
+    layer = nn.Linear(width, 32)
+    whole = tuple(range(1, len(places) + 1))
+    net = Hidden(layer, lambda layer, x: layer(x.unflatten(-1, axes)).sum(whole) if whole else layer(x))
+    monitor, logger = watched(Classifier(net))
+
+    assert monitor.failures == 0
+    assert max(logger.curve("anatomy_deviation/net.layer.weight").values()) < 1e-5
+
+
+@pytest.mark.parametrize("make", [convnext, swin, gpt2])
+def test_layers_of_transformers_are_heard(make: Callable[[], nn.Module]) -> None:
+    monitor, logger = watched(Classifier(make()))
+    curves = {tag: curve for tag, curve in logger.curves().items() if tag.startswith("anatomy_deviation/")}
+
+    assert monitor.failures == 0
+    assert len(curves) >= 5
+    assert max(value for curve in curves.values() for value in curve.values()) < 1e-4

@@ -73,6 +73,37 @@ def huggingface(name: str) -> nn.Module:
         "bert": lambda: hf.BertModel(hf.BertConfig(**of_bert), add_pooling_layer=False),
         "gpt2": lambda: hf.GPT2Model(hf.GPT2Config(**of_gpt2)),
         "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**of_bert, num_key_value_heads=1, head_dim=4)),
+        # Where hidden neurons are as many as entries of a state, sizes do not tell which layer reads which.
+        "square bert": lambda: hf.BertModel(
+            hf.BertConfig(**of_bert | {"intermediate_size": 12}), add_pooling_layer=False
+        ),
+        "square gpt2": lambda: hf.GPT2Model(hf.GPT2Config(**of_gpt2, n_inner=12)),
+        "square llama": lambda: hf.LlamaModel(hf.LlamaConfig(**of_bert | {"intermediate_size": 12})),
+        "lfm2": lambda: hf.Lfm2Model(
+            hf.Lfm2Config(
+                **of_bert | {"intermediate_size": 12},
+                num_key_value_heads=1,
+                layer_types=["conv", "full_attention"],
+                block_auto_adjust_ff_dim=False,
+            )
+        ),
+        "codegen": lambda: hf.CodeGenModel(hf.CodeGenConfig(**of_gpt2 | {"n_head": 4}, rotary_dim=2)),
+        # Exactly 36 rows, which are 24 of queries, 6 of keys and 6 of values.
+        "phi3": lambda: hf.Phi3Model(
+            hf.Phi3Config(
+                **of_bert | {"num_attention_heads": 4},
+                num_key_value_heads=1,
+                head_dim=6,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        "deberta": lambda: hf.DebertaModel(
+            hf.DebertaConfig(
+                **of_bert, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False
+            )
+        ),
     }
     return made[name]().eval()
 
@@ -122,6 +153,49 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
         [f"h.{i}.attn.c_proj" for i in (0, 1)],
         [f"h.{i}.mlp.c_proj" for i in (0, 1)],
     ),
+    "square bert": (
+        lambda: huggingface("square bert"),
+        (5, 8, 12),
+        [f"encoder.layer.{i}.attention.output.dense" for i in (0, 1)],
+        [f"encoder.layer.{i}.output.dense" for i in (0, 1)],
+    ),
+    "square gpt2": (
+        lambda: huggingface("square gpt2"),
+        (5, 8, 12),
+        [f"h.{i}.attn.c_proj" for i in (0, 1)],
+        [f"h.{i}.mlp.c_proj" for i in (0, 1)],
+    ),
+    "square llama": (
+        lambda: huggingface("square llama"),
+        (5, 8, 12),
+        [f"layers.{i}.self_attn.o_proj" for i in (0, 1)],
+        [f"layers.{i}.mlp.down_proj" for i in (0, 1)],
+    ),
+    # Its gated convolution has three gates in one projection, and no heads.
+    "lfm2": (
+        lambda: huggingface("lfm2"),
+        (5, 8, 12),
+        ["layers.1.self_attn.out_proj"],
+        [f"layers.{i}.feed_forward.w2" for i in (0, 1)],
+    ),
+    "codegen": (
+        lambda: huggingface("codegen"),
+        (5, 8, 12),
+        [f"h.{i}.attn.out_proj" for i in (0, 1)],
+        [f"h.{i}.mlp.fc_out" for i in (0, 1)],
+    ),
+    "phi3": (
+        lambda: huggingface("phi3"),
+        (5, 8, 12),
+        [f"layers.{i}.self_attn.o_proj" for i in (0, 1)],
+        [],
+    ),
+    "deberta": (
+        lambda: huggingface("deberta"),
+        (5, 8, 12),
+        [f"encoder.layer.{i}.attention.output.dense" for i in (0, 1)],
+        [f"encoder.layer.{i}.output.dense" for i in (0, 1)],
+    ),
     "llama": (
         lambda: huggingface("llama"),
         (5, 8, 12),
@@ -129,6 +203,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
         [f"layers.{i}.mlp.down_proj" for i in (0, 1)],
     ),
 }
+
+
+NUM_HEADS = {"codegen": 4, "phi3": 4}
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -140,7 +217,7 @@ def test_gate_gradients_are_those_of_gates_in_a_copy_of_the_model(case: str) -> 
     loss(model, x).backward()
 
     assert [list(parts) for parts in found] == [heads, neurons]
-    assert {part.count for part in found[0].values()} <= {3}
+    assert {part.count for part in found[0].values()} <= {NUM_HEADS.get(case, 3)}
     for name, part in {**found[0], **found[1]}.items():
         (weight,) = part.parameters
         assert weight.grad is not None
@@ -151,7 +228,9 @@ def test_gate_gradients_are_those_of_gates_in_a_copy_of_the_model(case: str) -> 
 def real(model: nn.Module, name: str, count: int, axis: int, x: Tensor) -> Tensor:
     """By autograd, of gates that stand before the layer."""
     copy = deepcopy(model)
-    if name.endswith("out_proj"):  # never called, so that a gate would not be either
+    if isinstance(
+        copy.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
+    ):  # never called, so that a gate would not be either
         owner = name.rpartition(".")[0]
         copy.set_submodule(owner, Attention(copy.get_submodule(owner)).double())  # type: ignore[arg-type]
     gated = Gated(copy.get_submodule(name), count, axis)
@@ -159,6 +238,23 @@ def real(model: nn.Module, name: str, count: int, axis: int, x: Tensor) -> Tenso
     loss(copy, x).backward()
     assert gated.gates.grad is not None
     return gated.gates.grad
+
+
+class Gated3(nn.Module):
+    """Names and order of Meta's Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 9)
+
+
+def test_a_gate_that_is_declared_last_reads_no_neurons() -> None:
+    assert list(neurons_of(Gated3(), None, [])) == ["w2"]
+
+
+def test_square_layers_of_which_nothing_tells_that_one_reads_the_other_have_no_neurons() -> None:
+    assert neurons_of(nn.ModuleDict({"actor": nn.Linear(6, 6), "critic": nn.Linear(6, 1)}), None, []) == {}
+    assert list(neurons_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)), None, [])) == ["2"]
 
 
 def test_heads_and_neurons_can_be_named() -> None:
