@@ -80,7 +80,7 @@ MISTAKES: dict[str, Mistake] = {
         "watching/watch.py",
         r"except Exception as error: lost =",
         "except ZeroDivisionError as error:\n                lost =",
-        (PROMISES + "test_faults.py::test_whatever_a_source_fails_at_training_goes_on_and_it_is_told",),
+        (PROMISES + "test_faults.py::test_whatever_fails_in_taking_a_sample_training_goes_on",),
     ),
     # When things are read
     "gradients keep the factor of a GradScaler": Mistake(
