@@ -113,11 +113,11 @@ MISTAKES: dict[str, Mistake] = {
         "value for value",
         (f"{NUMBERS}[updates-zero]",),
     ),
-    "the rows of a site that failed stay in the pool": Mistake(
+    "half of the rows are pooled": Mistake(
         "measuring/sources/features.py",
-        r"self\._grams\.pop\(name, None\) raise",
-        "raise",
-        (f"{NUMBERS}[features-resized]",),
+        r"add_rows\(self\._grams\[name\], rows\)",
+        "add_rows(self._grams[name], rows[: len(rows) // 2])",
+        (f"{NUMBERS}[features-zero]",),
     ),
     "rows that are pooled replace those before": Mistake(
         "measuring/sources/features.py",
@@ -129,7 +129,7 @@ MISTAKES: dict[str, Mistake] = {
         "measuring/sampling.py",
         r"self\._pending\.discard\(index\)",
         "pass",
-        (f"{RESUME}::test_a_sample_that_waits_for_an_optimizer_goes_on_in_the_resumed_run",),
+        (f"{RESUME}::test_what_waits_is_known_after_the_run_as_in_its_last_checkpoint",),
     ),
     "a resumed run forgets the sample in the making": Mistake(
         "measuring/sampling.py",
