@@ -11,6 +11,7 @@ from typing import Any
 from lightning_lowrank import (
     ConcentrationMonitor,
     CurvatureMonitor,
+    DormantUnitsMonitor,
     GradientAnatomyMonitor,
     Monitor,
     MultifractalMonitor,
@@ -24,7 +25,7 @@ STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
 
 # As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
-_USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "alerts": None}
+_USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "detail": "all", "alerts": None}
 
 MONITORS: dict[str, Callable[..., Monitor]] = {
     "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),
@@ -35,6 +36,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "multifractal": lambda **options: MultifractalMonitor(**_USUAL | options),
     "anatomy": lambda **options: GradientAnatomyMonitor(**_USUAL | {"max_rows": 16} | options),
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
+    "dormant": lambda **options: DormantUnitsMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.

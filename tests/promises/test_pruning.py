@@ -24,8 +24,7 @@ from lightning_lowrank import (
     RankMonitor,
 )
 from tests.processes import together
-from tests.trainings import InOrder
-from tests.trainings import Classifier, ImageNet, MemoryLogger
+from tests.trainings import Classifier, ImageNet, InOrder, MemoryLogger
 
 EPOCHS, BATCHES = 3, 8
 OLD_NORMS = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*is deprecated")

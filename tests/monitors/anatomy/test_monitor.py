@@ -24,9 +24,6 @@ from lightning_lowrank.monitors.anatomy.spikes import outlier
 from lightning_lowrank.monitors.anatomy.split import SHARES, Basis, Sides, alignment, anatomy
 from tests.processes import together
 from tests.trainings import (
-    convnext,
-    gpt2,
-    swin,
     Adversaries,
     Checkpointed,
     Classifier,
@@ -35,8 +32,11 @@ from tests.trainings import (
     InOrder,
     MemoryLogger,
     Tied,
+    convnext,
     digits,
+    gpt2,
     half,
+    swin,
 )
 
 SILENT: dict[str, Any] = {
