@@ -1,13 +1,17 @@
 """What torch does, seen operator by operator: who waits for a device, and who takes memory."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lowrank.watching.watch import Watch
 
 # Bytes below which memory is not counted.
 SMALL = 8192
@@ -67,3 +71,18 @@ class Scarce(TorchDispatchMode):
 def _tensors(value: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+
+
+@contextmanager
+def within_monitors(mode: TorchDispatchMode) -> Iterator[None]:
+    """What monitors do is done under a mode, what the user does is not."""
+    guard = Watch._guard
+
+    @contextmanager
+    def guarded(watch: Watch, **options: Any) -> Iterator[None]:
+        with guard(watch, **options), mode:
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "_guard", guarded)
+        yield

@@ -131,3 +131,14 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several need is in a module of its own: `tests/trainings.py`, `tests/monitors`, `tests/processes.py`."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    modules = ((file, node) for file in files for node in ast.walk(ast.parse(file.read_text())))
+    imports = [(f, n) for f, n in modules if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = [(f, n, [getattr(n, "module", None) or "", *(alias.name for alias in n.names)]) for f, n in imports]
+
+    assert len(imports) > len(files) > 90
+    assert [at(f, n) for f, n, parts in names if any(".test_" in f".{part}" for part in parts)] == []

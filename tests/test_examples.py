@@ -1,21 +1,20 @@
 """Every example runs as a user would start it, for a few steps, and leaves what it promises."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.processes import script
+
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = {
     "char_transformer": (["--max_steps=52", "--batch_size=4"], ["lowest", "%", "tensorboard --logdir runs"]),
-    "circuits": (["--steps=8"], ["tuned on English", "Spearman", "circuits.png"]),
+    "circuits": (["--steps=4"], ["tuned on English", "Spearman", "circuits.png"]),
     "concentration": (["--share=0.02", "--seeds=1"], ["Gini, null", "mask_early_bird", "concentration.png"]),
     "edge_of_stability": (["--share=0.03"], ["largest eigenvalue", "edge_of_stability.png"]),
     "flat_directions": (["--widest=4", "--steps=60"], ["duplicates", "flat_directions.png"]),
-    "fine_tuning": (["--steps=3", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
+    "fine_tuning": (["--steps=1", "--every=1", "--batch_size=2"], ["way from the start", "fine_tuning.png"]),
     "multifractal_training": (["--share=0.003"], ["entries shuffled", "beyond chance", "multifractal.png"]),
     "gradient_anatomy": (
         ["--n=40", "--steps=12", "--only=real"],
@@ -23,7 +22,7 @@ FEW_STEPS = {
     ),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
-    "lora_kernel": (["--steps=2", "--every=1", "--num_examples=4"], ["share of the factors A", "lora_kernel.png"]),
+    "lora_kernel": (["--steps=1", "--every=1", "--num_examples=2"], ["share of the factors A", "lora_kernel.png"]),
     "hessian_outliers": (["--only=conv net", "--share=0.02"], ["Gauss-Newton", "hessian_outliers.png"]),
 }
 
@@ -31,10 +30,9 @@ FEW_STEPS = {
 def run(example: str, folder: Path, *further: str) -> str:
     """What it says."""
     arguments, promises = FEW_STEPS[example]
-    command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), *arguments, *further]
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    path = ROOT / "examples" / f"{example}.py"
+    done = script(path, [*arguments, *further], folder, {"COLUMNS": "200", "OMP_NUM_THREADS": "1"})
+    assert done.status == 0, done.stderr
     assert all(promised in done.stdout for promised in promises), done.stdout
     return done.stdout
 
@@ -45,7 +43,9 @@ def rows(said: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", sorted(file.stem for file in (ROOT / "examples").glob("*.py")))
+@pytest.mark.parametrize(
+    "example", sorted({file.stem for file in (ROOT / "examples").glob("*.py")} - {"char_transformer"})
+)
 def test_says_what_it_promises(example: str, tmp_path: Path) -> None:
     run(example, tmp_path)
 
@@ -65,7 +65,7 @@ def test_the_demo_ends_with_the_ranks_and_leaves_the_curves(tmp_path: Path) -> N
         assert all(1 <= a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 def test_outliers_are_one_less_than_classes_once_the_loss_falls(tmp_path: Path) -> None:
     """With a ratio to the next eigenvalue of 2.6 at least, where 1.8 would do."""
     middle = [row for row in rows(run("hessian_outliers", tmp_path, "--only=MLP", "--share=1")) if row[2] == "100"]
@@ -87,7 +87,7 @@ def test_a_network_split_to_twice_its_width_has_four_flat_directions_more_a_neur
     assert found["ReLU", 4, "split"] == [10, 10, 8, 2, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 def test_batch_sharpness_of_a_quarter_of_the_examples_comes_near_the_edge(tmp_path: Path) -> None:
     """It was 1.71 in the last quarter of 1,400 steps, where the edge is 2."""
     said = rows(run("edge_of_stability", tmp_path, "--only=Batches of 16 of 64, 1.0", "--share=0.35"))

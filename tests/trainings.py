@@ -23,7 +23,58 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_lowrank import Monitor
 
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+COSTS = ("time_ms", "overhead_percent", "bytes")
 KINDS_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is handed: one pair of step and scalars per call."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are no curves."""
+
+    def curve(self, tag: str) -> dict[int, float]:
+        """Step -> value of one tag."""
+        return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
+
+    def curves(self) -> dict[str, dict[int, float]]:
+        """All of them, by tag."""
+        return {tag: self.curve(tag) for _, scalars in self.rows for tag in scalars}
+
+    def numbers(self) -> dict[str, dict[int, float]]:
+        """Those of monitors, what they cost left out."""
+        curves = self.curves()
+        return {tag: curves[tag] for tag in curves if tag not in ("loss", "epoch") and not tag.endswith(COSTS)}
+
+
+class Experiment:
+    """Where a logger writes to."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float]] = []
+
+    def add_scalar(self, tag: str, value: float) -> None:
+        self.rows.append((tag, value))
+
+
+class Experimental(MemoryLogger):
+    """A logger with an experiment."""
+
+    log_dir = "somewhere"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment = Experiment()
 
 
 def digits(n: int = 64) -> TensorDataset:
@@ -408,6 +459,17 @@ def unwatched(case: str) -> dict[str, Any]:
         return trained(make, options(), [], Path(root))
 
 
+def logged(
+    callbacks: Sequence[L.Callback], make: Callable[[], Any] | None = None, **options: Any
+) -> tuple[MemoryLogger, L.LightningModule]:
+    """What is logged in four steps, and the module after them."""
+    L.seed_everything(3, verbose=False)
+    module, logger = make() if make else Classifier(Attending()), MemoryLogger()
+    settings = QUIET | {"max_steps": 4, "logger": logger, "accelerator": "cpu"}
+    L.Trainer(**settings | options, callbacks=list(callbacks)).fit(module)
+    return logger, module
+
+
 def fitted(
     module: L.LightningModule, callbacks: list[L.Callback], logger: Any, size: int, **options: Any
 ) -> dict[str, Tensor]:
@@ -439,51 +501,6 @@ class Keep(L.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.monitor.latest is not None:
             self.samples.append((self.monitor.latest.step, {k: dict(v) for k, v in self.monitor.latest.values.items()}))
-
-
-class MemoryLogger(Logger):
-    """Keeps what it is handed: one pair of step and scalars per call."""
-
-    name, version = "memory", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step is not None
-        self.rows.append((step, metrics))
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are no curves."""
-
-    def curve(self, tag: str) -> dict[int, float]:
-        """Step -> value of one tag."""
-        return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
-
-    def curves(self) -> dict[str, dict[int, float]]:
-        """All of them, by tag."""
-        return {tag: self.curve(tag) for _, scalars in self.rows for tag in scalars}
-
-
-class Experiment:
-    """Where a logger writes to."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float]] = []
-
-    def add_scalar(self, tag: str, value: float) -> None:
-        self.rows.append((tag, value))
-
-
-class Experimental(MemoryLogger):
-    """A logger with an experiment."""
-
-    log_dir = "somewhere"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experiment = Experiment()
 
 
 class Images(nn.Module):

@@ -21,7 +21,9 @@ from tests.oracles.spectra import RANKS, gaussian, singular_values
 SINGLE = [name for name in names() if len(find(name).takes) == 1]
 PAIRS = [name for name in names() if len(find(name).takes) == 2]
 
-every = pytest.mark.parametrize("name", names())
+# What a class does it does for all: one plain, one with a parameter, one relative, one of a pair of subspaces.
+KINDS = ("stable_rank", "energy_rank_0.01", "relative_effective_rank", "subspace_overlap")
+every = pytest.mark.parametrize("name", KINDS)
 
 
 def batches(name: str, count: int = 3, *, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
@@ -65,7 +67,7 @@ def same(result: Any, expected: Any) -> None:
     assert_close(result, expected, rtol=1e-12, atol=0, equal_nan=True)
 
 
-@every
+@pytest.mark.parametrize("name", names())
 def test_computes_the_mean_of_single_values(name: str) -> None:
     expected = torch.cat([value(name, matrices) for matrices in batches(name)]).mean()
 
@@ -79,7 +81,7 @@ def test_computes_the_mean_of_values_by_numpy(name: str) -> None:
     assert_close(filled(name).compute().item(), float(expected), rtol=1e-6, atol=0)
 
 
-@every
+@pytest.mark.parametrize("name", names())
 def test_gives_a_number_on_ordinary_matrices(name: str) -> None:
     assert torch.isfinite(filled(name).compute())
 
@@ -170,6 +172,11 @@ def test_stays_on_its_device(name: str) -> None:
 @every
 def test_half_precision_of_a_module_does_not_round_it(name: str) -> None:
     same(filled(name).half().compute(), filled(name).compute())
+
+
+def test_each_kind_of_statistic_has_a_representative() -> None:
+    assert set(KINDS) <= set(names())
+    assert [len(find(name).takes) for name in KINDS] == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [SINGLE, PAIRS], ids=["one batch", "two batches"])

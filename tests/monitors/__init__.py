@@ -29,14 +29,16 @@ _USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "detail": "all",
 
 MONITORS: dict[str, Callable[..., Monitor]] = {
     "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),
-    "curvature": lambda **options: CurvatureMonitor("standard", OPERATORS, **_USUAL | {"top_k": 1} | options),
+    "curvature": lambda **options: CurvatureMonitor(
+        **_USUAL | {"level": "standard", "operators": OPERATORS, "top_k": 1} | options
+    ),
     "ntk": lambda **options: NTKMonitor(
         **_USUAL | {"kernel": "full", "num_examples": 4, "num_projections": 4, "top_k": 1} | options
     ),
     "multifractal": lambda **options: MultifractalMonitor(**_USUAL | options),
     "anatomy": lambda **options: GradientAnatomyMonitor(**_USUAL | {"max_rows": 16} | options),
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
-    "dormant": lambda **options: DormantUnitsMonitor(**_USUAL | options),
+    "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -52,7 +54,7 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
         **{"train_mode": True, "every_n_steps": 10, "name": "train"} | options
     ),
     "neuromfa": lambda **options: MultifractalMonitor(
-        "neuromfa", **_USUAL | {"max_neurons": 20, "num_repeats": 2, "every_n_steps": 10} | options
+        "neuromfa", **_USUAL | {"name": "network", "max_neurons": 20, "num_repeats": 2, "every_n_steps": 10} | options
     ),
     "directions": lambda **options: ConcentrationMonitor(
         ["direction"], **_USUAL | {"densities": [], "name": "directions"} | options
@@ -72,8 +74,11 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 # (monitor, case) in which some numbers cannot be had, which are counted as failures.
 INCOMPLETE: dict[tuple[str, str], str] = {
-    **{("curvature", case): "the loss in the place of the step is none of torch's" for case in LOSSES},
-    **{(name, case): "the loss in the place of the step is none of torch's" for name in NTKS for case in LOSSES},
+    **{
+        (name, case): "the loss in the place of the step is none of torch's"
+        for name in (*TWICE, *NTKS)
+        for case in LOSSES
+    },
     **{(name, "spectral norm"): "torch holds its vectors fixed: second derivatives are wrong" for name in TWICE},
     **{(name, "reentrant checkpoint"): "has no second derivative" for name in (*TWICE, "curvature, light")},
 }

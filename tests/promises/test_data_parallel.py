@@ -21,8 +21,9 @@ from lightning_lowrank.measuring import matrix_recorder as matrices
 from lightning_lowrank.measuring.sources.features import Features
 from lightning_lowrank.measuring.sources.gradients import Gradients
 from lightning_lowrank.reports import loggers as sinks
+from tests.monitors import MONITORS
 from tests.processes import together
-from tests.trainings import InOrder, Keep, MemoryLogger, fitted
+from tests.trainings import Attending, InOrder, Keep, MemoryLogger, fitted
 
 pytestmark = pytest.mark.slow
 
@@ -249,3 +250,45 @@ def test_what_goes_wrong_in_one_process_costs_its_numbers_and_keeps_nobody_waiti
 def known(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Without the overlap with the sample before, which may be the lost one."""
     return {quantity: row for quantity, row in values.items() if "overlap" not in quantity}
+
+
+def with_all(rank: int, size: int, root: Path) -> Any:
+    """What all monitors log together, their failures, and the weights with and without them."""
+    weights, logger = [], MemoryLogger()
+    options = {"ntk": {"num_examples": 16 // size}, "anatomy": {"max_rows": 2048}}
+    monitors = {name: make(every_n_steps=2, **options.get(name, {})) for name, make in MONITORS.items()}
+    for callbacks in (list(monitors.values()), []):
+        L.seed_everything(0, verbose=False)
+        weights.append(fitted(InOrder(rank, size, Attending()), callbacks, logger if callbacks else False, size))
+    failures = {name: monitor.failures for name, monitor in monitors.items()}
+    begun = {name: dict(monitor.first.values) for name, monitor in monitors.items()}
+    return {
+        "numbers": logger.numbers(),
+        "first": begun,
+        "failures": failures,
+        "watched": weights[0],
+        "alone": weights[1],
+    }
+
+
+def test_two_processes_log_with_any_monitor_what_one_does_and_train_as_unwatched(tmp_path: Path) -> None:
+    first, second = together(with_all, tmp_path)
+    alone = with_all(0, 1, tmp_path)
+
+    for run in (first, second, alone):
+        assert_close(run["watched"], run["alone"], rtol=0, atol=0)
+        assert run["failures"] == dict.fromkeys(MONITORS, 0)
+    assert second["numbers"] == {}
+    assert first["numbers"].keys() == alone["numbers"].keys()
+    assert_close(first["first"], second["first"], rtol=0, atol=0, equal_nan=True)
+    # At the first step, after which rounding is learnt. Of the kernel, rows in another order have other estimates.
+    near = dict.fromkeys(MONITORS, 1e-2) | {"ntk": 0.3}
+    for name in MONITORS:
+        pairs = [
+            (first["first"][name][quantity][site], value)
+            for quantity, sites in alone["first"][name].items()
+            for site, value in sites.items()
+            if "monte_carlo" not in quantity and "_error" not in quantity
+        ]
+        same = sum(found == pytest.approx(expected, rel=near[name], abs=1e-5, nan_ok=True) for found, expected in pairs)
+        assert same >= 0.9 * len(pairs) > 0, name

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank import Monitor, RankMonitor
+from lightning_lowrank import RankMonitor
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.scaling.by_rank import rank_scaling
 from lightning_lowrank.maths.scaling.scaling import Scaling
@@ -28,18 +28,20 @@ from lightning_lowrank.measuring.sources.optimizer_state import OptimizerState
 from lightning_lowrank.measuring.sources.updates import Updates
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
-from tests.dispatch import Waits
-from tests.trainings import Classifier, MemoryLogger
+from lightning_lowrank.watching.watch import Watch
+from tests.dispatch import Waits, within_monitors
+from tests.monitors import MONITORS
+from tests.trainings import Attending, Classifier, MemoryLogger, logged
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
 STATISTICS = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio", "subspace_overlap", "weight_ratio")
 
 
 def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, moved, ours, guard = Waits("cpu"), Counter[str](), list[bool](), Monitor._guard
+    waits, moved, ours, guard = Waits("cpu"), Counter[str](), list[bool](), Watch._guard
 
     @contextmanager
-    def watched(self: Monitor, **options: bool) -> Iterator[None]:
+    def watched(self: Watch, **options: bool) -> Iterator[None]:
         ours.append(True)
         try:
             with guard(self, **options), waits:
@@ -57,7 +59,7 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
         return wrapper
 
     monitor, logger = RankMonitor(EVERYTHING, STATISTICS, every_n_steps=2, per_site=True), MemoryLogger()
-    monkeypatch.setattr(Monitor, "_guard", watched)
+    monkeypatch.setattr(Watch, "_guard", watched)
     for name in ("cpu", "numpy", "tolist", "item"):
         monkeypatch.setattr(Tensor, name, counted(name))
 
@@ -73,6 +75,29 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
     assert num_reports == 4
     assert +moved == {"cpu": num_reports, "numpy": num_reports}
     assert waits.seen == {}
+
+
+class Silent(Classifier):
+    """Reads no number of its own, so that a replay of its step reads none."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+# Numbers that are read from the device in a sample, beside the report.
+READ = {"curvature": 1, "ntk": 2, "anatomy": 40}
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_a_sample_of_any_monitor_waits_no_more_than_is_known(name: str) -> None:
+    waits = Waits("cpu")
+    monitor = MONITORS[name](every_n_steps=2)
+
+    with within_monitors(waits):
+        logger, _ = logged([monitor], lambda: Silent(Attending()))
+
+    assert logger.numbers() and monitor.failures == 0
+    assert waits.seen.total() == 2 * READ.get(name, 0), waits.seen
 
 
 # On the device "meta", which has shapes and no numbers: to ask for one raises, and nothing comes back from it.

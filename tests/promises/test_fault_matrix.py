@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lightning_lowrank import Monitor, RankMonitor
 from lightning_lowrank.monitors.rank import SOURCES
 from tests.faults import FAULTS, FAULTY_STEPS, Afflicted
+from tests.monitors import MONITORS
 from tests.trainings import MemoryLogger
 
 QUANTITIES = {
@@ -47,13 +48,13 @@ class Run:
     warned: list[str]
 
 
-def run(fault: str | None, monitor: Monitor | None = None) -> Run:
+def run(fault: str | None, monitor: Monitor | None = None, *others: Monitor) -> Run:
     """Train six steps, with a validation after each."""
     L.seed_everything(3, verbose=False)
     logger, module = MemoryLogger(), Afflicted(fault)
     options = {"max_steps": 6, "val_check_interval": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(**options, **quiet, logger=logger, callbacks=[monitor] if monitor else [])
+    trainer = L.Trainer(**options, **quiet, logger=logger, callbacks=[*filter(None, (monitor, *others))])
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "lightning_lowrank")
         trainer.fit(module)
@@ -110,6 +111,18 @@ def test_training_is_the_same_to_the_last_bit(fault: str) -> None:
     alone, watched = pair(fault)
 
     torch.testing.assert_close(watched.bits, alone.bits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_training_is_the_same_and_no_hook_is_left_with_every_other_monitor(fault: str) -> None:
+    alone, _ = pair(fault)
+
+    smaller = {"curvature": {"operators": ["hessian", "gauss_newton"]}}
+    others = [name for name in MONITORS if name != "rank"]
+    watched = run(fault, *(MONITORS[name](every_n_steps=3, **smaller.get(name, {})) for name in others))
+
+    torch.testing.assert_close(watched.bits, alone.bits, rtol=0, atol=0)
+    assert watched.hooks == alone.hooks
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -17,7 +17,8 @@ from lightning_lowrank.measuring.sampling import Sampling
 from lightning_lowrank.measuring.sources import features
 from lightning_lowrank.measuring.sources.gradients import Gradients
 from lightning_lowrank.measuring.sources.updates import Updates
-from tests.trainings import Adversaries, Classifier, MemoryLogger
+from tests.monitors import MONITORS
+from tests.trainings import Adversaries, Classifier, MemoryLogger, logged
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features")
 FAULTY_STEPS = (2, 4)
@@ -433,3 +434,33 @@ def test_training_goes_on_after_an_interruption_as_if_nothing_had_been(interrupt
     L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(again)
 
     assert list(logger.curve("lowrank/gradient_stable_rank_median"))[-1] == 7
+
+
+# What a source is asked for in a training.
+ASKED = ["batch_begins", "gradients_final", "step_done", "sample_over", "numbers", "state_dict"]
+ESCAPES = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="it ends the user's run")
+ASKED += [pytest.param(asked, marks=ESCAPES) for asked in ("batch_over", "note")]
+
+
+@pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
+@pytest.mark.parametrize("asked", ASKED)
+def test_whatever_a_source_fails_at_training_goes_on_and_it_is_told(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("odd")
+
+    monitors = {name: make(every_n_steps=2) for name, make in MONITORS.items()}
+    sources = {name: [r.probe.source for r in monitor.recorders] for name, monitor in monitors.items()}
+    with_it = {name for name, its in sources.items() if any(hasattr(source, asked) for source in its)}
+    assert with_it
+    for source in (source for name in with_it for source in sources[name] if hasattr(source, asked)):
+        monkeypatch.setattr(source, asked, odd, raising=False)
+
+    _, alone = logged([])
+    _, module = logged(list(monitors.values()))
+
+    torch.testing.assert_close(module.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    assert module.losses == alone.losses
+    lost = {name for name, monitor in monitors.items() if monitor.failures}
+    assert lost or asked == "state_dict"

@@ -9,19 +9,21 @@ from tests.killed_runs import OUTSIDE, Evidence, drawn, evidence
 
 pytestmark = pytest.mark.slow
 
-KILLS = drawn(5, seed=3)
+KILLS = [
+    pytest.param(drawn(5, seed=3), id="five"),
+    pytest.param(drawn(20, seed=0), id="twenty", marks=pytest.mark.evidence),
+]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    """What came of five kills."""
-    return evidence(tmp_path_factory.mktemp("killed"), KILLS)
+@pytest.fixture(scope="module", params=KILLS)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    """What came of some kills."""
+    return evidence(tmp_path_factory.mktemp("killed"), request.param)
 
 
 def test_only_kills_end_a_process(found: Evidence) -> None:
-    assert [kill.moment for kill in KILLS].count(OUTSIDE) == 1
     for run in (found.lived, found.unwatched):
-        assert [life.exit_code for life in run] == [-signal.SIGKILL] * len(KILLS) + [0]
+        assert [life.exit_code for life in run] == [-signal.SIGKILL] * (len(run) - 1) + [0]
     assert found.failures == 0
 
 
@@ -42,3 +44,8 @@ def test_what_a_sample_is_compared_with_outlives_the_kill(found: Evidence) -> No
     ]
 
     assert set(gaps) == {(0, 0)}
+
+
+def test_kills_come_from_inside_and_from_outside() -> None:
+    for kills in (parameters.values[0] for parameters in KILLS):
+        assert [kill.moment for kill in kills].count(OUTSIDE) == len(kills) // 5

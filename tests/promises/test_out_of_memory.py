@@ -18,8 +18,9 @@ from lightning_lowrank import Features, Monitor, RankMonitor
 from lightning_lowrank.maths.spectra.decompose import decompose
 from lightning_lowrank.maths.spectra.subspaces import top_subspace, top_subspaces
 from lightning_lowrank.monitors.rank import OF_LAYERS, OF_PARAMETERS, SOURCES
-from tests.dispatch import SMALL, Scarce
-from tests.trainings import Classifier, MemoryLogger, Validated
+from tests.dispatch import SMALL, Scarce, within_monitors
+from tests.monitors import MONITORS
+from tests.trainings import Classifier, MemoryLogger, Validated, logged
 
 STEPS, STRIDE, SHORT = 24, 61, (2, 3, 4)
 # Bytes of a Gram matrix of 128 x 128.
@@ -29,19 +30,13 @@ LARGE = 131072
 @contextmanager
 def scarce_for_monitors(mode: Scarce) -> Iterator[None]:
     """What monitors do is done with little memory, what the user does is not."""
-    guard, add = Monitor._guard, Features._add
-
-    @contextmanager
-    def guarded(monitor: Monitor, **options: Any) -> Iterator[None]:
-        with guard(monitor, **options), mode:
-            yield
+    add = Features._add
 
     def added(*args: Any) -> None:
         with mode:
             add(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "_guard", guarded)
+    with pytest.MonkeyPatch.context() as patch, within_monitors(mode):
         patch.setattr(Features, "_add", added)
         yield
 
@@ -147,6 +142,51 @@ def test_whatever_allocation_fails_training_is_the_same_and_what_is_logged_is_tr
     torch.testing.assert_close(
         logged, {tag: {step: truth[tag][step] for step in curve} for tag, curve in logged.items()}, rtol=1e-6, atol=0
     )
+
+
+class InFewSteps(OneAfterTheOther):
+    """The same, spread over all the allocations of a sample; the first step and the last have all memory."""
+
+    def __init__(self, stride: int, last: int) -> None:
+        super().__init__()
+        self.stride, self.last, self.num_refused = stride, last, 0
+        self.mode = Scarce(self._refuses)
+
+    def _refuses(self, number: int, size: int) -> bool:
+        self.num_refused += number == self.refused
+        return number == self.refused
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.mode.count, self.refused = 0, step * self.stride if 0 < step < self.last else -1
+
+
+def finite(logger: MemoryLogger, step: int) -> set[str]:
+    """Tags that have a number at a step."""
+    return {tag for tag, curve in logger.numbers().items() if np.isfinite(curve.get(step, np.nan))}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
+@pytest.mark.parametrize("name", MONITORS)
+def test_whatever_allocation_of_any_monitor_fails_training_is_the_same_and_the_next_sample_is_whole(name: str) -> None:
+    counting, num_steps = InFewSteps(0, 0), 5
+    with within_monitors(counting.mode):
+        logged([counting, MONITORS[name](every_n_steps=1)], max_steps=1)
+    shortage, monitor = InFewSteps(max(1, counting.mode.count // num_steps), num_steps), MONITORS[name](every_n_steps=1)
+
+    with within_monitors(shortage.mode):
+        logger, module = logged([shortage, monitor], max_steps=num_steps + 1)
+    _, alone = logged([], max_steps=num_steps + 1)
+
+    torch.testing.assert_close(module.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    assert module.losses == alone.losses
+    assert counting.mode.count > num_steps
+    assert shortage.num_refused >= num_steps - 2
+    # All but what needs more than one sample before it.
+    assert len(finite(logger, num_steps) & finite(logger, 0)) >= 0.9 * len(finite(logger, 0)) > 0
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
+from tests.monitors import MONITORS, VARIANTS
 from tests.trainings import Adversaries, Ordered, Resumable, digits
 
 # The second run needs no ModelCheckpoint, and some of them have other monitors.
@@ -111,6 +112,32 @@ def test_a_run_stopped_between_epochs_and_resumed_has_the_curves_of_one_that_nev
     expected = read(tmp_path / "whole")
     assert "displacement_subspace_overlap/" in " ".join(expected)
     assert_same_curves(read(tmp_path / "first", tmp_path / "second"), expected)
+
+
+def with_all() -> list[Monitor]:
+    return [make(every_n_steps=3) for make in (MONITORS | VARIANTS).values()]
+
+
+def test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped(tmp_path: Path) -> None:
+    trained(tmp_path / "whole", with_all(), max_epochs=3)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5)
+
+    trained(tmp_path / "first", [*with_all(), checkpoint], max_steps=5)
+    trained(tmp_path / "second", with_all(), resume=saved(tmp_path / "checkpoints"), max_epochs=3)
+
+    assert_same_curves(read(tmp_path / "first", tmp_path / "second"), read(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", MONITORS | VARIANTS)
+def test_the_state_of_any_monitor_is_plain_and_goes_into_another(name: str, tmp_path: Path) -> None:
+    watching, other = ((MONITORS | VARIANTS)[name](every_n_steps=2) for _ in range(2))
+    trained(tmp_path / "run", [watching], max_epochs=1)
+    torch.save(watching.state_dict(), tmp_path / "state.pt")
+
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    assert all(plain(watching.state_dict()))
+    assert same(other.state_dict()["probes"], watching.state_dict()["probes"])
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,20 @@
 
 import json
 import math
-import subprocess
-import sys
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_lowrank import Alert, AlertEvent, ChangePointAlert, RankCollapseAlert
+from lightning_lowrank import Alert, AlertEvent, ChangePointAlert, RankCollapseAlert, RankMonitor
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.alerts.states import RuleState
+from tests.processes import together
 
 NAN = math.nan
 QUICK: dict[str, Any] = {"warm_up_samples": 3, "window": 3, "for_samples": 3, "keep_samples": 2, "cooldown_steps": 0}
@@ -400,20 +401,27 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 
+WRONG_TYPES = {
+    "Alert('weight_stable_rank', below=1.0)": "alerts.*a list of Alert",
+    "[{'quantity': 'weight_stable_rank', 'drop': 0.5}]": "alerts.*a list of Alert",
+    "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function': a function",
+}
+
+
+def refusals(rank: int, size: int, root: Path) -> list[str]:
+    """What is said of each of the wrong types."""
+    found = []
+    for rules in WRONG_TYPES:
+        with pytest.raises(ValueError, match=r"") as refused:
+            RankMonitor(alerts=eval(rules))
+        found.append(str(refused.value))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ("Alert('weight_stable_rank', below=1.0)", "a list of Alert"),
-        ("[{'quantity': 'weight_stable_rank', 'drop': 0.5}]", "a list of Alert"),
-        ("[Alert('weight_stable_rank', below=1.0, call='my.function')]", "call='my.function': a function"),
-    ],
-)
-def test_rules_of_the_wrong_type_are_refused_in_words(rules: str, message: str) -> None:
+def test_rules_of_the_wrong_type_are_refused_in_words(tmp_path: Path) -> None:
     """In a process without the type checks of the tests, which would be first."""
-    code = f"from lightning_lowrank import Alert, RankMonitor\nRankMonitor(alerts={rules})"
+    (found,) = together(refusals, tmp_path, size=1)
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-    assert f"ValueError: {'alert' if 'call' in rules else 'alerts'}" in done.stderr
-    assert message in done.stderr
+    for said, message in zip(found, WRONG_TYPES.values(), strict=True):
+        assert re.search(message, said, re.DOTALL)

@@ -118,7 +118,7 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys
 from torch import nn
 from lightning_lowrank import ConcentrationMonitor, CurvatureMonitor, Every, Features, RankMonitor
-def all_gather_object(expression):
+def said(expression):
     try:
         eval(expression)
     except Exception as error:

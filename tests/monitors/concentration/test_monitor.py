@@ -1,7 +1,6 @@
 """`ConcentrationMonitor`: who carries the learning, in real trainings."""
 
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.monitors.concentration.inequality import gini, matthew_slope, top_share
 from lightning_lowrank.monitors.concentration.source import Concentration
-from tests.dispatch import Waits
 from tests.processes import together
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
@@ -27,10 +25,8 @@ from tests.trainings import (
     Adversaries,
     Attending,
     Classifier,
-    InOrder,
     MemoryLogger,
     Tied,
-    fitted,
     half,
     trained,
 )
@@ -311,38 +307,6 @@ def test_other_ways_of_training_give_numbers(module: Callable[[], L.LightningMod
     assert values(logger, "module_count").numel() > 1
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-def test_a_resumed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    def run(epochs: int, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
-        logger, module = MemoryLogger(), InOrder(0, 1, Attending())
-        L.seed_everything(0, verbose=False)
-        module.net.load_state_dict(start)
-        settings = SILENT | {
-            "max_epochs": epochs,
-            "enable_checkpointing": bool(callbacks),
-            "default_root_dir": tmp_path,
-        }
-        L.Trainer(**settings, logger=logger, callbacks=[ConcentrationMonitor(every_n_steps=1), *callbacks]).fit(
-            module, **options
-        )
-        return logger
-
-    torch.manual_seed(0)
-    start = Attending().state_dict()
-    whole = run(4)
-    run(2, ModelCheckpoint(tmp_path / "checkpoints"))
-    (path,) = tmp_path.rglob("*.ckpt")
-    resumed = run(4, ckpt_path=path)
-
-    tags = [tag for tag in resumed.curves() if tag.startswith("concentration_")]
-    for tag in tags:
-        second = resumed.curve(tag)
-        assert second == pytest.approx(
-            {step: value for step, value in whole.curve(tag).items() if step in second}, nan_ok=True
-        ), tag
-    assert len(tags) > 80
-
-
 def test_a_reference_says_whether_the_same_units_matter(tmp_path: Path) -> None:
     first = Classifier(Attending())
     watched(first, ConcentrationMonitor(every_n_steps=1), ModelCheckpoint(tmp_path), enable_checkpointing=True)
@@ -422,79 +386,6 @@ def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, val
 
     with pytest.raises(ValueError, match=f"{option}: .*fits nothing"):
         watched(Classifier(), monitor)
-
-
-def test_a_monitor_that_has_watched_can_be_sent_to_another_process() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=4)
-    watched(Classifier(Attending()), monitor)
-
-    sent = pickle.loads(pickle.dumps(monitor))
-
-    assert sent.state_key == monitor.state_key
-    assert (
-        watched(Classifier(Attending()), sent).curves().keys()
-        == watched(Classifier(Attending()), monitor).curves().keys()
-    )
-
-
-def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=4)
-    watched(Classifier(), monitor)
-    torch.save(monitor.state_dict(), tmp_path / "state.pt")
-
-    again = ConcentrationMonitor(every_n_steps=4)
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-
-    assert_close(again.state_dict()["probes"], monitor.state_dict()["probes"], rtol=0, atol=0, equal_nan=True)
-
-
-def test_the_device_is_not_waited_for() -> None:
-    source, net, waits = Concentration(), Attending(), Waits("cpu")
-    source.plan(net)
-    for parameter in net.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    step = Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters())))
-
-    for _ in range(2):
-        with waits:
-            source.batch_begins(Batch(net, None, 0, [], Team(), 0))
-            source.gradients_final(step)
-            source.step_done(step)
-        with waits:
-            assert source.numbers(Team())
-
-    assert waits.seen == {}
-
-
-def curves(rank: int, size: int, root: Path) -> Any:
-    """What is logged in a training of several processes, or of one; not what it cost, nor the loss."""
-    L.seed_everything(0, verbose=False)
-    monitor, logger = ConcentrationMonitor(every_n_steps=1), MemoryLogger()
-    fitted(InOrder(rank, size, Attending()), [monitor], logger, size)
-    kept = {
-        tag: curve
-        for tag, curve in logger.curves().items()
-        if tag != "loss" and not tag.endswith(("_time_ms", "_percent"))
-    }
-    return {"curves": kept, "failures": monitor.failures}
-
-
-@pytest.mark.slow
-def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
-    first, second = together(curves, tmp_path)
-    alone = curves(0, 1, tmp_path)
-
-    assert first["failures"] == second["failures"] == alone["failures"] == 0
-    assert second["curves"] == {}
-    assert first["curves"].keys() == alone["curves"].keys()
-    # Ranks and slopes of a few units turn on the last digits.
-    smooth = [
-        tag
-        for tag in alone["curves"]
-        if any(end in tag for end in ("gini", "top_share", "entropy", "weight", "hamming", "importance"))
-    ]
-    for tag in smooth:
-        assert_close(first["curves"][tag], alone["curves"][tag], rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
 def sharded(rank: int, size: int, root: Path) -> Any:

@@ -201,19 +201,6 @@ def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any],
         CurvatureMonitor(**options)
 
 
-def test_a_run_that_is_resumed_keeps_its_top_directions(tmp_path: Path) -> None:
-    monitor = CurvatureMonitor("standard", top_k=2, every_n_steps=2)
-    watched(FullBatch(), monitor)
-    torch.save(monitor.state_dict(), tmp_path / "state.pt")
-    other = CurvatureMonitor("standard", top_k=2, every_n_steps=2)
-
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-
-    torch.testing.assert_close(
-        other.recorders[0].state_dict()["source"], monitor.recorders[0].state_dict()["source"], rtol=0, atol=0
-    )
-
-
 class InParts(Classifier):
     """Sees 16 digits a step, on one process or on two together."""
 
@@ -317,24 +304,6 @@ def test_the_way_from_the_start_is_held_against_the_directions_of_the_last_sampl
         way = places[step] - places[0]
         expected = (tops.found[step - 1] @ way).square().sum() / way.square().sum()
         assert logger.curve("displacement_in_top")[step] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_a_run_that_is_resumed_still_knows_where_the_first_began(tmp_path: Path) -> None:
-    def run(epochs: int, start: Path | None) -> MemoryLogger:
-        logger = MemoryLogger()
-        monitor = CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1)
-        options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "max_epochs": epochs}
-        trainer = L.Trainer(**options, logger=logger, callbacks=[monitor])
-        trainer.fit(FullBatch(), ckpt_path=start)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return logger
-
-    run(3, None)
-    resumed = run(6, tmp_path / "last.ckpt").curve("displacement_in_top")
-
-    whole = run(6, None).curve("displacement_in_top")
-    assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-3)
-    assert list(resumed) == [3, 4, 5]
 
 
 class Detached(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """`MultifractalMonitor`: the multifractal statistics of weights, in real trainings."""
 
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -463,29 +462,6 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
     whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1))
     assert 0 < logger.curve("neuromfa_width_error")[0] < logger.curve("neuromfa_width")[0]
     assert not [tag for tag in whole.curves() if "_error" in tag]
-
-
-@pytest.mark.parametrize("mode", ["rank", "neuromfa"])
-def test_a_monitor_that_has_watched_can_be_sent_to_another_process(mode: Any) -> None:
-    monitor = MultifractalMonitor(mode, every_n_steps=4)
-    watched(mlp(), monitor)
-
-    sent = pickle.loads(pickle.dumps(monitor))
-
-    assert sent.state_key == monitor.state_key
-    assert watched(mlp(), sent).curves().keys() == watched(mlp(), monitor).curves().keys()
-
-
-@pytest.mark.parametrize("mode", ["rank", "neuromfa"])
-def test_a_checkpoint_loads_with_weights_only(mode: Any, tmp_path: Path) -> None:
-    monitor = MultifractalMonitor(mode, every_n_steps=4)
-    watched(mlp(), monitor)
-    torch.save(monitor.state_dict(), tmp_path / "state.pt")
-
-    again = MultifractalMonitor(mode, every_n_steps=4)
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-
-    assert_close(again.state_dict()["probes"], monitor.state_dict()["probes"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [Multifractal, NeuroMFA])

@@ -1,0 +1,265 @@
+"""Mistakes that are planted into a copy of the package one at a time, each with the tests that must fail for it.
+
+python -m tests.planted            # all of them: a table, and an exit status of 1 if one is not caught
+python -m tests.planted scale      # those with the word in their names
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("lightning_lowrank", "tests", "benchmarks", "examples", "conftest.py", "pyproject.toml", "README.md")
+
+
+# No test is known to fail: go on after the first that does.
+ANY: list[str] = []
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake.
+
+    Attributes:
+        file: Of the package.
+        old: Regular expression of what it takes the place of; white space stands for any.
+        new: What is there instead.
+        tests: What must fail.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def planted(self, text: str) -> str | None:
+        """The text with the mistake in it; None where there is nothing to take the place of."""
+        pattern = re.compile(re.sub(r"\s+", r"\\s+", self.old.strip()))
+        return pattern.sub(lambda match: match.expand(self.new), text, count=1) if pattern.search(text) else None
+
+
+PROMISES, MATHS = "tests/promises/", "tests/maths/"
+NEUTRAL, PAIRS, RESUME = PROMISES + "test_neutrality.py", PROMISES + "test_pairs.py", PROMISES + "test_resume.py"
+ALL_AT_ONCE = NEUTRAL + "::test_training_is_the_same_with_all_monitors_at_once"
+MATRIX = PROMISES + "test_fault_matrix.py"
+
+MISTAKES: dict[str, Mistake] = {
+    # What training looks like from outside
+    "a hook of the optimizer is left": Mistake(
+        "watching/watch.py", r"for hook in self\._hooks: hook\.remove\(\)", "pass", (f"{ALL_AT_ONCE}[plain]",)
+    ),
+    "random numbers are not put back": Mistake(
+        "loss/replay.py",
+        r"with torch\.random\.fork_rng\(range\([^:]*:",
+        "if True:",
+        (f"{ALL_AT_ONCE}[dropout and batch norm]",),
+    ),
+    "Python's generator is not put back": Mistake(
+        "loss/replay.py",
+        r"random\.setstate\(states\[0\]\)",
+        "pass",
+        (f"{NEUTRAL}::test_random_numbers_of_python_are_the_same",),
+    ),
+    "a replay moves the buffers of batch normalisation": Mistake(
+        "loss/snapshot.py",
+        r"self\._undo\.callback\(buffer\.data\.copy_, buffer\.detach\(\)\.clone\(\)\)",
+        "pass",
+        (f"{ALL_AT_ONCE}[dropout and batch norm]",),
+    ),
+    "a replay leaves its gradients": Mistake(
+        "loss/snapshot.py", r"tensor\.grad = gradient", "pass", ("tests/loss/test_snapshot.py",)
+    ),
+    "what fails in a monitor ends the run": Mistake(
+        "watching/watch.py",
+        r"except Exception as error: lost =",
+        "except ZeroDivisionError as error:\n                lost =",
+        (PROMISES + "test_faults.py::test_whatever_a_source_fails_at_training_goes_on_and_it_is_told",),
+    ),
+    # When things are read
+    "gradients keep the factor of a GradScaler": Mistake(
+        "measuring/sources/gradients.py",
+        r"matrices\.to\((torch\.promote_types\(matrices\.dtype, scale\.dtype\))\) / scale",
+        r"matrices.to(\1)",
+        ("tests/measuring/test_sources.py",),
+    ),
+    "a gradient that is none is read as zero": Mistake(
+        "measuring/sources/gradients.py",
+        r"if all\(p\.grad is None for p in site\.parameters\):",
+        "if False:",
+        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+    ),
+    "the update is taken the wrong way round": Mistake(
+        "measuring/parameter_source.py",
+        r"promote_types\(now\.dtype, torch\.float32\)\) - before",
+        "promote_types(now.dtype, torch.float32)) + before",
+        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+    ),
+    "differences of half precision are rounded again": Mistake(
+        "measuring/parameter_source.py",
+        r"return now\.to\(torch\.promote_types\(now\.dtype, torch\.float32\)\) - before",
+        "return now - before",
+        ("tests/watching/test_changing_modules.py",),
+    ),
+    "the weights before the step are not copied": Mistake(
+        "measuring/sources/updates.py",
+        r"value\.clone\(\) for value",
+        "value for value",
+        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+    ),
+    "the rows of a site that failed stay in the pool": Mistake(
+        "measuring/sources/features.py",
+        r"self\._grams\.pop\(name, None\) raise",
+        "raise",
+        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+    ),
+    "rows that are pooled replace those before": Mistake(
+        "measuring/sources/features.py",
+        r"if name not in self\._grams: self\._grams",
+        "if True:\n            self._grams",
+        ("tests/measuring/test_features.py",),
+    ),
+    "an optimizer that has stepped is still awaited": Mistake(
+        "measuring/sampling.py",
+        r"self\._pending\.discard\(index\)",
+        "pass",
+        (f"{RESUME}::test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped", RESUME),
+    ),
+    "a resumed run forgets the sample in the making": Mistake(
+        "measuring/sampling.py",
+        r"self\._pending &= \{int\(index\) for index in state\[\"optimizers\"\]\}",
+        "pass",
+        (f"{RESUME}::test_a_sample_that_waits_for_an_optimizer_goes_on_in_the_resumed_run",),
+    ),
+    # Formulas
+    "the empirical Fisher is a sum and no mean": Mistake(
+        "maths/operators/operators.py",
+        r"output_size=len\(gradients\)\) / len\(gradients\)",
+        "output_size=len(gradients))",
+        (MATHS + "test_operators.py",),
+    ),
+    "rows of an example are not averaged": Mistake(
+        "maths/operators/operators.py",
+        r"\.view\(num_examples, rows_each\)\.mean\(-1\)",
+        ".view(num_examples, rows_each).sum(-1)",
+        (MATHS + "test_operators.py",),
+    ),
+    "energies in the place of values in the effective rank": Mistake(
+        "statistics/effective_rank.py",
+        r"perplexity\(spectrum\.unit, ",
+        "perplexity(spectrum.unit_energies, ",
+        ("tests/statistics/test_effective_rank.py",),
+    ),
+    "the participation ratio is not squared": Mistake(
+        "statistics/participation_ratio.py",
+        r"energies\.sum\(-1\)\.square\(\)",
+        "energies.sum(-1)",
+        ("tests/statistics/test_participation_ratio.py",),
+    ),
+    "the Gini index counts from the other end": Mistake(
+        "monitors/concentration/inequality.py",
+        r"torch\.arange\(1 - n, n, 2",
+        "torch.arange(2 - n, n + 1, 2",
+        ("tests/monitors/concentration/test_inequality.py",),
+    ),
+    "a Gram matrix of the wrong side": Mistake(
+        "maths/spectra/spectrum.py",
+        r"short @ short\.mH, scale",
+        "short.mH @ short, scale",
+        (MATHS + "test_spectrum.py",),
+    ),
+    "the gradient of a loss keeps its graph": Mistake(
+        "maths/operators/operators.py",
+        r"_flat\(\[g\.detach\(\) for g in gradient\], dtype\)",
+        "_flat(list(gradient), dtype)",
+        (MATHS + "test_operators.py", f"{PAIRS}::test_numbers_beside_another_are_those_alone[curvature-rank]"),
+    ),
+    # Alerts
+    "an alert looks on the wrong side of its threshold": Mistake(
+        "reports/alerts/states.py",
+        r"subject - threshold if upper else threshold - subject",
+        "threshold - subject if upper else subject - threshold",
+        ("tests/reports/test_alerts.py",),
+    ),
+    "an alert fires on what is within its error": Mistake(
+        "reports/alerts/states.py",
+        r"doubt = error if self\.state == \"firing\" else -error",
+        "doubt = error",
+        ("tests/reports/test_alerts.py",),
+    ),
+    "an alert fires one sample late": Mistake(
+        "reports/alerts/states.py",
+        r"self\.in_a_row >= rule\.for_samples",
+        "self.in_a_row > rule.for_samples",
+        ("tests/reports/test_alerts.py",),
+    ),
+    # Several processes
+    "a mean over processes in the place of a sum": Mistake(
+        "distributed/team.py",
+        r"dist\.all_reduce\(tensor\) return tensor",
+        "dist.all_reduce(tensor)\n            return tensor / self.size\n        return tensor",
+        (
+            PROMISES
+            + "test_data_parallel.py::test_two_processes_log_with_any_monitor_what_one_does_and_train_as_unwatched",
+        ),
+    ),
+}
+
+
+def copy_of_the_tree(folder: Path) -> None:
+    """What the tests need, without version control."""
+    for name in COPIED:
+        source = ROOT / name
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, folder / name, ignore=skip) if source.is_dir() else shutil.copy(source, folder / name)
+
+
+def failing(folder: Path, tests: tuple[str, ...], known: Sequence[str]) -> list[str]:
+    """The tests that fail, besides those that are known to."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    options = ["-n0", "-q", "-p", "no:cacheprovider", *(f"--deselect={test}" for test in known)]
+    command = [sys.executable, "-m", "pytest", *options, *(["-x"] if known is not ANY else []), *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return re.findall(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - .*)?$", done.stdout, re.M)
+
+
+def verdict(folder: Path, mistake: Mistake) -> tuple[bool, str]:
+    """Whether it is caught, and by what."""
+    path = folder / "lightning_lowrank" / mistake.file
+    sound = path.read_text() if path.exists() else ""
+    text = mistake.planted(sound)
+    if text is None:
+        return False, f"its place in {mistake.file} is gone"
+    before = failing(folder, mistake.tests, ANY)
+    path.write_text(text)
+    found = failing(folder, mistake.tests, before)
+    path.write_text(sound)
+    also = f" ({len(before)} fail without it)" if before else ""
+    return bool(found), (found[0] if found else "not caught") + also
+
+
+def main() -> None:
+    """Plant each mistake in turn."""
+    wanted = {name: m for name, m in MISTAKES.items() if all(word in name for word in sys.argv[1:])}
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_of_the_tree(folder)
+        for title, mistake in wanted.items():
+            is_caught, by = verdict(folder, mistake)
+            missed += not is_caught
+            sys.stdout.write(f"{'caught' if is_caught else 'MISSED'}  {title:55}  {by}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(wanted) - missed} of {len(wanted)} caught\n")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
