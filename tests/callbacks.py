@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.loss.replay import Replay
+from lightning_lowrank.watching.trainer import TrainerTraining
 
 
 def curvature(loss: Tensor, module: nn.Module) -> Tensor:
@@ -43,7 +44,7 @@ class Replaying(L.Callback):
     ) -> None:
         if batch_idx % self.every:
             return
-        with self.replay(trainer, pl_module) as seen:
+        with self.replay(TrainerTraining(trainer, pl_module)) as seen:
             self.losses.append(seen.loss.item())
             self.curvatures.append(curvature(seen.loss, pl_module).item())
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ class Mistake:
 PROMISES, MATHS = "tests/promises/", "tests/maths/"
 NEUTRAL, PAIRS, RESUME = PROMISES + "test_neutrality.py", PROMISES + "test_pairs.py", PROMISES + "test_resume.py"
 ALL_AT_ONCE = NEUTRAL + "::test_training_is_the_same_with_all_monitors_at_once"
-MATRIX = PROMISES + "test_fault_matrix.py"
+NUMBERS = PROMISES + "test_fault_matrix.py::test_a_number_is_that_of_what_was_there_or_is_missing"
 
 MISTAKES: dict[str, Mistake] = {
     # What training looks like from outside
@@ -79,56 +80,56 @@ MISTAKES: dict[str, Mistake] = {
         "watching/watch.py",
         r"except Exception as error: lost =",
         "except ZeroDivisionError as error:\n                lost =",
-        (PROMISES + "test_faults.py::test_whatever_a_source_fails_at_training_goes_on_and_it_is_told",),
+        (PROMISES + "test_faults.py::test_whatever_fails_in_taking_a_sample_training_goes_on",),
     ),
     # When things are read
     "gradients keep the factor of a GradScaler": Mistake(
         "measuring/sources/gradients.py",
         r"matrices\.to\((torch\.promote_types\(matrices\.dtype, scale\.dtype\))\) / scale",
         r"matrices.to(\1)",
-        ("tests/measuring/test_sources.py",),
+        ("tests/measuring/test_sources.py::test_gradients_under_a_scaler_are_unscaled",),
     ),
     "a gradient that is none is read as zero": Mistake(
         "measuring/sources/gradients.py",
         r"if all\(p\.grad is None for p in site\.parameters\):",
         "if False:",
-        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+        (f"{NUMBERS}[gradients-none]",),
     ),
     "the update is taken the wrong way round": Mistake(
         "measuring/parameter_source.py",
         r"promote_types\(now\.dtype, torch\.float32\)\) - before",
         "promote_types(now.dtype, torch.float32)) + before",
-        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+        (f"{NUMBERS}[updates-zero]",),
     ),
     "differences of half precision are rounded again": Mistake(
         "measuring/parameter_source.py",
         r"return now\.to\(torch\.promote_types\(now\.dtype, torch\.float32\)\) - before",
         "return now - before",
-        ("tests/watching/test_changing_modules.py",),
+        ("tests/watching/test_changing_modules.py::test_differences_of_half_precision_weights_are_not_rounded_again",),
     ),
     "the weights before the step are not copied": Mistake(
         "measuring/sources/updates.py",
         r"value\.clone\(\) for value",
         "value for value",
-        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+        (f"{NUMBERS}[updates-zero]",),
     ),
     "the rows of a site that failed stay in the pool": Mistake(
         "measuring/sources/features.py",
         r"self\._grams\.pop\(name, None\) raise",
         "raise",
-        (f"{MATRIX}::test_a_number_is_that_of_what_was_there_or_is_missing",),
+        (f"{NUMBERS}[features-resized]",),
     ),
     "rows that are pooled replace those before": Mistake(
         "measuring/sources/features.py",
         r"if name not in self\._grams: self\._grams",
         "if True:\n            self._grams",
-        ("tests/measuring/test_features.py",),
+        ("tests/measuring/test_features.py::test_rows_are_pooled_over_an_accumulation_window",),
     ),
     "an optimizer that has stepped is still awaited": Mistake(
         "measuring/sampling.py",
         r"self\._pending\.discard\(index\)",
         "pass",
-        (f"{RESUME}::test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped", RESUME),
+        (f"{RESUME}::test_a_sample_that_waits_for_an_optimizer_goes_on_in_the_resumed_run",),
     ),
     "a resumed run forgets the sample in the making": Mistake(
         "measuring/sampling.py",
@@ -226,8 +227,14 @@ def failing(folder: Path, tests: tuple[str, ...], known: Sequence[str]) -> list[
     command = [sys.executable, "-m", "pytest", *options, *(["-x"] if known is not ANY else []), *tests]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
-        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+        raise RuntimeError(done.stdout[-500:] + done.stderr[-500:])
     return re.findall(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - .*)?$", done.stdout, re.M)
+
+
+@cache
+def failing_without(folder: Path, tests: tuple[str, ...]) -> list[str]:
+    """What fails in the sound tree."""
+    return failing(folder, tests, ANY)
 
 
 def verdict(folder: Path, mistake: Mistake) -> tuple[bool, str]:
@@ -237,10 +244,14 @@ def verdict(folder: Path, mistake: Mistake) -> tuple[bool, str]:
     text = mistake.planted(sound)
     if text is None:
         return False, f"its place in {mistake.file} is gone"
-    before = failing(folder, mistake.tests, ANY)
+    before = failing_without(folder, mistake.tests)
     path.write_text(text)
-    found = failing(folder, mistake.tests, before)
-    path.write_text(sound)
+    try:
+        found = failing(folder, mistake.tests, before)
+    except RuntimeError as error:
+        return False, f"no test is left: {' '.join(str(error).split())}; failing without it: {before}"
+    finally:
+        path.write_text(sound)
     also = f" ({len(before)} fail without it)" if before else ""
     return bool(found), (found[0] if found else "not caught") + also
 

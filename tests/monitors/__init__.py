@@ -63,12 +63,19 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
 
 TWICE, NTKS = ("curvature", "curvature, full, fixed"), ("ntk", "ntk as in training")
 BY_HAND = r"manual optimization.*loss_fn"
+# Cases whose activations are functions.
+WITHOUT_ACTIVATIONS = (
+    *("dropout and batch norm", "validation", "two optimizers by hand", "two optimizers in turn", "tied weights"),
+    *("spectral norm", "activation checkpointing", "reentrant checkpoint", "fused attention", "LSTM"),
+)
 ENCODER = r"fast path that nn\.TransformerEncoderLayer takes.*match layers outside of it"
 # (monitor, case of `tests.trainings.CASES` or `COMPILED`) -> what it says before training.
 REFUSED: dict[tuple[str, str], str] = {
     ("anatomy", "spectral norm"): "not complex, sharded or parametrised",
     ("rank", "fused attention"): ENCODER,
     **{(name, case): BY_HAND for name in ("curvature", "ntk") for case in LOSSES},
+    **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
+    **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
 }

@@ -464,3 +464,17 @@ def test_whatever_a_source_fails_at_training_goes_on_and_it_is_told(
     assert module.losses == alone.losses
     lost = {name for name, monitor in monitors.items() if monitor.failures}
     assert lost or asked == "state_dict"
+
+
+@pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
+@pytest.mark.parametrize("part", ["batch_begins", "gradients_final", "batch_over", "report"])
+def test_whatever_fails_in_taking_a_sample_training_goes_on(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("odd")
+
+    _, alone = logged([])
+    monkeypatch.setattr(Sampling, part, odd)
+
+    _, module = logged([make(every_n_steps=2) for make in MONITORS.values()])
+
+    torch.testing.assert_close(module.state_dict(), alone.state_dict(), rtol=0, atol=0)

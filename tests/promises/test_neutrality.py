@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.callbacks import Inline, Replaying
-from tests.monitors import BY_HAND, INCOMPLETE, MONITORS, REFUSED, VARIANTS, watchers
+from tests.monitors import BY_HAND, INCOMPLETE, MONITORS, REFUSED, watchers
 from tests.processes import together
 from tests.trainings import CASES, COMPILED, LOSSES, QUIET, Classifier, ImageNet, Validated, half, trained, unwatched
 
@@ -35,8 +35,10 @@ def test_training_is_the_same_with_all_monitors_at_once(case: str, tmp_path: Pat
         assert (monitor.failures > 0) == ((name, case) in INCOMPLETE), name
 
 
-@pytest.mark.parametrize("case", FEW)
-@pytest.mark.parametrize("name", MONITORS | VARIANTS)
+ALONE = [(name, case) for case in FEW for name in watchers(case)]
+
+
+@pytest.mark.parametrize(("name", "case"), ALONE)
 def test_training_is_the_same_with_each_alone(name: str, case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
     monitors = watchers(case, name)
