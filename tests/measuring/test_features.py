@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from lightning_lowrank import Every, Features, Monitor, Probe
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.oracles.spectra import RANKS
 from tests.trainings import Checkpointed, Classifier, ImageNet, MemoryLogger, Validated, convnext, gpt2, swin
 
@@ -63,7 +64,7 @@ def run(
 ) -> MemoryLogger:
     """What a monitor of that source logs while the module trains."""
     logger = MemoryLogger()
-    monitor = Monitor([Probe(source.name, source, STATISTICS, Every(every))], per_site=True)
+    monitor = Monitor([Probe(source.name, source, STATISTICS, Every(every))], per_site=True, detail="all")
     quiet = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -241,7 +242,7 @@ def test_an_unknown_stage_is_refused() -> None:
 
 def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> dict[str, Any]:
     """Shapes of the matrices that a sample of these batches gives, by label; hooks taken away."""
-    source.plan(module)
+    source.plan(LoopTraining(module))
     for batch in batches:
         source.batch_begins(Batch(module, None, 0, [], Team(), 0))
         module(batch)
@@ -263,7 +264,7 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
 
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:
     source, module = Features(), Classifier()
-    source.plan(module)
+    source.plan(LoopTraining(module))
     source.batch_begins(Batch(module, None, 0, [], Team(), 0))
     module(torch.ones(3, 64))
     source.detach()

@@ -31,7 +31,7 @@ class Losses(NumberSource):
         self.loss: Tensor | None = None
         self.module: nn.Module | None = None
 
-    def plan(self, module: nn.Module) -> None:
+    def plan(self, training: Training) -> None:
         self.module = module
 
     def labels(self) -> Sequence[str]:
@@ -51,7 +51,7 @@ class Losses(NumberSource):
 def watched(**options: Any) -> tuple[Monitor, Classifier, MemoryLogger]:
     names = [quantity.name for quantity in Losses().quantities]
     given = {key: options.pop(key) for key in ("alerts", "name", "per_site") if key in options}
-    monitor = Monitor([Probe("loss", Losses(), names, Every(2))], **given)
+    monitor = Monitor([Probe("loss", Losses(), names, Every(2))], **given, detail="all")
     module, logger = Classifier(), MemoryLogger()
     silent: dict[str, Any] = {
         "enable_progress_bar": False,
@@ -77,7 +77,7 @@ def test_a_number_of_each_site_has_curves_and_summaries() -> None:
     sites = [tag for tag in logger.curves() if tag.startswith("gradient_size/")]
     assert sites == [f"gradient_size/{name}" for name, _ in module.named_parameters()]
     last = [logger.curve(tag)[6] for tag in sites]
-    assert logger.curve("lowrank/gradient_size_max")[6] == max(last)
+    assert logger.curve("rank/gradient_size_max")[6] == max(last)
 
 
 def test_only_what_is_estimated_has_an_error() -> None:
@@ -96,7 +96,7 @@ def test_a_loss_is_what_the_user_computed_whatever_the_accumulation() -> None:
 def test_a_prefix_stands_before_every_quantity() -> None:
     _, _, logger = watched(name="mine")
 
-    assert {"mine_loss", "mine_log_loss", "mine_log_loss_error", "lowrank/mine_gradient_size_max"} < set(
+    assert {"mine_loss", "mine_log_loss", "mine_log_loss_error", "monitor/mine_gradient_size_max"} < set(
         logger.curves()
     )
 

@@ -66,7 +66,7 @@ def run(
     """What a monitor of these sources logs while the module trains for an epoch."""
     logger = MemoryLogger()
     monitor = Monitor(
-        [Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True
+        [Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True, detail="all"
     )
     quiet = {
         "enable_progress_bar": False,

@@ -18,6 +18,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.monitors.concentration.inequality import gini, matthew_slope, top_share
 from lightning_lowrank.monitors.concentration.source import Concentration
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.processes import together
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
@@ -66,7 +67,7 @@ def watched(module: L.LightningModule, monitor: Monitor, *callbacks: L.Callback,
 
 
 def values(logger: MemoryLogger, tag: str) -> Tensor:
-    return torch.tensor(list(logger.curve(f"concentration_{tag}").values()), dtype=torch.float64)
+    return torch.tensor(list(logger.curve(f"concentration/{tag}").values()), dtype=torch.float64)
 
 
 def gates(seen: Seen, name: str, count: int) -> Tensor:
@@ -81,7 +82,7 @@ def gates(seen: Seen, name: str, count: int) -> Tensor:
 def test_heads_and_neurons_are_judged_by_their_gates() -> None:
     seen = Seen()
 
-    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=1), seen)
+    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=1, detail="all"), seen)
 
     for unit, name, count in (("head", "net.out.weight", 2), ("neuron", "net.mlp.2.weight", 64)):
         importance = gates(seen, name, count)
@@ -96,7 +97,9 @@ def test_heads_and_neurons_are_judged_by_their_gates() -> None:
 def test_modules_are_judged_by_mean_squares_of_gradient_and_update() -> None:
     seen = Seen()
 
-    logger = watched(Classifier(), ConcentrationMonitor(["module"], ["gradient", "update"], every_n_steps=1), seen)
+    logger = watched(
+        Classifier(), ConcentrationMonitor(["module"], ["gradient", "update"], every_n_steps=1, detail="all"), seen
+    )
 
     updates = [
         {name: after[name] - before[name] for name in after}
@@ -114,7 +117,9 @@ def test_modules_are_judged_by_mean_squares_of_gradient_and_update() -> None:
 def test_growth_is_held_against_the_samples_before_without_itself() -> None:
     seen = Seen()
 
-    logger = watched(Classifier(Attending()), ConcentrationMonitor(["neuron"], ["gate"], every_n_steps=1), seen)
+    logger = watched(
+        Classifier(Attending()), ConcentrationMonitor(["neuron"], ["gate"], every_n_steps=1, detail="all"), seen
+    )
 
     importance = gates(seen, "net.mlp.2.weight", 64)
     found = values(logger, "neuron_gate_matthew_slope")
@@ -126,7 +131,9 @@ def test_growth_is_held_against_the_samples_before_without_itself() -> None:
 def test_directions_are_the_squared_singular_values_of_all_matrices() -> None:
     seen = Seen()
 
-    logger = watched(Classifier(), ConcentrationMonitor(["direction"], ["gradient"], every_n_steps=1), seen)
+    logger = watched(
+        Classifier(), ConcentrationMonitor(["direction"], ["gradient"], every_n_steps=1, detail="all"), seen
+    )
 
     spectra = [
         torch.cat([torch.linalg.svdvals(g[f"net.{i}.weight"]).square() / g[f"net.{i}.weight"].numel() for i in (0, 2)])
@@ -141,7 +148,7 @@ def test_directions_are_the_squared_singular_values_of_all_matrices() -> None:
 def test_masks_are_those_of_the_weights_before_the_step() -> None:
     seen = Seen()
 
-    logger = watched(Classifier(), ConcentrationMonitor(every_n_steps=1, densities=[0.25]), seen)
+    logger = watched(Classifier(), ConcentrationMonitor(every_n_steps=1, densities=[0.25], detail="all"), seen)
 
     flat = [torch.cat([w[f"net.{i}.weight"].flatten() for i in (0, 2)]).abs() for w in seen.before]
     masks = [row >= row.sort().values[-round(0.25 * len(row))] for row in flat]
@@ -161,7 +168,7 @@ class Settling(Classifier):
 
 
 def test_a_settled_mask_is_an_event() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])], detail="all")
 
     watched(Settling(), monitor)
 
@@ -170,7 +177,7 @@ def test_a_settled_mask_is_an_event() -> None:
 
 @pytest.mark.parametrize("rate", [1e-5, 1e-2])
 def test_samples_close_together_are_no_settled_mask(rate: float) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])], detail="all")
 
     watched(Classifier(lr=rate), monitor, max_epochs=3)
 
@@ -178,7 +185,7 @@ def test_samples_close_together_are_no_settled_mask(rate: float) -> None:
 
 
 def test_a_model_of_any_size_has_about_a_hundred_numbers() -> None:
-    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=4))
+    logger = watched(Classifier(Attending()), ConcentrationMonitor(every_n_steps=4, detail="all"))
 
     tags = [tag for tag in logger.curves() if "concentration" in tag]
     assert len(tags) < 140
@@ -187,7 +194,7 @@ def test_a_model_of_any_size_has_about_a_hundred_numbers() -> None:
 def of(net: nn.Module, fill: float | None, **options: Any) -> dict[str, float]:
     """Numbers of one sample in which all gradients have one value, or are as they come."""
     source, optimizer = Concentration(**options), torch.optim.SGD(net.parameters(), lr=0.1)
-    source.plan(net)
+    source.plan(LoopTraining(net))
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter) if fill is None else torch.full_like(parameter, fill)
     step = Step(optimizer, frozenset(map(id, net.parameters())))
@@ -231,7 +238,7 @@ def test_a_step_that_is_not_finite_enters_no_account() -> None:
         nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 2)),
     )
     step = Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters())))
-    source.plan(net)
+    source.plan(LoopTraining(net))
     states = []
     for fill in (1.0, math.inf, 2.0):
         for parameter in net.parameters():
@@ -247,7 +254,7 @@ def test_a_layer_of_another_size_begins_anew() -> None:
     source = Concentration(["neuron"], ["gate"], densities=[0.5])
     for width in (8, 8, 12):
         net = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
-        source.plan(net)
+        source.plan(LoopTraining(net))
         for parameter in net.parameters():
             parameter.grad = torch.randn_like(parameter)
         source.batch_begins(Batch(net, None, 0, [], Team(), 0))
@@ -264,7 +271,7 @@ def test_what_goes_wrong_in_a_sample_costs_its_numbers_only(monkeypatch: pytest.
         raise RuntimeError("odd")
 
     without = trained(Classifier, {}, [], tmp_path / "without")
-    monitor = ConcentrationMonitor(every_n_steps=2)
+    monitor = ConcentrationMonitor(every_n_steps=2, detail="all")
     monkeypatch.setattr(Concentration, "gradients_final", odd)
     with pytest.warns(UserWarning, match="RuntimeError: odd"):
         with_it = trained(Classifier, {}, [monitor], tmp_path / "with")
@@ -277,7 +284,7 @@ def test_frozen_and_unused_layers_are_left_out() -> None:
     net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10))
     net[2].requires_grad_(False)
 
-    logger = watched(Classifier(net), ConcentrationMonitor(every_n_steps=4))
+    logger = watched(Classifier(net), ConcentrationMonitor(every_n_steps=4, detail="all"))
 
     assert values(logger, "module_count").tolist() == [2, 2]
     assert values(logger, "neuron_count").tolist() == [12, 12]
@@ -285,13 +292,15 @@ def test_frozen_and_unused_layers_are_left_out() -> None:
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"plugins": half()}, {"precision": "bf16-mixed"}])
 def test_accumulation_and_half_precision_give_numbers(options: dict[str, Any]) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1)
+    monitor = ConcentrationMonitor(every_n_steps=1, detail="all")
 
     logger = watched(Classifier(Attending(), optimizer="sgd", lr=0.01), monitor, **options)
 
     assert monitor.failures == 0
     assert values(logger, "neuron_gate_gini")[-1] > 0
-    reference = watched(Classifier(Attending(), optimizer="sgd", lr=0.01), ConcentrationMonitor(every_n_steps=1))
+    reference = watched(
+        Classifier(Attending(), optimizer="sgd", lr=0.01), ConcentrationMonitor(every_n_steps=1, detail="all")
+    )
     if "plugins" in options:  # the scale of the loss is taken out, and the first steps are skipped
         heads = values(logger, "head_importance/net.out.h0")
         assert heads[0] / values(reference, "head_importance/net.out.h0")[0] < 10
@@ -299,7 +308,7 @@ def test_accumulation_and_half_precision_give_numbers(options: dict[str, Any]) -
 
 @pytest.mark.parametrize("module", [lambda: Adversaries(every=3), lambda: Classifier(Tied())])
 def test_other_ways_of_training_give_numbers(module: Callable[[], L.LightningModule]) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=2)
+    monitor = ConcentrationMonitor(every_n_steps=2, detail="all")
 
     logger = watched(module(), monitor)
 
@@ -309,37 +318,47 @@ def test_other_ways_of_training_give_numbers(module: Callable[[], L.LightningMod
 
 def test_a_reference_says_whether_the_same_units_matter(tmp_path: Path) -> None:
     first = Classifier(Attending())
-    watched(first, ConcentrationMonitor(every_n_steps=1), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    watched(
+        first, ConcentrationMonitor(every_n_steps=1, detail="all"), ModelCheckpoint(tmp_path), enable_checkpointing=True
+    )
     (path,) = tmp_path.glob("*.ckpt")
     second = Classifier(Attending(), lr=1e-4)
     second.load_state_dict(first.state_dict())
 
-    logger = watched(second, ConcentrationMonitor(every_n_steps=1, reference=path))
+    logger = watched(second, ConcentrationMonitor(every_n_steps=1, reference=path, detail="all"))
 
     assert values(logger, "neuron_gate_rank_reference")[-1] > 0.3
     assert values(logger, "neuron_gate_overlap_reference")[-1] > values(logger, "neuron_gate_overlap_chance")[-1]
 
 
 def test_a_reference_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
-    watched(Classifier(), ConcentrationMonitor(every_n_steps=4), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    watched(
+        Classifier(),
+        ConcentrationMonitor(every_n_steps=4, detail="all"),
+        ModelCheckpoint(tmp_path),
+        enable_checkpointing=True,
+    )
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match=r"reference.*none in common"):
-        watched(Classifier(Attending()), ConcentrationMonitor(reference=path))
+        watched(Classifier(Attending()), ConcentrationMonitor(reference=path, detail="all"))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an unknown unit": (lambda _: ConcentrationMonitor(["layer"]), "units=.*layer.*module"),
-    "no unit": (lambda _: ConcentrationMonitor([]), "units=.*one or more"),
-    "a string": (lambda _: ConcentrationMonitor("head"), "units='head'"),
-    "an unknown signal": (lambda _: ConcentrationMonitor(signals=["loss"]), "signals=.*loss.*gate"),
-    "gates of modules": (lambda _: ConcentrationMonitor(["module"], ["gate"]), "have no gates"),
-    "a density of one": (lambda _: ConcentrationMonitor(densities=[1.0]), "densities=.*below 1"),
-    "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5]), "densities=.*different"),
-    "no file": (lambda root: ConcentrationMonitor(reference=root / "none.ckpt"), "none.ckpt.*FileNotFoundError"),
-    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0), "n=0.*at least 1"),
+    "an unknown unit": (lambda _: ConcentrationMonitor(["layer"], detail="all"), "units=.*layer.*module"),
+    "no unit": (lambda _: ConcentrationMonitor([], detail="all"), "units=.*one or more"),
+    "a string": (lambda _: ConcentrationMonitor("head", detail="all"), "units='head'"),
+    "an unknown signal": (lambda _: ConcentrationMonitor(signals=["loss"], detail="all"), "signals=.*loss.*gate"),
+    "gates of modules": (lambda _: ConcentrationMonitor(["module"], ["gate"], detail="all"), "have no gates"),
+    "a density of one": (lambda _: ConcentrationMonitor(densities=[1.0], detail="all"), "densities=.*below 1"),
+    "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5], detail="all"), "densities=.*different"),
+    "no file": (
+        lambda root: ConcentrationMonitor(reference=root / "none.ckpt", detail="all"),
+        "none.ckpt.*FileNotFoundError",
+    ),
+    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0, detail="all"), "n=0.*at least 1"),
     "a cadence and a budget": (
-        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01),
+        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01, detail="all"),
         "every_n_steps=2 and max_overhead",
     ),
 }
@@ -354,27 +373,32 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str, tmp_path: Path) 
 
 
 def test_a_reference_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
-    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4)
+    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4, detail="all")
     watched(Classifier(), monitor, ModelCheckpoint(tmp_path), enable_checkpointing=True)
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match="watched without gates of heads or neurons"):
-        ConcentrationMonitor(reference=path)
+        ConcentrationMonitor(reference=path, detail="all")
 
 
 def test_a_reference_for_a_monitor_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
-    watched(Classifier(), ConcentrationMonitor(every_n_steps=4), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    watched(
+        Classifier(),
+        ConcentrationMonitor(every_n_steps=4, detail="all"),
+        ModelCheckpoint(tmp_path),
+        enable_checkpointing=True,
+    )
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match=r"signals=\['gradient'\] have none of these"):
-        ConcentrationMonitor(signals=["gradient"], reference=path)
+        ConcentrationMonitor(signals=["gradient"], reference=path, detail="all")
 
 
 def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> None:
     torch.save({"callbacks": {"other": {}}}, tmp_path / "other.ckpt")
 
     with pytest.raises(ValueError, match=r"no ConcentrationMonitor watched that run.*other"):
-        ConcentrationMonitor(reference=tmp_path / "other.ckpt")
+        ConcentrationMonitor(reference=tmp_path / "other.ckpt", detail="all")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +406,7 @@ def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> No
     [("match", "*.attention"), ("exclude", "*.attention"), ("neurons", "*.fc2"), ("heads", {"*.o": 2})],
 )
 def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, value: Any) -> None:
-    monitor = ConcentrationMonitor(**{option: value})
+    monitor = ConcentrationMonitor(**{option: value}, detail="all")
 
     with pytest.raises(ValueError, match=f"{option}: .*fits nothing"):
         watched(Classifier(), monitor)
@@ -393,7 +417,9 @@ def sharded(rank: int, size: int, root: Path) -> Any:
 
     strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     try:
-        trained_sharded(Sharded(), ConcentrationMonitor(), MemoryLogger(), root, strategy=strategy, devices=size)
+        trained_sharded(
+            Sharded(), ConcentrationMonitor(detail="all"), MemoryLogger(), root, strategy=strategy, devices=size
+        )
     except ValueError as error:
         return str(error)
     return "no word"
@@ -422,7 +448,10 @@ class Unlucky(Classifier):
 
 
 def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor() -> None:
-    monitor, other = ConcentrationMonitor(every_n_steps=1), RankMonitor(["gradients"], every_n_steps=1)
+    monitor, other = (
+        ConcentrationMonitor(every_n_steps=1, detail="all"),
+        RankMonitor(["gradients"], every_n_steps=1, detail="all"),
+    )
 
     with pytest.warns(UserWarning, match="no number for"):
         logger = watched(Unlucky(Attending(), optimizer="sgd"), monitor, other)
@@ -436,7 +465,7 @@ def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor()
         "head_count",
         "weight_gini",
     ):
-        curve = logger.curve(f"concentration_{tag}")
+        curve = logger.curve(f"concentration/{tag}")
         assert {step for step, value in curve.items() if math.isnan(value)} == gaps, tag
     # The whole model and two heads, in two steps.
     assert monitor.failures == 6
@@ -446,7 +475,9 @@ def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor()
     ("unit", "advice"), [("head", "heads=.*1 modules, 0 heads"), ("neuron", "neurons="), ("direction", "vectors")]
 )
 def test_units_that_are_named_and_not_there_are_refused_before_training(unit: str, advice: str) -> None:
-    monitor = ConcentrationMonitor(["module", unit], ["gradient"], match="*.bias" if unit == "direction" else None)
+    monitor = ConcentrationMonitor(
+        ["module", unit], ["gradient"], match="*.bias" if unit == "direction" else None, detail="all"
+    )
 
     with pytest.raises(ValueError, match=f"no {unit}s are found; .*{advice}"):
         watched(Classifier(nn.Linear(64, 10)), monitor)
@@ -457,10 +488,10 @@ def test_what_the_model_has_never_had_is_absent_and_what_it_has_lost_is_a_gap() 
     source.plan(nn.Linear(4, 3))
     without = source.absent
     source.load_state_dict({})
-    source.plan(net)
+    source.plan(LoopTraining(net))
     with_both = source.absent
     net.out.requires_grad_(False)
-    source.plan(net)
+    source.plan(LoopTraining(net))
 
     assert {name.split("_")[1] for name in without} == {"head", "neuron"}
     assert "concentration_head_importance" in without and "concentration_neuron_count" in without
@@ -468,7 +499,7 @@ def test_what_the_model_has_never_had_is_absent_and_what_it_has_lost_is_a_gap() 
 
 
 def test_named_units_that_are_frozen_may_thaw() -> None:
-    module, monitor = Classifier(Attending()), ConcentrationMonitor(["head"], every_n_steps=1)
+    module, monitor = Classifier(Attending()), ConcentrationMonitor(["head"], every_n_steps=1, detail="all")
     module.net.out.requires_grad_(False)
 
     watched(module, monitor)
@@ -487,7 +518,7 @@ class Lazy(Classifier):
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("options", [{}, {"units": ["neuron"]}, {"neurons": ["net.2"]}])
 def test_lazy_layers_are_read_once_they_have_a_shape(options: dict[str, Any]) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1, **options)
+    monitor = ConcentrationMonitor(every_n_steps=1, **options, detail="all")
 
     logger = watched(Lazy(), monitor)
 
@@ -509,7 +540,7 @@ class WithNothing(nn.Module):
 
 
 def test_a_parameter_without_entries_is_left_out() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=4)
+    monitor = ConcentrationMonitor(every_n_steps=4, detail="all")
 
     logger = watched(Classifier(WithNothing()), monitor)
 
@@ -529,7 +560,7 @@ class Skipping(Classifier):
 
 
 def test_a_head_that_was_not_used_has_a_gap_and_not_its_last_importance() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1)
+    monitor = ConcentrationMonitor(every_n_steps=1, detail="all")
 
     with pytest.warns(UserWarning, match=r"2 of 3 sites, the first is 'net.out.h0'"):
         logger = watched(Skipping(Attending()), monitor)
@@ -541,8 +572,8 @@ def test_a_head_that_was_not_used_has_a_gap_and_not_its_last_importance() -> Non
 
 
 def test_the_order_of_units_and_signals_is_no_other_monitor() -> None:
-    one = ConcentrationMonitor(["head", "module", "head"], ["gate", "gradient"])
-    other = ConcentrationMonitor(["module", "head"], ["gradient", "gate"])
+    one = ConcentrationMonitor(["head", "module", "head"], ["gate", "gradient"], detail="all")
+    other = ConcentrationMonitor(["module", "head"], ["gradient", "gate"], detail="all")
 
     assert one.state_key == other.state_key
     assert len(set(one.recorders[0].quantities)) == len(one.recorders[0].quantities)
@@ -551,7 +582,7 @@ def test_the_order_of_units_and_signals_is_no_other_monitor() -> None:
 @pytest.mark.parametrize("densities", [[0.5, 0.5000001], [i / 300 for i in range(1, 300)]])
 def test_masks_that_could_not_be_told_apart_are_refused(densities: list[float]) -> None:
     with pytest.raises(ValueError, match=r"densities=.*at most 255 different"):
-        ConcentrationMonitor(densities=densities)
+        ConcentrationMonitor(densities=densities, detail="all")
 
 
 ODD: dict[str, Any] = {
@@ -571,17 +602,19 @@ def test_a_reference_of_another_kind_is_refused_when_it_is_made(case: str, tmp_p
     torch.save(ODD[case], tmp_path / "odd.ckpt")
 
     with pytest.raises(ValueError, match=r"reference=.*odd\.ckpt"):
-        ConcentrationMonitor(reference=tmp_path / "odd.ckpt")
+        ConcentrationMonitor(reference=tmp_path / "odd.ckpt", detail="all")
 
 
 def checkpoint(module: L.LightningModule, folder: Path) -> Path:
-    watched(module, ConcentrationMonitor(every_n_steps=1), ModelCheckpoint(folder), enable_checkpointing=True)
+    watched(
+        module, ConcentrationMonitor(every_n_steps=1, detail="all"), ModelCheckpoint(folder), enable_checkpointing=True
+    )
     return next(folder.glob("*.ckpt"))
 
 
 def test_a_reference_with_other_numbers_of_heads_is_refused_before_training(tmp_path: Path) -> None:
     path = checkpoint(Classifier(Attending()), tmp_path)
-    monitor = ConcentrationMonitor(["head"], ["gate"], heads={"net.out": 4}, reference=path)
+    monitor = ConcentrationMonitor(["head"], ["gate"], heads={"net.out": 4}, reference=path, detail="all")
 
     with pytest.raises(ValueError, match=r"'net.out': 2.* and here are .*'net.out': 4.*none in common"):
         watched(Classifier(Attending()), monitor)
@@ -608,7 +641,7 @@ def test_an_older_state_is_taken_as_far_as_it_goes(change: Callable[[dict[str, A
     change(state["probes"]["concentration"]["source"])
     torch.save(saved, path)
 
-    monitor = ConcentrationMonitor(every_n_steps=1)
+    monitor = ConcentrationMonitor(every_n_steps=1, detail="all")
     L.Trainer(**(SILENT | {"max_epochs": 2}), logger=logger, callbacks=[monitor]).fit(module, ckpt_path=path)
 
     assert monitor.failures == 0
@@ -626,7 +659,7 @@ class Stopped(Classifier):
 
 
 def test_ctrl_c_in_a_sample_leaves_no_hook_and_no_copy_of_weights() -> None:
-    module, monitor = Stopped(), ConcentrationMonitor(every_n_steps=1)
+    module, monitor = Stopped(), ConcentrationMonitor(every_n_steps=1, detail="all")
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         watched(module, monitor)
@@ -637,12 +670,12 @@ def test_ctrl_c_in_a_sample_leaves_no_hook_and_no_copy_of_weights() -> None:
 
 
 def test_a_second_run_of_another_model_begins_anew() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=4)
+    monitor = ConcentrationMonitor(every_n_steps=4, detail="all")
     watched(Classifier(Attending()), monitor)
 
     again = watched(Classifier(), monitor)
 
-    alone = watched(Classifier(), ConcentrationMonitor(every_n_steps=4))
+    alone = watched(Classifier(), ConcentrationMonitor(every_n_steps=4, detail="all"))
     tags = [tag for tag in alone.curves() if tag.startswith("concentration_")]
     assert_close(
         {tag: again.curve(tag) for tag in tags}, {tag: alone.curve(tag) for tag in tags}, rtol=0, atol=0, equal_nan=True
@@ -653,7 +686,8 @@ def test_a_second_run_of_another_model_begins_anew() -> None:
 
 def test_nothing_is_written_of_units_that_the_model_has_not() -> None:
     mlp, transformer = (
-        watched(module, ConcentrationMonitor(every_n_steps=4)) for module in (Classifier(), Classifier(Attending()))
+        watched(module, ConcentrationMonitor(every_n_steps=4, detail="all"))
+        for module in (Classifier(), Classifier(Attending()))
     )
 
     assert not [tag for tag in mlp.curves() if "concentration_head" in tag]

@@ -88,7 +88,7 @@ def test_a_monitor_shows_the_curvature_of_a_loss_in_other_units(factor: float) -
     for of in (1.0, factor):
         module = Scaled(lr=0.1 / of)
         module.factor = of
-        logger = watched(module, CurvatureMonitor("standard", top_k=1, every_n_steps=2))
+        logger = watched(module, CurvatureMonitor("standard", top_k=1, every_n_steps=2, detail="all"))
         found.append({name: logger.curve(name) for name in ("batch_sharpness", "hessian_trace", "curvature_valid")})
 
     for step, sharpness in found[0]["batch_sharpness"].items():
