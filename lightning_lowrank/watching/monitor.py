@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor
@@ -42,8 +42,9 @@ class Monitor(L.Callback):
             measured; when training starts: what was asked for is not there, or another monitor writes the same tags.
     """
 
-    # Word for this kind of monitor, in messages and as the group of its tags.
-    label: ClassVar[str] = "monitor"
+    # Word for this kind of monitor, in messages and as the group of its tags; one that measures in another way may say
+    # so before `super().__init__`.
+    label: str = "monitor"
 
     _arguments: dict[str, Any]
 
@@ -81,8 +82,9 @@ class Monitor(L.Callback):
 
     @property
     def place(self) -> str:
-        """Its place in a checkpoint: the class, with the name where there is one."""
-        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
+        """Its place in a checkpoint: the class, with the label where that is not the usual one."""
+        kind = type(self)
+        return kind.__qualname__ + ("" if self.watch.label == kind.label else f"[{self.watch.label}]")
 
     @property
     def state_key(self) -> str:

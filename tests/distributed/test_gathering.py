@@ -68,7 +68,7 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", rank=rank, world_size=size)
     source, module = Features(), Classifier()
     source.plan(LoopTraining(module))
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     hidden = module.net[0](gaussian(3 + rank, 64, seed=rank, dtype=torch.float32))
     if rank == 0:
         module.net[2](hidden)

@@ -326,9 +326,9 @@ def test_the_probes_of_a_monitor_may_share_a_budget() -> None:
         Probe("update", Updates(), ["effective_rank"], budget),
     ]
 
-    logger = trained(Monitor(probes, label="rank", detail="all"), 150)
+    logger = trained(Monitor(probes, detail="all"), 150)
 
-    curves = [logger.curve(f"rank/{name}_median") for name in ("gradient_stable_rank", "update_effective_rank")]
+    curves = [logger.curve(f"monitor/{name}_median") for name in ("gradient_stable_rank", "update_effective_rank")]
     assert [list(curve) for curve in curves] == [sampled(logger)] * 2
 
 

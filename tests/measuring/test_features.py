@@ -189,7 +189,7 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) -> None:
     with pytest.raises(
-        ValueError, match=r"features of 'net.*0' cannot be read: hooks inside a compiled module never run"
+        ValueError, match=r"features of 'net.*0' cannot be heard: hooks inside a compiled module never run"
     ):
         run(COMPILED[case](), Features())
 
@@ -197,7 +197,7 @@ def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) 
 def labels(net: nn.Module, **options: Any) -> list[str]:
     """Names of the layers that a source would read."""
     source = Features(**options)
-    source.plan(Classifier(net))
+    source.plan(LoopTraining(Classifier(net)))
     return source.labels()
 
 
@@ -206,7 +206,7 @@ def test_the_fast_path_of_transformers_is_refused_in_validation() -> None:
 
     assert labels(net) == ["net.self_attn.out", "net.linear1.out", "net.linear2.out"]
     with pytest.raises(
-        ValueError, match=r"features of 'net\.linear1' cannot be read: a hook would turn off the fast path"
+        ValueError, match=r"features of 'net\.linear1' cannot be heard: a hook would turn off the fast path"
     ):
         labels(net, stage="validation")
 
@@ -244,7 +244,7 @@ def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> di
     """Shapes of the matrices that a sample of these batches gives, by label; hooks taken away."""
     source.plan(LoopTraining(module))
     for batch in batches:
-        source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
         module(batch)
     source.batch_over()
     return {reading.labels[0]: tuple(reading.shape) for reading in source.sample_over(Team())}
@@ -265,7 +265,7 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:
     source, module = Features(), Classifier()
     source.plan(LoopTraining(module))
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     module(torch.ones(3, 64))
     source.detach()
 

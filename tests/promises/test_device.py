@@ -172,7 +172,7 @@ def sampled(
     """One step of training with a sample taken."""
     source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
     recorder.plan(LoopTraining(module))
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     module(torch.empty(5, 6, device="meta")).sum().backward()
     recorder.record(0, source.gradients_final(step), generator, Team())
     optimizer.step()

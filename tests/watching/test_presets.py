@@ -128,7 +128,7 @@ WRONG_TYPES = {
     "RankMonitor(every_n_steps='50')": r"n='50'.*whole",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
     "ConcentrationMonitor(densities=0.5)": "densities=0.5: a list",
-    "RankMonitor(match=5).recorders[0].probe.source.plan(nn.Linear(2, 2))": "match=5: patterns are words",
+    "RankMonitor(match=5).recorders[0].probe.source.plan(LoopTraining(nn.Linear(2, 2)))": "match=5: patterns are words",
     "CurvatureMonitor('heavy')": r"level='heavy'.*'light', 'standard', 'full'",
     "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live', 'fixed'",
 }

@@ -298,7 +298,7 @@ def test_unless_it_is_asked_to_the_callback_only_logs() -> None:
     L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01)], log_every_n_steps=1).fit(module)
 
     assert_close(dict(module.state_dict()), trained(made(Classifier)), rtol=0, atol=0)
-    assert len(logger.curve("anatomy/jacobian_penalty")) == 8
+    assert len(logger.curve("jacobian_penalty")) == 8
 
 
 def test_the_callback_refuses_what_optimises_by_hand() -> None:
@@ -328,7 +328,7 @@ def test_a_penalty_that_cannot_be_had_is_nan_where_it_is_only_logged() -> None:
     with pytest.warns(UserWarning, match="inputs are a dict and no tensor; say where they are by inputs_of="):
         L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01)], log_every_n_steps=1).fit(InWords())
 
-    assert all(math.isnan(value) for value in logger.curve("anatomy/jacobian_penalty").values())
+    assert all(math.isnan(value) for value in logger.curve("jacobian_penalty").values())
 
 
 def test_a_penalty_that_cannot_be_added_is_an_error() -> None:

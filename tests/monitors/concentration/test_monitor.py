@@ -67,7 +67,12 @@ def watched(module: L.LightningModule, monitor: Monitor, *callbacks: L.Callback,
 
 
 def values(logger: MemoryLogger, tag: str) -> Tensor:
-    return torch.tensor(list(logger.curve(f"concentration/{tag}").values()), dtype=torch.float64)
+    return torch.tensor(list(logger.curve(full(tag)).values()), dtype=torch.float64)
+
+
+def full(tag: str) -> str:
+    """Of the whole model in the monitor's group, of a site under its own."""
+    return f"concentration_{tag}" if "/" in tag else f"concentration/{tag}"
 
 
 def gates(seen: Seen, name: str, count: int) -> Tensor:
@@ -198,7 +203,7 @@ def of(net: nn.Module, fill: float | None, **options: Any) -> dict[str, float]:
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter) if fill is None else torch.full_like(parameter, fill)
     step = Step(optimizer, frozenset(map(id, net.parameters())))
-    source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+    source.batch_begins(Batch(LoopTraining(net), None, 0, 0))
     source.gradients_final(step)
     source.step_done(step)
     return {name: float(value) for name, value in source.numbers(Team())[0].values.items()}
@@ -257,7 +262,7 @@ def test_a_layer_of_another_size_begins_anew() -> None:
         source.plan(LoopTraining(net))
         for parameter in net.parameters():
             parameter.grad = torch.randn_like(parameter)
-        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(LoopTraining(net), None, 0, 0))
         source.gradients_final(Step(torch.optim.SGD(net.parameters(), lr=0.1), frozenset(map(id, net.parameters()))))
         found = source.numbers(Team())[0].values
 
@@ -465,7 +470,7 @@ def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor()
         "head_count",
         "weight_gini",
     ):
-        curve = logger.curve(f"concentration/{tag}")
+        curve = logger.curve(full(tag))
         assert {step for step, value in curve.items() if math.isnan(value)} == gaps, tag
     # The whole model and two heads, in two steps.
     assert monitor.failures == 6
@@ -485,7 +490,7 @@ def test_units_that_are_named_and_not_there_are_refused_before_training(unit: st
 
 def test_what_the_model_has_never_had_is_absent_and_what_it_has_lost_is_a_gap() -> None:
     source, net = Concentration(), Attending()
-    source.plan(nn.Linear(4, 3))
+    source.plan(LoopTraining(nn.Linear(4, 3)))
     without = source.absent
     source.load_state_dict({})
     source.plan(LoopTraining(net))
@@ -575,7 +580,7 @@ def test_the_order_of_units_and_signals_is_no_other_monitor() -> None:
     one = ConcentrationMonitor(["head", "module", "head"], ["gate", "gradient"], detail="all")
     other = ConcentrationMonitor(["module", "head"], ["gradient", "gate"], detail="all")
 
-    assert one.state_key == other.state_key
+    assert one.place == other.place
     assert len(set(one.recorders[0].quantities)) == len(one.recorders[0].quantities)
 
 
@@ -637,7 +642,7 @@ def with_a_list_of_masks(state: dict[str, Any]) -> None:
 def test_an_older_state_is_taken_as_far_as_it_goes(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     path, module, logger = checkpoint(Classifier(), tmp_path), Classifier(), MemoryLogger()
     saved = torch.load(path, weights_only=True)
-    (state,) = (state for key, state in saved["callbacks"].items() if "concentration" in key)
+    (state,) = (state for key, state in saved["callbacks"].items() if "Concentration" in key)
     change(state["probes"]["concentration"]["source"])
     torch.save(saved, path)
 
@@ -690,6 +695,8 @@ def test_nothing_is_written_of_units_that_the_model_has_not() -> None:
         for module in (Classifier(), Classifier(Attending()))
     )
 
-    assert not [tag for tag in mlp.curves() if "concentration_head" in tag]
-    assert set(mlp.curves()) == {tag for tag in transformer.curves() if "concentration_head" not in tag}
-    assert "concentration_neuron_gate_hill_exponent" in mlp.curves()
+    assert not [tag for tag in mlp.curves() if tag.startswith(("concentration/head", "concentration_head"))]
+    assert set(mlp.curves()) == {
+        tag for tag in transformer.curves() if not tag.startswith(("concentration/head", "concentration_head"))
+    }
+    assert "concentration/neuron_gate_hill_exponent" in mlp.curves()

@@ -135,7 +135,7 @@ def test_critical_sharpness_on_full_batches_is_a_curvature_along_the_update(batc
         FullBatch(lr=0.001), CurvatureMonitor("standard", [], batch=batch, every_n_steps=1, detail="all"), max_epochs=6
     )
 
-    assert list(logger.curves()["critical_sharpness"]) == list(range(6))
+    assert list(logger.curves()["curvature/critical_sharpness"]) == list(range(6))
     assert all(0 < value < 40 for step, value in logger.curve("curvature/critical_sharpness").items() if step > 1)
 
 

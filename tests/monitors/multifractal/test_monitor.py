@@ -64,7 +64,7 @@ def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options:
 def numbers(source: Multifractal | NeuroMFA, module: nn.Module, *, seed: int = 0) -> dict[str, dict[str, float]]:
     """What a source finds at once, by site."""
     source.plan(LoopTraining(module))
-    source.batch_begins(Batch(module, None, 0, [], Team(), seed))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, seed))
     return {
         found.site: {name: float(value) for name, value in found.values.items()} for found in source.numbers(Team())
     }
@@ -211,7 +211,7 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
 
     curves = EventAccumulator(logger.log_dir).Reload()
     for name in OF_A_MATRIX:
-        for tag in (f"multifractal_{name}/net.0.weight.in", f"lowrank/multifractal_{name}_median"):
+        for tag in (f"multifractal_{name}/net.0.weight.in", f"multifractal/{name}_median"):
             assert [event.step for event in curves.Scalars(tag)] == [0, 2, 4, 6]
     for name in (
         "alpha0",
@@ -222,7 +222,7 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
         "emergence_shuffled",
         "kept_share",
     ):
-        assert [event.step for event in curves.Scalars(f"neuromfa_{name}")] == [0, 4]
+        assert [event.step for event in curves.Scalars(f"neuromfa/{name}")] == [0, 4]
     assert curves.Scalars("multifractal_valid/net.0.weight.in")[0].value == 1
 
 
@@ -390,8 +390,7 @@ def test_emergence_is_held_against_the_first_sample() -> None:
 
     for end in ("", "_shuffled", "_gaussian"):
         alpha0, width, found = (
-            list(logger.curve(f"multifractal/neuromfa_{name}{end}").values())
-            for name in ("alpha0", "width", "emergence")
+            list(logger.curve(f"neuromfa/{name}{end}").values()) for name in ("alpha0", "width", "emergence")
         )
         firsts = torch.tensor(alpha0[0]), torch.tensor(width[0])
         expected = [
@@ -425,9 +424,9 @@ def test_a_resumed_run_keeps_what_emergence_is_held_against(threshold: float | N
     resumed = run(4, tmp_path, ckpt_path=path)
 
     for name in ("emergence", "emergence_shuffled", "alpha0", "width_gaussian"):
-        second = resumed.curve(f"multifractal/neuromfa_{name}")
+        second = resumed.curve(f"neuromfa/{name}")
         assert second == pytest.approx(
-            {step: value for step, value in whole.curve(f"multifractal/neuromfa_{name}").items() if step in second}
+            {step: value for step, value in whole.curve(f"neuromfa/{name}").items() if step in second}
         )
         assert list(second) == [8, 12]
 
@@ -472,7 +471,7 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
     logger = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=5, detail="all"))
 
     whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1, detail="all"))
-    assert 0 < logger.curve("multifractal/neuromfa_width_error")[0] < logger.curve("multifractal/neuromfa_width")[0]
+    assert 0 < logger.curve("neuromfa/width_error")[0] < logger.curve("neuromfa/width")[0]
     assert not [tag for tag in whole.curves() if "_error" in tag]
 
 
@@ -484,7 +483,7 @@ def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA],
     source.plan(LoopTraining(net))
 
     with waits:
-        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(LoopTraining(net), None, 0, 0))
 
     assert source.numbers(Team())
     assert waits.seen == {}

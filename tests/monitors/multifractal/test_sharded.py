@@ -44,7 +44,7 @@ def numbers(module: nn.Module, team: Team, max_neurons: int | None) -> dict[str,
     """Values and curves of the sites that this process has."""
     source = Multifractal(max_neurons=max_neurons)
     source.plan(LoopTraining(module))
-    source.batch_begins(Batch(module, None, 0, [], team, 0))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     return {found.site: {**found.values, **found.curves} for found in source.numbers(team)}
 
 

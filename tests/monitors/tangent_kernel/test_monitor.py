@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lowrank import Monitor, NTKMonitor
 from lightning_lowrank.monitors.tangent_kernel.source import TangentKernel
+from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.processes import together
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
@@ -86,7 +87,7 @@ def test_the_kernel_of_a_linear_model_stays(kernel: Any) -> None:
     )
 
     moved = [
-        value for tag in ("ntk_velocity", "ntk_distance_to_start") for step, value in logger.curve(tag).items() if step
+        value for tag in ("ntk/velocity", "ntk/distance_to_start") for step, value in logger.curve(tag).items() if step
     ]
     assert moved == pytest.approx([0.0] * 4, abs=1e-5)
     trace = logger.curve("ntk/trace")
@@ -134,16 +135,16 @@ def test_without_gradient_descent_nothing_is_said_of_what_is_learnt() -> None:
     logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1, detail="all"), max_steps=1)
 
     assert all(
-        value != value for tag in ("ntk_modes_learnt", "ntk_time_constant") for value in logger.curve(tag).values()
+        value != value for tag in ("ntk/modes_learnt", "ntk/time_constant") for value in logger.curve(tag).values()
     )
 
 
 def test_learnt_modes_are_counted_by_the_rate_and_the_steps_so_far() -> None:
     curves = watched(Ordered(lr=2.0), NTKMonitor(kernel="full", num_examples=4, every_n_steps=1, detail="all")).curves()
 
-    largest, constant = curves["ntk_gauss_newton_lambda_max"], curves["ntk_time_constant"]
+    largest, constant = curves["ntk/gauss_newton_lambda_max"], curves["ntk/time_constant"]
     assert constant == pytest.approx({step: 1 / (2.0 * value) for step, value in largest.items()}, rel=1e-5)
-    assert all((count >= 1) == (step + 1 >= constant[step]) for step, count in curves["ntk_modes_learnt"].items())
+    assert all((count >= 1) == (step + 1 >= constant[step]) for step, count in curves["ntk/modes_learnt"].items())
 
 
 class Unusual(Ordered):
@@ -178,7 +179,7 @@ def test_in_train_mode_batch_normalisation_couples_examples_and_it_is_flagged() 
     ]
 
     assert [set(curve["lowrank/ntk_train_mode"].values()) for curve in curves] == [{0.0}, {1.0}]
-    assert curves[0]["ntk_trace"][0] != pytest.approx(curves[1]["ntk_trace"][0], rel=1e-2)
+    assert curves[0]["ntk/trace"][0] != pytest.approx(curves[1]["ntk/trace"][0], rel=1e-2)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -194,7 +195,7 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
         for name in ("plain", "bf16")
     ]
 
-    for tag in ("ntk_trace", "ntk_lambda_max", "ntk_gauss_newton_trace"):
+    for tag in ("ntk/trace", "ntk/lambda_max", "ntk/gauss_newton_trace"):
         assert curves[1][tag] == pytest.approx(curves[0][tag], rel=3e-2)
 
 
@@ -205,7 +206,7 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
         ({"num_projections": 3}, "num_projections=3: a whole number, at least 4"),
         ({"top_k": 0}, "top_k=0: a whole number, at least 1"),
         ({"num_outputs": 0}, "num_outputs=0: a whole number, at least 1"),
-        ({"every_n_steps": 10, "max_overhead": 0.01}, "one of them"),
+        ({"every_n_steps": 10, "max_overhead": 0.01}, "give one"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any], message: str) -> None:
@@ -234,7 +235,7 @@ def test_what_cannot_be_seen_is_refused_before_training(
 def planned(module: L.LightningModule, **options: Any) -> None:
     """As before the first step of two processes."""
     module.trainer = L.Trainer(**SILENT, accelerator="cpu", strategy="ddp", devices=2, logger=False)
-    TangentKernel(**options).plan(module)
+    TangentKernel(**options).plan(TrainerTraining(module.trainer, module))
 
 
 def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
@@ -331,7 +332,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_batch_and_start(num: int, t
     resumed = L.Trainer(**SILENT, logger=logger, max_epochs=2, callbacks=[monitor()])
     resumed.fit(Ordered(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
 
-    for tag in ("ntk_velocity", "ntk_distance_to_start", "ntk_trace", "ntk_layer_velocity/net.0.weight"):
+    for tag in ("ntk/velocity", "ntk/distance_to_start", "ntk/trace", "ntk_layer_velocity/net.0.weight"):
         assert logger.curve(tag) == pytest.approx({step: whole[tag][step] for step in (4, 6)}, rel=1e-3, abs=1e-9)
 
 
@@ -356,7 +357,7 @@ def test_another_run_begins_anew() -> None:
     monitor = NTKMonitor(num_examples=4, every_n_steps=1, detail="all")
     first, second = (watched(Ordered(), monitor).curves() for _ in range(2))
 
-    assert second["ntk_distance_to_start"] == pytest.approx(first["ntk_distance_to_start"], nan_ok=True)
+    assert second["ntk/distance_to_start"] == pytest.approx(first["ntk/distance_to_start"], nan_ok=True)
 
 
 def test_tags_are_in_the_event_file(tmp_path: Path) -> None:
@@ -386,7 +387,8 @@ def test_tags_are_in_the_event_file(tmp_path: Path) -> None:
         "label_energy_in_top",
     )
     sites = ("layer_share/net.0.weight", "layer_velocity/net.2.bias")
-    assert {f"ntk_{name}" for name in (*names, *sites, "velocity_error", "gauss_newton_trace")} <= tags
+    assert {f"ntk/{name}" for name in (*names, "velocity_error", "gauss_newton_trace")} <= tags
+    assert {f"ntk_{site}" for site in sites} <= tags
 
 
 class InParts(Ordered):
@@ -445,10 +447,10 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
     for case in ("exact", "estimated", "failing"):
         torch.testing.assert_close(first[case][1], first["unwatched"][1], rtol=0, atol=0)
     for tag in (
-        "ntk_trace",
-        "ntk_lambda_max",
-        "ntk_label_alignment",
-        "ntk_gauss_newton_lambda_max",
+        "ntk/trace",
+        "ntk/lambda_max",
+        "ntk/label_alignment",
+        "ntk/gauss_newton_lambda_max",
         "ntk_layer_share/net.0.weight",
     ):
         # The rows are in another order, so that estimates are of other vectors.
@@ -456,7 +458,7 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
             first["exact"][0][tag], alone["exact"][0][tag], rtol=1e-3 if "layer" not in tag else 0.5, atol=1e-5
         )
         torch.testing.assert_close(first["estimated"][0][tag], alone["estimated"][0][tag], rtol=0.3, atol=1e-3)
-    assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk_trace"].values())
+    assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk/trace"].values())
 
 
 @pytest.mark.parametrize(
@@ -524,7 +526,7 @@ def test_kernels_of_different_parameters_are_not_compared() -> None:
     L.Trainer(**SILENT, max_steps=4, logger=logger, callbacks=[InTurn(), monitor]).fit(Ordered())
 
     assert all(
-        value != value for tag in ("ntk_velocity", "ntk_distance_to_start") for value in logger.curve(tag).values()
+        value != value for tag in ("ntk/velocity", "ntk/distance_to_start") for value in logger.curve(tag).values()
     )
 
 
@@ -603,7 +605,7 @@ def test_the_batch_of_the_step_is_let_go_of_after_the_sample() -> None:
         held: Any = True
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.held = source._begun
+            self.held = source._batch
 
     monitor, looking = NTKMonitor(num_examples=4, every_n_steps=1, detail="all"), Looking()
     source: Any = monitor.recorders[0].probe.source
