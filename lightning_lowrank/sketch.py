@@ -194,14 +194,11 @@ def _orthonormal(block: Tensor) -> Tensor:
 def _trial_space(tall: Float[Tensor, "*B M S"], width: int, generator: torch.Generator) -> Float[Tensor, "*B S L"]:
     """Orthonormal basis of a block Krylov space, in which the strongest directions converge first."""
     start = torch.randn(*tall.shape[:-1], width, generator=generator, device=tall.device, dtype=tall.dtype)
-    space = _orthonormal(tall.mT @ start)
-    block = space
+    block = space = _orthonormal(tall.mT @ start)
     for _ in range(ROUNDS):
-        block = tall.mT @ _orthonormal(tall @ block)
-        # Where the block adds nothing what is left is rounding, orthogonal to nothing until it has a length.
-        for _ in range(2):
-            block = _orthonormal(block - space @ (space.mT @ block))
-        space = torch.cat([space, block], -1)
+        # Reflections complete a basis where the block adds nothing but rounding. Taking its part in the space off would not.
+        space = _orthonormal(torch.cat([space, tall.mT @ _orthonormal(tall @ block)], -1))
+        block = space[..., -width:]
     return space
 
 
