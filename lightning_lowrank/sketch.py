@@ -52,7 +52,7 @@ def sketch(matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, width: 
         tall, scale = _scaled(matrix if shape[0] >= shape[1] else matrix.mT)
         # Three blocks fill the space of a small matrix.
         width, steps = min(width, -(-min(shape) // (ROUNDS + 1))), min(steps, *shape)
-        atoms = _converged(tall, *_trial_space(tall, width, generator))
+        atoms = _converged(tall, *trial_space(tall, width, generator))
         wide = _krylov(tall, atoms.basis, num_probes, steps, generator)
         energy = torch.linalg.vector_norm(tall, dim=-1).double().square().sum(-1)
         fine = _spectrum(atoms.energies, atoms.kept, wide, energy, shape, scale)
@@ -193,7 +193,7 @@ def _orthonormal(block: Tensor) -> Tensor:
     return basis
 
 
-def _trial_space(
+def trial_space(
     tall: Float[Tensor, "*B M S"], width: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "*B S L"], Float[Tensor, "*B M L"]]:
     """Orthonormal basis of a block Krylov space, in which the strongest directions converge first, and its image."""
