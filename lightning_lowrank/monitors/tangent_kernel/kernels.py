@@ -121,13 +121,11 @@ def known_part(
     vectors, images = (none, none) if modes is None else (modes.vectors, modes.images())
     if further is None:
         return Known(vectors, images)
-    block = further.to(images).mT
     with full_precision(operator.device):
-        # Where a direction adds nothing what is left is rounding, orthogonal to nothing until it has a length.
-        for _ in range(2):
-            block = torch.linalg.qr(block - vectors.mT @ (vectors @ block)).Q
-        added = [operator.multiply(direction) for direction in block.mT.contiguous()]
-    return Known(torch.cat([vectors, block.mT]), torch.cat([images, torch.stack(added)]))
+        # Reflections complete a basis, orthonormal whatever comes: where a direction adds nothing what is left is
+        # rounding.
+        block = torch.linalg.qr(torch.cat([vectors, further.to(images)]).mT).Q[:, len(vectors) :].mT.contiguous()
+        return Known(torch.cat([vectors, block]), torch.stack([*images, *map(operator.multiply, block)]))
 
 
 def sketched_kernel(found: Float[Tensor, "k R C"], kernel: KernelName, *, known: Known | None = None) -> Kernel:
