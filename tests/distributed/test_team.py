@@ -32,7 +32,7 @@ def shares(module: nn.Module, size: int) -> list[list[Gathered]]:
     source, optimizer = Gradients(), torch.optim.SGD(module.parameters())
     source.plan(LoopTraining(module))
     readings = source.gradients_final(Step(optimizer, frozenset(map(id, module.parameters()))))
-    owners = Team(0, size).assigned([flops(reading.shape) for reading in readings])
+    owners = Team(0, size).assign([flops(reading.shape) for reading in readings])
     return [gather(readings, owners, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
 
 

@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.loss.double_backward import Choice, choose, compiled, look, look_together
+from lightning_lowrank.loss.double_backward import Choice, choose, look, look_together
+from lightning_lowrank.models.taps import first_compiled
+from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.processes import together
 from tests.trainings import Adversaries, Classifier
 
@@ -75,7 +77,7 @@ COMPILED: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
 def test_a_compiled_part_is_found(what: str) -> None:
     make, path = COMPILED[what]
 
-    assert compiled(make()) == path
+    assert first_compiled(make()) == path
 
 
 def hooked_parameter() -> Classifier:
@@ -119,18 +121,18 @@ CHOICES: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Choice
 def test_the_way_is_chosen_before_training_with_a_reason(case: str) -> None:
     make, options, expected = CHOICES[case]
 
-    assert choose(trainer(), make(), **options) == expected
+    assert choose(TrainerTraining(trainer(), make()), **options) == expected
 
 
 def test_static_graphs_of_data_parallel_training_are_left_alone() -> None:
-    found = choose(trainer(strategy=DDPStrategy(static_graph=True)), Classifier())
+    found = choose(TrainerTraining(trainer(strategy=DDPStrategy(static_graph=True)), Classifier()))
 
     assert found == Choice("replay", "static_graph=True of DDP, which counts backward passes")
 
 
 @pytest.mark.parametrize("make", [Adversaries, Iterating])
 def test_a_step_that_cannot_be_run_again_is_seen_on_its_live_graph(make: Callable[[], L.LightningModule]) -> None:
-    found = choose(trainer(), make())
+    found = choose(TrainerTraining(trainer(), make()))
 
     assert found.mode == "inline" and "give loss_fn(module, batch) -> loss" in str(found.only)
 
@@ -138,17 +140,17 @@ def test_a_step_that_cannot_be_run_again_is_seen_on_its_live_graph(make: Callabl
 @pytest.mark.parametrize("make", [Adversaries, Iterating])
 def test_a_fixed_batch_for_a_step_that_cannot_be_run_again_is_refused(make: Callable[[], L.LightningModule]) -> None:
     with pytest.raises(ValueError, match=r"because of the fixed batch; but .* cannot be run again.*give loss_fn"):
-        choose(trainer(), make(), batch="fixed")
+        choose(TrainerTraining(trainer(), make()), batch="fixed")
 
 
 def test_synchronised_batch_normalisation_of_several_processes_is_refused() -> None:
     module = Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10)))
 
-    assert choose(trainer(), module).mode == "inline"
+    assert choose(TrainerTraining(trainer(), module)).mode == "inline"
     with pytest.raises(
         ValueError, match=r"'net\.1': .* SyncBatchNorm, .*use BatchNorm or GroupNorm; critical sharpness"
     ):
-        choose(trainer(strategy="ddp", devices=2), module)
+        choose(TrainerTraining(trainer(strategy="ddp", devices=2), module))
 
 
 def sharded(rank: int, size: int, root: Path) -> str:
@@ -156,7 +158,7 @@ def sharded(rank: int, size: int, root: Path) -> str:
     module = Classifier()
     fully_shard(module.net[0], mesh=init_device_mesh("cpu", (size,)))  # type: ignore[index, arg-type]
     try:
-        choose(trainer(), module)
+        choose(TrainerTraining(trainer(), module))
     except ValueError as error:
         return str(error)
     finally:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.loss.replay import Mute, Replay, first_examples
+from lightning_lowrank.loss.replay import Replay, first_examples
+from lightning_lowrank.watching.trainer import Mute, TrainerTraining
 from tests.trainings import Adversaries, Classifier, Experimental, ImageNet, MemoryLogger, critic_loss
 
 
@@ -58,7 +59,7 @@ def test_every_replay_draws_the_same_numbers() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> list[float]:
         replay, losses = kept(batch), []
         for _ in range(2):
-            with replay(trainer, module) as seen:
+            with replay(TrainerTraining(trainer, module)) as seen:
                 losses.append(seen.loss.item())
             torch.rand(3)
         with kept(batch, seed=7)(trainer, module) as seen:
@@ -178,7 +179,7 @@ def test_a_step_without_a_loss_is_refused() -> None:
 def test_a_replay_without_a_batch_is_refused() -> None:
     trainer, module = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Classifier()
 
-    with pytest.raises(ValueError, match="no batch has been kept"), Replay()(trainer, module):
+    with pytest.raises(ValueError, match="no batch has been kept"), Replay()(TrainerTraining(trainer, module)):
         pass
 
 

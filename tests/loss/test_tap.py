@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank.loss.output_loss import CrossEntropy, OutputLoss, SquaredError
 from lightning_lowrank.loss.tap import LossTap, module_named
-from lightning_lowrank.watching import trainer as trainers
+from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.trainings import Classifier
 
 
@@ -35,7 +35,7 @@ class Listener(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.tap.exit()
-        scale = trainers.loss_scale(trainer, pl_module)
+        scale = TrainerTraining(trainer, pl_module).loss_scale()
         self.seen.append((self.tap.reproduce(loss, scale).value(), loss.detach() / scale))
 
 

@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lowrank import Monitor, NTKMonitor
+from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.monitors.tangent_kernel.source import TangentKernel
 from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.processes import together
@@ -232,10 +233,14 @@ def test_what_cannot_be_seen_is_refused_before_training(
     assert made.losses == []
 
 
+class InTrainer(TrainerTraining):
+    team = Team(0, 2)
+
+
 def planned(module: L.LightningModule, **options: Any) -> None:
     """As before the first step of two processes."""
-    module.trainer = L.Trainer(**SILENT, accelerator="cpu", strategy="ddp", devices=2, logger=False)
-    TangentKernel(**options).plan(TrainerTraining(module.trainer, module))
+    training = InTrainer(L.Trainer(**SILENT, accelerator="cpu", logger=False), module)
+    TangentKernel(**options).plan(training)
 
 
 def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
