@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lowrank import Every, Monitor, Probe, RankMonitor, Weights
 from lightning_lowrank.analysis.cli import reader_of
+from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.tab import train, written
 from tests.trainings import Adversaries, Classifier, MemoryLogger
@@ -142,7 +143,9 @@ def test_loggers_without_pytorchs_writer_are_left_alone(tmp_path: Path) -> None:
 def test_numbers_beyond_float32_are_infinite(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="run", version="")
 
-    errors = Vectors().write([logger], [Row("vector", "norm", {"a": 1e300, "b": -math.inf, "c": 1.0})], 7)
+    errors = write_report(
+        [logger], {}, 7, [Vectors().draw([Row("vector", "norm", {"a": 1e300, "b": -math.inf, "c": 1.0})], 7)]
+    )
 
     logger.experiment.close()
     assert errors == []
