@@ -12,7 +12,7 @@ from tests.typechecks import check_types
 
 # Here because xdist does not hand pytest's own option to its workers.
 check_types("lightning_lowrank")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

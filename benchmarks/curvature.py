@@ -144,7 +144,7 @@ def samples() -> Table:
     for heading in ("level", "every", "conv net, live graph", "share", "char transformer, replay", "share"):
         table.add_column(heading, justify="left" if heading == "level" else "right")
     text = TensorDataset(standard_library())
-    for level, every in (("light", 100), ("standard", 2500), ("full", 20000)):
+    for level, every in (("light", 100), ("standard", 3000), ("full", 25000)):
         live = sample_in_steps(Convolutional, digits(), 256, level)
         replayed = sample_in_steps(lambda: CharTransformer(100, depth=2, width=64), text, 16, level)
         shares = [f"{100 * steps / every:.1f} %" for steps in (live, replayed)]

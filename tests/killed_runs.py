@@ -177,7 +177,7 @@ def live(root: Path, kill: Kill | None, num_steps: int, watched: bool) -> None:
     L.seed_everything(steps, verbose=False)
     killer, module = Killer(kill, watched=watched), Learner()
     saver = ModelCheckpoint(root, every_n_train_steps=SAVE, save_last=True)
-    monitors = [RankMonitor(SOURCES, STATISTICS, every_n_steps=EVERY, per_site=True)] if watched else []
+    monitors = [RankMonitor(SOURCES, STATISTICS, every_n_steps=EVERY, per_site=True, detail="all")] if watched else []
     options = {
         "max_steps": num_steps,
         "enable_progress_bar": False,

@@ -29,6 +29,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lowrank import Monitor
+from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.trainings import Classifier
 
@@ -203,7 +204,7 @@ def write(folder: Path, *samples: tuple[int, dict[str, float]], name: str = "q",
     """A run of hand-made vectors, through the writer that monitors use."""
     logger, vectors = TensorBoardLogger(folder.parent, name=folder.name, version=""), Vectors()
     for step, values in samples:
-        assert vectors.write([logger], [Row(kind, name, values)], step) == []
+        assert write_report([logger], {}, step, [vectors.draw([Row(kind, name, values)], step)]) == []
     logger.experiment.close()
 
 

@@ -72,14 +72,14 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> CrossEntropy:
-    outputs, num_examples = _rows_of_classes(inputs)
+    outputs = _rows_of_classes(inputs)
     weight = outputs.new_ones(outputs.shape[1]) if weight is None else weight
     weight, slope = (tensor.detach().to(_wide(inputs)) for tensor in (weight, slope))
     if target.shape == inputs.shape:
         share = slope / len(outputs) if reduction == "mean" else slope
-        wanted, _ = _rows_of_classes(target.to(weight))
+        wanted = _rows_of_classes(target.to(weight))
         make = partial(_soft_targets, wanted, weight, share.reshape(-1).expand(len(outputs)), label_smoothing)
-        return CrossEntropy(outputs, num_examples, make().sum(-1, keepdim=True), make)
+        return CrossEntropy(outputs, make().sum(-1, keepdim=True), make)
     index = target.reshape(-1)
     counts = index != ignore_index
     index = torch.where(counts, index, 0)
@@ -87,7 +87,7 @@ def _cross_entropy(
     share = torch.where(counts, slope.reshape(-1) / total, 0.0)
     make = partial(_hard_targets, index, weight, share, label_smoothing)
     mass = share * ((1 - label_smoothing) * weight[index] + label_smoothing * weight.mean())
-    return CrossEntropy(outputs, num_examples, mass[:, None], make)
+    return CrossEntropy(outputs, mass[:, None], make)
 
 
 def _nll(inputs: Tensor, target: Tensor, slope: Tensor, **options: Any) -> CrossEntropy:
@@ -106,7 +106,7 @@ def _mse(
     wanted, weights = (_like(inputs, tensor) for tensor in (target, weight))
     total = weights.sum() if reduction == "mean" else 1.0
     shares = slope.to(weights) * weights / total
-    return SquaredError(_rows(inputs), _num_examples(inputs), _rows(wanted), _rows(shares))
+    return SquaredError(_rows(inputs), _rows(wanted), _rows(shares))
 
 
 def _binary_cross_entropy(
@@ -120,7 +120,7 @@ def _binary_cross_entropy(
 ) -> BinaryCrossEntropy:
     wanted, weights, positives = (_like(inputs, tensor) for tensor in (target, weight, pos_weight))
     shares = slope.to(weights) * weights / (inputs.numel() if reduction == "mean" else 1)
-    return BinaryCrossEntropy(_rows(inputs), _num_examples(inputs), _rows(wanted), _rows(shares), _rows(positives))
+    return BinaryCrossEntropy(_rows(inputs), _rows(wanted), _rows(shares), _rows(positives))
 
 
 FORMS: dict[Callable[..., Tensor], Callable[..., ClosedForm]] = {
@@ -144,11 +144,9 @@ def _soft_targets(
     return share[:, None] * weight * (wanted * (1 - smoothing) + smoothing / len(weight))
 
 
-def _rows_of_classes(tensor: Tensor) -> tuple[Float[Tensor, "R C"], int]:
-    """Rows of a tensor whose classes lie along its second axis, or its only one, and the number of examples."""
-    if tensor.ndim == 1:
-        return tensor[None], 1
-    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1]), len(tensor)
+def _rows_of_classes(tensor: Tensor) -> Float[Tensor, "R C"]:
+    """Rows of a tensor whose classes lie along its second axis, or its only one."""
+    return tensor[None] if tensor.ndim == 1 else tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
 def _rows(tensor: Tensor) -> Float[Tensor, "R C"]:
@@ -156,10 +154,6 @@ def _rows(tensor: Tensor) -> Float[Tensor, "R C"]:
     example.
     """
     return tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
-
-
-def _num_examples(inputs: Tensor) -> int:
-    return len(inputs) if inputs.ndim else 1
 
 
 def _like(inputs: Tensor, tensor: Tensor | None) -> Tensor:

@@ -26,13 +26,10 @@ class OutputLoss(ABC):
     All products are in the dtype of the outputs, in float32 at least, and on no graph.
 
     Attributes:
-        outputs: One row per position that is predicted, those of an example after each other, with the graph that made
-            them.
-        num_examples: As many rows each. As many as rows where the loss was handed rows.
+        outputs: One row per position that is predicted, with the graph that made them.
     """
 
     outputs: Float[Tensor, "R C"]
-    num_examples: int
 
     @property
     def num_rows(self) -> int:
@@ -60,15 +57,6 @@ class OutputLoss(ABC):
         """Rows that have a share in the loss."""
         return self._counts() > 0
 
-    def row_gradients(self) -> Float[Tensor, "R C"]:
-        """Gradients of the rows' own losses, of which the loss is the mean, at the targets that were given.
-
-        Rows that are ignored are zero and do not count: the mean of outer products over all rows is that over the
-        others.
-        """
-        counted = self._counts().sum()
-        return self.gradient() * (counted * self.num_rows).sqrt()
-
     def _counts(self) -> Float[Tensor, " R"]:
         """1 for rows that have a share in the loss, 0 for others."""
         return self._values.new_ones(self.num_rows)
@@ -95,10 +83,26 @@ class ClosedForm(OutputLoss, ABC):
 
     @abstractmethod
     def sampled_gradients(self, generator: torch.Generator) -> Float[Tensor, "R C"]:
-        """Gradients of the rows' own losses at targets that are drawn from the model.
+        """Gradients of the rows' own losses at targets that are drawn from the model, scaled as `row_gradients` are.
 
         The mean over rows of their outer products is H in expectation, block by block.
         """
+
+    @abstractmethod
+    def row_weights(self) -> Float[Tensor, " R"]:
+        """How much each row counts in the loss: with w its weight and l its own loss, the loss is the sum of w l.
+
+        1 / R under `reduction="mean"`, 1 under "sum", 0 for rows that are ignored. The weight of a row of several
+        numbers is the sum of theirs, so that its own loss is their mean.
+        """
+
+    def row_gradients(self) -> Float[Tensor, "R C"]:
+        """Gradients of the rows' own losses at the targets that were given, times sqrt(R w), where w is `row_weights`.
+
+        The mean over rows of their outer products is the sum of w g g^T: it grows with the loss as H does, whatever the
+        reduction and the shape in which the loss was called. NaN where a weight is negative.
+        """
+        return ratio(self.gradient(), (self.row_weights() / self.num_rows).sqrt()[:, None])
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,9 @@ class CrossEntropy(ClosedForm):
         hits = torch.zeros_like(self._probabilities).scatter_(1, drawn, 1.0)
         return (self.mass * self.num_rows).sqrt() * (self._probabilities - hits)
 
+    def row_weights(self) -> Float[Tensor, " R"]:
+        return self.mass[:, 0]
+
     def _counts(self) -> Float[Tensor, " R"]:
         return (self.mass[:, 0] != 0).to(self.mass)
 
@@ -214,6 +221,9 @@ class Entrywise(ClosedForm, ABC):
 
     def factor_transposed_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         return self.factor_product(rows)
+
+    def row_weights(self) -> Float[Tensor, " R"]:
+        return self.shares.sum(-1)
 
     def _counts(self) -> Float[Tensor, " R"]:
         return (self.shares != 0).any(-1).to(self.shares)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -232,7 +233,7 @@ class _NoHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in HOOKING:
-            return RemovableHandle({})
+            return RemovableHandle(OrderedDict())
         return func(*args, **(kwargs or {}))
 
 

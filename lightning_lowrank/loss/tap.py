@@ -118,7 +118,7 @@ class LossTap:
             raise ValueError("the loss does not depend on what output_module put out")
         with torch.enable_grad():
             rows = captured.reshape(-1, captured.shape[-1] if captured.ndim > 1 else 1)
-        return Differentiated(rows, len(captured) if captured.ndim else 1, loss, captured, scale)
+        return Differentiated(rows, loss, captured, scale)
 
     def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
         # This runs inside the user's step: what cannot be recorded has not been heard.

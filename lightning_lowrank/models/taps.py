@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 # Takes the name under which a layer is known, the layer, its positional inputs and its output.
 Hear = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+Timed = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ class Listener:
 
     Args:
         hear: Called with the layer's name, the layer, its positional inputs and its output.
-        timed: Counts the time that `hear` takes.
         again: Hear also the second run of a layer under activation checkpointing.
         ours: Listen in a pass of our own instead of the training's.
     """
@@ -78,12 +78,12 @@ class Listener:
     def __init__(
         self,
         hear: Hear,
-        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         again: bool = False,
         ours: bool = False,
     ) -> None:
-        self._hear, self._timed, self._again, self._ours = hear, timed, again, ours
+        self._hear, self._again, self._ours = hear, again, ours
+        self._timed: Timed = nullcontext
         self.layers: Mapping[str, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
         self._error: Exception | None = None
@@ -102,8 +102,13 @@ class Listener:
         refuse_compiled(root, layers, what)
         self.layers = layers
 
-    def attach(self) -> None:
-        """Listen to this batch."""
+    def attach(self, timed: Timed = nullcontext) -> None:
+        """Listen to this batch.
+
+        Args:
+            timed: Counts the time that it takes.
+        """
+        self._timed = timed
         if not self._hooks:
             self._hooks = [self._tapped(name, layer) for name, layer in self.layers.items()]
 
@@ -120,7 +125,7 @@ class Listener:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy listens to no layer until it is planned."""
-        return vars(self) | {"layers": {}, "_hooks": [], "_error": None}
+        return vars(self) | {"layers": {}, "_hooks": [], "_error": None, "_timed": nullcontext}
 
     def _tapped(self, name: str, layer: nn.Module) -> RemovableHandle:
         # First, for a layer that works in parallel before it takes its output apart.

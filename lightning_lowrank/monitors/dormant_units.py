@@ -45,7 +45,7 @@ class DormantUnits(NumberSource):
             raise ValueError(f"tau={tau!r}: a share of the layer's mean activation, at least 0 and below 1")
         self._match, self._exclude, self._tau = match, exclude, tau
         self.quantities = [Quantity(f"dormant_{name}", per_site=True, detail="core") for name in ("share", "inactive")]
-        self._listener = Listener(self._add, lambda: self.timed())
+        self._listener = Listener(self._add)
         self._around: dict[str, nn.Module] = {}
         # Of each layer the sum and the largest of the magnitudes of each unit, and the number of rows.
         self._sums: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ class DormantUnits(NumberSource):
 
     def batch_begins(self, batch: Batch) -> None:
         """Listen."""
-        self._listener.attach()
+        self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
         """Stop listening."""
@@ -162,6 +162,7 @@ class DormantUnitsMonitor(Monitor):
         alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
+        self.note_arguments(DormantUnitsMonitor, locals())
         probes = probe_of(DormantUnits(match, exclude, tau), cadence(every_n_steps, max_overhead, 50))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
 

@@ -10,7 +10,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", needs="top", partner="weight", comparable=False)
 def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
-    """Spectral norm of a change (an update, a gradient, a displacement) over that of the weight it belongs to.
+    """Spectral norm of a change over that of the weight that it began from: of an update and a gradient the weight
+    before the step, of a displacement the weight at the start of the fit.
 
     Args:
         change: Whole or not.

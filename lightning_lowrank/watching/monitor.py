@@ -1,8 +1,8 @@
 """The observing Lightning callback: hands the moments of a Trainer to a watch."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor
@@ -42,16 +42,12 @@ class Monitor(L.Callback):
             measured; when training starts: what was asked for is not there, or another monitor writes the same tags.
     """
 
-    # Word for this kind of monitor, in messages and as the group of its tags.
-    label: ClassVar[str] = "monitor"
+    # Word for this kind of monitor, in messages and as the group of its tags; one that measures in another way may say
+    # so before `super().__init__`.
+    label: str = "monitor"
 
-    _arguments: dict[str, Any]
-
-    def __new__(cls, *args: Any, **options: Any) -> "Monitor":
-        """Note the arguments, for `repr`; copies and pickles are made without."""
-        made = super().__new__(cls)
-        made._arguments = inspect.signature(cls).bind_partial(*args, **options).arguments
-        return made
+    # Those that were given, for `repr`.
+    arguments: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -64,11 +60,24 @@ class Monitor(L.Callback):
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
     ) -> None:
+        self.note_arguments(Monitor, locals())
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.label, prefix, detail, per_site, histograms)
         self.watch = Watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
         self._is_set_up = False
+
+    def note_arguments(self, kind: type, local: Mapping[str, Any]) -> None:
+        """Note the arguments of an `__init__` that are not the defaults, unless a subclass has noted its own.
+
+        Args:
+            kind: The class of the `__init__`.
+            local: What `locals()` gives in its first line.
+        """
+        if self.arguments is None:
+            parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+            named = {name: local[name] for name in parameters if name != "self"}
+            self.arguments = {name: x for name, x in named.items() if x is not parameters[name].default}
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
@@ -77,12 +86,15 @@ class Monitor(L.Callback):
 
     def __repr__(self) -> str:
         """The class with the arguments that were given."""
-        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self._arguments.items())})"
+        return (
+            f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in (self.arguments or {}).items())})"
+        )
 
     @property
     def place(self) -> str:
-        """Its place in a checkpoint: the class, with the name where there is one."""
-        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
+        """Its place in a checkpoint: the class, with the label where that is not the usual one."""
+        kind = type(self)
+        return kind.__qualname__ + ("" if self.watch.label == kind.label else f"[{self.watch.label}]")
 
     @property
     def state_key(self) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_lowrank import Monitor, RankMonitor
 from tests.trainings import MemoryLogger, Validated
 
-MEDIAN = "lowrank/gradient_stable_rank_median"
+MEDIAN = "rank/gradient_stable_rank_median"
 # Lightning's own use of jsonargparse.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -161,7 +161,7 @@ def test_the_trainer_of_the_other_package_works_and_its_command_line_refuses_us(
 
 @pytest.mark.filterwarnings("ignore:.*barebones")
 def test_a_barebones_trainer_is_left_alone() -> None:
-    monitor = RankMonitor(every_n_steps=1)
+    monitor = RankMonitor(every_n_steps=1, detail="all")
 
     L.Trainer(barebones=True, max_steps=3, callbacks=[monitor]).fit(Whole())
 
@@ -169,7 +169,7 @@ def test_a_barebones_trainer_is_left_alone() -> None:
 
 
 def test_a_dry_run_samples_and_writes_nothing(tmp_path: Path) -> None:
-    monitor = RankMonitor(["gradients", "validation_features"], histograms=True)
+    monitor = RankMonitor(["gradients", "validation_features"], histograms=True, detail="all")
 
     L.Trainer(default_root_dir=tmp_path, logger=CSVLogger(tmp_path), fast_dev_run=2, callbacks=[monitor], **QUIET).fit(
         Whole()
@@ -183,7 +183,7 @@ def test_a_dry_run_samples_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trained", [False, True], ids=["at once", "after training"])
 def test_without_training_nothing_is_written(loop: str, trained: bool) -> None:
     monitor, before, after = (
-        RankMonitor(["gradients", "validation_features"], every_n_steps=1),
+        RankMonitor(["gradients", "validation_features"], every_n_steps=1, detail="all"),
         MemoryLogger(),
         MemoryLogger(),
     )
@@ -200,7 +200,7 @@ def test_without_training_nothing_is_written(loop: str, trained: bool) -> None:
 
 
 def test_one_monitor_can_watch_one_run_after_another() -> None:
-    monitor, loggers = RankMonitor(every_n_steps=3), [MemoryLogger(), MemoryLogger()]
+    monitor, loggers = RankMonitor(every_n_steps=3, detail="all"), [MemoryLogger(), MemoryLogger()]
 
     for logger in loggers:
         L.Trainer(max_epochs=1, logger=logger, callbacks=[monitor], **QUIET).fit(Whole())
@@ -210,7 +210,7 @@ def test_one_monitor_can_watch_one_run_after_another() -> None:
 
 
 def test_one_monitor_can_watch_many_runs_of_one_step() -> None:
-    monitor, loggers = RankMonitor(), [MemoryLogger(), MemoryLogger()]
+    monitor, loggers = RankMonitor(detail="all"), [MemoryLogger(), MemoryLogger()]
 
     for logger in loggers:
         L.Trainer(max_steps=1, logger=logger, callbacks=[monitor], **QUIET).fit(Whole())
@@ -220,7 +220,7 @@ def test_one_monitor_can_watch_many_runs_of_one_step() -> None:
 
 def test_one_trainer_can_fit_on() -> None:
     logger = MemoryLogger()
-    trainer = L.Trainer(max_epochs=1, logger=logger, callbacks=[RankMonitor(every_n_steps=3)], **QUIET)
+    trainer = L.Trainer(max_epochs=1, logger=logger, callbacks=[RankMonitor(every_n_steps=3, detail="all")], **QUIET)
     module = Whole()
 
     trainer.fit(module)
@@ -231,7 +231,7 @@ def test_one_trainer_can_fit_on() -> None:
 
 
 def test_another_module_has_other_sites() -> None:
-    monitor = RankMonitor(["gradients"], every_n_steps=1)
+    monitor = RankMonitor(["gradients"], every_n_steps=1, detail="all")
     wide = Whole()
     wide.net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 10))
 
@@ -249,7 +249,7 @@ def test_two_trainers_in_turn_keep_their_monitors_apart() -> None:
         def on_train_epoch_end(self, *_: Any) -> None:
             L.Trainer(max_epochs=1, logger=inner_logger, callbacks=[inner], **QUIET).fit(Whole())
 
-    outer, inner = RankMonitor(every_n_steps=2), RankMonitor(every_n_steps=3)
+    outer, inner = RankMonitor(every_n_steps=2, detail="all"), RankMonitor(every_n_steps=3, detail="all")
     outer_logger, inner_logger = MemoryLogger(), MemoryLogger()
 
     L.Trainer(max_epochs=1, logger=outer_logger, callbacks=[outer, Inner()], **QUIET).fit(Whole())

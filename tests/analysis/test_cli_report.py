@@ -21,7 +21,7 @@ SCRIPT = "</script><script>owned=1</script>"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run."""
     folder = tmp_path_factory.mktemp("logs") / "run"
-    train(folder, RankMonitor(every_n_steps=4))
+    train(folder, RankMonitor(every_n_steps=4, detail="all"))
     return folder
 
 

@@ -18,6 +18,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.gathering import gather
 from lightning_lowrank.measuring.metrics import state_dtype
 from lightning_lowrank.measuring.source import Batch
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.catalogue import names
 from tests.oracles.spectra import gaussian
 from tests.processes import together
@@ -66,8 +67,8 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     """A sample for which the second process never came by the second layer, and the first saw fewer rows."""
     dist.init_process_group("gloo", rank=rank, world_size=size)
     source, module = Features(), Classifier()
-    source.plan(module)
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    source.plan(LoopTraining(module))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     hidden = module.net[0](gaussian(3 + rank, 64, seed=rank, dtype=torch.float32))
     if rank == 0:
         module.net[2](hidden)

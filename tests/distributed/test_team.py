@@ -14,6 +14,7 @@ from lightning_lowrank.maths.spectra.decompose import flops
 from lightning_lowrank.measuring.gathering import Gathered, gather
 from lightning_lowrank.measuring.source import Step
 from lightning_lowrank.measuring.sources.gradients import Gradients
+from lightning_lowrank.watching.loops import LoopTraining
 
 
 def work(shape: torch.Size) -> float:
@@ -29,9 +30,9 @@ def shares(module: nn.Module, size: int) -> list[list[Gathered]]:
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     source, optimizer = Gradients(), torch.optim.SGD(module.parameters())
-    source.plan(module)
+    source.plan(LoopTraining(module))
     readings = source.gradients_final(Step(optimizer, frozenset(map(id, module.parameters()))))
-    owners = Team(0, size).assigned([flops(reading.shape) for reading in readings])
+    owners = Team(0, size).assign([flops(reading.shape) for reading in readings])
     return [gather(readings, owners, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
 
 

@@ -207,25 +207,71 @@ def _entry(found: OutputLoss, row: int, column: int) -> Tensor:
     return rows
 
 
-def test_gradients_of_rows_are_those_of_each_row_alone() -> None:
+def empirical_fisher(function: Callable[..., Tensor], inputs: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """In the space of the outputs: as many rows and columns as these have entries."""
+    outputs = inputs.clone().requires_grad_()
+    call = LossCall.of(function, (outputs, target), options, function(outputs, target, **options))
+    rows = call.as_output_loss(torch.ones_like(call.loss)).row_gradients()
+    return torch.block_diag(*(torch.outer(row, row) for row in rows)) / len(rows)
+
+
+def of_rows_alone(function: Callable[..., Tensor], target: Tensor, weight: float) -> Tensor:
+    """The same, by autograd from the loss of each row alone, times its weight in the whole loss."""
+    blocks = []
+    for row, wanted in zip(ROWS, target, strict=True):
+        outputs = row.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(outputs, wanted), outputs)
+        blocks.append(weight * torch.outer(slope, slope))
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize(
+    ("function", "target", "weights"),
+    [
+        (F.cross_entropy, labels(5), {"mean": 1 / 5, "sum": 1.0}),
+        (F.mse_loss, PROBABILITIES, {"mean": 1 / 5, "sum": 4.0}),
+        (F.binary_cross_entropy_with_logits, POSITIVES, {"mean": 1 / 5, "sum": 4.0}),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_empirical_fisher_adds_up_rows_by_their_weight_in_the_loss(
+    function: Callable[..., Tensor], target: Tensor, weights: dict[str, float], reduction: str
+) -> None:
+    found = empirical_fisher(function, ROWS, target, reduction=reduction)
+
+    assert_close(found, of_rows_alone(function, target, weights[reduction]))
+
+
+def test_rows_that_are_ignored_have_no_part_in_the_empirical_fisher() -> None:
     target = labels(5, ignored=-100)
-    found = Example("ignored").found
-    counted = [row for row in range(5) if target[row] != -100]
-    alone = torch.zeros(5, 4, dtype=torch.float64)
-    for row in counted:
-        outputs = ROWS[row].clone().requires_grad_()
-        (alone[row],) = torch.autograd.grad(F.cross_entropy(outputs, target[row]), outputs)
-    mean = torch.einsum("rc,rd->rcd", alone, alone) / len(counted)
+    counts = target != -100
+    expected = empirical_fisher(F.cross_entropy, ROWS[counts], target[counts])
+    found = empirical_fisher(F.cross_entropy, ROWS, target)
 
-    rows = found.row_gradients()
-    assert len(counted) < 5
-    assert_close(torch.einsum("rc,rd->rcd", rows, rows) / 5, mean)
+    assert 0 < counts.sum() < 5
+    entries = counts.repeat_interleave(4)
+    assert_close(found[entries][:, entries], expected)
+    assert not found[~entries].any()
 
 
-def test_the_number_of_examples_is_the_leading_size() -> None:
-    assert [
-        Example(case).found.num_examples for case in ("images", "cross entropy", "one example", "squares of numbers")
-    ] == [3, 5, 1, 4]
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_empirical_fisher_does_not_tell_how_the_loss_is_called(reduction: str) -> None:
+    """Sequences of tokens, as one tensor with an axis for the classes and as rows."""
+    logits, tokens = draw(3, 2, 4), labels(3, 2)
+    of_sequences = empirical_fisher(F.cross_entropy, logits.movedim(-1, 1), tokens, reduction=reduction)
+    of_rows = empirical_fisher(F.cross_entropy, logits.reshape(6, 4), tokens.flatten(), reduction=reduction)
+
+    assert_close(of_sequences, of_rows)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 7.0])
+def test_the_empirical_fisher_grows_with_the_loss(factor: float) -> None:
+    """As the Hessian does, so that the two can be compared."""
+    outputs = ROWS.clone().requires_grad_()
+    call = LossCall.of(F.cross_entropy, (outputs, labels(5)), {}, outputs.sum())
+    one, many = (call.as_output_loss(torch.tensor(f).double()).row_gradients() for f in (1.0, factor))
+
+    assert_close(many[:, :, None] * many[:, None], factor * one[:, :, None] * one[:, None])
 
 
 def test_logits_in_half_precision_give_products_in_float32() -> None:
@@ -258,7 +304,7 @@ def exotic(outputs: Tensor) -> Tensor:
 
 def test_any_loss_can_be_differentiated_at_captured_outputs() -> None:
     outputs = draw(3, 2, 4).requires_grad_()
-    found = Differentiated(outputs.reshape(6, 4), 3, 5 * exotic(outputs), outputs, 5.0)
+    found = Differentiated(outputs.reshape(6, 4), 5 * exotic(outputs), outputs, 5.0)
     rows = draw(6, 4, seed=7)
     expected = torch.autograd.functional.hvp(
         lambda flat: exotic(flat.view(3, 2, 4)), outputs.detach().view(6, 4), rows
@@ -270,7 +316,7 @@ def test_any_loss_can_be_differentiated_at_captured_outputs() -> None:
 
 def test_a_loss_that_is_linear_has_no_hessian() -> None:
     outputs = draw(3, 4).requires_grad_()
-    found = Differentiated(outputs.reshape(3, 4), 3, outputs.sum(), outputs, 1.0)
+    found = Differentiated(outputs.reshape(3, 4), outputs.sum(), outputs, 1.0)
 
     assert_close(found.hessian_product(draw(3, 4)), torch.zeros(3, 4, dtype=torch.float64))
 

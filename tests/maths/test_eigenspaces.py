@@ -240,6 +240,12 @@ def test_the_zero_vector_has_no_energy_anywhere():
     assert energy_share(torch.zeros(5), torch.eye(5)[:2]) == 0
 
 
+def test_a_vector_that_points_nowhere_has_no_rayleigh_quotient():
+    operator, _ = with_spectrum(SPECTRA["rank 3"])
+
+    assert rayleigh_quotient(operator, torch.zeros(operator.size)).isnan()
+
+
 def test_the_rayleigh_quotient_of_an_eigenvector_is_its_eigenvalue():
     operator, vectors = with_spectrum([4.0, -2.0])
 

@@ -262,29 +262,6 @@ def test_empirical_fisher_is_the_mean_outer_product_of_the_gradients_of_examples
     )
 
 
-def test_positions_of_an_example_belong_together():
-    model, inputs, labels = classifier(num=8)
-    outputs = model(inputs)
-    rows = outputs.detach().softmax(-1) - F.one_hot(labels)
-    gradients = (
-        per_example_gradients(model, inputs, lambda o: F.cross_entropy(o, labels, reduction="none"))
-        .view(4, 2, -1)
-        .mean(1)
-    )
-
-    assert_close(
-        dense(fisher(Jacobian(outputs, list(model.parameters())), rows, num_examples=4)), gradients.T @ gradients / 4
-    )
-
-
-def test_rows_that_make_no_examples_are_refused():
-    model, inputs, _ = classifier()
-    outputs = model(inputs)
-
-    with pytest.raises(ValueError, match="7 rows of outputs cannot be 2 examples"):
-        fisher(Jacobian(outputs, list(model.parameters())), outputs.detach(), num_examples=2)
-
-
 def test_monte_carlo_fisher_is_the_gauss_newton_matrix_on_average():
     model, inputs, _ = classifier()
     outputs = model(inputs)

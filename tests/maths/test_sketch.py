@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from lightning_lowrank.maths.spectra.lanczos import bidiagonal, krylov, largest_eigenvalue, quadrature
-from lightning_lowrank.maths.spectra.sketch import estimate, moments, sketch, top
+from lightning_lowrank.maths.spectra.sketch import estimate, moments, sketch, top, trial_space
 from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
 from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import RANKS, entropy_rank, gaussian, generator, singular_values, with_values
@@ -80,6 +80,107 @@ def test_number_of_values_is_exact(spectrum, sketches):
     counts = torch.stack([s.weights.sum(-1) for s in sketches[spectrum]])
 
     assert_close(counts, torch.full_like(counts, SIZE))
+
+
+# Within the block of 25, beyond it, beyond the 50 that are taken out one by one.
+LOW = [1, 8, 25, 33, 50, 64]
+LOW_SPECTRA = {"flat": np.ones, "decaying": lambda rank: np.arange(1, rank + 1) ** -0.7}
+
+
+def low_rank(rank, spectrum, dtype, shape=(200, 240), num=12):
+    """Matrices of that rank before they are rounded: reflected diagonals, whose entries nearly all come from two outer
+    products.
+    """
+    values = np.zeros(min(shape))
+    values[:rank] = LOW_SPECTRA[spectrum](rank)
+    return torch.stack([reflected(values, shape, seed=10 * seed) for seed in range(num)]).to(dtype)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def of_low_rank(request):
+    """Sketches of batches of twelve, wide and tall, and the singular values of the matrices as they are given."""
+    made = {}
+    for rank in LOW:
+        for spectrum in LOW_SPECTRA:
+            matrices = low_rank(rank, spectrum, request.param)
+            sketched = [sketch(m, generator=generator(rank)) for m in (matrices, matrices.mT)]
+            made[rank, spectrum] = singular_values(matrices), sketched
+    return made
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+@pytest.mark.parametrize("rank", LOW)
+def test_truth_is_within_the_reported_error_at_low_rank(name, rank, of_low_rank):
+    """Three standard errors from eight probes: one in a hundred may be outside, and not far."""
+    parts = []
+    for spectrum in LOW_SPECTRA:
+        values, sketched = of_low_rank[rank, spectrum]
+        truth = torch.tensor([float(RANKS[name](one)) for one in values])
+        parts += [(value - truth).abs() / error for value, error in (estimate(find(name), s) for s in sketched)]
+    parts = torch.cat(parts)
+
+    assert parts.max() < 1.5 and (parts > 1).sum() <= 1
+
+
+@pytest.mark.parametrize("rank", LOW)
+@pytest.mark.parametrize("spectrum", LOW_SPECTRA)
+def test_energy_is_exact_at_low_rank(spectrum, rank, of_low_rank):
+    values, sketched = of_low_rank[rank, spectrum]
+    truth = torch.from_numpy((values**2).sum(-1))
+
+    for one in sketched:
+        assert_close(one.energy, truth.expand_as(one.energy), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("rank", [rank for rank in LOW if rank <= 50])
+def test_directions_of_low_rank_are_taken_out_one_by_one(rank, of_low_rank):
+    """All of them: nothing is left to chance. Of equal ones the block finds as many as it is wide."""
+    values, sketched = of_low_rank[rank, "decaying"]
+
+    for one in sketched:
+        truth = torch.from_numpy(values[:, :rank]).expand(len(one.values), -1, -1)
+        assert_close(one.values[..., :rank], truth, rtol=2e-3, atol=0)
+        assert (one.weights[..., :rank] == 1).all()
+
+
+def test_low_rank_in_a_batch_with_what_is_not():
+    shape = (90, 120)
+    matrices = torch.stack(
+        [
+            gaussian(*shape),
+            torch.zeros(shape),
+            low_rank(3, "flat", torch.float64, shape, 1)[0],
+            torch.full(shape, torch.nan),
+        ]
+    )
+    ranks, errors = estimate(find("effective_rank"), sketch(matrices.float(), generator=generator()))
+
+    assert_close(ranks[1:], torch.tensor([0.0, 3.0, torch.nan], dtype=torch.float64), rtol=1e-3, atol=0, equal_nan=True)
+    assert abs(ranks[0] - RANKS["effective_rank"](singular_values(matrices[0].float()))) < errors[0]
+
+
+TRIALS = {
+    "gaussian": gaussian(200, 100),
+    "reflected, rank 1": low_rank(1, "flat", torch.float32, num=1)[0].mT,
+    "reflected, rank 30": low_rank(30, "flat", torch.float32, num=1)[0].mT,
+    "product of rank 3": gaussian(200, 3) @ gaussian(3, 100, seed=1),
+    "all equal": torch.ones(200, 100),
+    "one entry": torch.eye(200, 100) * (torch.arange(100) == 5),
+    "identity": torch.eye(200, 100),
+    "zero": torch.zeros(200, 100),
+    "narrower than three blocks": gaussian(200, 40),
+}
+
+
+@pytest.mark.parametrize("matrix", TRIALS)
+def test_trial_space_is_orthonormal(matrix):
+    """Whatever the matrix, and though what a block adds be rounding; and its image is its image."""
+    matrix = TRIALS[matrix].float()
+    space, images = trial_space(matrix, 25, generator())
+
+    assert space.shape[-1] == min(75, matrix.shape[-1])
+    assert_close(space.double().mT @ space.double(), torch.eye(space.shape[-1], dtype=torch.float64), rtol=0, atol=1e-5)
+    assert_close(images, matrix @ space, rtol=1e-4, atol=1e-5)
 
 
 def test_tail_is_not_estimated(sketches):

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.testing import assert_close
 
 from lightning_lowrank import statistics
 from lightning_lowrank.maths.operators import traces
 from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
+from lightning_lowrank.maths.operators.estimates import student
 from lightning_lowrank.maths.operators.operators import Layout, Operator
 from lightning_lowrank.maths.operators.traces import density, exact_spectrum, negative_mass, spectral_estimate, trace
 from lightning_lowrank.maths.spectra.sketch import estimate
@@ -20,7 +22,7 @@ from tests.dispatch import Waits
 from tests.operators import SPECTRA, with_spectrum
 from tests.oracles.spectra import gaussian, generator
 
-SIZE, SEEDS, PROBES = 60, 200, 3
+SIZE, SEEDS, PROBES = 60, 200, 5
 POSITIVE = [20.0, 12.0, *np.linspace(0, 1, SIZE - 2)]
 INDEFINITE = [20.0, -12.0, *np.linspace(-1, 2, SIZE - 2)]
 LAYOUT = Layout.of({"a": torch.zeros(4, 5), "b": torch.zeros(40)})
@@ -139,11 +141,44 @@ def test_the_square_of_what_is_known_in_part_takes_what_couples_it_to_the_rest()
 
 
 @every_case
-def test_standard_errors_are_what_the_estimates_vary_by(values, deflated, drawn):
+def test_errors_are_students_factor_times_what_the_estimates_vary_by(values, deflated, drawn):
     found = [traces.debiased(trace, e.spectrum) for e in drawn(values, deflated)]
-    spread = torch.stack([e.value for e in found]).var()
+    spread = torch.stack([e.value for e in found]).std() * stats.t.ppf(0.975, PROBES - 1) / 2
 
-    assert_close(torch.stack([e.error.square() for e in found]).mean(), spread, rtol=0.3, atol=0)
+    assert_close(torch.stack([e.error.square() for e in found]).mean().sqrt(), spread, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("values", [POSITIVE, INDEFINITE])
+def test_truth_is_within_one_error_in_two_of_three_trials_and_within_two_in_nine_of_ten(values, drawn):
+    """With the strongest directions known, as monitors have them: a sum that hangs on two of sixty is not normal."""
+    of_trace = [traces.debiased(trace, e.spectrum) for e in drawn(values, True)]
+    of_square = [traces.trace_of_square(e) for e in drawn(values, True)]
+
+    for found, truth in ((of_trace, sum(values)), (of_square, np.square(values).sum())):
+        off = torch.stack([(e.value - truth).abs() / e.error for e in found])
+        # Three standard deviations of a share of 200 below what it should be.
+        assert (off <= 1).double().mean() > 0.683 - 0.1
+        assert (off <= 2).double().mean() > 0.9 - 0.065
+
+
+@pytest.mark.parametrize("num", [4, 5, 16])
+def test_students_factors_are_those_of_his_distribution(num):
+    assert student(num) == pytest.approx(stats.t.ppf(0.975, num - 1) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["effective_rank_energy", "energy_rank"])
+def test_an_error_holds_what_half_of_the_steps_would_have_said(name):
+    """Eight steps are too few for an indefinite operator: the rank is far off, and the error says so."""
+    values = [*10.0 * 0.97 ** np.arange(200), *-(5.0 * 0.97 ** np.arange(100))]
+    operator, _ = operator_of(values)
+    statistic = statistics.find(name)
+    found = spectral_estimate(operator, num_probes=60, steps=8, generator=generator())
+    result = traces.debiased(statistic, found.spectrum)
+    blind = traces.debiased(statistic, replace(found.spectrum, coarse=None))
+    off = (result.value - statistic(exact_spectrum(operator))).abs()
+
+    assert off > 3 * blind.error
+    assert off < 2 * result.error
 
 
 @pytest.mark.parametrize("values", [POSITIVE, INDEFINITE])

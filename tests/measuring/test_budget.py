@@ -230,7 +230,7 @@ def trained(monitor: Monitor, steps: int, seconds: Seconds = lambda step: 0.0098
     """What was logged in a run whose seconds are made up."""
     time = Made()
     logger = Slow(time, seconds)
-    monitor._journal.clock = Clock(now=time)
+    monitor.watch.journal.clock = Clock(now=time)
     settings = {
         "max_steps": steps,
         "enable_progress_bar": False,
@@ -250,14 +250,14 @@ def sampled(logger: MemoryLogger) -> list[int]:
 
 
 def test_a_training_is_sampled_at_the_cadence_that_was_chosen() -> None:
-    logger = trained(monitor := RankMonitor(max_overhead=0.05), 200)
+    logger = trained(monitor := RankMonitor(max_overhead=0.05, detail="all"), 200)
 
     assert monitor.budget is not None and monitor.budget.every == 12
     assert sampled(logger) == [*WARM_UP_SAMPLES, *range(112, 200, 12)]
 
 
 def test_cadence_and_cost_since_the_warm_up_are_curves() -> None:
-    logger = trained(RankMonitor(max_overhead=0.05), 200)
+    logger = trained(RankMonitor(max_overhead=0.05, detail="all"), 200)
 
     assert logger.curve("lowrank/rank_every_n_steps") == dict.fromkeys(range(112, 200, 12), 12.0)
     # Before the n-th sample 12 n steps have passed, with n - 1 samples.
@@ -268,7 +268,7 @@ def test_cadence_and_cost_since_the_warm_up_are_curves() -> None:
 def test_what_was_chosen_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        trained(RankMonitor(max_overhead=0.05), 150)
+        trained(RankMonitor(max_overhead=0.05, detail="all"), 150)
 
     said = [r.getMessage() for r in caplog.records if "lightning_lowrank rank" in r.getMessage()]
     assert "for at most 5 % of the time, measured in the first 100 steps" in said[0]
@@ -277,7 +277,7 @@ def test_what_was_chosen_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: 
 
 
 def test_a_later_violation_warns_once_and_changes_nothing() -> None:
-    monitor = RankMonitor(max_overhead=0.05)
+    monitor = RankMonitor(max_overhead=0.05, detail="all")
 
     with pytest.warns(UserWarning, match="lightning_lowrank") as caught:
         logger = trained(monitor, 300, lambda step: 0.0098 if step < 150 else 0.1)
@@ -292,9 +292,11 @@ def test_a_later_violation_warns_once_and_changes_nothing() -> None:
 @pytest.mark.parametrize("stop", [64, 152])
 def test_a_training_that_is_resumed_samples_at_its_cadence(stop: int, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=stop)
-    trained(RankMonitor(max_overhead=0.05), stop, callbacks=[checkpoint], enable_checkpointing=True)
+    trained(RankMonitor(max_overhead=0.05, detail="all"), stop, callbacks=[checkpoint], enable_checkpointing=True)
 
-    resumed = trained(RankMonitor(max_overhead=0.05), 210, constantly(0.029), resume=checkpoint.best_model_path)
+    resumed = trained(
+        RankMonitor(max_overhead=0.05, detail="all"), 210, constantly(0.029), resume=checkpoint.best_model_path
+    )
 
     # After a warm-up of its own, with dearer samples, every 35 steps.
     anew = [64 + step for step in WARM_UP_SAMPLES] + [64 + WARM_UP + 35]
@@ -302,7 +304,7 @@ def test_a_training_that_is_resumed_samples_at_its_cadence(stop: int, tmp_path: 
 
 
 def test_another_training_is_measured_anew() -> None:
-    monitor = RankMonitor(max_overhead=0.05)
+    monitor = RankMonitor(max_overhead=0.05, detail="all")
     trained(monitor, 120)
 
     logger = trained(monitor, 150, constantly(0.029))
@@ -311,7 +313,7 @@ def test_another_training_is_measured_anew() -> None:
 
 
 def test_micro_batches_are_no_steps() -> None:
-    logger = trained(monitor := RankMonitor(max_overhead=0.05), 120, accumulate_grad_batches=2)
+    logger = trained(monitor := RankMonitor(max_overhead=0.05, detail="all"), 120, accumulate_grad_batches=2)
 
     assert monitor.budget is not None and monitor.budget.every == 6
     assert sampled(logger) == [*WARM_UP_SAMPLES, 106, 112, 118]
@@ -324,14 +326,14 @@ def test_the_probes_of_a_monitor_may_share_a_budget() -> None:
         Probe("update", Updates(), ["effective_rank"], budget),
     ]
 
-    logger = trained(Monitor(probes, label="rank"), 150)
+    logger = trained(Monitor(probes, detail="all"), 150)
 
-    curves = [logger.curve(f"lowrank/{name}_median") for name in ("gradient_stable_rank", "update_effective_rank")]
-    assert [list(curve) for curve in curves] == [sampled(logger)] * 2
+    curves = [logger.curve(f"monitor/{name}_median") for name in ("gradient_stable_rank", "update_effective_rank")]
+    assert [list(curve) for curve in curves] == [list(logger.curve("lowrank/monitor_time_ms"))] * 2
 
 
 def test_a_copied_monitor_has_one_budget_of_its_own() -> None:
-    original = RankMonitor(max_overhead=0.05)
+    original = RankMonitor(max_overhead=0.05, detail="all")
 
     copied = copy.deepcopy(original)
 
@@ -341,7 +343,9 @@ def test_a_copied_monitor_has_one_budget_of_its_own() -> None:
 
 def test_two_monitors_may_not_share_a_budget() -> None:
     budget = Budget(0.05)
-    monitors = [Monitor([Probe("gradient", Gradients(), ["stable_rank"], budget)], name=name) for name in "ab"]
+    monitors = [
+        Monitor([Probe("gradient", Gradients(), ["stable_rank"], budget)], name=name, detail="all") for name in "ab"
+    ]
 
     with pytest.raises(ValueError, match="'a_monitor' and 'b_monitor' share one Budget"):
         trained(monitors[0], 1, callbacks=monitors[1:])
@@ -349,7 +353,7 @@ def test_two_monitors_may_not_share_a_budget() -> None:
 
 def test_watching_within_a_budget_changes_nothing() -> None:
     weights = []
-    for callbacks in ([], [RankMonitor(max_overhead=0.05)]):
+    for callbacks in ([], [RankMonitor(max_overhead=0.05, detail="all")]):
         L.seed_everything(3, verbose=False)
         settings = {
             "enable_progress_bar": False,

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from lightning_lowrank import Every, Features, Monitor, Probe
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.oracles.spectra import RANKS
 from tests.trainings import Checkpointed, Classifier, ImageNet, MemoryLogger, Validated, convnext, gpt2, swin
 
@@ -63,7 +64,7 @@ def run(
 ) -> MemoryLogger:
     """What a monitor of that source logs while the module trains."""
     logger = MemoryLogger()
-    monitor = Monitor([Probe(source.name, source, STATISTICS, Every(every))], per_site=True)
+    monitor = Monitor([Probe(source.name, source, STATISTICS, Every(every))], per_site=True, detail="all")
     quiet = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -188,7 +189,7 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) -> None:
     with pytest.raises(
-        ValueError, match=r"features of 'net.*0' cannot be read: hooks inside a compiled module never run"
+        ValueError, match=r"features of 'net.*0' cannot be heard: hooks inside a compiled module never run"
     ):
         run(COMPILED[case](), Features())
 
@@ -196,7 +197,7 @@ def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) 
 def labels(net: nn.Module, **options: Any) -> list[str]:
     """Names of the layers that a source would read."""
     source = Features(**options)
-    source.plan(Classifier(net))
+    source.plan(LoopTraining(Classifier(net)))
     return source.labels()
 
 
@@ -205,7 +206,7 @@ def test_the_fast_path_of_transformers_is_refused_in_validation() -> None:
 
     assert labels(net) == ["net.self_attn.out", "net.linear1.out", "net.linear2.out"]
     with pytest.raises(
-        ValueError, match=r"features of 'net\.linear1' cannot be read: a hook would turn off the fast path"
+        ValueError, match=r"features of 'net\.linear1' cannot be heard: a hook would turn off the fast path"
     ):
         labels(net, stage="validation")
 
@@ -241,9 +242,9 @@ def test_an_unknown_stage_is_refused() -> None:
 
 def sampled(source: Features, module: L.LightningModule, *batches: Tensor) -> dict[str, Any]:
     """Shapes of the matrices that a sample of these batches gives, by label; hooks taken away."""
-    source.plan(module)
+    source.plan(LoopTraining(module))
     for batch in batches:
-        source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
         module(batch)
     source.batch_over()
     return {reading.labels[0]: tuple(reading.shape) for reading in source.sample_over(Team())}
@@ -263,8 +264,8 @@ def test_a_layer_whose_width_changes_is_left_without_a_number() -> None:
 
 def test_rows_of_a_sample_given_up_are_forgotten() -> None:
     source, module = Features(), Classifier()
-    source.plan(module)
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    source.plan(LoopTraining(module))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     module(torch.ones(3, 64))
     source.detach()
 

@@ -14,6 +14,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.schedules import Every
+from lightning_lowrank.models.training import Training
 from tests.trainings import Classifier, MemoryLogger
 
 
@@ -31,8 +32,8 @@ class Losses(NumberSource):
         self.loss: Tensor | None = None
         self.module: nn.Module | None = None
 
-    def plan(self, module: nn.Module) -> None:
-        self.module = module
+    def plan(self, training: Training) -> None:
+        self.module = training.module
 
     def labels(self) -> Sequence[str]:
         assert self.module is not None
@@ -51,7 +52,7 @@ class Losses(NumberSource):
 def watched(**options: Any) -> tuple[Monitor, Classifier, MemoryLogger]:
     names = [quantity.name for quantity in Losses().quantities]
     given = {key: options.pop(key) for key in ("alerts", "name", "per_site") if key in options}
-    monitor = Monitor([Probe("loss", Losses(), names, Every(2))], **given)
+    monitor = Monitor([Probe("loss", Losses(), names, Every(2))], **given, detail="all")
     module, logger = Classifier(), MemoryLogger()
     silent: dict[str, Any] = {
         "enable_progress_bar": False,
@@ -66,9 +67,9 @@ def watched(**options: Any) -> tuple[Monitor, Classifier, MemoryLogger]:
 def test_a_number_of_the_whole_model_is_one_curve() -> None:
     _, module, logger = watched()
 
-    assert list(logger.curve("loss")) == [0, 2, 4, 6]
-    torch.testing.assert_close(list(logger.curve("loss").values()), module.losses[::2])
-    assert not [tag for tag in logger.curves() if tag.startswith("lowrank/loss")]
+    assert list(logger.curve("monitor/loss")) == [0, 2, 4, 6]
+    torch.testing.assert_close(list(logger.curve("monitor/loss").values()), module.losses[::2])
+    assert not [tag for tag in logger.curves() if tag.startswith("monitor/loss_m")]
 
 
 def test_a_number_of_each_site_has_curves_and_summaries() -> None:
@@ -77,28 +78,28 @@ def test_a_number_of_each_site_has_curves_and_summaries() -> None:
     sites = [tag for tag in logger.curves() if tag.startswith("gradient_size/")]
     assert sites == [f"gradient_size/{name}" for name, _ in module.named_parameters()]
     last = [logger.curve(tag)[6] for tag in sites]
-    assert logger.curve("lowrank/gradient_size_max")[6] == max(last)
+    assert logger.curve("monitor/gradient_size_max")[6] == max(last)
 
 
 def test_only_what_is_estimated_has_an_error() -> None:
     _, _, logger = watched()
 
-    assert [tag for tag in logger.curves() if tag.endswith("_error")] == ["log_loss_error"]
-    torch.testing.assert_close(logger.curve("log_loss_error")[0], 0.1 * abs(logger.curve("log_loss")[0]))
+    assert [tag for tag in logger.curves() if tag.endswith("_error")] == ["monitor/log_loss_error"]
+    torch.testing.assert_close(
+        logger.curve("monitor/log_loss_error")[0], 0.1 * abs(logger.curve("monitor/log_loss")[0])
+    )
 
 
 def test_a_loss_is_what_the_user_computed_whatever_the_accumulation() -> None:
     _, module, logger = watched(accumulate_grad_batches=2)
 
-    torch.testing.assert_close(list(logger.curve("loss").values()), module.losses[1::4])
+    torch.testing.assert_close(list(logger.curve("monitor/loss").values()), module.losses[1::4])
 
 
 def test_a_prefix_stands_before_every_quantity() -> None:
     _, _, logger = watched(name="mine")
 
-    assert {"mine_loss", "mine_log_loss", "mine_log_loss_error", "lowrank/mine_gradient_size_max"} < set(
-        logger.curves()
-    )
+    assert {"mine_monitor/loss", "mine_monitor/log_loss", "mine_monitor/gradient_size_max"} < set(logger.curves())
 
 
 def test_an_alert_may_be_on_the_whole_model() -> None:

@@ -66,7 +66,7 @@ def run(
     """What a monitor of these sources logs while the module trains for an epoch."""
     logger = MemoryLogger()
     monitor = Monitor(
-        [Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True
+        [Probe(source.name, source, tuple(statistics), Every(every)) for source in sources], per_site=True, detail="all"
     )
     quiet = {
         "enable_progress_bar": False,
@@ -544,6 +544,20 @@ def test_weight_ratio_is_that_of_spectral_norms() -> None:
             rtol=1e-4,
             atol=0,
         )
+
+
+def test_a_displacement_is_held_against_the_weight_at_the_start_in_every_layer() -> None:
+    """In a plain layer and in a parametrised one, which computes its weight."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+    module = InOrder(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), layer), optimizer="sgd", lr=1.0)
+    record = Before(plain=lambda: module.net[0].weight.double(), computed=lambda: layer.weight.double())
+
+    logger = run(module, [Displacement()], record, statistics=["weight_ratio"])
+
+    for kept, tag in (("plain", "net.0.weight"), ("computed", "net.2.weight")):
+        norms = [np.linalg.norm(weight - record.kept[kept][0], 2) for weight in record.kept[kept]]
+        found = np.array(list(logger.curve(f"displacement_weight_ratio/{tag}").values()))
+        assert_close(found, np.array(norms) / np.linalg.norm(record.kept[kept][0], 2), rtol=1e-3, atol=1e-9)
 
 
 def directions(gradient: Matrix) -> Matrix:

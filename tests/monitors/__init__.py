@@ -25,7 +25,7 @@ STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
 
 # As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
-_USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "alerts": None}
+_USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "detail": "all", "alerts": None}
 
 MONITORS: dict[str, Callable[..., Monitor]] = {
     "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),

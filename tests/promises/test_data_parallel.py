@@ -58,7 +58,7 @@ def variant(rank: int, size: int, net: Any = None, batch_size: int = 16, strateg
     for watched in (True, False):
         L.seed_everything(0, verbose=False)
         module = InOrder(rank, size, net and net(), batch_size)
-        monitor = RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True)
+        monitor = RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True, detail="all")
         keep, logger = Keep(monitor), MemoryLogger()
         weights.append(fitted(module, [monitor, keep] if watched else [], logger, size, strategy=strategy, **options))
         if watched:
@@ -98,7 +98,7 @@ def test_spawned_processes_write_the_curves_of_one(tmp_path: Path) -> None:
     for size, strategy in ((1, "auto"), (2, "ddp_spawn")):
         L.seed_everything(0, verbose=False)
         logger = CSVLogger(tmp_path / str(size), version=0, flush_logs_every_n_steps=1)
-        monitor = RankMonitor(every_n_steps=2, per_site=True)
+        monitor = RankMonitor(every_n_steps=2, per_site=True, detail="all")
         fitted(InOrder(0, 1), [monitor], logger, size, strategy=strategy, max_epochs=2, max_steps=6)
         curves.append((tmp_path / str(size) / "lightning_logs/version_0/metrics.csv").read_text())
 
@@ -171,7 +171,7 @@ class Moody(InOrder):
 
 
 def alone_in_a_step(rank: int, size: int, root: Path) -> Any:
-    monitor = RankMonitor(("gradients", "features"), every_n_steps=1)
+    monitor = RankMonitor(("gradients", "features"), every_n_steps=1, detail="all")
     keep = Keep(monitor)
     fitted(Moody(rank, size), [monitor, keep], False, size)
     return keep.samples
@@ -208,13 +208,16 @@ def faulty(rank: int, size: int, root: Path) -> Any:
     for name, begin in FAULTS.items():
         for at in range(size):
             L.seed_everything(0, verbose=False)
-            monitor, tampering = RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True), Tampering(begin, at)
+            monitor, tampering = (
+                RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True, detail="all"),
+                Tampering(begin, at),
+            )
             keep, module = Keep(monitor), InOrder(rank, size)
             mending = [Mending(tampering)] if begin is not_a_number else []
             fitted(module, [tampering, monitor, *mending, keep], False, size)
             found[name, at] = {"samples": keep.samples, "failures": monitor.failures, "losses": module.losses}
     L.seed_everything(0, verbose=False)
-    monitor = RankMonitor(SOURCES, STATISTICS, every_n_steps=1)
+    monitor = RankMonitor(SOURCES, STATISTICS, every_n_steps=1, detail="all")
     keep, module = Keep(monitor), InOrder(rank, size)
     fitted(module, [monitor, keep], Broken() if rank == 0 else MemoryLogger(), size)
     return {**found, "sound": {"samples": keep.samples, "failures": monitor.failures, "losses": module.losses}}

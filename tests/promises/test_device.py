@@ -28,6 +28,7 @@ from lightning_lowrank.measuring.sources.optimizer_state import OptimizerState
 from lightning_lowrank.measuring.sources.updates import Updates
 from lightning_lowrank.measuring.sources.weights import Weights
 from lightning_lowrank.statistics import available, find
+from lightning_lowrank.watching.loops import LoopTraining
 from lightning_lowrank.watching.watch import Watch
 from tests.dispatch import Waits, within_monitors
 from tests.monitors import MONITORS
@@ -58,7 +59,7 @@ def test_a_report_is_moved_at_once_and_nothing_else_is_read(monkeypatch: pytest.
 
         return wrapper
 
-    monitor, logger = RankMonitor(EVERYTHING, STATISTICS, every_n_steps=2, per_site=True), MemoryLogger()
+    monitor, logger = RankMonitor(EVERYTHING, STATISTICS, every_n_steps=2, per_site=True, detail="all"), MemoryLogger()
     monkeypatch.setattr(Watch, "_guard", watched)
     for name in ("cpu", "numpy", "tolist", "item"):
         monkeypatch.setattr(Tensor, name, counted(name))
@@ -170,8 +171,8 @@ def sampled(
 ) -> dict[str, Tensor]:
     """One step of training with a sample taken."""
     source, step = recorder.probe.source, Step(optimizer, frozenset(map(id, module.parameters())))
-    recorder.plan(module)
-    source.batch_begins(Batch(module, None, 0, [], Team(), 0))
+    recorder.plan(LoopTraining(module))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     module(torch.empty(5, 6, device="meta")).sum().backward()
     recorder.record(0, source.gradients_final(step), generator, Team())
     optimizer.step()

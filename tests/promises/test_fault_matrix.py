@@ -75,7 +75,7 @@ def run(fault: str | None, monitor: Monitor | None = None, *others: Monitor) -> 
 @cache
 def pair(fault: str) -> tuple[Run, Run]:
     """Unwatched, and with everything watched."""
-    return run(fault), run(fault, RankMonitor(tuple(SOURCES), STATISTICS, every_n_steps=1, per_site=True))
+    return run(fault), run(fault, RankMonitor(tuple(SOURCES), STATISTICS, every_n_steps=1, per_site=True, detail="all"))
 
 
 def numbers(matrix: NDArray[np.float64] | None) -> dict[str, float]:

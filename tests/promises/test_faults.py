@@ -83,7 +83,7 @@ def watched_as_unwatched(make: Callable[[], L.LightningModule], monitor: Monitor
 
 def gradient_monitor(**options: Any) -> Monitor:
     """Gradients at every step and site."""
-    return RankMonitor(("gradients",), every_n_steps=1, per_site=True, **options)
+    return RankMonitor(("gradients",), every_n_steps=1, per_site=True, **options, detail="all")
 
 
 def missing(curve: dict[int, float]) -> list[int]:
@@ -144,7 +144,7 @@ class Rotating(nn.Module):
 
 
 def test_complex_weights_have_curves() -> None:
-    monitor = RankMonitor(every_n_steps=1, per_site=True)
+    monitor = RankMonitor(every_n_steps=1, per_site=True, detail="all")
 
     logger = watched_as_unwatched(lambda: Classifier(Rotating()), monitor)
 
@@ -198,7 +198,11 @@ def test_a_layer_that_appears_has_a_curve_from_then_on() -> None:
 
 def test_a_layer_replaced_by_one_of_another_shape_keeps_its_curve() -> None:
     monitor = RankMonitor(
-        ("gradients", "weights", "updates"), ("stable_rank", "subspace_overlap"), every_n_steps=1, per_site=True
+        ("gradients", "weights", "updates"),
+        ("stable_rank", "subspace_overlap"),
+        every_n_steps=1,
+        per_site=True,
+        detail="all",
     )
     make = lambda: Growing(**{"0": nn.Linear(64, 16), "2": nn.Linear(16, 10)})  # noqa: E731
 
@@ -219,7 +223,9 @@ class BothAdam(Adversaries):
 
 
 def test_states_that_show_optimizer_by_optimizer_are_all_in_the_first_report() -> None:
-    monitor = RankMonitor(("optimizer_state",), ("stable_rank",), every_n_steps=1, per_site=True, min_size=1)
+    monitor = RankMonitor(
+        ("optimizer_state",), ("stable_rank",), every_n_steps=1, per_site=True, min_size=1, detail="all"
+    )
 
     logger = watched_as_unwatched(BothAdam, monitor)
 
@@ -286,7 +292,9 @@ FAILURES: dict[str, tuple[type, str, BaseException, str]] = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_source_that_fails_costs_its_own_numbers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, method, error, name = FAILURES[case]
-    monitor = RankMonitor(("gradients", "updates", "features"), ("stable_rank",), every_n_steps=1, per_site=True)
+    monitor = RankMonitor(
+        ("gradients", "updates", "features"), ("stable_rank",), every_n_steps=1, per_site=True, detail="all"
+    )
     monkeypatch.setattr(owner, method, failing(getattr(owner, method), error, on_call=3))
 
     with pytest.warns(UserWarning, match=f"{name}: no number for 2 of 2 sites.*{error}") as caught:
@@ -301,7 +309,7 @@ def test_a_source_that_fails_costs_its_own_numbers(case: str, monkeypatch: pytes
 
 
 def test_a_layer_whose_output_cannot_be_read_costs_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = RankMonitor(("gradients", "features"), ("stable_rank",), every_n_steps=1, per_site=True)
+    monitor = RankMonitor(("gradients", "features"), ("stable_rank",), every_n_steps=1, per_site=True, detail="all")
     monkeypatch.setattr(features, "_rows", failing(features._rows, RuntimeError("odd"), on_call=5))
 
     with pytest.warns(
@@ -315,7 +323,7 @@ def test_a_layer_whose_output_cannot_be_read_costs_its_own_number(monkeypatch: p
 
 
 def test_rows_of_a_sample_that_failed_do_not_count_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = lambda: RankMonitor(("features",), ("stable_rank",), every_n_steps=1, per_site=True)  # noqa: E731
+    make = lambda: RankMonitor(("features",), ("stable_rank",), every_n_steps=1, per_site=True, detail="all")  # noqa: E731
     tag = "feature_stable_rank/net.0.out"
     sound = watched_as_unwatched(Classifier, make())
     monkeypatch.setattr(Features, "sample_over", failing(Features.sample_over, RuntimeError("odd"), on_call=3))
@@ -364,7 +372,7 @@ def interrupts() -> Iterator[None]:
 
 def ended_early(module: Classifier, expected: type[BaseException]) -> tuple[L.Trainer, Monitor]:
     """A watched run that does not come to its end."""
-    monitor = RankMonitor(EVERYTHING, every_n_steps=1)
+    monitor = RankMonitor(EVERYTHING, every_n_steps=1, detail="all")
     settings = {
         "max_epochs": 1,
         "enable_checkpointing": False,
@@ -433,7 +441,7 @@ def test_training_goes_on_after_an_interruption_as_if_nothing_had_been(interrupt
 
     L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(again)
 
-    assert list(logger.curve("lowrank/gradient_stable_rank_median"))[-1] == 7
+    assert list(logger.curve("rank/gradient_stable_rank_median"))[-1] == 7
 
 
 # What a source is asked for in a training.

@@ -73,12 +73,12 @@ def fitted(size: int, monitor: Monitor | None) -> tuple[dict[str, dict[int, floa
 
 
 def sharded(rank: int, size: int, root: Path) -> dict[str, Any]:
-    monitor = CurvatureMonitor("standard", [], every_n_steps=2)
+    monitor = CurvatureMonitor("standard", [], every_n_steps=2, detail="all")
     curves, watched = fitted(size, monitor)
     _, unwatched = fitted(size, None)
     refused = ""
     try:
-        fitted(size, CurvatureMonitor("light", ("hessian",)))
+        fitted(size, CurvatureMonitor("light", ("hessian",), detail="all"))
     except ValueError as error:
         refused = str(error)
     return {
@@ -97,7 +97,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_critical_sharpness_of_sharded_parameters_is_that_of_whole_ones(found: list[dict[str, Any]]) -> None:
-    alone, _ = fitted(1, CurvatureMonitor("standard", [], every_n_steps=2))
+    alone, _ = fitted(1, CurvatureMonitor("standard", [], every_n_steps=2, detail="all"))
 
     assert [rank["failures"] for rank in found] == [0, 0]
     for tag in TAGS:

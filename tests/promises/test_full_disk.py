@@ -27,7 +27,7 @@ LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda root: TensorBoardLogger(root, name="", version=""),
     "csv": lambda root: CSVLogger(root, name="", version=""),
 }
-MEDIAN = "lowrank/gradient_stable_rank_median"
+MEDIAN = "rank/gradient_stable_rank_median"
 
 
 class Silent(Classifier):
@@ -62,7 +62,7 @@ def train(root: Path, kind: str, full: range, watched: bool, module: type[Classi
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - tracebacks of TensorBoard's thread
     L.seed_everything(3, verbose=False)
-    learner, monitors = module(), [RankMonitor(every_n_steps=3)] if watched else []
+    learner, monitors = module(), [RankMonitor(every_n_steps=3, detail="all")] if watched else []
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = L.Trainer(
         **quiet, max_epochs=2, log_every_n_steps=1, logger=LOGGERS[kind](root), callbacks=[Disk(root, full), *monitors]

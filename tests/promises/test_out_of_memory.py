@@ -116,7 +116,9 @@ def trained(
 def watching(*sources: str) -> Monitor:
     """At every step and site."""
     of_vectors = ("subspace_overlap",) if set(sources) & set(OF_PARAMETERS) else ()
-    return RankMonitor(sources, ("effective_rank", "stable_rank", *of_vectors), every_n_steps=1, per_site=True)
+    return RankMonitor(
+        sources, ("effective_rank", "stable_rank", *of_vectors), every_n_steps=1, per_site=True, detail="all"
+    )
 
 
 def curves(logger: MemoryLogger) -> dict[str, dict[int, float]]:

@@ -56,12 +56,16 @@ class Seen(L.Callback):
 def monitors() -> list[Monitor]:
     return [
         RankMonitor(
-            ["weights", "gradients", "updates"], ["stable_rank", "frobenius_norm"], every_n_steps=1, per_site=True
+            ["weights", "gradients", "updates"],
+            ["stable_rank", "frobenius_norm"],
+            every_n_steps=1,
+            per_site=True,
+            detail="all",
         ),
-        Monitor([Probe("displacement", Displacement(), ("frobenius_norm",), Every(1))], per_site=True),
-        GradientAnatomyMonitor(every_n_steps=1, per_site=True),
-        ConcentrationMonitor(every_n_steps=1, densities=[0.3]),
-        MultifractalMonitor(every_n_steps=1, per_site=True),
+        Monitor([Probe("displacement", Displacement(), ("frobenius_norm",), Every(1))], per_site=True, detail="all"),
+        GradientAnatomyMonitor(every_n_steps=1, per_site=True, detail="all"),
+        ConcentrationMonitor(every_n_steps=1, densities=[0.3], detail="all"),
+        MultifractalMonitor(every_n_steps=1, per_site=True, detail="all"),
     ]
 
 
@@ -119,7 +123,7 @@ def test_pruning_in_mid_run_loses_no_curve_and_what_is_in_use_is_read(case: str)
 
 def test_the_anatomy_of_a_pruned_layer_is_that_of_the_gradient_of_what_it_multiplies_by() -> None:
     module, seen = Classifier(), Seen("net.0")
-    monitor = GradientAnatomyMonitor(every_n_steps=1, per_site=True)
+    monitor = GradientAnatomyMonitor(every_n_steps=1, per_site=True, detail="all")
     logger = fit(module, seen, pruning(module.net[0], module.net[2]), monitor)
     curve = logger.curve("anatomy_gradient_stable_rank/net.0.weight")
 
@@ -131,7 +135,7 @@ def test_shares_of_the_learning_are_of_what_is_left() -> None:
     """Masked weights are in no mask of the largest, and have no update, whatever momentum and decay do below."""
     module, monitor = (
         Classifier(optimizer="adamw", weight_decay=0.1),
-        ConcentrationMonitor(every_n_steps=1, densities=[0.9]),
+        ConcentrationMonitor(every_n_steps=1, densities=[0.9], detail="all"),
     )
     logger = fit(module, pruning(module.net[0], module.net[2]), monitor)
     sparsity = list(logger.curve("concentration_weight_sparsity_0.99").values())
@@ -181,7 +185,7 @@ def anatomy_of_a_pruned_layer(rank: int, size: int, root: Path) -> dict[str, lis
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     prune.random_unstructured(net[0], "weight", amount=0.5)
-    monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
+    monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True, detail="all"), MemoryLogger()
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     settings = {"devices": size, "strategy": "ddp" if size > 1 else "auto", "use_distributed_sampler": False}
     L.Trainer(**quiet, **settings, max_epochs=1, logger=logger, callbacks=[monitor]).fit(InOrder(rank, size, net))

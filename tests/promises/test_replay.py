@@ -270,7 +270,7 @@ def test_other_monitors_do_not_count_the_rows_of_a_replay() -> None:
     found = []
     for callbacks in ([], [Replaying()]):
         L.seed_everything(1, verbose=False)
-        monitor = RankMonitor("features", every_n_steps=1)
+        monitor = RankMonitor("features", every_n_steps=1, detail="all")
         settings: dict[str, Any] = {
             "max_steps": 3,
             "logger": False,

@@ -39,7 +39,7 @@ class InTurn(Adversaries):
 
 def monitor(sources: Sequence[str] = SOURCES, statistics: Sequence[str] = STATISTICS, **options: Any) -> Monitor:
     """Everything there is, at a cadence that does not divide the epoch."""
-    return RankMonitor(sources, statistics, **{"every_n_steps": 3, "per_site": True} | options)
+    return RankMonitor(sources, statistics, **{"every_n_steps": 3, "per_site": True} | options, detail="all")
 
 
 def trained(
@@ -229,7 +229,7 @@ def test_a_checkpoint_written_without_a_monitor_resumes_with_one(tmp_path: Path)
 
     trained(tmp_path / "second", [monitor()], resume=saved(tmp_path / "checkpoints"))
 
-    assert [step for step, _ in read(tmp_path / "second")["lowrank/gradient_effective_rank_median"]] == [9, 12, 15]
+    assert [step for step, _ in read(tmp_path / "second")["rank/gradient_effective_rank_median"]] == [9, 12, 15]
 
 
 def test_a_checkpoint_written_with_a_monitor_resumes_without_one(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_other_probes_may_go_on_from_a_checkpoint(change: str, tmp_path: Path) -
 
     curves = read(tmp_path / "second")
     assert CHANGES[change].failures == 0
-    for quantity in CHANGES[change]._quantities():
+    for quantity in CHANGES[change].watch.quantities:
         steps = [step for step, _ in curves[f"{quantity}/net.0.weight"]]
         assert steps == [9, 12, 15]
         assert not math.isnan(curves[f"{quantity}/net.0.weight"][-1][1])

@@ -29,7 +29,7 @@ STATISTICS = (
 
 
 def watching() -> Monitor:
-    return RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True)
+    return RankMonitor(SOURCES, STATISTICS, every_n_steps=1, per_site=True, detail="all")
 
 
 def on_mesh(rank: int, size: int, root: Path, data: int, tensor: int) -> Any:
@@ -77,7 +77,7 @@ def on_four(rank: int, size: int, root: Path) -> Any:
 
 def moved(rank: int, size: int, root: Path) -> Any:
     """Bytes that move for one sample of the gradients, and in how many collectives."""
-    monitor, seen = RankMonitor(("gradients",), every_n_steps=1), Counter[str]()
+    monitor, seen = RankMonitor(("gradients",), every_n_steps=1, detail="all"), Counter[str]()
     strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     with counting(seen):
         trained(Sharded(), monitor, MemoryLogger(), root, strategy=strategy, devices=size, max_steps=1)

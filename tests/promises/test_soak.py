@@ -75,14 +75,16 @@ def test_a_sample_leaves_no_tensor_to_the_garbage_collector(no_collector: None) 
         "logger": False,
     }
 
-    L.Trainer(**settings, max_epochs=1, callbacks=[RankMonitor(SOURCES, every_n_steps=1), collected]).fit(Classifier())
+    L.Trainer(**settings, max_epochs=1, callbacks=[RankMonitor(SOURCES, every_n_steps=1, detail="all"), collected]).fit(
+        Classifier()
+    )
 
     assert collected.tensors == []
 
 
 @pytest.mark.slow
 def test_a_thousand_layers_are_watched_without_a_failure() -> None:
-    monitor, logger = RankMonitor(("gradients", "updates", "features"), every_n_steps=1), MemoryLogger()
+    monitor, logger = RankMonitor(("gradients", "updates", "features"), every_n_steps=1, detail="all"), MemoryLogger()
     settings = {
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -32,7 +32,7 @@ def test_a_strategy_that_hides_the_matrices_is_refused(strategy: type[SingleDevi
         strategy=strategy(device=torch.device("cpu")),
         accelerator="cpu",
         max_epochs=1,
-        callbacks=[RankMonitor()],
+        callbacks=[RankMonitor(detail="all")],
         logger=False,
     )
 
@@ -46,4 +46,4 @@ def test_a_layer_wrapped_in_flat_pieces_is_refused() -> None:
     module = Classifier(nn.Sequential(FullyShardedDataParallel(nn.Linear(64, 10))))
 
     with pytest.raises(ValueError, match=r"'net\.0' is wrapped in FSDP1 and cannot be watched"):
-        L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[RankMonitor()], logger=False).fit(module)
+        L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[RankMonitor(detail="all")], logger=False).fit(module)

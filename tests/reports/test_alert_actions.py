@@ -44,7 +44,9 @@ def always(*actions: str, **options: Any) -> Alert:
 
 
 def monitor(*rules: Alert, **options: Any) -> Monitor:
-    return RankMonitor(["gradients", "weights"], ["stable_rank"], every_n_steps=1, alerts=list(rules), **options)
+    return RankMonitor(
+        ["gradients", "weights"], ["stable_rank"], every_n_steps=1, alerts=list(rules), **options, detail="all"
+    )
 
 
 def fit(
@@ -184,7 +186,9 @@ def test_a_rule_on_validation_acts_after_the_loop() -> None:
     rule = Alert("validation_feature_stable_rank", below=1000.0, actions=["stop"], **QUICK)
     probe = Probe("validation_feature", Features(stage="validation"), ["stable_rank"])
 
-    trainer = fit(Monitor([probe], alerts=[rule]), module=Validated(), max_epochs=9, num_sanity_val_steps=0)
+    trainer = fit(
+        Monitor([probe], alerts=[rule], detail="all"), module=Validated(), max_epochs=9, num_sanity_val_steps=0
+    )
 
     assert trainer.current_epoch == 4
 
@@ -293,11 +297,11 @@ def test_alerts_leave_training_as_it_was_bit_for_bit(module: type[Classifier], t
 
 
 def test_defaults_come_with_the_preset_and_can_be_left_out() -> None:
-    assert {event.rule for event in RankMonitor().events} == set()
+    assert {event.rule for event in RankMonitor(detail="all").events} == set()
     logger, bare = MemoryLogger(), MemoryLogger()
 
-    fit(RankMonitor(every_n_steps=4), logger=logger)
-    fit(RankMonitor(every_n_steps=4, alerts=None), logger=bare)
+    fit(RankMonitor(every_n_steps=4, detail="all"), logger=logger)
+    fit(RankMonitor(every_n_steps=4, alerts=None, detail="all"), logger=bare)
 
     assert "lowrank/alert/weight_stable_rank_drop" in logger.curves()
     assert [tag for tag in bare.curves() if "alert" in tag] == []
@@ -306,7 +310,11 @@ def test_defaults_come_with_the_preset_and_can_be_left_out() -> None:
 def test_two_monitors_with_defaults_have_alerts_of_their_own() -> None:
     logger = MemoryLogger()
 
-    fit(RankMonitor(every_n_steps=4), RankMonitor(every_n_steps=4, name="second"), logger=logger)
+    fit(
+        RankMonitor(every_n_steps=4, detail="all"),
+        RankMonitor(every_n_steps=4, name="second", detail="all"),
+        logger=logger,
+    )
 
     tags = {tag for tag in logger.curves() if "/alert/" in tag}
     assert {"lowrank/alert/weight_stable_rank_drop", "lowrank/alert/second_weight_stable_rank_drop"} <= tags

@@ -14,7 +14,7 @@ from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
 def often() -> Monitor:
     """The default rule on the stable rank of weights, for a run too short for its warm-up."""
     rule = RankCollapseAlert("weight", "stable_rank", drop=0.35, warm_up_samples=20)
-    return RankMonitor("weights", "stable_rank", every_n_steps=5, alerts=[rule])
+    return RankMonitor("weights", "stable_rank", every_n_steps=5, alerts=[rule], detail="all")
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_the_same_transformer_with_normalisation_and_a_steady_rate_gives_no_alar
 @pytest.mark.slow
 def test_an_mlp_on_digits_gives_no_alarm_by_default() -> None:
     L.seed_everything(0, verbose=False)
-    run, monitor = Run(mlp(), classes, AdamW, 1e-3), RankMonitor(every_n_steps=20)
+    run, monitor = Run(mlp(), classes, AdamW, 1e-3), RankMonitor(every_n_steps=20, detail="all")
 
     train(run, 600, monitor)
 

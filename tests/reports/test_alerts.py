@@ -413,7 +413,7 @@ def refusals(rank: int, size: int, root: Path) -> list[str]:
     found = []
     for rules in WRONG_TYPES:
         with pytest.raises(ValueError, match=r"") as refused:
-            RankMonitor(alerts=eval(rules))
+            RankMonitor(alerts=eval(rules), detail="all")
         found.append(str(refused.value))
     return found
 

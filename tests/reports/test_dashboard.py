@@ -47,28 +47,28 @@ def expected(*sources: str) -> Charts:
 
 
 def margin(quantity: str) -> tuple[str, str, str]:
-    return f"lowrank/{quantity}_median", f"lowrank/{quantity}_min", f"lowrank/{quantity}_max"
+    return f"rank/{quantity}_median", f"rank/{quantity}_min", f"rank/{quantity}_max"
 
 
 def test_each_quantity_has_its_median_in_the_band_of_all_sites(tmp_path: Path) -> None:
-    assert watched(tmp_path, RankMonitor())[-1] == expected("gradient", "weight", "update")
+    assert watched(tmp_path, RankMonitor(detail="all"))[-1] == expected("gradient", "weight", "update")
 
 
 def test_the_layout_is_written_once(tmp_path: Path) -> None:
-    assert len(watched(tmp_path, RankMonitor(every_n_steps=1))) == 1
+    assert len(watched(tmp_path, RankMonitor(every_n_steps=1, detail="all"))) == 1
 
 
 def test_two_monitors_of_a_run_keep_their_charts(tmp_path: Path) -> None:
-    other = Monitor([Probe("feature", Features(), ["stable_rank"])], name="other")
+    other = Monitor([Probe("feature", Features(), ["stable_rank"])], name="other", detail="all")
 
-    last = watched(tmp_path, RankMonitor(), other)[-1]
+    last = watched(tmp_path, RankMonitor(detail="all"), other)[-1]
 
     own = {"lowrank other_feature": {"other_feature_stable_rank": margin("other_feature_stable_rank")}}
     assert last == expected("gradient", "weight", "update") | own
 
 
 def test_a_second_run_of_one_monitor_has_a_layout_too(tmp_path: Path) -> None:
-    monitor = RankMonitor()
+    monitor = RankMonitor(detail="all")
 
     first, second = watched(tmp_path / "first", monitor), watched(tmp_path / "second", monitor)
 
@@ -76,7 +76,7 @@ def test_a_second_run_of_one_monitor_has_a_layout_too(tmp_path: Path) -> None:
 
 
 def test_every_tag_of_the_layout_has_a_curve(tmp_path: Path) -> None:
-    charts = watched(tmp_path, RankMonitor())[-1]
+    charts = watched(tmp_path, RankMonitor(detail="all"))[-1]
 
     curves = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
     assert {tag for category in charts.values() for tags in category.values() for tag in tags} <= set(curves)
@@ -152,7 +152,7 @@ def test_names_are_whole_in_a_narrow_terminal() -> None:
 
 
 def test_a_monitor_can_be_asked_for_its_table() -> None:
-    monitor = RankMonitor()
+    monitor = RankMonitor(detail="all")
     settings = {
         "logger": False,
         "enable_progress_bar": False,

@@ -77,7 +77,7 @@ def watched(root: Path, monitor: L.Callback, **options: object) -> EventAccumula
 
 
 def test_spectra_are_histograms_of_their_logarithms(tmp_path: Path) -> None:
-    monitor = RankMonitor(["weights"], every_n_steps=16, histograms=True)
+    monitor = RankMonitor(["weights"], every_n_steps=16, histograms=True, detail="all")
     weight = Classifier().net[2].weight.detach()
 
     class Start(L.Callback):
@@ -103,7 +103,7 @@ def test_spectra_are_histograms_of_their_logarithms(tmp_path: Path) -> None:
 
 
 def test_spectra_are_sampled_at_the_cadence_of_the_curves(tmp_path: Path) -> None:
-    events = watched(tmp_path, RankMonitor(every_n_steps=5, histograms=True))
+    events = watched(tmp_path, RankMonitor(every_n_steps=5, histograms=True, detail="all"))
 
     expected = {f"{source}_spectrum/net.{i}.weight" for source in ("gradient", "weight", "update") for i in (0, 2)}
     assert set(events.Tags()["histograms"]) == expected
@@ -111,7 +111,7 @@ def test_spectra_are_sampled_at_the_cadence_of_the_curves(tmp_path: Path) -> Non
 
 
 def test_there_are_no_histograms_unless_asked_for(tmp_path: Path) -> None:
-    assert watched(tmp_path, RankMonitor(every_n_steps=5)).Tags()["histograms"] == []
+    assert watched(tmp_path, RankMonitor(every_n_steps=5, detail="all")).Tags()["histograms"] == []
 
 
 def test_a_writer_that_an_earlier_run_closed_is_written_to_again(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_a_writer_that_an_earlier_run_closed_is_written_to_again(tmp_path: Path)
     }
 
     for _ in range(2):
-        L.Trainer(logger=logger, callbacks=[RankMonitor(every_n_steps=2)], **settings).fit(Classifier())
+        L.Trainer(logger=logger, callbacks=[RankMonitor(every_n_steps=2, detail="all")], **settings).fit(Classifier())
 
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("lowrank/gradient_stable_rank_median")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("rank/gradient_stable_rank_median")
     assert sorted(event.step for event in events) == [0, 0, 2, 2, 4, 4]
 
 
@@ -136,10 +136,10 @@ def test_points_are_in_the_file_before_the_checkpoint_is(tmp_path: Path) -> None
     class Reader(L.Callback):
         def on_save_checkpoint(self, *_: object) -> None:
             rows = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
-            found.append([int(row["step"]) for row in rows if row["lowrank/gradient_stable_rank_median"]])
+            found.append([int(row["step"]) for row in rows if row["rank/gradient_stable_rank_median"]])
 
     callbacks = [
-        RankMonitor(every_n_steps=3),
+        RankMonitor(every_n_steps=3, detail="all"),
         ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5),
         Reader(),
     ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lowrank import Monitor, RankMonitor
 from tests.trainings import Adversaries, Classifier, MemoryLogger, Validated
 
-MEDIAN = "lowrank/gradient_stable_rank_median"
+MEDIAN = "rank/gradient_stable_rank_median"
 Curves = dict[str, dict[int, float]]
 
 
@@ -122,7 +122,7 @@ def test_every_logger_has_the_same_points_nan_included(tmp_path: Path) -> None:
         mlflow,
         memory,
     ]
-    train(Diverging(), RankMonitor(every_n_steps=3), loggers, log_every_n_steps=4)
+    train(Diverging(), RankMonitor(every_n_steps=3, detail="all"), loggers, log_every_n_steps=4)
     wandb.finish()
     tensorboard = from_tensorboard(tmp_path / "tensorboard")
     others = {"csv": from_csv(tmp_path / "csv"), "wandb": from_wandb(tmp_path / "wandb"), "mlflow": from_mlflow(mlflow)}
@@ -140,14 +140,14 @@ def test_every_logger_has_the_same_points_nan_included(tmp_path: Path) -> None:
 def test_the_cadence_is_ours_whatever_the_trainer_logs_at(log_every_n_steps: int) -> None:
     memory = MemoryLogger()
 
-    train(Classifier(), RankMonitor(every_n_steps=3), memory, log_every_n_steps=log_every_n_steps)
+    train(Classifier(), RankMonitor(every_n_steps=3, detail="all"), memory, log_every_n_steps=log_every_n_steps)
 
     assert list(memory.curve(MEDIAN)) == [0, 3, 6, 9, 12, 15]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_points_are_where_lightning_itself_would_log_them(accumulate: int) -> None:
-    memory, monitor = MemoryLogger(), RankMonitor(["gradients"], ["spectral_norm"], every_n_steps=2)
+    memory, monitor = MemoryLogger(), RankMonitor(["gradients"], ["spectral_norm"], every_n_steps=2, detail="all")
 
     train(LogsItsGradient(), monitor, memory, log_every_n_steps=1, accumulate_grad_batches=accumulate)
 
@@ -158,13 +158,19 @@ def test_points_are_where_lightning_itself_would_log_them(accumulate: int) -> No
 def test_points_are_on_the_axis_of_lightnings_monitors_with_two_optimizers() -> None:
     memory = MemoryLogger()
 
-    train(Adversaries(), RankMonitor(every_n_steps=1), memory, log_every_n_steps=1, callbacks=[LearningRateMonitor()])
+    train(
+        Adversaries(),
+        RankMonitor(every_n_steps=1, detail="all"),
+        memory,
+        log_every_n_steps=1,
+        callbacks=[LearningRateMonitor()],
+    )
 
     assert list(memory.curve(MEDIAN)) == list(memory.curve("lr-AdamW"))
 
 
 def test_values_are_those_that_the_monitor_keeps() -> None:
-    memory, monitor = MemoryLogger(), RankMonitor(every_n_steps=3)
+    memory, monitor = MemoryLogger(), RankMonitor(every_n_steps=3, detail="all")
 
     train(Classifier(), monitor, memory)
 
@@ -186,7 +192,10 @@ def test_keys_are_fixed_from_the_first_sample(options: dict[str, Any], tmp_path:
     memory = MemoryLogger()
 
     train(
-        Classifier(optimizer="sgd"), RankMonitor(everything, every_n_steps=3, **options), memory, log_every_n_steps=100
+        Classifier(optimizer="sgd"),
+        RankMonitor(everything, every_n_steps=3, **options, detail="all"),
+        memory,
+        log_every_n_steps=100,
     )
 
     assert len({tuple(scalars) for _, scalars in memory.rows if len(scalars) > 2}) == 1
@@ -202,7 +211,7 @@ def test_the_header_of_a_csv_file_is_written_once(tmp_path: Path) -> None:
 
     module = Classifier()
     module.log = lambda *_: None  # type: ignore[assignment,misc]
-    train(module, RankMonitor(every_n_steps=1), logger, log_every_n_steps=1, callbacks=[Reader()])
+    train(module, RankMonitor(every_n_steps=1, detail="all"), logger, log_every_n_steps=1, callbacks=[Reader()])
 
     assert len(headers) == 16 and len(set(headers)) == 1
 
@@ -210,14 +219,18 @@ def test_the_header_of_a_csv_file_is_written_once(tmp_path: Path) -> None:
 def test_two_loggers_of_a_kind_get_the_same(tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
 
-    train(Classifier(), RankMonitor(every_n_steps=3), [CSVLogger(folder, name="", version="") for folder in folders])
+    train(
+        Classifier(),
+        RankMonitor(every_n_steps=3, detail="all"),
+        [CSVLogger(folder, name="", version="") for folder in folders],
+    )
 
     first, second = map(from_csv, folders)
     assert first == second and len(first[MEDIAN]) == 6
 
 
 def test_it_works_without_a_logger() -> None:
-    monitor = RankMonitor(every_n_steps=3)
+    monitor = RankMonitor(every_n_steps=3, detail="all")
 
     trainer = train(Classifier(), monitor, False)
 
@@ -249,7 +262,7 @@ class BrokenWriter(MemoryLogger):
 
 @pytest.mark.parametrize("broken", [BrokenLogger, BrokenWriter])
 def test_a_logger_that_raises_is_counted_and_training_goes_on(broken: type[MemoryLogger]) -> None:
-    memory, monitor = MemoryLogger(), RankMonitor(every_n_steps=3, histograms=True)
+    memory, monitor = MemoryLogger(), RankMonitor(every_n_steps=3, histograms=True, detail="all")
 
     with pytest.warns(UserWarning, match="OSError: no (space|route)") as warned:
         train(Classifier(), monitor, [broken(), memory])
@@ -261,7 +274,7 @@ def test_a_logger_that_raises_is_counted_and_training_goes_on(broken: type[Memor
 
 @pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"every_n_epochs": 1}], ids=str)
 def test_a_checkpoint_can_watch_a_rank(when: dict[str, int], tmp_path: Path) -> None:
-    monitor, memory = RankMonitor(every_n_steps=2), MemoryLogger()
+    monitor, memory = RankMonitor(every_n_steps=2, detail="all"), MemoryLogger()
     checkpoint = ModelCheckpoint(tmp_path, monitor=MEDIAN, mode="min", save_top_k=1, **when)
 
     train(Classifier(), monitor, memory, callbacks=[checkpoint], enable_checkpointing=True)
@@ -276,7 +289,7 @@ def test_a_checkpoint_can_watch_a_rank(when: dict[str, int], tmp_path: Path) -> 
 def test_early_stopping_can_watch_a_rank(module: type[Classifier]) -> None:
     stopping = EarlyStopping(MEDIAN, stopping_threshold=0.0, mode="max", check_on_train_epoch_end=module is Classifier)
 
-    trainer = train(module(), RankMonitor(every_n_steps=2), False, callbacks=[stopping])
+    trainer = train(module(), RankMonitor(every_n_steps=2, detail="all"), False, callbacks=[stopping])
 
     assert trainer.current_epoch == 1 and stopping.stopping_reason_message is not None
 
@@ -292,7 +305,7 @@ def test_a_deep_model_writes_tens_of_scalars_unless_asked_for_all(per_site: Any,
     """Minimum, median and maximum of 4 statistics of 3 sources, 5 numbers about ourselves, and 4 alerts."""
     memory = MemoryLogger()
 
-    train(deep(200), RankMonitor(per_site=per_site), memory, max_steps=1)
+    train(deep(200), RankMonitor(per_site=per_site, detail="all"), memory, max_steps=1)
 
     assert len(memory.rows[0][1]) == expected
 
@@ -300,6 +313,6 @@ def test_a_deep_model_writes_tens_of_scalars_unless_asked_for_all(per_site: Any,
 def test_few_sites_are_all_written() -> None:
     memory = MemoryLogger()
 
-    train(deep(8), RankMonitor(), memory, max_steps=1)
+    train(deep(8), RankMonitor(detail="all"), memory, max_steps=1)
 
     assert len(memory.rows[0][1]) == 45 + 8 * 12

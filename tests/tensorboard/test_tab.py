@@ -52,7 +52,7 @@ def values(response: TestResponse) -> np.ndarray[Any, Any]:
 
 
 def test_a_matrix_is_what_the_event_file_has(tmp_path: Path) -> None:
-    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=2))
+    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=2, detail="all"))
 
     answer = get(served(tmp_path / "logs"), "matrix", run="run", kind="vector", name="gradient_stable_rank")
 
@@ -62,7 +62,7 @@ def test_a_matrix_is_what_the_event_file_has(tmp_path: Path) -> None:
 
 
 def test_spectra_of_a_site_come_with_what_noise_has(tmp_path: Path) -> None:
-    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=2))
+    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=2, detail="all"))
 
     answer = get(served(tmp_path / "logs"), "spectra", run="run", name="weight", site="net.2.weight")
 
@@ -74,7 +74,7 @@ def test_spectra_of_a_site_come_with_what_noise_has(tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_with_what_they_have(tmp_path: Path) -> None:
-    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=8))
+    train(tmp_path / "logs" / "run", RankMonitor(every_n_steps=8, detail="all"))
 
     (run,) = json.loads(get(served(tmp_path / "logs"), "runs").data)["runs"]
 

@@ -69,9 +69,11 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             actions=["log"],
         )
     ]
-    train(folder / "calm", RankMonitor(["gradients", "weights", "features"], every_n_steps=1, alerts=alerts))
-    train(folder / "nan", RankMonitor(["gradients"], every_n_steps=1), Diverging())
-    train(folder / "two", RankMonitor(["gradients"], every_n_steps=3, min_size=1), Adversaries(every=2))
+    train(
+        folder / "calm", RankMonitor(["gradients", "weights", "features"], every_n_steps=1, alerts=alerts, detail="all")
+    )
+    train(folder / "nan", RankMonitor(["gradients"], every_n_steps=1, detail="all"), Diverging())
+    train(folder / "two", RankMonitor(["gradients"], every_n_steps=3, min_size=1, detail="all"), Adversaries(every=2))
     write(
         folder / "zz" / EVIL.replace("/", ""),
         (0, {SCRIPT: 1.0, EVIL: 2.0}),

@@ -47,7 +47,7 @@ def legend(page: WebDriver, figure: str) -> list[str]:
 
 
 def test_a_layer_shows_its_spectrum_at_every_sample_and_the_fits_of_the_chosen_one(tmp_path: Path) -> None:
-    monitor = MultifractalMonitor(every_n_steps=8, exclude="*.4.weight")
+    monitor = MultifractalMonitor(every_n_steps=8, exclude="*.4.weight", detail="all")
 
     with first_site(tmp_path, monitor, Classifier(mlp()), "multifractal_dispersion") as page:
         assert page.find_element(By.CSS_SELECTOR, "#details h2").text == "net.0.weight.in at step 0"
@@ -59,7 +59,7 @@ def test_a_layer_shows_its_spectrum_at_every_sample_and_the_fits_of_the_chosen_o
 
 
 def test_the_density_of_eigenvalues_is_drawn_for_every_sample(tmp_path: Path) -> None:
-    monitor = CurvatureMonitor("full", ["hessian"], every_n_steps=8)
+    monitor = CurvatureMonitor("full", ["hessian"], every_n_steps=8, detail="all")
 
     with first_site(tmp_path, monitor, Classifier(), "hessian_trace") as page:
         assert page.find_element(By.CSS_SELECTOR, "#density b").text == "Density of the eigenvalues"

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lowrank import Every, Monitor, Probe, RankMonitor, Weights
 from lightning_lowrank.analysis.cli import reader_of
+from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.tab import train, written
 from tests.trainings import Adversaries, Classifier, MemoryLogger
@@ -21,7 +22,7 @@ SITES = ["net.0.weight", "net.2.weight"]
 
 
 def test_vectors_are_the_numbers_that_the_monitor_has(tmp_path: Path) -> None:
-    monitor = RankMonitor(every_n_steps=4)
+    monitor = RankMonitor(every_n_steps=4, detail="all")
 
     train(tmp_path / "run", monitor)
 
@@ -34,7 +35,7 @@ def test_vectors_are_the_numbers_that_the_monitor_has(tmp_path: Path) -> None:
 
 
 def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(["gradients", "features"], ["energy_rank_0.01"]), max_steps=1)
+    train(tmp_path / "run", RankMonitor(["gradients", "features"], ["energy_rank_0.01"], detail="all"), max_steps=1)
 
     known = written(tmp_path / "run")[1]
     expected = {
@@ -49,7 +50,7 @@ def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_sites_are_written_once_per_event_file(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(every_n_steps=1))
+    train(tmp_path / "run", RankMonitor(every_n_steps=1, detail="all"))
 
     (file,) = (tmp_path / "run").glob("events.*")
     says = [
@@ -63,7 +64,7 @@ def test_sites_are_written_once_per_event_file(tmp_path: Path) -> None:
 
 def test_every_event_file_of_a_resumed_run_says_what_belongs_to_its_vectors(tmp_path: Path) -> None:
     for _ in range(2):
-        train(tmp_path / "run", RankMonitor(every_n_steps=4))
+        train(tmp_path / "run", RankMonitor(every_n_steps=4, detail="all"))
 
     files = sorted((tmp_path / "run").glob("events.*"))
     assert len(files) == 2 and all(b"net.0.weight" in file.read_bytes() for file in files)
@@ -77,7 +78,7 @@ def test_spectra_are_those_of_every_tenth_sample(tmp_path: Path) -> None:
         seen[module.global_step] = module.net[0].weight.detach().clone()
 
     module.net[0].register_forward_pre_hook(keep)
-    train(tmp_path / "run", Monitor([Probe("weight", Weights(), ["effective_rank"], Every(1))]), module)
+    train(tmp_path / "run", Monitor([Probe("weight", Weights(), ["effective_rank"], Every(1))], detail="all"), module)
 
     vectors, known = written(tmp_path / "run")
     spectra, shape = vectors["lowrank_spectrum/weight"], known["lowrank_spectrum/weight"]
@@ -90,7 +91,7 @@ def test_spectra_are_those_of_every_tenth_sample(tmp_path: Path) -> None:
 
 
 def test_no_matrix_is_decomposed_for_the_sake_of_spectra(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(statistics=["stable_rank"]), max_steps=1)
+    train(tmp_path / "run", RankMonitor(statistics=["stable_rank"], detail="all"), max_steps=1)
 
     assert [tag for tag in written(tmp_path / "run")[0] if "spectrum" in tag] == []
 
@@ -98,7 +99,7 @@ def test_no_matrix_is_decomposed_for_the_sake_of_spectra(tmp_path: Path) -> None
 def test_sites_that_another_optimizer_has_are_under_a_tag_of_their_own(tmp_path: Path) -> None:
     train(
         tmp_path / "run",
-        RankMonitor(["gradients"], ["stable_rank"], every_n_steps=3, min_size=1),
+        RankMonitor(["gradients"], ["stable_rank"], every_n_steps=3, min_size=1, detail="all"),
         Adversaries(every=2),
         max_epochs=1,
     )
@@ -116,14 +117,14 @@ class Diverging(Classifier):
 
 @pytest.mark.filterwarnings("ignore:lightning_lowrank")
 def test_what_is_no_number_is_written_as_such(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(every_n_steps=4), Diverging())
+    train(tmp_path / "run", RankMonitor(every_n_steps=4, detail="all"), Diverging())
 
     curve = written(tmp_path / "run")[0]["lowrank_vector/gradient_stable_rank"]
     assert [step for step, vector in curve.items() if np.isnan(vector).all()] == [12, 16, 20]
 
 
 def test_cost_and_alerts_are_among_the_vectors(tmp_path: Path) -> None:
-    train(tmp_path / "run", RankMonitor(every_n_steps=4))
+    train(tmp_path / "run", RankMonitor(every_n_steps=4, detail="all"))
 
     vectors, known = written(tmp_path / "run")
     assert {"time_ms", "overhead_percent", "failures"} <= set(known["lowrank_cost/rank"]["sites"])
@@ -142,7 +143,9 @@ def test_loggers_without_pytorchs_writer_are_left_alone(tmp_path: Path) -> None:
 def test_numbers_beyond_float32_are_infinite(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="run", version="")
 
-    errors = Vectors().write([logger], [Row("vector", "norm", {"a": 1e300, "b": -math.inf, "c": 1.0})], 7)
+    errors = write_report(
+        [logger], {}, 7, [Vectors().draw([Row("vector", "norm", {"a": 1e300, "b": -math.inf, "c": 1.0})], 7)]
+    )
 
     logger.experiment.close()
     assert errors == []

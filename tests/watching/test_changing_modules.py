@@ -51,7 +51,7 @@ def moody(**options: bool) -> Classifier:
 def test_a_parametrization_with_a_memory_is_read_without_a_trace(strict: bool) -> None:
     without, watched = moody(strict=strict), moody(strict=strict)
     fit(without, None)
-    monitor = RankMonitor(("weights", "updates", "gradients"), every_n_steps=1)
+    monitor = RankMonitor(("weights", "updates", "gradients"), every_n_steps=1, detail="all")
 
     fit(watched, monitor)
 
@@ -71,7 +71,7 @@ def test_a_parametrization_that_comes_in_training_is_seen() -> None:
 
     module, monitor = (
         Changing(nn.Linear(64, 10, bias=False)),
-        RankMonitor("weights", "frobenius_norm", every_n_steps=15),
+        RankMonitor("weights", "frobenius_norm", every_n_steps=15, detail="all"),
     )
     weights: list[Tensor] = []
     module.on_before_optimizer_step = lambda optimizer: weights.append(module.net.weight.detach().clone())  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def test_a_parametrization_that_comes_in_training_is_seen() -> None:
 
 def test_layers_of_transposed_shapes_have_an_overlap() -> None:
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
-    monitor = RankMonitor("gradients", ("stable_rank", "subspace_overlap"), every_n_steps=2)
+    monitor = RankMonitor("gradients", ("stable_rank", "subspace_overlap"), every_n_steps=2, detail="all")
     fit(Classifier(net), monitor)
 
     assert monitor.latest is not None
@@ -98,7 +98,7 @@ def test_one_matrix_that_cannot_be_read_leaves_the_others() -> None:
             super().__init__()
             self.flags = nn.Parameter(torch.ones(8, 8, dtype=torch.bool), requires_grad=False)
 
-    monitor = RankMonitor("displacement", "stable_rank", every_n_steps=2)
+    monitor = RankMonitor("displacement", "stable_rank", every_n_steps=2, detail="all")
     with pytest.warns(UserWarning, match="no number for 1 of 3 sites, the first is 'flags'"):
         fit(Odd(), monitor)
 
@@ -120,17 +120,18 @@ def test_sites_have_all_their_points_or_none_whatever_else_is_due() -> None:
     fit(
         Classifier(net),
         Monitor(
-            [Probe("gradient", Gradients(), statistics, Every(2)), Probe("weight", Weights(), statistics, Every(4))]
+            [Probe("gradient", Gradients(), statistics, Every(2)), Probe("weight", Weights(), statistics, Every(4))],
+            detail="all",
         ),
         logger=logger,
     )
 
-    assert logger.curve("lowrank/gradient_stable_rank_median").keys() == {0, 2, 4, 6}
+    assert logger.curve("rank/gradient_stable_rank_median").keys() == {0, 2, 4, 6}
     assert not logger.curve("gradient_stable_rank/net.0.weight")
 
 
 def test_every_fit_begins_anew() -> None:
-    monitor = RankMonitor("displacement", ("frobenius_norm", "subspace_overlap"), every_n_steps=4)
+    monitor = RankMonitor("displacement", ("frobenius_norm", "subspace_overlap"), every_n_steps=4, detail="all")
     fit(Classifier(), monitor)
     fit(Classifier(nn.Linear(64, 10)), monitor)
 
@@ -150,7 +151,7 @@ def test_an_optimizer_without_hooks_is_read_when_the_batch_is_over() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return Silent(self.parameters(), lr=0.1)
 
-    logger, monitor = MemoryLogger(), RankMonitor(every_n_steps=4)
+    logger, monitor = MemoryLogger(), RankMonitor(every_n_steps=4, detail="all")
     fit(Own(), monitor, logger=logger)
 
     assert monitor.failures == monitor.skipped == 0
@@ -166,7 +167,7 @@ def test_a_copy_of_a_watched_layer_is_no_longer_watched(tmp_path: Path) -> None:
             self.targets = [copy.deepcopy(self.net[0]), pickle.loads(pickle.dumps(self.net[2]))]
             return loss
 
-    module, monitor = Copying(), RankMonitor("features", every_n_steps=1)
+    module, monitor = Copying(), RankMonitor("features", every_n_steps=1, detail="all")
     fit(module, monitor)
 
     for target in module.targets:
@@ -183,13 +184,16 @@ def test_an_epoch_that_the_module_ends_leaves_no_hook() -> None:
             self.hooks = [len(m._forward_hooks) for m in self.modules()]
 
     module = Leaving()
-    fit(module, RankMonitor("features", every_n_steps=2))
+    fit(module, RankMonitor("features", every_n_steps=2, detail="all"))
 
     assert sum(module.hooks) == 0
 
 
 def test_differences_of_half_precision_weights_are_not_rounded_again() -> None:
-    module, monitor = Classifier(optimizer="sgd"), RankMonitor("displacement", "effective_rank", every_n_steps=7)
+    module, monitor = (
+        Classifier(optimizer="sgd"),
+        RankMonitor("displacement", "effective_rank", every_n_steps=7, detail="all"),
+    )
     before = [None, None]
     module.on_train_start = lambda: before.__setitem__(0, module.net[0].weight.detach().float())  # type: ignore[method-assign]
     module.on_before_optimizer_step = lambda optimizer: before.__setitem__(1, module.net[0].weight.detach().float())  # type: ignore[method-assign]

@@ -32,50 +32,68 @@ from tests.trainings import Classifier
 
 # What is made, and what the refusal says: the culprit, and what would work.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no source": (lambda: RankMonitor(sources=()), r"sources=\[\].*'gradients', 'weights'"),
-    "unknown source": (lambda: RankMonitor(["gradient"]), r"unknown \['gradient'\].*'gradients'"),
-    "no statistic": (lambda: RankMonitor(statistics=()), r"'gradient'.*'stable_rank'"),
-    "unknown statistic": (lambda: RankMonitor(statistics=["stable_rnak"]), r"'stable_rnak'.*'stable_rank'"),
+    "no source": (lambda: RankMonitor(sources=(), detail="all"), r"sources=\[\].*'gradients', 'weights'"),
+    "unknown source": (lambda: RankMonitor(["gradient"], detail="all"), r"unknown \['gradient'\].*'gradients'"),
+    "no statistic": (lambda: RankMonitor(statistics=(), detail="all"), r"'gradient'.*'stable_rank'"),
+    "unknown statistic": (
+        lambda: RankMonitor(statistics=["stable_rnak"], detail="all"),
+        r"'stable_rnak'.*'stable_rank'",
+    ),
     "near miss": (
-        lambda: RankMonitor(statistics=["stable_rnak"]),
+        lambda: RankMonitor(statistics=["stable_rnak"], detail="all"),
         "'gradient'.*'stable_rnak', did you mean 'stable_rank'",
     ),
     "parameter out of its domain": (
-        lambda: RankMonitor(statistics=["energy_rank_2"]),
+        lambda: RankMonitor(statistics=["energy_rank_2"], detail="all"),
         r"'energy_rank_2'.*epsilon above 0",
     ),
-    "parameter where none is": (lambda: RankMonitor(statistics=["stable_rank_2"]), r"'stable_rank_2'.*no parameter"),
-    "no relative form": (lambda: RankMonitor(statistics=["relative_weight_ratio"]), "'relative_weight_ratio'"),
+    "parameter where none is": (
+        lambda: RankMonitor(statistics=["stable_rank_2"], detail="all"),
+        r"'stable_rank_2'.*no parameter",
+    ),
+    "no relative form": (
+        lambda: RankMonitor(statistics=["relative_weight_ratio"], detail="all"),
+        "'relative_weight_ratio'",
+    ),
     "a pair asked of features only": (
-        lambda: RankMonitor(["features"], ["weight_ratio"]),
+        lambda: RankMonitor(["features"], ["weight_ratio"], detail="all"),
         r"'weight_ratio'.*Features.*'stable_rank'",
     ),
-    "every 0 steps": (lambda: RankMonitor(every_n_steps=0), r"n=0.*at least 1"),
-    "every -1 steps": (lambda: RankMonitor(every_n_steps=-1), r"n=-1.*at least 1"),
-    "no time": (lambda: RankMonitor(max_overhead=0.0), "max_overhead.*share=0.0.*above 0 and below 1"),
-    "all the time": (lambda: RankMonitor(max_overhead=1.0), "max_overhead.*share=1.0.*above 0 and below 1"),
+    "every 0 steps": (lambda: RankMonitor(every_n_steps=0, detail="all"), r"n=0.*at least 1"),
+    "every -1 steps": (lambda: RankMonitor(every_n_steps=-1, detail="all"), r"n=-1.*at least 1"),
+    "no time": (lambda: RankMonitor(max_overhead=0.0, detail="all"), "max_overhead.*share=0.0.*above 0 and below 1"),
+    "all the time": (
+        lambda: RankMonitor(max_overhead=1.0, detail="all"),
+        "max_overhead.*share=1.0.*above 0 and below 1",
+    ),
     "a time that is no number": (
-        lambda: RankMonitor(max_overhead=float("nan")),
+        lambda: RankMonitor(max_overhead=float("nan"), detail="all"),
         "max_overhead.*share=nan.*above 0 and below 1",
     ),
     "a cadence and a budget": (
-        lambda: RankMonitor(every_n_steps=20, max_overhead=0.01),
+        lambda: RankMonitor(every_n_steps=20, max_overhead=0.01, detail="all"),
         "every_n_steps=20 and max_overhead=0.01: one of",
     ),
     "a budget for one of two probes": (
-        lambda: Monitor([Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"])]),
+        lambda: Monitor(
+            [Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"])], detail="all"
+        ),
         "one and the same Budget",
     ),
     "two budgets": (
         lambda: Monitor(
-            [Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"], Budget(0.01))]
+            [
+                Probe("a", Weights(), ["stable_rank"], Budget(0.01)),
+                Probe("b", Updates(), ["stable_rank"], Budget(0.01)),
+            ],
+            detail="all",
         ),
         "one and the same Budget",
     ),
-    "a source twice": (lambda: RankMonitor(["weights", "weights"]), r"\['weight', 'weight'\]"),
-    "no probe": (lambda: Monitor([]), "at least one probe"),
+    "a source twice": (lambda: RankMonitor(["weights", "weights"], detail="all"), r"\['weight', 'weight'\]"),
+    "no probe": (lambda: Monitor([], detail="all"), "at least one probe"),
     "two probes of one name": (
-        lambda: Monitor([Probe("a", Weights(), ["stable_rank"]), Probe("a", Updates(), ["stable_rank"])]),
+        lambda: Monitor([Probe("a", Weights(), ["stable_rank"]), Probe("a", Updates(), ["stable_rank"])], detail="all"),
         r"\['a', 'a'\]",
     ),
     "a probe without statistics": (lambda: Probe("mine", Weights(), []), "'mine'.*Weights.*'stable_rank'"),
@@ -110,7 +128,7 @@ WRONG_TYPES = {
     "RankMonitor(every_n_steps='50')": r"n='50'.*whole",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
     "ConcentrationMonitor(densities=0.5)": "densities=0.5: a list",
-    "RankMonitor(match=5).recorders[0].probe.source.plan(nn.Linear(2, 2))": "match=5: patterns are words",
+    "RankMonitor(match=5).recorders[0].probe.source.plan(LoopTraining(nn.Linear(2, 2)))": "match=5: patterns are words",
     "CurvatureMonitor('heavy')": r"level='heavy'.*'light', 'standard', 'full'",
     "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live', 'fixed'",
 }
@@ -155,33 +173,55 @@ def fit(*monitors: Monitor, module: Classifier | None = None) -> Classifier:
 
 # The same, for what shows only when there is a module.
 REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
-    "match": (lambda: [RankMonitor(match="*.atn.*")], r"match: '\*\.atn\.\*' fits nothing.*net\.0\.weight"),
+    "match": (
+        lambda: [RankMonitor(match="*.atn.*", detail="all")],
+        r"match: '\*\.atn\.\*' fits nothing.*net\.0\.weight",
+    ),
     "one of two": (
-        lambda: [RankMonitor(match=["net.0.*", "head.*"])],
+        lambda: [RankMonitor(match=["net.0.*", "head.*"], detail="all")],
         r"match: 'head\.\*' fits nothing.*net\.0\.weight",
     ),
-    "exclude": (lambda: [RankMonitor(exclude="type:Conv2d")], "exclude: 'type:Conv2d' fits nothing.*Linear"),
-    "regular expression": (lambda: [RankMonitor(match="re:net.(")], r"match: 're:net\.\(' is no regular expression"),
-    "of features": (lambda: [RankMonitor(["features"], match="*.attn")], r"match: '\*\.attn' fits nothing.*net\.0"),
+    "exclude": (
+        lambda: [RankMonitor(exclude="type:Conv2d", detail="all")],
+        "exclude: 'type:Conv2d' fits nothing.*Linear",
+    ),
+    "regular expression": (
+        lambda: [RankMonitor(match="re:net.(", detail="all")],
+        r"match: 're:net\.\(' is no regular expression",
+    ),
+    "of features": (
+        lambda: [RankMonitor(["features"], match="*.attn", detail="all")],
+        r"match: '\*\.attn' fits nothing.*net\.0",
+    ),
     "of optimizer state": (
-        lambda: [Monitor([Probe("m", OptimizerState("exp_avg", match="x"), ["stable_rank"])])],
+        lambda: [Monitor([Probe("m", OptimizerState("exp_avg", match="x"), ["stable_rank"])], detail="all")],
         "'x' fits nothing",
     ),
-    "of displacement": (lambda: [Monitor([Probe("d", Displacement(match="x"), ["stable_rank"])])], "'x' fits nothing"),
+    "of displacement": (
+        lambda: [Monitor([Probe("d", Displacement(match="x"), ["stable_rank"])], detail="all")],
+        "'x' fits nothing",
+    ),
     "view": (
-        lambda: [Monitor([Probe("g", Gradients(views={"net.0.weight": "(a b c) n -> a b n"}), ["stable_rank"])])],
+        lambda: [
+            Monitor(
+                [Probe("g", Gradients(views={"net.0.weight": "(a b c) n -> a b n"}), ["stable_rank"])], detail="all"
+            )
+        ],
         "net.0.weight",
     ),
     "the same tags": (
-        lambda: [RankMonitor(), RankMonitor(["gradients"])],
+        lambda: [RankMonitor(detail="all"), RankMonitor(["gradients"], detail="all")],
         "'rank' and 'rank' would both write.*'gradient_stable_rank'.*give one of them name=",
     ),
     "some of the tags": (
-        lambda: [RankMonitor(["weights"]), Monitor([Probe("weight", Weights(), ["stable_rank"])])],
+        lambda: [
+            RankMonitor(["weights"], detail="all"),
+            Monitor([Probe("weight", Weights(), ["stable_rank"])], detail="all"),
+        ],
         r"\['weight_stable_rank'\]: give one of them name=",
     ),
     "the same name": (
-        lambda: [RankMonitor(["weights"], name="a"), RankMonitor(["gradients"], name="a")],
+        lambda: [RankMonitor(["weights"], name="a", detail="all"), RankMonitor(["gradients"], name="a", detail="all")],
         r"\['a_rank'\]",
     ),
 }
@@ -200,18 +240,18 @@ def test_what_does_not_fit_the_module_is_refused_before_the_first_step(case: str
 def test_two_equal_monitors_are_refused_by_the_trainer_itself() -> None:
     """Lightning looks at `state_key` when the Trainer is made, before any callback is asked."""
     with pytest.raises(RuntimeError, match="state_key` must be unique"):
-        fit(RankMonitor(), RankMonitor())
+        fit(RankMonitor(detail="all"), RankMonitor(detail="all"))
 
 
 def test_one_name_may_stand_for_a_sequence_of_one() -> None:
     """LightningCLI's users would otherwise meet the letters of a word as sources."""
-    monitor = RankMonitor("gradients", "stable_rank")
+    monitor = RankMonitor("gradients", "stable_rank", detail="all")
 
     assert [recorder.quantities for recorder in monitor.recorders] == [["gradient_stable_rank"]]
 
 
 def test_a_pair_is_asked_only_where_there_are_pairs() -> None:
-    monitor = RankMonitor(["updates", "features"], ["stable_rank", "weight_ratio"])
+    monitor = RankMonitor(["updates", "features"], ["stable_rank", "weight_ratio"], detail="all")
 
     assert {r.name: list(r.probe.statistics) for r in monitor.recorders} == {
         "update": ["stable_rank", "weight_ratio"],
@@ -220,7 +260,7 @@ def test_a_pair_is_asked_only_where_there_are_pairs() -> None:
 
 
 def test_the_name_goes_before_every_tag() -> None:
-    monitor = RankMonitor(name="encoder", per_site=True)
+    monitor = RankMonitor(name="encoder", per_site=True, detail="all")
 
     fit(monitor)
 
@@ -229,11 +269,11 @@ def test_the_name_goes_before_every_tag() -> None:
 
 
 DIFFERENT = [
-    RankMonitor(),
-    RankMonitor(name="second"),
-    RankMonitor(["weights"]),
-    RankMonitor(statistics=["stable_rank"]),
-    Monitor([Probe("feature", Features(), ["stable_rank"])]),
+    RankMonitor(detail="all"),
+    RankMonitor(name="second", detail="all"),
+    RankMonitor(["weights"], detail="all"),
+    RankMonitor(statistics=["stable_rank"], detail="all"),
+    Monitor([Probe("feature", Features(), ["stable_rank"])], detail="all"),
 ]
 
 
@@ -242,7 +282,7 @@ def test_monitors_have_places_of_their_own_in_a_checkpoint() -> None:
 
 
 def test_the_same_monitor_finds_its_place_again() -> None:
-    assert RankMonitor().state_key == RankMonitor(every_n_steps=7).state_key
+    assert RankMonitor(detail="all").state_key == RankMonitor(every_n_steps=7, detail="all").state_key
 
 
 EVERYTHING = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "validation_features")
@@ -254,7 +294,9 @@ COPIES = {"copied": copy.deepcopy, "pickled": lambda monitor: pickle.loads(pickl
 def test_a_monitor_can_be_copied(way: str, trained: bool) -> None:
     """To other processes, as `ddp_spawn` does."""
     original = RankMonitor(
-        EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"]
+        EVERYTHING,
+        ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"],
+        detail="all",
     )
     if trained:
         fit(original)
@@ -267,7 +309,9 @@ def test_a_monitor_can_be_copied(way: str, trained: bool) -> None:
     torch.manual_seed(0)
     fit(
         fresh := RankMonitor(
-            EVERYTHING, ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"]
+            EVERYTHING,
+            ["stable_rank", "energy_rank_0.01", "relative_stable_rank", "weight_ratio", "subspace_overlap"],
+            detail="all",
         )
     )
     assert copied.latest is not None and fresh.latest is not None
@@ -275,11 +319,11 @@ def test_a_monitor_can_be_copied(way: str, trained: bool) -> None:
 
 
 def test_a_pattern_chooses_what_is_watched() -> None:
-    monitor = RankMonitor(["gradients", "features"], match="*.2*", exclude="re:bias$")
+    monitor = RankMonitor(["gradients", "features"], match="*.2*", exclude="re:bias$", detail="all")
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
 
     with pytest.raises(ValueError, match="exclude: 're:bias\\$' fits nothing"):
         fit(monitor, module=Classifier(net))
-    fit(chosen := RankMonitor(["gradients"], match="*.2.*"), module=Classifier(net))
+    fit(chosen := RankMonitor(["gradients"], match="*.2.*", detail="all"), module=Classifier(net))
 
     assert chosen.latest is not None and chosen.latest.values["gradient_stable_rank"].keys() == {"net.2.weight"}

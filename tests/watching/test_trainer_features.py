@@ -125,7 +125,7 @@ class Run:
 def watching(**options: Any) -> Monitor:
     """Weights and all that changes them."""
     sources = ("gradients", "weights", "updates", "displacement")
-    return RankMonitor(sources, "stable_rank", **{"every_n_steps": EVERY, "per_site": True} | options)
+    return RankMonitor(sources, "stable_rank", **{"every_n_steps": EVERY, "per_site": True} | options, detail="all")
 
 
 def fitted(make: Callable[[], L.LightningModule], monitor: Monitor | None, **options: Any) -> Run:
@@ -241,7 +241,7 @@ class Fused(nn.Module):
 
 @of_the_compiler
 def test_a_layer_in_a_compiled_function_is_a_gap_in_its_own_curve_of_features() -> None:
-    monitor = RankMonitor(("features", "gradients"), "stable_rank", every_n_steps=EVERY, per_site=True)
+    monitor = RankMonitor(("features", "gradients"), "stable_rank", every_n_steps=EVERY, per_site=True, detail="all")
     fit = lambda monitor: (torch.compiler.reset(), fitted(lambda: Classifier(Fused()), monitor))[1]  # noqa: E731
     alone = fit(None)
 

@@ -1,6 +1,6 @@
 """The ends of an operator's spectrum, followed over training.
 
-Shape letters:  P size of the operator   k pairs   E further start vectors   L parameters
+Shape letters:  P size of the operator   k pairs   E further start vectors   L parameters   m products
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.maths.operators.operators import Layout, Operator
-from lightning_lowrank.maths.spectra.lanczos import krylov
-from lightning_lowrank.maths.spectra.spectrum import eigenvectors, full_precision, ratio, working_dtype
+from lightning_lowrank.maths.spectra.lanczos import Krylov, krylov
+from lightning_lowrank.maths.spectra.spectrum import eigenvectors, full_precision, unit_vectors, working_dtype
 
 # Of the start vector, beside the old eigenvectors with 1, 1/2, 1/3, ...: measured on small nets, and nearly flat around
 # it.
@@ -30,12 +30,17 @@ class Eigenpairs:
         vectors: Unit vectors, one a row.
         couplings: `A v - value v` is the coupling times `remainder`, which is orthogonal to all vectors.
         remainder: Unit vector, or 0.
+        errors: How far each value may be from the eigenvalue of its rank: its residual, and what the last third of the
+            products moved it by. Nearly always a bound.
+        earlier: The vectors as they were before the last third of the products; None unless asked for.
     """
 
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "k P"]
     couplings: Float[Tensor, " k"]
     remainder: Float[Tensor, " P"]
+    errors: Float[Tensor, " k"]
+    earlier: Float[Tensor, "k P"] | None = None
 
     @cached_property
     def residuals(self) -> Float[Tensor, " k"]:
@@ -59,6 +64,7 @@ def top_eigenpairs(
     further: Float[Tensor, "E P"] | None = None,
     num_products: int,
     generator: torch.Generator,
+    earlier: bool = False,
 ) -> Eigenpairs:
     """The `k` largest eigenvalues, largest first, then the `lowest` smallest, smallest last, of the Krylov space of one
     start vector.
@@ -77,6 +83,7 @@ def top_eigenpairs(
         num_products: How many are made: at least `k + lowest`, unless the operator is smaller. Memory of so many
             vectors.
         generator: On the device of the operator.
+        earlier: Give the vectors as they were a third of the products earlier too.
     """
     if num_products < min(k + lowest, operator.size):
         raise ValueError(
@@ -87,12 +94,20 @@ def top_eigenpairs(
         space = krylov(
             operator.multiply, _mixture(start, further, random), min(num_products, operator.size), spare=random
         )
-        values, turn = eigenvectors(space.projected.to(working_dtype(operator.device)))
-        kept = _ends(len(values), k, lowest, operator.device)
-        length = torch.linalg.vector_norm(space.remainder)
-        couplings = turn[-1, kept] * length
-        vectors = turn[:, kept].mT.to(operator.dtype) @ space.basis
-        return Eigenpairs(values[kept], vectors, couplings, ratio(space.remainder, length))
+        values, vectors, last = _ritz(space, len(space.basis), k, lowest)
+        fewer = max(min(k + lowest, len(space.basis)), (2 * len(space.basis) + 2) // 3)
+        before, vectors_before, _ = _ritz(space, fewer, k, lowest)
+        remainder, length = unit_vectors(space.remainder)
+        couplings = last * length
+        errors = couplings.abs() + (values - before).abs()
+        return Eigenpairs(
+            values,
+            vectors @ space.basis,
+            couplings,
+            remainder,
+            errors,
+            vectors_before @ space.basis[:fewer] if earlier else None,
+        )
 
 
 def overlap(now: Float[Tensor, "k P"], before: Float[Tensor, "k P"]) -> Float[Tensor, ""]:
@@ -106,24 +121,35 @@ def energy_share(vector: Float[Tensor, " P"], vectors: Float[Tensor, "k P"]) -> 
     """Part of a vector's squared length within the span of orthonormal rows; k / P for a random one, 0 for the zero
     vector.
     """
-    length = torch.linalg.vector_norm(vector)
-    return (vectors @ ratio(vector, length)).square().sum()
+    return (vectors @ unit_vectors(vector)[0]).square().sum()
 
 
 def rayleigh_quotient(operator: Operator, vector: Float[Tensor, " P"]) -> Float[Tensor, ""]:
-    """v^T A v / |v|^2, by one product: of the Hessian with the gradient it is the batch sharpness. 0 for the zero
-    vector.
+    """v^T A v / |v|^2, by one product: of the Hessian with the gradient it is the batch sharpness. NaN for the zero
+    vector, which points nowhere.
 
     References:
         Andreyev & Beneventano (2024), arXiv:2412.20553.
     """
-    unit = ratio(vector, torch.linalg.vector_norm(vector))
-    return unit.dot(operator.multiply(unit))
+    unit, length = unit_vectors(vector)
+    return torch.where(length == 0, torch.nan, unit.dot(operator.multiply(unit)))
 
 
 def layer_energies(vectors: Float[Tensor, "k P"], layout: Layout) -> Float[Tensor, "k L"]:
     """Part of each unit vector's squared length within each parameter."""
     return layout.sums(vectors.square())
+
+
+def _ritz(
+    space: Krylov, num_products: int, k: int, lowest: int
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k m"], Float[Tensor, " k"]]:
+    """Ends of the spectrum within the first part of a Krylov space, their vectors in its basis, and the last entries of
+    these.
+    """
+    part = space.projected[:num_products, :num_products]
+    values, turn = eigenvectors(part.to(working_dtype(part.device)))
+    kept = _ends(len(values), k, lowest, part.device)
+    return values[kept], turn[:, kept].mT.to(part), turn[-1, kept]
 
 
 def _ends(found: int, k: int, lowest: int, device: torch.device) -> Tensor:
@@ -134,7 +160,7 @@ def _ends(found: int, k: int, lowest: int, device: torch.device) -> Tensor:
 
 
 def _mixture(start: Tensor | None, further: Tensor | None, random: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-    mixed: Tensor = RANDOM * random / torch.linalg.vector_norm(random)
+    mixed: Tensor = RANDOM * unit_vectors(random)[0]
     if start is not None:
         ranks = torch.arange(1, len(start) + 1, device=random.device, dtype=random.dtype)
         mixed = mixed + (_units(start.to(random)) / ranks[:, None]).sum(0)
@@ -145,5 +171,5 @@ def _mixture(start: Tensor | None, further: Tensor | None, random: Float[Tensor,
 
 def _units(vectors: Float[Tensor, "n P"]) -> Float[Tensor, "n P"]:
     """Each over its length; 0 for those that are not finite, or 0 themselves."""
-    lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return torch.where(torch.isfinite(lengths), ratio(vectors, lengths), 0.0)
+    units, lengths = unit_vectors(vectors)
+    return torch.where(torch.isfinite(lengths)[:, None], units, 0.0)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_lowrank.maths.spectra.spectrum import lengths_of, working_dtype
+
 RowsToRows = Callable[[Tensor], Tensor]
 
 
@@ -69,6 +71,11 @@ class Layout:
     def sums(self, entries: Float[Tensor, "*B P"]) -> Float[Tensor, "*B L"]:
         """Sum over the entries of each parameter."""
         return torch.stack([part.sum(-1) for part in entries.split(self.sizes, -1)], -1)
+
+    def energies(self, entries: Float[Tensor, "*B P"]) -> Float[Tensor, "*B L"]:
+        """Squared length of the entries of each parameter, in double precision: squares of large losses need it."""
+        wide = working_dtype(entries.device)
+        return torch.stack([lengths_of(part).to(wide).square() for part in entries.split(self.sizes, -1)], -1)
 
 
 def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Tensor, " P"], Operator]:
@@ -170,26 +177,19 @@ def output_gauss_newton(jacobian: Jacobian, factor: RowsToRows, factor_transpose
     return Operator(shape.numel(), multiply, jacobian.outputs.device, jacobian.dtype)
 
 
-def fisher(jacobian: Jacobian, gradients: Float[Tensor, "R C"], *, num_examples: int | None = None) -> Operator:
-    """Mean over examples of the outer product of the gradient of the example's loss with itself.
+def fisher(jacobian: Jacobian, gradients: Float[Tensor, "R C"]) -> Operator:
+    """Mean over rows of the outer product of the gradient of the row's loss with itself.
 
-    The empirical Fisher with the gradients at the targets; the Monte Carlo estimate of the Fisher with those at targets
-    drawn from the model, unbiased with one row per example.
+    The empirical Fisher with the gradients at the targets; the Monte Carlo estimate of the Fisher, without bias, with
+    those at targets drawn from the model.
 
     Args:
         gradients: Of each row's own loss by its outputs, not divided by the number of rows.
-        num_examples: Rows of an example follow each other, as many for each, and its loss is the mean of theirs. One
-            row each unless given.
     """
-    num_examples = num_examples or len(gradients)
-    if len(gradients) % num_examples:
-        raise ValueError(f"{len(gradients)} rows of outputs cannot be {num_examples} examples with as many rows each")
-    rows_each = len(gradients) // num_examples
 
     def multiply(vector: Tensor) -> Tensor:
-        slopes = (gradients * jacobian.forward(vector)).sum(-1).view(num_examples, rows_each).mean(-1)
-        weights = slopes.repeat_interleave(rows_each, output_size=len(gradients)) / len(gradients)
-        return jacobian.backward(gradients * weights[:, None])
+        slopes = (gradients * jacobian.forward(vector)).sum(-1, keepdim=True)
+        return jacobian.backward(gradients * (slopes / len(gradients)))
 
     return _in_parameters(jacobian, multiply)
 

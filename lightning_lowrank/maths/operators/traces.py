@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs
-from lightning_lowrank.maths.operators.estimates import Estimate
+from lightning_lowrank.maths.operators.estimates import Estimate, student
 from lightning_lowrank.maths.operators.operators import Layout, Operator, dense
 from lightning_lowrank.maths.spectra.lanczos import krylov, quadrature
 from lightning_lowrank.maths.spectra.sketch import counting_error, leave_one_out
@@ -22,6 +22,7 @@ from lightning_lowrank.maths.spectra.spectrum import (
     descending,
     eigenvalues,
     full_precision,
+    lengths_of,
     pooled,
     ratio,
     working_dtype,
@@ -81,7 +82,7 @@ def spectral_estimate(
         if layout is not None:
             images = known.images()
             traces = traces + layout.sums((images * known.vectors).sum(0))
-            squares = squares + layout.sums(images.square().sum(0))
+            squares = squares + layout.energies(images).sum(0)
         spectrum = _spectrum(known, projected, counts, operator.size)
         return SpectralEstimate(spectrum, 2 * known.couplings.square().sum(), traces, squares)
 
@@ -97,8 +98,9 @@ def exact_spectrum(operator: Operator) -> Spectrum:
 def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Estimate:
     """A statistic of a spectrum, corrected for what chance adds to it on average, by the jackknife over its probes.
 
-    Nothing to correct, and no error, where the spectrum is exact. The error of a statistic that counts is at least one
-    step where it counts beyond what is known.
+    Nothing to correct, and no error, where the spectrum is exact. The error has three parts: what the probes vary by,
+    what half of the quadrature's steps would have said otherwise, and one step of a statistic that counts beyond what
+    is known.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.
@@ -109,13 +111,16 @@ def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Est
     left_out = statistic(leave_one_out(spectrum))
     others = spectrum.num_probes - 1
     spread = (left_out - left_out.mean(0)).square().mean(0)
-    error = (others * spread).sqrt() + counting_error(statistic, spectrum, value)
+    error = student(spectrum.num_probes) * (others * spread).sqrt()
+    error = error + counting_error(statistic, spectrum, value)
+    if spectrum.coarse is not None:
+        error = error + (value - statistic(spectrum.coarse)).abs()
     return Estimate(value - others * (left_out.mean(0) - value), error)
 
 
 def sample_mean(samples: Float[Tensor, "n *B"]) -> Estimate:
     """The mean of independent samples."""
-    return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5)
+    return Estimate(samples.mean(0), student(len(samples)) * samples.std(0) / len(samples) ** 0.5)
 
 
 def trace(spectrum: Spectrum) -> Float[Tensor, "*B"]:
@@ -155,7 +160,7 @@ class Density:
     Attributes:
         grid: Centres of cells of one width.
         curve: Part of all eigenvalues per unit, smoothed by a Gaussian.
-        error: Its standard error; 0 where the spectrum is exact.
+        error: Its error, as of an `Estimate`; 0 where the spectrum is exact.
         counts: How many eigenvalues are in each cell, fractions included.
     """
 
@@ -208,7 +213,7 @@ def _probe(
         torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
     )
     start = outside(signs)
-    length = torch.linalg.vector_norm(start)
+    length = lengths_of(start)
     space = krylov(lambda vector: outside(operator.multiply(vector)), start, steps)
     projected, count = space.projected.to(wide), length.to(wide).square()
     if layout is None:
@@ -217,17 +222,18 @@ def _probe(
     next_row = space.basis[1] * space.projected[0, 1] if steps > 1 else space.remainder
     image = length * (space.projected[0, 0] * space.basis[0] + next_row)
     image = image + known.remainder.dot(signs) * (known.couplings.to(vectors) @ vectors)
-    return projected, count, layout.sums(signs * image), layout.sums(image.square())
+    return projected, count, layout.sums(signs * image), layout.energies(image)
 
 
 def _nothing(operator: Operator) -> Eigenpairs:
     none = torch.zeros(0, operator.size, device=operator.device, dtype=operator.dtype)
-    return Eigenpairs(none[:, 0], none, none[:, 0], none.sum(0))
+    return Eigenpairs(none[:, 0], none, none[:, 0], none.sum(0), none[:, 0])
 
 
 def _spectrum(known: Eigenpairs, projected: Float[Tensor, "n m m"], counts: Float[Tensor, " n"], size: int) -> Spectrum:
     """Known eigenvalues one by one, the rest by quadrature."""
-    half = (projected.shape[-1] + 1) // 2
+    # Of two steps sums of squares are exact, and nothing else is asked for.
+    half = max((projected.shape[-1] + 1) // 2, min(2, projected.shape[-1]))
     fine, coarse = (_joined(known, part, counts, size) for part in (projected, projected[:, :half, :half]))
     return Spectrum(fine.values, fine.weights, fine.shape, whole=False, num_probes=fine.num_probes, coarse=coarse)
 

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from lightning_lowrank.maths.spectra.spectrum import eigenvalues, eigenvectors, ratio, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import (
+    eigenvalues,
+    eigenvectors,
+    lengths_of,
+    ratio,
+    unit_vectors,
+    working_dtype,
+)
 
 # Lengths below so many rounding units of the largest are taken for 0: the Krylov space is exhausted.
 BREAKDOWN = 30
@@ -52,7 +59,7 @@ def krylov(
     """
     basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
     projected = start.new_zeros(*start.shape[:-1], steps, steps)
-    scale = across = torch.zeros_like(_norm(start))
+    scale = across = torch.zeros_like(lengths_of(start))
     vector, _ = _normalised(start, scale)
     for step in range(steps):
         if step > 0:
@@ -61,7 +68,7 @@ def krylov(
         basis[..., step, :] = vector
         product = multiply(vector)
         projected[..., step, step] = (product * vector.conj()).sum(-1)
-        scale = torch.maximum(scale, _norm(product))
+        scale = torch.maximum(scale, lengths_of(product))
         vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
     return Krylov(basis, projected, across[..., None] * vector)
 
@@ -81,7 +88,7 @@ def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: in
         Paige (1980), Linear Algebra and its Applications 34, on what rounding does to the recurrence.
     """
     previous, across = torch.zeros_like(start), torch.zeros_like(start[..., :1])
-    scale = torch.zeros_like(_norm(start))
+    scale = torch.zeros_like(lengths_of(start))
     vector, _ = _normalised(start, scale)
     diagonal, beside = [], []
     for _ in range(steps):
@@ -117,13 +124,13 @@ def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) 
     """
     basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
     wide = start.new_zeros(*start.shape[:-1], steps, steps + 1)
-    scale = torch.zeros_like(_norm(start))
+    scale = torch.zeros_like(lengths_of(start))
     right, _ = _normalised(start, scale)
     shift: Tensor | float = 0.0
     for step in range(steps):
         basis[..., step, :] = right
         there, back = round_trip(right, shift)
-        scale = torch.maximum(scale, _norm(there))
+        scale = torch.maximum(scale, lengths_of(there))
         left, along = _normalised(there, scale)
         right, across = _normalised(_orthogonal(ratio(back, along[..., None]), basis[..., : step + 1, :]), scale)
         shift = across[..., None] * left
@@ -142,23 +149,18 @@ def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"
     return nodes, vectors[..., 0, :].abs().square()
 
 
-def _norm(vector: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(vector, dim=-1)
-    return length
-
-
 def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vector and length; both 0 where the length is rounding beside `scale`."""
-    length = _norm(vector)
-    length = torch.where(length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale, 0.0, length)
-    return ratio(vector, length[..., None]), length
+    unit, length = unit_vectors(vector)
+    rounding = length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale
+    return torch.where(rounding[..., None], 0.0, unit), torch.where(rounding, 0.0, length)
 
 
 def _or_else(vector: Tensor, length: Tensor, spare: Tensor, basis: Tensor) -> Tensor:
     """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit
     vector.
     """
-    fresh, _ = _normalised(_orthogonal(spare, basis), _norm(spare))
+    fresh, _ = _normalised(_orthogonal(spare, basis), lengths_of(spare))
     return torch.where(length[..., None] == 0, fresh, vector)
 
 

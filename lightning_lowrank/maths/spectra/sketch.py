@@ -15,6 +15,7 @@ from lightning_lowrank.maths.spectra.lanczos import bidiagonal, largest_eigenval
 from lightning_lowrank.maths.spectra.spectrum import (
     Spectrum,
     descending,
+    eigenvalues,
     eigenvectors,
     full_precision,
     pooled,
@@ -29,7 +30,7 @@ ROUNDS = 2
 # A direction is taken out where its residual is below this part of its energy: the energy is then off by the square.
 CONVERGED = 0.05
 # Quadrature weights below this are rounding, and so are their nodes.
-FAINT = 1e-8
+FAINT = 1e-12
 # Entries of the matrix that a core's cache holds.
 CACHED = 2**18
 # Energy that float32 products can still tell from 0, as a part of all.
@@ -39,7 +40,7 @@ ROUNDING = 1e-3
 
 
 def sketch(
-    matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, rank: int = 32, steps: int = 28, num_probes: int = 8
+    matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, width: int = 25, steps: int = 28, num_probes: int = 8
 ) -> Spectrum:
     """An estimate of all singular values in O(M N) work: the strongest directions one by one, the rest by stochastic
     Lanczos quadrature.
@@ -51,7 +52,8 @@ def sketch(
         matrix: Best with both sides above 1500; below, `svd` is as fast.
         generator: On the device of the matrix, and not seeded as the one that the matrix itself was drawn from: probes
             that repeat its entries are not independent of it, and no error would tell.
-        rank: Most directions taken out one by one; only those that have converged are.
+        width: Start vectors of the block Krylov space in which directions are looked for. Twice as many can be taken
+            out one by one; only those that have converged are.
         steps: Lanczos steps for the rest. `coarse` has half of them and a smaller trial space for the directions.
         num_probes: Independent start vectors.
 
@@ -63,8 +65,9 @@ def sketch(
     shape = (matrix.shape[-2], matrix.shape[-1])
     with full_precision(matrix.device):
         tall, scale = _scaled(matrix if shape[0] >= shape[1] else matrix.mT)
-        rank, steps = min(rank, shape[0] // 2, shape[1] // 2), min(steps, *shape)
-        atoms = _converged(tall, _trial_space(tall, (3 * rank) // 4 + 1, generator), rank)
+        # Three blocks fill the space of a small matrix.
+        width, steps = min(width, -(-min(shape) // (ROUNDS + 1))), min(steps, *shape)
+        atoms = _converged(tall, *trial_space(tall, width, generator))
         wide = _krylov(tall, atoms.basis, num_probes, steps, generator)
         energy = torch.linalg.vector_norm(tall, dim=-1).double().square().sum(-1)
         fine = _spectrum(atoms.energies, atoms.kept, wide, energy, shape, scale)
@@ -195,10 +198,10 @@ class Atoms:
         kept: Which of them have converged.
     """
 
-    basis: Float[Tensor, "*B S L"]
-    energies: Float[Tensor, "*B L"]
-    coarse: Float[Tensor, "*B L"]
-    kept: Float[Tensor, "*B L"]
+    basis: Float[Tensor, "*B S K"]
+    energies: Float[Tensor, "*B K"]
+    coarse: Float[Tensor, "*B K"]
+    kept: Float[Tensor, "*B K"]
 
 
 def _scaled(matrix: Num[Tensor, "*B M N"]) -> tuple[Float[Tensor, "*B M N"], Float[Tensor, "*B"]]:
@@ -214,37 +217,54 @@ def _orthonormal(block: Tensor) -> Tensor:
     return basis
 
 
-def _trial_space(tall: Float[Tensor, "*B M S"], width: int, generator: torch.Generator) -> Float[Tensor, "*B S L"]:
-    """Orthonormal basis of a block Krylov space, in which the strongest directions converge first."""
+def trial_space(
+    tall: Float[Tensor, "*B M S"], width: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "*B S L"], Float[Tensor, "*B M L"]]:
+    """Orthonormal basis of a block Krylov space, in which the strongest directions converge first, and its image."""
     start = torch.randn(*tall.shape[:-1], width, generator=generator, device=tall.device, dtype=tall.dtype)
     space = _orthonormal(tall.mT @ start)
-    block = space
+    images = image = tall @ space
     for _ in range(ROUNDS):
-        block = tall.mT @ _orthonormal(tall @ block)
-        # Where the block adds nothing what is left is rounding, orthogonal to nothing until it has a length.
-        for _ in range(2):
-            block = _orthonormal(block - space @ (space.mT @ block))
-        space = torch.cat([space, block], -1)
-    return space
+        # Reflections complete the basis, orthonormal whatever comes: what a block of a low-rank matrix adds is
+        # rounding, in no direction.
+        block = _orthonormal(torch.cat([space, tall.mT @ _orthonormal(image)], -1))[..., space.shape[-1] :]
+        image = tall @ block
+        space, images = torch.cat([space, block], -1), torch.cat([images, image], -1)
+    return space, images
 
 
-def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], rank: int) -> Atoms:
-    """The strongest directions of a trial space, those that have converged."""
-    images = tall @ space
-    gram = images.double().mT @ images.double()
-    energies, turn = eigenvectors(gram)
-    energies, turn = energies.flip(-1)[..., :rank].clamp(min=0), turn.flip(-1)[..., :rank].to(tall)
+def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], images: Float[Tensor, "*B M L"]) -> Atoms:
+    """The strongest directions of a trial space, as many as the smaller one has, those that have converged."""
+    correction = _correction(space)
+    gram = correction @ _gram(images) @ correction
     smaller = gram.shape[-1] * ROUNDS // (ROUNDS + 1)
-    coarse, _ = eigenvectors(gram[..., :smaller, :smaller])
-    basis = _orthonormal((space @ turn).double()).to(tall)
-    basis = basis * (basis * (space @ turn)).sum(-2, keepdim=True).sign()
+    energies, turn = eigenvectors(gram)
+    energies, turn = energies.flip(-1)[..., :smaller].clamp(min=0), (correction @ turn.flip(-1)[..., :smaller]).to(tall)
+    coarse = eigenvalues(gram[..., :smaller, :smaller]).flip(-1).clamp(min=0)
+    basis = space @ turn
     residual = torch.linalg.vector_norm(tall.mT @ (images @ turn) - basis * energies[..., None, :].to(tall), dim=-2)
     converged = (residual < CONVERGED * energies) & (energies > torch.finfo(torch.float32).eps ** 2 * energies[..., :1])
     # One that has not converged must not be found again, halved, in what is left by weaker ones.
     kept = converged.cummin(-1).values
-    return Atoms(
-        basis * kept[..., None, :], energies * kept, coarse.flip(-1)[..., :rank].clamp(min=0) * kept, kept.double()
-    )
+    return Atoms(basis * kept[..., None, :], energies * kept, coarse * kept, kept.double())
+
+
+def _correction(space: Float[Tensor, "*B S L"]) -> Float[Tensor, "*B L L"]:
+    """What to multiply columns with that are orthonormal but for rounding, so that they are so in double precision: one
+    Newton step.
+
+    Reflections in single precision leave errors of 1e-5 in a thousand equal entries.
+
+    References:
+        Bjorck & Bowie (1971), SIAM J. Numerical Analysis 8(2).
+    """
+    gram = _gram(space)
+    return 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram
+
+
+def _gram(columns: Float[Tensor, "*B S L"]) -> Float[Tensor, "*B L L"]:
+    wide = columns.double()
+    return wide.mT @ wide
 
 
 def _krylov(
@@ -257,7 +277,10 @@ def _krylov(
     """The matrix without the directions of the basis, within the Krylov spaces of random vectors."""
 
     def outside(vectors: Tensor) -> Tensor:
-        return vectors - (vectors @ basis) @ basis.mT
+        # Twice is enough: what one pass leaves in a strong direction is as large as what a weak rest has.
+        for _ in range(2):
+            vectors = vectors - (vectors @ basis) @ basis.mT
+        return vectors
 
     def round_trip(vectors: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
         there, back = _there_and_back(tall, vectors, shift)
@@ -299,23 +322,29 @@ def _spectrum(
     nodes, weights = (torch.cat(parts, -1) for parts in zip(*pairs, strict=True))
     nodes = nodes.clamp(min=0) * (weights > FAINT)
     count, rest = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
-    weights = _reweighted(nodes, weights / 2, ratio(rest, count) * (rest > TELLABLE * energy)) * count[..., None]
+    nodes, weights = _matched(nodes, weights / 2, ratio(rest, count) * (rest > TELLABLE * energy))
+    weights = weights * count[..., None]
     values = torch.cat([atoms.expand(len(nodes), *atoms.shape), nodes], -1).sqrt() * scale[..., None]
     values, weights = descending(values, torch.cat([kept.expand(len(nodes), *kept.shape), weights], -1))
     return Spectrum(values, weights, shape, whole=False, num_probes=len(nodes))
 
 
-def _reweighted(
+def _matched(
     nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
-) -> Float[Tensor, "P *B K"]:
-    """Weights with sum 1 and that mean, tilted no more than it takes; where the mean is 0 it is not known, and they
-    stay as they are.
+) -> tuple[Tensor, Tensor]:
+    """Nodes, and weights with sum 1, that have that mean; where the mean is 0 it is not known, and they stay as they
+    are.
+
+    The weights are tilted no more than it takes. The nodes are scaled where that does not suffice: in a probe that has
+    next to nothing of a direction that carries the rest.
     """
+    known = mean[..., None] > 0
     before = (weights * nodes).sum(-1, keepdim=True)
     variance = (weights * (nodes - before).square()).sum(-1, keepdim=True)
-    slope = ratio(mean[..., None] - before, variance) * (mean[..., None] > 0)
+    slope = ratio(mean[..., None] - before, variance) * known
     tilted = (weights * (1 + slope * (nodes - before))).clamp(min=0)
-    return tilted / tilted.sum(-1, keepdim=True)
+    tilted = tilted / tilted.sum(-1, keepdim=True)
+    return nodes * torch.where(known, ratio(mean[..., None], (tilted * nodes).sum(-1, keepdim=True)), 1.0), tilted
 
 
 def leave_one_out(spectrum: Spectrum) -> Spectrum:

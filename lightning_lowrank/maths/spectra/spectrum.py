@@ -85,6 +85,24 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
 
 
+def unit_vectors(vectors: Num[Tensor, "*B K"]) -> tuple[Num[Tensor, "*B K"], Float[Tensor, "*B"]]:
+    """Vectors over their lengths, and the lengths; 0 for the zero vector, NaN for one that is not finite.
+
+    Over the largest entry first: squares leave the range of float32 at entries of 1e19, and of 1e-23.
+    """
+    if not vectors.shape[-1]:
+        return vectors, torch.linalg.vector_norm(vectors, dim=-1)
+    largest = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=-1, keepdim=True)
+    scaled = ratio(vectors, largest)
+    lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return ratio(scaled, lengths), (largest * lengths)[..., 0]
+
+
+def lengths_of(vectors: Num[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
+    """Euclidean lengths along the last axis, as far as they are within the range of the dtype."""
+    return unit_vectors(vectors)[1]
+
+
 def noise_floor(shape: tuple[int, int]) -> float:
     """What counts as 0 beside 1 in a matrix of that shape held in float32, as `numpy.linalg.matrix_rank` has it."""
     return max(shape) * torch.finfo(torch.float32).eps

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lowrank.distributed.shards import like, local, whole
-from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change, difference, weights
+from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change, difference
 from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.models.sites import Site
 from lightning_lowrank.models.training import Training
@@ -16,7 +16,9 @@ from lightning_lowrank.models.training import Training
 
 @dataclass(kw_only=True)
 class Displacement(ParameterSource):
-    """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0.
+    """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0, before the step.
+
+    The weight beside it, which `weight_ratio` divides by, is W_0 for every kind of layer.
 
     Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
     logged as `lowrank/displacement_bytes` and said at the start. Of sharded weights each process keeps its shards; a
@@ -58,9 +60,8 @@ class Displacement(ParameterSource):
         self._initial[site.name] = start = attempt(partial(self._start, site))
         if site.computation is None or not start:
             return change(site, start)
-        return Reading(
-            site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=weights(site)
-        )
+        began = Reading(site.labels, site.shape, start, site.view)
+        return Reading(site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=began)
 
     def _start(self, site: Site) -> Sequence[Tensor]:
         """What was kept of a site, placed as its weights are; a layer that was replaced by one of another size begins

@@ -60,7 +60,7 @@ class Features(MatrixSource):
         self.name = (
             ("validation_" if self.stage == "validation" else "") + ("centred_" if self.centred else "") + "feature"
         )
-        self._listener = Listener(self._add, lambda: self.timed())
+        self._listener = Listener(self._add)
         self._around: dict[str, nn.Module] = {}
         self._grams: dict[str, Tensor] = {}
         self._device = torch.device("cpu")
@@ -94,7 +94,7 @@ class Features(MatrixSource):
 
     def batch_begins(self, batch: Batch) -> None:
         """Listen to the layers during this batch."""
-        self._listener.attach()
+        self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
         """Stop listening, and own up to what went wrong."""

@@ -4,8 +4,8 @@ their product.
 Shape letters:  T rows of one call   R rows that are kept   N inputs   M outputs   K probes   C channels   H, W an image
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.models.axes import feature_axis, is_transposed
-from lightning_lowrank.models.taps import Listener, in_training, recomputes
+from lightning_lowrank.models.taps import Listener, Timed, in_training, recomputes
 
 # Random directions in which the product of all rows is kept, to be held against the gradient.
 PROBES = 8
@@ -77,20 +77,19 @@ class PairTap:
     Args:
         weight: That the optimizer steps.
         layers: All that multiply by it, or by what is computed from it.
-        timed: Counts the time.
     """
 
     def __init__(
         self,
         weight: nn.Parameter,
         layers: Sequence[nn.Module],
-        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.weight, self.layers, self._timed = weight, layers, timed
+        self.weight, self.layers = weight, layers
+        self._timed: Timed = nullcontext
         self._max_rows = 0
         self._error: Exception | None = None
         self.gradient: Tensor | None = None
-        self._listener = Listener(self._hear, timed, again=True)
+        self._listener = Listener(self._hear, again=True)
         self._listener.layers = {str(i): layer for i, layer in enumerate(layers)}
         self._begin(0)
 
@@ -109,18 +108,20 @@ class PairTap:
         self._error = self._error or self._listener.take_error()
         return self._error
 
-    def attach(self, seed: int, max_rows: int) -> None:
+    def attach(self, seed: int, max_rows: int, timed: Timed = nullcontext) -> None:
         """Listen to a batch, to a new sample if the last one is over.
 
         Args:
             seed: Of rows and probes.
             max_rows: How many rows are kept.
+            timed: Counts the time that it takes.
         """
+        self._timed = timed
         self._max_rows = max_rows
         if self.gradient is not None or self._probes is None:
             self._begin(seed)
         self._outside = False
-        self._listener.attach()
+        self._listener.attach(timed)
 
     def detach(self) -> None:
         """The batch is over: what the backward pass never came by is forgotten."""

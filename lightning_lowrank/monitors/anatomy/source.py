@@ -125,9 +125,7 @@ class Anatomy(NumberSource):
         self._num_outputs = self._asked or min(MOST_OUTPUTS, widths[-1] if widths else MOST_OUTPUTS)
         trained = {name: weight for name, weight in heard.items() if weight.requires_grad}
         before = {id(tap.weight): tap for tap in self._taps.values()}
-        self._taps = {
-            name: before.get(id(w)) or PairTap(w, owners[id(w)], lambda: self.timed()) for name, w in trained.items()
-        }
+        self._taps = {name: before.get(id(w)) or PairTap(w, owners[id(w)]) for name, w in trained.items()}
         for tap in before.values():
             if tap not in self._taps.values():
                 tap.drop()
@@ -140,7 +138,7 @@ class Anatomy(NumberSource):
         """Listen."""
         for i, tap in enumerate(self._taps.values()):
             # The probes are the same in all processes, so that their products can be added up.
-            tap.attach(batch.seed * 4096 + i, -(-self._max_rows // batch.training.team.size))
+            tap.attach(batch.seed * 4096 + i, -(-self._max_rows // batch.training.team.size), self.timed)
 
     def note(self) -> str:
         """What it does not hear."""

@@ -24,6 +24,7 @@ class LossOperators:
     """A loss, as its operators show it.
 
     Attributes:
+        loss: The loss itself.
         gradient: Of the loss.
         operators: By name.
         layout: Of the parameters.
@@ -31,6 +32,7 @@ class LossOperators:
         error: Why some operators are missing.
     """
 
+    loss: Float[Tensor, ""]
     gradient: Float[Tensor, " P"]
     operators: Mapping[str, Operator]
     layout: Layout
@@ -75,7 +77,8 @@ def loss_operators(
         raise error or RuntimeError("another process could not differentiate its loss twice")
     whole = {name: _everywhere(found[name], team) for name in asked if name in together}
     edge = threshold(optimizers[0], params) if len(optimizers) == 1 else None
-    return LossOperators(team.all_reduce(gradient) / team.size, whole, Layout.of(named), edge, error)
+    value, gradient = (team.all_reduce(part) / team.size for part in (loss.detach().to(gradient), gradient))
+    return LossOperators(value, gradient, whole, Layout.of(named), edge, error)
 
 
 def _of_outputs(
@@ -85,14 +88,17 @@ def _of_outputs(
     jacobian = Jacobian(outputs.outputs, params)
     if "gauss_newton" in asked:
         yield "gauss_newton", gauss_newton(jacobian, outputs.hessian_product)
-    if "empirical_fisher" in asked:
-        yield "empirical_fisher", fisher(jacobian, outputs.row_gradients(), num_examples=outputs.num_examples)
-    if "monte_carlo_fisher" in asked:
-        if not isinstance(outputs, ClosedForm):
-            raise ValueError(
-                "monte_carlo_fisher takes a loss of torch's that says how probable targets are: leave it "
-                "out of operators="
-            )
+    fishers = [name for name in asked if name.endswith("_fisher")]
+    if not fishers:
+        return
+    if not isinstance(outputs, ClosedForm):
+        raise ValueError(
+            f"{' and '.join(fishers)}: takes a loss of torch's, which says how much each row counts and how probable "
+            "targets are; leave it out of operators="
+        )
+    if "empirical_fisher" in fishers:
+        yield "empirical_fisher", fisher(jacobian, outputs.row_gradients())
+    if "monte_carlo_fisher" in fishers:
         generator = torch.Generator(outputs.outputs.device).manual_seed(seed)
         yield "monte_carlo_fisher", fisher(jacobian, outputs.sampled_gradients(generator))
 

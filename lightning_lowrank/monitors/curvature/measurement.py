@@ -22,7 +22,7 @@ from lightning_lowrank.maths.operators.eigenspaces import (
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
-from lightning_lowrank.monitors.curvature.self_check import VALID, is_wrong, symmetry_defect
+from lightning_lowrank.monitors.curvature.self_check import VALID, is_resolved, is_wrong, symmetry_defect
 from lightning_lowrank.statistics.registry import find
 
 # Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in
@@ -52,13 +52,13 @@ class CurvatureEffort:
     steps: int = 0
 
 
-# At these cadences a sample, of 4, 120 and 760 training steps, takes at most 5 % of the time. Seven products more than
+# At these cadences a sample, of 4, 147 and 1140 training steps, takes at most 5 % of the time. Seven products more than
 # directions follow five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature
 # of an indefinite operator takes 40.
 EFFORTS = {
     "light": CurvatureEffort(100),
-    "standard": CurvatureEffort(2500, further=7, probes=3, steps=2),
-    "full": CurvatureEffort(20000, further=30, lowest=1, probes=3, steps=40),
+    "standard": CurvatureEffort(3000, further=7, probes=5, steps=2),
+    "full": CurvatureEffort(25000, further=30, lowest=1, probes=5, steps=40),
 }
 
 
@@ -73,16 +73,19 @@ class Curvatures:
         tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under
             "edge".
         valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
+        resolved: Whether the numbers of the last measurement are far from the smallest that the dtype has.
     """
 
     def __init__(self, effort: CurvatureEffort, top_k: int) -> None:
         self.effort, self.top_k = effort, top_k
         self.tops: dict[str, Float[Tensor, "_ P"]] = {}
         self.valid: Tensor | None = None
+        self.resolved: Tensor | None = None
 
     def measure(self, loss: LossOperators, generator: torch.Generator) -> Found:
         """All that is asked for."""
         found = Found()
+        self.resolved = is_resolved(loss.loss) & is_resolved(loss.gradient)
         for name, operator in loss.operators.items():
             if self.valid is None:
                 found.values["curvature_symmetry_defect"] = defect = symmetry_defect(
@@ -124,7 +127,7 @@ class Curvatures:
             signed = replace(scaled, multiply=lambda vector: edge.sign * scaled.multiply(vector))
             start, near = self.before("edge", operator.size), (loss.gradient * edge.diagonal.sqrt())[None]
             pairs = top_eigenpairs(signed, 1, start=start, further=near, num_products=EDGE, generator=generator)
-            found.note("sharpness_over_threshold", Estimate(pairs.values[0], pairs.residuals[0]))
+            found.note("sharpness_over_threshold", Estimate(pairs.values[0], pairs.errors[0]))
             self.tops["edge"] = pairs.vectors
 
     def _of_operator(
@@ -138,8 +141,8 @@ class Curvatures:
         pairs = top_eigenpairs(
             operator, k, lowest=effort.lowest, start=before, further=near, num_products=products, generator=generator
         )
-        for label, value, residual in zip(_labels(k, effort.lowest), pairs.values, pairs.residuals, strict=False):
-            found.note(f"{name}_{label}", Estimate(value, residual))
+        for label, value, error in zip(_labels(k, effort.lowest), pairs.values, pairs.errors, strict=False):
+            found.note(f"{name}_{label}", Estimate(value, error))
         top = pairs.vectors[:k]
         found.layers[f"{name}_top_share"] = layer_energies(top, loss.layout).mean(0)
         if before is not None:
@@ -178,13 +181,14 @@ class Curvatures:
         found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
 
     def judge(self, found: Found) -> None:
-        """Everything is NaN where the first products were wrong, so that nothing is believed."""
+        """Everything is NaN where the first products were wrong, or the loss too small, so that nothing is believed."""
         if self.valid is not None:
+            valid = self.valid if self.resolved is None else torch.where(self.resolved, self.valid, 0.0)
             for numbers in (found.values, found.layers, found.curves):
                 for name, value in numbers.items():
                     if not name.endswith("_defect"):
-                        numbers[name] = torch.where(self.valid != 0, value, torch.nan)
-            found.values["curvature_valid"] = self.valid
+                        numbers[name] = torch.where(valid != 0, value, torch.nan)
+            found.values["curvature_valid"] = valid
 
 
 DEEP: dict[str, Callable[..., Tensor]] = {

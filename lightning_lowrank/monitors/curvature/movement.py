@@ -17,7 +17,8 @@ Named = Mapping[str, Tensor]
 
 
 class Movement:
-    """The gradient, the update and the whole way from the start, against directions that were found before this sample.
+    """The gradient, the update and the whole way from the start to the step, against directions that were found before
+    this sample.
 
     Those of the sample itself are made for its very batch, and hold more of its gradient than they would of any other.
 
@@ -56,14 +57,15 @@ class Movement:
         """
         if self.before is None:
             return {}
-        now = _flat(trained, list(trained.values()))
+        now, before_step = _flat(trained, list(trained.values())), _placed(trained, self.start)
         size, gradient = self.before.shape[1], self._gradient
         if size != len(now):  # some were frozen, or thawed
             return {}
-        began = {"update": self.start, "displacement": self.initial}
-        moves = {
-            name: now - _flat(trained, places) for name, then in began.items() if (places := _placed(trained, then))
-        }
+        initial, moves = _placed(trained, self.initial), {}
+        if before_step:
+            moves["update"] = now - _flat(trained, before_step)
+        if before_step and initial:
+            moves["displacement"] = _flat(trained, before_step) - _flat(trained, initial)
         moves |= {} if gradient is None or len(gradient) != size else {"gradient": gradient}
         found = {f"{name}_in_top": energy_share(move, self.before) for name, move in moves.items()}
         return found | {"in_top_chance": now.new_tensor(self.before.shape[0] / size)}

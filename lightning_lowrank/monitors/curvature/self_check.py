@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_lowrank.maths.operators.estimates import Estimate
 from lightning_lowrank.maths.operators.operators import Layout, Operator, hessian
-from lightning_lowrank.maths.spectra.spectrum import ratio
+from lightning_lowrank.maths.spectra.spectrum import lengths_of, ratio, unit_vectors
 from lightning_lowrank.monitors.curvature.moving import moving
 
 # Largest defect that is believed: rounding in bfloat16 makes a tenth of it, in float32 a thousandth of that.
@@ -36,13 +36,13 @@ def symmetry_defect(operator: Operator, generator: torch.Generator) -> Float[Ten
     size, dtype, device = operator.size, operator.dtype, operator.device
     one, other = torch.randn(2, size, generator=generator, dtype=dtype, device=device)
     images = operator.multiply(one), operator.multiply(other)
-    lengths = torch.linalg.vector_norm(torch.stack(images), dim=-1)
+    lengths = lengths_of(torch.stack(images))
     return ratio((one.dot(images[1]) - other.dot(images[0])).abs(), lengths.mean())
 
 
 def difference_defect(losses: Losses, params: Sequence[Tensor]) -> Estimate:
-    """|H g - d| over the longer of both, with d a central difference of gradients along the gradient g: rounding where
-    H is their slope.
+    """|H u - d| over the longer of both, with d a central difference of gradients along u, the direction of the
+    gradient: rounding where H is their slope.
 
     The error is how far the difference over twice the step is from d. Where activations have kinks (ReLU, max pooling)
     differences see them and a Hessian does not: both numbers are large then, and tell nothing. Takes five gradients and
@@ -59,22 +59,31 @@ def difference_defect(losses: Losses, params: Sequence[Tensor]) -> Estimate:
         return layout.flatten([g.detach() for g in found])
 
     with losses() as loss:
-        along, operator = hessian(loss, params)
+        gradient, operator = hessian(loss, params)
+        along, _ = unit_vectors(gradient)
         image = operator.multiply(along)
     with moving(params) as (start, put):
-        longer = STEP * ratio(torch.linalg.vector_norm(layout.flatten(start)), torch.linalg.vector_norm(along))
+        longer = STEP * lengths_of(layout.flatten(start))
 
         def slope_at(step: Tensor) -> Tensor:
             put(a + (step * part).to(a.dtype) for a, part in zip(start, layout.split(along), strict=True))
             return slope()
 
         far, near = ((slope_at(step) - slope_at(-step)) / (2 * step) for step in (longer, longer / 2))
-    length = torch.maximum(torch.linalg.vector_norm(image), torch.linalg.vector_norm(near))
-    return Estimate(
-        ratio(torch.linalg.vector_norm(near - image), length), ratio(torch.linalg.vector_norm(far - near), length)
-    )
+    length = torch.maximum(lengths_of(image), lengths_of(near))
+    return Estimate(ratio(lengths_of(near - image), length), ratio(lengths_of(far - near), length))
 
 
 def is_wrong(defect: Estimate) -> Float[Tensor, ""]:
     """1 where a product is not the slope of the gradient, 0 where it is, or where differences cannot tell."""
     return (defect.value > VALID + KINKS * defect.error).to(defect.value)
+
+
+def is_resolved(numbers: Tensor) -> Bool[Tensor, ""]:
+    """Whether the largest is 0, or so far from the smallest that the dtype has that products with it keep their digits;
+    what is not finite is no fault of that kind.
+
+    In float32 that is 1e-31. A gradient below is made of numbers that were rounded to 0 on the way.
+    """
+    largest, limits = numbers.abs().amax(), torch.finfo(numbers.dtype)
+    return ~((largest > 0) & (largest <= limits.tiny / limits.eps))

@@ -76,6 +76,7 @@ class MultifractalMonitor(Monitor):
         num_repeats: int = 10,
         max_overhead: float | None = None,
     ) -> None:
+        self.note_arguments(MultifractalMonitor, locals())
         of_both: dict[str, Any] = {
             "match": match,
             "exclude": exclude,
@@ -94,6 +95,7 @@ class MultifractalMonitor(Monitor):
             raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
         whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}
         source = Multifractal(heads=heads, **of_both) if mode == "rank" else NeuroMFA(**whole, **of_both)
+        self.label = source.name
         schedule = cadence(every_n_steps, max_overhead, 500)
         super().__init__(
             probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name

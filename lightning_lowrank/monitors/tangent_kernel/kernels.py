@@ -121,13 +121,11 @@ def known_part(
     vectors, images = (none, none) if modes is None else (modes.vectors, modes.images())
     if further is None:
         return Known(vectors, images)
-    block = further.to(images).mT
     with full_precision(operator.device):
-        # Where a direction adds nothing what is left is rounding, orthogonal to nothing until it has a length.
-        for _ in range(2):
-            block = torch.linalg.qr(block - vectors.mT @ (vectors @ block)).Q
-        added = [operator.multiply(direction) for direction in block.mT.contiguous()]
-    return Known(torch.cat([vectors, block.mT]), torch.cat([images, torch.stack(added)]))
+        # Reflections complete a basis, orthonormal whatever comes: where a direction adds nothing what is left is
+        # rounding.
+        block = torch.linalg.qr(torch.cat([vectors, further.to(images)]).mT).Q[:, len(vectors) :].mT.contiguous()
+        return Known(torch.cat([vectors, block]), torch.stack([*images, *map(operator.multiply, block)]))
 
 
 def sketched_kernel(found: Float[Tensor, "k R C"], kernel: KernelName, *, known: Known | None = None) -> Kernel:
@@ -158,7 +156,8 @@ def exact_modes(operator: Operator) -> Eigenpairs:
         values, vectors = eigenvectors(matrix.to(working_dtype(operator.device)))
         floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
         values = torch.where(values <= floor, 0.0, values).flip(0)
-        return Eigenpairs(values, vectors.mT.flip(0), torch.zeros_like(values), torch.zeros_like(vectors[0]))
+        none = torch.zeros_like(values)
+        return Eigenpairs(values, vectors.mT.flip(0), none, torch.zeros_like(vectors[0]), none)
 
 
 def exact_kernel(modes: Eigenpairs, num_rows: int) -> Kernel:

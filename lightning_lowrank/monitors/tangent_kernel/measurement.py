@@ -60,7 +60,7 @@ class KernelEffort:
     top_k: int
     num_projections: int
     further: int = 4
-    probes: int = 4
+    probes: int = 5
     steps: int = 6
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class TangentKernels:
             found.note("ntk_participation_ratio", estimates.participation_ratio(kernel))
         found.note("ntk_condition", _condition(modes.top))
         if outputs.labels is not None:
-            _of_labels(kernel, modes.top, outputs.labels, found)
+            _of_labels(kernel, modes, outputs.labels, found)
         self._motion(outputs, compared, found)
         self._gauss_newton(outputs.gauss_newton, rate, steps, found, generator)
         return found
@@ -194,10 +194,19 @@ class TangentKernels:
         else:
             start = self.tops.get(name)
             start = start if start is not None and start.shape[-1] == operator.size else None
-            known = top_eigenpairs(operator, k, start=start, num_products=k + effort.further, generator=generator)
+            # One more than are followed, for the gap below these.
+            known = top_eigenpairs(
+                operator,
+                min(k + 1, operator.size),
+                start=start,
+                num_products=k + effort.further,
+                generator=generator,
+                earlier=True,
+            )
             probes, steps = effort.probes, effort.steps
             whole = traces.spectral_estimate(operator, known=known, num_probes=probes, steps=steps, generator=generator)
-        top = replace(known, values=known.values[:k], vectors=known.vectors[:k], couplings=known.couplings[:k])
+        ends = {name: getattr(known, name)[:k] for name in ("values", "vectors", "couplings", "errors")}
+        top = replace(known, **ends, earlier=None)
         self.tops[name] = top.vectors
         return Modes(top, known, whole, exact)
 
@@ -227,17 +236,15 @@ class TangentKernels:
 
     def _sizes(self, name: str, modes: Modes, found: Found) -> None:
         """Ends of a spectrum, and sums over it."""
-        for label, value, residual in zip(
-            _labels(self.effort.top_k), modes.top.values, modes.top.residuals, strict=False
-        ):
-            found.note(f"{name}_{label}", Estimate(value, residual))
+        for label, value, error in zip(_labels(self.effort.top_k), modes.top.values, modes.top.errors, strict=False):
+            found.note(f"{name}_{label}", Estimate(value, error))
         spectrum = modes.spectrum
         sums = {
             "trace": traces.debiased(traces.trace, spectrum.spectrum),
             "squared_norm": traces.trace_of_square(spectrum),
         }
         for label, found_sum in (sums | {"participation_ratio": traces.participation_ratio(spectrum)}).items():
-            found.note(f"{name}_{label}", estimates.widened(found_sum, spectrum.spectrum.num_probes))
+            found.note(f"{name}_{label}", found_sum)
         for statistic in (statistics.effective_rank_energy, statistics.energy_rank):
             # Few steps do not resolve the tail: what half of them would have said otherwise is in this error.
             found.note(f"{name}_{statistic.__name__}", Estimate(*estimate(statistic, spectrum.spectrum)))
@@ -253,9 +260,12 @@ class TangentKernels:
         if self.first is None or self.last is None or not now.fits(self.first) or not now.fits(self.last):
             self.first = now
         else:
-            found.note("ntk_velocity", estimates.velocity(kernel, self.last.kernel))
-            found.note("ntk_distance_to_start", estimates.velocity(kernel, self.first.kernel))
-            found.note_layers("ntk_layer_velocity", estimates.layer_velocities(layers, self.last.layers))
+            rounding = outputs.rounding
+            of_last, of_first = (estimates.velocity(kernel, before.kernel) for before in (self.last, self.first))
+            of_layers = estimates.layer_velocities(layers, self.last.layers)
+            found.note("ntk_velocity", estimates.blurred(of_last, rounding))
+            found.note("ntk_distance_to_start", estimates.blurred(of_first, rounding))
+            found.note_layers("ntk_layer_velocity", estimates.blurred(of_layers, rounding))
         self.last = now
 
     def _gauss_newton(
@@ -275,7 +285,7 @@ class TangentKernels:
             )
         time = rate * steps
         learnt = traces.debiased(lambda spectrum: estimates.num_learnt(spectrum, time), modes.spectrum.spectrum)
-        found.note("ntk_modes_learnt", estimates.widened(learnt, modes.spectrum.spectrum.num_probes))
+        found.note("ntk_modes_learnt", learnt)
 
 
 def names(top_k: int) -> dict[str, tuple[bool, bool]]:
@@ -290,24 +300,22 @@ def names(top_k: int) -> dict[str, tuple[bool, bool]]:
         "ntk_distance_to_start",
     ]
     estimated += ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
-    plain = [
-        *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1)),
-        "ntk_label_energy_in_top",
-        "ntk_label_energy_in_top_chance",
-    ]
+    estimated += ["ntk_label_energy_in_top", *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1))]
+    plain = ["ntk_label_energy_in_top_chance"]
     layers = dict.fromkeys(["ntk_layer_share", "ntk_layer_velocity"], (True, True))
     return dict.fromkeys(estimated, (False, True)) | dict.fromkeys(plain, (False, False)) | layers
 
 
-def _of_labels(kernel: Kernel, top: Eigenpairs, labels: Float[Tensor, "R C"], found: Found) -> None:
+def _of_labels(kernel: Kernel, modes: Modes, labels: Float[Tensor, "R C"], found: Found) -> None:
     """What the kernel, and its modes, have in common with the labels."""
     found.note("ntk_label_alignment", estimates.alignment(kernel, labels))
     found.note("ntk_centred_label_alignment", estimates.alignment(kernel, labels, centred=True))
-    energies = estimates.label_energies(top, labels)
-    found.values |= {f"ntk_label_energy_{i}": energy for i, energy in enumerate(energies, 1)}
-    found.values["ntk_label_energy_in_top"] = energies.sum()
-    found.values["ntk_label_energy_in_top_chance"] = (
-        torch.ones_like(energies.sum()) * len(energies) / top.vectors.shape[-1]
+    each, together = estimates.label_energies(modes.known, labels, len(modes.top.values))
+    for i, (energy, error) in enumerate(zip(each.value, each.error, strict=True), 1):
+        found.note(f"ntk_label_energy_{i}", Estimate(energy, error))
+    found.note("ntk_label_energy_in_top", together)
+    found.values["ntk_label_energy_in_top_chance"] = torch.full_like(
+        together.value, len(modes.top.values) / modes.known.vectors.shape[-1]
     )
 
 
@@ -317,8 +325,8 @@ def _condition(top: Eigenpairs) -> Estimate:
 
 
 def _relative(top: Eigenpairs) -> Float[Tensor, " k"]:
-    """Residuals beside the values."""
-    return top.residuals / top.values.clamp(min=0)
+    """Errors of the values beside them."""
+    return top.errors / top.values.clamp(min=0)
 
 
 def _labels(top_k: int) -> list[str]:

@@ -40,12 +40,14 @@ class KernelOutputs:
         gauss_newton: Matrix of the loss, in the space of outputs or of parameters, whichever is smaller: its
             eigenvalues other than 0.
         layout: Of the parameters.
+        rounding: Distance from 1 to the next number in the dtype that the outputs were given in.
     """
 
     jacobian: Jacobian
     labels: Float[Tensor, "R C"] | None
     gauss_newton: Operator
     layout: Layout
+    rounding: float
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,7 +153,11 @@ def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Te
     # Together, so that each process decides alike: the graph of the products is made once.
     jacobian = everything if own.whole and of_loss == place else _jacobian(own.rows, place, named)
     return KernelOutputs(
-        jacobian, _labels(own, place, jacobian.dtype), _gauss_newton(own.loss, everything, of_loss), Layout.of(named)
+        jacobian,
+        _labels(own, place, jacobian.dtype),
+        _gauss_newton(own.loss, everything, of_loss),
+        Layout.of(named),
+        torch.finfo(own.loss.outputs.dtype).eps,
     )
 
 

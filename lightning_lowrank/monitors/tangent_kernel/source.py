@@ -137,7 +137,8 @@ class TangentKernel(NumberSource):
         with ExitStack() as stack:
             outputs = self._outputs(stack, team)
             generator = torch.Generator(outputs.jacobian.outputs.device).manual_seed(batch.seed)
-            found = self.state.measure(outputs, _rate(batch.training.optimizers), batch.training.step, generator)
+            num_steps = batch.training.step + 1  # that of the sample is done
+            found = self.state.measure(outputs, _rate(batch.training.optimizers), num_steps, generator)
         self._num_rows = outputs.shape[0]
         return list(_numbers(found, list(self._trained)))
 

@@ -54,7 +54,9 @@ class Rulebook:
                 f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML"
             )
         start = f"{prefix}_" if prefix else ""
-        given = usual([q.removeprefix(start) for q in quantities]) if isinstance(rules, str) else rules or ()
+        measured = [quantity.removeprefix(start) for quantity in quantities]
+        usually = [rule for rule in usual(measured) if rule.quantity in measured]
+        given = usually if isinstance(rules, str) else rules or ()
         self.states = [_state(rule, quantities, start) for rule in given]
         names = [state.name for state in self.states]
         if len(set(names)) < len(names):

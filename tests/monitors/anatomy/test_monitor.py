@@ -50,7 +50,7 @@ SILENT: dict[str, Any] = {
 def watched(
     module: L.LightningModule, monitor: Monitor | None = None, *others: L.Callback, **options: Any
 ) -> tuple[Monitor, MemoryLogger]:
-    monitor, logger = monitor or GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
+    monitor, logger = monitor or GradientAnatomyMonitor(every_n_steps=1, per_site=True, detail="all"), MemoryLogger()
     L.seed_everything(0, verbose=False)
     L.Trainer(**(SILENT | {"logger": logger} | options), callbacks=[monitor, *others]).fit(module)
     return monitor, logger
@@ -231,7 +231,7 @@ def test_numbers_are_those_of_both_sides() -> None:
         for name, value in anatomy(kept, 10).values.items():
             if not value.isnan():
                 assert_close(logger.curve(f"anatomy_{name}/net.0.weight")[step], value.item(), rtol=1e-3, atol=1e-4)
-    assert_close(list(logger.curve("anatomy_loss").values()), module.losses)
+    assert_close(list(logger.curve("anatomy/loss").values()), module.losses)
 
 
 def test_shares_of_a_layer_sum_to_one() -> None:
@@ -268,7 +268,7 @@ def test_layers_inside_a_compiled_module_are_refused(how: str) -> None:
     module = Classifier()
     (module if how == "module" else module.net).compile(backend="eager")
 
-    with pytest.raises(ValueError, match="cannot be seen: hooks inside a compiled module never run"):
+    with pytest.raises(ValueError, match="cannot be heard: hooks inside a compiled module never run"):
         watched(module)
 
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_had_is_refused_before_training(options: dict[str, Any]) 
     module = Classifier()
 
     with pytest.raises(ValueError, match=next(iter(options))):
-        watched(module, GradientAnatomyMonitor(**options))
+        watched(module, GradientAnatomyMonitor(**options, detail="all"))
     assert not module.losses
 
 
@@ -331,7 +331,9 @@ class Planted(L.LightningModule):
 @pytest.mark.parametrize(("change", "steps"), [(4, [4]), (0, []), (100, [])])
 def test_going_from_residue_to_spike_is_an_event(change: int, steps: list[int]) -> None:
     """A gradient that the spike ruled from the start has gone nowhere."""
-    monitor, logger = watched(Planted(change), GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True))
+    monitor, logger = watched(
+        Planted(change), GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True, detail="all")
+    )
 
     assert [(event.step, event.severity) for event in monitor.events] == [(step, "info") for step in steps]
     dominance = list(logger.curve("anatomy_spike_dominance/layer.weight").values())
@@ -340,7 +342,9 @@ def test_going_from_residue_to_spike_is_an_event(change: int, steps: list[int]) 
 
 def test_a_suppressed_residue_and_a_full_rank_are_warned_of() -> None:
     alerts = [ResidueSuppressedAlert(actions=["log"]), NotLowRankAlert(below=1.1, actions=["log"])]
-    monitor, _ = watched(Planted(0), GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, alerts=alerts))
+    monitor, _ = watched(
+        Planted(0), GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, alerts=alerts, detail="all")
+    )
 
     assert {event.rule for event in monitor.events} == {"anatomy_spike_dominance_above", "anatomy_low_rank_share_below"}
     assert all(event.step == 2 for event in monitor.events)
@@ -349,7 +353,10 @@ def test_a_suppressed_residue_and_a_full_rank_are_warned_of() -> None:
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
 def test_the_top_direction_is_followed_from_the_start_through_a_restart(tmp_path: Path) -> None:
     def run(steps: int, resume: Any = None) -> MemoryLogger:
-        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True), MemoryLogger()
+        monitor, logger = (
+            GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True, detail="all"),
+            MemoryLogger(),
+        )
         torch.manual_seed(0)
         trainer = L.Trainer(**(SILENT | {"max_epochs": -1}), max_steps=steps, logger=logger, callbacks=[monitor])
         trainer.fit(Planted(4), ckpt_path=resume, weights_only=True)
@@ -371,7 +378,10 @@ def across(rank: int, size: int, root: Path) -> Any:
     curves = {}
     for max_rows in (2048, 16):
         L.seed_everything(0, verbose=False)
-        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True, max_rows=max_rows), MemoryLogger()
+        monitor, logger = (
+            GradientAnatomyMonitor(every_n_steps=1, per_site=True, max_rows=max_rows, detail="all"),
+            MemoryLogger(),
+        )
         strategy = "ddp" if size > 1 else "auto"
         settings = SILENT | {
             "devices": size,
@@ -555,13 +565,13 @@ def test_where_all_weights_are_frozen_the_loss_is_still_told() -> None:
     monitor, logger = watched(module)
 
     assert monitor.failures == 0
-    assert_close(list(logger.curve("anatomy_loss").values()), module.losses)
+    assert_close(list(logger.curve("anatomy/loss").values()), module.losses)
 
 
 @pytest.mark.parametrize("options", [{"max_rows": True}, {"max_rows": 0}, {"num_outputs": True}, {"num_outputs": 0}])
 def test_what_is_no_count_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        GradientAnatomyMonitor(**options)
+        GradientAnatomyMonitor(**options, detail="all")
 
 
 class Expert(nn.Module):
@@ -585,7 +595,7 @@ def of_some(rank: int, size: int, root: Path) -> Any:
     """
     found = []
     for options in ({"has_rows": rank == 0}, {"has_rows": rank == 1}, {"is_heard": rank == 0}):
-        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True), MemoryLogger()
+        monitor, logger = GradientAnatomyMonitor(every_n_steps=1, per_site=True, detail="all"), MemoryLogger()
         torch.manual_seed(0)
         settings = SILENT | {
             "devices": size,
@@ -644,7 +654,7 @@ DEPTHS: list[tuple[int, Any, int]] = [(3, "auto", 33), (12, "auto", 7), (15, "au
 def test_a_model_of_many_weights_has_curves_of_what_is_asked_first(depth: int, per_site: Any, curves: int) -> None:
     net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(depth - 1)), nn.Linear(64, 10))
 
-    _, logger = watched(Classifier(net), GradientAnatomyMonitor(every_n_steps=4, per_site=per_site))
+    _, logger = watched(Classifier(net), GradientAnatomyMonitor(every_n_steps=4, per_site=per_site, detail="all"))
 
     found = {tag for tag in logger.curves() if tag.endswith("/net.0.weight")}
     assert len([tag for tag in found if "_error" not in tag]) == curves

@@ -192,7 +192,10 @@ SILENT: dict[str, Any] = {
 
 
 def test_the_monitor_finds_spike_and_bulk_of_a_model_that_says_nothing_of_them() -> None:
-    logger, monitor = MemoryLogger(), GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True)
+    logger, monitor = (
+        MemoryLogger(),
+        GradientAnatomyMonitor(every_n_steps=1, num_outputs=1, per_site=True, detail="all"),
+    )
     of = problem(300, "tanh", nu=0.3, alpha=0.5)
     L.Trainer(**SILENT, logger=logger, callbacks=[monitor]).fit(TwoLayers(of))
 
@@ -304,10 +307,10 @@ def test_the_callback_refuses_what_optimises_by_hand() -> None:
 
 
 def test_a_penalty_that_is_only_logged_is_not_heard() -> None:
-    monitor, logger = GradientAnatomyMonitor(every_n_steps=1), MemoryLogger()
+    monitor, logger = GradientAnatomyMonitor(every_n_steps=1, detail="all"), MemoryLogger()
     L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01), monitor]).fit(made(Classifier))
 
-    assert max(logger.curve("lowrank/anatomy_deviation_max").values()) < 1e-4
+    assert max(logger.curve("anatomy/deviation_max").values()) < 1e-4
 
 
 class InWords(Classifier):

@@ -67,9 +67,12 @@ def watched(module: L.LightningModule, monitor: Monitor, *callbacks: L.Callback,
 
 
 def values(logger: MemoryLogger, tag: str) -> Tensor:
-    """Of single heads, or of the whole model."""
-    curve = logger.curve(f"concentration_{tag}" if tag.startswith("head_importance/") else f"concentration/{tag}")
-    return torch.tensor(list(curve.values()), dtype=torch.float64)
+    return torch.tensor(list(logger.curve(full(tag)).values()), dtype=torch.float64)
+
+
+def full(tag: str) -> str:
+    """Of the whole model in the monitor's group, of a site under its own."""
+    return f"concentration_{tag}" if "/" in tag else f"concentration/{tag}"
 
 
 def gates(seen: Seen, name: str, count: int) -> Tensor:
@@ -170,7 +173,7 @@ class Settling(Classifier):
 
 
 def test_a_settled_mask_is_an_event() -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])], detail="all")
 
     watched(Settling(), monitor)
 
@@ -179,7 +182,7 @@ def test_a_settled_mask_is_an_event() -> None:
 
 @pytest.mark.parametrize("rate", [1e-5, 1e-2])
 def test_samples_close_together_are_no_settled_mask(rate: float) -> None:
-    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])])
+    monitor = ConcentrationMonitor(every_n_steps=1, alerts=[EarlyBirdAlert(actions=["log"])], detail="all")
 
     watched(Classifier(lr=rate), monitor, max_epochs=3)
 
@@ -273,7 +276,7 @@ def test_what_goes_wrong_in_a_sample_costs_its_numbers_only(monkeypatch: pytest.
         raise RuntimeError("odd")
 
     without = trained(Classifier, {}, [], tmp_path / "without")
-    monitor = ConcentrationMonitor(every_n_steps=2)
+    monitor = ConcentrationMonitor(every_n_steps=2, detail="all")
     monkeypatch.setattr(Concentration, "gradients_final", odd)
     with pytest.warns(UserWarning, match="RuntimeError: odd"):
         with_it = trained(Classifier, {}, [monitor], tmp_path / "with")
@@ -336,31 +339,31 @@ def test_a_reference_says_whether_the_same_units_matter(tmp_path: Path) -> None:
 def test_a_reference_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
     watched(
         Classifier(),
-        ConcentrationMonitor(every_n_steps=4),
+        ConcentrationMonitor(every_n_steps=4, detail="all"),
         ModelCheckpoint(tmp_path),
         enable_checkpointing=True,
     )
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match=r"reference.*none in common"):
-        watched(Classifier(Attending()), ConcentrationMonitor(reference=path))
+        watched(Classifier(Attending()), ConcentrationMonitor(reference=path, detail="all"))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an unknown unit": (lambda _: ConcentrationMonitor(["layer"]), "units=.*layer.*module"),
-    "no unit": (lambda _: ConcentrationMonitor([]), "units=.*one or more"),
-    "a string": (lambda _: ConcentrationMonitor("head"), "units='head'"),
-    "an unknown signal": (lambda _: ConcentrationMonitor(signals=["loss"]), "signals=.*loss.*gate"),
-    "gates of modules": (lambda _: ConcentrationMonitor(["module"], ["gate"]), "have no gates"),
-    "a density of one": (lambda _: ConcentrationMonitor(densities=[1.0]), "densities=.*below 1"),
-    "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5]), "densities=.*different"),
+    "an unknown unit": (lambda _: ConcentrationMonitor(["layer"], detail="all"), "units=.*layer.*module"),
+    "no unit": (lambda _: ConcentrationMonitor([], detail="all"), "units=.*one or more"),
+    "a string": (lambda _: ConcentrationMonitor("head", detail="all"), "units='head'"),
+    "an unknown signal": (lambda _: ConcentrationMonitor(signals=["loss"], detail="all"), "signals=.*loss.*gate"),
+    "gates of modules": (lambda _: ConcentrationMonitor(["module"], ["gate"], detail="all"), "have no gates"),
+    "a density of one": (lambda _: ConcentrationMonitor(densities=[1.0], detail="all"), "densities=.*below 1"),
+    "the same density": (lambda _: ConcentrationMonitor(densities=[0.5, 0.5], detail="all"), "densities=.*different"),
     "no file": (
-        lambda root: ConcentrationMonitor(reference=root / "none.ckpt"),
+        lambda root: ConcentrationMonitor(reference=root / "none.ckpt", detail="all"),
         "none.ckpt.*FileNotFoundError",
     ),
-    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0), "n=0.*at least 1"),
+    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0, detail="all"), "n=0.*at least 1"),
     "a cadence and a budget": (
-        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01),
+        lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01, detail="all"),
         "every_n_steps=2 and max_overhead",
     ),
 }
@@ -375,32 +378,32 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str, tmp_path: Path) 
 
 
 def test_a_reference_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
-    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4)
+    monitor = ConcentrationMonitor(signals=["gradient"], every_n_steps=4, detail="all")
     watched(Classifier(), monitor, ModelCheckpoint(tmp_path), enable_checkpointing=True)
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match="watched without gates of heads or neurons"):
-        ConcentrationMonitor(reference=path)
+        ConcentrationMonitor(reference=path, detail="all")
 
 
 def test_a_reference_for_a_monitor_without_gates_is_refused_when_it_is_made(tmp_path: Path) -> None:
     watched(
         Classifier(),
-        ConcentrationMonitor(every_n_steps=4),
+        ConcentrationMonitor(every_n_steps=4, detail="all"),
         ModelCheckpoint(tmp_path),
         enable_checkpointing=True,
     )
     (path,) = tmp_path.glob("*.ckpt")
 
     with pytest.raises(ValueError, match=r"signals=\['gradient'\] have none of these"):
-        ConcentrationMonitor(signals=["gradient"], reference=path)
+        ConcentrationMonitor(signals=["gradient"], reference=path, detail="all")
 
 
 def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> None:
     torch.save({"callbacks": {"other": {}}}, tmp_path / "other.ckpt")
 
     with pytest.raises(ValueError, match=r"no ConcentrationMonitor watched that run.*other"):
-        ConcentrationMonitor(reference=tmp_path / "other.ckpt")
+        ConcentrationMonitor(reference=tmp_path / "other.ckpt", detail="all")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> No
     [("match", "*.attention"), ("exclude", "*.attention"), ("neurons", "*.fc2"), ("heads", {"*.o": 2})],
 )
 def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, value: Any) -> None:
-    monitor = ConcentrationMonitor(**{option: value})
+    monitor = ConcentrationMonitor(**{option: value}, detail="all")
 
     with pytest.raises(ValueError, match=f"{option}: .*fits nothing"):
         watched(Classifier(), monitor)
@@ -419,7 +422,9 @@ def sharded(rank: int, size: int, root: Path) -> Any:
 
     strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     try:
-        trained_sharded(Sharded(), ConcentrationMonitor(), MemoryLogger(), root, strategy=strategy, devices=size)
+        trained_sharded(
+            Sharded(), ConcentrationMonitor(detail="all"), MemoryLogger(), root, strategy=strategy, devices=size
+        )
     except ValueError as error:
         return str(error)
     return "no word"
@@ -450,7 +455,7 @@ class Unlucky(Classifier):
 def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor() -> None:
     monitor, other = (
         ConcentrationMonitor(every_n_steps=1, detail="all"),
-        RankMonitor(["gradients"], every_n_steps=1, per_site=True),
+        RankMonitor(["gradients"], every_n_steps=1, detail="all"),
     )
 
     with pytest.warns(UserWarning, match="no number for"):
@@ -465,7 +470,8 @@ def test_a_step_that_is_not_finite_is_a_gap_and_counted_as_by_the_rank_monitor()
         "head_count",
         "weight_gini",
     ):
-        assert {step for step, value in enumerate(values(logger, tag).tolist()) if math.isnan(value)} == gaps, tag
+        curve = logger.curve(full(tag))
+        assert {step for step, value in curve.items() if math.isnan(value)} == gaps, tag
     # The whole model and two heads, in two steps.
     assert monitor.failures == 6
 
@@ -498,7 +504,7 @@ def test_what_the_model_has_never_had_is_absent_and_what_it_has_lost_is_a_gap() 
 
 
 def test_named_units_that_are_frozen_may_thaw() -> None:
-    module, monitor = Classifier(Attending()), ConcentrationMonitor(["head"], every_n_steps=1)
+    module, monitor = Classifier(Attending()), ConcentrationMonitor(["head"], every_n_steps=1, detail="all")
     module.net.out.requires_grad_(False)
 
     watched(module, monitor)
@@ -571,8 +577,8 @@ def test_a_head_that_was_not_used_has_a_gap_and_not_its_last_importance() -> Non
 
 
 def test_the_order_of_units_and_signals_is_no_other_monitor() -> None:
-    one = ConcentrationMonitor(["head", "module", "head"], ["gate", "gradient"])
-    other = ConcentrationMonitor(["module", "head"], ["gradient", "gate"])
+    one = ConcentrationMonitor(["head", "module", "head"], ["gate", "gradient"], detail="all")
+    other = ConcentrationMonitor(["module", "head"], ["gradient", "gate"], detail="all")
 
     assert one.state_dict()["quantities"] == other.state_dict()["quantities"]
     assert len(set(one.recorders[0].quantities)) == len(one.recorders[0].quantities)
@@ -581,7 +587,7 @@ def test_the_order_of_units_and_signals_is_no_other_monitor() -> None:
 @pytest.mark.parametrize("densities", [[0.5, 0.5000001], [i / 300 for i in range(1, 300)]])
 def test_masks_that_could_not_be_told_apart_are_refused(densities: list[float]) -> None:
     with pytest.raises(ValueError, match=r"densities=.*at most 255 different"):
-        ConcentrationMonitor(densities=densities)
+        ConcentrationMonitor(densities=densities, detail="all")
 
 
 ODD: dict[str, Any] = {
@@ -601,17 +607,19 @@ def test_a_reference_of_another_kind_is_refused_when_it_is_made(case: str, tmp_p
     torch.save(ODD[case], tmp_path / "odd.ckpt")
 
     with pytest.raises(ValueError, match=r"reference=.*odd\.ckpt"):
-        ConcentrationMonitor(reference=tmp_path / "odd.ckpt")
+        ConcentrationMonitor(reference=tmp_path / "odd.ckpt", detail="all")
 
 
 def checkpoint(module: L.LightningModule, folder: Path) -> Path:
-    watched(module, ConcentrationMonitor(every_n_steps=1), ModelCheckpoint(folder), enable_checkpointing=True)
+    watched(
+        module, ConcentrationMonitor(every_n_steps=1, detail="all"), ModelCheckpoint(folder), enable_checkpointing=True
+    )
     return next(folder.glob("*.ckpt"))
 
 
 def test_a_reference_with_other_numbers_of_heads_is_refused_before_training(tmp_path: Path) -> None:
     path = checkpoint(Classifier(Attending()), tmp_path)
-    monitor = ConcentrationMonitor(["head"], ["gate"], heads={"net.out": 4}, reference=path)
+    monitor = ConcentrationMonitor(["head"], ["gate"], heads={"net.out": 4}, reference=path, detail="all")
 
     with pytest.raises(ValueError, match=r"'net.out': 2.* and here are .*'net.out': 4.*none in common"):
         watched(Classifier(Attending()), monitor)
@@ -634,7 +642,7 @@ def with_a_list_of_masks(state: dict[str, Any]) -> None:
 def test_an_older_state_is_taken_as_far_as_it_goes(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     path, module, logger = checkpoint(Classifier(), tmp_path), Classifier(), MemoryLogger()
     saved = torch.load(path, weights_only=True)
-    (state,) = (state for key, state in saved["callbacks"].items() if key == "ConcentrationMonitor")
+    (state,) = (state for key, state in saved["callbacks"].items() if "Concentration" in key)
     change(state["probes"]["concentration"]["source"])
     torch.save(saved, path)
 
@@ -656,7 +664,7 @@ class Stopped(Classifier):
 
 
 def test_ctrl_c_in_a_sample_leaves_no_hook_and_no_copy_of_weights() -> None:
-    module, monitor = Stopped(), ConcentrationMonitor(every_n_steps=1)
+    module, monitor = Stopped(), ConcentrationMonitor(every_n_steps=1, detail="all")
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         watched(module, monitor)
@@ -687,7 +695,8 @@ def test_nothing_is_written_of_units_that_the_model_has_not() -> None:
         for module in (Classifier(), Classifier(Attending()))
     )
 
-    heads = ("concentration/head", "concentration_head")
-    assert not [tag for tag in mlp.curves() if tag.startswith(heads)]
-    assert set(mlp.curves()) == {tag for tag in transformer.curves() if not tag.startswith(heads)}
+    assert not [tag for tag in mlp.curves() if tag.startswith(("concentration/head", "concentration_head"))]
+    assert set(mlp.curves()) == {
+        tag for tag in transformer.curves() if not tag.startswith(("concentration/head", "concentration_head"))
+    }
     assert "concentration/neuron_gate_hill_exponent" in mlp.curves()

@@ -73,37 +73,42 @@ def dense(module: FullBatch, at: list[Tensor]) -> Tensor:
 def test_the_top_of_the_spectrum_is_that_of_the_dense_hessian() -> None:
     module = FullBatch()
 
-    logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1))
+    logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1, detail="all"))
 
     for step, at in enumerate(module.seen):
         values = torch.linalg.eigvalsh(dense(module, at))
-        assert logger.curve("hessian_lambda_max")[step] == pytest.approx(values[-1].item(), rel=1e-4)
-        assert logger.curve("hessian_lambda_3")[step] == pytest.approx(values[-3].item(), rel=1e-3)
-        assert logger.curve("hessian_lambda_min")[step] == pytest.approx(values[0].item(), rel=1e-2)
+        assert logger.curve("curvature/hessian_lambda_max")[step] == pytest.approx(values[-1].item(), rel=1e-4)
+        assert logger.curve("curvature/hessian_lambda_3")[step] == pytest.approx(values[-3].item(), rel=1e-3)
+        assert logger.curve("curvature/hessian_lambda_min")[step] == pytest.approx(values[0].item(), rel=1e-2)
 
 
 def test_sums_over_the_spectrum_are_within_their_errors() -> None:
     module = FullBatch()
 
-    logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1), max_epochs=8)
+    logger = watched(
+        module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1, detail="all"), max_epochs=8
+    )
 
-    trace, error = logger.curve("hessian_trace"), logger.curve("hessian_trace_error")
+    trace, error = logger.curve("curvature/hessian_trace"), logger.curve("curvature/hessian_trace_error")
     off = [abs(trace[step] - dense(module, at).trace().item()) / error[step] for step, at in enumerate(module.seen)]
     assert sorted(off)[len(off) // 2] < 2
     assert all(0 < error[step] < 2 * trace[step] for step in trace)
 
 
 def test_batch_sharpness_of_gradient_descent_is_held_against_two_over_the_learning_rate() -> None:
-    logger = watched(FullBatch(), CurvatureMonitor(every_n_steps=1))
+    logger = watched(FullBatch(), CurvatureMonitor(every_n_steps=1, detail="all"))
 
-    sharpness, over = logger.curve("batch_sharpness"), logger.curve("batch_sharpness_over_threshold")
+    sharpness, over = (
+        logger.curve("curvature/batch_sharpness"),
+        logger.curve("curvature/batch_sharpness_over_threshold"),
+    )
     assert all(over[step] == pytest.approx(sharpness[step] * 0.1 / 2, rel=1e-5) for step in sharpness)
 
 
 def test_the_edge_of_gradient_descent_is_where_the_largest_eigenvalue_says() -> None:
-    logger = watched(FullBatch(), CurvatureMonitor("standard", ["hessian"], every_n_steps=1))
+    logger = watched(FullBatch(), CurvatureMonitor("standard", ["hessian"], every_n_steps=1, detail="all"))
 
-    largest, over = logger.curve("hessian_lambda_max"), logger.curve("sharpness_over_threshold")
+    largest, over = logger.curve("curvature/hessian_lambda_max"), logger.curve("curvature/sharpness_over_threshold")
     assert all(over[step] == pytest.approx(largest[step] * 0.1 / 2, rel=2e-2) for step in largest)
 
 
@@ -112,31 +117,37 @@ def test_a_linear_model_has_one_curvature_by_three_names() -> None:
     module = FullBatch(nn.Sequential(nn.Linear(64, 10)))
 
     logger = watched(
-        module, CurvatureMonitor("standard", ["hessian", "gauss_newton", *FISHERS], every_n_steps=1), max_epochs=6
+        module,
+        CurvatureMonitor("standard", ["hessian", "gauss_newton", *FISHERS], every_n_steps=1, detail="all"),
+        max_epochs=6,
     )
 
-    hessian, other = logger.curve("hessian_lambda_max"), logger.curve("gauss_newton_lambda_max")
+    hessian, other = logger.curve("curvature/hessian_lambda_max"), logger.curve("curvature/gauss_newton_lambda_max")
     assert all(other[step] == pytest.approx(hessian[step], rel=1e-3) for step in hessian)
-    drawn = logger.curve("monte_carlo_fisher_trace")
+    drawn = logger.curve("curvature/monte_carlo_fisher_trace")
     exact = [dense(module, at).trace().item() for at in module.seen]
     assert sum(drawn.values()) == pytest.approx(sum(exact), rel=0.25)
 
 
 @pytest.mark.parametrize("batch", ["live", "fixed"])
 def test_critical_sharpness_on_full_batches_is_a_curvature_along_the_update(batch: Any) -> None:
-    logger = watched(FullBatch(lr=0.001), CurvatureMonitor("standard", [], batch=batch, every_n_steps=1), max_epochs=6)
+    logger = watched(
+        FullBatch(lr=0.001), CurvatureMonitor("standard", [], batch=batch, every_n_steps=1, detail="all"), max_epochs=6
+    )
 
-    assert list(logger.curves()["critical_sharpness"]) == list(range(6))
-    assert all(0 < value < 40 for step, value in logger.curve("critical_sharpness").items() if step > 1)
+    assert list(logger.curves()["curvature/critical_sharpness"]) == list(range(6))
+    assert all(0 < value < 40 for step, value in logger.curve("curvature/critical_sharpness").items() if step > 1)
 
 
 def test_a_replay_sees_the_same_curvature_as_the_live_graph() -> None:
-    live = watched(FullBatch(), CurvatureMonitor(every_n_steps=1))
-    replayed = watched(FullBatch(), CurvatureMonitor(batch="fixed", every_n_steps=1))
+    live = watched(FullBatch(), CurvatureMonitor(every_n_steps=1, detail="all"))
+    replayed = watched(FullBatch(), CurvatureMonitor(batch="fixed", every_n_steps=1, detail="all"))
 
     # A replay comes after the step, the live graph before it.
-    ahead = [live.curve("batch_sharpness")[step + 1] for step in range(2)]
-    torch.testing.assert_close([replayed.curve("batch_sharpness")[step] for step in range(2)], ahead, rtol=1e-4, atol=0)
+    ahead = [live.curve("curvature/batch_sharpness")[step + 1] for step in range(2)]
+    torch.testing.assert_close(
+        [replayed.curve("curvature/batch_sharpness")[step] for step in range(2)], ahead, rtol=1e-4, atol=0
+    )
 
 
 class Attention(nn.Module):
@@ -160,10 +171,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def test_fused_attention_is_replayed_and_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = watched(Classifier(Attention()), CurvatureMonitor(every_n_steps=2))
+    logger = watched(Classifier(Attention()), CurvatureMonitor(every_n_steps=2, detail="all"))
 
     assert set(logger.curve("lowrank/curvature_replayed").values()) == {1.0}
-    assert all(value == value for value in logger.curve("batch_sharpness").values())
+    assert all(value == value for value in logger.curve("curvature/batch_sharpness").values())
 
 
 class Unusual(Classifier):
@@ -175,16 +186,18 @@ class Unusual(Classifier):
 
 def test_a_loss_that_is_not_known_costs_gauss_newton_and_not_the_hessian() -> None:
     with pytest.warns(UserWarning, match="output_module"):
-        logger = watched(Unusual(), CurvatureMonitor("standard", top_k=2, every_n_steps=2))
+        logger = watched(Unusual(), CurvatureMonitor("standard", top_k=2, every_n_steps=2, detail="all"))
 
-    assert all(value == value for value in logger.curve("hessian_lambda_max").values())
-    assert all(value != value for value in logger.curve("gauss_newton_lambda_max").values())
+    assert all(value == value for value in logger.curve("curvature/hessian_lambda_max").values())
+    assert all(value != value for value in logger.curve("curvature/gauss_newton_lambda_max").values())
 
 
 def test_naming_the_output_module_gives_gauss_newton() -> None:
-    logger = watched(Unusual(), CurvatureMonitor("standard", top_k=2, every_n_steps=2, output_module="net"))
+    logger = watched(
+        Unusual(), CurvatureMonitor("standard", top_k=2, every_n_steps=2, output_module="net", detail="all")
+    )
 
-    assert all(value > 0 for value in logger.curve("gauss_newton_lambda_max").values())
+    assert all(value > 0 for value in logger.curve("curvature/gauss_newton_lambda_max").values())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +211,7 @@ def test_naming_the_output_module_gives_gauss_newton() -> None:
 )
 def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CurvatureMonitor(**options)
+        CurvatureMonitor(**options, detail="all")
 
 
 class InParts(Classifier):
@@ -230,7 +243,7 @@ def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
                 module, logger = InParts(rank, size, MODELS[model]()), MemoryLogger()
                 # A static graph is replayed, from the first batch.
                 monitor = CurvatureMonitor(
-                    "standard", top_k=2, every_n_steps=1, batch="live" if strategy == "plain" else "fixed"
+                    "standard", top_k=2, every_n_steps=1, batch="live" if strategy == "plain" else "fixed", detail="all"
                 )
                 options: dict[str, Any] = {
                     "enable_progress_bar": False,
@@ -261,20 +274,23 @@ def test_two_processes_find_the_curvature_of_their_whole_batch_and_train_as_unwa
 def test_the_residual_is_what_the_hessian_has_beside_the_gauss_newton_matrix() -> None:
     module = FullBatch()
 
-    logger = watched(module, CurvatureMonitor("full", top_k=3, every_n_steps=1), max_epochs=8)
+    logger = watched(module, CurvatureMonitor("full", top_k=3, every_n_steps=1, detail="all"), max_epochs=8)
 
-    rest, error = logger.curve("residual_trace"), logger.curve("residual_trace_error")
+    rest, error = logger.curve("curvature/residual_trace"), logger.curve("curvature/residual_trace_error")
     other = {
-        step: trace - logger.curve("gauss_newton_trace")[step] for step, trace in logger.curve("hessian_trace").items()
+        step: trace - logger.curve("curvature/gauss_newton_trace")[step]
+        for step, trace in logger.curve("curvature/hessian_trace").items()
     }
     assert sorted(abs(rest[step] - other[step]) / error[step] for step in rest)[len(rest) // 2] < 3
-    assert all(value > 0 for value in logger.curve("residual_squared_norm").values())
+    assert all(value > 0 for value in logger.curve("curvature/residual_squared_norm").values())
 
 
 def test_a_linear_model_has_no_residual() -> None:
-    logger = watched(FullBatch(nn.Sequential(nn.Linear(64, 10))), CurvatureMonitor("standard", every_n_steps=1))
+    logger = watched(
+        FullBatch(nn.Sequential(nn.Linear(64, 10))), CurvatureMonitor("standard", every_n_steps=1, detail="all")
+    )
 
-    squares, whole = logger.curve("residual_squared_norm"), logger.curve("hessian_squared_norm")
+    squares, whole = logger.curve("curvature/residual_squared_norm"), logger.curve("curvature/hessian_squared_norm")
     assert all(squares[step] < 1e-8 * whole[step] for step in squares)
 
 
@@ -290,7 +306,7 @@ class Tops(L.Callback):
 
 
 def test_the_way_from_the_start_is_held_against_the_directions_of_the_last_sample() -> None:
-    module, monitor = FullBatch(), CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1)
+    module, monitor = FullBatch(), CurvatureMonitor("standard", ["hessian"], top_k=3, every_n_steps=1, detail="all")
     tops = Tops(monitor)
     logger = MemoryLogger()
     trainer = L.Trainer(
@@ -299,10 +315,11 @@ def test_the_way_from_the_start_is_held_against_the_directions_of_the_last_sampl
     trainer.fit(module)
 
     places = [torch.cat([p.flatten() for p in at]) for at in [*module.seen, [p.detach() for p in module.parameters()]]]
+    # Before the step, as `displacement` is.
     for step in range(1, 4):
-        way = places[step + 1] - places[0]
+        way = places[step] - places[0]
         expected = (tops.found[step - 1] @ way).square().sum() / way.square().sum()
-        assert logger.curve("displacement_in_top")[step] == pytest.approx(expected.item(), rel=1e-4)
+        assert logger.curve("curvature/displacement_in_top")[step] == pytest.approx(expected.item(), rel=1e-4)
 
 
 class Detached(torch.autograd.Function):
@@ -328,16 +345,16 @@ def test_a_layer_whose_second_derivative_is_wrong_makes_curvature_invalid() -> N
     net = nn.Sequential(nn.Linear(64, 6), Hiding(), nn.Linear(6, 10))
 
     with pytest.warns(UserWarning, match="curvature_valid at 1 of 1 sites"):
-        logger = watched(FullBatch(net, lr=0.01), CurvatureMonitor(every_n_steps=1))
+        logger = watched(FullBatch(net, lr=0.01), CurvatureMonitor(every_n_steps=1, detail="all"))
 
-    assert set(logger.curve("curvature_valid").values()) == {0.0}
-    assert all(value != value for value in logger.curve("batch_sharpness").values())
-    assert logger.curve("curvature_difference_defect")[0] > 0.05
+    assert set(logger.curve("curvature/valid").values()) == {0.0}
+    assert all(value != value for value in logger.curve("curvature/batch_sharpness").values())
+    assert logger.curve("curvature/difference_defect")[0] > 0.05
 
 
 def test_the_density_of_the_eigenvalues_is_a_histogram_in_tensorboard(tmp_path: Path) -> None:
     module = FullBatch()
-    monitor = CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1)
+    monitor = CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1, detail="all")
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "max_epochs": 2}
 
     L.Trainer(**options, logger=TensorBoardLogger(tmp_path, name="", version=""), callbacks=[monitor]).fit(module)
@@ -357,9 +374,14 @@ def test_the_rank_of_the_hessian_is_that_of_the_dense_one() -> None:
     """
     module = FullBatch(lr=1.0)
 
-    logger = watched(module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1), max_epochs=8)
+    logger = watched(
+        module, CurvatureMonitor("full", ["hessian"], top_k=3, every_n_steps=1, detail="all"), max_epochs=8
+    )
 
-    found, error = logger.curve("hessian_participation_ratio"), logger.curve("hessian_participation_ratio_error")
+    found, error = (
+        logger.curve("curvature/hessian_participation_ratio"),
+        logger.curve("curvature/hessian_participation_ratio_error"),
+    )
     off = []
     for step, at in enumerate(module.seen):
         values = torch.linalg.eigvalsh(dense(module, at))
@@ -370,27 +392,30 @@ def test_the_rank_of_the_hessian_is_that_of_the_dense_one() -> None:
 
 
 def test_two_steps_say_nothing_of_magnitudes_of_the_hessian() -> None:
-    quantities = CurvatureMonitor("standard").recorders[0].quantities
+    quantities = CurvatureMonitor("standard", detail="all").recorders[0].quantities
 
     assert "hessian_participation_ratio" not in quantities
     assert "gauss_newton_participation_ratio" in quantities
 
 
 def test_an_operator_that_cannot_be_had_does_not_take_the_others_with_it() -> None:
-    with pytest.warns(UserWarning, match="monte_carlo_fisher takes a loss of torch's"):
+    with pytest.warns(UserWarning, match="empirical_fisher and monte_carlo_fisher: takes a loss of torch's"):
         logger = watched(
             Unusual(),
-            CurvatureMonitor("standard", ["gauss_newton", *FISHERS], top_k=2, every_n_steps=2, output_module="net"),
+            CurvatureMonitor(
+                "standard", ["gauss_newton", *FISHERS], top_k=2, every_n_steps=2, output_module="net", detail="all"
+            ),
         )
 
-    assert all(value > 0 for value in logger.curve("gauss_newton_lambda_max").values())
-    assert all(value > 0 for value in logger.curve("empirical_fisher_lambda_max").values())
-    assert all(value != value for value in logger.curve("monte_carlo_fisher_lambda_max").values())
+    assert all(value > 0 for value in logger.curve("curvature/gauss_newton_lambda_max").values())
+    for name in FISHERS:
+        assert all(value != value for value in logger.curve(f"curvature/{name}_lambda_max").values())
 
 
 def test_sums_of_a_batch_that_stays_are_left_to_the_same_chance() -> None:
     logger = watched(
-        FullBatch(lr=0.0), CurvatureMonitor("standard", ["gauss_newton"], top_k=1, batch="fixed", every_n_steps=1)
+        FullBatch(lr=0.0),
+        CurvatureMonitor("standard", ["gauss_newton"], top_k=1, batch="fixed", every_n_steps=1, detail="all"),
     )
 
     first, *others = logger.curve("gauss_newton_layer_trace/net.2.weight").values()
@@ -399,7 +424,10 @@ def test_sums_of_a_batch_that_stays_are_left_to_the_same_chance() -> None:
 
 def test_an_alert_on_sites_of_a_number_of_the_whole_model_is_refused() -> None:
     with pytest.raises(ValueError, match="hessian_trace is one number of the whole model: leave sites= away"):
-        watched(FullBatch(), CurvatureMonitor("standard", alerts=[Alert("hessian_trace", sites="net*", above=1.0)]))
+        watched(
+            FullBatch(),
+            CurvatureMonitor("standard", alerts=[Alert("hessian_trace", sites="net*", above=1.0)], detail="all"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -412,12 +440,14 @@ def test_an_alert_on_sites_of_a_number_of_the_whole_model_is_refused() -> None:
 )
 def test_what_a_loss_function_gave_instead_of_a_loss_is_said(loss_fn: Any, message: str) -> None:
     with pytest.warns(UserWarning, match=message):
-        watched(FullBatch(), CurvatureMonitor(loss_fn=loss_fn, every_n_steps=1))
+        watched(FullBatch(), CurvatureMonitor(loss_fn=loss_fn, every_n_steps=1, detail="all"))
 
 
 def test_a_replay_is_in_the_cost_of_its_own_sample() -> None:
     logger = watched(
-        FullBatch(), CurvatureMonitor("standard", ["hessian"], batch="fixed", every_n_steps=2), max_epochs=1
+        FullBatch(),
+        CurvatureMonitor("standard", ["hessian"], batch="fixed", every_n_steps=2, detail="all"),
+        max_epochs=1,
     )
 
     (cost,) = logger.curve("lowrank/curvature_time_ms").values()
@@ -429,7 +459,7 @@ def test_several_optimizers_have_the_sharpness_of_their_live_graphs_and_train_as
     case: str, tmp_path: Path
 ) -> None:
     make, options = CASES[case]
-    monitor = CurvatureMonitor("light", every_n_steps=3, alerts=None)
+    monitor = CurvatureMonitor("light", every_n_steps=3, alerts=None, detail="all")
 
     found = trained(make, options(), [monitor], tmp_path)
 
@@ -442,7 +472,7 @@ def test_several_optimizers_have_the_sharpness_of_their_live_graphs_and_train_as
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("what", COMPILED)
 def test_curvature_of_a_compiled_module_comes_from_a_replay(what: str, tmp_path: Path) -> None:
-    monitor = CurvatureMonitor("standard", top_k=1, every_n_steps=4)
+    monitor = CurvatureMonitor("standard", top_k=1, every_n_steps=4, detail="all")
 
     trained(lambda: COMPILED[what]("aot_eager"), {"max_epochs": 1}, [monitor], tmp_path)
 

@@ -113,7 +113,7 @@ def test_what_is_known_before_training_is_refused_with_culprit_and_remedy(case: 
     message = ".*".join(re.escape(word) for word in words)
 
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        fitted(make(), CurvatureMonitor(**options), **of_trainer())
+        fitted(make(), CurvatureMonitor(**options, detail="all"), **of_trainer())
 
 
 class Flash(nn.Module):
@@ -179,27 +179,29 @@ def test_what_has_no_second_derivative_is_said_once_with_what_to_do_and_gives_no
     make, message = DURING[case]
     torch.manual_seed(1)
 
-    logger, _, warned = fitted(Classifier(make()), CurvatureMonitor("light", every_n_steps=3, batch=batch))
+    logger, _, warned = fitted(
+        Classifier(make()), CurvatureMonitor("light", every_n_steps=3, batch=batch, detail="all")
+    )
 
     assert len(warned) == 1 and re.search(message, warned[0])
-    assert all(value != value for value in logger.curve("batch_sharpness").values())
+    assert all(value != value for value in logger.curve("curvature/batch_sharpness").values())
 
 
 @pytest.mark.parametrize("case", DURING)
 def test_what_has_no_second_derivative_has_critical_sharpness(case: str) -> None:
     module = Classifier(DURING[case][0](), optimizer="sgd", lr=0.01)
 
-    logger, _, warned = fitted(module, CurvatureMonitor("standard", [], every_n_steps=4))
+    logger, _, warned = fitted(module, CurvatureMonitor("standard", [], every_n_steps=4, detail="all"))
 
     assert warned == []
-    assert all(value > 0 for value in logger.curve("critical_sharpness").values())
-    assert len(logger.curve("critical_sharpness")) == 2
+    assert all(value > 0 for value in logger.curve("curvature/critical_sharpness").values())
+    assert len(logger.curve("curvature/critical_sharpness")) == 2
 
 
 @pytest.mark.parametrize("case", DURING)
 def test_a_refusal_during_training_leaves_the_training_alone(case: str) -> None:
     weights = []
-    for monitor in (CurvatureMonitor("standard", every_n_steps=4), None):
+    for monitor in (CurvatureMonitor("standard", every_n_steps=4, detail="all"), None):
         torch.manual_seed(1)
         weights.append(fitted(Classifier(DURING[case][0]()), monitor)[1])
 
@@ -236,10 +238,10 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_a_loss_that_no_call_gives_costs_gauss_newton_and_names_output_module(kind: type[Classifier]) -> None:
-    logger, _, warned = fitted(kind(), CurvatureMonitor("standard", top_k=1, every_n_steps=4))
+    logger, _, warned = fitted(kind(), CurvatureMonitor("standard", top_k=1, every_n_steps=4, detail="all"))
 
     assert len(warned) == 1 and re.search(
         f"{UNKNOWN[kind]}.*name the layer whose output goes into the loss as output_module", warned[0]
     )
-    assert all(value != value for value in logger.curve("gauss_newton_trace").values())
-    assert all(value == value for value in logger.curve("hessian_trace").values())
+    assert all(value != value for value in logger.curve("curvature/gauss_newton_trace").values())
+    assert all(value == value for value in logger.curve("curvature/hessian_trace").values())

@@ -248,7 +248,7 @@ def test_training_is_the_same_and_trouble_is_told_once(case: str) -> None:
     without, _, _ = left(CASES[case], [])
 
     for options in ({"level": "standard", "every_n_steps": 2}, {"batch": "fixed", "every_n_steps": 1}):
-        monitor = CurvatureMonitor(operators=["hessian"], top_k=1, **options)  # type: ignore[arg-type]
+        monitor = CurvatureMonitor(operators=["hessian"], top_k=1, **options, detail="all")  # type: ignore[arg-type]
         watched, _, warned = left(CASES[case], [monitor])
         assert_close(watched, without, rtol=0, atol=0, equal_nan=True, msg=str(options))
         assert len(warned) <= 1, warned
@@ -269,7 +269,7 @@ def test_an_exception_of_the_users_comes_out_as_it_was(batch: Any) -> None:
     without, _, _ = left(Broken, [])
 
     watched, _, warned = left(
-        Broken, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, batch=batch)]
+        Broken, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, batch=batch, detail="all")]
     )
 
     assert_close(watched, without, rtol=0, atol=0)
@@ -278,8 +278,8 @@ def test_an_exception_of_the_users_comes_out_as_it_was(batch: Any) -> None:
 
 def test_two_monitors_at_once_find_what_each_finds_alone() -> None:
     def monitors() -> list[Monitor]:
-        fixed = CurvatureMonitor("light", every_n_steps=1, batch="fixed", name="fixed")
-        return [CurvatureMonitor("light", every_n_steps=1), fixed]
+        fixed = CurvatureMonitor("light", every_n_steps=1, batch="fixed", name="fixed", detail="all")
+        return [CurvatureMonitor("light", every_n_steps=1, detail="all"), fixed]
 
     without, _, _ = left(lambda: Classifier(ImageNet()), [])
     watched, both, _ = left(lambda: Classifier(ImageNet()), monitors())
@@ -297,7 +297,9 @@ def test_a_run_that_is_resumed_is_the_same(tmp_path: Path) -> None:
         root = tmp_path / str(watched)
 
         def monitors(watched: bool = watched) -> list[Monitor]:
-            return [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=2)] if watched else []
+            return (
+                [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=2, detail="all")] if watched else []
+            )
 
         saving = {"enable_checkpointing": True, "default_root_dir": root}
         left(Classifier, [*monitors(), ModelCheckpoint(root)], **saving)  # type: ignore[list-item]
@@ -319,18 +321,22 @@ def test_a_run_that_is_resumed_is_the_same(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_at_first_does_not_silence_what_comes_after() -> None:
-    _, logger, _ = left(NoNumberAtFirst, [CurvatureMonitor("light", every_n_steps=1)])
+    _, logger, _ = left(NoNumberAtFirst, [CurvatureMonitor("light", every_n_steps=1, detail="all")])
 
-    finite = [math.isfinite(value) for value in logger.curve("batch_sharpness").values()]
+    finite = [math.isfinite(value) for value in logger.curve("curvature/batch_sharpness").values()]
     assert finite == [False, True, True, True]
 
 
 def test_parameters_that_were_frozen_a_moment_later_keep_their_own_numbers() -> None:
     options: dict[str, Any] = {"per_site": True, "every_n_steps": 1}
     _, frozen, _ = left(
-        FreezingAfterTheBackwardPass, [CurvatureMonitor("standard", ["hessian"], **options)], limit_train_batches=1
+        FreezingAfterTheBackwardPass,
+        [CurvatureMonitor("standard", ["hessian"], **options, detail="all")],
+        limit_train_batches=1,
     )
-    _, plain, _ = left(Classifier, [CurvatureMonitor("standard", ["hessian"], **options)], limit_train_batches=1)
+    _, plain, _ = left(
+        Classifier, [CurvatureMonitor("standard", ["hessian"], **options, detail="all")], limit_train_batches=1
+    )
 
     for parameter in ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"):
         assert frozen.curve(f"hessian_layer_trace/{parameter}") == plain.curve(f"hessian_layer_trace/{parameter}")
@@ -338,23 +344,27 @@ def test_parameters_that_were_frozen_a_moment_later_keep_their_own_numbers() -> 
 
 @pytest.mark.parametrize("kind", [Thawing, FreezingInTheStep])
 def test_freezing_costs_no_number_of_the_whole_model(kind: type[Classifier]) -> None:
-    _, logger, _ = left(kind, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1)])
+    _, logger, _ = left(kind, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, detail="all")])
 
-    assert all(math.isfinite(value) for value in logger.curve("hessian_lambda_max").values())
+    assert all(math.isfinite(value) for value in logger.curve("curvature/hessian_lambda_max").values())
 
 
 def test_a_batch_that_cannot_be_copied_costs_only_what_runs_it_again() -> None:
-    _, logger, warned = left(Generators, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1)])
+    _, logger, warned = left(
+        Generators, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, detail="all")]
+    )
 
-    assert all(math.isfinite(value) for value in logger.curve("hessian_lambda_max").values())
+    assert all(math.isfinite(value) for value in logger.curve("curvature/hessian_lambda_max").values())
     assert "the batch cannot be copied (TypeError: cannot pickle 'generator' object)" in warned[0]
 
 
 def test_a_parameter_that_is_one_number_has_an_edge_of_stability() -> None:
-    _, logger, _ = left(Temperature, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1)])
+    _, logger, _ = left(
+        Temperature, [CurvatureMonitor("standard", ["hessian"], top_k=1, every_n_steps=1, detail="all")]
+    )
 
     # Adam has no preconditioner before its first step.
-    assert [math.isfinite(value) for value in logger.curve("sharpness_over_threshold").values()] == [
+    assert [math.isfinite(value) for value in logger.curve("curvature/sharpness_over_threshold").values()] == [
         False,
         True,
         True,
@@ -364,6 +374,6 @@ def test_a_parameter_that_is_one_number_has_an_edge_of_stability() -> None:
 
 @pytest.mark.parametrize("case", ["RMSprop", "Rprop", "a learning rate of zero", "one example"])
 def test_sharpness_does_not_need_an_edge(case: str) -> None:
-    _, logger, _ = left(CASES[case], [CurvatureMonitor("light", every_n_steps=1)])
+    _, logger, _ = left(CASES[case], [CurvatureMonitor("light", every_n_steps=1, detail="all")])
 
-    assert all(math.isfinite(value) for value in logger.curve("batch_sharpness").values())
+    assert all(math.isfinite(value) for value in logger.curve("curvature/batch_sharpness").values())

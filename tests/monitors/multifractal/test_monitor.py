@@ -27,6 +27,7 @@ from lightning_lowrank.monitors.multifractal.curves import vectors
 from lightning_lowrank.monitors.multifractal.network_source import NeuroMFA
 from lightning_lowrank.monitors.multifractal.source import OF_A_MATRIX, Multifractal
 from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.dispatch import Waits
 from tests.processes import together
 from tests.scalings import jittered
@@ -62,8 +63,8 @@ def watched(net: nn.Module, monitor: Monitor, *callbacks: L.Callback, **options:
 
 def numbers(source: Multifractal | NeuroMFA, module: nn.Module, *, seed: int = 0) -> dict[str, dict[str, float]]:
     """What a source finds at once, by site."""
-    source.plan(module)
-    source.batch_begins(Batch(module, None, 0, [], Team(), seed))
+    source.plan(LoopTraining(module))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, seed))
     return {
         found.site: {name: float(value) for name, value in found.values.items()} for found in source.numbers(Team())
     }
@@ -74,7 +75,7 @@ def numbers(source: Multifractal | NeuroMFA, module: nn.Module, *, seed: int = 0
 def test_numbers_are_those_of_the_weights_before_the_step(name: str, direction: str) -> None:
     snapshots = Snapshots()
 
-    logger = watched(mlp(), MultifractalMonitor(every_n_steps=3, per_site=True), snapshots)
+    logger = watched(mlp(), MultifractalMonitor(every_n_steps=3, per_site=True, detail="all"), snapshots)
 
     expected = [
         getattr(statistics, name)(multifractal_spectrum(w["net.2.weight"], direction=direction))
@@ -86,7 +87,7 @@ def test_numbers_are_those_of_the_weights_before_the_step(name: str, direction: 
 
 
 def test_what_is_identically_one_is_not_logged() -> None:
-    logger = watched(mlp(), MultifractalMonitor(per_site=True))
+    logger = watched(mlp(), MultifractalMonitor(per_site=True, detail="all"))
 
     assert not [tag for tag in logger.curves() if "correlation_dimension" in tag]
 
@@ -149,7 +150,7 @@ class Holding(nn.Module):
 
 @pytest.mark.parametrize("odd", ODD)
 def test_without_a_spectrum_there_is_no_number_and_no_failure(odd: str) -> None:
-    monitor = MultifractalMonitor(per_site=True)
+    monitor = MultifractalMonitor(per_site=True, detail="all")
 
     logger = watched(Holding(ODD[odd]()), monitor)
 
@@ -159,7 +160,7 @@ def test_without_a_spectrum_there_is_no_number_and_no_failure(odd: str) -> None:
 
 
 def test_neurons_too_different_for_a_spectrum_still_have_a_dispersion() -> None:
-    logger = watched(Holding(ODD["not concave"]()), MultifractalMonitor(per_site=True))
+    logger = watched(Holding(ODD["not concave"]()), MultifractalMonitor(per_site=True, detail="all"))
 
     seen, chance = (logger.curve(f"multifractal_{name}/net.held.in")[0] for name in ("dispersion", "dispersion_chance"))
     assert seen > chance > 0
@@ -178,7 +179,7 @@ class Doubled(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*no number for 2 of")
 def test_a_weight_that_cannot_be_computed_costs_its_own_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, monitor = mlp(), MultifractalMonitor(per_site=True, every_n_steps=4)
+    net, monitor = mlp(), MultifractalMonitor(per_site=True, every_n_steps=4, detail="all")
     parametrize.register_parametrization(net[0], "weight", Doubled())
 
     class Break(L.Callback):
@@ -201,13 +202,16 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    monitors = [MultifractalMonitor(every_n_steps=2, per_site=True), MultifractalMonitor("neuromfa", every_n_steps=4)]
+    monitors = [
+        MultifractalMonitor(every_n_steps=2, per_site=True, detail="all"),
+        MultifractalMonitor("neuromfa", every_n_steps=4, detail="all"),
+    ]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors], **settings).fit(Classifier(mlp()))
 
     curves = EventAccumulator(logger.log_dir).Reload()
     for name in OF_A_MATRIX:
-        for tag in (f"multifractal_{name}/net.0.weight.in", f"lowrank/multifractal_{name}_median"):
+        for tag in (f"multifractal_{name}/net.0.weight.in", f"multifractal/{name}_median"):
             assert [event.step for event in curves.Scalars(tag)] == [0, 2, 4, 6]
     for name in (
         "alpha0",
@@ -218,7 +222,7 @@ def test_the_event_file_has_the_tags_that_are_promised(tmp_path: Path) -> None:
         "emergence_shuffled",
         "kept_share",
     ):
-        assert [event.step for event in curves.Scalars(f"neuromfa_{name}")] == [0, 4]
+        assert [event.step for event in curves.Scalars(f"neuromfa/{name}")] == [0, 4]
     assert curves.Scalars("multifractal_valid/net.0.weight.in")[0].value == 1
 
 
@@ -230,7 +234,10 @@ def test_spectra_are_written_for_the_tab(tmp_path: Path) -> None:
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    monitors = [MultifractalMonitor(every_n_steps=4), MultifractalMonitor("neuromfa", every_n_steps=4)]
+    monitors = [
+        MultifractalMonitor(every_n_steps=4, detail="all"),
+        MultifractalMonitor("neuromfa", every_n_steps=4, detail="all"),
+    ]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
 
@@ -263,8 +270,8 @@ def test_partition_functions_and_neurons_are_written_for_the_tab(tmp_path: Path)
         "enable_checkpointing": False,
     }
     monitors = [
-        MultifractalMonitor(every_n_steps=4),
-        MultifractalMonitor("neuromfa", every_n_steps=4, max_neurons=50, num_repeats=2),
+        MultifractalMonitor(every_n_steps=4, detail="all"),
+        MultifractalMonitor("neuromfa", every_n_steps=4, max_neurons=50, num_repeats=2, detail="all"),
     ]
 
     L.Trainer(max_epochs=1, logger=logger, callbacks=[*monitors, snapshots], **settings).fit(Classifier(mlp()))
@@ -284,8 +291,8 @@ def test_partition_functions_and_neurons_are_written_for_the_tab(tmp_path: Path)
 
 
 def test_curves_for_the_tab_do_not_flood_the_other_tabs(tmp_path: Path) -> None:
-    train(tmp_path / "run", MultifractalMonitor(every_n_steps=8), Classifier(mlp()))
-    train(tmp_path / "other", MultifractalMonitor("neuromfa", every_n_steps=8), Classifier(mlp()))
+    train(tmp_path / "run", MultifractalMonitor(every_n_steps=8, detail="all"), Classifier(mlp()))
+    train(tmp_path / "other", MultifractalMonitor("neuromfa", every_n_steps=8, detail="all"), Classifier(mlp()))
 
     tags, of_model = (EventAccumulator(str(tmp_path / run)).Reload().Tags() for run in ("run", "other"))
     assert tags["histograms"] == [] and of_model["histograms"] == ["neuromfa_neuron_dimension_counts"]
@@ -293,7 +300,7 @@ def test_curves_for_the_tab_do_not_flood_the_other_tabs(tmp_path: Path) -> None:
 
 
 def test_the_tabs_answers_have_the_spectra(tmp_path: Path) -> None:
-    train(tmp_path / "run", MultifractalMonitor(every_n_steps=8), Classifier(mlp()))
+    train(tmp_path / "run", MultifractalMonitor(every_n_steps=8, detail="all"), Classifier(mlp()))
 
     answer = answers.curves(reader_of(tmp_path), {"run": "run", "name": "multifractal_f", "site": "net.2.weight.in"})
 
@@ -379,11 +386,11 @@ def test_rank_mode_does_not_see_growing_weights() -> None:
 
 
 def test_emergence_is_held_against_the_first_sample() -> None:
-    logger = watched(mlp(), MultifractalMonitor("neuromfa", every_n_steps=2), max_epochs=2)
+    logger = watched(mlp(), MultifractalMonitor("neuromfa", every_n_steps=2, detail="all"), max_epochs=2)
 
     for end in ("", "_shuffled", "_gaussian"):
         alpha0, width, found = (
-            list(logger.curve(f"neuromfa_{name}{end}").values()) for name in ("alpha0", "width", "emergence")
+            list(logger.curve(f"neuromfa/{name}{end}").values()) for name in ("alpha0", "width", "emergence")
         )
         firsts = torch.tensor(alpha0[0]), torch.tensor(width[0])
         expected = [
@@ -399,7 +406,7 @@ def test_a_resumed_run_keeps_what_emergence_is_held_against(threshold: float | N
     def run(epochs: int, root: Path, *callbacks: L.Callback, **options: Any) -> MemoryLogger:
         logger = MemoryLogger()
         L.seed_everything(0, verbose=False)
-        monitor = MultifractalMonitor("neuromfa", every_n_steps=4, threshold=threshold)
+        monitor = MultifractalMonitor("neuromfa", every_n_steps=4, threshold=threshold, detail="all")
         settings: dict[str, Any] = {
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -417,16 +424,18 @@ def test_a_resumed_run_keeps_what_emergence_is_held_against(threshold: float | N
     resumed = run(4, tmp_path, ckpt_path=path)
 
     for name in ("emergence", "emergence_shuffled", "alpha0", "width_gaussian"):
-        second = resumed.curve(f"neuromfa_{name}")
+        second = resumed.curve(f"neuromfa/{name}")
         assert second == pytest.approx(
-            {step: value for step, value in whole.curve(f"neuromfa_{name}").items() if step in second}
+            {step: value for step, value in whole.curve(f"neuromfa/{name}").items() if step in second}
         )
         assert list(second) == [8, 12]
 
 
 @pytest.mark.parametrize("mode", ["rank", "neuromfa"])
 def test_the_same_neurons_are_looked_at_at_every_sample(mode: Any) -> None:
-    logger = watched(mlp(), MultifractalMonitor(mode, every_n_steps=1, max_neurons=30), max_steps=4, max_epochs=-1)
+    logger = watched(
+        mlp(), MultifractalMonitor(mode, every_n_steps=1, max_neurons=30, detail="all"), max_steps=4, max_epochs=-1
+    )
     source = Multifractal(max_neurons=30) if mode == "rank" else NeuroMFA(max_neurons=30)
     net = mlp()
 
@@ -449,7 +458,9 @@ def test_the_same_neurons_are_looked_at_at_every_sample(mode: Any) -> None:
 def test_sampled_neurons_have_errors_where_sampling_is_known_to_tell_them() -> None:
     net = nn.Sequential(nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 10))
 
-    logger = watched(net, MultifractalMonitor(max_neurons=FEWEST_NODES, match="*.0.weight", per_site=True))
+    logger = watched(
+        net, MultifractalMonitor(max_neurons=FEWEST_NODES, match="*.0.weight", per_site=True, detail="all")
+    )
 
     errors = sorted({tag.partition("/")[0] for tag in logger.curves() if "_error/" in tag})
     assert errors == [f"multifractal_{name}_error" for name in ("alpha0", "box_dimension", "c2_excess")]
@@ -457,10 +468,10 @@ def test_sampled_neurons_have_errors_where_sampling_is_known_to_tell_them() -> N
 
 
 def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
-    logger = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=5))
+    logger = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=5, detail="all"))
 
-    whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1))
-    assert 0 < logger.curve("neuromfa_width_error")[0] < logger.curve("neuromfa_width")[0]
+    whole = watched(mlp(256), MultifractalMonitor("neuromfa", max_neurons=40, num_repeats=1, detail="all"))
+    assert 0 < logger.curve("neuromfa/width_error")[0] < logger.curve("neuromfa/width")[0]
     assert not [tag for tag in whole.curves() if "_error" in tag]
 
 
@@ -469,34 +480,49 @@ def test_samples_of_a_network_tell_the_error_of_their_mean() -> None:
 def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA], max_neurons: int | None) -> None:
     source = kind(max_neurons=max_neurons)
     net, waits = nn.Sequential(ImageNet(), mlp()), Waits("cpu")
-    source.plan(net)
+    source.plan(LoopTraining(net))
 
     with waits:
-        source.batch_begins(Batch(net, None, 0, [], Team(), 0))
+        source.batch_begins(Batch(LoopTraining(net), None, 0, 0))
 
     assert source.numbers(Team())
     assert waits.seen == {}
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no neurons": (lambda: MultifractalMonitor(max_neurons=0), "max_neurons=0: a whole number, at least 2"),
-    "one neuron": (lambda: MultifractalMonitor("neuromfa", max_neurons=1), "max_neurons=1: a whole number, at least 2"),
-    "no repeats": (lambda: MultifractalMonitor("neuromfa", num_repeats=0), "num_repeats=0: a whole number, at least 1"),
+    "no neurons": (
+        lambda: MultifractalMonitor(max_neurons=0, detail="all"),
+        "max_neurons=0: a whole number, at least 2",
+    ),
+    "one neuron": (
+        lambda: MultifractalMonitor("neuromfa", max_neurons=1, detail="all"),
+        "max_neurons=1: a whole number, at least 2",
+    ),
+    "no repeats": (
+        lambda: MultifractalMonitor("neuromfa", num_repeats=0, detail="all"),
+        "num_repeats=0: a whole number, at least 1",
+    ),
     "more radii than memory": (
-        lambda: MultifractalMonitor("neuromfa", threshold=1e9),
+        lambda: MultifractalMonitor("neuromfa", threshold=1e9, detail="all"),
         "threshold=1000000000.0: .*at most 10000",
     ),
-    "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70), "a whole number, from 0"),
-    "no edges": (lambda: MultifractalMonitor("neuromfa", threshold=1.0), r"threshold=1.0: .*at least 2"),
-    "an infinite edge": (lambda: MultifractalMonitor("neuromfa", threshold=math.inf), "threshold=inf"),
-    "a threshold of ranks": (lambda: MultifractalMonitor(threshold=100.0), "threshold=100.0.*mode='neuromfa'"),
-    "repeats of ranks": (lambda: MultifractalMonitor(num_repeats=3), "num_repeats=3.*mode='neuromfa'"),
-    "heads of a whole model": (lambda: MultifractalMonitor("neuromfa", heads=True), "heads=True.*mode='rank'"),
+    "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70, detail="all"), "a whole number, from 0"),
+    "no edges": (lambda: MultifractalMonitor("neuromfa", threshold=1.0, detail="all"), r"threshold=1.0: .*at least 2"),
+    "an infinite edge": (lambda: MultifractalMonitor("neuromfa", threshold=math.inf, detail="all"), "threshold=inf"),
+    "a threshold of ranks": (
+        lambda: MultifractalMonitor(threshold=100.0, detail="all"),
+        "threshold=100.0.*mode='neuromfa'",
+    ),
+    "repeats of ranks": (lambda: MultifractalMonitor(num_repeats=3, detail="all"), "num_repeats=3.*mode='neuromfa'"),
+    "heads of a whole model": (
+        lambda: MultifractalMonitor("neuromfa", heads=True, detail="all"),
+        "heads=True.*mode='rank'",
+    ),
     "a cadence and a budget": (
-        lambda: MultifractalMonitor(every_n_steps=20, max_overhead=0.01),
+        lambda: MultifractalMonitor(every_n_steps=20, max_overhead=0.01, detail="all"),
         "every_n_steps=20 and max_overhead",
     ),
-    "never due": (lambda: MultifractalMonitor(every_n_steps=0), "n=0.*at least 1"),
+    "never due": (lambda: MultifractalMonitor(every_n_steps=0, detail="all"), "n=0.*at least 1"),
 }
 
 
@@ -511,7 +537,7 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str) -> None:
 @pytest.mark.parametrize("mode", ["rank", "neuromfa"])
 @pytest.mark.parametrize("option", ["match", "exclude"])
 def test_a_pattern_that_fits_nothing_is_refused_before_training(mode: Any, option: str) -> None:
-    monitor = MultifractalMonitor(mode, **{option: "*.attention.*"})  # type: ignore[arg-type]
+    monitor = MultifractalMonitor(mode, **{option: "*.attention.*"}, detail="all")  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=rf"{option}.*attention"):
         watched(mlp(), monitor)
@@ -520,7 +546,10 @@ def test_a_pattern_that_fits_nothing_is_refused_before_training(mode: Any, optio
 def both(rank: int, size: int, root: Path) -> Any:
     """What the two modes log in a training of several processes, or of one; not what it cost, nor the loss."""
     L.seed_everything(0, verbose=False)
-    monitors, logger = [MultifractalMonitor(per_site=True), MultifractalMonitor("neuromfa")], MemoryLogger()
+    monitors, logger = (
+        [MultifractalMonitor(per_site=True, detail="all"), MultifractalMonitor("neuromfa", detail="all")],
+        MemoryLogger(),
+    )
     fitted(InOrder(rank, size, mlp()), [*monitors], logger, size)
     curves = {
         tag: curve
@@ -548,7 +577,7 @@ def sharded(rank: int, size: int, root: Path) -> Any:
             data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
         options: dict[str, Any] = {"strategy": strategy, "devices": size} if size > 1 else {}
-        monitor = MultifractalMonitor(mode, every_n_steps=1)  # type: ignore[arg-type]
+        monitor = MultifractalMonitor(mode, every_n_steps=1, detail="all")  # type: ignore[arg-type]
         samples, _ = trained_sharded(Sharded(sharded=size > 1), monitor, MemoryLogger(), root, **options)
         found[mode] = {"first": samples[0], "failures": monitor.failures}
     return found
@@ -568,7 +597,7 @@ def test_numbers_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> N
 @pytest.mark.parametrize("mode", ["rank", "neuromfa"])
 def test_patterns_that_leave_nothing_are_refused_before_training(mode: Any) -> None:
     with pytest.raises(ValueError, match=r"match=\[\].*leaves no matrix"):
-        watched(mlp(), MultifractalMonitor(mode, match=[]))
+        watched(mlp(), MultifractalMonitor(mode, match=[], detail="all"))
 
 
 @pytest.mark.parametrize("kind", [Multifractal, NeuroMFA])
@@ -596,6 +625,6 @@ def test_a_threshold_is_not_taken_from_weights_that_are_no_numbers() -> None:
 def test_where_all_neurons_are_looked_at_there_is_no_sampling_error() -> None:
     net = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10))
 
-    logger = watched(net, MultifractalMonitor(max_neurons=400, match="*.0.weight", per_site=True))
+    logger = watched(net, MultifractalMonitor(max_neurons=400, match="*.0.weight", per_site=True, detail="all"))
 
     assert set(logger.curve("multifractal_alpha0_error/net.0.weight.in").values()) == {0.0}

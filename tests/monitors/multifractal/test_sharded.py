@@ -17,6 +17,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.monitors.multifractal import sharded
 from lightning_lowrank.monitors.multifractal.source import Multifractal
+from lightning_lowrank.watching.loops import LoopTraining
 from tests.processes import together
 from tests.sharded import counting
 
@@ -42,8 +43,8 @@ def net() -> nn.Module:
 def numbers(module: nn.Module, team: Team, max_neurons: int | None) -> dict[str, dict[str, Tensor]]:
     """Values and curves of the sites that this process has."""
     source = Multifractal(max_neurons=max_neurons)
-    source.plan(module)
-    source.batch_begins(Batch(module, None, 0, [], team, 0))
+    source.plan(LoopTraining(module))
+    source.batch_begins(Batch(LoopTraining(module), None, 0, 0))
     return {found.site: {**found.values, **found.curves} for found in source.numbers(team)}
 
 

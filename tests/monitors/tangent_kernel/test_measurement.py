@@ -1,5 +1,6 @@
 """Oracles: kernels of Jacobians that `torch.func` forms, and dense matrices of the loss."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -14,20 +15,38 @@ from lightning_lowrank.monitors.curvature.measurement import Found
 from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName
 from lightning_lowrank.monitors.tangent_kernel.measurement import EXACT, KernelEffort, TangentKernels, names
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
-from tests.oracles.kernels import COLUMNS, NAMES, cosine, filled, generator, mlp, moved_nets, one_hot, oracle, random
+from tests.oracles.kernels import (
+    COLUMNS,
+    NAMES,
+    cosine,
+    filled,
+    generator,
+    mlp,
+    moved_nets,
+    one_hot,
+    oracle,
+    per_parameter,
+    random,
+)
 
 FEW, MANY = 12, 60
 
 
 def outputs_of(
-    model: nn.Module, num: int, kernel: KernelName = "full", *, num_columns: int = 64, ignored: int = 0
+    model: nn.Module,
+    num: int,
+    kernel: KernelName = "full",
+    *,
+    num_columns: int = 64,
+    ignored: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> KernelOutputs:
     """As a training step with cross-entropy shows them; the last rows do not count."""
     targets = torch.arange(num) % COLUMNS
     targets[num - ignored :] = -100
     tap = LossTap()
     with tap:
-        loss = F.cross_entropy(model(random(num, 5, seed=7)), targets)
+        loss = F.cross_entropy(model(random(num, 5, seed=7).to(dtype)), targets)
     own = OwnOutputs.of(tap.reproduce(loss), kernel, num_columns=num_columns, seed=0)
     found = kernel_outputs(own, dict(model.named_parameters()), Team())
     assert found is not None
@@ -114,6 +133,27 @@ def test_velocity_is_what_the_cosine_of_both_kernels_lacks(num: int, kernel: Ker
 
     assert (found.values["ntk_velocity"] - truth).abs() <= 4 * found.errors["ntk_velocity"] + 1e-10
     assert found.values["ntk_distance_to_start"] == found.values["ntk_velocity"]
+
+
+@pytest.mark.parametrize("share", [1e-6, 1e-4, 1e-3])
+def test_velocities_in_half_precision_have_its_rounding_in_their_error(share: float) -> None:
+    """Of a network with kinks, on whose other side units fall when the weights move by less than rounding."""
+    net = filled(nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, COLUMNS)))
+    models = net.float(), deepcopy(net).float()
+    with torch.no_grad():
+        for i, parameter in enumerate(models[1].parameters()):
+            parameter += share * parameter.std() * random(*parameter.shape, seed=i).float()
+    state = fresh("class_summed")
+    outputs = []
+    for model in models:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(outputs_of(model, MANY, "class_summed", dtype=torch.float32))
+    state.measure(outputs[0], 0.1, 10, generator())
+    found = state.measure(outputs[1], 0.1, 11, generator())
+    truths = [per_parameter(model.double(), random(MANY, 5, seed=7)).values() for model in models]
+    truth = torch.stack([1 - cosine(a @ a.T, b @ b.T) for a, b in zip(*truths, strict=True)])
+
+    assert ((found.layers["ntk_layer_velocity"] - truth).abs() <= 2 * found.layer_errors["ntk_layer_velocity"]).all()
 
 
 def test_the_kernel_of_a_linear_model_stays() -> None:

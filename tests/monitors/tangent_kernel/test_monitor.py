@@ -19,7 +19,9 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lowrank import Monitor, NTKMonitor
+from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.monitors.tangent_kernel.source import TangentKernel
+from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.processes import together
 from tests.sharded import Sharded
 from tests.sharded import trained as trained_sharded
@@ -61,17 +63,17 @@ def trace_of(module: Classifier, num: int, only: str = "") -> float:
 @pytest.mark.parametrize("net", [None, ImageNet], ids=["perceptron", "batch norm and dropout"])
 def test_the_kernel_is_that_of_the_model_after_the_step(net: Callable[[], nn.Module] | None) -> None:
     module = Ordered(net and net())
-    logger = watched(module, NTKMonitor(num_examples=4, every_n_steps=1))
+    logger = watched(module, NTKMonitor(num_examples=4, every_n_steps=1, detail="all"))
 
     assert logger.curve("lowrank/ntk_exact") == {0: 1.0, 1: 1.0, 2: 1.0}
-    assert logger.curve("ntk_trace")[2] == pytest.approx(trace_of(module, 4), rel=1e-5)
+    assert logger.curve("ntk/trace")[2] == pytest.approx(trace_of(module, 4), rel=1e-5)
 
 
 def test_match_restricts_the_kernel_to_some_parameters() -> None:
     module = Ordered()
-    logger = watched(module, NTKMonitor("net.0.*", num_examples=4, every_n_steps=1, per_site=True))
+    logger = watched(module, NTKMonitor("net.0.*", num_examples=4, every_n_steps=1, per_site=True, detail="all"))
 
-    assert logger.curve("ntk_trace")[2] == pytest.approx(trace_of(module, 4, "0."), rel=1e-5)
+    assert logger.curve("ntk/trace")[2] == pytest.approx(trace_of(module, 4, "0."), rel=1e-5)
     assert {tag for tag in logger.curves() if tag.startswith("ntk_layer_share/")} == {
         "ntk_layer_share/net.0.weight",
         "ntk_layer_share/net.0.bias",
@@ -81,14 +83,15 @@ def test_match_restricts_the_kernel_to_some_parameters() -> None:
 @pytest.mark.parametrize("kernel", ["full", "class_summed", "sum_of_logits"])
 def test_the_kernel_of_a_linear_model_stays(kernel: Any) -> None:
     logger = watched(
-        Ordered(nn.Sequential(nn.Linear(64, 10))), NTKMonitor(kernel=kernel, num_examples=4, every_n_steps=1, top_k=1)
+        Ordered(nn.Sequential(nn.Linear(64, 10))),
+        NTKMonitor(kernel=kernel, num_examples=4, every_n_steps=1, top_k=1, detail="all"),
     )
 
     moved = [
-        value for tag in ("ntk_velocity", "ntk_distance_to_start") for step, value in logger.curve(tag).items() if step
+        value for tag in ("ntk/velocity", "ntk/distance_to_start") for step, value in logger.curve(tag).items() if step
     ]
     assert moved == pytest.approx([0.0] * 4, abs=1e-5)
-    trace = logger.curve("ntk_trace")
+    trace = logger.curve("ntk/trace")
     assert trace[2] == pytest.approx(trace[0], rel=1e-5)
 
 
@@ -123,26 +126,26 @@ class Sequences(L.LightningModule):
 
 
 def test_positions_of_sequences_are_rows_and_ignored_ones_are_left_out() -> None:
-    logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1))
+    logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1, detail="all"))
 
     assert set(logger.curve("lowrank/ntk_rows").values()) == {2.0 * 6}
-    assert all(value > 1 for value in logger.curve("ntk_participation_ratio").values())
+    assert all(value > 1 for value in logger.curve("ntk/participation_ratio").values())
 
 
 def test_without_gradient_descent_nothing_is_said_of_what_is_learnt() -> None:
-    logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1), max_steps=1)
+    logger = watched(Sequences(), NTKMonitor(kernel="full", num_examples=2, every_n_steps=1, detail="all"), max_steps=1)
 
     assert all(
-        value != value for tag in ("ntk_modes_learnt", "ntk_time_constant") for value in logger.curve(tag).values()
+        value != value for tag in ("ntk/modes_learnt", "ntk/time_constant") for value in logger.curve(tag).values()
     )
 
 
 def test_learnt_modes_are_counted_by_the_rate_and_the_steps_so_far() -> None:
-    curves = watched(Ordered(lr=2.0), NTKMonitor(kernel="full", num_examples=4, every_n_steps=1)).curves()
+    curves = watched(Ordered(lr=2.0), NTKMonitor(kernel="full", num_examples=4, every_n_steps=1, detail="all")).curves()
 
-    largest, constant = curves["ntk_gauss_newton_lambda_max"], curves["ntk_time_constant"]
+    largest, constant = curves["ntk/gauss_newton_lambda_max"], curves["ntk/time_constant"]
     assert constant == pytest.approx({step: 1 / (2.0 * value) for step, value in largest.items()}, rel=1e-5)
-    assert all((count >= 1) == (step + 1 >= constant[step]) for step, count in curves["ntk_modes_learnt"].items())
+    assert all((count >= 1) == (step + 1 >= constant[step]) for step, count in curves["ntk/modes_learnt"].items())
 
 
 class Unusual(Ordered):
@@ -154,28 +157,30 @@ class Unusual(Ordered):
 
 def test_naming_the_output_module_gives_the_kernel_and_no_labels() -> None:
     module = Unusual()
-    logger = watched(module, NTKMonitor(num_examples=4, every_n_steps=1, output_module="net"))
+    logger = watched(module, NTKMonitor(num_examples=4, every_n_steps=1, output_module="net", detail="all"))
 
-    assert logger.curve("ntk_trace")[2] == pytest.approx(trace_of(module, 4), rel=1e-5)
-    assert logger.curve("ntk_gauss_newton_trace")[2] > 0
-    assert all(value != value for value in logger.curve("ntk_label_alignment").values())
+    assert logger.curve("ntk/trace")[2] == pytest.approx(trace_of(module, 4), rel=1e-5)
+    assert logger.curve("ntk/gauss_newton_trace")[2] > 0
+    assert all(value != value for value in logger.curve("ntk/label_alignment").values())
 
 
 def test_a_loss_that_is_not_known_is_no_number_and_said_once() -> None:
     with pytest.warns(UserWarning, match="output_module"):
-        logger = watched(Unusual(), NTKMonitor(num_examples=4, every_n_steps=1))
+        logger = watched(Unusual(), NTKMonitor(num_examples=4, every_n_steps=1, detail="all"))
 
-    assert all(value != value for value in logger.curve("ntk_trace").values())
+    assert all(value != value for value in logger.curve("ntk/trace").values())
 
 
 def test_in_train_mode_batch_normalisation_couples_examples_and_it_is_flagged() -> None:
     curves = [
-        watched(Ordered(ImageNet()), NTKMonitor(num_examples=4, every_n_steps=1, train_mode=mode), max_steps=1).curves()
+        watched(
+            Ordered(ImageNet()), NTKMonitor(num_examples=4, every_n_steps=1, train_mode=mode, detail="all"), max_steps=1
+        ).curves()
         for mode in (False, True)
     ]
 
     assert [set(curve["lowrank/ntk_train_mode"].values()) for curve in curves] == [{0.0}, {1.0}]
-    assert curves[0]["ntk_trace"][0] != pytest.approx(curves[1]["ntk_trace"][0], rel=1e-2)
+    assert curves[0]["ntk/trace"][0] != pytest.approx(curves[1]["ntk/trace"][0], rel=1e-2)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -187,11 +192,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
     curves = [
-        watched(Ordered(), NTKMonitor(num_examples=4, every_n_steps=1), **OPTIONS[name]).curves()
+        watched(Ordered(), NTKMonitor(num_examples=4, every_n_steps=1, detail="all"), **OPTIONS[name]).curves()
         for name in ("plain", "bf16")
     ]
 
-    for tag in ("ntk_trace", "ntk_lambda_max", "ntk_gauss_newton_trace"):
+    for tag in ("ntk/trace", "ntk/lambda_max", "ntk/gauss_newton_trace"):
         assert curves[1][tag] == pytest.approx(curves[0][tag], rel=3e-2)
 
 
@@ -202,12 +207,12 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
         ({"num_projections": 3}, "num_projections=3: a whole number, at least 4"),
         ({"top_k": 0}, "top_k=0: a whole number, at least 1"),
         ({"num_outputs": 0}, "num_outputs=0: a whole number, at least 1"),
-        ({"every_n_steps": 10, "max_overhead": 0.01}, "one of them"),
+        ({"every_n_steps": 10, "max_overhead": 0.01}, "give one"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        NTKMonitor(**options)
+        NTKMonitor(**options, detail="all")
 
 
 @pytest.mark.parametrize(
@@ -224,14 +229,18 @@ def test_what_cannot_be_seen_is_refused_before_training(
     made = module()
 
     with pytest.raises(ValueError, match=message):
-        watched(made, NTKMonitor(**options))
+        watched(made, NTKMonitor(**options, detail="all"))
     assert made.losses == []
+
+
+class InTrainer(TrainerTraining):
+    team = Team(0, 2)
 
 
 def planned(module: L.LightningModule, **options: Any) -> None:
     """As before the first step of two processes."""
-    module.trainer = L.Trainer(**SILENT, accelerator="cpu", strategy="ddp", devices=2, logger=False)
-    TangentKernel(**options).plan(module)
+    training = InTrainer(L.Trainer(**SILENT, accelerator="cpu", logger=False), module)
+    TangentKernel(**options).plan(training)
 
 
 def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
@@ -246,7 +255,7 @@ def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
 def sharded(rank: int, size: int, root: Path) -> str:
     strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     try:
-        trained_sharded(Sharded(), NTKMonitor(), MemoryLogger(), root, strategy=strategy, devices=size)
+        trained_sharded(Sharded(), NTKMonitor(detail="all"), MemoryLogger(), root, strategy=strategy, devices=size)
     except ValueError as error:
         return str(error)
     return ""
@@ -288,7 +297,7 @@ class HuggingFace(L.LightningModule):
 
 def test_a_hugging_face_model_shows_the_kernel_of_the_positions_in_its_own_loss() -> None:
     module = HuggingFace()
-    logger = watched(module, NTKMonitor(kernel="full", num_examples=2, every_n_steps=1))
+    logger = watched(module, NTKMonitor(kernel="full", num_examples=2, every_n_steps=1, detail="all"))
     letters = next(iter(module.train_dataloader()))[0][:2]
     net, named = module.model.eval(), {name: p.detach() for name, p in module.model.named_parameters()}
 
@@ -301,22 +310,24 @@ def test_a_hugging_face_model_shows_the_kernel_of_the_positions_in_its_own_loss(
         truth = sum(part.square().sum().item() for part in jacrev(logits)(named).values())
     assert set(logger.curve("lowrank/ntk_rows").values()) == {18.0}
     assert logger.curve("lowrank/ntk_exact")[2] == 1.0
-    assert logger.curve("ntk_trace")[2] == pytest.approx(truth, rel=1e-4)
+    assert logger.curve("ntk/trace")[2] == pytest.approx(truth, rel=1e-4)
 
 
 def test_a_loss_function_takes_the_place_of_a_step_that_cannot_be_run_again() -> None:
     def critic(module: Any, batch: Any) -> Tensor:
         return F.mse_loss(module.critic(batch[0]), batch[0].mean(1, keepdim=True))
 
-    logger = watched(Adversaries(), NTKMonitor("critic.*", num_examples=4, every_n_steps=1, loss_fn=critic))
+    logger = watched(
+        Adversaries(), NTKMonitor("critic.*", num_examples=4, every_n_steps=1, loss_fn=critic, detail="all")
+    )
 
-    assert all(value > 0 for value in logger.curve("ntk_trace").values())
+    assert all(value > 0 for value in logger.curve("ntk/trace").values())
 
 
 @pytest.mark.parametrize("num", [4, 13], ids=["exact", "estimated"])
 def test_a_run_that_is_resumed_goes_on_with_the_same_batch_and_start(num: int, tmp_path: Path) -> None:
     def monitor() -> Monitor:
-        return NTKMonitor(kernel="full", num_examples=num, every_n_steps=2, per_site=True)
+        return NTKMonitor(kernel="full", num_examples=num, every_n_steps=2, per_site=True, detail="all")
 
     whole = watched(Ordered(), monitor(), max_steps=-1, max_epochs=2).curves()
     trainer = L.Trainer(**SILENT, logger=False, max_epochs=1, callbacks=[monitor()])
@@ -326,7 +337,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_batch_and_start(num: int, t
     resumed = L.Trainer(**SILENT, logger=logger, max_epochs=2, callbacks=[monitor()])
     resumed.fit(Ordered(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
 
-    for tag in ("ntk_velocity", "ntk_distance_to_start", "ntk_trace", "ntk_layer_velocity/net.0.weight"):
+    for tag in ("ntk/velocity", "ntk/distance_to_start", "ntk/trace", "ntk_layer_velocity/net.0.weight"):
         assert logger.curve(tag) == pytest.approx({step: whole[tag][step] for step in (4, 6)}, rel=1e-3, abs=1e-9)
 
 
@@ -341,21 +352,25 @@ class Wrapped(Ordered):
 
 
 def test_a_batch_that_a_checkpoint_cannot_hold_is_not_in_it() -> None:
-    monitor = NTKMonitor(num_examples=4, every_n_steps=1)
+    monitor = NTKMonitor(num_examples=4, every_n_steps=1, detail="all")
     watched(Wrapped(), monitor)
 
     assert monitor.state_dict()["probes"]["ntk"]["source"] == {}
 
 
 def test_another_run_begins_anew() -> None:
-    monitor = NTKMonitor(num_examples=4, every_n_steps=1)
+    monitor = NTKMonitor(num_examples=4, every_n_steps=1, detail="all")
     first, second = (watched(Ordered(), monitor).curves() for _ in range(2))
 
-    assert second["ntk_distance_to_start"] == pytest.approx(first["ntk_distance_to_start"], nan_ok=True)
+    assert second["ntk/distance_to_start"] == pytest.approx(first["ntk/distance_to_start"], nan_ok=True)
 
 
 def test_tags_are_in_the_event_file(tmp_path: Path) -> None:
-    watched(Ordered(), NTKMonitor(num_examples=4, every_n_steps=1, per_site=True), logger=TensorBoardLogger(tmp_path))
+    watched(
+        Ordered(),
+        NTKMonitor(num_examples=4, every_n_steps=1, per_site=True, detail="all"),
+        logger=TensorBoardLogger(tmp_path),
+    )
 
     (file,) = tmp_path.rglob("events.*")
     tags = set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
@@ -377,7 +392,8 @@ def test_tags_are_in_the_event_file(tmp_path: Path) -> None:
         "label_energy_in_top",
     )
     sites = ("layer_share/net.0.weight", "layer_velocity/net.2.bias")
-    assert {f"ntk_{name}" for name in (*names, *sites, "velocity_error", "gauss_newton_trace")} <= tags
+    assert {f"ntk/{name}" for name in (*names, "velocity_error", "gauss_newton_trace")} <= tags
+    assert {f"ntk_{site}" for site in sites} <= tags
 
 
 class InParts(Ordered):
@@ -414,7 +430,9 @@ def in_parallel(rank: int, size: int, root: Path) -> dict[str, Any]:
     for case, (make, asked) in cases.items():
         module, logger = make(rank, size), MemoryLogger()
         monitor = (
-            None if asked is None else NTKMonitor(num_examples=16 // size, every_n_steps=1, per_site=True, **asked)
+            None
+            if asked is None
+            else NTKMonitor(num_examples=16 // size, every_n_steps=1, per_site=True, **asked, detail="all")
         )
         options: dict[str, Any] = {"use_distributed_sampler": False, "accelerator": "cpu", "max_epochs": 1}
         options |= {"devices": size, "strategy": DDPStrategy()} if size > 1 else {}
@@ -434,10 +452,10 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
     for case in ("exact", "estimated", "failing"):
         torch.testing.assert_close(first[case][1], first["unwatched"][1], rtol=0, atol=0)
     for tag in (
-        "ntk_trace",
-        "ntk_lambda_max",
-        "ntk_label_alignment",
-        "ntk_gauss_newton_lambda_max",
+        "ntk/trace",
+        "ntk/lambda_max",
+        "ntk/label_alignment",
+        "ntk/gauss_newton_lambda_max",
         "ntk_layer_share/net.0.weight",
     ):
         # The rows are in another order, so that estimates are of other vectors.
@@ -445,7 +463,7 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
             first["exact"][0][tag], alone["exact"][0][tag], rtol=1e-3 if "layer" not in tag else 0.5, atol=1e-5
         )
         torch.testing.assert_close(first["estimated"][0][tag], alone["estimated"][0][tag], rtol=0.3, atol=1e-3)
-    assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk_trace"].values())
+    assert first["failing"][2] > 0 and all(value != value for value in first["failing"][0]["ntk/trace"].values())
 
 
 @pytest.mark.parametrize(
@@ -459,7 +477,7 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
 )
 def test_what_would_lose_every_sample_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        NTKMonitor(**options)
+        NTKMonitor(**options, detail="all")
 
 
 class Waves(nn.Module):
@@ -488,15 +506,15 @@ def test_parameters_without_a_kernel_are_refused_before_training(
     module = Ordered(net and net())
 
     with pytest.raises(ValueError, match=message):
-        watched(module, NTKMonitor(**options))
+        watched(module, NTKMonitor(**options, detail="all"))
     assert module.losses == []
 
 
 def test_real_parameters_beside_complex_ones_have_their_kernel() -> None:
     module = Ordered(Waves())
-    logger = watched(module, NTKMonitor(exclude="*complex", num_examples=4, every_n_steps=1))
+    logger = watched(module, NTKMonitor(exclude="*complex", num_examples=4, every_n_steps=1, detail="all"))
 
-    assert logger.curve("ntk_trace")[2] == pytest.approx(trace_of(module, 4, "real"), rel=1e-5)
+    assert logger.curve("ntk/trace")[2] == pytest.approx(trace_of(module, 4, "real"), rel=1e-5)
 
 
 class InTurn(L.Callback):
@@ -509,11 +527,11 @@ class InTurn(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*no number for 2 of")
 def test_kernels_of_different_parameters_are_not_compared() -> None:
-    logger, monitor = MemoryLogger(), NTKMonitor(num_examples=4, every_n_steps=1)
+    logger, monitor = MemoryLogger(), NTKMonitor(num_examples=4, every_n_steps=1, detail="all")
     L.Trainer(**SILENT, max_steps=4, logger=logger, callbacks=[InTurn(), monitor]).fit(Ordered())
 
     assert all(
-        value != value for tag in ("ntk_velocity", "ntk_distance_to_start") for value in logger.curve(tag).values()
+        value != value for tag in ("ntk/velocity", "ntk/distance_to_start") for value in logger.curve(tag).values()
     )
 
 
@@ -540,12 +558,12 @@ def test_steps_of_several_optimizers_are_the_same_time() -> None:
     options: dict[str, Any] = {"kernel": "full", "num_examples": 4, "every_n_steps": 1}
     options["loss_fn"] = lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])
     one, two = (
-        watched(module, NTKMonitor(**options), max_steps=6 * num)
+        watched(module, NTKMonitor(**options, detail="all"), max_steps=6 * num)
         for module, num in ((Ordered(lr=2.0), 1), (TwoOptimizers(), 2))
     )
 
-    found = one.curve("ntk_modes_learnt")
-    assert list(two.curve("ntk_modes_learnt").values())[:6] == pytest.approx(list(found.values()))
+    found = one.curve("ntk/modes_learnt")
+    assert list(two.curve("ntk/modes_learnt").values())[:6] == pytest.approx(list(found.values()))
     assert max(found.values()) > min(found.values())
 
 
@@ -558,9 +576,9 @@ def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
             return super().training_step(batch, batch_idx) if batch_idx else None
 
     with pytest.warns(UserWarning, match="no number"):
-        logger = watched(Warming(), NTKMonitor(num_examples=4, every_n_steps=1))
+        logger = watched(Warming(), NTKMonitor(num_examples=4, every_n_steps=1, detail="all"))
 
-    assert [value == value for value in logger.curve("ntk_gauss_newton_trace").values()] == [False, True, True]
+    assert [value == value for value in logger.curve("ntk/gauss_newton_trace").values()] == [False, True, True]
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
@@ -570,7 +588,10 @@ def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
 )
 def test_a_run_that_is_resumed_with_other_options_begins_anew(options: dict[str, Any], tmp_path: Path) -> None:
     def run(steps: int, path: Path | None, **options: Any) -> MemoryLogger:
-        logger, monitor = MemoryLogger(), NTKMonitor(**({"num_examples": 4, "every_n_steps": 1} | options))
+        logger, monitor = (
+            MemoryLogger(),
+            NTKMonitor(**({"num_examples": 4, "every_n_steps": 1} | options), detail="all"),
+        )
         trainer = L.Trainer(**SILENT, max_steps=steps, logger=logger, callbacks=[monitor])
         trainer.fit(Ordered(ImageNet()), ckpt_path=path)
         trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -579,7 +600,7 @@ def test_a_run_that_is_resumed_with_other_options_begins_anew(options: dict[str,
     run(2, None)
     resumed = run(4, tmp_path / "run.ckpt", **options)
 
-    assert [value == value for value in resumed.curve("ntk_distance_to_start").values()] == [False, True]
+    assert [value == value for value in resumed.curve("ntk/distance_to_start").values()] == [False, True]
 
 
 def test_the_batch_of_the_step_is_let_go_of_after_the_sample() -> None:
@@ -589,9 +610,9 @@ def test_the_batch_of_the_step_is_let_go_of_after_the_sample() -> None:
         held: Any = True
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.held = source._begun
+            self.held = source._batch
 
-    monitor, looking = NTKMonitor(num_examples=4, every_n_steps=1), Looking()
+    monitor, looking = NTKMonitor(num_examples=4, every_n_steps=1, detail="all"), Looking()
     source: Any = monitor.recorders[0].probe.source
     L.Trainer(**SILENT, max_steps=1, logger=False, callbacks=[monitor, looking]).fit(Ordered())
 
