@@ -121,7 +121,8 @@ class JacobianPenalty(L.Callback):
     """Logs the Jacobian penalty of every batch as `jacobian_penalty`, and adds it to the loss if it is asked to.
 
     It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and
-    DDP treat it as a part of the loss; the loss that `training_step` logged is without it. `GradientAnatomyMonitor`
+    DDP treat it as a part of the loss; the loss that `training_step` logged is without it. So is what other callbacks
+    see, before or after it in the list: it goes to the end of the Trainer's callbacks. `GradientAnatomyMonitor`
     hears the training's own pass alone: what a penalty that is added brings into a gradient is its `deviation`, and
     above 5 % of the gradient the shares are blank.
 
@@ -160,7 +161,7 @@ class JacobianPenalty(L.Callback):
         self._is_told = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what it cannot know: how to run the module, and which of several losses to add to."""
+        """Refuse what it cannot know: how to run the module, and which of several losses to add to; come last."""
         if self.add and not pl_module.automatic_optimization:
             raise ValueError(
                 "JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step"
@@ -169,6 +170,9 @@ class JacobianPenalty(L.Callback):
             raise ValueError(
                 f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward"
             )
+        if self.add:  # a new list: the Trainer is going through the old one
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = [*(other for other in callbacks if other is not self), self]  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -2,7 +2,6 @@
 
 from functools import cache
 from itertools import permutations
-from typing import Any
 
 import pytest
 from torch.testing import assert_close
@@ -45,13 +44,7 @@ def test_numbers_beside_a_penalty_that_is_only_logged_are_those_alone(comes: str
     assert monitor.failures == 0
 
 
-def names_of_penalised() -> list[Any]:
-    """All monitors; those that look at the loss see one that a penalty was added to before, or not."""
-    known = pytest.mark.xfail(strict=True, reason="a penalty that comes before is in the loss that they see")
-    return [pytest.param(name, marks=[known] * (name in ("curvature", "anatomy"))) for name in MONITORS]
-
-
-@pytest.mark.parametrize("name", names_of_penalised())
+@pytest.mark.parametrize("name", MONITORS)
 def test_numbers_beside_a_penalty_that_is_added_do_not_hang_on_the_order(name: str) -> None:
     found = []
     for comes_first in (True, False):
