@@ -244,8 +244,13 @@ class Journal:
     def _note(self, recorders: Sequence[Recorder]) -> None:
         """Say how sources read, and again when that has changed."""
         for recorder in recorders:
-            if note := recorder.probe.source.note():
-                self.info_once(f"{recorder.name} is {note}")
+            try:
+                note = recorder.probe.source.note()
+            except Exception as error:  # before training, and a source of the user's
+                self.warn_once(f"{recorder.name}: {type(error).__name__}: {error}")
+            else:
+                if note:
+                    self.info_once(f"{recorder.name} is {note}")
 
     def _awaited(self, recorder: Recorder, flags: Array, complete: bool) -> set[str]:
         """Sites that must have a number in this report: those just read; at the end of a sample also those that no

@@ -143,6 +143,10 @@ def test_a_fixed_batch_for_a_step_that_cannot_be_run_again_is_refused(make: Call
         choose(TrainerTraining(trainer(), make()), batch="fixed")
 
 
+class OfTwo(TrainerTraining):
+    team = Team(0, 2)
+
+
 def test_synchronised_batch_normalisation_of_several_processes_is_refused() -> None:
     module = Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10)))
 
@@ -150,7 +154,7 @@ def test_synchronised_batch_normalisation_of_several_processes_is_refused() -> N
     with pytest.raises(
         ValueError, match=r"'net\.1': .* SyncBatchNorm, .*use BatchNorm or GroupNorm; critical sharpness"
     ):
-        choose(TrainerTraining(trainer(strategy="ddp", devices=2), module))
+        choose(OfTwo(trainer(), module))
 
 
 def sharded(rank: int, size: int, root: Path) -> str:

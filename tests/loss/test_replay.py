@@ -62,7 +62,7 @@ def test_every_replay_draws_the_same_numbers() -> None:
             with replay(TrainerTraining(trainer, module)) as seen:
                 losses.append(seen.loss.item())
             torch.rand(3)
-        with kept(batch, seed=7)(trainer, module) as seen:
+        with kept(batch, seed=7)(TrainerTraining(trainer, module)) as seen:
             return [*losses, seen.loss.item()]
 
     first, second, other = once(Classifier(ImageNet()), act)
@@ -72,7 +72,7 @@ def test_every_replay_draws_the_same_numbers() -> None:
 
 def test_in_eval_mode_the_loss_is_that_of_the_eval_mode() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        with kept(batch, eval_mode=True)(trainer, module) as seen:
+        with kept(batch, eval_mode=True)(TrainerTraining(trainer, module)) as seen:
             found = seen.loss.detach()
         assert module.training and module.net.norm.training
         module.eval()
@@ -85,7 +85,7 @@ def test_in_eval_mode_the_loss_is_that_of_the_eval_mode() -> None:
 
 def test_a_loss_function_takes_the_place_of_the_step() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        with kept(batch, loss_fn=critic_loss)(trainer, module) as seen:
+        with kept(batch, loss_fn=critic_loss)(TrainerTraining(trainer, module)) as seen:
             return seen.loss.detach(), critic_loss(module, batch).detach()
 
     assert_close(*once(Adversaries(), act))
@@ -93,7 +93,7 @@ def test_a_loss_function_takes_the_place_of_the_step() -> None:
 
 def test_the_precision_is_that_of_the_trainer() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> torch.dtype:
-        with kept(batch)(trainer, module) as seen:
+        with kept(batch)(TrainerTraining(trainer, module)) as seen:
             assert not torch.is_autocast_enabled("cpu")
             return seen.output_loss().outputs.dtype
 
@@ -102,7 +102,7 @@ def test_the_precision_is_that_of_the_trainer() -> None:
 
 def test_the_loss_of_a_replay_is_known_in_its_outputs() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        with kept(batch, num_examples=3)(trainer, module) as seen:
+        with kept(batch, num_examples=3)(TrainerTraining(trainer, module)) as seen:
             outputs = seen.output_loss()
             assert outputs.outputs.shape == (3, 10)
             return outputs.value(), seen.loss.detach()
@@ -113,7 +113,7 @@ def test_the_loss_of_a_replay_is_known_in_its_outputs() -> None:
 def test_gradients_of_a_replay_are_those_of_the_step() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         params = list(module.parameters())
-        with kept(batch)(trainer, module) as seen:
+        with kept(batch)(TrainerTraining(trainer, module)) as seen:
             found = torch.autograd.grad(seen.loss, params)
         return found, torch.autograd.grad(F.cross_entropy(module(batch[0]), batch[1]), params)
 
@@ -128,7 +128,7 @@ def test_hooks_of_the_user_neither_hear_of_a_replay_nor_change_its_gradients() -
         expected = torch.autograd.grad(F.cross_entropy(module(batch[0]), batch[1]), params)[0]
         hooks = [params[0].register_hook(lambda gradient: heard.append(1) or 2 * gradient)]
         hooks.append(module.net[0].register_full_backward_hook(lambda *_: heard.append(1)))
-        with kept(batch)(trainer, module) as seen:
+        with kept(batch)(TrainerTraining(trainer, module)) as seen:
             found = torch.autograd.grad(seen.loss, params)[0]
         assert len(params[0]._backward_hooks) == len(module.net[0]._backward_hooks) == 1
         for hook in hooks:
@@ -148,7 +148,7 @@ class NoNumber(Classifier):
 
 def test_a_step_without_the_number_of_the_batch_is_run_again() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> bool:
-        with kept(batch)(trainer, module) as seen:
+        with kept(batch)(TrainerTraining(trainer, module)) as seen:
             return seen.loss.requires_grad
 
     assert once(NoNumber(), act)
@@ -158,7 +158,7 @@ def test_a_step_in_manual_optimization_is_not_run_again() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> None:
         with (
             pytest.raises(ValueError, match=r"it steps optimizers; give loss_fn\(module, batch\)"),
-            kept(batch)(trainer, module),
+            kept(batch)(TrainerTraining(trainer, module)),
         ):
             pass
 
@@ -169,7 +169,7 @@ def test_a_step_without_a_loss_is_refused() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> None:
         with (
             pytest.raises(ValueError, match="loss_fn gave a NoneType instead of a loss"),
-            kept(batch, loss_fn=lambda *_: None)(trainer, module),
+            kept(batch, loss_fn=lambda *_: None)(TrainerTraining(trainer, module)),
         ):
             pass
 
@@ -214,5 +214,5 @@ def test_a_batch_that_cannot_be_copied_is_refused_with_the_reason() -> None:
     trainer, module = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Classifier()
     message = r"cannot be copied \(TypeError: cannot pickle 'generator' object\).*let the loader give tensors"
 
-    with pytest.raises(ValueError, match=message), kept(row for row in [1])(trainer, module):
+    with pytest.raises(ValueError, match=message), kept(row for row in [1])(TrainerTraining(trainer, module)):
         pass
