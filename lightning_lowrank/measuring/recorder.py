@@ -132,7 +132,10 @@ class Recorder(ABC):
         """Forget the sample in the making."""
         self._staged, self.error = {}, None
         self._results.drop()
-        self.probe.source.detach()
+        try:
+            self.probe.source.detach()
+        except Exception as error:  # this is called at the end of a run, where nothing may raise
+            self.error = f"{type(error).__name__}: {error}"
 
     def take_error(self) -> str | None:
         """What went wrong since this was last asked."""

@@ -147,7 +147,7 @@ class DormantUnitsMonitor(Monitor):
         Sokar et al. (2023), The Dormant Neuron Phenomenon in Deep Reinforcement Learning, Definitions 3.1 and 3.2.
     """
 
-    label = "dormant"
+    word = "dormant"
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class RankMonitor(Monitor):
         ['gradient', 'first_moment', 'second_moment']
     """
 
-    label = "rank"
+    word = "rank"
 
     def __init__(
         self,

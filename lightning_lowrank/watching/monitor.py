@@ -16,7 +16,7 @@ from lightning_lowrank.measuring.schedules import Budget, Every
 from lightning_lowrank.reports.alerts.ready_made import rank_alerts
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
-from lightning_lowrank.reports.journal import Style
+from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
@@ -44,7 +44,7 @@ class Monitor(L.Callback):
 
     # Word for this kind of monitor, in messages and as the group of its tags; one that measures in another way may say
     # so before `super().__init__`.
-    label: str = "monitor"
+    word: str = "monitor"
 
     # Those that were given, for `repr`.
     arguments: Mapping[str, Any] | None = None
@@ -63,7 +63,7 @@ class Monitor(L.Callback):
         self.note_arguments(Monitor, locals())
         self.name = name
         prefix = f"{name}_" if name else ""
-        style = Style(prefix + self.label, prefix, detail, per_site, histograms)
+        style = Style(prefix + self.word, prefix, detail, per_site, histograms)
         self.watch = Watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
         self._is_set_up = False
 
@@ -94,7 +94,7 @@ class Monitor(L.Callback):
     def place(self) -> str:
         """Its place in a checkpoint: the class, with the label where that is not the usual one."""
         kind = type(self)
-        return kind.__qualname__ + ("" if self.watch.label == kind.label else f"[{self.watch.label}]")
+        return kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
 
     @property
     def state_key(self) -> str:
@@ -104,6 +104,11 @@ class Monitor(L.Callback):
         it before, by one that does not say what to do.
         """
         return self.place if self._is_set_up else f"{self.place} {id(self)}"
+
+    @property
+    def label(self) -> str:
+        """Word for it in messages, and the group of its tags: that of its kind, behind the name where there is one."""
+        return self.watch.label
 
     @property
     def recorders(self) -> Sequence[Recorder]:

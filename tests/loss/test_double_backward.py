@@ -18,15 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.double_backward import Choice, choose, look, look_together
 from lightning_lowrank.models.taps import first_compiled
-from lightning_lowrank.watching.loops import LoopTraining
 from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.processes import together
 from tests.trainings import Adversaries, Classifier
 
 
-def training(module: L.LightningModule, **options: Any) -> TrainerTraining:
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
-    return TrainerTraining(trainer, module)
+def trainer(**options: Any) -> L.Trainer:
+    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
 
 
 class Step(Classifier):
@@ -123,18 +121,18 @@ CHOICES: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Choice
 def test_the_way_is_chosen_before_training_with_a_reason(case: str) -> None:
     make, options, expected = CHOICES[case]
 
-    assert choose(training(make()), **options) == expected
+    assert choose(TrainerTraining(trainer(), make()), **options) == expected
 
 
 def test_static_graphs_of_data_parallel_training_are_left_alone() -> None:
-    found = choose(training(Classifier(), strategy=DDPStrategy(static_graph=True)))
+    found = choose(TrainerTraining(trainer(strategy=DDPStrategy(static_graph=True)), Classifier()))
 
     assert found == Choice("replay", "static_graph=True of DDP, which counts backward passes")
 
 
 @pytest.mark.parametrize("make", [Adversaries, Iterating])
 def test_a_step_that_cannot_be_run_again_is_seen_on_its_live_graph(make: Callable[[], L.LightningModule]) -> None:
-    found = choose(training(make()))
+    found = choose(TrainerTraining(trainer(), make()))
 
     assert found.mode == "inline" and "give loss_fn(module, batch) -> loss" in str(found.only)
 
@@ -142,19 +140,21 @@ def test_a_step_that_cannot_be_run_again_is_seen_on_its_live_graph(make: Callabl
 @pytest.mark.parametrize("make", [Adversaries, Iterating])
 def test_a_fixed_batch_for_a_step_that_cannot_be_run_again_is_refused(make: Callable[[], L.LightningModule]) -> None:
     with pytest.raises(ValueError, match=r"because of the fixed batch; but .* cannot be run again.*give loss_fn"):
-        choose(training(make()), batch="fixed")
+        choose(TrainerTraining(trainer(), make()), batch="fixed")
+
+
+class OfTwo(TrainerTraining):
+    team = Team(0, 2)
 
 
 def test_synchronised_batch_normalisation_of_several_processes_is_refused() -> None:
     module = Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10)))
 
-    assert choose(training(module)).mode == "inline"
-    of_two = LoopTraining(module)
-    of_two.team = Team(0, 2)
+    assert choose(TrainerTraining(trainer(), module)).mode == "inline"
     with pytest.raises(
         ValueError, match=r"'net\.1': .* SyncBatchNorm, .*use BatchNorm or GroupNorm; critical sharpness"
     ):
-        choose(of_two)
+        choose(OfTwo(trainer(), module))
 
 
 def sharded(rank: int, size: int, root: Path) -> str:
@@ -162,7 +162,7 @@ def sharded(rank: int, size: int, root: Path) -> str:
     module = Classifier()
     fully_shard(module.net[0], mesh=init_device_mesh("cpu", (size,)))  # type: ignore[index, arg-type]
     try:
-        choose(training(module))
+        choose(TrainerTraining(trainer(), module))
     except ValueError as error:
         return str(error)
     finally:

@@ -138,14 +138,14 @@ def test_shares_of_the_learning_are_of_what_is_left() -> None:
         ConcentrationMonitor(every_n_steps=1, densities=[0.9], detail="all"),
     )
     logger = fit(module, pruning(module.net[0], module.net[2]), monitor)
-    sparsity = list(logger.curve("concentration_weight_sparsity_0.99").values())
+    sparsity = list(logger.curve("concentration/weight_sparsity_0.99").values())
     total = sum(layer.weight.numel() for layer in (module.net[0], module.net[2]))
     zeros = sum(int((layer.weight == 0).sum()) for layer in (module.net[0], module.net[2]))
 
     # The last pruning comes after the last step: two epochs' worth are gone in its samples.
     assert zeros > 0.6 * total
     assert min(sparsity[2 * BATCHES :]) > 1 - 0.67**2 - 0.01
-    neurons = list(logger.curve("concentration_neuron_count").values())
+    neurons = list(logger.curve("concentration/neuron_count").values())
     assert neurons == [32] * (EPOCHS * BATCHES)
 
 

@@ -46,8 +46,8 @@ def expected(*sources: str) -> Charts:
     return {f"lowrank {source}": {f"{source}_{s}": margin(f"{source}_{s}") for s in statistics} for source in sources}
 
 
-def margin(quantity: str) -> tuple[str, str, str]:
-    return f"rank/{quantity}_median", f"rank/{quantity}_min", f"rank/{quantity}_max"
+def margin(quantity: str, group: str = "rank") -> tuple[str, str, str]:
+    return f"{group}/{quantity}_median", f"{group}/{quantity}_min", f"{group}/{quantity}_max"
 
 
 def test_each_quantity_has_its_median_in_the_band_of_all_sites(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_two_monitors_of_a_run_keep_their_charts(tmp_path: Path) -> None:
 
     last = watched(tmp_path, RankMonitor(detail="all"), other)[-1]
 
-    own = {"lowrank other_feature": {"other_feature_stable_rank": margin("other_feature_stable_rank")}}
+    own = {"lowrank other_feature": {"other_feature_stable_rank": margin("feature_stable_rank", "other_monitor")}}
     assert last == expected("gradient", "weight", "update") | own
 
 

@@ -135,7 +135,7 @@ def test_cost_and_alerts_are_among_the_vectors(tmp_path: Path) -> None:
 def test_loggers_without_pytorchs_writer_are_left_alone(tmp_path: Path) -> None:
     loggers = [MemoryLogger(), CSVLogger(tmp_path, name="csv")]
 
-    errors = Vectors().write(loggers, [Row("vector", "gradient_stable_rank", {"a": 1.0})], 0)
+    errors = write_report(loggers, {}, 0, [Vectors().draw([Row("vector", "gradient_stable_rank", {"a": 1.0})], 0)])
 
     assert errors == []
 

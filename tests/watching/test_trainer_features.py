@@ -111,7 +111,7 @@ class Run:
     def assert_curves(self, steps: Sequence[int]) -> None:
         """Every curve has these steps and numpy's numbers."""
         for source in SOURCES:
-            assert list(self.logger.curve(f"lowrank/{source}_stable_rank_median")) == list(steps)
+            assert list(self.logger.curve(f"rank/{source}_stable_rank_median")) == list(steps)
             for step in steps:
                 expected = {
                     site: stable_rank(matrix) for site, matrix in self.witness.moments[step].read_by(source).items()

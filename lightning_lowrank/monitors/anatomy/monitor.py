@@ -47,7 +47,7 @@ class GradientAnatomyMonitor(Monitor):
         ['anatomy_residue', 'anatomy_interpolant', 'anatomy_spike', 'anatomy_bulk']
     """
 
-    label = "anatomy"
+    word = "anatomy"
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:

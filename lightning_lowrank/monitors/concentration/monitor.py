@@ -49,7 +49,7 @@ class ConcentrationMonitor(Monitor):
         ['concentration_head_gate_gini', 'concentration_head_gate_gini_start', 'concentration_head_gate_top_share']
     """
 
-    label = "concentration"
+    word = "concentration"
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:

@@ -57,7 +57,7 @@ class CurvatureMonitor(Monitor):
         ['batch_sharpness', 'batch_sharpness_over_threshold']
     """
 
-    label = "curvature"
+    word = "curvature"
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:

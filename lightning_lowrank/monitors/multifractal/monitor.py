@@ -50,7 +50,7 @@ class MultifractalMonitor(Monitor):
         ['multifractal_dispersion', 'multifractal_dispersion_chance', 'multifractal_alpha0']
     """
 
-    label = "multifractal"
+    word = "multifractal"
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
@@ -95,7 +95,7 @@ class MultifractalMonitor(Monitor):
             raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
         whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}
         source = Multifractal(heads=heads, **of_both) if mode == "rank" else NeuroMFA(**whole, **of_both)
-        self.label = source.name
+        self.word = source.name
         schedule = cadence(every_n_steps, max_overhead, 500)
         super().__init__(
             probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name

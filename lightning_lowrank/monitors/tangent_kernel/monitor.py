@@ -59,7 +59,7 @@ class NTKMonitor(Monitor):
         ['lora_ntk_lambda_max', 'lora_ntk_lambda_2']
     """
 
-    label = "ntk"
+    word = "ntk"
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:

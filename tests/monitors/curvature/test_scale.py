@@ -10,7 +10,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.tap import LossTap
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, loss_operators
 from lightning_lowrank.monitors.curvature.measurement import EFFORTS, Curvatures, Found
-from tests.monitors.curvature.test_monitor import FullBatch, watched
+from tests.curvatures import FullBatch, watched
 
 # Powers of the loss's scale in each number; 1 where it is not named.
 POWERS = {"squared_norm": 2, "participation_ratio": 0, "defect": 0, "valid": 0, "top_share": 0}
