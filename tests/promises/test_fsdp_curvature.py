@@ -20,7 +20,7 @@ from tests.trainings import MemoryLogger, digits
 
 pytestmark = pytest.mark.slow
 
-TAGS = ("critical_multiple", "critical_multiple_error", "critical_sharpness", "critical_sharpness_error")
+TAGS = [f"curvature/critical_{name}" for name in ("multiple", "multiple_error", "sharpness", "sharpness_error")]
 
 
 class Sharded(L.LightningModule):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lowrank import RankMonitor
 from lightning_lowrank.loss.replay import Replay
+from lightning_lowrank.watching.trainer import TrainerTraining
 from tests.callbacks import Inline, Replaying
 from tests.processes import together
 from tests.trainings import (
@@ -195,11 +196,12 @@ class Failing(Replaying):
     """Fails while a replay is open, and another time in the step itself."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        with pytest.raises(RuntimeError, match="odd"), self.replay(trainer, pl_module):
+        training = TrainerTraining(trainer, pl_module)
+        with pytest.raises(RuntimeError, match="odd"), self.replay(training):
             raise RuntimeError("odd")
         failing = Replay(loss_fn=half_way)
         failing.keep(self.replay.batch)
-        with pytest.raises(RuntimeError, match="half way"), failing(trainer, pl_module):
+        with pytest.raises(RuntimeError, match="half way"), failing(training):
             pass
 
 

@@ -391,7 +391,7 @@ def across(rank: int, size: int, root: Path) -> Any:
         }
         L.Trainer(**settings, logger=logger, callbacks=[monitor]).fit(InOrder(rank, size))
         curves[max_rows] = (
-            {tag: c for tag, c in logger.curves().items() if tag.startswith("anatomy_")},
+            {tag: c for tag, c in logger.curves().items() if tag.startswith("anatomy")},
             monitor.failures,
         )
     return curves

@@ -234,7 +234,7 @@ def test_two_processes_find_the_curvature_of_their_whole_batch_and_train_as_unwa
         curves, weights, failures = first[f"{case}, True"]
         assert failures == second[f"{case}, True"][2] == 0
         torch.testing.assert_close(weights, first[f"{case}, False"][1], rtol=0, atol=0)
-        for tag in ("batch_sharpness", "hessian_lambda_max", "gauss_newton_lambda_max"):
+        for tag in ("curvature/batch_sharpness", "curvature/hessian_lambda_max", "curvature/gauss_newton_lambda_max"):
             torch.testing.assert_close(curves[tag], alone[f"{case}, True"][0][tag], rtol=2e-2, atol=1e-3)
 
 

@@ -89,9 +89,11 @@ def test_a_monitor_shows_the_curvature_of_a_loss_in_other_units(factor: float) -
         module = Scaled(lr=0.1 / of)
         module.factor = of
         logger = watched(module, CurvatureMonitor("standard", top_k=1, every_n_steps=2, detail="all"))
-        found.append({name: logger.curve(name) for name in ("batch_sharpness", "hessian_trace", "curvature_valid")})
+        found.append(
+            {name: logger.curve(f"curvature/{name}") for name in ("batch_sharpness", "hessian_trace", "valid")}
+        )
 
     for step, sharpness in found[0]["batch_sharpness"].items():
         assert found[1]["batch_sharpness"][step] / factor == pytest.approx(sharpness, rel=1e-3)
         assert found[1]["hessian_trace"][step] / factor == pytest.approx(found[0]["hessian_trace"][step], rel=1e-3)
-        assert found[1]["curvature_valid"][step] == 1
+        assert found[1]["valid"][step] == 1

@@ -285,7 +285,7 @@ def test_two_monitors_at_once_find_what_each_finds_alone() -> None:
     watched, both, _ = left(lambda: Classifier(ImageNet()), monitors())
 
     assert_close(watched, without, rtol=0, atol=0)
-    for monitor, tag in zip(monitors(), ("batch_sharpness", "fixed_batch_sharpness"), strict=True):
+    for monitor, tag in zip(monitors(), ("curvature/batch_sharpness", "fixed_curvature/batch_sharpness"), strict=True):
         _, alone, _ = left(lambda: Classifier(ImageNet()), [monitor])
         assert both.curve(tag) == alone.curve(tag)
 
