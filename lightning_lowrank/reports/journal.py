@@ -392,7 +392,7 @@ def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Se
 
 def _detail(recorder: Recorder, quantity: str) -> Detail:
     """Least detail at which loggers get it; errors and chance levels never double the count."""
-    return "all" if quantity.endswith(("_error", "_chance", "_floor")) else recorder.detail(quantity)
+    return "all" if quantity.endswith(("_error", "_chance")) else recorder.detail(quantity)
 
 
 def _merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:
