@@ -3,15 +3,15 @@
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Detail
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every
@@ -20,76 +20,11 @@ from lightning_lowrank.reports import dashboard, loggers
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.loggers import Array
+from lightning_lowrank.reports.report import Host, Style, charts, merged, quantities_by_site, report_of
 from lightning_lowrank.reports.vectors import Vectors, rows
 
-# Most scalars of single sites that `per_site="auto"` writes: what a dashboard still shows at once.
-FEW = 100
-
-DETAILS = get_args(Detail)
 # Of our own cost and failures, what every logger gets.
 CORE_COSTS = ("overhead_percent", "failures")
-
-Host = Mapping[str, Array]
-Values = Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Style:
-    """What of a monitor's numbers its loggers get; the tab and reports have everything.
-
-    Attributes:
-        label: Word for the monitor in messages, the group of its tags, and its cost tags.
-        prefix: Of the names of its quantities; left out of the group, whose name has it.
-        detail: "core": medians over sites, and numbers of the whole model, of the quantities that the monitor is for.
-            "standard": minimum, median and maximum of most quantities; single sites where they are few. "all": also
-            errors, chance levels and all other quantities.
-        per_site: Scalars of single sites: always, never, or "auto": from "standard" on, where there are at most 100.
-        histograms: Also the spectra.
-
-    Raises:
-        ValueError: An option is another word.
-    """
-
-    label: str
-    prefix: str = ""
-    detail: Detail = "core"
-    per_site: bool | Literal["auto"] = "auto"
-    histograms: bool = False
-
-    def __post_init__(self) -> None:
-        if self.detail not in DETAILS:
-            raise ValueError(f"detail={self.detail!r}: one of {list(DETAILS)}")
-        if not (isinstance(self.per_site, bool) or self.per_site == "auto"):
-            raise ValueError(f"per_site={self.per_site!r}: it is True, False or 'auto'")
-
-    def shows(self, detail: Detail) -> bool:
-        """Whether loggers get what needs so much detail."""
-        return DETAILS.index(detail) <= DETAILS.index(self.detail)
-
-    def tag(self, quantity: str, end: str = "") -> str:
-        """Group and name of a number: `curvature/hessian_lambda_max`, `rank/gradient_stable_rank_median`."""
-        word = self.label.removeprefix(self.prefix)
-        name = quantity.removeprefix(self.prefix).removeprefix(f"{word}_")
-        return f"{self.label}/{name}_{end}" if end else f"{self.label}/{name}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """The numbers of one sample, moved to the host.
-
-    Attributes:
-        step: On the x-axis.
-        values: Quantity -> site -> number, of single sites and of the whole model.
-        summaries: Minimum, median and maximum over sites, or the number of the whole model, by tag.
-        shown: Those of them that loggers get.
-        sites: Numbers of single sites that loggers get, by tag.
-    """
-
-    step: int
-    values: Values
-    summaries: Mapping[str, float]
-    shown: Mapping[str, float]
-    sites: Mapping[str, float]
 
 
 class Journal:
@@ -112,8 +47,6 @@ class Journal:
         self._vectors = Vectors()
         self._said: set[str] = set()
         self._laid_out = False
-        # Quantities of which single sites are written; decided when sites are known.
-        self._of_sites: frozenset[str] = frozenset()
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
         self.given: dict[str, set[str]] = {}
 
@@ -127,12 +60,12 @@ class Journal:
             complete: No optimizer is still to be read: a site that no report of this sample had is lost.
         """
         awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
-        report = self._report(training.step, recorders, host, awaited)
+        report = report_of(training.step, recorders, host, awaited, self.style)
         # First, since all processes must decide alike: what comes after may fail in one of them.
         self.alerts.observe(report.step, report.values)
         self._count_losses(recorders, host, awaited)
-        self.first = _merged(report, self.first, keep=True)
-        self.latest = _merged(report, self.latest, keep=False)
+        self.first = merged(report, self.first, keep=True)
+        self.latest = merged(report, self.latest, keep=False)
         self._note(recorders)
         training.mirror(report.summaries)
         costs, levels = self._costs(recorders), self.alerts.levels()
@@ -146,9 +79,9 @@ class Journal:
 
     def announce(self, recorders: Sequence[Recorder]) -> None:
         """Say once what will be measured, and what memory it keeps."""
-        self._of_sites = self._quantities_by_site(recorders)
+        self.style = replace(self.style, by_site=quantities_by_site(self.style, recorders))
         self._layout = dashboard.layout(
-            {r.name: self._charts(r) for r in recorders}, margins=self.style.shows("standard")
+            {r.name: charts(self.style, r) for r in recorders}, margins=self.style.shows("standard")
         )
         counts = ", ".join(f"{r.name} at {_places(r.expected)} ({_when(r.probe)})" for r in recorders)
         facts = {r.name: r.probe.source.facts() for r in recorders}
@@ -284,51 +217,6 @@ class Journal:
             elif not recorder.expected:
                 self.info_once(f"there is no {recorder.name} to read")
 
-    def _report(self, step: int, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> Report:
-        """Everything that is made of a sample, in one walk over its quantities."""
-        values: dict[str, Mapping[str, float]] = {}
-        summaries: dict[str, float] = {}
-        shown: dict[str, float] = {}
-        sites: dict[str, float] = {}
-        for recorder in recorders:
-            for quantity in (q for q in host if q in recorder.measured):
-                row = values[quantity] = _by_site(recorder, quantity, host[quantity], awaited[recorder.name])
-                found = self._summary(recorder, quantity, row)
-                summaries |= found
-                ends = len(found) == 1 or self.style.shows("standard")
-                if self.style.shows(_detail(recorder, quantity)):
-                    shown |= found if ends else {tag: x for tag, x in found.items() if tag.endswith("_median")}
-                known = quantity.removesuffix("_error") if self.style.shows("all") else quantity
-                if known in self._of_sites:
-                    sites |= {f"{quantity}/{site}": value for site, value in row.items()}
-        return Report(step, values, summaries, shown, sites)
-
-    def _summary(self, recorder: Recorder, quantity: str, row: Mapping[str, float]) -> dict[str, float]:
-        """A number of the whole model, or minimum, median and maximum over sites, by tag."""
-        if recorder.is_global(quantity):
-            return {self.style.tag(quantity): next(iter(row.values()), math.nan)}
-        ends = loggers.summaries(np.array(list(row.values())))
-        return {self.style.tag(quantity, end): value for end, value in ends.items()}
-
-    def _quantities_by_site(self, recorders: Sequence[Recorder]) -> frozenset[str]:
-        """Quantities whose single sites are written: all, those of the core, or none, so that they are few.
-
-        Decided once, of all that is watched: curves of probes with schedules of their own would have gaps.
-        """
-        if self.style.per_site is False or (self.style.per_site == "auto" and not self.style.shows("standard")):
-            return frozenset()
-        named = [(r, q) for r in recorders for q in r.quantities if not r.is_global(q)]
-        for allowed in DETAILS[::-1]:
-            asked = [(r, q) for r, q in named if DETAILS.index(r.detail(q)) <= DETAILS.index(allowed)]
-            if self.style.per_site is True or sum(len(r.sites_of(q)) for r, q in asked) <= FEW:
-                return frozenset(q for _, q in asked)
-        return frozenset()
-
-    def _charts(self, recorder: Recorder) -> dict[str, list[str]]:
-        """Tags of each quantity over sites that is drawn: median, minimum and maximum."""
-        drawn = [q for q in recorder.quantities if not recorder.is_global(q) and self.style.shows(recorder.detail(q))]
-        return {quantity: [self.style.tag(quantity, end) for end in ("median", "min", "max")] for quantity in drawn}
-
     def _pictures(self, host: Host, step: int) -> Iterator[Any]:
         """Histograms where they are asked for; once a run the layout of TensorBoard's custom scalars."""
         if self.style.histograms:
@@ -375,12 +263,6 @@ class Journal:
         return known | {"every_n_steps": float(budget.every)}
 
 
-def _by_site(recorder: Recorder, quantity: str, row: Array, awaited: set[str]) -> dict[str, float]:
-    """Numbers by site: of the whole model, or of each of its sites."""
-    there = awaited & ({WHOLE_MODEL} if recorder.is_global(quantity) else awaited - {WHOLE_MODEL})
-    return {site: float(value) for site, value in zip(recorder.sites, row, strict=True) if site in there}
-
-
 def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Sequence[Array]]]:
     """What recorders count in cells, by the tag of its histogram: the middles of the cells, and how much is in each."""
     for recorder in recorders:
@@ -388,24 +270,6 @@ def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Se
             for site, middles, inside in zip(recorder.sites, host[curve.middles].T, host[curve.name].T, strict=True):
                 if np.isfinite(inside).all():
                     yield "/".join(filter(None, (curve.name, site))), (middles, inside)
-
-
-def _detail(recorder: Recorder, quantity: str) -> Detail:
-    """Least detail at which loggers get it; errors and chance levels never double the count."""
-    return "all" if quantity.endswith(("_error", "_chance")) else recorder.detail(quantity)
-
-
-def _merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:
-    """A sample with what a report adds: probes have schedules of their own, and validation reports by itself.
-
-    Args:
-        keep: What was there first stays; otherwise the new replaces it.
-    """
-    if old is None:
-        return Sample(report.step, report.values)
-    both = (report.values, old.values) if keep else (old.values, report.values)
-    merged = {q: {**both[0].get(q, {}), **both[1].get(q, {})} for q in {**old.values, **report.values}}
-    return Sample(old.step if keep else report.step, merged)
 
 
 def _when(probe: Probe) -> str:

@@ -16,7 +16,7 @@ from lightning_lowrank.measuring.schedules import Budget, Every
 from lightning_lowrank.reports.alerts.ready_made import rank_alerts
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
-from lightning_lowrank.reports.journal import Style
+from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 

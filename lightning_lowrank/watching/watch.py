@@ -23,7 +23,8 @@ from lightning_lowrank.reports import loggers
 from lightning_lowrank.reports.alerts.rulebook import Rulebook, Rules, Usual
 from lightning_lowrank.reports.alerts.rules import AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
-from lightning_lowrank.reports.journal import Journal, Style
+from lightning_lowrank.reports.journal import Journal
+from lightning_lowrank.reports.report import Style
 
 
 class Watch:

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from lightning_lowrank import MultifractalMonitor
-from lightning_lowrank.reports.journal import DETAILS
+from lightning_lowrank.reports.report import DETAILS
 from tests.monitors import MONITORS
 from tests.trainings import Classifier, MemoryLogger, fitted, mlp
 
