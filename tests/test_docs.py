@@ -97,3 +97,14 @@ def test_each_public_name_is_in_the_reference() -> None:
     reference = (ROOT / "docs" / "reference.md").read_text()
 
     assert [name for name in lightning_lowrank.__all__ if not re.search(rf"`{name}\b", reference)] == []
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    named = [
+        (document, path)
+        for document in LINKED
+        for path in re.findall(r"\b(?:tests|examples|benchmarks|lightning_lowrank)/[\w/]+\.pyi?\b", prose(document))
+    ]
+
+    assert len(named) > 20
+    assert [f"{document.relative_to(ROOT)}: {path}" for document, path in named if not (ROOT / path).exists()] == []
