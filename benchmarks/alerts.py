@@ -306,7 +306,7 @@ def levels(optimizer: Optimizer, rate: float) -> Iterator[str]:
         (file,) = Path(folder).rglob("metrics.csv")
         rows = list(csv.DictReader(file.open()))
     for source in ("gradient", "update", "weight"):
-        curve = [float(row[key]) for row in rows if row.get(key := f"lowrank/{source}_relative_effective_rank_median")]
+        curve = [float(row[key]) for row in rows if row.get(key := f"rank/{source}_relative_effective_rank_median")]
         yield f"{median(curve[:10]):.2f} to {median(curve[-10:]):.2f}"
 
 

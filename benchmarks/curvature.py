@@ -123,7 +123,7 @@ def sample_in_steps(make: Callable[[], L.LightningModule], data: TensorDataset, 
         "enable_progress_bar": False,
     }
     num_samples = 2 if level == "full" else 5
-    monitor = CurvatureMonitor(level, every_n_steps=2)
+    monitor = CurvatureMonitor(level, every_n_steps=2, detail="standard")
     L.Trainer(**silent, logger=costs, max_steps=2 * num_samples, callbacks=[monitor]).fit(make(), batches)
     module, seconds = make(), list[float]()
 

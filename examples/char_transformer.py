@@ -103,7 +103,7 @@ def main(max_steps: int = 400, batch_size: int = 32, log_dir: Path = Path("runs"
     windows = TensorDataset(standard_library())
     batches = DataLoader(windows, batch_size, shuffle=True, drop_last=True)
 
-    monitor = RankMonitor()
+    monitor = RankMonitor(detail="standard")
     trainer = L.Trainer(max_steps=max_steps, callbacks=[monitor], logger=TensorBoardLogger(log_dir, "char_transformer"))
     trainer.fit(CharTransformer(vocabulary=100), batches)
 

@@ -69,7 +69,7 @@ def trained(case: Case, run: str, seed: int, share: float) -> Curves:
     L.seed_everything(seed, verbose=False)
     steps = max(12, int(share * case.max_steps))
     data = case.data() if run == "trained" else meaningless(case.data())
-    monitor, curves = ConcentrationMonitor(every_n_steps=steps // 12, seed=seed), Curves()
+    monitor, curves = ConcentrationMonitor(every_n_steps=steps // 12, detail="all", seed=seed), Curves()
     silent: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -85,7 +85,7 @@ def trained(case: Case, run: str, seed: int, share: float) -> Curves:
 
 def known(curves: Curves, tag: str) -> list[float]:
     """Values that are numbers."""
-    return [value for value in curves.points.get(f"concentration_{tag}", {}).values() if isfinite(value)]
+    return [value for value in curves.points.get(f"concentration/{tag}", {}).values() if isfinite(value)]
 
 
 def end(values: list[float]) -> float:
@@ -161,7 +161,7 @@ def draw(found: dict[str, dict[str, list[Curves]]], output: Path) -> None:
             panel.set_visible(bool(signals))
             for signal in signals:
                 for run, style in zip(RUNS, ("-", ":"), strict=True):
-                    points = [curves.points.get(f"concentration_{signal}_gini", {}) for curves in runs[run]]
+                    points = [curves.points.get(f"concentration/{signal}_gini", {}) for curves in runs[run]]
                     what = signal.partition("_")[2]
                     averages = [fmean(each[step] for each in points) for step in points[0]]
                     panel.plot(list(points[0]), averages, style, color=colours[what], label=f"{what}, {run}")

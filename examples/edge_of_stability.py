@@ -101,15 +101,15 @@ class Case:
 
 
 SHARPNESS = {
-    "hessian_lambda_max": "largest eigenvalue",
-    "batch_sharpness": "along the gradient",
-    "critical_sharpness": "critical sharpness",
+    "curvature/hessian_lambda_max": "largest eigenvalue",
+    "curvature/batch_sharpness": "along the gradient",
+    "curvature/critical_sharpness": "critical sharpness",
 }
 STOCHASTIC = {
-    "batch_sharpness": "along the batch's gradient",
-    "all_hessian_lambda_max": "largest eigenvalue, all examples",
+    "curvature/batch_sharpness": "along the batch's gradient",
+    "all_curvature/hessian_lambda_max": "largest eigenvalue, all examples",
 }
-PRECONDITIONED = {"sharpness_over_threshold": "largest eigenvalue, preconditioned"}
+PRECONDITIONED = {"curvature/sharpness_over_threshold": "largest eigenvalue, preconditioned"}
 
 CASES = [
     Case("Full-batch gradient descent, 0.5", SHARPNESS, 4.0, partial(torch.optim.SGD, lr=0.5)),
@@ -162,7 +162,7 @@ def draw(found: list[tuple[Case, Curves]], output: Path) -> None:
     for panel, (case, curves) in zip(panels[0], found, strict=True):
         for tag, label in case.curvature.items():
             # Each batch has its own, of which the mean is what is spoken of.
-            window = 20 if tag == "batch_sharpness" and case.curvature is STOCHASTIC else 1
+            window = 20 if tag.endswith("/batch_sharpness") and case.curvature is STOCHASTIC else 1
             panel.plot(*curves.curve(tag, window), label=label, linewidth=1.2)
         panel.axhline(case.edge, color="black", linestyle="dashed", linewidth=1, label="edge of stability")
         panel.set(title=case.title, xlabel="optimizer step", ylim=(0, 1.6 * case.edge))

@@ -33,7 +33,7 @@ PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing", "t
 TOKENS = 24
 # The last ones, that are tuned.
 LAYERS = 2
-SHARES = ("gradient_in_top", "update_in_top", "displacement_in_top")
+SHARES = ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance")
 
 
 def docstrings(package: Path) -> Iterator[str]:
@@ -99,7 +99,7 @@ def tuned(optimizer: Callable[..., torch.optim.Optimizer], steps: int, every: in
     """What a fine-tuning showed, of the pretrained weights alone."""
     L.seed_everything(0, verbose=False)
     batches = DataLoader(docstring_tokens(48), batch_size, shuffle=True, drop_last=True)
-    monitor = CurvatureMonitor("standard", ["hessian"], top_k=5, every_n_steps=every, match="minilm.*")
+    monitor = CurvatureMonitor("standard", ["hessian"], top_k=5, every_n_steps=every, match="minilm.*", detail="all")
     silent: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -120,9 +120,9 @@ def draw(found: dict[str, Curves], output: Path) -> None:
         1, len(found), figsize=(5 * len(found), 3.5), sharey=True, layout="constrained", squeeze=False
     )
     for ax, (title, curves) in zip(axes[0], found.items(), strict=True):
-        for tag in (*SHARES, "in_top_chance"):
-            steps, values = curves.curve(tag)
-            ax.plot(steps, values, "k:" if tag == "in_top_chance" else "o-", label=tag)
+        for name in SHARES:
+            steps, values = curves.curve(f"curvature/{name}")
+            ax.plot(steps, values, "k:" if name == "in_top_chance" else "o-", label=name)
         ax.set(title=title, xlabel="step", yscale="log")
     axes[0, 0].set_ylabel("part of the squared length")
     axes[0, 0].legend()
@@ -145,8 +145,8 @@ def main(output: Path = Path("fine_tuning.png"), steps: int = 61, every: int = 1
         table.add_column(heading, justify="right", overflow="fold")
     for title, curves in found.items():
         losses = curves.points["loss"]
-        for step in list(curves.points["in_top_chance"]):
-            shares = [f"{curves.points[tag][step]:.2g}" for tag in (*SHARES, "in_top_chance")]
+        for step in list(curves.points["curvature/in_top_chance"]):
+            shares = [f"{curves.points[f'curvature/{name}'][step]:.2g}" for name in SHARES]
             table.add_row(title, str(step), f"{losses[step]:.2f}", *shares)
     rich.print(table)
     draw(found, output)

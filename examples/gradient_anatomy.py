@@ -380,7 +380,7 @@ def watched(data: TensorDataset, act: type[nn.Module], steps: int) -> tuple[Any,
 
     L.seed_everything(0, verbose=False)
     width, curves = data.tensors[0].shape[1], Curves()
-    monitor = GradientAnatomyMonitor(every_n_steps=max(1, steps // 20), per_site=True)
+    monitor = GradientAnatomyMonitor(every_n_steps=max(1, steps // 20), detail="standard", per_site=True)
     silent: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -441,7 +441,7 @@ def real(output: Path, steps: int) -> Table:
                         f"{title}, {act.__name__}",
                         site,
                         str(step),
-                        *_told([curves.points["anatomy_loss"][step], *shown]),
+                        *_told([curves.points["anatomy/loss"][step], *shown]),
                     )
             for event in monitor.events:
                 print(f"{title}, {act.__name__}: {event.message}")

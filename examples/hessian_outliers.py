@@ -69,7 +69,7 @@ class Spectra(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Keep the eigenvalues among them."""
         for operator, spectra in self.found.items():
-            tags = [f"{operator}_lambda_{i}" for i in ("max", *range(2, self.top_k + 1))]
+            tags = [f"curvature/{operator}_lambda_{i}" for i in ("max", *range(2, self.top_k + 1))]
             if tags[0] in metrics:
                 spectra[step or 0] = [metrics[tag] for tag in tags]
 
@@ -137,7 +137,11 @@ def trained(case: Case) -> Spectra:
     L.seed_everything(0, verbose=False)
     spectra = Spectra(case.classes + 3)
     seen = [column[: case.seen] for column in case.data.tensors]
-    chosen: dict[str, Any] = {"loss_fn": lambda module, _: module.training_step(seen), "per_site": False}
+    chosen: dict[str, Any] = {
+        "loss_fn": lambda module, _: module.training_step(seen),
+        "detail": "standard",
+        "per_site": False,
+    }
     # Twice as many are followed as are looked at, so that these are accurate at the first sample too.
     monitor = CurvatureMonitor("standard", list(OPERATORS), 2 * spectra.top_k, case.max_steps // 2, **chosen)
     silent: dict[str, Any] = {

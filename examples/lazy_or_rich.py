@@ -37,9 +37,9 @@ WIDTHS = (8, 32, 128, 512)
 FEW = 64
 RATE = 20.0
 KERNEL = {
-    "ntk_velocity": "velocity",
-    "ntk_centred_label_alignment": "alignment with labels",
-    "ntk_distance_to_start": "distance to start",
+    "ntk/velocity": "velocity",
+    "ntk/centred_label_alignment": "alignment with labels",
+    "ntk/distance_to_start": "distance to start",
 }
 
 
@@ -128,7 +128,7 @@ def trained(case: Case, share: float) -> Curves:
     """What a training showed: the kernel of 64 digits, summed over the outputs."""
     L.seed_everything(0, verbose=False)
     steps, every = max(5, int(case.steps * share)), max(2, int(case.every * share))
-    monitor, curves = NTKMonitor(every_n_steps=every), Curves()
+    monitor, curves = NTKMonitor(every_n_steps=every, detail="all"), Curves()
     silent: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -242,11 +242,11 @@ def summary(found: dict[str, Curves]) -> Table:
         table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for name, curves in found.items():
         (_, velocity), (_, alignment), (_, loss) = (
-            curves.curve(tag) for tag in ("ntk_velocity", "ntk_centred_label_alignment", "loss")
+            curves.curve(tag) for tag in ("ntk/velocity", "ntk/centred_label_alignment", "loss")
         )
         moving = velocity[1:]
         aligned = [f"{value:.3f}" for value in (alignment[0], alignment[-1])]
-        distance, error = (curves.curve(f"ntk_distance_to_start{end}")[1][-1] for end in ("", "_error"))
+        distance, error = (curves.curve(f"ntk/distance_to_start{end}")[1][-1] for end in ("", "_error"))
         speeds = [f"{value:.1g}" for value in (moving[0], moving[len(moving) // 2], moving[-1])]
         table.add_row(name, f"{loss[-1]:.3f}", *speeds, *aligned, f"{distance:.2g} +- {error:.1g}")
     return table

@@ -27,9 +27,9 @@ from examples.fine_tuning import LAYERS, Sorter, docstring_tokens
 from lightning_lowrank import NTKMonitor
 
 TAGS = {
-    "ntk_velocity": "velocity",
-    "ntk_distance_to_start": "distance to start",
-    "ntk_centred_label_alignment": "alignment with labels",
+    "ntk/velocity": "velocity",
+    "ntk/distance_to_start": "distance to start",
+    "ntk/centred_label_alignment": "alignment with labels",
 }
 
 
@@ -54,7 +54,9 @@ def tuned(name: str, steps: int, every: int, num_examples: int) -> Curves:
     """What a fine-tuning showed."""
     L.seed_everything(0, verbose=False)
     make, match = CASES[name]
-    monitor = NTKMonitor(match, kernel="sum_of_logits", num_examples=num_examples, every_n_steps=every)
+    monitor = NTKMonitor(
+        match, kernel="sum_of_logits", num_examples=num_examples, every_n_steps=every, detail="standard"
+    )
     batches = DataLoader(docstring_tokens(48), num_examples, shuffle=True, drop_last=True)
     silent: dict[str, Any] = {
         "enable_checkpointing": False,
@@ -105,7 +107,7 @@ def main(output: Path = Path("lora_kernel.png"), steps: int = 61, every: int = 2
     for heading in ("tuned", "step", "loss", *TAGS.values(), "share of the factors A"):
         table.add_column(heading, justify="right", overflow="fold")
     for name, curves in found.items():
-        for step in curves.points["ntk_trace"]:
+        for step in curves.points["ntk/trace"]:
             values = [curves.points[tag].get(step, math.nan) for tag in TAGS]
             cells = [
                 "-" if math.isnan(value) else f"{value:.2g}"

@@ -120,7 +120,7 @@ def trained(case: Case, share: float) -> Curves:
     """What a training of the case showed, at thirteen steps."""
     L.seed_everything(0, verbose=False)
     steps = max(2, int(share * case.max_steps))
-    every: dict[str, Any] = {"every_n_steps": max(1, steps // 12), "per_site": True}
+    every: dict[str, Any] = {"every_n_steps": max(1, steps // 12), "detail": "all", "per_site": True}
     monitors = [MultifractalMonitor("rank", **every), MultifractalMonitor("neuromfa", **every)]
     curves, batches = Curves(), DataLoader(case.data(), case.batch_size, shuffle=True, drop_last=True)
     silent: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False}
@@ -143,9 +143,9 @@ def whole_model(found: list[tuple[Case, Curves]]) -> Table:
         table.add_column(heading, justify="left" if heading in ("training", "network") else "right", overflow="fold")
     for case, curves in found:
         for i, (end, what) in enumerate(NETWORKS.items()):
-            both = [ends(curves, f"neuromfa_{name}{end}") for name in ("alpha0", "width")]
-            share = curves.points[f"neuromfa_valid{end}"].values()
-            last = f"{at(curves, f'neuromfa_emergence{end}', -1):.2f}", f"{sum(share) / len(share):.0%}"
+            both = [ends(curves, f"neuromfa/{name}{end}") for name in ("alpha0", "width")]
+            share = curves.points[f"neuromfa/valid{end}"].values()
+            last = f"{at(curves, f'neuromfa/emergence{end}', -1):.2f}", f"{sum(share) / len(share):.0%}"
             table.add_row(*("" if i else cell for cell in (case.title, ends(curves, "loss"))), what, *both, *last)
     return table
 
@@ -187,7 +187,7 @@ def draw(found: list[tuple[Case, Curves]], output: Path) -> None:
     for (case, curves), (top, middle, bottom) in zip(found, panels.T, strict=True):
         for panel, name in ((top, "width"), (middle, "emergence")):
             for end, what in NETWORKS.items():
-                points = curves.points[f"neuromfa_{name}{end}"]
+                points = curves.points[f"neuromfa/{name}{end}"]
                 panel.plot(list(points), list(points.values()), label=what, linewidth=1.4 if end == "" else 1)
             panel.set(ylabel=f"{name}, whole model")
         for site, points in sites(curves, "multifractal_dispersion"):

@@ -1,14 +1,23 @@
-"""Every Python block of the documents runs, each on its own, in an empty folder."""
+"""Every Python block of the documents runs, each on its own, in an empty folder; every link leads somewhere; folders,
+monitors and public names have their places.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
+import lightning_lowrank
+from lightning_lowrank.reports.alerts.messages import PAGE
+from tests.monitors import MONITORS
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 NOT_RUN = "# not run"
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 
 def blocks() -> list[tuple[str, int, str]]:
@@ -21,6 +30,23 @@ def blocks() -> list[tuple[str, int, str]]:
             for match in BLOCK.finditer(text)
         ]
     return found
+
+
+def prose(document: Path) -> str:
+    """Its text without blocks of code, in which brackets are no links and `#` begins a comment."""
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as GitHub makes them: no punctuation, hyphens for spaces."""
+    headings = (re.sub(r"\]\([^)]*\)", "", heading).lower() for heading in HEADING.findall(prose(document)))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+def leads_nowhere(document: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = document.parent / path if path else document
+    return not target.exists() or (bool(anchor) and anchor not in anchors(target))
 
 
 RUN = [pytest.param(*block, id=f"{block[0]}:{block[1] + 1}") for block in blocks() if not block[2].startswith(NOT_RUN)]
@@ -38,3 +64,47 @@ def test_blocks_that_are_not_run_say_why() -> None:
     first_lines = [code.splitlines()[0] for _, _, code in blocks() if code.startswith(NOT_RUN)]
 
     assert [line for line in first_lines if not re.match(rf"{NOT_RUN}: \w+", line)] == []
+
+
+def test_links_lead_to_files_and_headings_that_exist() -> None:
+    links = [(document, link) for document in LINKED for link in LINK.findall(prose(document))]
+
+    assert len(links) > 100
+    assert [f"{document.relative_to(ROOT)}: {link}" for document, link in links if leads_nowhere(document, link)] == []
+
+
+def test_pages_that_messages_send_to_exist() -> None:
+    page = ROOT / PAGE
+
+    assert "when-one-fires" in anchors(page)
+
+
+def test_the_tour_has_a_row_for_each_folder_of_the_package() -> None:
+    package = ROOT / "lightning_lowrank"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+
+    assert set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "README.md").read_text(), re.M)) == folders
+
+
+def test_each_monitor_has_a_page_that_shows_it() -> None:
+    pages = {path: path.read_text() for path in (ROOT / "docs" / "monitors").glob("*.md")}
+    monitors = {type(make()).__name__ for make in MONITORS.values()}
+
+    assert {name for name in monitors if sum(f"`{name}` answers" in text for text in pages.values()) != 1} == set()
+
+
+def test_each_public_name_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text()
+
+    assert [name for name in lightning_lowrank.__all__ if not re.search(rf"`{name}\b", reference)] == []
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    named = [
+        (document, path)
+        for document in LINKED
+        for path in re.findall(r"\b(?:tests|examples|benchmarks|lightning_lowrank)/[\w/]+\.pyi?\b", prose(document))
+    ]
+
+    assert len(named) > 20
+    assert [f"{document.relative_to(ROOT)}: {path}" for document, path in named if not (ROOT / path).exists()] == []

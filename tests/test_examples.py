@@ -23,6 +23,7 @@ FEW_STEPS = {
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
     "lora_kernel": (["--steps=1", "--every=1", "--num_examples=2"], ["share of the factors A", "lora_kernel.png"]),
+    "plain_loop": (["--max_steps=3", "--batch_size=2"], ["batch_sharpness", "tensorboard --logdir runs"]),
     "hessian_outliers": (["--only=conv net", "--share=0.02"], ["Gauss-Newton", "hessian_outliers.png"]),
 }
 
@@ -59,7 +60,7 @@ def test_the_demo_ends_with_the_ranks_and_leaves_the_curves(tmp_path: Path) -> N
     for source in ("gradient", "weight", "update"):
         assert f"{source}_stable_rank" in said
         low, middle, high = (
-            [e.value for e in curves.Scalars(f"lowrank/{source}_stable_rank_{end}")] for end in ("min", "median", "max")
+            [e.value for e in curves.Scalars(f"rank/{source}_stable_rank_{end}")] for end in ("min", "median", "max")
         )
         assert len(middle) == 2
         assert all(1 <= a <= b <= c for a, b, c in zip(low, middle, high, strict=True))

@@ -32,8 +32,8 @@ def main(
     figure, panels = plt.subplots(1, len(statistics), figsize=(5 * len(statistics), 3.4), squeeze=False)
     for panel, statistic in zip(panels[0], statistics, strict=True):
         for source, colour in COLOURS.items():
-            steps, median = curve(f"lowrank/{source}_{statistic}_median")
-            least, most = (curve(f"lowrank/{source}_{statistic}_{end}")[1] for end in ("min", "max"))
+            steps, median = curve(f"rank/{source}_{statistic}_median")
+            least, most = (curve(f"rank/{source}_{statistic}_{end}")[1] for end in ("min", "max"))
             panel.plot(steps, median, color=colour, label=source)
             panel.fill_between(steps, least, most, color=colour, alpha=0.15, linewidth=0)
         panel.set(title=statistic.replace("_", " "), xlabel="optimizer step", yscale="log")

@@ -1,1 +1,1 @@
-"""The names that users type: short functions that return a `Monitor`."""
+"""One place per question: the monitors, each in a file or a folder of its own."""

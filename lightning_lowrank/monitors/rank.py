@@ -46,7 +46,8 @@ class RankMonitor(Monitor):
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at
+            most 100.
         histograms: Also the spectra, as TensorBoard histograms.
         seed: Of the sketches of matrices above 1500 a side.
         name: Prefix of all tags.

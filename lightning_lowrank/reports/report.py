@@ -149,7 +149,7 @@ def _by_site(recorder: Recorder, quantity: str, row: Array, awaited: set[str]) -
 
 def _detail(recorder: Recorder, quantity: str) -> Detail:
     """Least detail at which loggers get it; errors and chance levels never double the count."""
-    return "all" if quantity.endswith(("_error", "_chance", "_floor")) else recorder.detail(quantity)
+    return "all" if quantity.endswith(("_error", "_chance")) else recorder.detail(quantity)
 
 
 def merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:

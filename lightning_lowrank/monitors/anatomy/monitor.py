@@ -30,8 +30,8 @@ class GradientAnatomyMonitor(Monitor):
             module's last linear layer unless given.
         exclude: As `match`, taken away.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": all if there are at most 100, else the four
-            shares, the gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
+        per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, all if they are at
+            most 100, else the four shares, the gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
         seed: Of the rows and probes.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to

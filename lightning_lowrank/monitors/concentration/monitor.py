@@ -26,7 +26,8 @@ class ConcentrationMonitor(Monitor):
         match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all unless given. Frozen ones are left out.
         exclude: The same, taken away.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Importance of single heads: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Importance of single heads: `True`, `False`, or "auto": from "standard" on, if there are at
+            most 100.
         seed: Of the weights that are drawn for the masks of models with more than 262,144.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default. `EarlyBirdAlert()` tells when the ticket has

@@ -42,7 +42,8 @@ class CurvatureMonitor(Monitor):
         match: Parameters to differentiate by: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Scalars of single parameters: `True`, `False`, or "auto": from "standard" on, if there are at
+            most 100.
         seed: Of the random vectors.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; "default" warns where products with the Hessian are wrong.

@@ -30,7 +30,8 @@ class MultifractalMonitor(Monitor):
         max_neurons: Neurons that are looked at, per matrix or layer, the same at every sample; all unless given.
             "neuromfa" was published with 32.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at
+            most 100.
         seed: Of the neurons that are drawn, and of the nulls.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.

@@ -140,7 +140,7 @@ class Multifractal(Neurons):
             Quantity(f"multifractal_{name}", find(name).unit, per_site=True, estimated=name in self._estimated)
             for name in OF_A_MATRIX
         ]
-        self.quantities = led_by(CORE, given)
+        self.quantities = led_by(CORE, given, looked_up=("_width_floor",))
 
     def labels(self) -> list[str]:
         """Both directions of every matrix."""

@@ -41,7 +41,8 @@ class NTKMonitor(Monitor):
         loss_fn: `(module, batch) -> loss` in the place of `training_step`.
         exclude: As `match`, taken away.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single parameters: `True`, `False`, or "auto": if there are at most 100.
+        per_site: Scalars of single parameters: `True`, `False`, or "auto": from "standard" on, if there are at
+            most 100.
         seed: Of the random vectors.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.

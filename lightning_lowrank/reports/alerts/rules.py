@@ -112,7 +112,7 @@ class Alert:
     only if the number is certainly beyond.
 
     Args:
-        quantity: As in the tags, `weight_stable_rank`; a monitor's own prefix may be left out.
+        quantity: Its name as in `monitor.latest.values`, `weight_stable_rank`; a monitor's own prefix may be left out.
         sites: Globs of the sites to look at.
         below: Least number allowed.
         above: Largest number allowed.
