@@ -104,7 +104,7 @@ def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_files_are_at_most_400_lines_long() -> None:
-    """From 300 lines on the question is whether there are two ideas; a file is split by idea and not for this number."""
+    """From 300 lines on, ask whether a file holds two ideas; it is split by idea and not for this number."""
     assert [str(file.relative_to(ROOT)) for file in FILES if len(file.read_text().splitlines()) > 400] == []
 
 

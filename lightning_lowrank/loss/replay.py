@@ -14,6 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -211,12 +212,32 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def first_examples(batch: Any, num_examples: int | None) -> Any:
-    """The first examples of a batch whose tensors have one leading size; the whole batch where they do not."""
+    """The first examples of a batch whose tensors have one leading size; the whole batch where they do not.
+
+    Lists of words or objects that are as long as the tensors are cut along; a packed sequence is left whole, and the
+    batch with it.
+    """
     sizes: set[int] = set()
+    packed: list[object] = []
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.ndim else None)
-    if num_examples is None or len(sizes) != 1:
+    apply_to_collection(batch, PackedSequence, packed.append)
+    if num_examples is None or len(sizes) != 1 or packed:
         return batch
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor[:num_examples].clone() if tensor.ndim else tensor)
+    (size,) = sizes
+    return _cut(batch, size, num_examples)
+
+
+def _cut(batch: Any, size: int, num_examples: int) -> Any:
+    """Tensors, and lists without tensors that are as long, down to some examples."""
+    if isinstance(batch, Tensor):
+        return batch[:num_examples].clone() if batch.ndim else batch
+    if type(batch) in (list, tuple):
+        if len(batch) == size and not any(isinstance(part, Tensor | Mapping | list | tuple) for part in batch):
+            return batch[:num_examples]
+        return type(batch)(_cut(part, size, num_examples) for part in batch)
+    if type(batch) is dict:
+        return {key: _cut(part, size, num_examples) for key, part in batch.items()}
+    return apply_to_collection(batch, Tensor, lambda tensor: _cut(tensor, size, num_examples))
 
 
 def _is_plain(batch: Any) -> bool:

@@ -102,7 +102,8 @@ class Snapshot:
         if isinstance(value, np.ndarray):
             return self._keep_array(value)
         if isinstance(value, SPENT):
-            self.spent.append(_path(name))
+            if not getattr(value, "closed", False):
+                self.spent.append(_path(name))
             return ()
         if isinstance(value, FunctionType | MethodType | partial):
             return _parts_of_function(value)
@@ -140,7 +141,7 @@ class Snapshot:
         return () if isinstance(values, bytearray) else _to_look_into(kept)
 
     def _keep_array(self, array: Any) -> Iterable[tuple[Any, Any]]:
-        if array.size <= LARGE:
+        if array.size <= LARGE and array.flags.writeable:
             self._undo.callback(np.copyto, array, array.copy())
         return ()
 

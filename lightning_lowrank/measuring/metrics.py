@@ -5,7 +5,7 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix   S sites   Q q
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Num
@@ -44,6 +44,8 @@ class SpectralStatistic(Metric):
 
     is_differentiable = False
     full_state_update = False
+    # TorchScript compiles properties of modules, and with them those of a module that holds this one.
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "total"]
     count: Tensor
 
     def __init__(self, statistic: str, *, k: int = 8, **kwargs: Any) -> None:
@@ -63,8 +65,14 @@ class SpectralStatistic(Metric):
             raise ValueError(
                 f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
             )
+        for matrix in matrices:
+            if isinstance(matrix, Tensor) and matrix.ndim < 2:
+                shape = tuple(matrix.shape)
+                raise ValueError(
+                    f"{self.statistic.name} takes matrices, [..., rows, columns]; this is of shape {shape}"
+                )
         pairs = zip(self.statistic.takes, matrices, strict=True)
-        values = self.statistic(*(self._value(kind, m) if isinstance(m, Tensor) else m for kind, m in pairs))
+        values = self.statistic(*(self._value(kind, m.detach()) if isinstance(m, Tensor) else m for kind, m in pairs))
         setattr(self, self._sum, self.total + values.sum().to(self.total))
         self.count += values.numel()
 
@@ -106,7 +114,7 @@ class SiteMeans(Metric):
         """Add one number per quantity for each of n sites."""
         columns = _index(tuple(sites), self.total.device)
         # Memory first: a total that goes without its count would make a number of what is none.
-        values, ones = values.to(self.total), torch.ones_like(columns, dtype=self.count.dtype)
+        values, ones = values.detach().to(self.total), torch.ones_like(columns, dtype=self.count.dtype)
         self.total.index_add_(1, columns, values)
         self.count.index_add_(0, columns, ones)
 

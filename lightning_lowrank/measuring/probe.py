@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from re import fullmatch
 
 from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
@@ -19,7 +20,7 @@ class Probe:
         name: First part of the tags, as in `gradient_stable_rank`.
         source: Where matrices come from.
         statistics: Names of statistics; of a `NumberSource` those of its quantities.
-        schedule: `step -> bool`.
+        schedule: `step -> bool`; a number n is `Every(n)`.
 
     Raises:
         ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would
@@ -29,9 +30,20 @@ class Probe:
     name: str
     source: Source
     statistics: Sequence[str]
-    schedule: Every | Schedule = field(default_factory=lambda: Every(50))
+    schedule: Every | Schedule | int = field(default_factory=lambda: Every(50))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not fullmatch(r"[A-Za-z0-9_.-]+", self.name):
+            raise ValueError(f"Probe(name={self.name!r}): a word of letters, digits and _.-, which begins its tags")
+        if not isinstance(self.source, Source):
+            made = f"{self.source.__name__}(...)" if isinstance(self.source, type) else "Gradients()"
+            raise ValueError(f"probe {self.name!r}: source={self.source!r} is no source; make one, as {made}")
+        if type(self.schedule) is int:
+            object.__setattr__(self, "schedule", Every(self.schedule))
+        if not callable(self.schedule):
+            raise ValueError(
+                f"probe {self.name!r}: schedule={self.schedule!r}; Every(50), Budget(0.01) or a function of the step"
+            )
         if not isinstance(self.source, NumberSource):
             try:
                 for name in self.statistics:
@@ -44,6 +56,12 @@ class Probe:
                 f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are "
                 f"{_offered(self.source)}"
             )
+
+
+def due_at(probe: Probe) -> Schedule:
+    """When a probe is due: its schedule, as a function of the step."""
+    assert not isinstance(probe.schedule, int)  # it was made one when the probe was
+    return probe.schedule
 
 
 def refuse_namesakes(probes: Sequence[Probe]) -> None:

@@ -34,6 +34,7 @@ class Recorder(ABC):
         self.name = f"{prefix}_{probe.name}" if prefix else probe.name
         self.expected: dict[str, None] = {}
         self.error: str | None = None
+        self._planned: set[str] = set()
         self._results = self._fresh()
         self._staged: dict[int, list[Staged]] = {}
 
@@ -95,7 +96,12 @@ class Recorder(ABC):
     def plan(self, training: Training) -> None:
         """Choose the sites; those that were known once stay known."""
         self.probe.source.plan(training)
-        self.expected |= dict.fromkeys(self.probe.source.labels())
+        labels = list(self.probe.source.labels())
+        # A site that is frozen, pruned away or renamed is not missed.
+        for gone in self._planned - set(labels):
+            self.expected.pop(gone, None)
+        self._planned = set(labels)
+        self.expected |= dict.fromkeys(labels)
         self._results.know(self._shapes(), self.expected)
 
     def share(self, team: Team) -> None:
@@ -124,7 +130,7 @@ class Recorder(ABC):
 
     def begin(self) -> None:
         """Forget an earlier run."""
-        self.expected = {}
+        self.expected, self._planned = {}, set()
         self.probe.source.load_state_dict({})
         self._results = self._fresh()
 

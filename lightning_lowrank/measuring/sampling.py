@@ -1,7 +1,7 @@
 """A sample in the making: from the batch in which it is due until every optimizer has stepped."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Sampling:
         self._pending = set(range(len(self._optimizers)))
         self._has_read_free = False
         self._open: dict[int, Step] = {}
+        self._barren: frozenset[int] = frozenset()
         self._done: set[int] = set()
         self._finite: list[Tensor] = []
 
@@ -89,9 +90,13 @@ class Sampling:
 
     def gradients_final(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Read gradients and weights, and wait for the step to happen."""
-        index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+        index = self._number_of(optimizer)
         if index not in self._pending or index in self._open:
             return  # LBFGS evaluates its closure many times a step
+        if all(p.grad is None for g in optimizer.param_groups for p in g["params"]) and self._waits_for_gradients(
+            index
+        ):
+            return
         if self._team.size > 1:  # between batches FSDP2 may have parameters gathered that it steps in shards
             self._each(lambda r: r.plan(self._training))
         step = Step(optimizer, self._to_read(optimizer), scale)
@@ -104,7 +109,25 @@ class Sampling:
                 if p.grad is not None
             ]
         self._open[index] = step
-        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
+        # Optimizers of the user's may have no hooks: what they did is read when the batch is over.
+        with suppress(AttributeError):
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._step_done(index)))
+
+    def _number_of(self, optimizer: Optimizer) -> int:
+        """Place of an optimizer among those of the training, which may have been replaced in mid-run."""
+        if all(one is not optimizer for one in self._optimizers):
+            self._optimizers = list(self._training.optimizers)
+            self._pending, self._has_read_free = set(range(len(self._optimizers))), False
+        return next((i for i, one in enumerate(self._optimizers) if one is optimizer), -1)
+
+    def _waits_for_gradients(self, index: int) -> bool:
+        """Whether a step without any gradient is let pass, for a better one to come: once.
+
+        `training_step` has returned None, which is Lightning's way to skip a batch; or nothing of this optimizer is
+        ever used.
+        """
+        first, self._barren = index not in self._barren, self._barren | {index}
+        return first
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_done(self, index: int) -> None:

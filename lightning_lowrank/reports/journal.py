@@ -47,6 +47,9 @@ class Journal:
         self._vectors = Vectors()
         self._said: set[str] = set()
         self._laid_out = False
+        # By recorder, what the last sample has not read, and what went wrong in it.
+        self._unread: dict[str, set[str]] = {}
+        self._errors: dict[str, str | None] = {}
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
         self.given: dict[str, set[str]] = {}
 
@@ -111,6 +114,7 @@ class Journal:
         """Another run, that is no continuation."""
         self.first = self.latest = None
         self.failures = self.skipped = 0
+        self._unread, self._errors = {}, {}
         self.alerts.begin()
         if self.budget is not None:
             self.budget.forget()
@@ -198,11 +202,20 @@ class Journal:
         return read
 
     def _count_losses(self, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> None:
-        """Count sites that gave no number: not finite, not decomposed, or not there."""
+        """Count sites that gave no number: at every sample what is not finite or not decomposed, once what was not
+        read.
+
+        A layer that is never used and a loss that cannot be seen are no failures of each sample.
+        """
         for recorder in recorders:
-            flags = zip(recorder.sites, host[f"{recorder.name}_lost"], strict=True)
-            lost = [site for site, flag in flags if flag != 0 and site in awaited[recorder.name]]
+            flags = dict(zip(recorder.sites, host[f"{recorder.name}_lost"], strict=True))
+            missing = [site for site, flag in flags.items() if flag != 0 and site in awaited[recorder.name]]
+            unread = {site for site in missing if np.isnan(flags[site])}
+            known, self._unread[recorder.name] = self._unread.get(recorder.name, set()), unread
+            lost = [site for site in missing if site not in known & unread]
             error = recorder.take_error()
+            told, self._errors[recorder.name] = self._errors.get(recorder.name), error
+            error = None if error == told and not lost else error
             if lost or error:
                 where = (
                     f"{len(lost)} of {len(recorder.expected)} sites, the first is {_named(lost[0])}"

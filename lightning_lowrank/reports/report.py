@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from re import fullmatch
 from typing import Literal, get_args
 
 import numpy as np
@@ -47,6 +48,8 @@ class Style:
     by_site: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if not fullmatch(r"[A-Za-z0-9_.-]+", self.label):
+            raise ValueError(f"name={self.prefix[:-1]!r}: a word of letters, digits and _.-, which begins all tags")
         if self.detail not in DETAILS:
             raise ValueError(f"detail={self.detail!r}: one of {list(DETAILS)}")
         if not (isinstance(self.per_site, bool) or self.per_site == "auto"):

@@ -87,6 +87,7 @@ def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> 
 
         @wraps(function)
         def guarded(*values: Any, **parameters: float) -> Tensor:
+            _refuse_others(name, takes, values)
             if isinstance(values[0], Scaling):  # It knows itself where there is none of it, and `valid` is 0 there.
                 return function(*values, **parameters)
             values = tuple(map(pooled, values))
@@ -98,6 +99,28 @@ def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> 
         return guarded
 
     return register
+
+
+# How to make the value objects that statistics take, by the name of their class.
+MADE_BY = {
+    "Spectrum": "svd(matrix)",
+    "Subspace": "top_subspace(matrix, k)",
+    "Scaling": "multifractal_spectrum(matrix)",
+}
+
+
+def _refuse_others(name: str, takes: tuple[type, ...], values: tuple[Any, ...]) -> None:
+    """Refuse what is no value object of the statistic, a bare matrix above all.
+
+    Raises:
+        ValueError: With how to make one.
+    """
+    if len(values) != len(takes) or not all(map(isinstance, values, takes)):
+        wanted = ", ".join(MADE_BY.get(kind.__name__, kind.__name__) for kind in takes)
+        given = ", ".join(type(value).__name__ for value in values)
+        raise ValueError(
+            f"{name} takes {', '.join(kind.__name__ for kind in takes)}, as in {name}({wanted}); not {given}"
+        )
 
 
 def _with_losses(result: Tensor, values: tuple[Any, ...], *, whole_only: bool) -> Tensor:

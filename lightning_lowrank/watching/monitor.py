@@ -61,6 +61,8 @@ class Monitor(L.Callback):
         name: str | None = None,
     ) -> None:
         self.note_arguments(Monitor, locals())
+        if not (name is None or isinstance(name, str)):
+            raise ValueError(f"name={name!r}: a word, which begins all tags, or None")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
@@ -256,6 +258,7 @@ class Monitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Be ready for another run."""
         self.watch.ends()
+        TrainerTraining(trainer, pl_module).forget(f"{self.label}/")
         # Not after an exception: a checkpoint may be written after that.
         self.watch.forget_resumed()
 

@@ -95,6 +95,19 @@ class TrainerTraining(Training):
         """Show scalars to ModelCheckpoint and EarlyStopping."""
         self._trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
 
+    def forget(self, start: str) -> None:
+        """Take scalars back before a launcher that has spawned or forked this process sends them home.
+
+        It does so through a pipe of 64 KiB that nobody reads until this process has ended, which it then never does.
+
+        Args:
+            start: Of their tags.
+        """
+        metrics = self._trainer.callback_metrics
+        if hasattr(self._trainer.strategy.launcher, "get_extra_results"):
+            for key in [key for key in metrics if key.startswith(start)]:
+                del metrics[key]
+
     def stop(self) -> None:
         """End the training after this batch, on all processes at the same one."""
         trainer = self._trainer

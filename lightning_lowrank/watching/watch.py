@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lightning_lowrank.measuring.number_recorder import recorder_of
 from lightning_lowrank.measuring.number_source import refuse_seed
-from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
+from lightning_lowrank.measuring.probe import Probe, due_at, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
 from lightning_lowrank.measuring.schedules import shared_budget
@@ -50,7 +50,7 @@ class Watch:
         self.label, self.seed = style.label, seed
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
-        self.budget = shared_budget([probe.schedule for probe in probes if probe.source.stage == "train"])
+        self.budget = shared_budget([due_at(probe) for probe in probes if probe.source.stage == "train"])
         rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
         self.journal = Journal(style, alerts=rulebook, budget=self.budget)
         for recorder in self.recorders:
@@ -158,7 +158,7 @@ class Watch:
             step = training.step
             if step != self._checked:
                 self.journal.step_begins(step, training.team)
-            due = [r for r in self._of_stage("train") if step != self._checked and r.probe.schedule(step)]
+            due = [r for r in self._of_stage("train") if step != self._checked and due_at(r.probe)(step)]
             self._checked = step
             if due or self._waiting:
                 self._sampling = self._sampling or self._sampled(training)
@@ -327,7 +327,8 @@ class Watch:
         Args:
             loses: What goes wrong costs the sample.
         """
-        with self.journal.clock.timed(), unheard():
+        # Anomaly mode would name our products as the user's error.
+        with self.journal.clock.timed(), unheard(), torch.autograd.set_detect_anomaly(False):
             try:
                 yield
             except Exception as error:

@@ -171,6 +171,11 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
         >>> svd(torch.diag(torch.tensor([3.0, 4.0]))).values
         tensor([4., 3.], dtype=torch.float64)
     """
+    if not isinstance(matrix, Tensor) or matrix.ndim < 2:
+        given = (
+            f"a tensor of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else f"a {type(matrix).__name__}"
+        )
+        raise ValueError(f"svd takes a tensor [..., rows, columns], as torch.as_tensor(matrix) gives; this is {given}")
     rows, columns = matrix.shape[-2:]
     if min(rows, columns) == 0:
         return _empty(matrix, (rows, columns))

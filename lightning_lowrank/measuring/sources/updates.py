@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change
-from lightning_lowrank.measuring.source import Reading, Step
+from lightning_lowrank.measuring.source import Batch, Reading, Step
 from lightning_lowrank.models.sites import Site
 
 
@@ -24,17 +24,36 @@ class Updates(ParameterSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._before: list[tuple[Site, Sequence[Tensor]]] = []
+        # Of each parameter how often it had been written to when the batch began.
+        self._versions: dict[int, int] = {}
+
+    def batch_begins(self, batch: Batch) -> None:
+        """Note how often weights have been written to."""
+        if not self._versions:
+            self._versions = {id(p): p._version for site in self.sites for p in site.parameters}
 
     def gradients_final(self, step: Step) -> list[Reading]:
         """Keep the weights; nothing to read yet."""
         moving = [site for site in self.sites if step.owns(site) and self.reads(site)]
-        self._before = [(site, attempt(partial(_copied, site))) for site in moving]
+        gone = [site for site in moving if self._has_moved(site)]
+        self._before = [(site, attempt(partial(_copied, site))) for site in moving if site not in gone]
+        if gone:
+            raise ValueError(
+                f"{gone[0].name!r} was changed before its optimizer stepped, as by an optimizer inside the backward "
+                "pass: that update is not known"
+            )
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
         """The change."""
         before, self._before = self._before, []
+        for parameter in step.parameters:
+            self._versions.pop(parameter, None)
         return [change(site, values) for site, values in before]
+
+    def _has_moved(self, site: Site) -> bool:
+        """Whether a weight without a gradient has been written to since the batch began."""
+        return any(p.grad is None and p._version != self._versions.get(id(p), p._version) for p in site.parameters)
 
     def reads(self, site: Site) -> bool:
         """Where something is trained."""
@@ -42,7 +61,7 @@ class Updates(ParameterSource):
 
     def detach(self) -> None:
         """Forget the weights that were kept."""
-        self._before = []
+        self._before, self._versions = [], {}
 
 
 def _copied(site: Site) -> list[Tensor]:

@@ -4,6 +4,7 @@ step.
 Shape letters:  P entries of all parameters   k directions
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ class Curvature(NumberSource):
         """Keep the gradient, and the weights from which the update is reckoned."""
         if self._follows:
             self._movement.begin(self._trained if self.operators else {})  # those that were frozen have not moved
-            self._sample.rate = step.optimizer.param_groups[0]["lr"]
+            rate = step.optimizer.param_groups[0].get("lr")
+            self._sample.rate = math.nan if rate is None else rate
             self._movement.step_begins(step, self._trained)
         return []
 

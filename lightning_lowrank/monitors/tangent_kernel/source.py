@@ -259,7 +259,7 @@ def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
     steps = {
         (float(g["lr"]), g["momentum"], g["dampening"], g["maximize"])
         for g in groups
-        if "dampening" in g and "maximize" in g
+        if "dampening" in g and "maximize" in g and g.get("lr") is not None
     }
     if any(type(optimizer) is not SGD for optimizer in optimizers) or len(steps) != 1:
         return None
