@@ -1,4 +1,4 @@
-# Needs Python 3.11 and make, and nothing else.  make demo | test | bench | browser | lint | format | clean
+# Needs Python 3.11 and make, and nothing else.  make demo | test | evidence | bench | browser | lint | format | clean
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test browser lint format bench clean
+.PHONY: demo test evidence browser lint format bench clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -14,6 +14,10 @@ demo: .venv/installed
 
 test: lint browser
 	$(BIN)/python -m pytest -rs
+
+# What takes too long for every change: the tests marked `evidence`.
+evidence: .venv/installed
+	$(BIN)/python -m pytest -rs -m evidence
 
 # What the tests of TensorBoard's tab need: Debian's, where we may install it. They say so where they were left out, and in CI they fail.
 browser:

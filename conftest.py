@@ -11,7 +11,14 @@ from jaxtyping import install_import_hook
 
 # Shapes and types of every call are checked in tests, and only there. Here because xdist does not hand pytest's own option to its workers.
 install_import_hook("lightning_lowrank", "beartype.beartype")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the evidence out unless it is asked for. Not by an option in pyproject.toml, which any `-m` of the user's would replace."""
+    if "evidence" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("evidence")])
+        items[:] = [item for item in items if not item.get_closest_marker("evidence")]
 
 
 @pytest.fixture(autouse=True)

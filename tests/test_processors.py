@@ -1,0 +1,70 @@
+"""The numerics on other processors: their instructions and numbers of threads, in processes of their own.
+
+Products and decompositions round otherwise there. A law that holds on one processor and not on another hangs on last bits.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# `MKL_ENABLE_INSTRUCTIONS` is heard on processors of Intel only, `MKL_CBWR` on all.
+PROCESSORS = {
+    "this one": {},
+    "ATen without AVX": {"ATEN_CPU_CAPABILITY": "default"},
+    "ATen with AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "MKL with SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "MKL with AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"},
+    "MKL of any processor": {"MKL_CBWR": "COMPATIBLE"},
+}
+CORE = ["test_decompose.py", "test_sketch.py", "test_spectrum.py", "test_subspaces.py"]
+NUMERICS = [
+    *CORE,
+    "statistics",
+    *(
+        f"test_{name}.py"
+        for name in (
+            "anatomy critical degeneracy eigenspaces gates inequality kernel_estimates kernels laws masks operators order_statistics regularisers "
+            "scaling scaling_laws self_check stability tangent_kernel theory traces"
+        ).split()
+    ),
+]
+
+
+def run(command, processor, threads):
+    """What it prints, on that processor; a failure is one here."""
+    # Threads that wait must not hold the cores that others work on; numpy, the oracle, is to be the same everywhere.
+    number = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+    environment = os.environ | PROCESSORS[processor] | number | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def hold(files, processor, threads):
+    """The laws in those files."""
+    run(["-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files)], processor, threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processor", "threads"), [("this one", 2), ("ATen without AVX", 1), ("MKL of any processor", 2)])
+def test_laws_of_spectra_hold_on_other_processors(processor, threads):
+    hold(CORE, processor, threads)
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_laws_of_all_numerics_hold_on_other_processors(processor, threads):
+    hold(NUMERICS, processor, threads)
+
+
+def test_other_processors_round_otherwise():
+    """Else the tests above would show nothing."""
+    code = "import torch; a = torch.arange(1.0, 1e4).sin().view(99, 101); print((a @ a.mT).double().sin().sum().item())"
+    printed = [run(["-c", code], processor, 1) for processor in ("this one", "ATen without AVX", "MKL of any processor")]
+
+    assert len(set(printed)) > 1
