@@ -12,7 +12,18 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lightning_lowrank.lanczos import bidiagonal, largest_eigenvalue, quadrature
-from lightning_lowrank.spectrum import Spectrum, descending, eigenvalues, eigenvectors, full_precision, pooled, ratio, short_gram, svd, working_dtype
+from lightning_lowrank.spectrum import (
+    Spectrum,
+    descending,
+    eigenvalues,
+    eigenvectors,
+    full_precision,
+    pooled,
+    ratio,
+    short_gram,
+    svd,
+    working_dtype,
+)
 
 # Products of a block, past the first, in the trial space of `sketch`.
 ROUNDS = 2

@@ -134,7 +134,8 @@ def test_directions_of_low_rank_are_taken_out_one_by_one(rank, of_low_rank):
 
 def test_low_rank_in_a_batch_with_what_is_not():
     shape = (90, 120)
-    matrices = torch.stack([gaussian(*shape), torch.zeros(shape), low_rank(3, "flat", torch.float64, shape, 1)[0], torch.full(shape, torch.nan)])
+    low = low_rank(3, "flat", torch.float64, shape, num=1)[0]
+    matrices = torch.stack([gaussian(*shape), torch.zeros(shape), low, torch.full(shape, torch.nan)])
     ranks, errors = estimate(find("effective_rank"), sketch(matrices.float(), generator=generator()))
 
     assert_close(ranks[1:], torch.tensor([0.0, 3.0, torch.nan], dtype=torch.float64), rtol=1e-3, atol=0, equal_nan=True)
