@@ -15,6 +15,15 @@ check_types("lightning_lowrank")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the evidence out unless it is asked for. Not by an option in pyproject.toml, which any `-m` of the user's
+    would replace.
+    """
+    if "evidence" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("evidence")])
+        items[:] = [item for item in items if not item.get_closest_marker("evidence")]
+
+
 @pytest.fixture(autouse=True)
 def names_in_doctests(doctest_namespace: dict[str, object]) -> None:
     """What an example in a docstring may use without importing it."""

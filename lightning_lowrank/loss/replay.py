@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.snapshot import Snapshot
 from lightning_lowrank.loss.tap import HOOKING, LossTap
+from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -124,6 +125,7 @@ class Replay:
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
             stack.callback(_reshard, module)
+            stack.enter_context(unheard())
             stack.enter_context(differentiable_twice(module))
             stack.enter_context(seeded(self.seed + training.team.rank))
             stack.enter_context(training.muted(snapshot))

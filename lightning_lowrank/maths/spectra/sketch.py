@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from lightning_lowrank.maths.spectra.lanczos import bidiagonal, largest_eigenvalue, quadrature
+from lightning_lowrank.maths.spectra.lanczos import bidiagonal, block_krylov, correction, largest_eigenvalue, quadrature
 from lightning_lowrank.maths.spectra.spectrum import (
     Spectrum,
     descending,
@@ -25,7 +25,7 @@ from lightning_lowrank.maths.spectra.spectrum import (
     working_dtype,
 )
 
-# Products of a block, past the first, in the trial space of `sketch`.
+# Products of a block, past the first, in the trial space of `sketch`: blocks of it less one.
 ROUNDS = 2
 # A direction is taken out where its residual is below this part of its energy: the energy is then off by the square.
 CONVERGED = 0.05
@@ -67,7 +67,7 @@ def sketch(
         tall, scale = _scaled(matrix if shape[0] >= shape[1] else matrix.mT)
         # Three blocks fill the space of a small matrix.
         width, steps = min(width, -(-min(shape) // (ROUNDS + 1))), min(steps, *shape)
-        atoms = _converged(tall, *trial_space(tall, width, generator))
+        atoms = _converged(tall, *block_krylov(tall, width, ROUNDS, generator))
         wide = _krylov(tall, atoms.basis, num_probes, steps, generator)
         energy = torch.linalg.vector_norm(tall, dim=-1).double().square().sum(-1)
         fine = _spectrum(atoms.energies, atoms.kept, wide, energy, shape, scale)
@@ -161,7 +161,7 @@ def top_of_gram(gram: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B 2"], Flo
 
 
 def _start(gram: Tensor) -> Tensor:
-    """A fixed start vector: a chirp, whose energy is spread evenly over places and over frequencies."""
+    """A start vector that is always the same: a chirp, with energy spread evenly over places and frequencies."""
     return torch.arange(1, gram.shape[-1] + 1, dtype=torch.float32, device=gram.device).square().sin().to(gram.dtype)
 
 
@@ -212,34 +212,13 @@ def _scaled(matrix: Num[Tensor, "*B M N"]) -> tuple[Float[Tensor, "*B M N"], Flo
     return (matrix / scale[..., None, None]).float(), scale.double()
 
 
-def _orthonormal(block: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(block).Q
-    return basis
-
-
-def trial_space(
-    tall: Float[Tensor, "*B M S"], width: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "*B S L"], Float[Tensor, "*B M L"]]:
-    """Orthonormal basis of a block Krylov space, in which the strongest directions converge first, and its image."""
-    start = torch.randn(*tall.shape[:-1], width, generator=generator, device=tall.device, dtype=tall.dtype)
-    space = _orthonormal(tall.mT @ start)
-    images = image = tall @ space
-    for _ in range(ROUNDS):
-        # Reflections complete the basis, orthonormal whatever comes: what a block of a low-rank matrix adds is
-        # rounding, in no direction.
-        block = _orthonormal(torch.cat([space, tall.mT @ _orthonormal(image)], -1))[..., space.shape[-1] :]
-        image = tall @ block
-        space, images = torch.cat([space, block], -1), torch.cat([images, image], -1)
-    return space, images
-
-
 def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], images: Float[Tensor, "*B M L"]) -> Atoms:
     """The strongest directions of a trial space, as many as the smaller one has, those that have converged."""
-    correction = _correction(space)
-    gram = correction @ _gram(images) @ correction
+    mended = correction(space)
+    gram = mended @ (images.double().mT @ images.double()) @ mended
     smaller = gram.shape[-1] * ROUNDS // (ROUNDS + 1)
     energies, turn = eigenvectors(gram)
-    energies, turn = energies.flip(-1)[..., :smaller].clamp(min=0), (correction @ turn.flip(-1)[..., :smaller]).to(tall)
+    energies, turn = energies.flip(-1)[..., :smaller].clamp(min=0), (mended @ turn.flip(-1)[..., :smaller]).to(tall)
     coarse = eigenvalues(gram[..., :smaller, :smaller]).flip(-1).clamp(min=0)
     basis = space @ turn
     residual = torch.linalg.vector_norm(tall.mT @ (images @ turn) - basis * energies[..., None, :].to(tall), dim=-2)
@@ -247,24 +226,6 @@ def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], im
     # One that has not converged must not be found again, halved, in what is left by weaker ones.
     kept = converged.cummin(-1).values
     return Atoms(basis * kept[..., None, :], energies * kept, coarse * kept, kept.double())
-
-
-def _correction(space: Float[Tensor, "*B S L"]) -> Float[Tensor, "*B L L"]:
-    """What to multiply columns with that are orthonormal but for rounding, so that they are so in double precision: one
-    Newton step.
-
-    Reflections in single precision leave errors of 1e-5 in a thousand equal entries.
-
-    References:
-        Bjorck & Bowie (1971), SIAM J. Numerical Analysis 8(2).
-    """
-    gram = _gram(space)
-    return 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram
-
-
-def _gram(columns: Float[Tensor, "*B S L"]) -> Float[Tensor, "*B L L"]:
-    wide = columns.double()
-    return wide.mT @ wide
 
 
 def _krylov(
