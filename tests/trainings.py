@@ -44,12 +44,17 @@ class MemoryLogger(Logger):
         """They are no curves."""
 
     def curve(self, tag: str) -> dict[int, float]:
-        """Step -> value of one tag."""
+        """Step -> value of one tag, which must have been logged."""
+        assert any(tag in scalars for _, scalars in self.rows), f"no curve {tag!r} among {sorted(self.tags())}"
         return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
 
     def curves(self) -> dict[str, dict[int, float]]:
         """All of them, by tag."""
-        return {tag: self.curve(tag) for _, scalars in self.rows for tag in scalars}
+        return {tag: self.curve(tag) for tag in self.tags()}
+
+    def tags(self) -> set[str]:
+        """What was logged at all."""
+        return {tag for _, scalars in self.rows for tag in scalars}
 
     def numbers(self) -> dict[str, dict[int, float]]:
         """Those of monitors, what they cost left out."""

@@ -162,7 +162,6 @@ class DormantUnitsMonitor(Monitor):
         alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(DormantUnitsMonitor, locals())
         probes = probe_of(DormantUnits(match, exclude, tau), cadence(every_n_steps, max_overhead, 50))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
 

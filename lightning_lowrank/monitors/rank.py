@@ -87,7 +87,6 @@ class RankMonitor(Monitor):
         views: Mapping[str, str | View] | None = None,
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(RankMonitor, locals())
         sources, statistics = _sequence(sources), _sequence(statistics)
         unknown = [source for source in sources if source not in SOURCES]
         if unknown or not sources:

@@ -124,16 +124,18 @@ def _summary(style: Style, recorder: Recorder, quantity: str, row: Mapping[str, 
 
 
 def quantities_by_site(style: Style, recorders: Sequence[Recorder]) -> frozenset[str]:
-    """Quantities whose single sites are written: all, those of the core, or none, so that they are few.
+    """Quantities whose single sites are written: those that are shown, those of the core, or none: few.
 
     Decided once, of all that is watched: curves of probes with schedules of their own would have gaps.
     """
     if style.per_site is False or (style.per_site == "auto" and not style.shows("standard")):
         return frozenset()
     named = [(r, q) for r in recorders for q in r.quantities if not r.is_global(q)]
-    for allowed in DETAILS[::-1]:
-        asked = [(r, q) for r, q in named if DETAILS.index(r.detail(q)) <= DETAILS.index(allowed)]
-        if style.per_site is True or sum(len(r.sites_of(q)) for r, q in asked) <= FEW:
+    if style.per_site is True:
+        return frozenset(q for _, q in named)
+    for allowed in DETAILS[DETAILS.index(style.detail) :: -1]:
+        asked = [(r, q) for r, q in named if DETAILS.index(_detail(r, q)) <= DETAILS.index(allowed)]
+        if sum(len(r.sites_of(q)) for r, q in asked) <= FEW:
             return frozenset(q for _, q in asked)
     return frozenset()
 
@@ -152,7 +154,7 @@ def _by_site(recorder: Recorder, quantity: str, row: Array, awaited: set[str]) -
 
 def _detail(recorder: Recorder, quantity: str) -> Detail:
     """Least detail at which loggers get it; errors and chance levels never double the count."""
-    return "all" if quantity.endswith(("_error", "_chance")) else recorder.detail(quantity)
+    return "all" if quantity.endswith(("_error", "_chance", "_floor")) else recorder.detail(quantity)
 
 
 def merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:

@@ -1,7 +1,6 @@
 """The observing Lightning callback: hands the moments of a Trainer to a watch."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -21,7 +20,23 @@ from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
 
-class Monitor(L.Callback):
+class _Shown:
+    """Keeps the arguments that it is made with, to be shown by them."""
+
+    _args: tuple[Any, ...]
+    _options: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> "_Shown":
+        self = super().__new__(cls)
+        self._args, self._options = args, options
+        return self
+
+    def __repr__(self) -> str:
+        given = [*map(repr, self._args), *(f"{name}={value!r}" for name, value in self._options.items())]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+class Monitor(_Shown, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
     Writes to every logger of the Trainer, at Lightning's own x-axis: `<label>/<quantity>_{min,median,max}` over sites
@@ -46,9 +61,6 @@ class Monitor(L.Callback):
     # so before `super().__init__`.
     word: str = "monitor"
 
-    # Those that were given, for `repr`.
-    arguments: Mapping[str, Any] | None = None
-
     def __init__(
         self,
         probes: Sequence[Probe],
@@ -60,7 +72,6 @@ class Monitor(L.Callback):
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
     ) -> None:
-        self.note_arguments(Monitor, locals())
         if not (name is None or isinstance(name, str)):
             raise ValueError(f"name={name!r}: a word, which begins all tags, or None")
         self.name = name
@@ -69,28 +80,10 @@ class Monitor(L.Callback):
         self.watch = Watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
         self._is_set_up = False
 
-    def note_arguments(self, kind: type, local: Mapping[str, Any]) -> None:
-        """Note the arguments of an `__init__` that are not the defaults, unless a subclass has noted its own.
-
-        Args:
-            kind: The class of the `__init__`.
-            local: What `locals()` gives in its first line.
-        """
-        if self.arguments is None:
-            parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
-            named = {name: local[name] for name in parameters if name != "self"}
-            self.arguments = {name: x for name, x in named.items() if x is not parameters[name].default}
-
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
         """What `alerts="default"` stands for, by the quantities that are measured."""
         return rank_alerts(quantities)
-
-    def __repr__(self) -> str:
-        """The class with the arguments that were given."""
-        return (
-            f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in (self.arguments or {}).items())})"
-        )
 
     @property
     def place(self) -> str:

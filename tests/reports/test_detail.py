@@ -150,7 +150,7 @@ def test_a_name_goes_before_the_group_and_before_single_sites() -> None:
 
 
 def test_an_unknown_detail_is_refused_with_what_there_is() -> None:
-    from lightning_lowrank.reports.style import Style
+    from lightning_lowrank.reports.report import Style
 
     style = Style("rank")
     object.__setattr__(style, "detail", "everything")

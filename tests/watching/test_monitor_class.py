@@ -61,7 +61,7 @@ def test_a_subclass_is_made_and_trained_as_its_parent() -> None:
     fit(monitor)
 
     assert repr(monitor) == "Sparse(2, name='mine')"
-    assert monitor.state_key == "Sparse[mine]" and monitor.label == "mine_rank"
+    assert monitor.state_key == "Sparse[mine_rank]" and monitor.label == "mine_rank"
     assert monitor.latest is not None and monitor.latest.step == 0
 
 
@@ -114,7 +114,7 @@ def test_two_of_one_kind_are_refused_by_our_message_and_told_apart_by_name(kind:
 
     fit(first := kind(), second := kind(name="second"))
 
-    assert (first.state_key, second.state_key) == (name, f"{name}[second]")
+    assert (first.state_key, second.state_key) == (name, f"{name}[{second.label}]")
 
 
 def test_places_in_a_checkpoint_are_plain_words_once_a_run_begins() -> None:

@@ -69,7 +69,6 @@ class GradientAnatomyMonitor(Monitor):
         alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(GradientAnatomyMonitor, locals())
         source = Anatomy(match=match, exclude=exclude, max_rows=max_rows, num_outputs=num_outputs)
         schedule = cadence(every_n_steps, max_overhead, 1000)
         super().__init__(

@@ -76,7 +76,6 @@ class ConcentrationMonitor(Monitor):
         reference: str | PathLike[str] | None = None,
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(ConcentrationMonitor, locals())
         chosen: dict[str, Any] = {
             "match": match,
             "exclude": exclude,

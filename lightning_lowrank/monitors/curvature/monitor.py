@@ -84,7 +84,6 @@ class CurvatureMonitor(Monitor):
         alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(CurvatureMonitor, locals())
         chosen: dict[str, Any] = {
             "batch": batch,
             "loss_fn": loss_fn,

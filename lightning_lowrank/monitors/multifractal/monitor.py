@@ -77,7 +77,6 @@ class MultifractalMonitor(Monitor):
         num_repeats: int = 10,
         max_overhead: float | None = None,
     ) -> None:
-        self.note_arguments(MultifractalMonitor, locals())
         of_both: dict[str, Any] = {
             "match": match,
             "exclude": exclude,

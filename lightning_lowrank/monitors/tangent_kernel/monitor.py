@@ -88,7 +88,6 @@ class NTKMonitor(Monitor):
         num_outputs: int | None = None,
         train_mode: bool = False,
     ) -> None:
-        self.note_arguments(NTKMonitor, locals())
         chosen: dict[str, Any] = {
             "match": match,
             "exclude": exclude,
