@@ -44,8 +44,8 @@ class MemoryLogger(Logger):
         """They are no curves."""
 
     def curve(self, tag: str) -> dict[int, float]:
-        """Step -> value of one tag, which must have been logged."""
-        assert any(tag in scalars for _, scalars in self.rows), f"no curve {tag!r} among {sorted(self.tags())}"
+        """Step -> value of one tag, which must be among those that were logged: only the first process logs at all."""
+        assert not self.rows or tag in self.tags(), f"no curve {tag!r} among {sorted(self.tags())}"
         return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
 
     def curves(self) -> dict[str, dict[int, float]]:

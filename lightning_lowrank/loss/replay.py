@@ -53,7 +53,7 @@ class Replayed:
 
 @dataclass
 class Replay:
-    """Runs a training step again, on a kept batch, with everything put back that it changes; `protection.py` says what
+    """Runs a training step again, on a kept batch, with everything put back that it changes; `snapshot.py` says what
     is out of reach.
 
     Every replay begins with the same random numbers, so that dropout masks stay the same over training. Loggers are

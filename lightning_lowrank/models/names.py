@@ -1,10 +1,11 @@
 """Names of places in a module: cleaned so that they can be tags, and found by the patterns that users write."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import cache
+from itertools import chain, count
 
 from torch import nn
 
@@ -17,6 +18,17 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 def tag(name: str) -> str:
     """The name without wrappers' prefixes, in characters that a tag may have."""
     return re.sub(r"[^A-Za-z0-9_./-]", "_", re.sub(r"^(module\.)+", "", WRAPPERS.sub("", name)))
+
+
+def tags(names: Iterable[str]) -> dict[str, str]:
+    """By name its tag; those after the first that would have the same one are numbered: `a_b`, `a_b_2`."""
+    given: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        clean = tag(name)
+        given[name] = next(t for t in chain([clean], (f"{clean}_{n}" for n in count(2))) if t not in taken)
+        taken.add(given[name])
+    return given
 
 
 def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, nn.Module]) -> set[str]:
@@ -62,11 +74,12 @@ def chosen_parameters(
     known = layers | {used[name][0]: layer for name, layer in layers.items()}
     wanted = set(known) if match is None else fitting("match", match, known)
     unwanted = set() if exclude is None else fitting("exclude", exclude, known)
+    labels = tags(weight if pruned else name for name, (weight, pruned) in used.items())
     chosen = {}
     for name, parameter in named.items():
-        names = {name, used[name][0]}
-        if not wanted.isdisjoint(names) and unwanted.isdisjoint(names):
-            chosen[tag(used[name][0] if used[name][1] else name)] = parameter
+        weight, pruned = used[name]
+        if not wanted.isdisjoint({name, weight}) and unwanted.isdisjoint({name, weight}):
+            chosen[labels[weight if pruned else name]] = parameter
     return chosen
 
 

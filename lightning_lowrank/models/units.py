@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lowrank.models.axes import is_transposed
 from lightning_lowrank.models.effective_weights import hooked
 from lightning_lowrank.models.fused import NUM_HEADS, fused
-from lightning_lowrank.models.names import fitting, tag
+from lightning_lowrank.models.names import fitting, tags
 
 # Layers that queries, keys or values come from, alone or as one, and those that turn places into them: by the last part
 # of their names.
@@ -74,9 +74,7 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Units]:
     for pattern, count in counts.items():
         found |= dict.fromkeys(_chosen("heads", pattern, layers, weights), count)
     return {
-        name: _part(name, layers[name], weights[name], count, "heads")
-        for name, count in found.items()
-        if name in weights
+        name: _part(name, layers, weights[name], count, "heads") for name, count in found.items() if name in weights
     }
 
 
@@ -95,9 +93,7 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
     layers, weights = _linear_layers(module), _weights(module)
     names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
     return {
-        name: _part(name, layers[name], weights[name], _inputs(layers[name]), "neurons")
-        for name in names
-        if name in weights
+        name: _part(name, layers, weights[name], _inputs(layers[name]), "neurons") for name in names if name in weights
     }
 
 
@@ -200,11 +196,11 @@ def _chosen(
     return names
 
 
-def _part(name: str, layer: nn.Module, weight: nn.Parameter, count: int, argument: str) -> Units:
-    axis = _axis(layer)
+def _part(name: str, layers: Mapping[str, nn.Module], weight: nn.Parameter, count: int, argument: str) -> Units:
+    axis = _axis(layers[name])
     if type(count) is not int or count < 1 or weight.shape[axis] % count:
         raise ValueError(f"{argument}: {name!r} has {weight.shape[axis]} inputs, which {count!r} does not divide")
-    return Units(tag(name), (weight,), axis, count)
+    return Units(tags(layers)[name], (weight,), axis, count)
 
 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.number_source import Detail, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.axes import feature_axis
-from lightning_lowrank.models.names import fitting, tag
+from lightning_lowrank.models.names import fitting, tags
 from lightning_lowrank.models.taps import Listener
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.alerts.rules import Alert
@@ -63,9 +63,10 @@ class DormantUnits(NumberSource):
                 "DormantUnitsMonitor finds no activation layer: activations that are called as functions have no "
                 f"module; match the layers whose outputs are units, out of {list(layers)[:10]}"
             )
-        heard = {tag(name): layer for name, layer in layers.items() if name in chosen}
+        names = tags(layers)
+        heard = {names[name]: layer for name, layer in layers.items() if name in chosen}
         # What stands beside an activation says which axis has the units.
-        self._around = {tag(name): training.module.get_submodule(name.rpartition(".")[0]) for name in chosen}
+        self._around = {names[name]: training.module.get_submodule(name.rpartition(".")[0]) for name in chosen}
         self._listener.plan(training.module, heard, "units")
 
     def labels(self) -> list[str]:

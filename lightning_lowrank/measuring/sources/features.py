@@ -14,7 +14,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, state_dtype
 from lightning_lowrank.measuring.source import Batch, MatrixSource, Reading
 from lightning_lowrank.models.axes import feature_axis, is_transposed, width
-from lightning_lowrank.models.names import fitting, tag
+from lightning_lowrank.models.names import fitting, tags
 from lightning_lowrank.models.taps import Listener
 from lightning_lowrank.models.training import Training, device_of
 
@@ -80,8 +80,9 @@ class Features(MatrixSource):
         for name in sorted(chosen):
             around = [layers[name[:i]] for i, letter in enumerate(f"{name}.") if letter == "."]
             self._refuse(name, [training.module, *around])
-        heard = {tag(name): layer for name, layer in layers.items() if name in chosen}
-        self._around = {tag(name): layers.get(name.rpartition(".")[0], training.module) for name in chosen}
+        names = tags(layers)
+        heard = {names[name]: layer for name, layer in layers.items() if name in chosen}
+        self._around = {names[name]: layers.get(name.rpartition(".")[0], training.module) for name in chosen}
         self._listener.plan(training.module, heard, "features")
 
     def labels(self) -> list[str]:

@@ -15,7 +15,7 @@ from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch, Step
 from lightning_lowrank.models.effective_weights import hooked
-from lightning_lowrank.models.names import chosen_parameters, tag
+from lightning_lowrank.models.names import chosen_parameters, tags
 from lightning_lowrank.models.taps import refuse_compiled
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.anatomy.pairs import PROBES, Pairs, PairTap, as_matrix, is_heard
@@ -98,14 +98,11 @@ class Anatomy(NumberSource):
         """Choose the weights, and refuse what no hook would hear."""
         module = training.module
         owners = _owners(module)
-        chosen = chosen_parameters(module, self._match, self._exclude)
-        heard = {_weight_of(name): p for name, p in chosen.items() if id(p) in owners and not isinstance(p, DTensor)}
+        names = _names(module, owners)
+        chosen = {id(parameter) for parameter in chosen_parameters(module, self._match, self._exclude).values()}
+        heard = {name: weight for name, weight in names.items() if id(weight) in chosen}
         if not heard:
-            there = [
-                _weight_of(tag(name))
-                for name, p in module.named_parameters()
-                if id(p) in owners and not isinstance(p, DTensor)
-            ]
+            there = list(names)
             raise ValueError(
                 f"match={self._match!r} fits no weight whose gradient has two sides to hear: of linear "
                 "layers and convolutions without "
@@ -284,10 +281,12 @@ def _stepped(layer: nn.Module) -> nn.Parameter | None:
     return computed.get("weight", layer._parameters.get("weight"))
 
 
-def _weight_of(name: str) -> str:
-    """The name of the weight that a layer multiplies by, whatever its parameter is called."""
-    path, dot, _ = name.rpartition(".")
-    return f"{path}{dot}weight"
+def _names(module: nn.Module, owners: Mapping[int, Sequence[nn.Module]]) -> dict[str, nn.Parameter]:
+    """The weights that are whole here, by the first layer that multiplies by each."""
+    paths = tags(path for path, _ in module.named_modules())
+    of_layer = {id(layer): f"{paths[path]}.weight".lstrip(".") for path, layer in module.named_modules()}
+    weights = [(of_layer[id(layers[0])], _stepped(layers[0])) for layers in owners.values()]
+    return {name: p for name, p in weights if p is not None and not isinstance(p, DTensor)}
 
 
 def _has_matrix(layer: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Shape letters:  P entries of all parameters   L parameters   k directions   G cells of a density
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from lightning_lowrank.maths.operators.eigenspaces import (
 )
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
+from lightning_lowrank.measuring.number_source import Quantity
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
 from lightning_lowrank.monitors.curvature.self_check import VALID, is_resolved, is_wrong, symmetry_defect
 from lightning_lowrank.statistics.registry import find
@@ -211,25 +212,29 @@ def densities_of(operators: Sequence[str]) -> list[tuple[str, str]]:
 RESIDUAL = {"hessian", "gauss_newton"}
 
 
-def names(operators: Sequence[str], effort: CurvatureEffort, top_k: int) -> dict[str, tuple[bool, bool]]:
-    """Everything that is found, and of each whether it is one per parameter, and whether it has an error."""
-    known: dict[str, tuple[bool, bool]] = {}
+def quantities(operators: Sequence[str], effort: CurvatureEffort, top_k: int) -> Iterator[Quantity]:
+    """Everything that is found."""
     if operators:
-        known |= dict.fromkeys(("curvature_valid", "curvature_symmetry_defect"), (False, False))
-        known["curvature_difference_defect"] = (False, True)
+        yield from (Quantity("curvature_valid"), Quantity("curvature_symmetry_defect"))
+        yield Quantity("curvature_difference_defect", estimated=True)
     if "hessian" in operators:
-        known |= dict.fromkeys(("batch_sharpness", "batch_sharpness_over_threshold"), (False, False))
-        known |= dict.fromkeys(["sharpness_over_threshold"] * bool(effort.probes), (False, True))
-    for name in operators if effort.probes else ():
+        yield from (Quantity("batch_sharpness"), Quantity("batch_sharpness_over_threshold"))
+    if not effort.probes:
+        return
+    if "hessian" in operators:
+        yield Quantity("sharpness_over_threshold", estimated=True)
+    for name in operators:
         ranks = ["participation_ratio"] * _knows_magnitudes(name, effort)
         sums = ["trace", "squared_norm", *ranks, *(DEEP if effort.lowest else ())]
-        known |= dict.fromkeys([f"{name}_{label}" for label in (*_labels(top_k, effort.lowest), *sums)], (False, True))
-        known[f"{name}_eigenspace_overlap"] = (False, False)
-        known[f"{name}_top_share"] = (True, False)
-        known |= dict.fromkeys([f"{name}_{label}" for label in ("layer_trace", "layer_squared_norm")], (True, True))
-    if effort.probes and set(operators) >= RESIDUAL:
-        known |= dict.fromkeys(("residual_trace", "residual_squared_norm"), (False, True))
-    return known
+        for label in (*_labels(top_k, effort.lowest), *sums):
+            yield Quantity(f"{name}_{label}", estimated=True)
+        yield Quantity(f"{name}_eigenspace_overlap")
+        yield Quantity(f"{name}_top_share", per_site=True)
+        for label in ("layer_trace", "layer_squared_norm"):
+            yield Quantity(f"{name}_{label}", per_site=True, estimated=True)
+    if set(operators) >= RESIDUAL:
+        yield Quantity("residual_trace", estimated=True)
+        yield Quantity("residual_squared_norm", estimated=True)
 
 
 def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:

@@ -27,7 +27,14 @@ from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.curvature.critical import along_update
 from lightning_lowrank.monitors.curvature.loss_operators import loss_operators
-from lightning_lowrank.monitors.curvature.measurement import CELLS, EFFORTS, Curvatures, densities_of, names, refuse
+from lightning_lowrank.monitors.curvature.measurement import (
+    CELLS,
+    EFFORTS,
+    Curvatures,
+    densities_of,
+    quantities,
+    refuse,
+)
 from lightning_lowrank.monitors.curvature.movement import Movement
 from lightning_lowrank.monitors.curvature.self_check import difference_defect
 
@@ -321,8 +328,7 @@ class Curvature(NumberSource):
         return self.state.measure(operators, torch.Generator(loss.device).manual_seed(seed))
 
     def _quantities(self, top_k: int) -> Iterator[Quantity]:
-        for name, (per_site, estimated) in names(self.operators, self.effort, top_k).items():
-            yield Quantity(name, per_site=per_site, estimated=estimated)
+        yield from quantities(self.operators, self.effort, top_k)
         if self.effort.probes and self.operators:
             yield from (
                 Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance")

@@ -5,7 +5,7 @@ Shape letters:  R rows of the model's outputs   C columns of them   L parameters
 known directions
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.operators.operators import Operator
 from lightning_lowrank.maths.operators.traces import SpectralEstimate
 from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.measuring.number_source import Quantity
 from lightning_lowrank.monitors.tangent_kernel import estimates
 from lightning_lowrank.monitors.tangent_kernel.kernels import (
     Kernel,
@@ -288,22 +289,19 @@ class TangentKernels:
         found.note("ntk_modes_learnt", learnt)
 
 
-def names(top_k: int) -> dict[str, tuple[bool, bool]]:
-    """Everything that is found, and of each whether it is one per parameter, and whether it has an error."""
+def quantities(top_k: int) -> Iterator[Quantity]:
+    """Everything that is found."""
     sums = ("trace", "squared_norm", "participation_ratio", "effective_rank_energy", "energy_rank")
-    estimated = [f"{name}_{label}" for name in ("ntk", "ntk_gauss_newton") for label in (*_labels(top_k), *sums)]
-    estimated += [
-        "ntk_condition",
-        "ntk_label_alignment",
-        "ntk_centred_label_alignment",
-        "ntk_velocity",
-        "ntk_distance_to_start",
-    ]
-    estimated += ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
-    estimated += ["ntk_label_energy_in_top", *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1))]
-    plain = ["ntk_label_energy_in_top_chance"]
-    layers = dict.fromkeys(["ntk_layer_share", "ntk_layer_velocity"], (True, True))
-    return dict.fromkeys(estimated, (False, True)) | dict.fromkeys(plain, (False, False)) | layers
+    of_a_kernel = [f"{name}_{label}" for name in ("ntk", "ntk_gauss_newton") for label in (*_labels(top_k), *sums)]
+    of_change = ["ntk_condition", "ntk_label_alignment", "ntk_centred_label_alignment"]
+    of_change += ["ntk_velocity", "ntk_distance_to_start"]
+    of_modes = ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
+    of_modes += ["ntk_label_energy_in_top", *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1))]
+    for name in (*of_a_kernel, *of_change, *of_modes):
+        yield Quantity(name, estimated=True)
+    yield Quantity("ntk_label_energy_in_top_chance")
+    for name in ("ntk_layer_share", "ntk_layer_velocity"):
+        yield Quantity(name, per_site=True, estimated=True)
 
 
 def _of_labels(kernel: Kernel, modes: Modes, labels: Float[Tensor, "R C"], found: Found) -> None:

@@ -13,12 +13,12 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import module_named
 from lightning_lowrank.maths.operators.estimates import Found
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, Quantity, led_by, refuse_seed
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, led_by, refuse_seed
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.tangent_kernel.kernels import FEWEST, KernelName
-from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, Reference, TangentKernels, names
+from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, Reference, TangentKernels, quantities
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 
 # Cadence unless one is given: a sample is so many times a step that this is a few percent of the time.
@@ -86,8 +86,7 @@ class TangentKernel(NumberSource):
         self.match, self.exclude, self.output_module = match, exclude, output_module
         self.num_examples, self.loss_fn, self.train_mode, self.seed = num_examples, loss_fn, train_mode, seed
         self.state = TangentKernels(kernel, KernelEffort(top_k, num_projections, steps=STEPS[kernel]), seed)
-        given = [Quantity(name, per_site=site, estimated=errs) for name, (site, errs) in names(top_k).items()]
-        self.quantities = led_by(CORE, given)
+        self.quantities = led_by(CORE, quantities(top_k))
         self._replay = self._new_replay()
         self._named: dict[str, nn.Parameter] = {}
         self._training: Training | None = None

@@ -13,7 +13,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.tap import LossTap
 from lightning_lowrank.monitors.curvature.measurement import Found
 from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName
-from lightning_lowrank.monitors.tangent_kernel.measurement import EXACT, KernelEffort, TangentKernels, names
+from lightning_lowrank.monitors.tangent_kernel.measurement import EXACT, KernelEffort, TangentKernels, quantities
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 from tests.oracles.kernels import (
     COLUMNS,
@@ -272,10 +272,10 @@ def test_everything_found_is_announced(num: int) -> None:
     measured(state, mlp(), num)
     found = measured(state, mlp(), num, steps=11)
 
-    known = names(3)
+    known = {quantity.name: quantity for quantity in quantities(3)}
     assert {**found.values, **found.layers}.keys() == known.keys()
     assert {**found.errors, **found.layer_errors}.keys() == {
-        name for name, (_, estimated) in known.items() if estimated
+        name for name, quantity in known.items() if quantity.estimated
     }
 
 
