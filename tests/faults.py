@@ -172,7 +172,7 @@ class Spy:
             gradient = None if parameter is None or parameter.grad is None else parameter.grad.to_dense()
             self._note("gradient", name, step, gradient)
             weight = None if parameter is None or parameter.is_sparse else parameter.detach()
-            self._note("weight", name, step, weight)
+            self._note("weight", name, step, weight if parameter is None else _dense(parameter))
             if weight is not None:
                 self._before[name] = weight.clone()
                 # A layer that was replaced by one of another size begins anew.
@@ -184,11 +184,12 @@ class Spy:
         for name, parameter in self._parameters():
             before = self._before.get(name)
             comparable = parameter is not None and before is not None and parameter.shape == before.shape
-            self._note("update", name, step, parameter.detach() - before if comparable else None)
+            unreadable = None if parameter is None or not parameter.is_sparse else _dense(parameter)
+            self._note("update", name, step, parameter.detach() - before if comparable else unreadable)
             for key, quantity in (("exp_avg", "first_moment"), ("exp_avg_sq", "second_moment")):
                 state = optimizer.state.get(parameter, {}).get(key) if parameter is not None else None
-                known = state is not None and not state.is_sparse and state.shape == parameter.shape
-                self._note(quantity, name, step, state if known else None)
+                known = state is not None and state.shape == parameter.shape
+                self._note(quantity, name, step, _dense(state) if known else None)
 
     def _note(self, quantity: str, site: str, step: int, matrix: Tensor | None) -> None:
         self.seen.setdefault((quantity, site), {})[step] = (
@@ -204,6 +205,11 @@ class Spy:
         for name in self._names:
             layer = self._layer(name)
             yield name, None if layer is None else layer.weight
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """What can be read of it: of a sparse tensor no number, although it is there."""
+    return torch.full(tensor.shape, torch.nan) if tensor.is_sparse else tensor.detach()
 
 
 def _gradient(module: Afflicted) -> Moments:

@@ -227,7 +227,7 @@ def test_gradients_of_the_transformer_have_nuclear_norms_of_a_few_spectral_norms
         monitor = Monitor([Probe("gradient", Gradients(match="blocks.*"), names, Every(10))])
         trainer = L.Trainer(max_steps=31, logger=logger, callbacks=[monitor], **SILENT)
         trainer.fit(CharTransformer(100, depth=2, width=width, heads=4), DataLoader(windows, 16, shuffle=True))
-        ratios[width] = [list(logger.curve(f"lowrank/gradient_{name}_median").values()) for name in names]
+        ratios[width] = [list(logger.curve(f"monitor/gradient_{name}_median").values()) for name in names]
 
     for width, (ratio, relative) in ratios.items():
         assert min(ratio) >= 1 and max(ratio) < width / 3

@@ -49,8 +49,8 @@ class MemoryLogger(Logger):
         return {step: scalars[tag] for step, scalars in self.rows if tag in scalars}
 
     def curves(self) -> dict[str, dict[int, float]]:
-        """All of them, by tag."""
-        return {tag: self.curve(tag) for tag in self.tags()}
+        """All of them by tag, in the order in which they began."""
+        return {tag: self.curve(tag) for tag in dict.fromkeys(tag for _, scalars in self.rows for tag in scalars)}
 
     def tags(self) -> set[str]:
         """What was logged at all."""

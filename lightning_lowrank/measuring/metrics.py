@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -57,9 +57,9 @@ class SpectralStatistic(Metric):
         self.add_state(self._sum, torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
-    def update(self, *matrices: Num[Tensor, "*_ M N"] | Spectrum | Subspace | Scaling) -> None:
-        """Add a batch of matrices; two of them for a statistic of a pair. Or of the value objects that the statistic
-        takes.
+    def update(self, *matrices: Tensor | Spectrum | Subspace | Scaling) -> None:
+        """Add a batch of matrices [..., rows, columns]; two of them for a statistic of a pair. Or of the value objects
+        that the statistic takes.
         """
         if len(matrices) != len(self.statistic.takes):
             raise ValueError(

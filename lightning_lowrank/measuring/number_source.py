@@ -13,6 +13,8 @@ from lightning_lowrank.measuring.source import Source
 
 # The site of what belongs to the whole model.
 WHOLE_MODEL = ""
+# Directions that can be followed.
+MOST_DIRECTIONS = 100
 
 # How much loggers get; the tab and reports have everything at any detail.
 Detail = Literal["core", "standard", "all"]
@@ -92,6 +94,16 @@ def refuse_seed(seed: object) -> None:
     """
     if type(seed) is not int or not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
+
+
+def refuse_top_k(top_k: object) -> None:
+    """Of directions that are followed.
+
+    Raises:
+        ValueError: There are none, or more than anyone reads: each has curves of its own.
+    """
+    if type(top_k) is not int or not 1 <= top_k <= MOST_DIRECTIONS:
+        raise ValueError(f"top_k={top_k!r}: a whole number, at least 1 and at most {MOST_DIRECTIONS}")
 
 
 class NumberSource(Source):

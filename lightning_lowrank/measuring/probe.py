@@ -53,7 +53,7 @@ class Probe:
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
             raise ValueError(
-                f"probe {self.name!r} asks for {wrong}; for {type(self.source).__name__} there are "
+                f"probe {self.name!r} asks for the statistics {wrong}; for {type(self.source).__name__} there are "
                 f"{_offered(self.source)}"
             )
 

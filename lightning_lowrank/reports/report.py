@@ -154,7 +154,8 @@ def _by_site(recorder: Recorder, quantity: str, row: Array, awaited: set[str]) -
 
 def _detail(recorder: Recorder, quantity: str) -> Detail:
     """Least detail at which loggers get it; errors and chance levels never double the count."""
-    return "all" if quantity.endswith(("_error", "_chance", "_floor")) else recorder.detail(quantity)
+    stands_beside = quantity.endswith(("_error", "_chance", "_floor")) and not quantity.endswith("_over_floor")
+    return "all" if stands_beside else recorder.detail(quantity)
 
 
 def merged(report: Report, old: Sample | None, *, keep: bool) -> Sample:

@@ -16,27 +16,12 @@ from lightning_lowrank.reports.alerts.ready_made import rank_alerts
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.report import Style
+from lightning_lowrank.watching.arguments import Arguments
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
 
-class _Shown:
-    """Keeps the arguments that it is made with, to be shown by them."""
-
-    _args: tuple[Any, ...]
-    _options: dict[str, Any]
-
-    def __new__(cls, *args: Any, **options: Any) -> "_Shown":
-        self = super().__new__(cls)
-        self._args, self._options = args, options
-        return self
-
-    def __repr__(self) -> str:
-        given = [*map(repr, self._args), *(f"{name}={value!r}" for name, value in self._options.items())]
-        return f"{type(self).__name__}({', '.join(given)})"
-
-
-class Monitor(_Shown, L.Callback):
+class Monitor(Arguments, L.Callback):
     """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
 
     Writes to every logger of the Trainer, at Lightning's own x-axis: `<label>/<quantity>_{min,median,max}` over sites
@@ -72,8 +57,6 @@ class Monitor(_Shown, L.Callback):
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
     ) -> None:
-        if not (name is None or isinstance(name, str)):
-            raise ValueError(f"name={name!r}: a word, which begins all tags, or None")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
@@ -265,8 +248,10 @@ def cadence(every_n_steps: int | None, max_overhead: float | None, default: int)
     """The schedule that a user asked for.
 
     Raises:
-        ValueError: Both are given.
+        ValueError: Both are given, or one is out of its range.
     """
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"every_n_steps={every_n_steps}: at least 1 optimizer step")
     if max_overhead is None:
         return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:

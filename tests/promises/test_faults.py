@@ -162,12 +162,14 @@ class Freezing(Classifier):
         self.net[0].weight.requires_grad_(self.global_step < 3)
 
 
-def test_a_layer_that_freezes_is_a_gap_in_its_curve() -> None:
+def test_a_layer_that_freezes_ends_its_curve() -> None:
+    """Its parameter is none of those that train: the sample that it freezes in has no number, those after no point."""
     with pytest.warns(UserWarning, match="no number for 1 of 2 sites") as caught:
         logger = watched_as_unwatched(Freezing, gradient_monitor())
 
     assert len(ours(caught)) == 1
-    assert missing(logger.curve(FAULTY)) == [3, 4, 5]
+    assert list(logger.curve(FAULTY)) == [0, 1, 2, 3]
+    assert missing(logger.curve(FAULTY)) == [3]
     assert missing(logger.curve(SOUND)) == []
 
 

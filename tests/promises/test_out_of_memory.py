@@ -223,7 +223,8 @@ def test_a_matrix_that_does_not_fit_alone_is_done_without(source: str, sound: di
     torch.testing.assert_close(
         logged, {tag: _without(tag, sound[tag]) for tag in logged}, rtol=1e-5, atol=0, equal_nan=True
     )
-    assert monitor.failures == len(SHORT) * len(monitor.recorders)
+    # What was not heard at all counts once, however long that lasts.
+    assert monitor.failures == (len(SHORT) if source in OF_PARAMETERS else 1) * len(monitor.recorders)
     assert len(warned) == len(monitor.recorders)
 
 

@@ -409,8 +409,8 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
 
 
 WRONG_TYPES = {
-    "Alert('weight_stable_rank', below=1.0)": "alerts.*a list of Alert",
-    "[{'quantity': 'weight_stable_rank', 'drop': 0.5}]": "alerts.*a list of Alert",
+    "Alert('weight_stable_rank', below=1.0)": r"alerts.*a sequence of \[Alert\]",
+    "[{'quantity': 'weight_stable_rank', 'drop': 0.5}]": r"alerts.*a sequence of \[Alert\]",
     "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function': a function",
 }
 

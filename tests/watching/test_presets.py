@@ -59,8 +59,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: RankMonitor(["features"], ["weight_ratio"], detail="all"),
         r"'weight_ratio'.*Features.*'stable_rank'",
     ),
-    "every 0 steps": (lambda: RankMonitor(every_n_steps=0, detail="all"), r"n=0.*at least 1"),
-    "every -1 steps": (lambda: RankMonitor(every_n_steps=-1, detail="all"), r"n=-1.*at least 1"),
+    "every 0 steps": (lambda: RankMonitor(every_n_steps=0, detail="all"), r"every_n_steps=0.*at least 1"),
+    "every -1 steps": (lambda: RankMonitor(every_n_steps=-1, detail="all"), r"every_n_steps=-1.*at least 1"),
     "no time": (lambda: RankMonitor(max_overhead=0.0, detail="all"), "max_overhead.*share=0.0.*above 0 and below 1"),
     "all the time": (
         lambda: RankMonitor(max_overhead=1.0, detail="all"),
@@ -119,23 +119,28 @@ def test_a_wrong_argument_is_refused_when_it_is_made(case: str) -> None:
 
 # Of the wrong type, which the type checks of the tests would catch first: expressions for a process without them.
 WRONG_TYPES = {
-    "RankMonitor(per_site='maybe')": r"per_site='maybe'.*True, False or 'auto'",
-    "RankMonitor(per_site=None)": r"per_site=None.*True, False or 'auto'",
-    "RankMonitor(seed=1.5)": r"seed=1.5: a whole number",
-    "CurvatureMonitor(seed=None)": r"seed=None: a whole number",
-    "RankMonitor(every_n_steps=2.5)": r"n=2.5.*whole",
-    "RankMonitor(max_overhead='1 %')": r"max_overhead.*share='1 %'.*above 0 and below 1",
-    "RankMonitor(every_n_steps='50')": r"n='50'.*whole",
+    "RankMonitor(per_site='maybe')": r"per_site='maybe'.*True or False or 'auto'",
+    "RankMonitor(per_site=None)": r"per_site=None.*True or False or 'auto'",
+    "RankMonitor(seed=1.5)": r"seed=1.5.*an integer",
+    "CurvatureMonitor(seed=None)": r"seed=None.*an integer",
+    "RankMonitor(every_n_steps=2.5)": r"every_n_steps=2.5.*an integer or None",
+    "RankMonitor(every_n_steps=True)": r"every_n_steps=True.*an integer or None",
+    "RankMonitor(max_overhead='1 %')": r"max_overhead='1 %'.*a number or None",
+    "RankMonitor(every_n_steps='50')": r"every_n_steps='50'.*an integer or None",
+    "RankMonitor(name=3)": r"name=3.*a string or None",
+    "RankMonitor(match=5)": r"match=5.*a string or a sequence of \[a string\] or None",
+    "RankMonitor(alerts=[3])": r"alerts=\[3\].*a sequence of \[Alert\] or 'default' or None",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
-    "ConcentrationMonitor(densities=0.5)": "densities=0.5: a list",
-    "RankMonitor(match=5).recorders[0].probe.source.plan(LoopTraining(nn.Linear(2, 2)))": "match=5: patterns are words",
-    "CurvatureMonitor('heavy')": r"level='heavy'.*'light', 'standard', 'full'",
-    "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live', 'fixed'",
+    "Gradients(match=5).plan(LoopTraining(nn.Linear(2, 2)))": "match=5: patterns are words",
+    "ConcentrationMonitor(densities=0.5)": r"densities=0.5.*a sequence of \[a number\]",
+    "CurvatureMonitor('heavy')": r"level='heavy'.*'light' or 'standard' or 'full'",
+    "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live' or 'fixed'",
 }
 IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys
 from torch import nn
-from lightning_lowrank import ConcentrationMonitor, CurvatureMonitor, Every, Features, RankMonitor
+from lightning_lowrank import *
+from lightning_lowrank.watching.loops import LoopTraining
 def said(expression):
     try:
         eval(expression)

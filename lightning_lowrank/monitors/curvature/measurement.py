@@ -21,7 +21,7 @@ from lightning_lowrank.maths.operators.eigenspaces import (
 )
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
 from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
-from lightning_lowrank.measuring.number_source import Quantity
+from lightning_lowrank.measuring.number_source import Quantity, refuse_top_k
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
 from lightning_lowrank.monitors.curvature.self_check import VALID, is_resolved, is_wrong, symmetry_defect
 from lightning_lowrank.statistics.registry import find
@@ -256,8 +256,7 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
             f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take "
             "level='standard'"
         )
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least 1")
+    refuse_top_k(top_k)
 
 
 def _knows_magnitudes(name: str, effort: CurvatureEffort) -> bool:

@@ -42,7 +42,7 @@ KERNELS = re.compile(r"\(d_in( k\d)+\)$")
 CHUNK = 2**24
 
 # What every logger gets.
-CORE = ("multifractal_dispersion", "multifractal_width_over_floor", "multifractal_c2_excess")
+CORE = ("multifractal_dispersion", "multifractal_width_over_floor")
 
 
 class Neurons(NumberSource):

@@ -13,7 +13,14 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.replay import Replay, refuse_replay
 from lightning_lowrank.loss.tap import module_named
 from lightning_lowrank.maths.operators.estimates import Found
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Numbers, NumberSource, led_by, refuse_seed
+from lightning_lowrank.measuring.number_source import (
+    WHOLE_MODEL,
+    Numbers,
+    NumberSource,
+    led_by,
+    refuse_seed,
+    refuse_top_k,
+)
 from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.training import Training
@@ -78,7 +85,8 @@ class TangentKernel(NumberSource):
     ) -> None:
         if kernel not in get_args(KernelName):
             raise ValueError(f"kernel={kernel!r}: one of {list(get_args(KernelName))}")
-        _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST), top_k=(top_k, 1))
+        _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST))
+        refuse_top_k(top_k)
         self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
         _refuse_small(num_outputs=(self.num_outputs, 1))
         _refuse_odd(loss_fn, train_mode)

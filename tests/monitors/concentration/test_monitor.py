@@ -361,7 +361,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: ConcentrationMonitor(reference=root / "none.ckpt", detail="all"),
         "none.ckpt.*FileNotFoundError",
     ),
-    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0, detail="all"), "n=0.*at least 1"),
+    "never due": (lambda _: ConcentrationMonitor(every_n_steps=0, detail="all"), "every_n_steps=0.*at least 1"),
     "a cadence and a budget": (
         lambda _: ConcentrationMonitor(every_n_steps=2, max_overhead=0.01, detail="all"),
         "every_n_steps=2 and max_overhead",

@@ -171,7 +171,7 @@ def test_naming_the_output_module_gives_gauss_newton() -> None:
     ("options", "message"),
     [
         ({"operators": ["hesian"]}, "gauss_newton"),
-        ({"operators": "hessian"}, "a list"),
+        ({"operators": "hessian"}, "a sequence"),
         ({"operators": ["gauss_newton"]}, "level='standard'"),
         ({"top_k": 0}, "at least 1"),
     ],

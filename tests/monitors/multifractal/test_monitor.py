@@ -522,7 +522,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: MultifractalMonitor(every_n_steps=20, max_overhead=0.01, detail="all"),
         "every_n_steps=20 and max_overhead",
     ),
-    "never due": (lambda: MultifractalMonitor(every_n_steps=0, detail="all"), "n=0.*at least 1"),
+    "never due": (lambda: MultifractalMonitor(every_n_steps=0, detail="all"), "every_n_steps=0.*at least 1"),
 }
 
 

@@ -469,8 +469,8 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": True}, "num_examples=True: a whole number"),
-        ({"top_k": True}, "top_k=True: a whole number"),
+        ({"num_examples": True}, "num_examples=True.*an integer"),
+        ({"top_k": True}, "top_k=True.*an integer"),
         ({"seed": -1}, "seed=-1: a whole number, from 0"),
         ({"seed": 2**40}, "seed=1099511627776: a whole number, from 0"),
     ],
@@ -570,7 +570,7 @@ def test_steps_of_several_optimizers_are_the_same_time() -> None:
 @pytest.mark.filterwarnings("ignore:.*returned .None")
 def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
     class Warming(Ordered):
-        """Has no loss at first."""
+        """Has no loss at first: a step without any gradient is no sample."""
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) if batch_idx else None
@@ -578,7 +578,7 @@ def test_a_first_batch_without_a_kernel_is_not_kept() -> None:
     with pytest.warns(UserWarning, match="no number"):
         logger = watched(Warming(), NTKMonitor(num_examples=4, every_n_steps=1, detail="all"))
 
-    assert [value == value for value in logger.curve("ntk/gauss_newton_trace").values()] == [False, True, True]
+    assert [value == value for value in logger.curve("ntk/gauss_newton_trace").values()] == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
