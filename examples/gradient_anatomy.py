@@ -394,13 +394,13 @@ def watched(data: TensorDataset, act: type[nn.Module], steps: int) -> tuple[Any,
 
 
 def cost(curves: Any, every: int) -> str:
-    """Of a sample, and as a share of training time at the default cadence."""
+    """Of a sample, and by how much training takes longer at the default cadence."""
     ours = sorted(curves.points["lowrank/anatomy_time_ms"].values())
     percent = list(curves.points["lowrank/anatomy_overhead_percent"].values())[-1]
     sample = ours[len(ours) // 2]
-    step = sample / every * (100 - percent) / percent
-    share = 100 * sample / (sample + 1000 * step)
-    return f"a sample takes {sample:.0f} ms, a step {step:.1f} ms: every 1000 steps {share:.2f} % of the time"
+    step = 100 * sample / every / percent
+    more = 100 * sample / (1000 * step)
+    return f"a sample takes {sample:.0f} ms, a step {step:.1f} ms: every 1000 steps {more:.2f} % more time"
 
 
 SHOWN = (

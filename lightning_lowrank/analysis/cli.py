@@ -55,7 +55,7 @@ class Run:
 
     Attributes:
         label: Its name.
-        overhead: Percent of the training time.
+        overhead: Percent by which training took longer.
         alerts: Rule -> 0, 1 or 2, at the latest sample.
     """
 

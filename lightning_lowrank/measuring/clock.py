@@ -1,4 +1,4 @@
-"""Training time and our share of it."""
+"""Training time, and what we add to it."""
 
 import time
 from collections import deque
@@ -70,8 +70,9 @@ class Clock:
 
     @property
     def percent(self) -> float:
-        """Our share of it; 0 before training."""
-        return 100 * self.own / self.total if self.total else 0.0
+        """How much longer training takes by us: our seconds over those that it would have taken without; 0 before."""
+        own = self.own
+        return 100 * own / (self.total - own) if self.total > own else 0.0
 
     def take_sample(self) -> float:
         """Our seconds since this was last asked, in validation too."""

@@ -60,7 +60,7 @@ class Spent(NamedTuple):
 
 @dataclass(eq=False)
 class Budget:
-    """As often as costs at most a share of training time: measured once in a warm-up, then every so many steps, fixed
+    """As often as makes training longer by at most a share: measured once in a warm-up, then every so many steps, fixed
     for the run.
 
     The warm-up is the first 100 optimizer steps. There is a sample at the first, which counts for nothing, like all of
@@ -72,7 +72,7 @@ class Budget:
     Where a sample waits for other processes, that is part of what it takes.
 
     Args:
-        share: Of training time (validation aside) that watching may take: 0.01 is 1 %.
+        share: By which watching may make training longer (validation aside): 0.01 is 1 %.
 
     Attributes:
         every: The cadence in optimizer steps, None in the warm-up.
@@ -89,7 +89,7 @@ class Budget:
     def __post_init__(self) -> None:
         if not isinstance(self.share, float) or not 0 < self.share < 1:
             raise ValueError(
-                f"max_overhead, Budget(share={self.share!r}): a share of training time above 0 and below 1, "
+                f"max_overhead, Budget(share={self.share!r}): a share of the training time above 0 and below 1, "
                 "0.01 for 1 %"
             )
         self.forget()
@@ -132,12 +132,13 @@ class Budget:
 
     @property
     def overhead(self) -> float:
-        """Percent of training time that was ours since the cadence was chosen, or since the first sample of a run
-        resumed; NaN before.
+        """How much longer training took by us, in percent, since the cadence was chosen or since the first sample of a
+        run resumed; NaN before.
         """
         if self._mark is None or self._now is None or self._now.total <= self._mark.total:
             return math.nan
-        return 100 * (self._now.own - self._mark.own) / (self._now.total - self._mark.total)
+        own, total = self._now.own - self._mark.own, self._now.total - self._mark.total
+        return 100 * own / (total - own)
 
     @property
     def exceeded(self) -> bool:
@@ -180,20 +181,20 @@ class Budget:
 
 
 def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
-    """Steps from one sample to the next for which our part of all time is `AIM` of the share, rounded up.
+    """Steps from one sample to the next by which training takes longer by `AIM` of the share, rounded up.
 
     Args:
-        share: Of all time.
+        share: Of the time without us.
         sample: Seconds of a sample.
         step: Seconds of a step of training, ours aside.
         idle: Seconds of ours at every step, due or not. If that is all there is to spend, samples have a tenth of it
             all the same.
 
     Example:
-        >>> cadence(0.01, sample=0.008, step=0.0992)
+        >>> cadence(0.01, sample=0.008, step=0.1)
         10
     """
-    allowed = max(step, 1e-6) * AIM * share / (1 - AIM * share)
+    allowed = max(step, 1e-6) * AIM * share
     return max(1, math.ceil(sample / max(allowed - idle, allowed / 10)))
 
 

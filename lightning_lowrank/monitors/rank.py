@@ -55,7 +55,7 @@ class RankMonitor(Monitor):
         min_size: Shortest side of a matrix to watch.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
-        max_overhead: Share of training time that watching may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training

@@ -72,7 +72,7 @@ def summary_table(monitor: Watched) -> Table:
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(
-        title=f"{monitor.label}: {monitor.overhead:.2f} % of training time",
+        title=f"{monitor.label}: training takes {monitor.overhead:.2f} % longer",
         caption="medians over sites, and the lowest now",
     )
     table.add_column("quantity", overflow="fold")

@@ -130,9 +130,7 @@ class Journal:
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
-            self.info_once(
-                f"every {budget.every} steps from now on: {times}, {_percent(budget)} of the time may be spent"
-            )
+            self.info_once(f"every {budget.every} steps from now on: {times}, {_percent(budget)} more time is allowed")
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
@@ -268,7 +266,7 @@ class Journal:
         if budget is None or budget.every is None:
             return {}
         if budget.exceeded:
-            spent = f"it took {budget.overhead:.2g} % of the time since the warm-up, {_percent(budget)} were allowed"
+            spent = f"it took {budget.overhead:.2g} % more time since the warm-up, {_percent(budget)} were allowed"
             self._warn(
                 "budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable."
             )
@@ -292,7 +290,7 @@ def _when(probe: Probe) -> str:
         case Every(n=steps) | Budget(every=int(steps)):
             return f"every {steps} steps"
         case Budget() as budget:
-            return f"for at most {_percent(budget)} of the time, measured in the first {WARM_UP} steps"
+            return f"for at most {_percent(budget)} more time, measured in the first {WARM_UP} steps"
     return "as scheduled"
 
 

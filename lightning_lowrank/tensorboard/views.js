@@ -134,7 +134,7 @@ function markdownTable(text) {
 
 // What costs are called, most telling first; others follow under the name that they were written with.
 const COSTS = {
-  overhead_percent: ["Share of the training time so far", "%"],
+  overhead_percent: ["Increase of the training time so far", "%"],
   time_ms: ["Time of each sample", "ms"],
   failures: ["Numbers that could not be had", "in all"],
   skipped_steps: ["Due samples that were skipped with their step", "in all"],

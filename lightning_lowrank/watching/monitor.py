@@ -130,7 +130,7 @@ class Monitor(Arguments, L.Callback):
 
     @property
     def overhead(self) -> float:
-        """Cost of this monitor so far in percent of the training time: host time, validation not counted."""
+        """How much longer training takes by this monitor, in percent: host time, validation not counted."""
         return self.watch.overhead
 
     def state_dict(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Watch:
 
     @property
     def overhead(self) -> float:
-        """Cost of this monitor so far in percent of the training time: host time, validation not counted."""
+        """How much longer training takes by this monitor, in percent: host time, validation not counted."""
         return self.journal.clock.percent
 
     @property

@@ -57,7 +57,7 @@ def test_the_table_has_the_medians_of_all_quantities(
     printed = capsys.readouterr().out
     median = np.median(written(run)[0]["lowrank_vector/weight_stable_rank"][20])
     assert f"{median:.3g}" in next(line for line in printed.splitlines() if "weight_stable_rank" in line)
-    assert "run: " in printed and "% of training time" in printed
+    assert "run: " in printed and "training takes" in printed
 
 
 def test_what_is_no_number_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_the_table_says_what_the_monitor_cost_and_when_it_sampled() -> None:
     console.print(summary_table(Kept(Sample(0, {"q": {"a": 1.0}}), Sample(50, {"q": {"a": 1.0}}))))
 
     printed = console.export_text()
-    assert all(words in printed for words in ("rank: 0.12 % of training time", "medians", "step 0", "step 50"))
+    assert all(words in printed for words in ("rank: training takes 0.12 % longer", "medians", "step 0", "step 50"))
 
 
 def test_names_are_whole_in_a_narrow_terminal() -> None:

@@ -36,7 +36,7 @@ class GradientAnatomyMonitor(Monitor):
         name: Prefix of all tags.
         alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to
             spike.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer that cannot

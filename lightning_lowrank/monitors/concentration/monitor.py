@@ -38,7 +38,7 @@ class ConcentrationMonitor(Monitor):
         neurons: Layers whose inputs are neurons, by pattern, where those that are found are not what you mean.
         reference: Checkpoint of another run that was watched by this monitor: whether the same heads and neurons
             matter.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is another word or out of its range, the reference cannot be read; when training starts: a

@@ -47,7 +47,7 @@ class CurvatureMonitor(Monitor):
         seed: Of the random vectors.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; "default" warns where products with the Hessian are wrong.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen;

@@ -40,7 +40,7 @@ class MultifractalMonitor(Monitor):
         threshold: Of "neuromfa": longest edge `1 / |w|` that is kept; None takes three over the root mean square of the
             first weights seen.
         num_repeats: Of "neuromfa" with `max_neurons`: samples of neurons that are averaged over.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is another word, out of its range, or of the other mode; when training starts: a pattern

@@ -46,7 +46,7 @@ class NTKMonitor(Monitor):
         seed: Of the random vectors.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
         num_outputs: Columns of the outputs to look at, drawn where there are more; 256 unless given, 10 of the
             class-summed kernel.
         train_mode: Run the module as in training instead.
