@@ -1,4 +1,4 @@
-# Needs Python 3.11 and make, and nothing else.  make demo | test | evidence | bench | browser | lint | format | clean
+# Needs Python 3.11 and make, and nothing else.  make demo | test | evidence | bench | gpu | browser | lint | format | clean
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test evidence browser lint format bench clean
+.PHONY: demo test evidence browser lint format bench gpu clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -42,6 +42,12 @@ format: .venv/installed
 # The peers that we measure ourselves against stay out of the environment of the tests.
 bench: .venv-bench/installed
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BENCH)/python -m benchmarks.$$(basename $$script .py); done
+
+# On a machine with a GPU, which needs no environment of ours: torch, lightning and pytest will do.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .venv-bench .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache runs
