@@ -51,13 +51,15 @@ def quantiles(short: int, long: int) -> Float[Tensor, " K"]:
     aspect = short / long
     # With lambda = 1 + aspect + 2 sqrt(aspect) cos(angle) the law's square roots at both edges become a smooth density
     # of the angle.
-    angles = (torch.arange(NODES, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / NODES)
-    eigenvalues = 1 + aspect + 2 * math.sqrt(aspect) * angles.cos()
-    mass = (angles.sin().square() / eigenvalues).cumsum(-1)
+    edges = torch.arange(NODES + 1, dtype=torch.float64, device="cpu") * (math.pi / NODES)
+    angles = edges[:-1] + math.pi / NODES / 2
+    # The density of each cell is that of its middle; the mass is what lies before each edge.
+    density = angles.sin().square() / (1 + aspect + 2 * math.sqrt(aspect) * angles.cos())
+    mass = torch.cat([density.new_zeros(1), density.cumsum(-1)])
     asked = (torch.arange(short, dtype=torch.float64, device="cpu") + 0.5) / short * mass[-1]
-    right = torch.searchsorted(mass, asked).clamp(1, NODES - 1)
-    part = (asked - mass[right - 1]) / (mass[right] - mass[right - 1])
-    return (eigenvalues[right - 1] + part.clamp(0, 1) * (eigenvalues[right] - eigenvalues[right - 1])).sqrt()
+    right = torch.searchsorted(mass, asked).clamp(1, NODES)
+    part = ((asked - mass[right - 1]) / (mass[right] - mass[right - 1])).clamp(0, 1)
+    return (1 + aspect + 2 * math.sqrt(aspect) * (edges[right - 1] + part * (math.pi / NODES)).cos()).sqrt()
 
 
 @lru_cache(maxsize=4096)

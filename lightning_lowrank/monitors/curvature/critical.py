@@ -19,6 +19,8 @@ WARM = 8
 # Guesses farther from 1 than this, either way, are no guesses: where there was no crossing for long, the search begins
 # anew.
 FAR = 1e12
+# Rounding units by which a loss varies that is the same: a sum over a batch.
+ROUNDING = 8.0
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class Critical:
 
 
 def critical_multiple(
-    loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]], guess: Float[Tensor, ""], passes: int = WARM
+    loss_at: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
+    guess: Float[Tensor, ""],
+    passes: int = WARM,
+    rounding: float = 0.0,
 ) -> Critical:
     """The multiple of the last update beyond which the loss is higher than before it.
 
     On a quadratic with gradient descent it is 2 / (learning rate * sharpness along the gradient): below 1 the step went
     too far. The search never waits for the device. It finds one crossing, as a rule the first. NaN where the loss is
-    higher (an update that climbs), or not (a direction without end), at all multiples that were tried.
+    higher (an update that climbs), or not (a direction without end), at all multiples that were tried. It climbs, too,
+    where it is lower by more than rounding nowhere, not even half-way to the crossing.
 
     Args:
         loss_at: The loss where the weights are moved by that multiple of the update, from where they were before it.
         guess: Where to begin: the answer of last time, or 1.
-        passes: Forward passes, with that at 0; each halves the logarithm of the interval, once both ends are known.
+        passes: Forward passes, with that at 0, and one more half-way; each halves the logarithm of the interval, once
+            both ends are known.
+        rounding: Of the loss, as a share of it.
 
     References:
         Kalra et al. (2026), arXiv 2601.16979, Section 3: the critical learning rate, by exponential and then binary
@@ -56,14 +64,18 @@ def critical_multiple(
     """
     start = loss_at(torch.zeros_like(guess))
     below, above = torch.zeros_like(guess), torch.full_like(guess, torch.inf)
-    at = guess
+    at, lowest = guess, start
     for _ in range(passes - 1):
-        higher = _is_higher(loss_at(at), start)
+        loss = loss_at(at)
+        higher, lowest = _is_higher(loss, start), torch.fmin(lowest, loss)
         above, below = torch.where(higher, at, above), torch.where(higher, below, at)
         between = (below * above).sqrt()
         at = torch.where(below == 0, above / LEAP, torch.where(torch.isinf(above), below * LEAP, between))
-    known = (below > 0) & torch.isfinite(above) & torch.isfinite(start)
-    guess = torch.where((at > 1 / FAR) & (at < FAR), at, 1.0)
+    bracketed = (below > 0) & torch.isfinite(above)
+    # A loss that climbs is as high as before the update where it has not climbed by a rounding unit.
+    falls = start - torch.fmin(lowest, loss_at(below / 2)) > rounding * start.abs()
+    known = bracketed & falls & torch.isfinite(start)
+    guess = torch.where((at > 1 / FAR) & (at < FAR) & (falls | ~bracketed), at, 1.0)
     return Critical(torch.where(known, at, torch.nan), torch.where(known, above - at, torch.nan), guess)
 
 
@@ -92,7 +104,8 @@ def along_update(
             put(between(local(a), b, multiple) for a, b in zip(start, end, strict=True))
             return loss()
 
-        return critical_multiple(loss_at, begin.to(end[0].device), passes)
+        limits = torch.finfo(torch.promote_types(torch.float32, end[0].dtype))
+        return critical_multiple(loss_at, begin.to(end[0].device), passes, ROUNDING * limits.eps)
 
 
 def _is_higher(loss: Float[Tensor, ""], start: Float[Tensor, ""]) -> Bool[Tensor, ""]:

@@ -86,6 +86,16 @@ def test_a_search_recovers_from_any_time_without_a_crossing(slope: float) -> Non
     assert abs(result.multiple - 1.0) <= result.error
 
 
+def test_rounding_is_no_crossing_of_a_loss_that_climbs() -> None:
+    """In float32 a loss that climbs is the same as before within a rounding unit: as far as that it has not climbed."""
+    end, start = torch.tensor([1.0]), torch.tensor([0.0])
+
+    found = along_update([end], [start], lambda: (3 + 0.01 * end).sum(), None)
+
+    assert math.isnan(found.multiple)
+    assert found.guess == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_parameters_of_any_precision_are_put_back_and_have_a_multiple_in_float32(dtype: torch.dtype) -> None:
     end, start = torch.tensor([0.5, 0.0], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype)
