@@ -60,6 +60,8 @@ from .monitors.multifractal.source import Multifractal as Multifractal
 from .monitors.noise_scale import NoiseScale as NoiseScale
 from .monitors.noise_scale import NoiseScaleMonitor as NoiseScaleMonitor
 from .monitors.rank import RankMonitor as RankMonitor
+from .monitors.representation import RepresentationMonitor as RepresentationMonitor
+from .monitors.representation import Representations as Representations
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert

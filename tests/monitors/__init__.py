@@ -18,6 +18,7 @@ from lightning_lowrank import (
     NoiseScaleMonitor,
     NTKMonitor,
     RankMonitor,
+    RepresentationMonitor,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import COMPILED, LOSSES
@@ -41,6 +42,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
+    "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -80,6 +82,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, case): BY_HAND for name in REPLAYING for case in LOSSES},
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
 }
