@@ -57,7 +57,11 @@ from .monitors.dormant_units import DormantUnitsMonitor as DormantUnitsMonitor
 from .monitors.multifractal.monitor import MultifractalMonitor as MultifractalMonitor
 from .monitors.multifractal.network_source import NeuroMFA as NeuroMFA
 from .monitors.multifractal.source import Multifractal as Multifractal
+from .monitors.noise_scale import NoiseScale as NoiseScale
+from .monitors.noise_scale import NoiseScaleMonitor as NoiseScaleMonitor
 from .monitors.rank import RankMonitor as RankMonitor
+from .monitors.representation import RepresentationMonitor as RepresentationMonitor
+from .monitors.representation import Representations as Representations
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert

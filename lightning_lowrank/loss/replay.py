@@ -219,27 +219,43 @@ def first_examples(batch: Any, num_examples: int | None) -> Any:
     Lists of words or objects that are as long as the tensors are cut along; a packed sequence is left whole, and the
     batch with it.
     """
+    size = leading_size(batch)
+    return batch if num_examples is None or size is None else _cut(batch, size, slice(num_examples))
+
+
+def halves(batch: Any) -> tuple[Any, Any]:
+    """Every other example of a batch, and those between; cut as by `first_examples`.
+
+    Raises:
+        ValueError: Its tensors have not one leading size, or there is one example.
+    """
+    size = leading_size(batch)
+    if size is None or size < 2:
+        there_is = "tensors without one leading size" if size is None else "one example"
+        raise ValueError(f"a batch of {there_is} has no halves")
+    return _cut(batch, size, slice(0, None, 2)), _cut(batch, size, slice(1, None, 2))
+
+
+def leading_size(batch: Any) -> int | None:
+    """How many examples a batch has: the one leading size of its tensors, None where they have not one."""
     sizes: set[int] = set()
     packed: list[object] = []
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.ndim else None)
     apply_to_collection(batch, PackedSequence, packed.append)
-    if num_examples is None or len(sizes) != 1 or packed:
-        return batch
-    (size,) = sizes
-    return _cut(batch, size, num_examples)
+    return next(iter(sizes)) if len(sizes) == 1 and not packed else None
 
 
-def _cut(batch: Any, size: int, num_examples: int) -> Any:
+def _cut(batch: Any, size: int, part: slice) -> Any:
     """Tensors, and lists without tensors that are as long, down to some examples."""
     if isinstance(batch, Tensor):
-        return batch[:num_examples].clone() if batch.ndim else batch
+        return batch[part].clone() if batch.ndim else batch
     if type(batch) in (list, tuple):
-        if len(batch) == size and not any(isinstance(part, Tensor | Mapping | list | tuple) for part in batch):
-            return batch[:num_examples]
-        return type(batch)(_cut(part, size, num_examples) for part in batch)
+        if len(batch) == size and not any(isinstance(one, Tensor | Mapping | list | tuple) for one in batch):
+            return batch[part]
+        return type(batch)(_cut(one, size, part) for one in batch)
     if type(batch) is dict:
-        return {key: _cut(part, size, num_examples) for key, part in batch.items()}
-    return apply_to_collection(batch, Tensor, lambda tensor: _cut(tensor, size, num_examples))
+        return {key: _cut(one, size, part) for key, one in batch.items()}
+    return apply_to_collection(batch, Tensor, lambda tensor: _cut(tensor, size, part))
 
 
 def _is_plain(batch: Any) -> bool:

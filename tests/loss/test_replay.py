@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.loss.replay import Replay, first_examples
+from lightning_lowrank.loss.replay import Replay, first_examples, halves
 from lightning_lowrank.watching.trainer import Mute, TrainerTraining
 from tests.trainings import Adversaries, Classifier, Experimental, ImageNet, MemoryLogger, critic_loss
 
@@ -198,6 +198,19 @@ def test_the_first_examples_are_kept_of_what_has_one_leading_size() -> None:
     assert_close(first_examples(batch, 2)["y"][0], torch.arange(2))
     assert first_examples(batch, 2)["scale"] == 2.0 and first_examples(batch, 2)["y"][1] == "name"
     assert first_examples(uneven, 2) is uneven
+
+
+def test_the_halves_of_a_batch_have_every_example_once() -> None:
+    first, second = halves({"x": torch.arange(10).view(5, 2), "names": list("abcde"), "scale": torch.tensor(2.0)})
+
+    assert (first["x"][:, 0].tolist(), second["x"][:, 0].tolist()) == ([0, 4, 8], [2, 6])
+    assert (first["names"], second["names"], first["scale"]) == (list("ace"), list("bd"), 2.0)
+    for batch, there_is in (
+        ((torch.ones(4), torch.ones(3)), "without one leading size"),
+        (torch.ones(1), "one example"),
+    ):
+        with pytest.raises(ValueError, match=f"a batch of .*{there_is} has no halves"):
+            halves(batch)
 
 
 def test_a_muted_logger_is_what_it_was_and_writes_nothing() -> None:

@@ -15,8 +15,10 @@ from lightning_lowrank import (
     GradientAnatomyMonitor,
     Monitor,
     MultifractalMonitor,
+    NoiseScaleMonitor,
     NTKMonitor,
     RankMonitor,
+    RepresentationMonitor,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import COMPILED, LOSSES
@@ -39,6 +41,8 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "anatomy": lambda **options: GradientAnatomyMonitor(**_USUAL | {"max_rows": 16} | options),
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
+    "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
+    "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -61,6 +65,8 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
     ),
 }
 
+# Those that run a step again, or may have to.
+REPLAYING = ("curvature", "ntk", "noise scale")
 TWICE, NTKS = ("curvature", "curvature, full, fixed"), ("ntk", "ntk as in training")
 BY_HAND = r"manual optimization.*loss_fn"
 # Cases whose activations are functions.
@@ -73,9 +79,10 @@ ENCODER = r"fast path that nn\.TransformerEncoderLayer takes.*match layers outsi
 REFUSED: dict[tuple[str, str], str] = {
     ("anatomy", "spectral norm"): "not complex, sharded or parametrised",
     ("rank", "fused attention"): ENCODER,
-    **{(name, case): BY_HAND for name in ("curvature", "ntk") for case in LOSSES},
+    **{(name, case): BY_HAND for name in REPLAYING for case in LOSSES},
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
 }
@@ -96,5 +103,4 @@ def watchers(case: str, *names: str, **options: Any) -> dict[str, Monitor]:
     both = MONITORS | VARIANTS
     asked = [name for name in names or both if (name, case) not in REFUSED or REFUSED[name, case] == BY_HAND]
     given = {"loss_fn": LOSSES[case]} if case in LOSSES else {}
-    replaying = ("curvature", "ntk")
-    return {name: both[name](**options | (given if name.startswith(replaying) else {})) for name in asked}
+    return {name: both[name](**options | (given if name.startswith(REPLAYING) else {})) for name in asked}

@@ -22,6 +22,7 @@ from lightning_lowrank import (
     GradientAnatomyMonitor,
     Monitor,
     MultifractalMonitor,
+    NoiseScaleMonitor,
     NTKMonitor,
     RankMonitor,
     watching,
@@ -44,6 +45,7 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     "multifractal": lambda: MultifractalMonitor(every_n_steps=2, detail="all"),
     "anatomy": lambda: GradientAnatomyMonitor(every_n_steps=2, detail="all"),
     "concentration": lambda: ConcentrationMonitor(every_n_steps=2, detail="all"),
+    "noise scale": lambda: NoiseScaleMonitor(every_n_steps=2, detail="all", loss_fn=loss_of),
 }
 # What a clock says.
 TIMES = ("time_ms", "overhead_percent")
