@@ -1,6 +1,7 @@
 """What `GaLore` saves, what it takes, and what it loses: bytes, refreshes, steps, and the loss of a char transformer.
 
 python -m benchmarks.galore [--steps 300] [--seeds 3]
+python -m benchmarks.galore --rates    # ten minutes: the loss at each of five rates instead
 """
 
 import argparse
@@ -8,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from statistics import mean, median
 from typing import Any
@@ -17,15 +19,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.char_transformer import CharTransformer, standard_library
-from lightning_lowrank import GaLore
+from lightning_lowrank import GaLore, watching
 from lightning_lowrank.methods.elementwise import num_bytes, state_of
 from lightning_lowrank.methods.galore.bases import Bases, Basis, Projection
 from lightning_lowrank.methods.galore.callback import Side, projection_of
 
 RATE, RANK = 2.5e-3, 16
+RATES = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 # Length of what is added to each direction of length 1.
 TURN = 1.0
 BASES: tuple[Basis, ...] = ("subspace", "svd", "random")
@@ -84,7 +88,7 @@ def refreshes(size: int = 1024, rank: int = 128) -> Table:
 class Transformer(CharTransformer):
     """With a rate of its own."""
 
-    def __init__(self, rate: float, depth: int, width: int) -> None:
+    def __init__(self, rate: float, *, depth: int, width: int) -> None:
         super().__init__(vocabulary=100, depth=depth, width=width)
         self.rate = rate
 
@@ -106,11 +110,18 @@ class Clock(L.Callback):
 
 
 def trained(
-    text: Tensor, callbacks: Sequence[L.Callback], steps: int, *, seed: int = 0, depth: int = 2, width: int = 64
+    text: Tensor,
+    callbacks: Sequence[L.Callback],
+    steps: int,
+    *,
+    seed: int = 0,
+    rate: float = RATE,
+    depth: int = 2,
+    width: int = 64,
 ) -> tuple[L.LightningModule, torch.optim.Optimizer]:
     """A transformer and its optimizer."""
     L.seed_everything(seed, verbose=False)
-    module = Transformer(RATE, depth, width)
+    module = Transformer(rate, depth=depth, width=width)
     batches = DataLoader(TensorDataset(text), 32, shuffle=True, drop_last=True)
     trainer = L.Trainer(max_steps=steps, callbacks=list(callbacks), **SILENT)
     trainer.fit(module, batches)
@@ -159,6 +170,31 @@ def steps_of(text: Tensor) -> Table:
     return table
 
 
+def peaks(rank: float = 0.25) -> Table:
+    """Most memory of a training step, by torch's tracker: five linear layers of width 1024, 16 examples."""
+    table = Table("", "peak", "less", title=f"Training step, float32, rank {rank:g}")
+    most = []
+    for name, monitors in {
+        "AdamW": [],
+        "GaLore": [GaLore(rank, scale=1.0, every_n_steps=10**6, match="*weight")],
+    }.items():
+        net = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(5)))
+        optimizer = torch.optim.AdamW(net.parameters())
+        with watching(net, optimizer, *monitors) as watch:
+            tracker = MemTracker()
+            for i in range(3):
+                if i == 2:
+                    tracker.track_external(net, optimizer)
+                with watch.batch(), tracker if i == 2 else nullcontext():
+                    net(torch.ones(16, 1024)).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        found = sum(kept["Total"] for kept in tracker.get_tracker_snapshot("peak").values())
+        most.append(found + sum(galore.bytes_of_bases for galore in monitors))  # which the tracker does not know
+        table.add_row(name, f"{most[-1] / 1e6:.1f} MB", f"{1 - most[-1] / most[0]:.0%}")
+    return table
+
+
 def losses(text: Tensor, steps: int, seeds: int) -> Table:
     """Held-out loss at one effective rate, by basis."""
     kept, held = text[:-512], text[-512:]
@@ -179,6 +215,24 @@ def losses(text: Tensor, steps: int, seeds: int) -> Table:
                 captured.append(median(galore.latest.values["galore_captured"].values()))
         each = ", ".join(f"{one:.3f}" for one in found)
         table.add_row(name, f"{mean(found):.3f}", each, f"{mean(captured):.2f}" if captured else "")
+    return table
+
+
+def rates(text: Tensor, steps: int, seeds: int) -> Table:
+    """Held-out loss at each of five effective rates: mean and range over seeds."""
+    kept, held = text[:-512], text[-512:]
+    table = Table(
+        "", *(f"{rate:g}" for rate in RATES), title=f"Held-out loss after {steps} steps by rate, {seeds} seeds"
+    )
+    ways: dict[str, Basis | None] = {"AdamW": None, "GaLore, subspace": "subspace", "GaLore, random": "random"}
+    for name, basis in ways.items():
+        cells = []
+        for rate in RATES:
+            callbacks = [[GaLore(RANK, 50, 1.0, basis=basis)] if basis else [] for _ in range(seeds)]
+            runs = (trained(kept, given, steps, seed=i, rate=rate)[0] for i, given in enumerate(callbacks))
+            found = [loss_of(module, held) for module in runs]
+            cells.append(f"{mean(found):.3f} ({max(found) - min(found):.3f})")
+        table.add_row(name, *cells)
     return table
 
 
@@ -209,13 +263,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--rates", action="store_true")
     given = options.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     text, console = standard_library(), Console(width=140)
+    if given.rates:
+        console.print(rates(text, given.steps, given.seeds))
+        return
     console.print(of_large_models())
     console.print(refreshes())
+    console.print(peaks())
     console.print(steps_of(text))
     console.print(losses(text, given.steps, given.seeds))
 

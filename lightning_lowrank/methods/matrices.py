@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lowrank.models.names import chosen_parameters
 
@@ -35,7 +36,7 @@ def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
         ValueError: A pattern fits none, or there is no matrix.
     """
     chosen = chosen_parameters(module, match, exclude)
-    found = {tag: p for tag, p in chosen.items() if p.ndim >= 2 and min(sides(p)) >= 2}
+    found = {tag: p for tag, p in chosen.items() if _is_matrix(p)}
     if not found:
         raise ValueError(f"there is no matrix among the parameters {list(chosen)[:10]}")
     left_out = {} if match is not None else _unusual(module, found)
@@ -43,6 +44,13 @@ def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
     if not kept:
         raise ValueError(f"all matrices are embeddings or the head: name what is meant by match, out of {left_out}")
     return Choice(kept, left_out)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Of real numbers, with more than one row and column; one that has no shape yet is none."""
+    if is_lazy(parameter) or not parameter.is_floating_point():
+        return False
+    return parameter.ndim >= 2 and min(sides(parameter)) >= 2
 
 
 def sides(parameter: nn.Parameter) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -21,7 +23,9 @@ from tests.monitors import INCOMPLETE, watchers
 from tests.processes import together
 from tests.trainings import (
     CASES,
+    COMPILED,
     QUIET,
+    Classifier,
     InOrder,
     MemoryLogger,
     Ordered,
@@ -251,6 +255,19 @@ def test_what_a_method_cannot_act_on_it_refuses_before_training(name: str, case:
     assert module.losses == []
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(("what", "name"), [*product(["module"], METHODS), *product(COMPILED, list(METHODS)[:1])][1:])
+def test_a_compiled_module_is_trained_as_one_that_is_not(what: str, name: str, tmp_path: Path) -> None:
+    plain = trained(Classifier, {"max_epochs": 1}, [METHODS[name]()], tmp_path / "plain")
+    method = METHODS[name]()
+
+    found = trained(lambda: COMPILED[what]("aot_eager"), {"max_epochs": 1}, [method], tmp_path / "compiled")
+
+    assert_close(list(found["state"].values()), list(plain["state"].values()), rtol=1e-3, atol=1e-5)
+    assert method.failures == 0
+
+
 # Loops and processes
 
 
@@ -299,6 +316,12 @@ def in_processes(rank: int, size: int, root: Path) -> Any:
         weights = fitted(InOrder(rank, size), [method, monitor], logger, size)
         found[name] = {"weights": weights, "state": method.state_dict()["act"], "failures": method.failures}
         found[name]["numbers"] = logger.numbers()
+        if size > 1:  # gradients are then views of what DDP sends
+            L.seed_everything(0, verbose=False)
+            views = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
+            found[name]["views"] = fitted(
+                InOrder(rank, size), [make(every_n_steps=1)], False, size, strategy=lambda views=views: views
+            )
     return found
 
 
@@ -309,6 +332,7 @@ def test_two_processes_train_as_one_with_equal_states(tmp_path: Path) -> None:
     for name in METHODS:
         assert_close(first[name]["state"], second[name]["state"], rtol=0, atol=0)
         assert_close(first[name]["weights"], second[name]["weights"], rtol=0, atol=0)
+        assert_close(first[name]["views"], first[name]["weights"], rtol=0, atol=0)
         assert_close(first[name]["weights"], alone[name]["weights"], rtol=1e-3, atol=1e-4)
         assert first[name]["numbers"].keys() == alone[name]["numbers"].keys()
         assert first[name]["failures"] == second[name]["failures"] == 0

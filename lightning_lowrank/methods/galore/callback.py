@@ -16,7 +16,8 @@ from lightning_lowrank.methods.matrices import Patterns, matrices, sides
 from lightning_lowrank.methods.method import Method
 from lightning_lowrank.models.names import chosen_parameters
 
-Rank = float | int
+# The whole number first: LightningCLI takes the first that fits.
+Rank = int | float
 Side = Literal["auto", "left", "right", "both"]
 
 

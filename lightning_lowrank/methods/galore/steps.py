@@ -143,7 +143,11 @@ class LowRankSteps(Act):
 
         def closure() -> Any:
             loss = None if given is None else given()
-            self._narrow(optimizer)
+            try:
+                self._narrow(optimizer)
+            except BaseException:  # such as lack of memory: whoever goes on has whole weights
+                self._widened(optimizer)
+                raise
             return loss
 
         return (args[:1] + (closure,) + args[2:], kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
@@ -183,16 +187,20 @@ class LowRankSteps(Act):
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the matrices back, each with its step."""
         skipped = getattr(optimizer, "found_inf", None)
-        entries = [entry for entry in self._narrowed if entry.optimizer is optimizer]
-        self._narrowed = [entry for entry in self._narrowed if entry.optimizer is not optimizer]
-        for entry in entries:
-            step, parameter, bases = entry.widen(), entry.matrix.parameter, entry.matrix.bases
+        for entry, step in self._widened(optimizer):
+            parameter, bases = entry.matrix.parameter, entry.matrix.bases
             assert bases is not None
             if entry.decay == "decoupled":
                 decay_(parameter, entry.group, skipped)
             with torch.autocast(step.device.type, enabled=False):
                 parameter.add_(bases.back(step).view(parameter.shape), alpha=self.scale)
             entry.matrix.release()
+
+    def _widened(self, optimizer: Optimizer) -> list[tuple[Narrowed, Tensor]]:
+        """Put all matrices of an optimizer back, each with what it made of the zeros."""
+        own = [entry for entry in self._narrowed if entry.optimizer is optimizer]
+        self._narrowed = [entry for entry in self._narrowed if entry.optimizer is not optimizer]
+        return [(entry, entry.widen()) for entry in own]
 
     def _decay_of_new(self, optimizer: Optimizer, number: int, group: dict[str, Any]) -> Decay:
         """Of a group that joined in mid-run: if it is refused now, that of the others counts."""

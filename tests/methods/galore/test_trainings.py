@@ -2,11 +2,13 @@
 
 import logging
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -15,7 +17,9 @@ from torch.testing import assert_close
 
 from lightning_lowrank import GaLore, Monitor, RankMonitor, watching
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL
-from tests.trainings import QUIET, Classifier, ImageNet, MemoryLogger, Quiet, digits, mlp
+from lightning_lowrank.methods.galore.matrix import LowRankMatrix
+from lightning_lowrank.methods.matrices import matrices
+from tests.trainings import QUIET, Classifier, ImageNet, MemoryLogger, Ordered, Quiet, digits, mlp
 
 OPTIONS: dict[str, Any] = {"rank": 3, "update_every": 4, "every_n_steps": 1, "match": "*weight"}
 
@@ -268,6 +272,48 @@ def test_moments_of_a_run_without_it_begin_anew() -> None:
         optimizer.step()
 
     assert [optimizer.state[p]["step"] for p in net.parameters()] == [1 if p.ndim == 2 else 2 for p in net.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_checkpoint_of_full_moments_is_resumed_with_new_ones_for_the_matrices(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    quiet = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fit(Ordered(mlp(32)), keep, max_steps=3, **quiet)
+    (path,) = tmp_path.glob("*.ckpt")
+    module = Ordered(mlp(32))
+    trainer = L.Trainer(**QUIET, max_steps=8, logger=False, num_sanity_val_steps=0, callbacks=[GaLore(**OPTIONS)])
+
+    trainer.fit(module, ckpt_path=path)
+
+    states = trainer.optimizers[0].state
+    assert [int(states[p]["step"]) for p in module.parameters()] == [5, 8] * 3
+
+
+def test_lack_of_memory_in_a_projection_leaves_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made().net
+    optimizer, before = torch.optim.AdamW(net.parameters()), weights(net)
+
+    narrow = LowRankMatrix.narrow
+
+    def fail(self: LowRankMatrix, *given: Any) -> Tensor:
+        if self.name == "4.weight":
+            raise torch.OutOfMemoryError("none left")
+        return narrow(self, *given)
+
+    with watching(net, optimizer, GaLore(**OPTIONS)):
+        cross_entropy(net(digits().tensors[0]), digits().tensors[1]).backward()
+        monkeypatch.setattr(LowRankMatrix, "narrow", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+
+        assert_close(weights(net), before, rtol=0, atol=0)
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+def test_parameters_without_a_shape_or_of_complex_numbers_are_no_matrices() -> None:
+    net = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 8, dtype=torch.complex64), nn.Linear(8, 8))
+
+    assert list(matrices(net, "*", None).matrices) == ["2.weight"]
 
 
 class Chain(torch.optim.AdamW):
