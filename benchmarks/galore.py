@@ -1,7 +1,7 @@
 """What `GaLore` saves, what it takes, and what it loses: bytes, refreshes, steps, and the loss of a char transformer.
 
 python -m benchmarks.galore [--steps 300] [--seeds 3]
-python -m benchmarks.galore --rates    # ten minutes: the loss at each of five rates instead
+python -m benchmarks.galore --rates    # the loss at each of five rates instead
 """
 
 import argparse
