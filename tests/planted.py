@@ -140,15 +140,15 @@ MISTAKES: dict[str, Mistake] = {
     # Formulas
     "the empirical Fisher is a sum and no mean": Mistake(
         "maths/operators/operators.py",
-        r"output_size=len\(gradients\)\) / len\(gradients\)",
-        "output_size=len(gradients))",
+        r"gradients \* \(slopes / len\(gradients\)\)",
+        "gradients * slopes",
         (MATHS + "test_operators.py",),
     ),
-    "rows of an example are not averaged": Mistake(
-        "maths/operators/operators.py",
-        r"\.view\(num_examples, rows_each\)\.mean\(-1\)",
-        ".view(num_examples, rows_each).sum(-1)",
-        (MATHS + "test_operators.py",),
+    "the weights of rows are forgotten": Mistake(
+        "loss/output_loss.py",
+        r"\(self\.row_weights\(\) / self\.num_rows\)\.sqrt\(\)",
+        "self.row_weights().sqrt()",
+        ("tests/loss/test_output_loss.py",),
     ),
     "energies in the place of values in the effective rank": Mistake(
         "statistics/effective_rank.py",

@@ -60,8 +60,12 @@ class Monitor(Arguments, L.Callback):
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
-        self.watch = Watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
+        self.watch = self._watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
         self._is_set_up = False
+
+    def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
+        """What leads it through a training."""
+        return Watch(probes, style, **options)
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:

@@ -70,7 +70,14 @@ def why_unknown(optimizer: Optimizer) -> str | None:
             return f"no edge of stability is known where {key!r} differs between parameter groups"
     if "betas" in optimizer.defaults and not optimizer.state:
         return f"{type(optimizer).__name__} has no preconditioner before its first step"
+    if any(_of_another_shape(p, state) for p, state in optimizer.state.items()):
+        return "no edge of stability is known where moments are not of the shape of the weights, as in low rank"
     return None
+
+
+def _of_another_shape(parameter: Tensor, state: dict[str, Any]) -> bool:
+    moment = state.get("exp_avg_sq", state.get("momentum_buffer"))
+    return moment is not None and moment.shape != parameter.shape
 
 
 def _diagonal(parameter: Tensor, group: dict[str, Any] | None, state: dict[str, Any]) -> Tensor:

@@ -1,0 +1,68 @@
+"""Parameters that methods act on: those that are matrices, by patterns or by what is usual."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lowrank.models.names import chosen_parameters
+
+Patterns = str | Sequence[str] | None
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method acts on.
+
+    Attributes:
+        matrices: By tag.
+        left_out: Tags of matrices that it leaves alone unless they are matched, each with the reason.
+    """
+
+    matrices: dict[str, nn.Parameter]
+    left_out: dict[str, str]
+
+
+def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
+    """The matrices that `match` fits, without those that `exclude` fits.
+
+    Unless `match` is given these are all but embeddings and the head, which is the last layer that has a matrix.
+    Kernels of convolutions are matrices, outputs by all else.
+
+    Raises:
+        ValueError: A pattern fits none, or there is no matrix.
+    """
+    chosen = chosen_parameters(module, match, exclude)
+    found = {tag: p for tag, p in chosen.items() if _is_matrix(p)}
+    if not found:
+        raise ValueError(f"there is no matrix among the parameters {list(chosen)[:10]}")
+    left_out = {} if match is not None else _unusual(module, found)
+    kept = {tag: p for tag, p in found.items() if tag not in left_out}
+    if not kept:
+        raise ValueError(f"all matrices are embeddings or the head: name what is meant by match, out of {left_out}")
+    return Choice(kept, left_out)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Of real numbers, with more than one row and column; one that has no shape yet is none."""
+    if is_lazy(parameter) or not parameter.is_floating_point():
+        return False
+    return parameter.ndim >= 2 and min(sides(parameter)) >= 2
+
+
+def sides(parameter: nn.Parameter) -> tuple[int, int]:
+    """Rows and columns of a parameter as a matrix."""
+    return parameter.shape[0], prod(parameter.shape[1:])
+
+
+def _unusual(module: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, str]:
+    tags = {id(p): tag for tag, p in found.items()}
+    layers = [
+        (layer, tags[id(p)]) for layer in module.modules() for p in layer.parameters(recurse=False) if id(p) in tags
+    ]
+    unusual = {tag: "embedding" for layer, tag in layers if isinstance(layer, EMBEDDINGS)}
+    last, tag = layers[-1]
+    return unusual | ({tag: "head"} if isinstance(last, nn.Linear) and tag not in unusual else {})

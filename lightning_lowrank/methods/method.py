@@ -1,0 +1,168 @@
+"""What methods have in common: callbacks that act on a training, and report on it as monitors do."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning as L
+from torch.distributed.tensor import DTensor
+
+from lightning_lowrank.measuring.number_source import Detail, NumberSource
+from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.schedules import Every
+from lightning_lowrank.models.training import Training
+from lightning_lowrank.reports.report import Style
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
+from lightning_lowrank.watching.trainer import HIDING, TrainerTraining
+from lightning_lowrank.watching.watch import Watch
+
+
+class Act(ABC):
+    """What a method does to a training.
+
+    Attributes:
+        name: Of the method, in messages.
+        warn: Says what went wrong; each kind once.
+    """
+
+    name: str
+    warn: Callable[[str], None] = staticmethod(lambda message: None)
+
+    @abstractmethod
+    def begin(self, training: Training) -> str:
+        """Act from now on; a run that was stopped goes on where it was, if its state was loaded.
+
+        Returns:
+            What to say: what it acts on.
+
+        Raises:
+            ValueError: What was asked for cannot be had; nothing was changed.
+        """
+
+    @abstractmethod
+    def end(self) -> None:
+        """Give everything back, in whatever state the training is. Called more than once."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a restart: plain tensors and numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep it for the next `begin`."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """The next `begin` is no continuation."""
+
+
+class ActingWatch(Watch):
+    """A watch over a training that a method acts on."""
+
+    def __init__(self, act: Act, probes: Sequence[Probe], style: Style, **options: Any) -> None:
+        super().__init__(probes, style, **options)
+        self._act = act
+        act.warn = self.journal.warn_once
+
+    def begins(self, training: Training) -> None:
+        """Act, then choose what to report on."""
+        refuse_sharded(self._act.name, training)
+        self.journal.info_once(self._act.begin(training))
+        super().begins(training)
+
+    def ends(self) -> None:
+        """Give everything back."""
+        try:
+            super().ends()
+        finally:
+            self._act.end()
+
+    def forget_resumed(self) -> None:
+        """Another run after this one is no continuation."""
+        super().forget_resumed()
+        self._act.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the method's own."""
+        return super().state_dict() | {"act": self._act.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also the method's own, whatever was measured."""
+        self._act.load_state_dict(state["act"])
+        super().load_state_dict(state)
+
+
+class Method(Monitor):
+    """A callback that acts on a training: exactly resumed, and everything given back when the training is over.
+
+    Args:
+        act: What it does.
+        source: What it reports.
+        every_n_steps: Cadence of the reports, in optimizer steps.
+        detail: What loggers get of them: "core", "standard" or "all".
+        per_site: Scalars of single matrices: `True`, `False`, or "auto".
+        seed: Of what is drawn.
+        name: Prefix of all tags.
+    """
+
+    def __init__(
+        self,
+        act: Act,
+        source: NumberSource,
+        every_n_steps: int,
+        *,
+        detail: Detail,
+        per_site: bool | Literal["auto"],
+        seed: int,
+        name: str | None,
+    ) -> None:
+        self._act = act
+        schedule = cadence(every_n_steps, None, every_n_steps)
+        assert isinstance(schedule, Every)
+        super().__init__(probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, name=name)
+
+    def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
+        return ActingWatch(self._act, probes, style, **options)
+
+    def refuse_double(self, other: Monitor) -> None:
+        """Refuse a second one of its kind: each would take what the other left.
+
+        Raises:
+            ValueError: With what to do.
+        """
+        if isinstance(other, type(self)):
+            raise ValueError(f"two {type(self).__name__} in one training, {self!r} and {other!r}: give one of them all")
+        super().refuse_double(other)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies that keep parameters or gradients to themselves, and a second method of its kind."""
+        hiding = next((cls.__name__ for cls in type(trainer.strategy).__mro__ if cls.__name__ in HIDING), None)
+        if hiding is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot act under strategy {hiding}: {HIDING[hiding]}; what works is one "
+                "device, or 'ddp' and its variants"
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Act, also where nothing is reported; what cannot be had is refused here, before training."""
+        if trainer.barebones:
+            training = TrainerTraining(trainer, pl_module)
+            refuse_sharded(self._act.name, training)
+            self._act.begin(training)
+        else:
+            super().on_fit_start(trainer, pl_module)
+
+
+def refuse_sharded(name: str, training: Training) -> None:
+    """Refuse a model whose parameters lie in shards on several processes.
+
+    Raises:
+        ValueError: With what works.
+    """
+    sharded = next((key for key, p in training.module.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{name} cannot act on {sharded!r}, which lies in shards on several processes (FSDP2, tensor parallel): "
+            "no process has the whole gradient that it projects; what works is one device, or 'ddp' and its variants"
+        )
