@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lowrank.loss.output_loss import OutputLoss
 from lightning_lowrank.loss.snapshot import Snapshot
 from lightning_lowrank.loss.tap import HOOKING, LossTap
+from lightning_lowrank.loss.variables import variables
 from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 
@@ -111,11 +112,13 @@ class Replay:
         refuse_replay(training, self.loss_fn)
         module = training.module
         _reshard(module)
+        step = self.loss_fn or training.step_function
         snapshot = Snapshot(
+            variables=variables(step, type(module)),
             module=module,
             optimizers=[optimizer.param_groups for optimizer in training.optimizers],
             hooks=[getattr(part, kind) for part in module.modules() for kind in FORWARD_HOOKS],
-            step=self.loss_fn or training.step_function,
+            step=step,
         )
         if snapshot.spent and self.loss_fn is None:
             raise ValueError(

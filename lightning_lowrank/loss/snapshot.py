@@ -1,20 +1,19 @@
 """What a training step may change besides gradients, put back bit for bit."""
 
 import gc
-import queue
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from io import IOBase
-from socket import socket
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lowrank.loss.variables import SPENT, Variable
 
 # Entries: what is larger is data rather than state, and not looked into. Tensors of any size are safe from what torch
 # writes.
@@ -26,17 +25,16 @@ MOST = 300_000
 OTHERS = {"lightning", "lightning_fabric", "pytorch_lightning", "torch", "builtins"}
 SCALARS = {str, bytes, int, float, complex, bool, type(None)}
 OPAQUE = (type, ModuleType, BuiltinFunctionType, *SCALARS)
-# Whatever is taken from them is gone.
-SPENT = (Iterator, IOBase, socket, queue.Queue, queue.SimpleQueue)
 
 
 class Snapshot:
-    """Everything that is reached from a module, as it is: entries of containers and attributes, parameters, buffers,
-    generators, containers in the bodies of the user's classes.
+    """Everything that is reached from a module, as it is: entries of containers, attributes and slots, parameters,
+    buffers, generators, containers in the bodies of the user's classes, variables from around functions.
 
-    Objects stay the same, what is in them is put back. Out of reach: global variables.
+    Objects stay the same, what is in them is put back. Out of reach: global variables that are not given.
 
     Args:
+        variables: Global variables.
         roots: Where to begin, by name.
 
     Raises:
@@ -46,7 +44,7 @@ class Snapshot:
         spent: Names of what cannot be put back: iterators, files, sockets, queues.
     """
 
-    def __init__(self, **roots: Any) -> None:
+    def __init__(self, *, variables: Sequence[Variable] = (), **roots: Any) -> None:
         self.spent: list[str] = []
         self._undo = ExitStack()
         self._tensors: list[Tensor] = []
@@ -54,8 +52,10 @@ class Snapshot:
         self._mappings: list[tuple[Any, dict[Any, Any]]] = []
         self._collections: list[tuple[Any, list[Any]]] = []
         self._classes: dict[type, dict[str, Any]] = {}
+        self._cells: list[tuple[CellType, Any]] = []
+        self._variables = [(namespace, name, namespace[name]) for namespace, name in variables]
         with _no_collection():
-            self._walk(list(roots.items()))
+            self._walk([*((name, value) for _, name, value in self._variables), *roots.items()])
 
     def _walk(self, waiting: list[tuple[Any, Any]]) -> None:
         seen: set[int] = set()
@@ -85,8 +85,11 @@ class Snapshot:
             (_put_back_class, list(self._classes.items())),
             (_put_back_collection, self._collections),
             (_put_back_mapping, self._mappings),
+            (_put_back_cell, self._cells),
         ):
             self._undo.callback(_for_each, put_back, kept)
+        for namespace, name, value in self._variables:
+            self._undo.callback(namespace.__setitem__, name, value)
         self._undo.close()
 
     def _keep(self, value: Any, name: Any) -> Iterable[tuple[Any, Any]]:
@@ -106,7 +109,7 @@ class Snapshot:
                 self.spent.append(_path(name))
             return ()
         if isinstance(value, FunctionType | MethodType | partial):
-            return _parts_of_function(value)
+            return self._keep_function(value)
         return self._keep_object(value)
 
     def _keep_tensor(self, tensor: Tensor) -> Iterable[tuple[Any, Any]]:
@@ -158,7 +161,32 @@ class Snapshot:
             return ()
         attributes = getattr(value, "__dict__", None)
         own = list(self._keep_mapping(attributes)) if isinstance(attributes, dict) else []
-        return [*own, *(part for kind in kinds if not _belongs_to_others((kind,)) for part in self._keep_class(kind))]
+        return [
+            *own,
+            *self._keep_slots(value, kinds),
+            *(part for kind in kinds if not _belongs_to_others((kind,)) for part in self._keep_class(kind)),
+        ]
+
+    def _keep_slots(self, value: Any, kinds: Sequence[type]) -> list[tuple[str, Any]]:
+        """Attributes that are in no dictionary."""
+        kept = []
+        for kind in (kind for kind in kinds if not _belongs_to_others((kind,))):
+            for name, slot in vars(kind).items():
+                if isinstance(slot, MemberDescriptorType) and hasattr(value, name):
+                    kept.append((name, getattr(value, name)))
+                    self._undo.callback(slot.__set__, value, kept[-1][1])
+        return kept
+
+    def _keep_function(self, function: Any) -> Iterable[tuple[Any, Any]]:
+        """What a function carries along: the object that it is bound to, arguments, variables from around it."""
+        if isinstance(function, MethodType):
+            return [("__self__", function.__self__), ("__func__", function.__func__)]
+        if isinstance(function, partial):
+            return [("func", function.func), ("args", function.args), ("keywords", function.keywords)]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        filled = [(name, cell) for name, cell in cells if _is_filled(cell)]
+        self._cells += [(cell, cell.cell_contents) for _, cell in filled]
+        return [(name, cell.cell_contents) for name, cell in filled]
 
     def _keep_class(self, kind: type) -> Iterable[tuple[Any, Any]]:
         """Data in the body of a class of the user's, which all of its instances share."""
@@ -243,6 +271,11 @@ def _put_back_collection(values: Any, kept: list[Any]) -> None:
         (values.update if isinstance(values, set) else values.extend)(kept)
 
 
+def _put_back_cell(cell: CellType, kept: Any) -> None:
+    if not _is_filled(cell) or cell.cell_contents is not kept:
+        cell.cell_contents = kept
+
+
 def _put_back_class(kind: type, kept: dict[str, Any]) -> None:
     now = {name: value for name, value in vars(kind).items() if _is_data(name, value)}
     for name in now.keys() - kept.keys():
@@ -260,18 +293,6 @@ def _is_data(name: str, value: Any) -> bool:
 def _to_look_into(values: Sequence[Any] | frozenset[Any]) -> Iterable[tuple[Any, Any]]:
     """The entries of a collection, by number; none where they are many, or plain numbers and words."""
     return enumerate(values) if len(values) <= LARGE and not set(map(type, values)) <= SCALARS else ()
-
-
-def _parts_of_function(function: Any) -> Iterable[tuple[Any, Any]]:
-    """What a function carries along: the object that it is bound to, arguments, variables from around it."""
-    if isinstance(function, MethodType):
-        return [("__self__", function.__self__), ("__func__", function.__func__)]
-    if isinstance(function, partial):
-        return [("func", function.func), ("args", function.args), ("keywords", function.keywords)]
-    names = function.__code__.co_freevars
-    return [
-        (n, cell.cell_contents) for n, cell in zip(names, function.__closure__ or (), strict=True) if _is_filled(cell)
-    ]
 
 
 def _is_filled(cell: Any) -> bool:

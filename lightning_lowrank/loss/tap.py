@@ -126,8 +126,9 @@ class LossTap:
             if self.layer is None and loss.requires_grad and (self._ours or in_training()):
                 self.calls.append(LossCall.of(function, args, kwargs, loss))
 
-    def _note_hook(self) -> None:
-        self.is_hooked |= in_training()
+    def _note_hook(self, hook: Any) -> None:
+        # Fabric's own only checks that its backward was called.
+        self.is_hooked |= in_training() and not str(getattr(hook, "__module__", "")).startswith("lightning")
 
     def _capture(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         self.outputs += [tensor for tensor in _tensors(output)[:1] if tensor.requires_grad]
@@ -136,7 +137,7 @@ class LossTap:
 class _Listening(TorchFunctionMode):
     """Hands on each call of a loss function, with what it gave; and says when a hook is set on a tensor."""
 
-    def __init__(self, hear: Callable[..., None], note_hook: Callable[[], None]) -> None:
+    def __init__(self, hear: Callable[..., None], note_hook: Callable[[Any], None]) -> None:
         super().__init__()
         self._hear, self._note_hook = hear, note_hook
 
@@ -145,7 +146,8 @@ class _Listening(TorchFunctionMode):
         if func in FORMS:
             self._hear(func, args, kwargs or {}, result)
         elif func in HOOKING:
-            self._note_hook()
+            hook = args[1] if len(args) > 1 else None
+            self._note_hook(getattr(hook, "func", hook))
         return result
 
 

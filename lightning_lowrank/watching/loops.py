@@ -141,8 +141,10 @@ class Watching:
         self.batch_begins(batch)
         try:
             yield
-        except BaseException:
-            self.ends()
+        except BaseException:  # the loop may go on after it
+            self._unhook()
+            for watch in self._watches:
+                watch.batch_failed()
             raise
         self.batch_over()
 
@@ -198,6 +200,11 @@ class Watching:
         finally:
             for watch in self._watches:
                 watch.validation_over(self._training)
+
+    def say_if_idle(self) -> None:
+        """Warn if the loop has shown no batch."""
+        for watch in self._watches if not self._count else ():
+            watch.journal.warn_once("no batch was seen: put each of the loop in `with watch.batch(batch):`")
 
     def ends(self) -> None:
         """Leave no hook behind."""
@@ -259,7 +266,7 @@ def watching(
         save_checkpoint: Writes a checkpoint at a path, for alerts that ask for one.
 
     Raises:
-        ValueError: What a monitor asks for is not there, or two monitors write the same tags.
+        ValueError: What a monitor asks for is not there, two monitors write the same tags, or an argument is none.
 
     Example:
         >>> from lightning_lowrank import RankMonitor
@@ -273,13 +280,26 @@ def watching(
         >>> round(watch.metrics["rank/gradient_stable_rank_median"], 2)
         1.0
     """
+    _refuse_strangers(monitors, loggers)
     several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     watch = Watching(LoopTraining(model, several, loggers, folder, save_checkpoint), monitors)
     try:
         watch.begins()
         yield watch
+        watch.say_if_idle()
     finally:
         watch.ends()
+
+
+def _refuse_strangers(monitors: Sequence[Any], loggers: Any) -> None:
+    for monitor in monitors:
+        if not isinstance(monitor, Monitor):
+            raise ValueError(f"{monitor!r} is no monitor: watching(model, optimizer, RankMonitor(), ...)")
+    if isinstance(loggers, str) or not isinstance(loggers, Sequence):
+        raise ValueError(f"loggers={loggers!r}: a list of loggers, as [CSVLogger('runs')]")
+    for logger in loggers:
+        if not hasattr(logger, "log_metrics"):
+            raise ValueError(f"loggers=[{logger!r}]: a logger has log_metrics(metrics, step)")
 
 
 def _plain(module: Any) -> nn.Module:

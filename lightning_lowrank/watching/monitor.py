@@ -57,6 +57,8 @@ class Monitor(Arguments, L.Callback):
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
     ) -> None:
+        if name == "":
+            raise ValueError("name='': a word, which begins all tags, or None")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)

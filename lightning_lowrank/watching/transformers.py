@@ -55,6 +55,11 @@ class WatchCallback(TrainerCallback):
         """Choose the sites, and go on where a run was stopped."""
         folder = args.output_dir or "."
         loggers = [TensorBoardLogger(folder, "lowrank", version="")] if self._loggers is None else self._loggers
+        for monitor in self.monitors if self._batch is None else ():
+            if any(getattr(recorder.probe.source, "loss_fn", None) for recorder in monitor.recorders):
+                raise ValueError(
+                    f"{monitor!r}: transformers.Trainer shows no batch; give WatchCallback(..., batch=...)"
+                )
         training = _HiddenLoss(model, [optimizer], loggers, folder)
         self._watch = Watching(training, self.monitors)
         self._watch.begins()
@@ -104,3 +109,11 @@ class _HiddenLoss(LoopTraining):
     def no_live_graph(self) -> str | None:
         """There is none to look at."""
         return "transformers.Trainer, which does not show its loss"
+
+    def refuse_rerun(self) -> None:
+        """Refuse: there is no step that could be called.
+
+        Raises:
+            ValueError: With the way out.
+        """
+        raise ValueError("transformers.Trainer has no training_step to run again")

@@ -139,7 +139,10 @@ class Watch:
             for recorder in self.recorders:
                 recorder.begin()
         self.journal.count_errors(loggers.reopen(training.loggers))
-        troubles, self._enabled = plan(self.recorders, training)
+        try:
+            troubles, self._enabled = plan(self.recorders, training)
+        except ValueError as error:
+            raise ValueError(f"{self.label}: {error}") from error
         for trouble in troubles:
             self.journal.warn_once(trouble)
         known = {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
@@ -202,6 +205,13 @@ class Watch:
         if sampling.complete:
             self._sampling = None
         self._alert(training)
+
+    def batch_failed(self) -> None:
+        """Give up the sample of a batch that an exception has left, and take it of the next batch."""
+        self._unhook()
+        with self._guard():
+            self._waiting = self._unfinished()
+            self._abandon()
 
     def epoch_over(self) -> None:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""

@@ -52,6 +52,39 @@ def test_what_only_others_hold_stays_written() -> None:
     assert_close(others, torch.ones(2))
 
 
+class Slotted:
+    """An object without a dictionary."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def test_attributes_in_slots_are_put_back() -> None:
+    thing = Slotted()
+    snapshot = Snapshot(root=Holder(thing=thing))
+    thing.count = 3
+    snapshot.restore()
+
+    assert thing.count == 0
+
+
+def test_variables_from_around_a_function_are_put_back() -> None:
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    snapshot = Snapshot(root=Holder(step=step))
+    step()
+    snapshot.restore()
+
+    assert count == 0
+
+
 def inference() -> Tensor:
     with torch.inference_mode():
         return torch.ones(3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -19,6 +20,7 @@ from lightning_lowrank import (
     Alert,
     ConcentrationMonitor,
     CurvatureMonitor,
+    DormantUnitsMonitor,
     GradientAnatomyMonitor,
     Monitor,
     MultifractalMonitor,
@@ -45,6 +47,7 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     "multifractal": lambda: MultifractalMonitor(every_n_steps=2, detail="all"),
     "anatomy": lambda: GradientAnatomyMonitor(every_n_steps=2, detail="all"),
     "concentration": lambda: ConcentrationMonitor(every_n_steps=2, detail="all"),
+    "dormant units": lambda: DormantUnitsMonitor(every_n_steps=2, detail="all"),
     "noise scale": lambda: NoiseScaleMonitor(every_n_steps=2, detail="all", loss_fn=loss_of),
 }
 # What a clock says.
@@ -218,6 +221,69 @@ def test_fabric_gives_the_numbers_of_a_trainer(name: str) -> None:
                 optimizer.zero_grad()
 
     assert_same((curves(logger), [p.detach() for p in plain.parameters()]), in_trainer(MONITORS[name]()))
+
+
+def test_fabric_shows_the_live_loss() -> None:
+    fabric, monitor = Fabric(accelerator="cpu", devices=1), CurvatureMonitor(every_n_steps=2, detail="all")
+    net, optimizer = fabric.setup(plain := Net(), torch.optim.AdamW(plain.parameters(), lr=1e-2))
+    with watching(net, optimizer, monitor) as watch:
+        for batch in list(DataLoader(digits(), batch_size=8))[:STEPS]:
+            with watch.batch(batch):
+                fabric.backward(watch.loss(loss_of(net, batch)))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert monitor.failures == 0
+    assert monitor.latest is not None and np.isfinite(monitor.latest.values["batch_sharpness"][""])
+
+
+def test_a_batch_that_fails_is_no_sample_and_those_after_it_are() -> None:
+    net, logger = Net(), MemoryLogger()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    monitors = [RankMonitor(SOURCES, every_n_steps=1), GradientAnatomyMonitor(every_n_steps=1)]
+    with watching(net, optimizer, *monitors, loggers=[logger]) as watch:
+        for i, batch in enumerate(list(DataLoader(digits(), batch_size=8))[:STEPS]):
+            try:
+                with watch.batch(batch):
+                    loss = watch.loss(loss_of(net, batch))
+                    if i == 2:
+                        raise MemoryError
+                    loss.backward()
+                    optimizer.step()
+            except MemoryError:
+                optimizer.zero_grad()
+            assert not any(part._forward_hooks for part in net.modules())
+
+    assert list(logger.curve("rank/gradient_stable_rank_median")) == list(range(STEPS - 1))
+    assert [monitor.failures for monitor in monitors] == [0, 0]
+
+
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "is no monitor: watching": ((RankMonitor,), {}),
+    "is no monitor": (([RankMonitor()],), {}),
+    "a list of loggers": ((RankMonitor(),), {"loggers": "runs"}),
+    "a list of loggers, as": ((RankMonitor(),), {"loggers": MemoryLogger()}),
+    "a logger has log_metrics": ((RankMonitor(),), {"loggers": ["runs"]}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_refused_in_words(message: str) -> None:
+    monitors, options = WRONG[message]
+    net = Net()
+    make = watching.__wrapped__  # type: ignore[attr-defined]
+    function = getattr(make, "__wrapped__", make)  # without the type checks of the tests
+    with pytest.raises(ValueError, match=message):
+        next(function(net, torch.optim.SGD(net.parameters(), lr=0.1), *monitors, **options))
+
+
+def test_a_loop_that_shows_no_batch_is_told_so() -> None:
+    net = Net()
+    with (
+        pytest.warns(UserWarning, match=r"no batch was seen.*with watch\.batch"),
+        watching(net, torch.optim.SGD(net.parameters(), lr=0.1), RankMonitor()),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", MONITORS)

@@ -116,6 +116,12 @@ def test_what_needs_the_live_loss_is_refused_with_the_way_out(tmp_path: Path, mo
         trained(tmp_path, WatchCallback(monitor(), loggers=[]))
 
 
+def test_a_function_without_a_batch_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    monitor = CurvatureMonitor(loss_fn=lambda model, batch: model(**batch).loss)
+    with pytest.raises(ValueError, match=r"shows no batch; give WatchCallback\(\.\.\., batch=\.\.\.\)"):
+        trained(tmp_path, WatchCallback(monitor, loggers=[]))
+
+
 def test_with_a_function_and_a_batch_the_loss_is_run_again(tmp_path: Path) -> None:
     batch = {key: torch.stack([row[key] for row in texts()[:4]]) for key in ("input_ids", "labels")}
     monitor = CurvatureMonitor(every_n_steps=3, loss_fn=lambda model, batch: model(**batch).loss)
