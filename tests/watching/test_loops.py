@@ -237,6 +237,23 @@ def test_fabric_shows_the_live_loss() -> None:
     assert monitor.latest is not None and np.isfinite(monitor.latest.values["batch_sharpness"][""])
 
 
+def test_a_loss_that_is_never_shown_is_said_with_what_to_do() -> None:
+    net, monitor = Net(), CurvatureMonitor(every_n_steps=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loop() -> None:
+        with watching(net, optimizer, monitor) as watch:
+            for batch in list(DataLoader(digits(), batch_size=8))[:STEPS]:
+                with watch.batch(batch):
+                    loss_of(net, batch).backward()
+                    optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"call watch\.loss") as caught:
+        loop()
+
+    assert len([w for w in caught if "lightning_lowrank" in str(w.message)]) == 1
+
+
 def test_a_batch_that_fails_is_no_sample_and_those_after_it_are() -> None:
     net, logger = Net(), MemoryLogger()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)

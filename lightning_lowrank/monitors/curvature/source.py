@@ -49,6 +49,10 @@ CORE = (
 
 # How a loss is seen, in words.
 HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
+UNSEEN = (
+    "the loss was not seen: in a loop of your own call watch.loss(loss) before its backward pass, in manual "
+    "optimization self.manual_backward(loss)"
+)
 
 
 @dataclass
@@ -216,6 +220,8 @@ class Curvature(NumberSource):
             with self._replay.together(self._training) as seen:
                 self._choice = look_together(self._choice, seen.loss, team)
                 self._sample.found = self._measured(seen.loss, seen.output_loss)
+        elif self._sample.tap is not None:  # which the loss takes away
+            self.trouble = self.trouble or ValueError(UNSEEN)
         found, parameters = self._sample.found or Found(), self._sample.measured
         found.values |= self._movement.shares(self._trained)
         if "curvature_symmetry_defect" in found.values:
