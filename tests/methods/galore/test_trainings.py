@@ -300,7 +300,7 @@ def test_lack_of_memory_in_a_projection_leaves_whole_weights(monkeypatch: pytest
             raise torch.OutOfMemoryError("none left")
         return narrow(self, *given)
 
-    with watching(net, optimizer, GaLore(**OPTIONS)):
+    with watching(net, optimizer, GaLore(**OPTIONS)) as watch, watch.batch():
         cross_entropy(net(digits().tensors[0]), digits().tensors[1]).backward()
         monkeypatch.setattr(LowRankMatrix, "narrow", fail)
         with pytest.raises(torch.OutOfMemoryError):
