@@ -3,7 +3,6 @@
 import dis
 import inspect
 import queue
-import random
 from collections import deque
 from collections.abc import Iterator
 from functools import cache
@@ -18,8 +17,9 @@ from torch import Tensor
 
 # Whatever is taken from them is gone.
 SPENT = (Iterator, IOBase, socket, queue.Queue, queue.SimpleQueue)
-GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-STATE = (list, dict, set, deque, bytearray, Tensor, np.ndarray, *SPENT, *GENERATORS)
+STATE = (list, dict, set, deque, bytearray, Tensor, np.ndarray, torch.Generator, *SPENT)
+# Where generators of random numbers are from.
+GENERATORS = {"random", "numpy"}
 
 # The namespace of a Python module, and a name in it.
 Variable = tuple[dict[str, Any], str]
@@ -48,9 +48,15 @@ def variables(step: Any, owner: type) -> list[Variable]:
         for name, is_written in _named(here.__code__).items():
             value = here.__globals__.get(name)
             waiting.append(value)
-            if is_written or isinstance(value, STATE) or type(value).__module__ == home:
+            if is_written or _is_state(value, home):
                 found[name] = here.__globals__, name
     return [variable for variable in found.values() if variable[1] in variable[0]]
+
+
+def _is_state(value: Any, home: str) -> bool:
+    """Whether it may change: a container, a generator, an object of a class of the same Python module."""
+    origin = type(value).__module__
+    return isinstance(value, STATE) or origin == home or origin.partition(".")[0] in GENERATORS
 
 
 @cache
