@@ -170,7 +170,8 @@ class Snapshot:
     def _keep_slots(self, value: Any, kinds: Sequence[type]) -> list[tuple[str, Any]]:
         """Attributes that are in no dictionary."""
         kept = []
-        for kind in (kind for kind in kinds if not _belongs_to_others((kind,))):
+        # Classes written in C have none of their own, and members that nobody can write.
+        for kind in (kind for kind in kinds if "__slots__" in vars(kind) and not _belongs_to_others((kind,))):
             for name, slot in vars(kind).items():
                 if isinstance(slot, MemberDescriptorType) and hasattr(value, name):
                     kept.append((name, getattr(value, name)))
