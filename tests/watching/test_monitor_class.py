@@ -18,7 +18,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
 )
-from tests.trainings import Classifier
+from tests.trainings import QUIET, Classifier
 
 KINDS: list[Callable[..., Monitor]] = [
     RankMonitor,
@@ -125,3 +125,21 @@ def test_places_in_a_checkpoint_are_plain_words_once_a_run_begins() -> None:
     fit(other)
 
     assert monitor.state_key == other.state_key == "RankMonitor"
+
+
+class WithItsOwn(Classifier):
+    """Brings a monitor along."""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [MultifractalMonitor(every_n_steps=2)]
+
+
+def test_a_monitor_of_the_modules_own_leaves_those_of_the_trainer() -> None:
+    """Lightning puts a module's callback in the place of the Trainer's of the same class, and of no other."""
+    theirs = RankMonitor(every_n_steps=2)
+    trainer = L.Trainer(**QUIET, max_steps=3, logger=False, callbacks=[theirs])
+    trainer.fit(WithItsOwn())
+
+    (own,) = [callback for callback in trainer.callbacks if isinstance(callback, MultifractalMonitor)]
+    assert theirs in trainer.callbacks
+    assert theirs.latest is not None and own.latest is not None
