@@ -1,4 +1,4 @@
-# Needs Python 3.11 and make, and nothing else.  make demo | test | evidence | bench | gpu | browser | lint | format | clean
+# Needs Python 3.11 and make.  make demo | test | evidence | bench | gpu | browser | lint | format | clean
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)

@@ -12,7 +12,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -160,17 +160,13 @@ def trainings(args: argparse.Namespace) -> Rows:
     return rows
 
 
-class report_trouble(suppress):  # noqa: N801
+@contextmanager
+def report_trouble(rows: Rows, **what: Any) -> Iterator[None]:
     """What one part cannot do is a row, and the others go on."""
-
-    def __init__(self, rows: Rows, **what: Any) -> None:
-        super().__init__(Exception)
-        self.rows, self.what = rows, what
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        if error is not None:
-            self.rows.append({**self.what, "trouble": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-        return bool(super().__exit__(kind, error, trace))
+    try:
+        yield
+    except Exception as error:  # a driver that is not there, memory that does not suffice
+        rows.append({**what, "trouble": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
 
 
 def routes(matrix: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -114,7 +114,7 @@ class Replay:
         _reshard(module)
         step = self.loss_fn or training.step_function
         snapshot = Snapshot(
-            variables=variables(step, type(module)),
+            variables=variables(step, {type(part) for part in module.modules()}),
             module=module,
             optimizers=[optimizer.param_groups for optimizer in training.optimizers],
             hooks=[getattr(part, kind) for part in module.modules() for kind in FORWARD_HOOKS],

@@ -88,8 +88,7 @@ class Snapshot:
             (_put_back_cell, self._cells),
         ):
             self._undo.callback(_for_each, put_back, kept)
-        for namespace, name, value in self._variables:
-            self._undo.callback(namespace.__setitem__, name, value)
+        self._undo.callback(_put_back_variables, self._variables)
         self._undo.close()
 
     def _keep(self, value: Any, name: Any) -> Iterable[tuple[Any, Any]]:
@@ -270,6 +269,12 @@ def _put_back_collection(values: Any, kept: list[Any]) -> None:
     if not _same(values, kept):
         values.clear()
         (values.update if isinstance(values, set) else values.extend)(kept)
+
+
+def _put_back_variables(kept: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+    for namespace, name, value in kept:
+        if name not in namespace or namespace[name] is not value:
+            namespace[name] = value
 
 
 def _put_back_cell(cell: CellType, kept: Any) -> None:

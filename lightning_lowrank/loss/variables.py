@@ -4,7 +4,8 @@ import dis
 import inspect
 import queue
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from io import IOBase
 from socket import socket
@@ -25,47 +26,71 @@ GENERATORS = {"random", "numpy"}
 Variable = tuple[dict[str, Any], str]
 
 
-def variables(step: Any, owner: type) -> list[Variable]:
-    """Global variables with state that a step names, and that functions of the same Python module name which it may
-    call: those named in turn, and methods of the owner's classes.
+@dataclass(frozen=True)
+class Named:
+    """Names in the code of a function and of those inside it.
+
+    Attributes:
+        read: Global variables.
+        written: Those of them that it writes.
+        attributes: What it asks objects for.
+    """
+
+    read: frozenset[str]
+    written: frozenset[str]
+    attributes: frozenset[str]
+
+
+def variables(step: Any, owners: Iterable[type]) -> list[Variable]:
+    """Global variables with state that a step names, or functions of the same Python file that it may call.
+
+    Those are functions that it names, and methods whose names it has, each in turn; `forward` is always called.
 
     Args:
         step: A function or method.
-        owner: Class of the module that it belongs to.
+        owners: Classes that may have the methods: those of the module and its layers.
     """
     function = inspect.unwrap(getattr(step, "__func__", step))
     if not isinstance(function, FunctionType):
         return []
     home = function.__module__
-    methods = [value for kind in owner.__mro__ if kind.__module__ == home for value in vars(kind).values()]
-    waiting, seen = [function, *methods], set[int]()
+    kinds = {kind for owner in owners for kind in owner.__mro__ if kind.__module__ == home}
+    waiting, seen = [function, *_methods(kinds, {"forward"})], set[int]()
     found: dict[str, Variable] = {}
     while waiting:
         here = waiting.pop()
         if not isinstance(here, FunctionType) or here.__module__ != home or id(here) in seen:
             continue
         seen.add(id(here))
-        for name, is_written in _named(here.__code__).items():
-            value = here.__globals__.get(name)
+        names = _named(here.__code__)
+        waiting += _methods(kinds, names.attributes)
+        for name in names.read & here.__globals__.keys():
+            value = here.__globals__[name]
             waiting.append(value)
-            if is_written or _is_state(value, home):
+            if name in names.written or _is_state(value, home):
                 found[name] = here.__globals__, name
-    return [variable for variable in found.values() if variable[1] in variable[0]]
+    return list(found.values())
+
+
+def _methods(kinds: Iterable[type], names: Iterable[str]) -> list[Any]:
+    return [vars(kind)[name] for kind in kinds for name in names if name in vars(kind)]
 
 
 def _is_state(value: Any, home: str) -> bool:
-    """Whether it may change: a container, a generator, an object of a class of the same Python module."""
+    """Whether it may change: a container, a generator, an object of a class of the same Python file."""
     origin = type(value).__module__
     return isinstance(value, STATE) or origin == home or origin.partition(".")[0] in GENERATORS
 
 
 @cache
-def _named(code: CodeType) -> dict[str, bool]:
-    """Global names in a function and in those inside it, and whether they are written."""
-    names: dict[str, bool] = {}
-    for part in dis.get_instructions(code):
-        if part.opname in ("LOAD_GLOBAL", "STORE_GLOBAL"):
-            names[part.argval] = names.get(part.argval, False) or part.opname == "STORE_GLOBAL"
-    for inside in (constant for constant in code.co_consts if isinstance(constant, CodeType)):
-        names = {name: names.get(name, False) or written for name, written in (names | _named(inside)).items()}
-    return names
+def _named(code: CodeType) -> Named:
+    parts = [(part.opname, part.argval) for part in dis.get_instructions(code)]
+    written = {name for kind, name in parts if kind == "STORE_GLOBAL"}
+    read = {name for kind, name in parts if kind == "LOAD_GLOBAL"} | written
+    attributes = {name for kind, name in parts if kind in ("LOAD_ATTR", "LOAD_METHOD")}
+    inside = [_named(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return Named(
+        frozenset(read).union(*(one.read for one in inside)),
+        frozenset(written).union(*(one.written for one in inside)),
+        frozenset(attributes).union(*(one.attributes for one in inside)),
+    )

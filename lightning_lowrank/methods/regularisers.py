@@ -171,8 +171,8 @@ class JacobianPenalty(L.Callback):
                 f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward"
             )
         if self.add:  # a new list: the Trainer is going through the old one
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            trainer.callbacks = [*(other for other in callbacks if other is not self), self]  # type: ignore[attr-defined]
+            untyped: Any = trainer  # whose callbacks Lightning declares nowhere
+            untyped.callbacks = [*(other for other in untyped.callbacks if other is not self), self]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -305,7 +305,7 @@ class NoiseScaleMonitor(Monitor):
         per_site: Without effect: there are no sites.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, parameters are sharded,

@@ -135,7 +135,7 @@ class RepresentationMonitor(Monitor):
         per_site: Scalars of single blocks: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
-        max_overhead: Share of training time that it may take, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer cannot be

@@ -106,7 +106,9 @@ def test_training_is_the_same_with_all_monitors(case: str, device: str, tmp_path
     if device == "cpu" and case in ON_CUDA:
         pytest.skip("is of CUDA only")
     make, more = (CASES | ON_CUDA)[case]
-    options = lambda: on(device, max_steps=6, max_epochs=1, **more(device))  # noqa: E731
+
+    def options() -> dict[str, Any]:
+        return on(device, max_steps=6, max_epochs=1, **more(device))
 
     monitors = accepted(make, options(), tmp_path)
     alone, watched = (trained(make, options(), callbacks, tmp_path) for callbacks in ([], monitors))

@@ -41,7 +41,11 @@ def _rows(layer: Any, inputs: Tensor, output: Tensor) -> tuple[np.ndarray, np.nd
     if isinstance(layer, nn.Conv2d):
         inputs = unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
         signals = signals.flatten(2).mT
-    return tuple(part.double().reshape(-1, part.shape[-1]).numpy() for part in (inputs, signals))  # type: ignore[return-value]
+    return _matrix(inputs), _matrix(signals)
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    return tensor.double().reshape(-1, tensor.shape[-1]).numpy()
 
 
 def gradient_of(run: Run, step: Step, name: str) -> np.ndarray:

@@ -104,10 +104,7 @@ def _targets(here: Dense, random: np.random.Generator) -> np.ndarray:
 
 
 def _spread(rows: list[Sums]) -> Sums:
-    return {
-        name: Drawn(float(np.mean([row[name] for row in rows])), float(np.std([row[name] for row in rows], ddof=1)))  # type: ignore[misc]
-        for name in rows[0]
-    }
+    return {name: Drawn.of([row[name] for row in rows]) for name in rows[0]}
 
 
 def _of_matrix(matrix: np.ndarray, full: bool) -> Sums:

@@ -1,8 +1,9 @@
 """Masses around neurons by sorting and counting, their moments by sums, exponents by fitted lines: numpy alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lgamma
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class Drawn(NamedTuple):
 
     mean: float
     deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> "Drawn":
+        """From some draws."""
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
 @dataclass(frozen=True)
@@ -191,15 +197,15 @@ def _of_a_null(run: Run, null: str, draw: object, found: Found) -> None:
     random, last = np.random.default_rng(0), len(run.steps) - 1
     drawn = {
         i: [numbers(published(draw(run, run.steps[i], random)), ORDERS[::5]) for _ in range(DRAWS)] for i in (0, last)
-    }  # type: ignore[operator]
+    }
     for i, rows in drawn.items():
         for name in COMPARED:
             values = [row[name] for row in rows if not np.isnan(row[name])]
             tag = f"neuromfa_{name}_{null}"
-            found.setdefault(tag, {}).setdefault("", {})[i] = Drawn(np.mean(values), np.std(values, ddof=1))  # type: ignore[assignment]
+            found.setdefault(tag, {}).setdefault("", {})[i] = Drawn.of(values)
     pairs = [_emergence(now, first) for now, first in zip(drawn[last], drawn[0], strict=True)]
     sound = [value for value in pairs if not np.isnan(value)]
-    found[f"neuromfa_emergence_{null}"] = {"": {0: 0.0, last: Drawn(np.mean(sound), np.std(sound, ddof=1))}}  # type: ignore[dict-item]
+    found[f"neuromfa_emergence_{null}"] = {"": {0: 0.0, last: Drawn.of(sound)}}
 
 
 def _shuffled(run: Run, step: Step, random: np.random.Generator) -> list[np.ndarray]:

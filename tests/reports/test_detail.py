@@ -19,6 +19,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
 )
+from lightning_lowrank.reports.report import DETAILS
 from tests.tab import written
 from tests.trainings import Classifier, MemoryLogger
 
@@ -113,8 +114,9 @@ def test_single_sites_are_written_at_any_detail_if_asked_for(detail: Any) -> Non
 
 def test_each_detail_has_what_the_one_before_has_and_more() -> None:
     tags = []
-    for detail in ("core", "standard", "all"):
-        trained(perceptron(3), [NTKMonitor(num_examples=2, num_projections=4, detail=detail)], logger := MemoryLogger())  # type: ignore[arg-type]
+    for detail in DETAILS:
+        monitor = NTKMonitor(num_examples=2, num_projections=4, detail=detail)
+        trained(perceptron(3), [monitor], logger := MemoryLogger())
         tags.append(set(logger.curves()))
 
     core, standard, everything = tags
