@@ -105,7 +105,9 @@ def test_steps_of_plain_sgd_stay_within_their_subspaces() -> None:
     for name, p in module.named_parameters():
         if p.ndim == 2:
             values = torch.linalg.svdvals(p.detach() - before[name])
-            assert values[2] > 0 and values[3] < 1e-5 * values[0]
+            # Each of the eight steps rounds the weights once.
+            rounding = 8 * torch.finfo(p.dtype).eps * before[name].norm()
+            assert values[2] > 100 * rounding and values[3] < rounding
 
 
 class Clips(L.Callback):
