@@ -26,7 +26,7 @@ from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import GaLore, watching
 from lightning_lowrank.methods.elementwise import num_bytes, state_of
 from lightning_lowrank.methods.galore.bases import Bases, Basis, Projection
-from lightning_lowrank.methods.galore.callback import Side, projection_of
+from lightning_lowrank.methods.galore.ranks import Side, projection_of
 
 RATE, RANK = 2.5e-3, 16
 RATES = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)

@@ -23,10 +23,12 @@ class Act(ABC):
     Attributes:
         name: Of the method, in messages.
         warn: Says what went wrong; each kind once.
+        say: Says what it does.
     """
 
     name: str
     warn: Callable[[str], None] = staticmethod(lambda message: None)
+    say: Callable[[str], None] = staticmethod(lambda message: None)
 
     @abstractmethod
     def begin(self, training: Training) -> str:
@@ -62,7 +64,7 @@ class ActingWatch(Watch):
     def __init__(self, act: Act, probes: Sequence[Probe], style: Style, **options: Any) -> None:
         super().__init__(probes, style, **options)
         self._act = act
-        act.warn = self.journal.warn_once
+        act.warn, act.say = self.journal.warn_once, self.journal.info_once
 
     def begins(self, training: Training) -> None:
         """Act, then choose what to report on."""

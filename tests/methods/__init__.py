@@ -16,11 +16,11 @@ _GALORE: dict[str, Any] = {"rank": 3, "update_every": 4, "every_n_steps": 3, "ma
 
 METHODS: dict[str, Callable[..., Method]] = {
     "galore": lambda **options: GaLore(**_GALORE | options),
-    "galore, svd, both sides, rotated": lambda **options: GaLore(
-        **_GALORE | {"side": "both", "basis": "svd", "on_refresh": "rotate"} | options
+    "galore, measured, svd, both sides, rotated": lambda **options: GaLore(
+        **_GALORE | {"rank": "measured", "side": "both", "basis": "svd", "on_refresh": "rotate"} | options
     ),
-    "galore, random, reset": lambda **options: GaLore(
-        **_GALORE | {"basis": "random", "on_refresh": "reset", "stagger": False} | options
+    "galore, random, reset, fira": lambda **options: GaLore(
+        **_GALORE | {"basis": "random", "on_refresh": "reset", "residual": "fira", "stagger": False} | options
     ),
 }
 

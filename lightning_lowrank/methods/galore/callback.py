@@ -2,23 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Literal
 
 from torch import nn
 
 from lightning_lowrank.measuring.number_source import Detail, refuse_seed
-from lightning_lowrank.methods.galore.bases import Basis, Projection
+from lightning_lowrank.methods.galore.bases import Basis
 from lightning_lowrank.methods.galore.curves import GaLoreNumbers
-from lightning_lowrank.methods.galore.matrix import LowRankMatrix, OnRefresh, Policy
+from lightning_lowrank.methods.galore.matrix import LowRankMatrix, OnRefresh, Policy, Residual
+from lightning_lowrank.methods.galore.ranks import Rank, Side, projection_of, ranks_by_tag, refuse_rank
 from lightning_lowrank.methods.galore.steps import LowRankSteps
 from lightning_lowrank.methods.matrices import Patterns, matrices, sides
 from lightning_lowrank.methods.method import Method
-from lightning_lowrank.models.names import chosen_parameters
-
-# The whole number first: LightningCLI takes the first that fits.
-Rank = int | float
-Side = Literal["auto", "left", "right", "both"]
 
 
 class GaLore(Method):
@@ -47,14 +42,18 @@ class GaLore(Method):
     the basis ("subspace"), or a full SVD ("svd"). A report takes an eigendecomposition per matrix.
 
     Args:
-        rank: Of all matrices: a share of the short side up to 1, or a whole number; or one for each pattern, which then
-            choose the matrices.
+        rank: Of all matrices: a share of the short side up to 1, a whole number, or "measured"; or one for each
+            pattern, which then choose the matrices. "measured" begins at a quarter of the short side. The third basis
+            gets the largest energy rank of the gradients of the first three, as `RankMonitor` measures it, rounded up
+            to parts of 1/32, and a quarter at most. Where that is less, moments begin anew then.
         update_every: Steps between two bases of a matrix.
         scale: Factor of the steps.
         side: What is projected: "auto" the short side, "left" rows, "right" columns, "both" for a state of r x r.
         basis: "subspace": one step of subspace iteration from the last basis. "svd": singular vectors. "random":
             orthonormal and drawn; only a seed is kept, and it is drawn anew each step.
         on_refresh: What becomes of moments: "keep" their coordinates, "reset" them, or "rotate" them with the basis.
+        residual: What becomes of what the subspace leaves of a gradient: None, or "fira": a step too, each column of it
+            scaled as that of the projection, and its norm limited to grow by 1 % a step. One side only.
         match: Matrices: globs, `re:REGEX`, `type:LAYERCLASS`; all but embeddings and the last linear layer unless
             given.
         exclude: The same, taken away.
@@ -76,7 +75,8 @@ class GaLore(Method):
 
     References:
         Zhao et al. (2024), GaLore, arXiv:2403.03507; Liang et al. (2024), Online Subspace Descent, arXiv:2408.12857,
-        for subspace iteration; Robert et al. (2024), LDAdam, arXiv:2410.16103, for the rotation of moments.
+        for subspace iteration; Robert et al. (2024), LDAdam, arXiv:2410.16103, for the rotation of moments; Chen et al.
+        (2024), Fira, arXiv:2410.01623, for the residual.
     """
 
     word = "galore"
@@ -89,6 +89,7 @@ class GaLore(Method):
         side: Side = "auto",
         basis: Basis = "subspace",
         on_refresh: OnRefresh = "keep",
+        residual: Residual = None,
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         stagger: bool = True,
@@ -100,7 +101,7 @@ class GaLore(Method):
         name: str | None = None,
     ) -> None:
         for one in rank.values() if isinstance(rank, Mapping) else [rank]:
-            _refuse_rank(one)
+            refuse_rank(one)
         if isinstance(rank, Mapping) and (not rank or match is not None):
             raise ValueError(
                 f"GaLore(rank={rank!r}, match={match!r}): patterns of rank, one at least, choose the matrices"
@@ -109,8 +110,13 @@ class GaLore(Method):
             raise ValueError(f"update_every={update_every}: at least 1 optimizer step")
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale={scale}: a factor above 0")
+        if residual is not None and side == "both":
+            raise ValueError(
+                f"GaLore(side='both', residual={residual!r}): it scales columns that the projection leaves whole, and "
+                "of both sides none is left; side='auto'"
+            )
         refuse_seed(seed)
-        policy = Policy(update_every, basis, on_refresh, seed)
+        policy = Policy(update_every, basis, on_refresh, residual, seed)
         choose = partial(_chosen, rank=rank, side=side, policy=policy, match=match, exclude=exclude, stagger=stagger)
         steps = self._steps = LowRankSteps(choose, scale)
         super().__init__(
@@ -135,32 +141,11 @@ def _chosen(
 ) -> tuple[list[LowRankMatrix], dict[str, str]]:
     """Matrices of a module, and why others were left out."""
     choice = matrices(module, list(rank) if isinstance(rank, Mapping) else match, exclude)
-    ranks = _ranks(module, rank, list(choice.matrices))
+    ranks = ranks_by_tag(module, rank, list(choice.matrices))
     found = []
     for i, (tag, parameter) in enumerate(choice.matrices.items()):
         offset = i * policy.update_every // len(choice.matrices) if stagger else 0
         projection = projection_of(side, sides(parameter), ranks[tag])
-        found.append(LowRankMatrix(tag, parameter, projection, policy, offset))
+        samples: list[float] | None = [] if ranks[tag] == "measured" else None
+        found.append(LowRankMatrix(tag, parameter, projection, policy, offset, samples))
     return found, choice.left_out
-
-
-def _ranks(module: nn.Module, rank: Rank | Mapping[str, Rank], tags: Sequence[str]) -> dict[str, Rank]:
-    """By tag; of several patterns that fit, the first counts."""
-    if not isinstance(rank, Mapping):
-        return dict.fromkeys(tags, rank)
-    fitting = [(dict.fromkeys(chosen_parameters(module, pattern, None), one)) for pattern, one in rank.items()]
-    return {tag: one for ranks in reversed(fitting) for tag, one in ranks.items()}
-
-
-def projection_of(side: Side, shape: tuple[int, int], rank: Rank) -> Projection:
-    """How a matrix of a shape is projected."""
-    short = min(shape)
-    size = min(rank, short) if isinstance(rank, Integral) else max(1, round(rank * short))
-    left = side in ("left", "both") or (side == "auto" and shape[0] < shape[1])
-    right = side in ("right", "both") or (side == "auto" and shape[0] >= shape[1])
-    return Projection(int(size), left, right)
-
-
-def _refuse_rank(rank: Rank) -> None:
-    if rank < 1 if isinstance(rank, Integral) else not 0 < rank <= 1:
-        raise ValueError(f"rank={rank!r}: a share of the short side above 0 and up to 1, or a whole number from 1 on")

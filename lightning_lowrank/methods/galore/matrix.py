@@ -2,7 +2,8 @@
 
 import time
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.methods.galore.bases import Bases, Basis, Projection, without_rounding
+from lightning_lowrank.methods.galore.ranks import SAMPLES, energy_rank_of, measured_rank
+from lightning_lowrank.methods.galore.residual import limited, residual_step
 from lightning_lowrank.methods.matrices import sides
 
 OnRefresh = Literal["keep", "reset", "rotate"]
+Residual = Literal["fira"] | None
 
 # Moments that turn with the basis, and squares of gradients, which turn as variances do.
 LINEAR = ("exp_avg", "momentum_buffer")
@@ -27,12 +31,14 @@ class Policy:
         update_every: Steps between refreshes.
         basis: How bases are made.
         on_refresh: What becomes of moments.
+        residual: What becomes of what the subspace leaves of a gradient.
         seed: Of what is drawn.
     """
 
     update_every: int
     basis: Basis
     on_refresh: OnRefresh
+    residual: Residual
     seed: int
 
 
@@ -46,8 +52,10 @@ class LowRankMatrix:
         projection: How its gradient is projected.
         policy: When and how bases are made.
         offset: Steps by which its refreshes come later than every `update_every`-th.
+        samples: Energy ranks of its first gradients, of which its rank is made; None where that was asked for.
         bases: Those of now; None before the first gradient, and between steps where they are drawn.
         numbers: Of the last refresh.
+        residual_norm: Of the last step outside of the subspace, over its rate; None before.
         seconds: That refreshes took since this was last asked.
     """
 
@@ -56,11 +64,13 @@ class LowRankMatrix:
     projection: Projection
     policy: Policy
     offset: int = 0
+    samples: list[float] | None = None
     bases: Bases | None = None
     num_steps: int = 0
     num_refreshes: int = 0
     is_due: bool = True
     numbers: dict[str, Tensor] = field(default_factory=dict)
+    residual_norm: Tensor | None = None
     seconds: float = 0.0
 
     @property
@@ -72,6 +82,11 @@ class LowRankMatrix:
     def low_shape(self) -> tuple[int, int]:
         """Rows and columns of its projection."""
         return self.projection.shape(self.shape)
+
+    @property
+    def is_measuring(self) -> bool:
+        """Its rank is still to be measured."""
+        return self.samples is not None and len(self.samples) < SAMPLES
 
     def narrow(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """A gradient in low rank; the bases are made anew first where that is due.
@@ -94,6 +109,23 @@ class LowRankMatrix:
         two_sided = len(bases.sides) == 2
         return without_rounding(low) if two_sided and not state else low
 
+    def widen(self, step: Tensor, gradient: Callable[[], Tensor], group: dict[str, Any]) -> Tensor:
+        """A step in low rank as one of the whole matrix, with what the subspace leaves where that is asked for.
+
+        Args:
+            step: What the optimizer made of the projection.
+            gradient: Gives it as a matrix, as it was narrowed.
+            group: Its parameter group.
+        """
+        bases = self.bases
+        assert bases is not None
+        wide = bases.back(step)
+        if self.policy.residual is None:
+            return wide
+        rest = residual_step(gradient(), step, bases, ascends=bool(group.get("maximize")))
+        rest, self.residual_norm = limited(rest, float(group.get("lr", 1.0)), self._last_residual_norm())
+        return wide + rest
+
     def current(self) -> Bases | None:
         """The bases of now, drawn anew where only their seed is kept."""
         if self.policy.basis == "random" and self.bases is None and self.num_refreshes:
@@ -108,15 +140,17 @@ class LowRankMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Of the bases that it keeps."""
-        sides = () if self.bases is None or self.policy.basis == "random" else self.bases.sides
-        return sum(basis.numel() * basis.element_size() for basis in sides)
+        """Of the bases that it keeps, and of the norm."""
+        sides = [] if self.bases is None or self.policy.basis == "random" else self.bases.sides
+        kept = sides if self.residual_norm is None else [*sides, self.residual_norm]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @property
     def planned_bytes(self) -> int:
         """The same, once it has them."""
         entries = 0 if self.policy.basis == "random" else self.projection.num_entries(self.shape)
-        return entries * self.parameter.element_size()
+        norm = 0 if self.policy.residual is None else self._last_residual_norm().element_size()
+        return entries * self.parameter.element_size() + norm
 
     def take_seconds(self) -> float:
         """That refreshes took since this was last asked."""
@@ -125,10 +159,12 @@ class LowRankMatrix:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers."""
-        kept = None if self.policy.basis == "random" and self.num_refreshes else self.bases
-        bases = {} if kept is None else {"left": kept.left, "right": kept.right}
+        own = None if self.policy.basis == "random" and self.num_refreshes else self.bases
+        bases = {} if own is None else {"left": own.left, "right": own.right}
         counts = {"num_steps": self.num_steps, "num_refreshes": self.num_refreshes, "is_due": int(self.is_due)}
-        return counts | {"low_shape": list(self.low_shape), "bases": bases, "numbers": dict(self.numbers)}
+        residual = {} if self.residual_norm is None else {"norm": self.residual_norm}
+        ranks = {"rank": self.projection.rank, "samples": list(self.samples or []), "low_shape": list(self.low_shape)}
+        return counts | ranks | {"bases": bases, "numbers": dict(self.numbers), "residual": residual}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was stopped.
@@ -136,6 +172,8 @@ class LowRankMatrix:
         Raises:
             ValueError: Its projection has another shape.
         """
+        if self.samples is not None and state["samples"]:
+            self.samples, self.projection = list(state["samples"]), replace(self.projection, rank=state["rank"])
         if list(state["low_shape"]) != list(self.low_shape):
             raise ValueError(
                 f"{self.name!r} was trained as {tuple(state['low_shape'])} in the run that is resumed, which is now "
@@ -146,6 +184,7 @@ class LowRankMatrix:
         like = self.parameter.detach()
         self.bases = Bases(**state["bases"]).to(like) if state["bases"] else None
         self.numbers = {key: value.to(like.device) for key, value in state["numbers"].items()}
+        self.residual_norm = state["residual"]["norm"].to(like.device) if state["residual"] else None
 
     def _refreshed(
         self, gradient: Tensor, old: Bases | None, state: dict[str, Any], group: dict[str, Any]
@@ -154,14 +193,21 @@ class LowRankMatrix:
         begun = time.perf_counter()
         self.num_refreshes += 1
         with full_precision(gradient.device):
+            samples = [*(self.samples or []), energy_rank_of(gradient)] if self.is_measuring else self.samples
+            projection = self._measured(samples)
+            last = old if projection == self.projection else None
             try:
-                new = self.projection.made(self.policy.basis, gradient, old, self._generator).to(self.parameter)
+                new = projection.made(self.policy.basis, gradient, last, self._generator).to(self.parameter)
             except RuntimeError as error:  # of LAPACK; the next step tries again
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 self.num_refreshes -= 1
                 return old
-            if old is not None:
+            self.samples = samples
+            if projection != self.projection:
+                self.projection = projection
+                state.clear()
+            elif old is not None:
                 self.numbers = {
                     "staleness": 1 - old.captured(gradient) / new.captured(gradient),
                     "overlap": new.overlap(old),
@@ -171,12 +217,25 @@ class LowRankMatrix:
         self.seconds += time.perf_counter() - begun
         return new
 
+    def _measured(self, samples: Sequence[float] | None) -> Projection:
+        """That of the measured rank, once all samples are there."""
+        if not self.is_measuring or samples is None or len(samples) < SAMPLES:
+            return self.projection
+        return replace(self.projection, rank=measured_rank(samples, min(self.shape), self.projection.rank))
+
     def _carry(self, turn: Bases, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Moments of the old coordinates to the new ones."""
         if self.policy.on_refresh == "reset":
             state.clear()
         if self.policy.on_refresh == "rotate":
             rotate_(state, turn, group)
+
+    def _last_residual_norm(self) -> Tensor:
+        """Infinite before the first step, which nothing limits."""
+        if self.residual_norm is not None:
+            return self.residual_norm
+        like = self.parameter
+        return torch.full((), float("inf"), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def _axes(self) -> Bases:
         """Coordinate axes, in the place of bases that no gradient has given yet."""

@@ -39,6 +39,14 @@ class Narrowed:
     values: Tensor
     gradient: Tensor
 
+    def given(self) -> Tensor:
+        """The gradient that is projected, as a matrix: with the decay of an optimizer that couples both."""
+        gradient = self.gradient.to_dense() if self.gradient.is_sparse else self.gradient
+        if self.decay == "coupled":
+            scale = getattr(self.optimizer, "grad_scale", None)
+            gradient = decayed(gradient, self.values if scale is None else self.values * scale, self.group)
+        return gradient.flatten(1)
+
     def widen(self) -> Tensor:
         """Put the parameter back; what the optimizer has put in its place."""
         parameter = self.matrix.parameter
@@ -71,6 +79,7 @@ class LowRankSteps(Act):
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _narrowed: list[Narrowed] = field(default_factory=list)
     _loaded: dict[str, Any] | None = None
+    _is_measuring: bool = False
 
     def begin(self, training: Training) -> str:
         """Choose matrices and hook the optimizers.
@@ -98,6 +107,7 @@ class LowRankSteps(Act):
             cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
                 self._hooks[-1].id, last=False
             )
+        self._is_measuring = any(matrix.is_measuring for matrix in self.stepped())
         return self._table(left_out)
 
     def end(self) -> None:
@@ -165,16 +175,11 @@ class LowRankSteps(Act):
 
     def _set_aside(self, entry: Narrowed) -> None:
         parameter, state = entry.matrix.parameter, entry.optimizer.state
-        gradient = entry.gradient.to_dense() if entry.gradient.is_sparse else entry.gradient
-        if entry.decay == "coupled":
-            scale = getattr(entry.optimizer, "grad_scale", None)
-            weight = entry.values if scale is None else entry.values * scale
-            gradient = decayed(gradient, weight, entry.group)
         if _of_other_shape(state.get(parameter, {}), entry.matrix.low_shape):
             del state[parameter]  # of a run without this method: a moment of all entries has no place here
         known = state.get(parameter, {})
-        with torch.autocast(gradient.device.type, enabled=False):
-            low = entry.matrix.narrow(gradient.flatten(1), known, entry.group).to(parameter.dtype)
+        with torch.autocast(parameter.device.type, enabled=False):
+            low = entry.matrix.narrow(entry.given(), known, entry.group).to(parameter.dtype)
         if parameter in state and not known:
             del state[parameter]
         self._narrowed.append(entry)
@@ -188,13 +193,16 @@ class LowRankSteps(Act):
         """Put the matrices back, each with its step."""
         skipped = getattr(optimizer, "found_inf", None)
         for entry, step in self._widened(optimizer):
-            parameter, bases = entry.matrix.parameter, entry.matrix.bases
-            assert bases is not None
+            parameter = entry.matrix.parameter
+            with torch.autocast(step.device.type, enabled=False):
+                wide = entry.matrix.widen(step, entry.given, entry.group)
             if entry.decay == "decoupled":
                 decay_(parameter, entry.group, skipped)
-            with torch.autocast(step.device.type, enabled=False):
-                parameter.add_(bases.back(step).view(parameter.shape), alpha=self.scale)
+            parameter.add_(wide.view(parameter.shape), alpha=self.scale)
             entry.matrix.release()
+        if self._is_measuring and not any(matrix.is_measuring for matrix in self.stepped()):
+            self._is_measuring = False
+            self.say(f"ranks are measured: {self._table({})}")
 
     def _widened(self, optimizer: Optimizer) -> list[tuple[Narrowed, Tensor]]:
         """Put all matrices of an optimizer back, each with what it made of the zeros."""
@@ -263,7 +271,7 @@ class LowRankSteps(Act):
                     low += matrix.planned_bytes
                     before, after = before + full, after + low
                     sizes = f"{matrix.shape[0]} x {matrix.shape[1]} as {matrix.low_shape[0]} x {matrix.low_shape[1]}"
-                    rows.append(f"  {matrix.name}  {sizes}  {full:,} -> {low:,} bytes")
+                    rows.append(f"  {matrix.name}  {sizes}  {full:,} -> {low:,} bytes{_samples_of(matrix)}")
         kept = f"; left alone: {', '.join(f'{tag} ({why})' for tag, why in left_out.items())}" if left_out else ""
         share = f" ({after / before - 1:+.0%})" if before else ""
         head = f"{len(rows)} matrices in low rank, optimizer state {before:,} -> {after:,} bytes{share}, bases included"
@@ -278,6 +286,13 @@ def _owning(
         for number, group in enumerate(optimizer.param_groups):
             if any(id(parameter) in matrices for parameter in group["params"]):
                 yield optimizer, number, group
+
+
+def _samples_of(matrix: LowRankMatrix) -> str:
+    """What its rank was made of, or is going to be."""
+    if matrix.is_measuring:
+        return ", until the rank is measured"
+    return f" (energy ranks {', '.join(f'{sample:g}' for sample in matrix.samples)})" if matrix.samples else ""
 
 
 def _of_other_shape(state: Mapping[str, Any], shape: tuple[int, int]) -> bool:

@@ -96,8 +96,20 @@ def iterated(g: Tensor, p: Tensor, q: Tensor, left: bool, right: bool) -> tuple[
     return p, orthonormal(g.T @ p) if right else q
 
 
-def by_hand(kind: str, ranks: dict[str, int], side: str, basis: str, on_refresh: str) -> dict[str, Tensor]:
-    net = network()
+def outside(g: Tensor, low: Tensor, step: Tensor, wide: Tensor, norms: list[Tensor]) -> Tensor:
+    """Fira: what the subspace leaves, by the sizes of the columns or rows that it has kept whole."""
+    axis = 0 if low.shape[1] == g.shape[1] else 1
+    # Some pixels are always 0.
+    rest = (g - wide) * step.norm(dim=axis, keepdim=True) / low.norm(dim=axis, keepdim=True).clamp(min=1e-99)
+    limit = min(1.0, float(1.01 * norms[-1] / rest.norm())) if norms else 1.0
+    norms.append(rest.norm() * limit)
+    return rest * limit
+
+
+def by_hand(
+    kind: str, ranks: dict[str, int], side: str, basis: str, on_refresh: str, fira: bool = False
+) -> dict[str, Tensor]:
+    net, norms = network(), {name: list[Tensor]() for name in ranks}
     moments = {name: Moments(kind) for name, _ in net.named_parameters()}
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     for t, (images, labels) in enumerate(batches()):
@@ -123,7 +135,9 @@ def by_hand(kind: str, ranks: dict[str, int], side: str, basis: str, on_refresh:
                 low = a.T @ g @ b
                 if side == "both" and (t == 0 or (on_refresh == "reset" and t % EVERY == 0)):
                     low = torch.where(low.abs() < 1e-14 * low.abs().max(), 0, low)
-                step = SCALE * RATE * (a @ moments[name].step(low) @ b.T)
+                made = moments[name].step(low)
+                rest = outside(g, low, made, a @ low @ b.T, norms[name]) if fira else torch.zeros(())
+                step = SCALE * RATE * (a @ made @ b.T + sign * -rest)
             else:
                 step = RATE * moments[name].step(g)
             p.data = (w * (1 - RATE * 0.1) if kind == "AdamW" else w) + step
@@ -138,6 +152,20 @@ CASES = [
     ("Adam", "auto", "svd", "rotate"),
     ("SGD", "both", "svd", "rotate"),
 ]
+
+
+FIRA = [*[(kind, "auto", "svd", "keep") for kind in OPTIMIZERS], ("AdamW", "right", "subspace", "reset")]
+
+
+@pytest.mark.parametrize(("kind", "side", "basis", "on"), FIRA)
+def test_steps_outside_of_the_subspace_are_those_of_fira_by_hand(kind: str, side: Any, basis: Any, on: Any) -> None:
+    net = network()
+    options = {"side": side, "basis": basis, "on_refresh": on, "match": list(MATCHED), "stagger": False}
+
+    found = trained(net, OPTIMIZERS[kind](net.parameters()), GaLore(5, EVERY, SCALE, **options, residual="fira"))
+
+    expected = by_hand(kind, dict.fromkeys(MATCHED, 5), side, basis, on, fira=True)
+    assert_close(found, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(("kind", "side", "basis", "on_refresh"), CASES)
