@@ -59,6 +59,8 @@ clean:
 	$(call install,.venv-bench,.[bench])
 	@# nngeometry asks for it and never imports it; torchmetrics does import it, which fails where torch is built without CUDA.
 	@$(BENCH)/python -m pip uninstall --quiet --yes torchvision
+	@# benchmarks/galore_peers.py reads no more of them than their AdamW; galore-torch also asks for bitsandbytes.
+	@$(BENCH)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 fira==1.0.2
 
 define install
 	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found: put it on PATH, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -1,10 +1,8 @@
-"""What `GaLore` saves, what it takes, and what it loses: bytes, refreshes, steps, and the loss of a char transformer.
+"""What `GaLore` saves and what it takes: bytes, refreshes and steps.
 
-python -m benchmarks.galore [--steps 300] [--seeds 3]
-python -m benchmarks.galore --rates    # the loss at each of five rates instead
+python -m benchmarks.galore
 """
 
-import argparse
 import logging
 import time
 import warnings
@@ -28,11 +26,9 @@ from lightning_lowrank.methods.elementwise import num_bytes, state_of
 from lightning_lowrank.methods.galore.bases import Bases, Basis, Projection
 from lightning_lowrank.methods.galore.ranks import Side, projection_of
 
-RATE, RANK = 2.5e-3, 16
-RATES = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+RATE = 2.5e-3
 # Length of what is added to each direction of length 1.
 TURN = 1.0
-BASES: tuple[Basis, ...] = ("subspace", "svd", "random")
 SILENT: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
@@ -110,30 +106,15 @@ class Clock(L.Callback):
 
 
 def trained(
-    text: Tensor,
-    callbacks: Sequence[L.Callback],
-    steps: int,
-    *,
-    seed: int = 0,
-    rate: float = RATE,
-    depth: int = 2,
-    width: int = 64,
+    text: Tensor, callbacks: Sequence[L.Callback], steps: int
 ) -> tuple[L.LightningModule, torch.optim.Optimizer]:
-    """A transformer and its optimizer."""
-    L.seed_everything(seed, verbose=False)
-    module = Transformer(rate, depth=depth, width=width)
+    """A transformer of four blocks of width 128, and its optimizer."""
+    L.seed_everything(0, verbose=False)
+    module = Transformer(RATE, depth=4, width=128)
     batches = DataLoader(TensorDataset(text), 32, shuffle=True, drop_last=True)
     trainer = L.Trainer(max_steps=steps, callbacks=list(callbacks), **SILENT)
     trainer.fit(module, batches)
     return module, trainer.optimizers[0]
-
-
-@torch.no_grad()
-def loss_of(module: L.LightningModule, text: Tensor) -> float:
-    """Mean over held-out text."""
-    return mean(
-        float(nn.functional.cross_entropy(module(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())) for x in text.split(64)
-    )
 
 
 def steps_of(text: Tensor) -> Table:
@@ -156,7 +137,7 @@ def steps_of(text: Tensor) -> Table:
     }
     for name, make in ways.items():
         galore, clock = make(), Clock()
-        module, optimizer = trained(text, [clock, *([galore] if galore else [])], 140, depth=4, width=128)
+        module, optimizer = trained(text, [clock, *([galore] if galore else [])], 140)
         matrices = {id(p) for key, p in module.named_parameters() if key.startswith("blocks") and p.ndim == 2}
         kept = {id(p): num_bytes(state) for p, state in optimizer.state.items()}
         bases = galore.bytes_of_bases if galore else 0
@@ -195,56 +176,17 @@ def peaks(rank: float = 0.25) -> Table:
     return table
 
 
-def losses(text: Tensor, steps: int, seeds: int) -> Table:
-    """Held-out loss at one effective rate, by basis."""
-    kept, held = text[:-512], text[-512:]
-    ways: dict[str, Basis | None] = {"AdamW": None, **{f"GaLore, {basis}": basis for basis in BASES}}
-    table = Table(
-        "",
-        "held-out loss",
-        "each seed",
-        "captured at the end",
-        title=f"{steps} steps at rate {RATE}, rank {RANK} of 64",
-    )
-    for name, basis in ways.items():
-        found, captured = [], []
-        for seed in range(seeds):
-            galore = GaLore(RANK, 50, 1.0, basis=basis) if basis else None
-            found.append(loss_of(trained(kept, [galore] if galore else [], steps, seed=seed)[0], held))
-            if galore is not None and galore.latest is not None:
-                captured.append(median(galore.latest.values["galore_captured"].values()))
-        each = ", ".join(f"{one:.3f}" for one in found)
-        table.add_row(name, f"{mean(found):.3f}", each, f"{mean(captured):.2f}" if captured else "")
-    return table
-
-
-def rates(text: Tensor, steps: int, seeds: int) -> Table:
-    """Held-out loss at each of five effective rates: mean and range over seeds."""
-    kept, held = text[:-512], text[-512:]
-    table = Table(
-        "", *(f"{rate:g}" for rate in RATES), title=f"Held-out loss after {steps} steps by rate, {seeds} seeds"
-    )
-    ways: dict[str, Basis | None] = {"AdamW": None, "GaLore, subspace": "subspace", "GaLore, random": "random"}
-    for name, basis in ways.items():
-        cells = []
-        for rate in RATES:
-            callbacks = [[GaLore(RANK, 50, 1.0, basis=basis)] if basis else [] for _ in range(seeds)]
-            runs = (trained(kept, given, steps, seed=i, rate=rate)[0] for i, given in enumerate(callbacks))
-            found = [loss_of(module, held) for module in runs]
-            cells.append(f"{mean(found):.3f} ({max(found) - min(found):.3f})")
-        table.add_row(name, *cells)
-    return table
-
-
-def of_large_models(rank: int = 1024) -> Table:
+def of_large_models() -> Table:
     """Bytes of AdamW's state of the matrices of a model of 7 billion parameters in bfloat16, from steps on tensors
     without memory.
     """
-    table = Table("", "state", "with bases", "saved", title=f"Llama 7B, bfloat16, rank {rank}")
+    table = Table("", "rank", "state", "with bases", "saved", title="Llama 7B, bfloat16")
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     sizes = {}
-    ways: dict[str, Side | None] = {"AdamW": None, "one side": "auto", "both sides": "both"}
-    for name, projected in ways.items():
+    sides: dict[str, Side] = {"one side": "auto", "both sides": "both"}
+    ways: list[tuple[str, int, Side | None]] = [("AdamW", 4096, None)]
+    ways += [(name, rank, side) for rank in (128, 256, 512, 1024) for name, side in sides.items()]
+    for name, rank, projected in ways:
         state = bases = 0
         for rows, columns, count in LLAMA.values():
             projection = None if projected is None else projection_of(projected, (rows, columns), rank)
@@ -252,31 +194,21 @@ def of_large_models(rank: int = 1024) -> Table:
             state += 32 * count * num_bytes(state_of(optimizer, optimizer.param_groups[0], shape, torch.bfloat16))
             bases += 0 if projection is None else 32 * count * 2 * projection.num_entries((rows, columns))
         sizes[name] = state + bases
-        table.add_row(
-            name, f"{state / 1e9:.1f} GB", f"{sizes[name] / 1e9:.1f} GB", f"{1 - sizes[name] / sizes['AdamW']:.0%}"
-        )
+        saved = f"{1 - sizes[name] / sizes['AdamW']:.0%}"
+        table.add_row(name, f"{rank}", f"{state / 1e9:.1f} GB", f"{sizes[name] / 1e9:.1f} GB", saved)
     return table
 
 
 def main() -> None:
     """Print the tables."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--steps", type=int, default=300)
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--rates", action="store_true")
-    given = options.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     text, console = standard_library(), Console(width=140)
-    if given.rates:
-        console.print(rates(text, given.steps, given.seeds))
-        return
     console.print(of_large_models())
     console.print(refreshes())
     console.print(peaks())
     console.print(steps_of(text))
-    console.print(losses(text, given.steps, given.seeds))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ class Act(ABC):
         name: Of the method, in messages.
         warn: Says what went wrong; each kind once.
         say: Says what it does.
+        not_sharded: Why it cannot act on parameters in shards.
     """
 
     name: str
+    not_sharded: str = "no process has a whole one"
     warn: Callable[[str], None] = staticmethod(lambda message: None)
     say: Callable[[str], None] = staticmethod(lambda message: None)
 
@@ -68,7 +70,7 @@ class ActingWatch(Watch):
 
     def begins(self, training: Training) -> None:
         """Act, then choose what to report on."""
-        refuse_sharded(self._act.name, training)
+        refuse_sharded(self._act, training)
         self.journal.info_once(self._act.begin(training))
         super().begins(training)
 
@@ -150,13 +152,13 @@ class Method(Monitor):
         """Act, also where nothing is reported; what cannot be had is refused here, before training."""
         if trainer.barebones:
             training = TrainerTraining(trainer, pl_module)
-            refuse_sharded(self._act.name, training)
+            refuse_sharded(self._act, training)
             self._act.begin(training)
         else:
             super().on_fit_start(trainer, pl_module)
 
 
-def refuse_sharded(name: str, training: Training) -> None:
+def refuse_sharded(act: Act, training: Training) -> None:
     """Refuse a model whose parameters lie in shards on several processes.
 
     Raises:
@@ -165,6 +167,6 @@ def refuse_sharded(name: str, training: Training) -> None:
     sharded = next((key for key, p in training.module.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ValueError(
-            f"{name} cannot act on {sharded!r}, which lies in shards on several processes (FSDP2, tensor parallel): "
-            "no process has the whole gradient that it projects; what works is one device, or 'ddp' and its variants"
+            f"{act.name} cannot act on {sharded!r}, which lies in shards on several processes (FSDP2, tensor "
+            f"parallel): {act.not_sharded}; what works is one device, or 'ddp' and its variants"
         )

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client, TestResponse
 
-from lightning_lowrank import RankMonitor
+from lightning_lowrank import GaLore, RankMonitor
 from lightning_lowrank.tensorboard.answers import MODULES, script
 from lightning_lowrank.tensorboard.loader import LowRankLoader
 from lightning_lowrank.tensorboard.plugin import LowRankPlugin
@@ -84,6 +84,21 @@ def test_runs_are_listed_with_what_they_have(tmp_path: Path) -> None:
         "cost",
         "alert",
     }
+
+
+def test_curves_of_a_method_are_served_by_matrix(tmp_path: Path) -> None:
+    train(tmp_path / "logs" / "run", GaLore(2, 2, match="*weight", every_n_steps=2))
+    plugin = served(tmp_path / "logs")
+
+    (run,) = json.loads(get(plugin, "runs").data)["runs"]
+    answer = get(plugin, "matrix", run="run", kind="vector", name="galore_captured")
+
+    names = {entry["name"] for entry in run["entries"] if entry["kind"] == "vector"}
+    beside = {"galore_captured", "galore_captured_best", "galore_captured_random", "galore_overlap"}
+    assert beside | {"galore_overlap_random", "galore_staleness", "galore_state_bytes"} <= names
+    assert {"galore_refresh_time_ms", "galore_refreshes"} <= names
+    assert all(site.endswith("weight") for site in json.loads(answer.data)["sites"])
+    assert values(answer).min() > 0 and values(answer).max() <= 1
 
 
 def test_nan_and_infinity_arrive_as_such_and_gaps_apart(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from functools import partial
 from typing import Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lowrank.measuring.number_source import Detail, refuse_seed
 from lightning_lowrank.methods.galore.bases import Basis
 from lightning_lowrank.methods.galore.curves import GaLoreNumbers
 from lightning_lowrank.methods.galore.matrix import LowRankMatrix, OnRefresh, Policy, Residual
 from lightning_lowrank.methods.galore.ranks import Rank, Side, projection_of, ranks_by_tag, refuse_rank
-from lightning_lowrank.methods.galore.steps import LowRankSteps
+from lightning_lowrank.methods.galore.steps import LowRankSteps, drop_low_rank
 from lightning_lowrank.methods.matrices import Patterns, matrices, sides
 from lightning_lowrank.methods.method import Method
 
@@ -31,8 +32,8 @@ class GaLore(Method):
     A step of scale `s` has an effective learning rate of `s lr`. Weight decay is that of the optimizer, of the whole
     weight: coupled decay goes through the projection with the gradient.
 
-    Resumed runs are equal to uninterrupted ones to the bit. A checkpoint of full moments may be resumed with it: those
-    of the matrices begin anew. Resumed without it, clear the state of the optimizer.
+    Resumed runs are equal to uninterrupted ones to the bit. A checkpoint of full moments may be resumed with it, and
+    one of its own without it after `drop_state`: moments of the matrices begin anew then.
 
     Writes `galore/captured_median`, `galore/captured_best_median` and `galore/captured_random_median`: the share of the
     gradient's energy in the subspace, what the best subspace of that size has, and what a random one has in the mean;
@@ -122,6 +123,19 @@ class GaLore(Method):
         super().__init__(
             steps, GaLoreNumbers(steps), every_n_steps, detail=detail, per_site=per_site, seed=seed, name=name
         )
+
+    @staticmethod
+    def drop_state(*optimizers: Optimizer) -> int:
+        """Take moments of low rank out of optimizers, in a run that is resumed without it.
+
+        Call it when they have their state again and have not stepped: in a Trainer in `on_train_start`. Moments of the
+        matrices begin anew, and all else goes on. Moments of the rank of the short side have the shape of the matrix
+        and are not found: clear the state of the optimizer.
+
+        Returns:
+            How many parameters had any.
+        """
+        return sum(map(drop_low_rank, optimizers))
 
     @property
     def bytes_of_bases(self) -> int:

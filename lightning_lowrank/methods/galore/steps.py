@@ -73,6 +73,7 @@ class LowRankSteps(Act):
     choose: Choose
     scale: float
     name: str = "GaLore"
+    not_sharded: str = "torch lets none of them stand as a smaller one for the time of a step"
     matrices: dict[int, LowRankMatrix] = field(default_factory=dict)
     optimizers: list[Optimizer] = field(default_factory=list)
     _decays: dict[tuple[int, int], Decay] = field(default_factory=dict)
@@ -278,6 +279,14 @@ class LowRankSteps(Act):
         return "\n".join([head + kept, *rows])
 
 
+def drop_low_rank(optimizer: Optimizer) -> int:
+    """Forget what an optimizer keeps of parameters in another shape than theirs; of how many that was."""
+    dropped = [p for p, state in optimizer.state.items() if _of_other_shape(state, tuple(p.shape))]
+    for parameter in dropped:
+        del optimizer.state[parameter]
+    return len(dropped)
+
+
 def _owning(
     optimizers: Sequence[Optimizer], matrices: Mapping[int, LowRankMatrix]
 ) -> Iterator[tuple[Optimizer, int, dict[str, Any]]]:
@@ -295,7 +304,7 @@ def _samples_of(matrix: LowRankMatrix) -> str:
     return f" (energy ranks {', '.join(f'{sample:g}' for sample in matrix.samples)})" if matrix.samples else ""
 
 
-def _of_other_shape(state: Mapping[str, Any], shape: tuple[int, int]) -> bool:
+def _of_other_shape(state: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
     """Whether an optimizer keeps something of a matrix of another shape."""
     tensors = (value for value in state.values() if isinstance(value, Tensor))
     return any(value.numel() > 1 and tuple(value.shape) != shape for value in tensors)

@@ -22,6 +22,8 @@ from tests.trainings import QUIET, Classifier, Ordered, mlp
         ({"rank": 1.5}, "rank=1.5"),
         ({"rank": True}, "rank is an integer or a number"),
         ({"rank": {}}, "one at least"),
+        ({"rank": "best"}, "'measured'"),
+        ({"residual": "fira", "side": "both"}, "of both sides none is left; side='auto'"),
         ({"rank": {"*": -1}}, "rank=-1"),
         ({"rank": {"*": 2}, "match": "*"}, "patterns of rank"),
         ({"update_every": 0}, "update_every=0"),

@@ -1,6 +1,7 @@
 """Trainings in low rank: what is kept, what monitors see, what clipping and scaling act on, and what is said."""
 
 import logging
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from lightning_lowrank import GaLore, Monitor, RankMonitor, watching
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.methods.galore.matrix import LowRankMatrix
+from lightning_lowrank.methods.galore.residual import limited
 from lightning_lowrank.methods.matrices import matrices
 from tests.trainings import QUIET, Classifier, ImageNet, MemoryLogger, Ordered, Quiet, digits, mlp
 
@@ -159,15 +161,15 @@ def test_clipping_by_value_is_of_the_full_gradient() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adam"])
-def test_a_grad_scaler_unscales_once(optimizer: str, fused: bool) -> None:
+@pytest.mark.parametrize(("optimizer", "residual"), [("AdamW", None), ("Adam", None), ("Adam", "fira")])
+def test_a_grad_scaler_unscales_once(optimizer: str, residual: Any, fused: bool) -> None:
     """In a loop in float32, with a scale and without."""
     found = []
     for scale in (2.0**12, None):
         net = made().net
         stepper = getattr(torch.optim, optimizer)(net.parameters(), lr=1e-2, weight_decay=0.1, fused=fused, eps=1e-3)
         scaler = GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        with watching(net, stepper, GaLore(**OPTIONS)) as watch:
+        with watching(net, stepper, GaLore(**OPTIONS, residual=residual)) as watch:
             for i in range(6):
                 images, labels = digits(64)[8 * i : 8 * i + 8]
                 with watch.batch():
@@ -185,14 +187,15 @@ def scaled() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-8))
 
 
+@pytest.mark.parametrize("residual", [None, "fira"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_overflows_changes_no_weight(fused: bool) -> None:
-    module = made(fused=fused)
+def test_a_step_that_overflows_changes_no_weight(fused: bool, residual: Any) -> None:
+    module, options = made(fused=fused), OPTIONS | {"residual": residual}
     before = weights(module)
 
-    fit(module, GaLore(**OPTIONS), plugins=[scaled()], max_steps=1, limit_train_batches=1, max_epochs=1)
+    fit(module, GaLore(**options), plugins=[scaled()], max_steps=1, limit_train_batches=1, max_epochs=1)
     first = weights(module)
-    fit(module, GaLore(**OPTIONS), plugins=[scaled()], max_steps=6, max_epochs=1)
+    fit(module, GaLore(**options), plugins=[scaled()], max_steps=6, max_epochs=1)
 
     assert_close(first, before, rtol=0, atol=0)
     assert all(p.isfinite().all() for p in module.parameters()) and not torch.equal(
@@ -289,6 +292,68 @@ def test_a_checkpoint_of_full_moments_is_resumed_with_new_ones_for_the_matrices(
 
     states = trainer.optimizers[0].state
     assert [int(states[p]["step"]) for p in module.parameters()] == [5, 8] * 3
+
+
+class Whole(Ordered):
+    """Drops moments of low rank when it is resumed, if it is told to."""
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__(mlp(32))
+        self.drops, self.dropped = drops, 0
+
+    def on_train_start(self) -> None:
+        if self.drops:
+            self.dropped = GaLore.drop_state(*self.trainer.optimizers)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_run_goes_on_without_it_once_its_moments_are_dropped(drops: bool, tmp_path: Path) -> None:
+    keep, quiet = ModelCheckpoint(tmp_path, every_n_train_steps=3), {"num_sanity_val_steps": 0}
+    fit(Ordered(mlp(32)), keep, GaLore(**OPTIONS), max_steps=3, enable_checkpointing=True, **quiet)
+    (path,) = tmp_path.glob("*.ckpt")
+    module = Whole(drops)
+    trainer = L.Trainer(**QUIET, max_steps=8, logger=False, **quiet)
+
+    with nullcontext() if drops else pytest.raises(RuntimeError, match="size"):
+        trainer.fit(module, ckpt_path=path)
+
+    if drops:
+        states = trainer.optimizers[0].state
+        assert [int(states[p]["step"]) for p in module.parameters()] == [5, 8] * 3 and module.dropped == 3
+        assert all(states[p]["exp_avg"].shape == p.shape for p in module.parameters())
+
+
+def test_the_measured_rank_is_that_of_the_first_samples_of_a_monitor(caplog: pytest.LogCaptureFixture) -> None:
+    """Of gradients 0, 2 and 4: the largest energy rank, up to a quarter of the short side."""
+    options: dict[str, Any] = {"match": "*weight", "stagger": False, "every_n_steps": 1}
+    monitor = RankMonitor("gradients", statistics="energy_rank", every_n_steps=2, per_site=True)
+    with caplog.at_level(logging.INFO):
+        trainer, logger = fit(made(), GaLore("measured", 2, 1.0, **options), monitor, max_steps=6)
+
+    for tag, p in trainer.lightning_module.named_parameters():
+        if p.ndim == 2:
+            curve = logger.curve(f"gradient_energy_rank/{tag}")
+            seen = [int(curve[step]) for step in (0, 2, 4)]
+            begun, moment = round(min(p.shape) / 4), trainer.optimizers[0].state[p]
+            rank = min(max(seen), begun)
+            assert min(moment["exp_avg"].shape) == rank and moment["step"] == (6 if rank == begun else 2)
+            assert f"bytes (energy ranks {seen[0]}, {seen[1]}, {seen[2]})" in caplog.text
+    assert "ranks are measured: 3 matrices" in caplog.text
+    assert any(
+        p.ndim == 2 and min(p.shape) > 4 * min(s["exp_avg"].shape) for p, s in trainer.optimizers[0].state.items()
+    )
+
+
+def test_the_norm_of_a_residual_grows_by_a_hundredth_at_most_and_outlives_what_has_none() -> None:
+    """Norms over the rate: 1; 10, which is cut; none of a rate of 0, of zeros and of infinities; and 1, let through."""
+    one = torch.tensor([[0.6, 0.8]])
+    last, found = torch.tensor(float("inf")), []
+    for step, rate in ((one, 1.0), (5 * one, 0.5), (0 * one, 0.0), (0 * one, 1.0), (one / 0, 1.0), (0.1 * one, 0.1)):
+        step, last = limited(step, rate, last)
+        found.append(step.norm().item() / (rate or 1.0))
+
+    assert found == pytest.approx([1, 1.01, 0, 0, 0, 1]) and last == pytest.approx(1.0)
 
 
 def test_lack_of_memory_in_a_projection_leaves_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
