@@ -45,7 +45,7 @@ class Mistake:
         return pattern.sub(lambda match: match.expand(self.new), text, count=1) if pattern.search(text) else None
 
 
-PROMISES, MATHS = "tests/promises/", "tests/maths/"
+PROMISES, MATHS, GALORE = "tests/promises/", "tests/maths/", "tests/methods/galore/test_"
 NEUTRAL, PAIRS, RESUME = PROMISES + "test_neutrality.py", PROMISES + "test_pairs.py", PROMISES + "test_resume.py"
 ALL_AT_ONCE = NEUTRAL + "::test_training_is_the_same_with_all_monitors_at_once"
 NUMBERS = PROMISES + "test_fault_matrix.py::test_a_number_is_that_of_what_was_there_or_is_missing"
@@ -198,6 +198,49 @@ MISTAKES: dict[str, Mistake] = {
         r"self\.in_a_row >= rule\.for_samples",
         "self.in_a_row > rule.for_samples",
         ("tests/reports/test_alerts.py",),
+    ),
+    # Methods
+    "GaLore keeps its subspaces for ever": Mistake(
+        "methods/galore/matrix.py",
+        r"self\.is_due or \(self\.num_steps - self\.offset\) % self\.policy\.update_every == 0",
+        "self.is_due",
+        (f"{GALORE}steps.py::test_steps_are_those_of_galore_by_hand[AdamW-auto-svd-keep]",),
+    ),
+    "GaLore forgets its scale": Mistake(
+        "methods/galore/steps.py",
+        r"alpha=self\.scale",
+        "alpha=1.0",
+        (f"{GALORE}steps.py::test_steps_are_those_of_galore_by_hand[SGD-auto-svd-keep]",),
+    ),
+    "GaLore decays the step and not the weight": Mistake(
+        "methods/galore/steps.py",
+        r"decay_\(parameter, entry\.group, skipped\)",
+        "decay_(wide, entry.group, skipped)",
+        (f"{GALORE}steps.py::test_steps_are_those_of_galore_by_hand[AdamW-auto-svd-keep]",),
+    ),
+    "GaLore resumes without its bases": Mistake(
+        "methods/galore/matrix.py",
+        r"self\.bases = Bases\(\*\*state\[\"bases\"\]\)\.to\(like\) if state\[\"bases\"\] else None",
+        "self.bases = None",
+        (PROMISES + "test_methods.py::test_a_loop_that_is_stopped_and_resumed_is_the_same_to_the_bit",),
+    ),
+    "rounding is blown up by moments that are empty": Mistake(
+        "methods/galore/matrix.py",
+        r"two_sided and not state",
+        "False",
+        (f"{GALORE}steps.py::test_steps_are_those_of_galore_by_hand[AdamW-both-svd-keep]",),
+    ),
+    "the norm of a residual grows as it likes": Mistake(
+        "methods/galore/residual.py",
+        r"norm\.minimum\(GROWTH \* last\)",
+        "norm",
+        (f"{GALORE}trainings.py::test_the_norm_of_a_residual_grows_by_a_hundredth_at_most_and_outlives_what_has_none",),
+    ),
+    "the least energy rank in the place of the largest": Mistake(
+        "methods/galore/ranks.py",
+        r"ceil\(max\(known\)",
+        "ceil(min(known)",
+        (f"{GALORE}trainings.py::test_the_measured_rank_is_that_of_the_first_samples_of_a_monitor",),
     ),
     # Several processes
     "a mean over processes in the place of a sum": Mistake(
