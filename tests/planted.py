@@ -228,7 +228,7 @@ MISTAKES: dict[str, Mistake] = {
         "methods/galore/matrix.py",
         r"two_sided and not state",
         "False",
-        (f"{GALORE}steps.py::test_steps_are_those_of_galore_by_hand[AdamW-both-svd-keep]",),
+        (f"{GALORE}trainings.py::test_moments_that_are_empty_get_no_rounding_of_both_sides",),
     ),
     "the norm of a residual grows as it likes": Mistake(
         "methods/galore/residual.py",

@@ -221,6 +221,21 @@ def test_a_gradient_without_directions_refreshes_nothing_and_the_next_one_does(a
     assert refreshes == ([0, 1, 1, 1, 2, 2, 2, 2] if at == 0 else [1, 1, 1, 1, 1, 2, 2, 2])
 
 
+def test_moments_that_are_empty_get_no_rounding_of_both_sides() -> None:
+    """Bases of its own gradient make a diagonal of it, and Adam would make full steps of what is rounded off it."""
+    net = nn.Linear(12, 8, bias=False)
+    optimizer, counts = torch.optim.AdamW(net.parameters()), []
+    galore = GaLore(3, 2, match="*", side="both", basis="svd", on_refresh="reset", stagger=False)
+    with watching(net, optimizer, galore) as watch:
+        for i in range(4):
+            with watch.batch():
+                net.weight.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(i))
+                optimizer.step()
+            counts.append(int(optimizer.state[net.weight]["exp_avg"].count_nonzero()))
+
+    assert counts == [3, 9, 3, 9]
+
+
 def test_staggered_refreshes_are_one_at_a_time() -> None:
     module, counts = made(), []
 
