@@ -56,7 +56,7 @@ class Task:
     update_every: int
 
     def run(self, options: dict[str, Any] | None, rate: float, seed: int, steps: int) -> tuple[float, float]:
-        """Held-out loss, and the share of the gradient that is captured at the end."""
+        """Held-out loss, and the share of the gradient that the last report found captured, of every 50 steps."""
         L.seed_everything(seed, verbose=False)
         module = self.module(rate)
         galore = None if options is None else GaLore(0.25, self.update_every, 1.0, **options)

@@ -29,7 +29,7 @@ def residual_step(
         ascends: The optimizer maximises.
 
     References:
-        Chen et al. (2024), Fira, arXiv:2410.01623, Equation 4.
+        Chen et al. (2024), Fira, arXiv:2410.01623.
     """
     low = bases.project(gradient)
     side = 1 if bases.left is None else 0
@@ -53,7 +53,7 @@ def limited(step: Float[Tensor, "M N"], rate: float, last: Float[Tensor, ""]) ->
         last: Norm of the last one; infinite where there is none.
 
     References:
-        Chen et al. (2024), Fira, arXiv:2410.01623, Equation 6.
+        Chen et al. (2024), Fira, arXiv:2410.01623.
     """
     norm = torch.linalg.vector_norm(step, dtype=last.dtype) / rate if rate else torch.zeros_like(last)
     counts = norm.isfinite() & (norm > 0)
