@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lowrank.analysis.planning.devices import Device, devices
+from lightning_lowrank.analysis.planning.devices import devices
 from lightning_lowrank.analysis.planning.rehearsal import META, Costs, rehearsed
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, RankMonitor
 
@@ -93,26 +93,45 @@ def planned(
             is none of parameters, there is no matrix, or this process is one of several.
     """
     _refuse(num_devices, tokens_per_step, step_ms, every_n_steps, sources)
-    module, inputs = _made(function, DTYPES[dtype])
+    module, inputs = _made(function)
+    return plan_of(
+        module,
+        inputs,
+        device,
+        what=function,
+        num_devices=num_devices,
+        dtype=dtype,
+        tokens_per_step=tokens_per_step,
+        step_ms=step_ms,
+        every_n_steps=every_n_steps,
+        sources=sources,
+    )
+
+
+def plan_of(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    device: str,
+    *,
+    what: str = "",
+    num_devices: int = 1,
+    dtype: Dtype = "fp32",
+    tokens_per_step: int | None = None,
+    step_ms: float | None = None,
+    every_n_steps: int = 50,
+    sources: Sequence[str] = ("gradients", "weights", "updates"),
+) -> Plan:
+    """The same of a module, which is moved to the meta device."""
+    module.to(device=META, dtype=DTYPES[dtype])
     parameters = list(module.parameters())
+    counts = sum(p.numel() for p in parameters), len(parameters)
     flops = _step_flops(module, inputs, tokens_per_step)
     costs = rehearsed(module, RankMonitor(sources, every_n_steps=every_n_steps), num_devices)
-    known: Device | None = devices().get(device)
+    known = devices().get(device)
     if step_ms is None and known is not None and flops is not None and num_devices == 1:
         step_ms = known.step(flops, len(parameters))
-    return Plan(
-        function,
-        sum(p.numel() for p in parameters),
-        len(parameters),
-        num_devices,
-        dtype,
-        every_n_steps,
-        costs,
-        flops,
-        device,
-        None if known is None else known.sample(costs),
-        step_ms,
-    )
+    sample_ms = None if known is None else known.sample(costs)
+    return Plan(what, *counts, num_devices, dtype, every_n_steps, costs, flops, device, sample_ms, step_ms)
 
 
 def _refuse(
@@ -130,8 +149,8 @@ def _refuse(
         )
 
 
-def _made(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The module on the meta device, and inputs of its forward pass."""
+def _made(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module, made on the meta device, and inputs of its forward pass."""
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise ValueError(f"{name!r}: give module:function, as in my_package.models:gpt2")
@@ -144,7 +163,7 @@ def _made(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
     module, *inputs = given if isinstance(given, tuple) else (given,)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives a {type(module).__name__}; an nn.Module, or a tuple of one and its inputs")
-    return module.to(device=META, dtype=dtype), tuple(inputs)
+    return module, tuple(inputs)
 
 
 def _function(module_name: str, function_name: str) -> Any:
