@@ -4,7 +4,7 @@
     python -m benchmarks.plan                    # checks against what was written
     python -m benchmarks.plan --growth           # cost against side, layers, parameters and processes
 
-None of the five trainings that are checked is among those that the table is made from.
+None of the five trainings that are checked is among those that the table is made from. Times are of the processor.
 """
 
 import logging
@@ -152,10 +152,10 @@ class Marks(L.Callback):
         self.at: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.at.append(time.perf_counter())
+        self.at.append(time.process_time())
 
     def on_train_end(self, *_: Any) -> None:
-        self.at.append(time.perf_counter())
+        self.at.append(time.process_time())
 
 
 def measured(module: nn.Module, data: TensorDataset, batch_size: int) -> tuple[float, float]:
@@ -202,12 +202,12 @@ def check(device: str) -> Table:
 
 def timed(job: Callable[[], object]) -> float:
     """Seconds, the median of some."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     taken: list[float] = []
-    while len(taken) < 3 or (time.perf_counter() - begin < 0.3 and len(taken) < 30):
-        started = time.perf_counter()
+    while len(taken) < 3 or (time.process_time() - begin < 0.3 and len(taken) < 30):
+        started = time.process_time()
         job()
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
     return median(taken)
 
 
@@ -241,9 +241,9 @@ def calibrated(what: str) -> Device:
     found = list(rates())
     device = Device(
         what,
-        [(side, round(p)) for side, p, _ in found],
-        [(side, round(e)) for side, _, e in found],
-        [(side, round(rate)) for side, rate in sketches()],
+        [(side, float(round(p))) for side, p, _ in found],
+        [(side, float(round(e))) for side, _, e in found],
+        [(side, float(round(rate))) for side, rate in sketches()],
         *(0.0,) * 6,
         training=math.inf,
     )
@@ -271,6 +271,57 @@ def calibrated(what: str) -> Device:
     )
 
 
+def grown() -> Table:
+    """Cost against what it grows with, the exponent that fits best, and the one that is expected."""
+    table = Table(title="Growth: processor ms on one thread, or what is planned")
+    for heading in ("what", "against", "values", "cost", "exponent", "expected"):
+        table.add_column(heading)
+    for what, against, values, costs, expected in growths():
+        exponent = np.polyfit(np.log(values), np.log(costs), 1)[0]
+        said = [", ".join(f"{number:.3g}" for number in numbers) for numbers in (values, costs)]
+        table.add_row(what, against, *said, f"{exponent:.2f}", expected)
+    return table
+
+
+def growths() -> Iterator[tuple[str, str, list[float], list[float], str]]:
+    """What, against what, values, costs, and the exponent that is expected."""
+
+    def solving(side: int) -> float:
+        return 1000 * timed(partial(decompose, [torch.randn(side, side)], "values"))
+
+    def sampling(*widths: int) -> float:
+        torch.manual_seed(0)
+        rows = 64
+        data = TensorDataset(torch.randn(4 * rows, widths[0]), torch.randint(widths[-1], (4 * rows,)))
+        return measured(Classified(layers(*widths)), data, rows)[0]
+
+    for sides, expected in (([128, 256, 512, 1024], "3, products and eigenvalues"), ([1600, 2263, 3200], "2, sketch")):
+        yield "one square matrix", "side", [*map(float, sides)], [solving(side) for side in sides], expected
+    counts = [25, 50, 100]
+    yield "a sample", "layers of 64", [*map(float, counts)], [sampling(*[64] * (n + 1)) for n in counts], "1"
+    widths = [256, 512, 1024]
+    costs = [sampling(*[width] * 3) for width in widths]
+    yield "a sample", "parameters, 2 layers", [2.0 * width**2 for width in widths], costs, "1.5"
+    depths = [6, 12, 24, 48]
+    of_depth = [plan_of(GPT(depth=n, width=256), (), "cpu") for n in depths]
+    parameters = [float(said.num_parameters) for said in of_depth]
+    yield (
+        "flops of GPT",
+        "parameters, by depth",
+        parameters,
+        [s.costs.total_flops for s in of_depth],
+        "1, less embeddings",
+    )
+    processes = [2, 4, 8, 16, 32, 64]
+    plans = [planned("benchmarks.shapes:gpt2_124m", num_devices=num) for num in processes]
+    for what, costs in (
+        ("flops of the busiest, GPT-2", [float(said.costs.flops.total()) for said in plans]),
+        ("bytes sent, GPT-2", [float(max(said.costs.sent)) for said in plans]),
+        ("memory at the peak, GPT-2", [float(said.costs.peak) for said in plans]),
+    ):
+        yield what, "processes", [*map(float, processes)], costs, "-1 until the largest matrix counts"
+
+
 def fitted(rows: Sequence[Any]) -> list[float]:
     """Factors of what was counted, none below 0, that have the smallest relative errors."""
     weights = np.array([1 / whole for _, _, whole in rows])
@@ -290,7 +341,10 @@ def main(calibrate: str | None = None, device: str = "cpu", growth: bool = False
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    console = Console(width=110)
+    console = Console(width=150)
+    if growth:
+        console.print(grown())
+        return
     if calibrate:
         model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
         processor = model.partition(": ")[2] or platform.machine()

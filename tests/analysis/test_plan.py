@@ -59,12 +59,12 @@ def work(short: int, long: int) -> float:
 
 def test_flops_and_routes_are_those_of_the_formulas() -> None:
     width, depth = SIZES["width"], SIZES["depth"]
-    blocks = depth * (4 * work(width, width) + 2 * work(width, 4 * width))
+    blocks = depth * (work(width, 3 * width) + work(width, width) + 2 * work(width, 4 * width))
     rest = work(width, SIZES["vocabulary"]) + work(min(width, SIZES["length"]), max(width, SIZES["length"]))
 
     costs = plan_of(transformer(), (), "cpu").costs
 
-    assert costs.matrices == {"Gram, float64": 3 * (6 * depth + 2)}
+    assert costs.matrices == {"Gram, float64": 3 * (4 * depth + 2)}
     assert costs.flops.total() == pytest.approx(3 * (blocks + rest), rel=1e-5)
     assert costs.total_flops == costs.flops.total()
     assert costs.largest == 4 * width * SIZES["vocabulary"]
@@ -124,10 +124,10 @@ def test_every_class_of_devices_was_measured_in_full() -> None:
         assert "torch" in device.what
 
 
-def rehearsal(round_: int) -> Plan:
+def rehearsal(round_: int, **sizes: int) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(team, "ROUND", round_)
-        return plan_of(transformer(), (), "cpu", num_devices=4)
+        return plan_of(GPT(**SIZES | sizes), (), "cpu", num_devices=4)
 
 
 def real(rank: int, size: int, root: Path) -> Any:
@@ -151,12 +151,13 @@ def test_four_processes_send_what_was_planned_and_nothing_between_samples(tmp_pa
             assert seen.calls[step][large.EXCHANGE] == costs.collectives
             assert seen.bytes[step][large.POOL] == costs.pooled
         assert [seen.calls[step].total() for step in others] == [0, 0]
-    # The plan is of the process that has most to do, and knows nothing of the numbers that are found.
-    assert 0.8 * costs.peak < max(seen.peak for seen in found) < 1.25 * costs.peak
+    # The numbers that are found take some too.
+    assert 0.8 * costs.peak < found[costs.rank].peak < 1.25 * costs.peak
+    assert max(seen.peak for seen in found) - 2 * costs.kept < 4 * costs.largest
 
 
 def test_rounds_bound_the_memory_by_the_largest_matrix() -> None:
-    within, at_once = (rehearsal(round_).costs for round_ in (1, 2**40))
+    within, at_once = (rehearsal(round_, depth=12, vocabulary=100).costs for round_ in (1, 2**40))
 
     # Beyond the copies of shards and their differences, in single precision both.
     assert within.peak - 2 * within.kept < 4 * within.largest
@@ -178,7 +179,7 @@ def test_a_program_gets_numbers_and_null(capsys: pytest.CaptureFixture[str]) -> 
     main(["plan", named("transformer"), "--dtype", "bf16", "--tokens-per-step", "100", "--json"])
 
     told = json.loads(capsys.readouterr().out)
-    assert told["matrices"] == {"Gram, float64": 42}
+    assert told["matrices"] == {"Gram, float64": 30}
     assert told["sample_ms"] > 0
     assert told["share_percent"] > 0
     assert told["num_parameters"] == sum(p.numel() for p in transformer().parameters())

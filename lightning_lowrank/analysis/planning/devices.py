@@ -63,7 +63,7 @@ class Device:
         """Milliseconds of a training step."""
         return self.step_ms + self.parameter_ms * num_parameters + 1000 * flops / self.training
 
-    def _seconds(self, route: str, work: Work, flops: float) -> float:
+    def _seconds(self, route: str, work: Work, flops: int) -> float:
         rates = self.sketch if route == SKETCH else self.products if work.kind == "products" else self.eigenvalues
         return flops / interpolated(rates, work.side)
 
@@ -77,7 +77,12 @@ def interpolated(rates: Rates, side: int) -> float:
 def devices(table: Path = TABLES) -> dict[str, Device]:
     """Those that were measured, by name."""
     known: Mapping[str, Mapping[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
-    return {name: Device(**fields) for name, fields in known.items()}
+    return {name: Device(**{key: _tuples(value) for key, value in fields.items()}) for name, fields in known.items()}
+
+
+def _tuples(value: Any) -> Any:
+    """Pairs as they were before they were JSON."""
+    return [(side, float(rate)) for side, rate in value] if isinstance(value, list) else value
 
 
 def write(name: str, device: Device, table: Path = TABLES) -> None:

@@ -50,6 +50,8 @@ class Costs:
     """What a sample takes.
 
     Attributes:
+        size: How many processes there are.
+        rank: The one with most to do.
         matrices: By route, of all processes.
         flops: By route and kind of work, of the process with most to do.
         total_flops: Of all processes.
@@ -67,6 +69,7 @@ class Costs:
     """
 
     size: int
+    rank: int = 0
     matrices: Counter[str] = field(default_factory=Counter)
     flops: Counter[tuple[str, Work]] = field(default_factory=Counter)
     total_flops: float = 0.0
@@ -124,7 +127,7 @@ def rehearsed(module: nn.Module, monitor: RankMonitor, num_devices: int = 1) -> 
     if not sum(team.loads):
         raise ValueError("there is no matrix to watch: give a module that has some, or another `match`")
     team.rank = max(range(num_devices), key=team.loads.__getitem__)
-    team.costs = Costs(num_devices)
+    team.costs = Costs(num_devices, team.rank)
     with as_one_of(num_devices, team.rank):
         if num_devices > 1:
             fully_shard(module, mesh=init_device_mesh("cpu", (num_devices,)))

@@ -53,7 +53,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
 def plain(plan: Plan) -> dict[str, Any]:
     """For a program: null where nothing was measured."""
     costs = {field.name: getattr(plan.costs, field.name) for field in fields(plan.costs)}
-    costs = {key: value for key, value in costs.items() if key not in ("flops", "size")}
+    costs = {key: value for key, value in costs.items() if key not in ("flops", "size", "rank")}
     by_route: dict[str, float] = {}
     for (route, _), flops in plan.costs.flops.items():
         by_route[route] = by_route.get(route, 0.0) + flops
@@ -62,7 +62,7 @@ def plain(plan: Plan) -> dict[str, Any]:
     return said | derived | costs | {"unmeasured": OTHERS}
 
 
-def count(number: float) -> str:
+def count(number: int | float) -> str:
     """With three digits and a letter."""
     for exponent, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**exponent:
@@ -70,7 +70,7 @@ def count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def size(number: float) -> str:
+def size(number: int | float) -> str:
     """Bytes with three digits and a unit."""
     for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if number >= 2**exponent:
