@@ -77,7 +77,7 @@ class Characters(nn.Module):
 
 def layers(*widths: int) -> nn.Sequential:
     """Linear layers between those widths."""
-    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())))
+    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
