@@ -1,7 +1,8 @@
-"""The command line: what event files have of us, as a page or as a table.
+"""The command line: what event files have of us, as a page or as a table; what watching a model will cost.
 
 lightning-lowrank report RUN_DIR -o report.html
 lightning-lowrank summary RUN_DIR --json
+lightning-lowrank plan my_package.models:gpt2 --devices 8 --dtype bf16 --tokens-per-step 8192
 """
 
 import html
@@ -22,6 +23,7 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 
+from lightning_lowrank.analysis.planning import command
 from lightning_lowrank.reports.dashboard import Sample, summary_table
 from lightning_lowrank.tensorboard import answers
 from lightning_lowrank.tensorboard.series import Reader
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     asked = parser.parse_args(arguments)
     options = asked[asked.subcommand]
+    if asked.subcommand == "plan":
+        command.run(options)
+        return
     try:
         reader = reader_of(Path(options.run_dir))
     except ValueError as error:
@@ -104,9 +109,11 @@ def _parser() -> ArgumentParser:
     )
     summary.add_argument("--json", action="store_true", help="numbers of all sites, null where there is none")
     whole = ArgumentParser(
-        prog="lightning-lowrank", description="What lightning_lowrank has written beside a training."
+        prog="lightning-lowrank",
+        description="What lightning_lowrank has written beside a training, and what it will cost.",
     )
     commands = whole.add_subcommands()
+    commands.add_subcommand("plan", command.parser())
     commands.add_subcommand("report", report)
     commands.add_subcommand("summary", summary)
     return whole

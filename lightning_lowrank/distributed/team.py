@@ -5,6 +5,7 @@ Shape letters:  B any batch axes   M rows, N columns of a matrix
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,8 @@ Word = TypeVar("Word")
 
 # Pieces in a message begin at multiples of this, so that any dtype can be read where it lies.
 ALIGNMENT = 16
+# Bytes that a process may get at once, however small the largest matrix is.
+ROUND = 2**26
 
 
 @dataclass
@@ -86,23 +89,17 @@ class Team:
 
     def _exchanged(self, tensors: Sequence[Tensor], routes: Sequence[Route]) -> Iterator[Tensor | None]:
         """Each tensor whole on its owner, None elsewhere."""
-        outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
-        incoming = [0] * self.size
+        outgoing, incoming = traffic(routes, self.rank, self.size)
+        pieces: list[list[Tensor]] = [[] for _ in range(self.size)]
         for tensor, route in zip(tensors, routes, strict=True):
             if self.rank in route.senders:
-                outgoing[route.owner].append(_padded(local(tensor)))
-            if self.rank == route.owner:
-                for sender in route.senders:
-                    incoming[sender] += _room(size_on(sender, route))
-        outgoing_sizes = [sum(len(piece) for piece in pieces) for pieces in outgoing]
-        sent = torch.cat(
-            [
-                torch.empty(0, dtype=torch.uint8, device=tensors[0].device),
-                *(piece for pieces in outgoing for piece in pieces),
-            ]
-        )
+                pieces[route.owner].append(_padded(local(tensor)))
+        nothing = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+        sent = torch.cat([nothing, *chain.from_iterable(pieces)])
+        del pieces
         received = sent.new_empty(sum(incoming))
-        dist.all_to_all_single(received, sent, incoming, outgoing_sizes)
+        dist.all_to_all_single(received, sent, incoming, outgoing)
+        del sent
         messages = dict(enumerate(received.split(incoming)))
         for route in routes:
             yield self._unpacked(route, messages) if route.owner == self.rank else None
@@ -117,6 +114,38 @@ class Team:
         return assembled(route, pieces)
 
 
+def traffic(routes: Sequence[Route], rank: int, size: int) -> tuple[list[int], list[int]]:
+    """Bytes that one of the processes sends to each, and receives from each, itself included."""
+    outgoing, incoming = [0] * size, [0] * size
+    for route in routes:
+        if rank in route.senders:
+            outgoing[route.owner] += _room(size_on(rank, route))
+        if rank == route.owner:
+            for sender in route.senders:
+                incoming[sender] += _room(size_on(sender, route))
+    return outgoing, incoming
+
+
+def in_rounds(sizes: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
+    """Numbers of things that are moved together, so that no owner gets more at once than the largest of all, or `ROUND`
+    bytes.
+
+    Args:
+        sizes: Bytes of each, whole; 0 where nothing is to be moved.
+        owners: Who gets each.
+    """
+    limit = max([ROUND, *sizes])
+    rounds: list[list[int]] = [[]]
+    taken: dict[int, int] = {}
+    for i, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
+        if taken.get(owner, 0) + size > limit:
+            rounds.append([])
+            taken = {}
+        taken[owner] = taken.get(owner, 0) + size
+        rounds[-1].append(i)
+    return rounds
+
+
 def _room(num_bytes: int) -> int:
     """Bytes with the padding behind them."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -125,4 +154,5 @@ def _room(num_bytes: int) -> int:
 def _padded(tensor: Tensor) -> Tensor:
     """The bytes of a tensor as they are sent."""
     plain = tensor.detach().contiguous().flatten().view(torch.uint8)
-    return torch.cat([plain, plain.new_zeros(_room(len(plain)) - len(plain))])
+    missing = _room(len(plain)) - len(plain)
+    return torch.cat([plain, plain.new_zeros(missing)]) if missing else plain

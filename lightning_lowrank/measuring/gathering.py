@@ -3,7 +3,7 @@
 Shape letters:  B any batch axes   M rows, N columns of a matrix   S the short side
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowrank.distributed.shards import is_sharded, local, of_local, sharded_axes
-from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.distributed.team import Team, in_rounds
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE
 from lightning_lowrank.maths.spectra.spectrum import Spectrum, from_gram, full_precision, working_dtype
 from lightning_lowrank.measuring.source import Reading
@@ -31,10 +31,12 @@ class Gathered:
 
 def gather(
     readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool
-) -> list[Gathered]:
-    """What of these readings is this process's to measure. Communicates where tensors are sharded, in one collective.
+) -> Iterator[list[Gathered]]:
+    """What of these readings is this process's to measure, as many at once as `in_rounds` lets move.
 
-    What cannot be read or made is left out; whoever misses it counts it as lost.
+    Communicates where tensors are sharded, in one collective a round, which all processes take to the end. What cannot
+    be read or made is left out; whoever misses it counts it as lost. What else goes wrong in a round is raised after
+    the last, for which the others wait.
 
     Args:
         readings: The same on every process but for their parts.
@@ -44,6 +46,23 @@ def gather(
             to move.
         beside: Also the weights beside them.
     """
+    trouble: Exception | None = None
+    for members in in_rounds([_size(reading) for reading in readings], owners):
+        part, of = [readings[i] for i in members], [owners[i] for i in members]
+        try:
+            taken = [_gathered(part, of, team, spectra_only=spectra_only, beside=beside)]
+        except Exception as error:
+            trouble, taken = error.with_traceback(None), [[]]
+        # Handed over, so that nothing here holds it while the next round is gathered.
+        yield taken.pop()
+    if trouble is not None:
+        raise trouble
+
+
+def _gathered(
+    readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool
+) -> list[Gathered]:
+    """What of one round is this process's."""
     weights = [reading.weight for reading in readings if reading.weight is not None] if beside else []
     assert len(weights) in (0, len(readings))
     every = [_complete(reading) for reading in (*readings, *weights)]
@@ -56,6 +75,12 @@ def gather(
         for reading, value, weight in zip(readings, made, partners, strict=False)
         if reading.parts and value is not None and (weight is not None or not weights)
     ]
+
+
+def _size(reading: Reading) -> int:
+    """Bytes of what is sharded, whole; the same on every process, whether it could read its own part or not."""
+    like = reading.like or reading.parts
+    return sum(t.numel() * (reading.dtype or t.dtype).itemsize for t in like if is_sharded(t))
 
 
 def _complete(reading: Reading) -> Reading:

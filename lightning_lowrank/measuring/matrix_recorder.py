@@ -6,6 +6,7 @@ Shape letters:  n matrices read at once
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,6 +78,11 @@ class MatrixRecorder(Recorder):
         """Name of the row of its reports that has the order statistics of each site, where there are any."""
         return f"{self.name}_orders"
 
+    @property
+    def owners(self) -> Mapping[str, int]:
+        """Who measures what can be shared out before it is read, by the first label."""
+        return self._owners
+
     def take_solves(self) -> int:
         """Calls of an eigensolver since this was last asked."""
         taken, self.num_solves = self.num_solves, 0
@@ -106,10 +112,26 @@ class MatrixRecorder(Recorder):
         )
         self.expected |= dict.fromkeys(label for reading in readings if reading.parts for label in reading.labels)
         beside = any(statistic.partner == "weight" for statistic in self.statistics)
-        taken = gather(
+        rounds = gather(
             readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside
         )
-        self._staged.setdefault(optimizer, []).extend(self._measured(group) for group in self._groups(taken, generator))
+        staged = self._staged.setdefault(optimizer, [])
+        troubles: list[Exception] = []
+        # Not a loop, whose variable would hold a round's matrices while the next are gathered.
+        for found in map(partial(self._attempted, generator=generator, troubles=troubles), rounds):
+            staged.extend(found)
+        if troubles:
+            raise troubles[0]
+
+    def _attempted(
+        self, taken: Sequence[Gathered], *, generator: torch.Generator, troubles: list[Exception]
+    ) -> list[Staged]:
+        """Measure a round; what goes wrong is told when all rounds are over, which other processes wait for."""
+        try:
+            return [self._measured(group) for group in self._groups(taken, generator)]
+        except Exception as error:
+            troubles.append(error.with_traceback(None))  # without the tensors that it would hold
+            return []
 
     def report(self) -> dict[str, Tensor]:
         """Also the order statistics; spectra, where asked for, are under their own tags."""

@@ -75,7 +75,7 @@ def uneven(rank: int, size: int, root: Path) -> dict[str, Any]:
     source.batch_over()
     team = Team(rank, size)
     readings = source.sample_over(team)
-    taken = gather(readings, list(range(len(readings))), team, spectra_only=True, beside=False)
+    (taken,) = gather(readings, list(range(len(readings))), team, spectra_only=True, beside=False)
     dist.destroy_process_group()
     return {one.labels[0]: (one.value.shape, one.value.values) for one in taken}  # type: ignore[union-attr]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from examples.char_transformer import CharTransformer
-from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.distributed.team import ROUND, Team, in_rounds
 from lightning_lowrank.maths.spectra.decompose import flops
 from lightning_lowrank.measuring.gathering import Gathered, gather
 from lightning_lowrank.measuring.source import Step
@@ -33,7 +33,8 @@ def shares(module: nn.Module, size: int) -> list[list[Gathered]]:
     source.plan(LoopTraining(module))
     readings = source.gradients_final(Step(optimizer, frozenset(map(id, module.parameters()))))
     owners = Team(0, size).assign([flops(reading.shape) for reading in readings])
-    return [gather(readings, owners, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
+    taken = [gather(readings, owners, Team(rank, size), spectra_only=True, beside=False) for rank in range(size)]
+    return [[one for part in rounds for one in part] for rounds in taken]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -73,3 +74,13 @@ def test_one_process_alone_says_nothing_to_anybody() -> None:
     assert team.all_gather_object("word") == ["word"]
     assert team.all_reduce(tensor) is tensor
     assert team.summand(tensor) is tensor
+
+
+def test_no_owner_gets_more_at_once_than_the_largest_or_the_least_that_is_worth_a_round() -> None:
+    sizes, owners = [ROUND, 5 * ROUND, 3 * ROUND, 3 * ROUND, ROUND, 0, 0], [0, 1, 0, 0, 1, 0, 1]
+
+    rounds = in_rounds(sizes, owners)
+
+    assert rounds == [[0, 1, 2], [3, 4, 5, 6]]
+    assert in_rounds([1] * 100, [0] * 100) == [list(range(100))]
+    assert in_rounds([], []) == [[]]

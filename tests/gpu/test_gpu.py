@@ -1,4 +1,4 @@
-"""What only a GPU can show, of every monitor in the table: numbers, neutrality, waits and memory.
+"""What only a GPU can show, of every monitor and method in the tables: numbers, neutrality, waits and memory.
 
 LOWRANK_TEST_DEVICE=cpu python -m pytest -c tests/gpu/pytest.ini tests/gpu    # a rehearsal
 """
@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from lightning_lowrank import Monitor
 from lightning_lowrank.watching.watch import Watch
 from tests.dispatch import Scarce, within_monitors
+from tests.methods import METHODS
 from tests.monitors import MONITORS
 from tests.trainings import Attending, Checkpointed, Classifier, ImageNet, InOrder, MemoryLogger, Quiet, half, trained
 
@@ -28,6 +29,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 CLOSE = 2e-3
 # Of what is drawn at random, on each device by its own generator: in reported errors, and relative.
 ERRORS, DRAWN = 6.0, 0.5
+# Of the optimizer of the tests' modules.
+LEARNING_RATE = 1e-2
 # Monitors whose numbers are drawn at random.
 RANDOM = ("curvature", "ntk", "multifractal")
 
@@ -140,6 +143,29 @@ def test_numbers_of_the_device_are_those_of_the_cpu(name: str, device: str) -> N
         if not (math.isnan(value) and math.isnan(there[tag])) and not abs(there[tag] - value) <= allowed:
             wrong[tag] = (value, there[tag])
     assert wrong == {}
+
+
+def acted(name: str, device: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights after five steps with a method, and what it logged last."""
+    L.seed_everything(3, verbose=False)
+    # Without so large an epsilon AdamW makes a whole step of a gradient that is rounding.
+    module, logger, method = Quiet(eps=1e-3), MemoryLogger(), METHODS[name]()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    L.Trainer(**quiet, **on(device), max_steps=5, logger=logger, callbacks=[method]).fit(module)
+    curves = {tag: [*curve.values()][-1] for tag, curve in logger.numbers().items() if "lowrank/" not in tag}
+    return {key: value.cpu() for key, value in module.state_dict().items()}, curves
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_does_on_the_device_what_it_does_on_the_cpu(name: str, device: str) -> None:
+    here, there = acted(name, "cpu"), acted(name, device)
+
+    assert there[1].keys() == here[1].keys() != set()
+    if "random" in name:  # another subspace on each device, by its own generator
+        assert_close(there[0], here[0], rtol=0, atol=5 * LEARNING_RATE)
+    else:
+        assert_close(there[0], here[0], rtol=0, atol=CLOSE * LEARNING_RATE)
+        assert_close(there[1], here[1], rtol=CLOSE, atol=1e-5, equal_nan=True)
 
 
 @contextmanager

@@ -188,4 +188,7 @@ def _on(device: torch.device, generator: torch.Generator | None) -> torch.Genera
     """
     seed = 0 if generator is None else generator.initial_seed()
     # Fibonacci hashing; the generator of the CPU reads the lower 32 bits of a seed only.
-    return torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + 0x5EED5EED5EED5EED) % 2**64 >> 32)
+    # Tensors without entries are drawn by the CPU's.
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(
+        (seed * 0x9E3779B97F4A7C15 + 0x5EED5EED5EED5EED) % 2**64 >> 32
+    )

@@ -1,0 +1,195 @@
+"""What watching a model will cost, before it is trained."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lowrank.analysis.planning.devices import devices
+from lightning_lowrank.analysis.planning.rehearsal import META, Costs, rehearsed
+from lightning_lowrank.monitors.rank import OF_PARAMETERS, RankMonitor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+Dtype = Literal["fp32", "bf16", "fp16", "fp64"]
+# Backward passes take twice what a forward pass does.
+PASSES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What watching a model will cost.
+
+    Attributes:
+        what: The model, as it was asked for.
+        num_parameters: Numbers in it.
+        num_tensors: Parameters in it.
+        num_devices: Processes that share it.
+        dtype: Of weights and gradients.
+        every_n_steps: Cadence.
+        costs: Of a sample.
+        step_flops: Of a step of training, on each device; None where it is not known.
+        device: Class of devices.
+        sample_ms: Of a sample, without what moves between processes; None where the class was not measured.
+        step_ms: Of a training step; None where it is not known.
+    """
+
+    what: str
+    num_parameters: int
+    num_tensors: int
+    num_devices: int
+    dtype: str
+    every_n_steps: int
+    costs: Costs
+    step_flops: float | None
+    device: str
+    sample_ms: float | None
+    step_ms: float | None
+
+    @property
+    def in_steps(self) -> float | None:
+        """Flops of a sample over those of a training step; None where these are not known."""
+        return self.costs.flops.total() / self.step_flops if self.step_flops else None
+
+    @property
+    def share(self) -> float | None:
+        """Percent by which training takes longer; None where it is not known, or the processes have to exchange."""
+        if self.sample_ms is None or not self.step_ms or self.num_devices > 1:
+            return None
+        return 100 * self.sample_ms / (self.every_n_steps * self.step_ms)
+
+
+def planned(
+    function: str,
+    *,
+    num_devices: int = 1,
+    dtype: Dtype = "fp32",
+    tokens_per_step: int | None = None,
+    step_ms: float | None = None,
+    device: str = "cpu",
+    every_n_steps: int = 50,
+    sources: Sequence[str] = ("gradients", "weights", "updates"),
+) -> Plan:
+    """What `RankMonitor` will cost a model, which is made on meta tensors and takes no step.
+
+    Args:
+        function: `module:function`, which takes nothing and gives an `nn.Module`, or a tuple of one and the inputs of
+            its forward pass, from which the flops of a step are counted.
+        num_devices: Processes over which FSDP2 shards the model.
+        dtype: Of weights and gradients.
+        tokens_per_step: Rows that each device multiplies by every matrix in a step, where there are no inputs.
+        step_ms: Milliseconds of a training step, where they are known.
+        device: A class of devices; one that was not measured has flops and bytes and no times.
+        every_n_steps: Cadence.
+        sources: Of `RankMonitor`, those of parameters.
+
+    Raises:
+        ValueError: There is no such function, what it gives is no module, a number is below 1, a source is unknown or
+            is none of parameters, there is no matrix, or this process is one of several.
+    """
+    _refuse(num_devices, tokens_per_step, step_ms, every_n_steps, sources)
+    module, inputs = _made(function)
+    return plan_of(
+        module,
+        inputs,
+        device,
+        what=function,
+        num_devices=num_devices,
+        dtype=dtype,
+        tokens_per_step=tokens_per_step,
+        step_ms=step_ms,
+        every_n_steps=every_n_steps,
+        sources=sources,
+    )
+
+
+def plan_of(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    device: str,
+    *,
+    what: str = "",
+    num_devices: int = 1,
+    dtype: Dtype = "fp32",
+    tokens_per_step: int | None = None,
+    step_ms: float | None = None,
+    every_n_steps: int = 50,
+    sources: Sequence[str] = ("gradients", "weights", "updates"),
+) -> Plan:
+    """The same of a module, which is moved to the meta device."""
+    module.to(device=META, dtype=DTYPES[dtype])
+    parameters = list(module.parameters())
+    counts = sum(p.numel() for p in parameters), len(parameters)
+    flops = _step_flops(module, inputs, tokens_per_step)
+    costs = rehearsed(module, RankMonitor(sources, every_n_steps=every_n_steps), num_devices)
+    known = devices().get(device)
+    if step_ms is None and known is not None and flops is not None and num_devices == 1:
+        step_ms = known.step(flops, len(parameters))
+    sample_ms = None if known is None else known.sample(costs)
+    return Plan(what, *counts, num_devices, dtype, every_n_steps, costs, flops, device, sample_ms, step_ms)
+
+
+def _refuse(
+    num_devices: int, tokens: int | None, step_ms: float | None, every_n_steps: int, sources: Sequence[str]
+) -> None:
+    counts = {"devices": num_devices, "tokens_per_step": tokens, "step_ms": step_ms, "every_n_steps": every_n_steps}
+    wrong = {name: value for name, value in counts.items() if value is not None and not value > 0}
+    if wrong:
+        raise ValueError(f"{wrong}: numbers above 0")
+    unknown = [source for source in sources if source not in OF_PARAMETERS]
+    if unknown or not sources:
+        raise ValueError(
+            f"sources={list(sources)}: the cost of {unknown} cannot be told without a batch; of {list(OF_PARAMETERS)} "
+            "it can"
+        )
+
+
+def _made(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module, made on the meta device, and inputs of its forward pass."""
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(f"{name!r}: give module:function, as in my_package.models:gpt2")
+    made = _function(module_name, function_name)
+    with META:
+        try:
+            given = made()
+        except TypeError as error:
+            raise ValueError(f"{name} could not be called without arguments: {error}") from error
+    module, *inputs = given if isinstance(given, tuple) else (given,)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name} gives a {type(module).__name__}; an nn.Module, or a tuple of one and its inputs")
+    return module, tuple(inputs)
+
+
+def _function(module_name: str, function_name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{module_name!r} cannot be imported: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{module_name} has no function {function_name!r}; there are {there[:20]}")
+    return function
+
+
+def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) -> float | None:
+    """Of a forward and a backward pass of one device."""
+    if inputs:
+        on_meta = [value.to(META) if isinstance(value, Tensor) else value for value in inputs]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*on_meta)
+        return float(PASSES * counter.get_total_flops())
+    if tokens is None:
+        return None
+    looked_up = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    entries = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in looked_up)
+    return 2.0 * PASSES * entries * tokens

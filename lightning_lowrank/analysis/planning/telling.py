@@ -1,0 +1,83 @@
+"""A plan in words and numbers."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from rich.table import Table
+
+import lightning_lowrank
+from lightning_lowrank.analysis.planning.devices import devices
+from lightning_lowrank.analysis.planning.plan import Plan
+
+UNMEASURED = "unmeasured"
+# Monitors without a plan: what they take is told by their pages, in steps of the trainings that it was measured on.
+OTHERS = sorted({name for name in dir(lightning_lowrank) if name.endswith("Monitor")} - {"Monitor", "RankMonitor"})
+
+
+def table_of(plan: Plan) -> Table:
+    """For a terminal."""
+    title = f"RankMonitor() on {plan.what}: {count(plan.num_parameters)} parameters, {plan.dtype}, "
+    table = Table("what", "value", title=title + f"{plan.num_devices} device{'s' * (plan.num_devices > 1)}")
+    for what, value in rows(plan):
+        table.add_row(what, value)
+    table.add_section()
+    table.add_row(", ".join(OTHERS), UNMEASURED)
+    return table
+
+
+def rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What it says, line by line."""
+    costs = plan.costs
+    for route, number in costs.matrices.items():
+        yield f"matrices by {route}", str(number)
+    if costs.summed:
+        yield "  of which only Gram matrices move, busiest device", str(costs.summed)
+    yield "flops of a sample, all devices", count(costs.total_flops)
+    yield "  of the busiest device", count(costs.flops.total())
+    yield "  in flops of its training steps", UNMEASURED if plan.in_steps is None else f"{plan.in_steps:.3g}"
+    if plan.num_devices > 1:
+        yield "bytes that a device sends, at most", size(max(costs.sent))
+        yield "bytes that a device receives, at most", size(max(costs.received))
+        yield "exchanges, and bytes that are added up", f"{costs.collectives}, {size(costs.pooled)}"
+    yield "memory held from before a step until after it", size(costs.kept)
+    yield "  at the peak of a sample", size(costs.peak)
+    yield "  largest matrix", size(costs.largest)
+    where = f"{plan.device} ({devices()[plan.device].what})" if plan.device in devices() else plan.device
+    yield f"ms of a sample: {where}", time(plan.sample_ms)
+    yield "ms of a training step", time(plan.step_ms)
+    share = UNMEASURED if plan.share is None else f"{plan.share:.2g} %"
+    yield f"training takes longer, a sample every {plan.every_n_steps} steps", share
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """For a program: null where nothing was measured."""
+    costs = {field.name: getattr(plan.costs, field.name) for field in fields(plan.costs)}
+    costs = {key: value for key, value in costs.items() if key not in ("flops", "size", "rank")}
+    by_route: dict[str, float] = {}
+    for (route, _), flops in plan.costs.flops.items():
+        by_route[route] = by_route.get(route, 0.0) + flops
+    said = {key: getattr(plan, key) for key in (field.name for field in fields(plan)) if key != "costs"}
+    derived = {"in_steps": plan.in_steps, "share_percent": plan.share, "flops": by_route}
+    return said | derived | costs | {"unmeasured": OTHERS}
+
+
+def count(number: int | float) -> str:
+    """With three digits and a letter."""
+    for exponent, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**exponent:
+            return f"{number / 10**exponent:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def size(number: int | float) -> str:
+    """Bytes with three digits and a unit."""
+    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if number >= 2**exponent:
+            return f"{number / 2**exponent:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def time(milliseconds: float | None) -> str:
+    """Or that nobody measured it."""
+    return UNMEASURED if milliseconds is None else f"{milliseconds:.3g}"
