@@ -62,7 +62,7 @@ class Projection:
         if "q" in parts and len(parts) > 1 and self.heads != self.key_heads:
             counts = [self.heads if part == "q" else self.key_heads for part in parts]
             each = len(rows) // sum(counts)
-            own = rows.split([count * each for count in counts])[parts.index(self.part)]
+            own: Tensor = rows.split([count * each for count in counts])[parts.index(self.part)]
             return own.reshape(-1, each, own.shape[-1])
         heads = self.heads if "q" in parts else self.key_heads
         rest = " ".join(axis for axis in self.order.split() if axis not in (parts, "d"))

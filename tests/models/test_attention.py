@@ -1,4 +1,4 @@
-"""Where queries and keys are. Oracle: the scores that the module itself computes, before and after weights are zeroed."""
+"""Where queries and keys are. Oracle: the scores that modules compute, before and after weights are zeroed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +27,8 @@ def softmax_heard() -> Iterator[list[Tensor]]:
     own = {(place, "softmax"): place.softmax for place in (torch, Tensor, F)}
 
     def heard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda scores, *args, **options: seen.append(scores.detach().clone()) or function(
-            scores, *args, **options
+        return lambda scores, *args, **options: (
+            seen.append(scores.detach().clone()) or function(scores, *args, **options)
         )
 
     for (place, name), function in own.items():
@@ -212,7 +212,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a pattern that fits nothing": ({"layouts": {"*.nope": "qkv heads d"}}, "layouts: .*fits nothing.*qkv.weight"),
     "no order": ({"layouts": {"qkv.weight": "qkv d"}}, "layouts: 'qkv d' is no order of axes"),
     "no keys": ({"layouts": {"qkv.weight": "q heads d"}}, "'qkv.weight' cannot be told: it has 0 layers of keys"),
-    "heads": ({"layouts": {"qkv.weight": "qkv heads d"}, "heads": {"qkv.weight": 5}}, "'qkv.weight' cannot be told: its"),
+    "heads": (
+        {"layouts": {"qkv.weight": "qkv heads d"}, "heads": {"qkv.weight": 5}},
+        "'qkv.weight' cannot be told: its",
+    ),
 }
 
 

@@ -152,9 +152,7 @@ def test_scores_are_those_of_the_step_written_out() -> None:
 
 def test_loggers_get_few_curves_unless_asked() -> None:
     logger, _ = logged([AttentionMonitor(every_n_steps=1)], lambda: Classifier(Fused()), max_steps=1)
-    single, _ = logged(
-        [AttentionMonitor(every_n_steps=1, detail="standard")], lambda: Classifier(Fused()), max_steps=1
-    )
+    single, _ = logged([AttentionMonitor(every_n_steps=1, detail="standard")], lambda: Classifier(Fused()), max_steps=1)
 
     assert {tag for tag in logger.numbers() if tag.startswith("attention/")} == {
         "attention/qk_update_stable_rank_median",
@@ -207,6 +205,7 @@ class Frozen(nn.Module):
         self.frozen = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
         self.head = nn.Linear(64, 10)
+        self.train()
 
     def train(self, mode: bool = True) -> "Frozen":
         super().train(mode)
@@ -239,7 +238,11 @@ def compiled() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "no attention": (lambda: Classifier().net, {}, r"finds no attention among \['net.0.weight'.*name its weights: layouts"),
+    "no attention": (
+        lambda: Classifier().net,
+        {},
+        r"finds no attention among \['net.0.weight'.*name its weights: layouts",
+    ),
     "an order that nothing tells": (Attending, {}, r"'net.qkv.weight', no class that is known says.*name its weights"),
     "a pattern": (Fused, {"match": "*.encoder"}, r"match: '\*.encoder' fits nothing; nearest: .*net.layer.layers.0"),
     "all excluded": (Fused, {"exclude": "*"}, "leaves none of the attentions"),

@@ -157,7 +157,9 @@ def test_attention_of_torch_is_heard(need_weights: bool, batch_first: bool) -> N
 
     torch.testing.assert_close(watched, alone, rtol=0, atol=0)
     np.testing.assert_allclose(sums, list(truth.values()), rtol=1e-4, atol=1e-5)
-    assert F.softmax.__name__ == "softmax" and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    assert (
+        F.softmax.__name__ == "softmax" and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    )
 
 
 def test_a_drawn_sample_has_as_many_rows_as_asked_and_is_near_the_whole() -> None:
@@ -202,7 +204,7 @@ def test_no_mode_is_left_when_a_forward_pass_fails() -> None:
 
     calls.plan(part, {"a": part}, {"a": H})
     calls.attach(nullcontext, seed=0)
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         part(fail, ValueError)
     assert _get_current_function_mode_stack() == []
     with pytest.raises(KeyboardInterrupt):
