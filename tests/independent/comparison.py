@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks
+from tests.independent import anatomy, attention, concentration, curvature, kernels, multifractal, ranks
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
@@ -17,6 +17,7 @@ from tests.independent.trainings import Run, run
 REFERENCES = (
     *(ranks.expected, anatomy.expected, anatomy.dormant, concentration.expected),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
+    attention.expected,
 )
 
 
@@ -103,6 +104,10 @@ CLAIMS: dict[str, Claim] = {
     "concentration_head_importance": Claim("gates that multiply what the layer reads, by autograd", 1e-4),
     "concentration_*_gate_*": Claim("gates that multiply what the layer reads, by autograd; formulas in numpy", 1e-4),
     "concentration_*": Claim("sums of squares and SVDs in numpy; formulas in numpy", 1e-4),
+    # AttentionMonitor
+    "qk_update_*_chance": Claim(f"{DRAWN}: heads of Gaussian entries", OF_DRAWS, "draws"),
+    "qk_update_*": Claim("numpy's SVD of the whole product of each head", 1e-4),
+    "attention_*": Claim("shares in numpy from the scores that softmax gets", 1e-4),
     # MultifractalMonitor
     "multifractal_*": Claim("sorting, counting and numpy's fitted lines"),
     "neuromfa_*_shuffled": Claim(f"{DRAWN}: shuffled entries", OF_DRAWS, "draws"),
