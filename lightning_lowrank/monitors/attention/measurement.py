@@ -45,7 +45,7 @@ def ranks_of(parts: Mapping[Attention, Parts]) -> ByHead:
         queries, keys = parts[some[0]][:2]
         rows = _rows(pair)
         chance = _chance(queries.shape[-2], queries.shape[-1], keys.shape[-1])
-        rows |= {f"{name}_chance": torch.full_like(row, chance[name]) for name, row in rows.items()}
+        rows |= {f"{name}_chance": chance[name].to(row).expand_as(row) for name, row in rows.items()}
         columns = torch.stack([row.flatten() for row in rows.values()]).unbind(-1)
         for label, column in zip((label for one in some for label in one.labels), columns, strict=True):
             found[label] = dict(zip(rows, column.unbind(), strict=True))
@@ -75,13 +75,13 @@ def _rows(pair: Sequence[Spectrum]) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def _chance(width: int, inputs: int, others: int) -> dict[str, float]:
+def _chance(width: int, inputs: int, others: int) -> dict[str, Tensor]:
     """Means over heads whose weights and updates are Gaussian, those of queries as large as those of keys."""
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = [(DRAWS, width, inputs), (DRAWS, width, others)] * 2
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
     rows = _rows(decompose(circuit_updates(*drawn), "values").spectra)
-    return {name: float(row.mean()) for name, row in rows.items()}
+    return {name: row.mean() for name, row in rows.items()}
 
 
 def scores_of(found: Float[Tensor, "P 6 H"]) -> tuple[dict[str, Float[Tensor, " H"]], Float[Tensor, ""]]:

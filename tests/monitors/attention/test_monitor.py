@@ -216,6 +216,7 @@ class Frozen(nn.Module):
         return self.head(self.layer(self.frozen(x.view(-1, 8, 8))).flatten(1))
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 def test_a_fast_path_is_taken_as_without_and_what_it_hides_is_blank_with_one_warning(tmp_path: Path) -> None:
     monitor = AttentionMonitor(every_n_steps=1)
     alone = trained(lambda: Classifier(Frozen()), {}, [], tmp_path / "alone")
