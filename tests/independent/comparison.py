@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import anatomy, attention, concentration, curvature, kernels, multifractal, ranks
+from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
@@ -17,7 +17,6 @@ from tests.independent.trainings import Run, run
 REFERENCES = (
     *(ranks.expected, anatomy.expected, anatomy.dormant, concentration.expected),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
-    attention.expected,
 )
 
 

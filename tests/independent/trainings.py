@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowrank import (
-    AttentionMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
@@ -217,7 +216,6 @@ def monitors(case: Case) -> list[Monitor]:
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),
         CurvatureMonitor("light", match=case.curved, name="light", **seldom),
         NTKMonitor(kernel=kernel, num_examples=examples, num_outputs=TOKENS, **seldom),
-        *([AttentionMonitor(**often)] if _has_heads(case) else []),
     ]
 
 
