@@ -48,6 +48,8 @@ from .monitors.anatomy.monitor import GradientAnatomyMonitor as GradientAnatomyM
 from .monitors.anatomy.source import Anatomy as Anatomy
 from .monitors.anatomy.spikes import SpikedData as SpikedData
 from .monitors.anatomy.spikes import spiked_data as spiked_data
+from .monitors.attention.monitor import AttentionMonitor as AttentionMonitor
+from .monitors.attention.source import AttentionHeads as AttentionHeads
 from .monitors.concentration.alerts import EarlyBirdAlert as EarlyBirdAlert
 from .monitors.concentration.monitor import ConcentrationMonitor as ConcentrationMonitor
 from .monitors.concentration.source import Concentration as Concentration

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.independent import minilm
+from lightning_lowrank import AttentionMonitor
+from tests.independent import attention, minilm, trainings
 from tests.independent.comparison import CONVERGED, EXCEPTIONS, Comparison, comparison, references
 from tests.independent.table import shares
 from tests.independent.trainings import CASES, run
@@ -77,6 +78,19 @@ def test_a_number_that_is_off_by_a_hundredth_is_found(tag: str) -> None:
     compared = comparison(replace(watched, logged=watched.logged | {tag: wrong})).compared
 
     assert any(one.tag == tag and not one.is_near for one in compared)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_every_number_of_heads_of_attention_is_that_of_a_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watched alone, in a run of its own."""
+    monitor = AttentionMonitor(every_n_steps=1, detail="all", per_site=True)
+    monkeypatch.setattr(trainings, "monitors", lambda case: [monitor])
+    watched = trainings.run.__wrapped__(name)
+    monkeypatch.setattr("tests.independent.comparison.references", lambda name: attention.expected(watched))
+    found = comparison(watched)
+
+    assert found.unknown == []
+    assert len(found.compared) > 400 and all(one.is_near for one in found.compared)
 
 
 def test_references_share_no_code_with_the_package() -> None:

@@ -18,12 +18,13 @@ Timed = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Tap:
-    """A forward hook that hears nothing in a copy of the layer, in a compiled function, or in a pass of our own.
+    """A hook before or after a forward pass that hears nothing in a copy of the layer, in a compiled function, or in a
+    pass of our own.
 
     Users copy modules in training, for target networks and averages; a copy's hook must not report to the original.
 
     Attributes:
-        hear: Called with the layer, its inputs and its output; None in a copy.
+        hear: Called with the layer, its inputs and its output, None before there is one; None in a copy.
         ours: It belongs to a pass of our own, and hears that one.
     """
 
@@ -32,7 +33,7 @@ class Tap:
     # How many passes of our own are under way.
     deaf: ClassVar[int] = 0
 
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any = None) -> None:
         # In a compiled function a hook would become part of the graph, or break it.
         if self.hear is not None and (self.ours or in_training()) and not torch.compiler.is_compiling():
             self.hear(layer, inputs, output)

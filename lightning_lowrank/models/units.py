@@ -69,7 +69,7 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Units]:
     Raises:
         ValueError: A pattern fits nothing that can be read, or a count does not divide the inputs.
     """
-    layers, weights = _linear_layers(module), _weights(module)
+    layers, weights = linear_layers(module), _weights(module)
     found = dict(_projections(module, layers))
     for pattern, count in counts.items():
         found |= dict.fromkeys(_chosen("heads", pattern, layers, weights), count)
@@ -90,7 +90,7 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
     Raises:
         ValueError: A pattern fits nothing that can be read.
     """
-    layers, weights = _linear_layers(module), _weights(module)
+    layers, weights = linear_layers(module), _weights(module)
     names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
     return {
         name: _part(name, layers, weights[name], _inputs(layers[name]), "neurons") for name in names if name in weights
@@ -113,7 +113,7 @@ def _projections(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator
             before, width = name, max(width, widths[name])
             continue
         if before and _inputs(layers[name]) == width:
-            heads = _num_heads(before, everything, width)
+            heads = num_heads(before, everything, width)
             yield from [(name, heads)] if heads else []
         before, width = "", 0
 
@@ -128,8 +128,10 @@ def _width(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> int
     return _inputs(layer) if ALL_THREE.fullmatch(local) and _outputs(layer) == 3 * _inputs(layer) else 0
 
 
-def _num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
-    """As the nearest module above says, or its config."""
+def num_heads(name: str, modules: Mapping[str, nn.Module], width: int) -> int:
+    """How many heads share so many columns of a layer, as the nearest module above it says, or its config; 0 where none
+    does.
+    """
     while name:
         name = name.rpartition(".")[0]
         for holder in (modules[name], getattr(modules[name], "config", None)):
@@ -174,7 +176,7 @@ def _belong_together(first: str, second: str) -> bool:
     return below == len(other) - common and (below == 1 or (below == 2 and not one[common].isdecimal()))
 
 
-def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers that multiply what comes in by a weight, in the order of the module."""
     return {
         name: layer
@@ -211,7 +213,7 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     owners = Counter(id(parameter) for owner in module.modules() for parameter in owner._parameters.values())
     found = {}
-    for name, layer in _linear_layers(module).items():
+    for name, layer in linear_layers(module).items():
         weight = _stepped(layer)
         if weight is None or is_lazy(weight) or weight.ndim < 2 or owners[id(weight)] > 1:
             continue

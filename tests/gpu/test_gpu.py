@@ -97,7 +97,7 @@ def accepted(make: Callable[[], Any], options: dict[str, Any], root: Path) -> li
         try:
             trained(make, options | {"max_steps": 1, "max_epochs": 1}, [MONITORS[name]()], root)
         except ValueError as error:
-            if not any(word in str(error) for word in ("compiled", "activation")):
+            if not any(word in str(error) for word in ("compiled", "activation", "attention")):
                 raise
         else:
             names.append(name)

@@ -103,6 +103,10 @@ CLAIMS: dict[str, Claim] = {
     "concentration_head_importance": Claim("gates that multiply what the layer reads, by autograd", 1e-4),
     "concentration_*_gate_*": Claim("gates that multiply what the layer reads, by autograd; formulas in numpy", 1e-4),
     "concentration_*": Claim("sums of squares and SVDs in numpy; formulas in numpy", 1e-4),
+    # AttentionMonitor
+    "qk_update_*_chance": Claim(f"{DRAWN}: heads of Gaussian entries", OF_DRAWS, "draws"),
+    "qk_update_*": Claim("numpy's SVD of the whole product of each head", 1e-4),
+    "attention_*": Claim("shares in numpy from the scores that softmax gets", 1e-4),
     # MultifractalMonitor
     "multifractal_*": Claim("sorting, counting and numpy's fitted lines"),
     "neuromfa_*_shuffled": Claim(f"{DRAWN}: shuffled entries", OF_DRAWS, "draws"),

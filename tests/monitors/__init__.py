@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_lowrank import (
+    AttentionMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
@@ -21,13 +22,16 @@ from lightning_lowrank import (
     RepresentationMonitor,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
-from tests.trainings import COMPILED, LOSSES
+from tests.trainings import CASES, COMPILED, LOSSES
 
 STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio")
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
 
 # As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
 _USUAL: dict[str, Any] = {"every_n_steps": 5, "per_site": True, "detail": "all", "alerts": None}
+
+# In the order that `nn.MultiheadAttention` has of itself.
+TOLD = {r"re:(qkv\.|in_proj_)weight$": "qkv heads d"}
 
 MONITORS: dict[str, Callable[..., Monitor]] = {
     "rank": lambda **options: RankMonitor(tuple(SOURCES), STATISTICS, **_USUAL | options),
@@ -43,6 +47,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
+    "attention": lambda **options: AttentionMonitor(**_USUAL | {"layouts": TOLD} | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -74,6 +79,7 @@ WITHOUT_ACTIVATIONS = (
     *("dropout and batch norm", "validation", "two optimizers by hand", "two optimizers in turn", "tied weights"),
     *("spectral norm", "activation checkpointing", "reentrant checkpoint", "fused attention", "LSTM"),
 )
+WITHOUT_ATTENTION = tuple(case for case in CASES if case != "fused attention")
 ENCODER = r"fast path that nn\.TransformerEncoderLayer takes.*match layers outside of it"
 # (monitor, case of `tests.trainings.CASES` or `COMPILED`) -> what it says before training.
 REFUSED: dict[tuple[str, str], str] = {
@@ -82,10 +88,13 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, case): BY_HAND for name in REPLAYING for case in LOSSES},
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("attention", case): "layouts: .*fits nothing" for case in (*WITHOUT_ATTENTION, *COMPILED)},
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
 }
+# Those that can watch a model of any kind.
+ANY = {name: make for name, make in MONITORS.items() if (name, "plain") not in REFUSED}
 # (monitor, case) in which some numbers cannot be had, which are counted as failures.
 INCOMPLETE: dict[tuple[str, str], str] = {
     **{

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_lowrank import Monitor
-from tests.monitors import MONITORS
+from tests.monitors import ANY, MONITORS
 from tests.trainings import Classifier
 
 QUIET: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -73,7 +73,7 @@ def trained(when: str, *monitors: Monitor) -> Hooked:
 @pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
 @pytest.mark.parametrize("when", ["on_fit_start", "on_train_start", "module", "activation", "forward"])
 def test_no_hook_of_the_user_is_called_by_us(when: str) -> None:
-    alone, watched = trained(when), trained(when, *(make(every_n_steps=1) for make in MONITORS.values()))
+    alone, watched = trained(when), trained(when, *(make(every_n_steps=1) for make in ANY.values()))
 
     assert (watched.losses, watched.running.mean) == (alone.losses, alone.running.mean)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
@@ -115,7 +115,7 @@ ITERATORS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", ITERATORS)
 def test_an_iterator_that_the_step_takes_from_is_not_consumed_by_replays_and_is_named(kind: str) -> None:
     ends = []
-    for monitors in ([], [make(every_n_steps=1) for make in MONITORS.values()]):
+    for monitors in ([], [make(every_n_steps=1) for make in ANY.values()]):
         torch.manual_seed(0)
         module = Kept(ITERATORS[kind])
         L.Trainer(max_steps=5, logger=False, callbacks=[*monitors], **QUIET).fit(module)
@@ -144,7 +144,7 @@ class Sharing(Classifier):
 def test_what_the_body_of_a_class_holds_is_put_back() -> None:
     Sharing.seen.clear()
     Sharing.count = 0
-    monitors = [make(every_n_steps=1) for make in MONITORS.values()]
+    monitors = [make(every_n_steps=1) for make in ANY.values()]
     L.Trainer(max_steps=4, logger=False, callbacks=monitors, **QUIET).fit(Sharing())
 
     assert (Sharing.seen, Sharing.count) == ([0, 1, 2, 3], 4)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lowrank import Monitor, RankMonitor
 from tests.monitors import MONITORS, VARIANTS
-from tests.trainings import Adversaries, Ordered, Resumable, digits
+from tests.trainings import Adversaries, Attending, Ordered, Resumable, digits
 
 # The second run needs no ModelCheckpoint, and some of them have other monitors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
@@ -45,7 +45,7 @@ def monitor(sources: Sequence[str] = SOURCES, statistics: Sequence[str] = STATIS
 def trained(
     root: Path,
     callbacks: Sequence[L.Callback],
-    make: type[L.LightningModule] = Ordered,
+    make: Callable[[], L.LightningModule] = Ordered,
     *,
     resume: Path | None = None,
     **options: Any,
@@ -114,16 +114,21 @@ def test_a_run_stopped_between_epochs_and_resumed_has_the_curves_of_one_that_nev
     assert_same_curves(read(tmp_path / "first", tmp_path / "second"), expected)
 
 
+def attending() -> L.LightningModule:
+    """A model that every monitor can watch."""
+    return Ordered(Attending())
+
+
 def with_all() -> list[Monitor]:
     return [make(every_n_steps=3) for make in (MONITORS | VARIANTS).values()]
 
 
 def test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped(tmp_path: Path) -> None:
-    trained(tmp_path / "whole", with_all(), max_epochs=3)
+    trained(tmp_path / "whole", with_all(), attending, max_epochs=3)
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5)
 
-    trained(tmp_path / "first", [*with_all(), checkpoint], max_steps=5)
-    trained(tmp_path / "second", with_all(), resume=saved(tmp_path / "checkpoints"), max_epochs=3)
+    trained(tmp_path / "first", [*with_all(), checkpoint], attending, max_steps=5)
+    trained(tmp_path / "second", with_all(), attending, resume=saved(tmp_path / "checkpoints"), max_epochs=3)
 
     assert_same_curves(read(tmp_path / "first", tmp_path / "second"), read(tmp_path / "whole"))
 
@@ -131,7 +136,7 @@ def test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped
 @pytest.mark.parametrize("name", MONITORS | VARIANTS)
 def test_the_state_of_any_monitor_is_plain_and_goes_into_another(name: str, tmp_path: Path) -> None:
     watching, other = ((MONITORS | VARIANTS)[name](every_n_steps=2) for _ in range(2))
-    trained(tmp_path / "run", [watching], max_epochs=1)
+    trained(tmp_path / "run", [watching], attending, max_epochs=1)
     torch.save(watching.state_dict(), tmp_path / "state.pt")
 
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

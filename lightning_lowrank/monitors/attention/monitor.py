@@ -1,0 +1,84 @@
+"""`AttentionMonitor`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from lightning_lowrank.measuring.number_source import Detail
+from lightning_lowrank.monitors.attention.source import AttentionHeads
+from lightning_lowrank.reports.alerts.rules import Alert
+from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
+
+
+class AttentionMonitor(Monitor):
+    """How each step changes what the heads of attention compare, and how they attend.
+
+    A head compares queries with keys by `x' Wq' Wk x`. One step adds `dWq' Wk + Wq' dWk` to that product, and
+    `dWq' dWk` to second order. Few directions in these say that the step serves few comparisons. Read them against the
+    run's own healthy past and beside what random matrices of that shape give. From calls of attention, on a drawn
+    sample of queries: the largest score, the entropy of the shares, and the share of the first key, the usual sink.
+
+    Writes medians over heads of `attention/qk_update_stable_rank`, `attention/qk_update_effective_rank_energy`,
+    `attention/entropy` and `attention/sink_share`, and `attention/largest_logit` of all heads; single heads as
+    `qk_update_stable_rank/<attention>.h<k>` from "standard" on, and in the tab. Biases are left out; with rotary
+    positions the product is that at relative position 0.
+
+    Cost: a copy of the weights of queries and keys while a due step takes, two thin QR factorisations per head of twice
+    its width, and on due steps `num_rows` rows of scores for each call and head.
+
+    Args:
+        every_n_steps: Cadence, in optimizer steps; 50 unless given.
+        match: Attentions to watch: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
+        exclude: The same, taken away.
+        layouts: How a layer puts out queries and keys where that cannot be told, by pattern of its weight, the slowest
+            axis first: `{"*.qkv.weight": "qkv heads d"}`, or `"q heads d"` and `"k heads d"` for layers of their own.
+        heads: Number of heads by pattern of weight, where nothing says how many there are.
+        scores: Hear calls of `scaled_dot_product_attention` and softmax over scores; `False` for models that are
+            compiled.
+        num_rows: Rows of scores, for each call and head.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Scalars of single heads: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        name: Prefix of all tags.
+        alerts: Rules that say when to warn; there are none by default.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
+
+    Raises:
+        ValueError: An option is out of its range; when training starts: there is no attention whose queries and keys
+            can be told, a pattern fits nothing, heads do not divide, or attention is inside a compiled module; the
+            message says what was found and how to name it.
+
+    Example:
+        >>> AttentionMonitor(every_n_steps=10).recorders[0].quantities[:2]
+        ['qk_update_effective_rank_energy', 'qk_update_stable_rank']
+
+    References:
+        arXiv 2606.28116 (2026), for spectra of the update of `Wq' Wk` as an early signal. Zhai et al. (2023),
+        Stabilizing Transformer Training by Preventing Attention Entropy Collapse, for entropy. Xiao et al. (2024),
+        Efficient Streaming Language Models with Attention Sinks, for the share of the first key.
+    """
+
+    word = "attention"
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        layouts: Mapping[str, str] | None = None,
+        heads: Mapping[str, int] | None = None,
+        scores: bool = True,
+        num_rows: int = 64,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        name: str | None = None,
+        *,
+        alerts: Sequence[Alert] | Literal["default"] | None = None,
+        max_overhead: float | None = None,
+    ) -> None:
+        source = AttentionHeads(match, exclude, layouts=layouts, heads=heads, scores=scores, num_rows=num_rows)
+        probes = probe_of(source, cadence(every_n_steps, max_overhead, 50))
+        super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
+
+    @staticmethod
+    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
+        """None: what these ranks are in a healthy run differs from run to run."""
+        return []
