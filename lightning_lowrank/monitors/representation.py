@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.power_law import power_law_exponent
@@ -15,6 +15,7 @@ from lightning_lowrank.measuring.metrics import spectrum_of_rows
 from lightning_lowrank.measuring.number_source import Detail, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch, Reading
 from lightning_lowrank.measuring.sources.features import Features
+from lightning_lowrank.models.blocks import blocks
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.alerts.rules import Alert
 from lightning_lowrank.statistics.effective_rank import effective_rank
@@ -67,7 +68,8 @@ class Representations(NumberSource):
 
     def plan(self, training: Training) -> None:
         """Choose the layers."""
-        self._features.match = self._match if self._match is not None else _blocks(training.module)
+        found = [f"re:^{re.escape(name)}$" for name in blocks(training.module)]
+        self._features.match = self._match if self._match is not None else found or None
         self._features.plan(training)
 
     def labels(self) -> Sequence[str]:
@@ -176,15 +178,6 @@ class RepresentationMonitor(Monitor):
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
         """None: the rank of a representation dips in healthy warm-up."""
         return []
-
-
-def _blocks(module: nn.Module) -> list[str] | None:
-    """Patterns of the layers that stand in lists of two or more of one class, outermost lists only; None without."""
-    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1}
-    lists = {name: part for name, part in lists.items() if len({type(block) for block in part}) == 1}
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    names = [f"{name}.{place}" for name in outer for place in range(len(lists[name]))]
-    return [f"re:^{re.escape(name)}$" for name in names] or None
 
 
 def _eigenvalues(spectrum: Spectrum, num_rows: int) -> Tensor:
