@@ -41,6 +41,8 @@ from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty
 from .methods.regularisers import weight_decay as weight_decay
 from .models.views import View as View
+from .monitors.activation.monitor import ActivationMonitor as ActivationMonitor
+from .monitors.activation.source import Activations as Activations
 from .monitors.anatomy.alerts import NotLowRankAlert as NotLowRankAlert
 from .monitors.anatomy.alerts import PhaseShiftAlert as PhaseShiftAlert
 from .monitors.anatomy.alerts import ResidueSuppressedAlert as ResidueSuppressedAlert

@@ -9,13 +9,13 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks
+from tests.independent import activations, anatomy, concentration, curvature, kernels, multifractal, ranks
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
 
 REFERENCES = (
-    *(ranks.expected, anatomy.expected, anatomy.dormant, concentration.expected),
+    *(ranks.expected, anatomy.expected, anatomy.dormant, activations.expected, concentration.expected),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
 )
 
@@ -93,6 +93,8 @@ CLAIMS: dict[str, Claim] = {
     ),
     "anatomy_*": Claim("numpy's SVDs of inputs and output gradients from plain hooks", 1e-4),
     "dormant_*": Claim("means of magnitudes from plain hooks"),
+    "activation_write_defect": Claim("what blocks put out and take in, from plain hooks, in numpy", 1e-5, "absolute"),
+    "activation_*": Claim("what blocks put out and take in, from plain hooks, in numpy; numpy's SVD of weights", 1e-4),
     # ConcentrationMonitor
     "concentration_*_gini*": Claim("all pairs of units, one by one", 1e-5, "absolute"),
     "concentration_*_matthew_slope": Claim("scipy's line through the logarithms", 1e-4),

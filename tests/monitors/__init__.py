@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_lowrank import (
+    ActivationMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
@@ -43,6 +44,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
+    "activation": lambda **options: ActivationMonitor(**_USUAL | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -82,6 +84,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, case): BY_HAND for name in REPLAYING for case in LOSSES},
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("activation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
