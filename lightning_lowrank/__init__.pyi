@@ -65,6 +65,8 @@ from .monitors.noise_scale import NoiseScaleMonitor as NoiseScaleMonitor
 from .monitors.rank import RankMonitor as RankMonitor
 from .monitors.representation import RepresentationMonitor as RepresentationMonitor
 from .monitors.representation import Representations as Representations
+from .monitors.router import RouterMonitor as RouterMonitor
+from .monitors.router import Routers as Routers
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert

@@ -29,6 +29,7 @@ from lightning_lowrank import (
     MultifractalMonitor,
     NTKMonitor,
     RankMonitor,
+    RouterMonitor,
 )
 from tests.trainings import QUIET, digits
 
@@ -227,6 +228,7 @@ def monitors(case: Case) -> list[Monitor]:
         ConcentrationMonitor(["module", "head", "neuron", "direction"] if _has_heads(case) else OF_ANY, **often),
         DormantUnitsMonitor(match=case.activations, **often),
         ActivationMonitor(match=case.blocks, **often),
+        RouterMonitor(match="net.head", top_k=2, capacity=1.0, **often),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),

@@ -20,6 +20,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
     RepresentationMonitor,
+    RouterMonitor,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import COMPILED, LOSSES
@@ -45,6 +46,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
     "activation": lambda **options: ActivationMonitor(**_USUAL | options),
+    "router": lambda **options: RouterMonitor(**_USUAL | {"match": "type:Linear", "top_k": 1} | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -84,6 +86,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, case): BY_HAND for name in REPLAYING for case in LOSSES},
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("router", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("activation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
