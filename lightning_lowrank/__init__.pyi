@@ -63,8 +63,9 @@ from .monitors.multifractal.source import Multifractal as Multifractal
 from .monitors.noise_scale import NoiseScale as NoiseScale
 from .monitors.noise_scale import NoiseScaleMonitor as NoiseScaleMonitor
 from .monitors.rank import RankMonitor as RankMonitor
-from .monitors.representation import RepresentationMonitor as RepresentationMonitor
-from .monitors.representation import Representations as Representations
+from .monitors.representation.classes import Classes as Classes
+from .monitors.representation.monitor import RepresentationMonitor as RepresentationMonitor
+from .monitors.representation.source import Representations as Representations
 from .monitors.router import RouterMonitor as RouterMonitor
 from .monitors.router import Routers as Routers
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor

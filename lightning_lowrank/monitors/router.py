@@ -125,7 +125,8 @@ class Routers(NumberSource):
         ranks = self._of_gates(team)
         if not names:
             return []
-        pooled = team.all_reduce(torch.cat(sums)).split([len(part) for part in sums])
+        own = torch.cat(sums)
+        pooled = team.all_reduce(own if team.sees_data else torch.zeros_like(own)).split([len(part) for part in sums])
         return [self._numbers(name, part, ranks) for name, part in zip(names, pooled, strict=True)]
 
     def detach(self) -> None:

@@ -53,6 +53,7 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     "dormant units": lambda: DormantUnitsMonitor(every_n_steps=2, detail="all"),
     "activation": lambda: ActivationMonitor(every_n_steps=2, detail="all"),
     "representation": lambda: RepresentationMonitor(every_n_steps=2, detail="all"),
+    "classes": lambda: RepresentationMonitor(every_n_steps=2, detail="all", classifier="net.2", name="classes"),
     "router": lambda: RouterMonitor(every_n_steps=2, match="type:Linear", top_k=2, detail="all"),
     "noise scale": lambda: NoiseScaleMonitor(every_n_steps=2, detail="all", loss_fn=loss_of),
 }
