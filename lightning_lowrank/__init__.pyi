@@ -33,6 +33,7 @@ from .measuring.sources.displacement import Displacement as Displacement
 from .measuring.sources.features import Features as Features
 from .measuring.sources.gradients import Gradients as Gradients
 from .measuring.sources.optimizer_state import OptimizerState as OptimizerState
+from .measuring.sources.update_sizes import UpdateSizes as UpdateSizes
 from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
 from .methods.galore.callback import GaLore as GaLore
