@@ -33,6 +33,7 @@ from .measuring.sources.displacement import Displacement as Displacement
 from .measuring.sources.features import Features as Features
 from .measuring.sources.gradients import Gradients as Gradients
 from .measuring.sources.optimizer_state import OptimizerState as OptimizerState
+from .measuring.sources.update_sizes import UpdateSizes as UpdateSizes
 from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
 from .methods.galore.callback import GaLore as GaLore
@@ -41,6 +42,8 @@ from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty
 from .methods.regularisers import weight_decay as weight_decay
 from .models.views import View as View
+from .monitors.activation.monitor import ActivationMonitor as ActivationMonitor
+from .monitors.activation.source import Activations as Activations
 from .monitors.anatomy.alerts import NotLowRankAlert as NotLowRankAlert
 from .monitors.anatomy.alerts import PhaseShiftAlert as PhaseShiftAlert
 from .monitors.anatomy.alerts import ResidueSuppressedAlert as ResidueSuppressedAlert
@@ -63,8 +66,11 @@ from .monitors.multifractal.source import Multifractal as Multifractal
 from .monitors.noise_scale import NoiseScale as NoiseScale
 from .monitors.noise_scale import NoiseScaleMonitor as NoiseScaleMonitor
 from .monitors.rank import RankMonitor as RankMonitor
-from .monitors.representation import RepresentationMonitor as RepresentationMonitor
-from .monitors.representation import Representations as Representations
+from .monitors.representation.classes import Classes as Classes
+from .monitors.representation.monitor import RepresentationMonitor as RepresentationMonitor
+from .monitors.representation.source import Representations as Representations
+from .monitors.router import RouterMonitor as RouterMonitor
+from .monitors.router import Routers as Routers
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert

@@ -27,6 +27,7 @@ class Gathered:
     labels: tuple[str, ...]
     value: Tensor | Spectrum
     weight: Tensor | Spectrum | None = None
+    rounded: bool = False
 
 
 def gather(
@@ -71,7 +72,7 @@ def _gathered(
     made = [_made(reading, parts) for reading, parts in zip(every, whole, strict=True)]
     partners = made[len(readings) :] or [None] * len(readings)
     return [
-        Gathered(reading.labels, value, weight)
+        Gathered(reading.labels, value, weight, reading.rounded)
         for reading, value, weight in zip(readings, made, partners, strict=False)
         if reading.parts and value is not None and (weight is not None or not weights)
     ]
@@ -96,7 +97,7 @@ def _condensed(reading: Reading) -> Reading:
     """The same spectrum from Gram matrices to be added up, where the short side is not sharded and they are smaller
     than the shards.
     """
-    part = reading.parts[0] if len(reading.parts) == 1 else None
+    part = reading.parts[0] if len(reading.parts) == 1 and not reading.rounded else None
     if part is None or not is_sharded(part) or not len(reading.shape) == part.ndim == 2 or part.element_size() > 4:
         return reading
     tall = int(part.shape[1] > part.shape[0])

@@ -25,6 +25,9 @@ from lightning_lowrank.measuring.source import MatrixSource, Reading, Step
 from lightning_lowrank.statistics import find
 from lightning_lowrank.statistics.registry import Statistic
 
+# Share of the entries of a change in half precision that do not move, above which its effective ranks are of rounding:
+# that of a bf16 update of rank 4 reads 8.
+UNCHANGED = 0.02
 ORDER: tuple[Needs, ...] = ("moments", "top", "values")
 
 
@@ -37,6 +40,8 @@ class Group:
     weight: Spectrum | None
     now: Subspace | None
     before: Subspace | None
+    # Of each matrix whether its small singular values are of rounding; None where none is in half precision.
+    stuck: Tensor | None = None
 
 
 class MatrixRecorder(Recorder):
@@ -172,7 +177,10 @@ class MatrixRecorder(Recorder):
 
     def _one(self, statistic: Statistic, group: Group) -> tuple[Tensor, Tensor]:
         if statistic.takes == (Spectrum,):
-            return estimate(statistic, group.spectrum)
+            value, error = estimate(statistic, group.spectrum)
+            if group.stuck is not None and "effective_rank" in statistic.name:
+                value = torch.where(group.stuck, torch.nan, value)
+            return value, error
         value = (
             statistic(group.now, group.before)
             if statistic.partner == "previous"
@@ -210,7 +218,8 @@ class MatrixRecorder(Recorder):
         if self._compares_subspaces:
             now = top_subspaces([t.value for t in taken if isinstance(t.value, Tensor)], SUBSPACE_RANK)
             before = self._results.before(labels, now)
-        return Group(labels, spectrum, weight, now, before)
+        stuck = torch.cat([_stuck(one) for one in taken]) if any(one.rounded for one in taken) else None
+        return Group(labels, spectrum, weight, now, before, stuck)
 
     def _spectra(self, values: Sequence[Tensor | Spectrum], needs: Needs, generator: torch.Generator) -> list[Spectrum]:
         """One spectrum per value, as much of it as is needed."""
@@ -220,6 +229,15 @@ class MatrixRecorder(Recorder):
         spectra = [value if isinstance(value, Spectrum) else next(found) for value in values]
         self._results.estimated |= any(spectrum.num_probes for spectrum in spectra)
         return spectra
+
+
+def _stuck(one: Gathered) -> Tensor:
+    """Of each matrix whether more of its entries than `UNCHANGED` are 0, rows and columns left out in which all are."""
+    if not isinstance(one.value, Tensor):
+        return torch.zeros(len(one.labels), dtype=torch.bool, device=one.value.values.device)
+    moved = (one.value != 0).reshape(-1, *one.value.shape[-2:])
+    touched = moved.any(-1, keepdim=True) & moved.any(-2, keepdim=True)
+    return ((touched & ~moved).sum((-2, -1)) > UNCHANGED * touched.sum((-2, -1))) & one.rounded
 
 
 def _joined(spectra: Sequence[Spectrum]) -> Spectrum:

@@ -13,6 +13,8 @@ from lightning_lowrank.models.sites import Site, sites
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.models.views import View
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(kw_only=True)
 class ParameterSource(MatrixSource):
@@ -70,18 +72,28 @@ def weights(site: Site, values: Sequence[Tensor] | None = None) -> Reading:
     return Reading(site.labels, site.shape, site.values() if values is None else values, site.weight, site.parameters)
 
 
-def change(site: Site, before: Sequence[Tensor]) -> Reading:
-    """What a site's matrices are now less what they were; nothing to read where it is not known what they were."""
+def change(site: Site, before: Sequence[Tensor], now: Sequence[Tensor] | None = None) -> Reading:
+    """What a site's matrices are now less what they were; nothing to read where it is not known what they were.
+
+    Args:
+        site: It.
+        before: Values of its parameters.
+        now: Those of now, where they are not the parameters'.
+    """
     count = len(site.parameters) if before else 0
+    values = site.values() if now is None else now
 
     def made(*parts: Tensor) -> Tensor:
         return difference(site.weight(*parts[:count]), site.weight(*parts[count:]))
 
     if site.linear:  # each process subtracts what it has
-        parts = attempt(lambda: [difference(*pair) for pair in zip(site.values(), before, strict=bool(before))])
+        parts = attempt(lambda: [difference(*pair) for pair in zip(values, before, strict=bool(before))])
         dtype = torch.promote_types(site.parameters[0].dtype, torch.float32)
-        return Reading(site.labels, site.shape, parts, site.view, site.parameters, dtype, weights(site, before))
-    parts = [*site.values(), *before] if before else ()
+        rounded = any(value.dtype in HALF for value in values)
+        return Reading(
+            site.labels, site.shape, parts, site.view, site.parameters, dtype, weights(site, before), rounded
+        )
+    parts = [*values, *before] if before else ()
     return Reading(site.labels, site.shape, parts, made, site.parameters * 2, weight=weights(site, before))
 
 

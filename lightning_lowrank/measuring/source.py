@@ -31,6 +31,7 @@ class Reading:
         like: Tensors of the shapes and placements of the parts, for a process that could not read its own.
         dtype: Of the parts, where it is not that of `like`.
         weight: The weights to set beside it.
+        rounded: What it is made from are differences of numbers in half precision.
     """
 
     labels: tuple[str, ...]
@@ -40,6 +41,7 @@ class Reading:
     like: Sequence[Tensor] = ()
     dtype: torch.dtype | None = None
     weight: "Reading | None" = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Listener:
         hear: Called with the layer's name, the layer, its positional inputs and its output.
         again: Hear also the second run of a layer under activation checkpointing.
         ours: Listen in a pass of our own instead of the training's.
+        before: Hear inputs before the layer runs, with None for its output.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class Listener:
         *,
         again: bool = False,
         ours: bool = False,
+        before: bool = False,
     ) -> None:
-        self._hear, self._again, self._ours = hear, again, ours
+        self._hear, self._again, self._ours, self._before = hear, again, ours, before
         self._timed: Timed = nullcontext
         self.layers: Mapping[str, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
@@ -131,7 +133,10 @@ class Listener:
     def _tapped(self, name: str, layer: nn.Module) -> RemovableHandle:
         # First, for a layer that works in parallel before it takes its output apart.
         parallel = any(isinstance(p, DTensor) for p in layer.parameters(recurse=False))
-        return layer.register_forward_hook(Tap(partial(self._heard, name), self._ours), prepend=parallel)
+        tap = Tap(partial(self._heard, name), self._ours)
+        return (
+            layer.register_forward_pre_hook(tap) if self._before else layer.register_forward_hook(tap, prepend=parallel)
+        )
 
     def _heard(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         if recomputes() and not self._again:
@@ -162,6 +167,27 @@ def refuse_compiled(root: nn.Module, layers: Mapping[str, nn.Module], what: str)
                 f"{what} of {name!r} cannot be heard: hooks inside a compiled module never run; match layers outside "
                 "of it, or do not compile"
             )
+
+
+def refuse_fast_path(root: nn.Module, name: str, what: str, *, evaluates: bool = False) -> None:
+    """Refuse a layer whose hook would change the numbers.
+
+    Args:
+        root: The module that it is in.
+        name: Its name there.
+        what: What is listened for.
+        evaluates: It is heard in evaluation.
+
+    Raises:
+        ValueError: The layer is, or is in, an `nn.TransformerEncoderLayer` that runs in evaluation mode.
+    """
+    around = [root, *(root.get_submodule(name[:i]) for i, letter in enumerate(f"{name}.") if letter == ".")]
+    fast = [module for module in around if isinstance(module, nn.TransformerEncoderLayer)]
+    if any(evaluates or not module.training for module in fast):
+        raise ValueError(
+            f"{what} of {name!r} cannot be heard: a hook would turn off the fast path that nn.TransformerEncoderLayer "
+            "takes in eval mode; match layers outside of it"
+        )
 
 
 def compiled(part: nn.Module, *methods: str) -> bool:

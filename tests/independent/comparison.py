@@ -9,13 +9,20 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks
+from tests.independent import activations, anatomy, concentration, curvature, kernels, multifractal, ranks, routers
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
 
 REFERENCES = (
-    *(ranks.expected, anatomy.expected, anatomy.dormant, concentration.expected),
+    *(
+        ranks.expected,
+        anatomy.expected,
+        anatomy.dormant,
+        activations.expected,
+        routers.expected,
+        concentration.expected,
+    ),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
 )
 
@@ -93,6 +100,10 @@ CLAIMS: dict[str, Claim] = {
     ),
     "anatomy_*": Claim("numpy's SVDs of inputs and output gradients from plain hooks", 1e-4),
     "dormant_*": Claim("means of magnitudes from plain hooks"),
+    "activation_write_defect": Claim("what blocks put out and take in, from plain hooks, in numpy", 1e-5, "absolute"),
+    "router_gate_stable_rank_chance": Claim("quantiles of Marchenko and Pastur's law by scipy's quadrature"),
+    "router_*": Claim("logits from plain hooks, tokens counted one by one; numpy's SVD of the gate"),
+    "activation_*": Claim("what blocks put out and take in, from plain hooks, in numpy; numpy's SVD of weights", 1e-4),
     # ConcentrationMonitor
     "concentration_*_gini*": Claim("all pairs of units, one by one", 1e-5, "absolute"),
     "concentration_*_matthew_slope": Claim("scipy's line through the logarithms", 1e-4),

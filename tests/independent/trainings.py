@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowrank import (
+    ActivationMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
@@ -28,6 +29,7 @@ from lightning_lowrank import (
     MultifractalMonitor,
     NTKMonitor,
     RankMonitor,
+    RouterMonitor,
 )
 from tests.trainings import QUIET, digits
 
@@ -129,6 +131,7 @@ class Case:
         scalars: Whether its optimizer is gradient descent with one rate.
         curved: Patterns of parameters for curvature, so that dense matrices stay small.
         activations: Layers whose outputs are units.
+        blocks: Layers between which sizes are read.
         kernel: Of `NTKMonitor`, with the number of examples.
     """
 
@@ -137,18 +140,29 @@ class Case:
     optimizer: Callable[[Any], torch.optim.Optimizer]
     curved: list[str]
     activations: list[str]
+    blocks: list[str]
     level: str = "full"
     kernel: tuple[str, int] = ("class_summed", 8)
 
 
 CASES = {
-    "ConvNeXt": Case(ConvNext, pictures, lambda p: torch.optim.SGD(p, lr=0.3), ["*"], ["net.act"], "full", ("full", 6)),
+    "ConvNeXt": Case(
+        ConvNext,
+        pictures,
+        lambda p: torch.optim.SGD(p, lr=0.3),
+        ["*"],
+        ["net.act"],
+        ["net.up", "net.down"],
+        "full",
+        ("full", 6),
+    ),
     "GPT-2": Case(
         gpt2,
         text,
         lambda p: torch.optim.AdamW(p, lr=1e-2),
         ["*attn.c_proj*", "*ln_2*", "*attn.c_attn.bias"],
         ["net.decoder.h.0.mlp.act"],
+        ["net.decoder.h.0", "net.decoder.h.0.mlp.c_fc", "net.decoder.h.0.mlp.c_proj"],
         "standard",
         ("class_summed", 2),
     ),
@@ -158,6 +172,7 @@ CASES = {
         lambda p: torch.optim.Adam(p, lr=1e-2),
         ["*self_attn*"],
         ["net.decoder.layers.0.mlp.act_fn"],
+        ["net.decoder.layers.0"],
         "standard",
         ("sum_of_logits", 8),
     ),
@@ -167,6 +182,7 @@ CASES = {
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         ["*lstm.weight_ih*", "*lstm.bias*"],
         ["net.act"],
+        ["net.hidden", "net.head"],
         "standard",
         ("class_summed", 8),
     ),
@@ -211,6 +227,8 @@ def monitors(case: Case) -> list[Monitor]:
         GradientAnatomyMonitor(**often),
         ConcentrationMonitor(["module", "head", "neuron", "direction"] if _has_heads(case) else OF_ANY, **often),
         DormantUnitsMonitor(match=case.activations, **often),
+        ActivationMonitor(match=case.blocks, **often),
+        RouterMonitor(match="net.head", top_k=2, capacity=1.0, **often),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),

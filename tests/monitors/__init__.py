@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_lowrank import (
     AttentionMonitor,
+    ActivationMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
@@ -20,6 +21,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
     RepresentationMonitor,
+    RouterMonitor,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import CASES, COMPILED, LOSSES
@@ -48,6 +50,8 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
     "attention": lambda **options: AttentionMonitor(**_USUAL | {"layouts": TOLD} | options),
+    "activation": lambda **options: ActivationMonitor(**_USUAL | options),
+    "router": lambda **options: RouterMonitor(**_USUAL | {"match": "type:Linear", "top_k": 1} | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.
@@ -89,6 +93,8 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("attention", case): "layouts: .*fits nothing" for case in (*WITHOUT_ATTENTION, *COMPILED)},
+    **{("router", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("activation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},

@@ -68,6 +68,7 @@ KINDS = [
     *("RankMonitor", "CurvatureMonitor", "NTKMonitor", "MultifractalMonitor"),
     *("GradientAnatomyMonitor", "ConcentrationMonitor", "DormantUnitsMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "AttentionMonitor"),
+    *("NoiseScaleMonitor", "RepresentationMonitor", "ActivationMonitor", "RouterMonitor"),
 ]
 
 

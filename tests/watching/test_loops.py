@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_lowrank import (
+    ActivationMonitor,
     Alert,
     ConcentrationMonitor,
     CurvatureMonitor,
@@ -27,6 +28,8 @@ from lightning_lowrank import (
     NoiseScaleMonitor,
     NTKMonitor,
     RankMonitor,
+    RepresentationMonitor,
+    RouterMonitor,
     watching,
 )
 from tests.processes import together
@@ -48,6 +51,10 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     "anatomy": lambda: GradientAnatomyMonitor(every_n_steps=2, detail="all"),
     "concentration": lambda: ConcentrationMonitor(every_n_steps=2, detail="all"),
     "dormant units": lambda: DormantUnitsMonitor(every_n_steps=2, detail="all"),
+    "activation": lambda: ActivationMonitor(every_n_steps=2, detail="all"),
+    "representation": lambda: RepresentationMonitor(every_n_steps=2, detail="all"),
+    "classes": lambda: RepresentationMonitor(every_n_steps=2, detail="all", classifier="net.2", name="classes"),
+    "router": lambda: RouterMonitor(every_n_steps=2, match="type:Linear", top_k=2, detail="all"),
     "noise scale": lambda: NoiseScaleMonitor(every_n_steps=2, detail="all", loss_fn=loss_of),
 }
 # What a clock says.

@@ -15,7 +15,7 @@ from lightning_lowrank.measuring.metrics import add_rows, spectrum_of_rows, stat
 from lightning_lowrank.measuring.source import Batch, MatrixSource, Reading
 from lightning_lowrank.models.axes import feature_axis, is_transposed, width
 from lightning_lowrank.models.names import fitting, tags
-from lightning_lowrank.models.taps import Listener
+from lightning_lowrank.models.taps import Listener, refuse_fast_path
 from lightning_lowrank.models.training import Training, device_of
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
@@ -78,8 +78,7 @@ class Features(MatrixSource):
         chosen = self._default(layers) if self.match is None else fitting("match", self.match, layers)
         chosen -= set() if self.exclude is None else fitting("exclude", self.exclude, layers)
         for name in sorted(chosen):
-            around = [layers[name[:i]] for i, letter in enumerate(f"{name}.") if letter == "."]
-            self._refuse(name, [training.module, *around])
+            refuse_fast_path(training.module, name, "features", evaluates=self.stage == "validation")
         names = tags(layers)
         heard = {names[name]: layer for name, layer in layers.items() if name in chosen}
         self._around = {names[name]: layers.get(name.rpartition(".")[0], training.module) for name in chosen}
@@ -134,22 +133,9 @@ class Features(MatrixSource):
         usual = {name: layer for name, layer in layers.items() if isinstance(layer, LAYERS) or is_transposed(layer)}
         return {name for name, layer in usual.items() if width(layer) <= self.max_width}
 
-    def _refuse(self, name: str, around: Sequence[nn.Module]) -> None:
-        """A layer whose hook would change the numbers.
-
-        Args:
-            around: The layer and all modules that it is in.
-        """
-        fast = [module for module in around if isinstance(module, nn.TransformerEncoderLayer)]
-        if any(self.stage == "validation" or not module.training for module in fast):
-            raise ValueError(
-                f"features of {name!r} cannot be heard: a hook would turn off the fast path that "
-                "nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
-            )
-
     def _add(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         try:
-            rows = _rows(layer, output, self._around[name])
+            rows = rows_of(layer, output, self._around[name])
             if rows is not None and rows.shape[-1] <= self.max_width:
                 self._pool(name, rows)
         except Exception:
@@ -191,7 +177,7 @@ def _agreed(parts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[i
     return {name: (entries[0][0], sum(rows for _, rows in entries)) for name, entries in whole.items()}
 
 
-def _rows(layer: nn.Module, output: Any, around: nn.Module) -> Tensor | None:
+def rows_of(layer: nn.Module, output: Any, around: nn.Module) -> Tensor | None:
     """The output with its features last, None where it holds no real numbers."""
     if isinstance(output, Mapping):
         output = tuple(output.values())

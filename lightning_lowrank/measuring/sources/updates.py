@@ -1,21 +1,30 @@
 """Updates: what one optimizer step changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_lowrank.measuring.parameter_source import ParameterSource, attempt, change
+from lightning_lowrank.distributed.shards import is_sharded
+from lightning_lowrank.measuring.parameter_source import HALF, ParameterSource, attempt, change
 from lightning_lowrank.measuring.source import Batch, Reading, Step
 from lightning_lowrank.models.sites import Site
+
+# Names under which optimizers keep a float32 copy of a parameter in half precision.
+MASTERS = ("master_param", "master_weight", "master", "fp32_param", "fp32_master")
 
 
 @dataclass(kw_only=True)
 class Updates(ParameterSource):
     """Weights after the step less those before it: learning rate, momentum, clipping and decay included.
 
-    Keeps a copy of the weights it watches from before each due step until after it.
+    Keeps a copy of the weights it watches from before each due step until after it. Of weights in half precision the
+    optimizer's own copy in float32 is read, where its state has one (`master_param` and the like); else what is stored,
+    and effective ranks are NaN where more than 0.02 of the entries do not move (rows and columns that do not move at
+    all left out): rounding fills the small singular values.
     """
 
     name = "update"
@@ -36,7 +45,7 @@ class Updates(ParameterSource):
         """Keep the weights; nothing to read yet."""
         moving = [site for site in self.sites if step.owns(site) and self.reads(site)]
         gone = [site for site in moving if self._has_moved(site)]
-        self._before = [(site, attempt(partial(_copied, site))) for site in moving if site not in gone]
+        self._before = [(site, attempt(partial(_copied, site, step))) for site in moving if site not in gone]
         if gone:
             raise ValueError(
                 f"{gone[0].name!r} was changed before its optimizer stepped, as by an optimizer inside the backward "
@@ -49,7 +58,7 @@ class Updates(ParameterSource):
         before, self._before = self._before, []
         for parameter in step.parameters:
             self._versions.pop(parameter, None)
-        return [change(site, values) for site, values in before]
+        return [change(site, values, _now(site, values, step)) for site, values in before]
 
     def _has_moved(self, site: Site) -> bool:
         """Whether a weight without a gradient has been written to since the batch began."""
@@ -64,5 +73,35 @@ class Updates(ParameterSource):
         self._before, self._versions = [], {}
 
 
-def _copied(site: Site) -> list[Tensor]:
-    return [value.clone() for value in site.values()]
+def _copied(site: Site, step: Step) -> list[Tensor]:
+    return [value.clone() for value in _masters(site, step) or site.values()]
+
+
+def _now(site: Site, before: Sequence[Tensor], step: Step) -> Sequence[Tensor] | None:
+    """The optimizer's own copies, where those before the step were; else None."""
+    masters = _masters(site, step)
+    are_own = [value.dtype for value in before] == [value.dtype for value in masters]
+    return masters if masters and are_own else None
+
+
+def _masters(site: Site, step: Step) -> list[Tensor]:
+    """Copies in float32 that the optimizer steps in the place of parameters in half precision; empty without."""
+    state = step.optimizer.state
+    kept = [master_of(parameter, state.get(parameter, {})) for parameter in site.parameters]
+    found = [master for master in kept if master is not None]
+    return found if len(found) == len(kept) and any(p.dtype in HALF for p in site.parameters) else []
+
+
+def master_of(parameter: Tensor, state: Mapping[str, Any]) -> Tensor | None:
+    """What an optimizer steps: the parameter, or of one in half precision its copy in float32, None without.
+
+    Args:
+        parameter: It.
+        state: What the optimizer keeps of it.
+    """
+    if parameter.dtype not in HALF:
+        return parameter.detach()
+    kept = [state.get(name) for name in MASTERS]
+    found = [value for value in kept if isinstance(value, Tensor) and value.dtype == torch.float32]
+    fits = (value.detach() for value in found if value.shape == parameter.shape)
+    return next((value for value in fits if is_sharded(value) == is_sharded(parameter)), None)

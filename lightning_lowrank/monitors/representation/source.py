@@ -1,11 +1,11 @@
-"""`RepresentationMonitor`: how many directions the representations of each block use, over depth."""
+"""Spectra of what blocks put out."""
 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.power_law import power_law_exponent
@@ -15,10 +15,9 @@ from lightning_lowrank.measuring.metrics import spectrum_of_rows
 from lightning_lowrank.measuring.number_source import Detail, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Batch, Reading
 from lightning_lowrank.measuring.sources.features import Features
+from lightning_lowrank.models.blocks import blocks
 from lightning_lowrank.models.training import Training
-from lightning_lowrank.reports.alerts.rules import Alert
 from lightning_lowrank.statistics.effective_rank import effective_rank
-from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 Stage = Literal["train", "validation"]
 DETAILS: dict[str, Detail] = {
@@ -67,7 +66,8 @@ class Representations(NumberSource):
 
     def plan(self, training: Training) -> None:
         """Choose the layers."""
-        self._features.match = self._match if self._match is not None else _blocks(training.module)
+        found = [f"re:^{re.escape(name)}$" for name in blocks(training.module)]
+        self._features.match = self._match if self._match is not None else found or None
         self._features.plan(training)
 
     def labels(self) -> Sequence[str]:
@@ -108,83 +108,6 @@ class Representations(NumberSource):
             **{"effective_rank_chance": sums.new_tensor(rank_chance), "alpha_chance": sums.new_tensor(alpha_chance)},
         }
         return Numbers(reading.labels[0], {f"{self.name}_{name}": value for name, value in values.items()})
-
-
-class RepresentationMonitor(Monitor):
-    """How many directions the representation uses after each block, as it is and about its mean; how fast its
-    eigenvalues fall.
-
-    A representation that collapses uses few directions whatever the input, and later layers cannot get back what is
-    lost. Read all of these beside rows and width, which cap them, and beside what Gaussian rows of that shape give.
-
-    Writes medians over blocks of `representation/effective_rank` (RankMe), `representation/centred_effective_rank` and
-    `representation/alpha` (alpha-ReQ; 1 is the claimed optimum); single blocks from "standard" on, and in the tab.
-
-    Cost: one pass over the outputs of the blocks on due steps, width times rows for their Gram matrix in float64, and
-    two solves of it.
-
-    Args:
-        every_n_steps: Cadence, in optimizer steps; 100 unless given. Validation is read at each of its loops.
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given the blocks: what stands
-            in lists of layers of one class; linear, convolutional, embedding, attention and recurrent layers where
-            there are none.
-        exclude: The same, taken away.
-        stages: "train", "validation", or both.
-        max_width: Wider outputs are left out.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single blocks: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
-        name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
-        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
-
-    Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer cannot be
-            heard.
-
-    Example:
-        >>> RepresentationMonitor(every_n_steps=10).recorders[0].quantities[:3]
-        ['representation_effective_rank', 'representation_centred_effective_rank', 'representation_alpha']
-
-    References:
-        Garrido et al. (2023), RankMe, ICML, Section 3.2. Agrawal et al. (2022), alpha-ReQ, NeurIPS.
-    """
-
-    word = "representation"
-
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        match: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        stages: Sequence[str] = ("train",),
-        max_width: int = 2048,
-        detail: Detail = "core",
-        per_site: bool | Literal["auto"] = "auto",
-        name: str | None = None,
-        *,
-        alerts: Sequence[Alert] | Literal["default"] | None = None,
-        max_overhead: float | None = None,
-    ) -> None:
-        if not stages or set(stages) - set(get_args(Stage)):
-            raise ValueError(f"stages={list(stages)}: any of {list(get_args(Stage))}")
-        schedule = cadence(every_n_steps, max_overhead, 100)
-        sources = [Representations(match, exclude, stage, max_width) for stage in get_args(Stage) if stage in stages]
-        probes = [probe for source in sources for probe in probe_of(source, schedule)]
-        super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
-
-    @staticmethod
-    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: the rank of a representation dips in healthy warm-up."""
-        return []
-
-
-def _blocks(module: nn.Module) -> list[str] | None:
-    """Patterns of the layers that stand in lists of two or more of one class, outermost lists only; None without."""
-    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1}
-    lists = {name: part for name, part in lists.items() if len({type(block) for block in part}) == 1}
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    names = [f"{name}.{place}" for name in outer for place in range(len(lists[name]))]
-    return [f"re:^{re.escape(name)}$" for name in names] or None
 
 
 def _eigenvalues(spectrum: Spectrum, num_rows: int) -> Tensor:
