@@ -72,7 +72,7 @@ def differences(
     - `change_stable_rank` and `change_effective_rank`, and both over what a Gaussian matrix of the shape gives
       (`change_relative_...`);
     - `change_in_top_left` and `change_in_top_right`, the share of its energy in the `top` left (right) singular
-      directions of A, with `..._chance`, what a random change gives: `top / M` and `top / N`;
+      directions of A, with `..._chance`, what a random change gives: `top / M` and `top / N`, and `..._over_chance`;
     - `top_left_overlap` and `top_right_overlap`, the mean squared cosine of the principal angles between the `top`
       directions of A and of B, with the same chance;
     - `intruders`, how many of the `top` left directions of B have a cosine below 0.5 to every left direction of A; NaN
@@ -164,8 +164,9 @@ def _directions(
         ("right", before.right, after.right, change.T),
     ):
         kept, turned = one[:, :k], other[:, :k]
-        values[f"change_in_top_{side}"] = float((kept.T @ moved).square().sum()) / most
-        values[f"change_in_top_{side}_chance"] = k / len(one)
+        share, chance = float((kept.T @ moved).square().sum()) / most, k / len(one)
+        values[f"change_in_top_{side}"], values[f"change_in_top_{side}_chance"] = share, chance
+        values[f"change_in_top_{side}_over_chance"] = share / chance
         values[f"top_{side}_overlap"] = float((kept.T @ turned).square().sum()) / k
     cosines = (before.left.T @ after.left[:, :k]).abs().amax(0)
     values["intruders"] = float((cosines < INTRUDER).sum()) if before.whole else math.nan

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_lowrank.analysis.matrices import Place
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE, decompose
+from lightning_lowrank.maths.spectra.order_statistics import order_statistics
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.statistics import find
@@ -46,6 +49,7 @@ class Row:
         values: Statistic -> value; NaN where the matrix is not finite, and of tails where it was sketched.
         errors: The same of their errors; 0 where the spectrum is exact.
         singular: Singular values, largest first; none where the matrix was sketched.
+        orders: Frobenius norm and order statistics of the singular values, as the tab draws spectra.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Row:
     values: dict[str, float]
     errors: dict[str, float]
     singular: Float[Tensor, " K"] | None
+    orders: NDArray[np.float64]
 
     @property
     def finite(self) -> bool:
@@ -93,4 +98,5 @@ def spectra(
                 {name: float(value) for name, (value, _) in pairs.items()},
                 {name: float(error) for name, (_, error) in pairs.items()},
                 spectrum.magnitudes if spectrum.whole else None,
+                order_statistics(spectrum).double().numpy(),
             )
