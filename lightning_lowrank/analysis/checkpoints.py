@@ -1,7 +1,5 @@
 """What checkpoints have: `spectra` of one or several, `diff` of two."""
 
-import json as json_
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +10,6 @@ import rich
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lowrank.analysis.architectures import module_of
@@ -22,14 +17,13 @@ from lightning_lowrank.analysis.diff import TOP, differences
 from lightning_lowrank.analysis.matrices import Place, places
 from lightning_lowrank.analysis.page import page_of, reader_of
 from lightning_lowrank.analysis.runs import write
+from lightning_lowrank.analysis.showing import finite, print_json, save, tell
 from lightning_lowrank.analysis.spectra import STATISTICS, Row
 from lightning_lowrank.analysis.spectra import spectra as spectra_of
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE
 from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.reports import vectors
 from lightning_lowrank.statistics import find
-
-WIDTH = 140
 
 # What a table has room for; JSON and the page have all.
 SHOWN = {
@@ -90,10 +84,10 @@ def spectra(
     if page is not None:
         write(Path(page), _page(found, Path(page).stem))
     if json:
-        _print({path: {row.name: _numbers(row) for row in rows} for path, rows in found.items()})
+        print_json({path: {row.name: _numbers(row) for row in rows} for path, rows in found.items()})
     else:
         for path, rows in found.items():
-            _tell(path, [(row.name, row.shape, "", row.values) for row in rows], SHOWN)
+            tell(path, [(row.name, row.shape, "", row.values) for row in rows], SHOWN)
 
 
 def diff(
@@ -128,9 +122,9 @@ def diff(
     in_a, in_b = (_places(file, model, match=match, exclude=exclude, heads=heads) for file in files)
     found = list(_watched(differences(*files, in_a, in_b, top=top, energy=energy), in_a, f"{a} and {b}"))
     if json:
-        _print({d.name: {"shape": d.shape, "verdict": d.verdict, **_finite(d.values)} for d in found})
+        print_json({d.name: {"shape": d.shape, "verdict": d.verdict, **finite(d.values)} for d in found})
     else:
-        _tell(f"{a} -> {b}", [(d.name, d.shape, d.verdict, d.values) for d in found], CHANGES)
+        tell(f"{a} -> {b}", [(d.name, d.shape, d.verdict, d.values) for d in found], CHANGES)
         counts = {
             verdict: sum(d.verdict == verdict for d in found) for verdict in dict.fromkeys(d.verdict for d in found)
         }
@@ -149,41 +143,7 @@ def _watched(rows: Iterable[Any], there: Sequence[Place], path: str) -> Iterator
 
 def _numbers(row: Row) -> dict[str, Any]:
     errors = {f"{name}_error": error for name, error in row.errors.items() if error}
-    return {"shape": row.shape, **_finite(row.values | errors)}
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON has them: null where there is none."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _print(found: Mapping[str, Any]) -> None:
-    sys.stdout.write(json_.dumps(found, indent=2, allow_nan=False) + "\n")
-
-
-def _tell(
-    title: str, rows: Sequence[tuple[str, Sequence[int], str, Mapping[str, float]]], shown: Mapping[str, str]
-) -> None:
-    """A table of what fits a terminal, and the names of what is not finite."""
-    known = [name for name in shown if any(name in values for *_, values in rows)]
-    verdicts = len({verdict for _, _, verdict, _ in rows}) > 1
-    table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("matrix", overflow="fold", min_width=16)
-    for heading in ("shape", *["verdict"] * verdicts, *(shown[name] for name in known)):
-        widest = max(map(len, heading.split())) if heading != "shape" else 9
-        table.add_column(heading, justify="left" if heading == "verdict" else "right", min_width=widest)
-    for name, shape, verdict, values in rows:
-        cells = [_cell(values.get(key, math.nan)) for key in known]
-        table.add_row(escape(name), "x".join(map(str, shape)), *[escape(verdict)] * verdicts, *cells)
-    # What a pipe gets is as wide as it needs.
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
-    lost = [name for name, _, verdict, values in rows if values and not math.isfinite(next(iter(values.values())))]
-    if lost:
-        rich.print(f"not finite: {escape(', '.join(lost))}")
-
-
-def _cell(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "-"
+    return {"shape": row.shape, **finite(row.values | errors)}
 
 
 def _save(found: Mapping[str, Sequence[Row]], file: Path) -> None:
@@ -194,10 +154,7 @@ def _save(found: Mapping[str, Sequence[Row]], file: Path) -> None:
         for row in rows
         if row.singular is not None
     }
-    try:
-        save_file(values, file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be written: {error}") from error
+    save(values, file)
 
 
 def _page(found: Mapping[str, Sequence[Row]], title: str) -> str:

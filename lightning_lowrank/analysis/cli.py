@@ -19,6 +19,9 @@ COMMANDS = {
     "summary": ("runs", "print what a run has logged as a table"),
     "spectra": ("checkpoints", "print ranks, tails and outliers of every matrix of checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
+    "connect": ("networks", "print loss and accuracy along the line between two checkpoints"),
+    "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
+    "importance": ("networks", "print what attention heads and neurons matter"),
 }
 
 

@@ -4,7 +4,7 @@ References:
     Frankle et al. (2020), "Linear mode connectivity and the lottery ticket hypothesis", Section 2, for the barrier.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lowrank.analysis.tasks import Measure, inputs, means
+
 State = Mapping[str, Tensor]
-Measure = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def line(
         state = between(a, b, place)
         if calibrate is not None:
             state |= _calibrated(module, state, data[calibrate])
-        rows.append(_measured(module, state, data, measure))
+        module.eval()
+        rows.append(means(_With(module, state), data, measure))
     values = {name: [row[name] for row in rows] for name in rows[0]}
     signs = {name: 1 if name.endswith("loss") else -1 for name in values}
     return Line(places, values, {name: barrier(places, curve, signs[name]) for name, curve in values.items()})
@@ -91,23 +93,6 @@ def between(a: State, b: State, place: float) -> dict[str, Tensor]:
         name: torch.lerp(tensor, b[name].to(tensor), place) if tensor.is_floating_point() else tensor
         for name, tensor in a.items()
     }
-
-
-@torch.no_grad()
-def _measured(module: nn.Module, state: State, data: Mapping[str, Iterable[Any]], measure: Measure) -> dict[str, float]:
-    """Means over all examples of each data set."""
-    module.eval()
-    found: dict[str, float] = {}
-    for name, batches in data.items():
-        totals: dict[str, float] = {}
-        count = 0
-        for batch in batches:
-            size = _size(batch)
-            for key, value in measure(_With(module, state), batch).items():
-                totals[key] = totals.get(key, 0.0) + size * float(value)
-            count += size
-        found |= {f"{name}/{key}": total / count for key, total in totals.items()}
-    return found
 
 
 class _With(nn.Module):
@@ -140,18 +125,9 @@ def _calibrated(module: nn.Module, state: State, batches: Iterable[Any]) -> dict
     try:
         taken = {**state, **fresh}
         for batch in batches:
-            functional_call(module, taken, (_inputs(batch),))
+            functional_call(module, taken, (inputs(batch),))
     finally:
         module.eval()
         for name, layer in norms.items():
             layer.momentum = before[name]
     return {name: taken[name] for name in fresh}
-
-
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, list | tuple) else batch
-
-
-def _size(batch: Any) -> int:
-    inputs = _inputs(batch)
-    return len(inputs) if isinstance(inputs, Tensor) else 1

@@ -90,6 +90,7 @@ class _Tracer(fx.Tracer):
     """Goes into everything but the layers that have a rule."""
 
     def __init__(self) -> None:
+        # fx has no types.
         super().__init__(autowrap_functions=(einops.rearrange, einops.reduce, einops.repeat))
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -173,7 +174,8 @@ class _Reader:
             "get_attr": self._attribute,
         }
         before = [self._of[one] for one in node.all_input_nodes]
-        self._of[node] = rules.get(node.op, lambda _: self._fixed(before))(node)
+        rule = rules.get(node.op)
+        self._of[node] = self._fixed(before) if rule is None else rule(node)
 
     def _fixed(self, groups: list[int]) -> int:
         for group in groups:
