@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import rich
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -17,7 +16,7 @@ from lightning_lowrank.analysis.diff import TOP, differences
 from lightning_lowrank.analysis.matrices import Place, places
 from lightning_lowrank.analysis.page import page_of, reader_of
 from lightning_lowrank.analysis.runs import write
-from lightning_lowrank.analysis.showing import finite, print_json, save, tell
+from lightning_lowrank.analysis.showing import finite, print_json, save, show, tell
 from lightning_lowrank.analysis.spectra import STATISTICS, Row
 from lightning_lowrank.analysis.spectra import spectra as spectra_of
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE
@@ -128,7 +127,7 @@ def diff(
         counts = {
             verdict: sum(d.verdict == verdict for d in found) for verdict in dict.fromkeys(d.verdict for d in found)
         }
-        rich.print("; ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items()))
+        show("; ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items()))
 
 
 def _places(file: Checkpoint, model: str | None, **chosen: Any) -> list[Place]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "summary": ("runs", "print what a run has logged as a table"),
     "spectra": ("checkpoints", "print ranks, tails and outliers of every matrix of checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
+    "merge-models": ("merges", "merge fine-tuned models into one, and print which of them conflict"),
     "connect": ("networks", "print loss and accuracy along the line between two checkpoints"),
     "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
     "importance": ("networks", "print what attention heads and neurons matter"),
@@ -62,11 +63,14 @@ def _parser(name: str) -> ArgumentParser:
             known |= {"type": str, "nargs": "+"}
         else:
             known |= {"type": one.annotation}
-        if one.default is inspect.Parameter.empty:
+        if one.default is not inspect.Parameter.empty:
+            known["default"] = one.default
+        if one.kind is not inspect.Parameter.KEYWORD_ONLY and "default" not in known:
             parser.add_argument(key, **known)
         else:
             short = ["-o"] if key == "output" else []
-            parser.add_argument(*short, f"--{key.replace('_', '-')}", default=one.default, **known)
+            required = {} if "default" in known else {"required": True}
+            parser.add_argument(*short, f"--{key.replace('_', '-')}", **known, **required)
     return parser
 
 

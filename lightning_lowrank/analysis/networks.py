@@ -4,7 +4,6 @@ import json as json_
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +17,7 @@ from lightning_lowrank.analysis.connect.tracing import traced
 from lightning_lowrank.analysis.importance import importance as importance_of
 from lightning_lowrank.analysis.matrices import places
 from lightning_lowrank.analysis.overlaps import overlaps
-from lightning_lowrank.analysis.showing import cell, finite, print_json, save
+from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
 
@@ -120,7 +119,7 @@ def masks(
     for o in found:
         numbers = (*o.densities, o.jaccard, o.chance, o.hamming, o.hamming_chance)
         table.add_row(escape(o.name), *map(cell, numbers))
-    rich.print(table)
+    show(table)
 
 
 def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) -> None:
@@ -152,7 +151,7 @@ def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) 
         )
         share = float(values[: max(1, len(values) // 10)].sum() / values.sum()) if values.sum() > 0 else float("nan")
         table.add_row(escape(one.name), f"{len(values)} {one.kind}s", named, cell(share))
-    rich.print(table)
+    show(table)
 
 
 def _matched(task: Task, one: dict[str, Any], other: dict[str, Any], specification: str | None) -> Matched:
@@ -188,10 +187,10 @@ def _draw(lines: dict[str, Line], found: Matched | None) -> None:
         for row in zip(one.places, *one.values.values(), strict=True):
             table.add_row(*map(cell, row))
         table.add_row("barrier", *(cell(one.barriers[name]) for name in one.values), style="bold")
-        rich.print(table)
+        show(table)
     if found is not None:
         dropped = f"; {found.dropped} may not" if found.dropped else ""
-        rich.print(
+        show(
             escape(
                 f"{len(found.used)} groups of units may change places{dropped}; outputs differ by {found.deviation:.1e}"
             )

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -43,10 +42,15 @@ def tell(
     for name, shape, verdict, values in rows:
         cells = [cell(values.get(key, math.nan)) for key in known]
         table.add_row(escape(name), "x".join(map(str, shape)), *[escape(verdict)] * verdicts, *cells)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    show(table)
     lost = [name for name, _, verdict, values in rows if values and not math.isfinite(next(iter(values.values())))]
     if lost:
-        rich.print(f"not finite: {escape(', '.join(lost))}")
+        show(f"not finite: {escape(', '.join(lost))}")
+
+
+def show(what: Any) -> None:
+    """Print a table or a line."""
+    Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=isinstance(what, str)).print(what)
 
 
 def cell(value: float) -> str:

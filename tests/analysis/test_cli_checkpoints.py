@@ -78,6 +78,20 @@ def test_what_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not finite: bad" in capsys.readouterr().out
 
 
+def test_models_are_merged_and_conflicts_told(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["merge-models", *two, "--base", two[0], "-o", str(tmp_path / "m.safetensors"), "--json"])
+
+    told = json.loads(capsys.readouterr().out)
+    states = [torch.load(path, weights_only=True) for path in two]
+    mean = (states[0]["0.weight"] + states[1]["0.weight"]) / 2
+    torch.testing.assert_close(load_file(tmp_path / "m.safetensors")["0.weight"], mean)
+    assert told[f"{two[0]} and {two[1]}"]["0.weight"]["cosine"] is None
+    main(["merge-models", *two, "--base", two[0], "-o", str(tmp_path / "m.safetensors")])
+    assert "6 tensors by mean" in capsys.readouterr().out
+
+
 REFUSED = {
     ("spectra", "nothing.pt"): "there is no file or folder nothing.pt",
     ("spectra", "BEFORE", "--match", "nothing*"): r"match: 'nothing\*' fits nothing",
@@ -88,6 +102,7 @@ REFUSED = {
     ("spectra", "BEFORE", "-o", "nowhere/x.safetensors"): "cannot be written",
     ("spectra", "BEFORE", "--page", "nowhere/x.html"): "cannot be written",
     ("diff", "BEFORE", "AFTER", "--energy", "2"): "energy=2.0",
+    ("merge-models", "BEFORE", "--base", "AFTER"): "1 models: at least two",
 }
 
 
