@@ -195,7 +195,7 @@ REFUSED = {
     "no nn.Module": ([named("number")], "gives a int"),
     "arguments": ([named("needs_more")], "without arguments"),
     "no matrix": ([named("vectors")], "no matrix"),
-    "source": ([named("transformer"), "--sources", '["features"]'], "optimizer_state"),
+    "source": ([named("transformer"), "--sources", "features"], "optimizer_state"),
 }
 
 

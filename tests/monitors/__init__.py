@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_lowrank import (
-    AttentionMonitor,
     ActivationMonitor,
+    AttentionMonitor,
     ConcentrationMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from torch import nn
 
 from lightning_lowrank import Every, Monitor, Probe, RankMonitor, Weights
-from lightning_lowrank.analysis.cli import reader_of
+from lightning_lowrank.analysis.page import reader_of
 from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
 from tests.tab import train, written

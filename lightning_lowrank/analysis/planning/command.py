@@ -1,55 +1,51 @@
 """`lightning-lowrank plan`."""
 
-import json
-import sys
 from typing import Literal
 
-import rich
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning_lowrank.analysis.planning.plan import planned
+from lightning_lowrank.analysis.planning.telling import plain, table_of
+from lightning_lowrank.analysis.showing import print_json, show
 
 
-def parser() -> ArgumentParser:
-    """What it takes."""
-    asked = ArgumentParser(
-        description="What RankMonitor will cost a model, on tensors without entries, without a step."
+def plan(
+    function: str,
+    *,
+    devices: int = 1,
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32",
+    tokens_per_step: int | None = None,
+    step_ms: float | None = None,
+    device_class: str = "cpu",
+    every_n_steps: int = 50,
+    sources: list[str] = ["gradients", "weights", "updates"],  # noqa: B006
+    json: bool = False,
+) -> None:
+    """Print what `RankMonitor` will cost a model, on tensors without entries, without a step.
+
+    Args:
+        function: `module:function` that gives an nn.Module, or a tuple of one and its inputs.
+        devices: That FSDP2 shards it over.
+        dtype: Of weights and gradients.
+        tokens_per_step: Of each device.
+        step_ms: Of a training step, if known.
+        device_class: Times are of those that were measured.
+        every_n_steps: Cadence.
+        sources: Of `RankMonitor`.
+        json: Print all numbers, null where nothing was measured.
+
+    Raises:
+        ValueError: The function gives no module, it has no matrix, or an argument is out of range.
+    """
+    found = planned(
+        function,
+        num_devices=devices,
+        dtype=dtype,
+        tokens_per_step=tokens_per_step,
+        step_ms=step_ms,
+        device=device_class,
+        every_n_steps=every_n_steps,
+        sources=sources,
     )
-    asked.add_argument(
-        "function", type=str, help="module:function that gives an nn.Module, or a tuple of one and its inputs"
-    )
-    asked.add_argument("--devices", type=PositiveInt, default=1, help="that FSDP2 shards it over")
-    asked.add_argument(
-        "--dtype", type=Literal["fp32", "bf16", "fp16", "fp64"], default="fp32", help="of weights and gradients"
-    )
-    asked.add_argument("--tokens-per-step", type=PositiveInt | None, default=None, help="of each device")
-    asked.add_argument("--step-ms", type=PositiveFloat | None, default=None, help="of a training step, if known")
-    asked.add_argument("--device-class", type=str, default="cpu", help="times are of those that were measured")
-    asked.add_argument("--every-n-steps", type=PositiveInt, default=50, help="cadence")
-    asked.add_argument("--sources", type=list[str], default=["gradients", "weights", "updates"], help="of RankMonitor")
-    asked.add_argument("--json", action="store_true", help="for a program, null where nothing was measured")
-    return asked
-
-
-def run(options: Namespace) -> None:
-    """Print the plan, or say what is wrong and end."""
-    # Here, so that tables of finished runs need no torch.
-    from lightning_lowrank.analysis.planning.plan import planned
-    from lightning_lowrank.analysis.planning.telling import plain, table_of
-
-    try:
-        found = planned(
-            options.function,
-            num_devices=options.devices,
-            dtype=options.dtype,
-            tokens_per_step=options.tokens_per_step,
-            step_ms=options.step_ms,
-            device=options.device_class,
-            every_n_steps=options.every_n_steps,
-            sources=options.sources,
-        )
-    except ValueError as error:
-        sys.exit(f"lightning-lowrank plan: {error}")
-    if options.json:
-        sys.stdout.write(json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
+    if json:
+        print_json(plain(found))
     else:
-        rich.print(table_of(found))
+        show(table_of(found))

@@ -1,16 +1,14 @@
 """What watching a model will cost, before it is trained."""
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_lowrank.analysis.architectures import call
 from lightning_lowrank.analysis.planning.devices import devices
 from lightning_lowrank.analysis.planning.rehearsal import META, Costs, rehearsed
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, RankMonitor
@@ -151,34 +149,11 @@ def _refuse(
 
 def _made(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """The module, made on the meta device, and inputs of its forward pass."""
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(f"{name!r}: give module:function, as in my_package.models:gpt2")
-    made = _function(module_name, function_name)
-    with META:
-        try:
-            given = made()
-        except TypeError as error:
-            raise ValueError(f"{name} could not be called without arguments: {error}") from error
+    given = call(name)
     module, *inputs = given if isinstance(given, tuple) else (given,)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives a {type(module).__name__}; an nn.Module, or a tuple of one and its inputs")
     return module, tuple(inputs)
-
-
-def _function(module_name: str, function_name: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` has it
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{module_name!r} cannot be imported: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{module_name} has no function {function_name!r}; there are {there[:20]}")
-    return function
 
 
 def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) -> float | None:

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from lightning_lowrank import Monitor, MultifractalMonitor, emergence, multifractal_spectrum, statistics
-from lightning_lowrank.analysis.cli import main, reader_of
+from lightning_lowrank.analysis.cli import main
+from lightning_lowrank.analysis.page import reader_of
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.scaling.bootstrap import FEWEST_NODES
 from lightning_lowrank.maths.scaling.scaling import ORDERS

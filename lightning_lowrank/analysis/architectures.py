@@ -1,0 +1,88 @@
+"""The module that a checkpoint is of, without values: the user's own, or what a Hugging Face folder says."""
+
+import json
+import sys
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lowrank.models.checkpoints import Checkpoint
+
+
+def module_of(checkpoint: Checkpoint, model: str | None) -> nn.Module | None:
+    """The module on the "meta" device, so that its classes say how fused weights divide.
+
+    Args:
+        model: `module:function`, which is called without arguments; without it the `config.json` of a Hugging Face
+            folder is read, if transformers is installed.
+
+    Returns:
+        None where neither says; names and shapes have to do.
+
+    Raises:
+        ValueError: There is no such function, or it makes no module.
+    """
+    if model is not None:
+        made = call(model)
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"{model} made a {type(made).__name__}; a torch.nn.Module was expected")
+        return made
+    return _of_config(checkpoint)
+
+
+def call(place: str) -> Any:
+    """What `module:function` returns, called with the "meta" device as torch's default.
+
+    Raises:
+        ValueError: There is no such function, or it takes arguments.
+    """
+    function = imported(place)
+    with torch.device("meta"):
+        try:
+            return function()
+        except TypeError as error:
+            raise ValueError(f"{place} could not be called without arguments: {error}") from error
+
+
+def imported(place: str) -> Any:
+    """The function `module:function`; modules of the working directory count.
+
+    Raises:
+        ValueError: There is none; the message lists what there is.
+    """
+    path, colon, name = place.partition(":")
+    if not (path and colon and name):
+        raise ValueError(f"{place!r}: give module:function, as in my_package.models:gpt2")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, here)
+    try:
+        module = import_module(path)
+    except ImportError as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{path} has no function {name!r}; there are {there[:20]}")
+    return function
+
+
+def _of_config(checkpoint: Checkpoint) -> nn.Module | None:
+    """What transformers makes of the folder's configuration, where its names are those of the file."""
+    config = checkpoint.folder / "config.json"
+    if not config.is_file() or util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    try:
+        architectures = json.loads(Path(config).read_text(encoding="utf-8")).get("architectures") or []
+        settings = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            made: nn.Module = getattr(transformers, architectures[0])(settings)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError, ImportError):
+        return None  # it only helps with views
+    shapes = {name: parameter.shape for name, parameter in made.named_parameters()}
+    return made if all(checkpoint.shapes.get(name) == shape for name, shape in shapes.items()) else None

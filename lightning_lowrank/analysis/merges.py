@@ -1,0 +1,94 @@
+"""`merge-models`: several fine-tuned models as one."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_lowrank.analysis.merging import Conflict, conflicts, merged
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
+from lightning_lowrank.models.checkpoints import Checkpoint
+
+
+def merge_models(
+    models: list[str],
+    *,
+    base: str,
+    method: str = "mean",
+    scale: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    output: str = "merged.safetensors",
+    json: bool = False,
+) -> None:
+    """Merge fine-tuned models into one, and print which of them conflict.
+
+    Args:
+        models: Files or folders, at least two.
+        base: What they were fine-tuned from.
+        method: One of mean, task-arithmetic, ties, dare, tsv, iso-c.
+        scale: Of the merged change; 0.3 for task-arithmetic and dare, else 1.
+        density: Share of the entries that ties (0.2) and dare (0.1) keep.
+        seed: Of what dare draws.
+        output: The safetensors file to write.
+        json: Print cosines and overlaps of all pairs and matrices.
+
+    Raises:
+        ValueError: A file cannot be read or written, or the models are not of one architecture.
+    """
+    start, ends = Checkpoint(base), [Checkpoint(path) for path in models]
+    tensors = dict(merged(start, ends, method, scale=scale, density=density, seed=seed))
+    save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
+    matrices = [name for name, shape in start.shapes.items() if len(shape) > 1 and min(shape) > 1]
+    found = list(conflicts(start, ends, matrices))
+    if json:
+        print_json(_by_pair(found, models))
+    else:
+        show(_table(found, models))
+        show(f"{escape(output)}: {len(tensors)} tensors by {method}")
+
+
+def _by_pair(
+    found: Sequence[Conflict], models: Sequence[str]
+) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
+    pairs: dict[str, dict[str, Mapping[str, float | None]]] = defaultdict(dict)
+    for one in found:
+        i, j = one.pair
+        cosine = one.cosine if math.isfinite(one.cosine) else None
+        pairs[f"{models[i]} and {models[j]}"][one.name] = {
+            "cosine": cosine,
+            "overlap": one.overlap,
+            "overlap_chance": one.chance,
+        }
+    return pairs
+
+
+def _table(found: Sequence[Conflict], models: Sequence[str]) -> Table:
+    """Means over matrices, the pair that conflicts most first."""
+    pairs: dict[tuple[int, int], list[Conflict]] = defaultdict(list)
+    for one in found:
+        pairs[one.pair].append(one)
+    rows = [
+        (
+            _mean([one.cosine for one in several]),
+            _mean([one.overlap / one.chance for one in several]),
+            f"{models[i]} and {models[j]}",
+        )
+        for (i, j), several in pairs.items()
+    ]
+    table = Table(title="changes of pairs, means over matrices", box=None)
+    for heading in ("pair", "cosine", "overlap of top directions / chance"):
+        table.add_column(heading, justify="left" if heading == "pair" else "right", overflow="fold")
+    for cosine, overlap, pair in sorted(rows):
+        table.add_row(escape(pair), cell(cosine), cell(overlap))
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite: a matrix that did not move has no direction."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan

@@ -1,0 +1,197 @@
+"""What takes a network and its data: `connect`, `masks` and `importance` of checkpoints."""
+
+import json as json_
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch.func import functional_call
+
+from lightning_lowrank.analysis.architectures import module_of
+from lightning_lowrank.analysis.connect.groups import Group, groups_of
+from lightning_lowrank.analysis.connect.line import Line, line
+from lightning_lowrank.analysis.connect.matching import Matched, matched
+from lightning_lowrank.analysis.connect.tracing import traced
+from lightning_lowrank.analysis.importance import importance as importance_of
+from lightning_lowrank.analysis.matrices import places
+from lightning_lowrank.analysis.overlaps import overlaps
+from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.tasks import Task, inputs, task_of
+from lightning_lowrank.models.checkpoints import Checkpoint
+
+
+def connect(
+    a: str,
+    b: str,
+    data: str,
+    *,
+    points: int = 11,
+    specification: str | None = None,
+    calibrate: str | None = None,
+    output: str | None = None,
+    match: bool = False,
+    json: bool = False,
+) -> None:
+    """Print loss and accuracy along the straight line between two checkpoints, and the barrier.
+
+    Args:
+        a: A file or folder.
+        b: Another one, of the same architecture.
+        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {name: mean}).
+        points: Places along the line, both ends included.
+        specification: A JSON file of units that may change places, {group: [[tensor, axis], ...]}; torch.fx is asked
+            unless given.
+        calibrate: Name of the data that batch norms take their statistics from at each place.
+        output: A safetensors file for B with its units rearranged.
+        match: Rearrange the units of B so that they resemble those of A before; refused unless B still computes the
+            same.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read, the data cannot be had, or no units may change places.
+    """
+    task = task_of(data)
+    if calibrate is not None and calibrate not in task.data:
+        raise ValueError(f"--calibrate={calibrate}: {data} has {list(task.data)}")
+    one, other = (task.state(Checkpoint(path)) for path in (a, b))
+    lines = {"as they are": line(task.module, one, other, task.data, task.measure, points=points, calibrate=calibrate)}
+    found = None
+    if match:
+        found = _matched(task, one, other, specification)
+        lines["matched"] = line(
+            task.module, one, found.state, task.data, task.measure, points=points, calibrate=calibrate
+        )
+        if output is not None:
+            save({name: tensor.contiguous() for name, tensor in found.state.items()}, Path(output))
+    if json:
+        print_json(
+            {"places": next(iter(lines.values())).places}
+            | {name: {"values": one.values, "barriers": finite(one.barriers)} for name, one in lines.items()}
+            | ({} if found is None else {"used": found.used, "dropped": found.dropped, "deviation": found.deviation})
+        )
+    else:
+        _draw(lines, found)
+
+
+def masks(
+    a: str,
+    b: str,
+    *,
+    density: float | None = None,
+    scope: Literal["global", "layer"] = "global",
+    match: list[str] | None = None,
+    exclude: list[str] | None = None,
+    model: str | None = None,
+    json: bool = False,
+) -> None:
+    """Print how alike the masks of two checkpoints are, beside what chance gives.
+
+    Args:
+        a: A file or folder.
+        b: Another one.
+        density: The masks keep this part of the weights, the largest; unless given, those that are not zero.
+        scope: Whether that part is of all weights together ("global") or of each tensor ("layer").
+        match: Only matrices whose name fits one of these globs or `re:REGEX`.
+        exclude: Not these.
+        model: `module:function` that makes the module.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read, nothing is in both, or the density is out of range.
+    """
+    files = Checkpoint(a), Checkpoint(b)
+    first, second = (
+        {one.site.name: one for one in places(file, module_of(file, model), match=match, exclude=exclude)}
+        for file in files
+    )
+    common = {n: p for n, p in first.items() if n in second and second[n].site.shape == p.site.shape}
+    if not common:
+        raise ValueError(f"{a} has {list(first)[:4]} and {b} has {list(second)[:4]}: nothing of one name and shape")
+    found = list(overlaps(*files, common, density, scope))
+    if json:
+        print_json({o.name: {key: value for key, value in vars(o).items() if key != "name"} for o in found})
+        return
+    table = Table(title="masks", box=None)
+    for heading in ("matrix", "density A", "density B", "Jaccard", "chance", "Hamming", "chance"):
+        table.add_column(heading, justify="left" if heading == "matrix" else "right", overflow="fold")
+    for o in found:
+        numbers = (*o.densities, o.jaccard, o.chance, o.hamming, o.hamming_chance)
+        table.add_row(escape(o.name), *map(cell, numbers))
+    show(table)
+
+
+def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) -> None:
+    """Print what attention heads and neurons matter, by the gradient of the loss by a gate on each.
+
+    Args:
+        checkpoint: A file or folder.
+        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
+            first data set is used.
+        top: How many units of each layer the table names.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read, the data cannot be had, or there are no heads and neurons.
+    """
+    task = task_of(data)
+    task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
+    found = importance_of(task.module, next(iter(task.data.values())), task.measure)
+    if json:
+        print_json({f"{one.kind}s of {one.name}": one.values.tolist() for one in found})
+        return
+    table = Table(title="mean |dL/d gate|", box=None)
+    for heading in ("layer", "units", f"top {top}: unit (value)", "share of the top 10 %"):
+        table.add_column(heading, overflow="fold")
+    for one in found:
+        values, order = one.values.sort(descending=True)
+        named = ", ".join(
+            f"{unit} ({value:.2g})" for unit, value in zip(order[:top].tolist(), values[:top].tolist(), strict=True)
+        )
+        share = float(values[: max(1, len(values) // 10)].sum() / values.sum()) if values.sum() > 0 else float("nan")
+        table.add_row(escape(one.name), f"{len(values)} {one.kind}s", named, cell(share))
+    show(table)
+
+
+def _matched(task: Task, one: dict[str, Any], other: dict[str, Any], specification: str | None) -> Matched:
+    """B rearranged; what it computes is looked at on the first batch of the first data set."""
+    batch = inputs(next(iter(next(iter(task.data.values())))))
+    task.module.eval()
+
+    @torch.no_grad()
+    def outputs(state: Any) -> torch.Tensor:
+        result = functional_call(task.module, dict(state), (batch,))
+        if not isinstance(result, torch.Tensor):
+            raise ValueError(f"{type(task.module).__name__} puts out a {type(result).__name__}; a tensor is compared")
+        return result
+
+    return matched(one, other, _groups(task, one, specification), outputs)
+
+
+def _groups(task: Task, state: dict[str, Any], specification: str | None) -> list[Group]:
+    if specification is None:
+        return traced(task.module)
+    try:
+        given = json_.loads(Path(specification).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{specification} is no JSON of groups: {error}") from error
+    return groups_of(given, {name: tensor.shape for name, tensor in state.items()})
+
+
+def _draw(lines: dict[str, Line], found: Matched | None) -> None:
+    for title, one in lines.items():
+        table = Table(title=title, box=None)
+        for heading in ("place", *one.values):
+            table.add_column(heading, justify="right")
+        for row in zip(one.places, *one.values.values(), strict=True):
+            table.add_row(*map(cell, row))
+        table.add_row("barrier", *(cell(one.barriers[name]) for name in one.values), style="bold")
+        show(table)
+    if found is not None:
+        dropped = f"; {found.dropped} may not" if found.dropped else ""
+        show(
+            escape(
+                f"{len(found.used)} groups of units may change places{dropped}; outputs differ by {found.deviation:.1e}"
+            )
+        )

@@ -1,0 +1,85 @@
+"""The tab of TensorBoard as one file that needs no server."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+
+from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.tensorboard.series import Reader
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Low rank: {title}</title>
+</head>
+<body>
+<script type="application/json" id="answers">{answers}</script>
+<script type="module">
+{module}
+report(JSON.parse(document.getElementById("answers").textContent));
+</script>
+</body>
+</html>
+"""
+
+# Spectra are long: as many as can be told apart in one chart.
+SPECTRA = 40
+
+
+def reader_of(folder: Path) -> Reader:
+    """All series below a folder.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give that of a run, or of several, in which the event files are")
+    multiplexer = EventMultiplexer(tensor_size_guidance={"lowrank": 0})
+    multiplexer.AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    reader = Reader(MultiplexerDataProvider(multiplexer, str(folder)), RequestContext(), "")
+    if not reader.runs():
+        there = [str(file.relative_to(folder)) for file in sorted(folder.rglob("events.out.tfevents.*"))[:3]]
+        if not there:
+            raise ValueError(
+                f"{folder} has no event files: give the folder that TensorBoardLogger wrote to, or one above it"
+            )
+        raise ValueError(
+            f"{folder} has event files, {there}, none with vectors of a monitor: was it trained with "
+            "one and TensorBoardLogger?"
+        )
+    return reader
+
+
+def page_of(reader: Reader, title: str, samples: int) -> str:
+    """The tab as one file that needs no server and no other host."""
+    # A site or a run may have any name: without "<" nothing in it can end the script element.
+    content = json.dumps(_all_answers(reader, samples), allow_nan=False).replace("<", "\\u003c")
+    return PAGE.format(title=html.escape(title), answers=content, module=answers.script())
+
+
+def _all_answers(reader: Reader, samples: int) -> list[dict[str, Any]]:
+    """Every question that the page may ask, with its answer."""
+    found: list[dict[str, Any]] = [{"route": "runs", "answer": answers.runs(reader, {})}]
+    for run, series in reader.runs().items():
+        found.append({"route": "texts", "run": run, "answer": answers.texts(reader, {"run": run})})
+        for kind, name in series:
+            asked = {"run": run, "kind": kind, "name": name}
+            if kind in ("spectrum", "curve"):
+                route = "spectra" if kind == "spectrum" else "curves"
+                answer = answers.ANSWERS[route](reader, asked | {"limit": str(min(SPECTRA, samples))})
+                found.append({"route": route, "run": run, "name": name, "answer": answer})
+            else:
+                found.append(
+                    {"route": "matrix", **asked, "answer": answers.matrix(reader, asked | {"limit": str(samples)})}
+                )
+    return found

@@ -1,0 +1,148 @@
+"""What event files have of us: `report` as a page, `summary` as a table."""
+
+import json as json_
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich
+from rich.markup import escape
+
+from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.reports.dashboard import Sample, summary_table
+from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.tensorboard.series import Reader
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a table needs of a run.
+
+    Attributes:
+        label: Its name.
+        overhead: Percent by which training took longer.
+        alerts: Rule -> 0, 1 or 2, at the latest sample.
+    """
+
+    label: str
+    overhead: float
+    first: Sample | None
+    latest: Sample | None
+    alerts: Mapping[str, float]
+
+
+def report(run_dir: str, output: str = "report.html", samples: int = answers.LIMIT) -> None:
+    """Write the tab as one HTML file.
+
+    Args:
+        run_dir: A folder with event files, of one run or of several.
+        output: The file to write.
+        samples: Most samples of each quantity, evenly spread.
+
+    Raises:
+        ValueError: There are no event files, `samples` is below 1, or the file cannot be written.
+    """
+    if samples < 1:
+        raise ValueError(f"--samples={samples}: at least 1")
+    reader = reader_of(Path(run_dir))
+    write(Path(output), page_of(reader, Path(run_dir).resolve().name, samples))
+    rich.print(f"{escape(output)}: {len(reader.runs())} runs, {Path(output).stat().st_size / 2**20:.1f} MiB")
+
+
+def summary(run_dir: str, *, json: bool = False) -> None:
+    """Print medians and the lowest sites as a table.
+
+    Args:
+        run_dir: A folder with event files, of one run or of several.
+        json: Print numbers of all sites, null where there is none.
+
+    Raises:
+        ValueError: There are no event files.
+    """
+    reader = reader_of(Path(run_dir))
+    _tell([_run(reader, name, series) for name, series in reader.runs().items()], as_json=json)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Run:
+    tables = {key: reader.table(name, parts) for key, parts in series.items() if key[0] not in ("spectrum", "curve")}
+    tables = {key: table for key, table in tables.items() if len(table.steps)}
+    first, latest = (
+        _sample({quantity: table for (kind, quantity), table in tables.items() if kind == "vector"}, end)
+        for end in (0, -1)
+    )
+    costs = _sample({key[1]: table for key, table in tables.items() if key[0] == "cost"}, -1)
+    alerts = _sample({key[1]: table for key, table in tables.items() if key[0] == "alert"}, -1)
+    # Several monitors of one run: what they take adds up.
+    overhead = (
+        math.fsum(cost.get("overhead_percent", math.nan) for cost in costs.values.values())
+        if costs.values
+        else math.nan
+    )
+    return Run(
+        name,
+        overhead,
+        first,
+        latest,
+        {rule: state for states in alerts.values.values() for rule, state in states.items()},
+    )
+
+
+def _sample(tables: Mapping[str, Any], end: int) -> Sample:
+    """What each quantity was at one end of its curve."""
+    step = max((int(table.steps[end]) for table in tables.values()), default=0)
+    rows = {
+        name: dict(zip(table.sites, table.values[end].tolist(), strict=True)) for name, table in sorted(tables.items())
+    }
+    return Sample(step, rows)
+
+
+def _tell(runs: Sequence[Run], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json_.dumps({run.label: _plain(run) for run in runs}, indent=2, allow_nan=False) + "\n")
+        return
+    for run in runs:
+        rich.print(summary_table(_escaped(run)))
+        firing = [escape(rule) for rule, state in run.alerts.items() if state >= 2]
+        if firing:
+            rich.print(f"firing: {', '.join(firing)}")
+
+
+def _escaped(run: Run) -> Run:
+    """Names may have brackets, which rich takes for markup."""
+
+    def plain(sample: Sample | None) -> Sample | None:
+        return sample and Sample(
+            sample.step,
+            {escape(q): {escape(site): value for site, value in row.items()} for q, row in sample.values.items()},
+        )
+
+    return Run(escape(run.label), run.overhead, plain(run.first), plain(run.latest), run.alerts)
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    """Numbers as JSON has them: null where there is none."""
+    ends = {"first": run.first or Sample(0, {}), "latest": run.latest or Sample(0, {})}
+    said = {end: {"step": sample.step, "values": _finite(sample.values)} for end, sample in ends.items()}
+    return {"overhead_percent": _finite(run.overhead), "alerts": _finite(run.alerts), **said}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return value if np.isfinite(value) else None

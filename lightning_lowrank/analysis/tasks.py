@@ -1,0 +1,98 @@
+"""What a network is for: data and a measure, as the user's own function gives them to a command."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowrank.analysis.architectures import imported
+from lightning_lowrank.models.checkpoints import Checkpoint
+
+Measure = Callable[[nn.Module, Any], Mapping[str, Tensor]]
+
+EXPECTED = (
+    "(module, data, measure): the network, {name: batches}, and measure(module, batch) -> {name: mean over the batch}, "
+    'among them "loss"'
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network with what it is measured by.
+
+    Attributes:
+        module: The architecture; its weights do not matter.
+        data: Name -> batches, which can be gone through several times. A batch is a tensor of inputs, or a list or
+            tuple that begins with it.
+        measure: `(module, batch) -> {name: mean over the batch}`; of what is called "loss" less is better, of all else
+            more.
+    """
+
+    module: nn.Module
+    data: Mapping[str, Iterable[Any]]
+    measure: Measure
+
+    def state(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Weights and buffers of a checkpoint, in the module's names; buffers that it lacks are the module's own.
+
+        Raises:
+            ValueError: A parameter is missing, or has another shape.
+        """
+        own = self.module.state_dict()
+        needed = dict(self.module.named_parameters(remove_duplicate=False))
+        wrong = [n for n in own if n in checkpoint.shapes and checkpoint.shapes[n] != own[n].shape]
+        missing = [n for n in own if n in needed and n not in checkpoint.shapes]
+        if wrong or missing:
+            raise ValueError(
+                f"{checkpoint.path} is not of this network: it lacks {missing[:5]}, and has other shapes of {wrong[:5]}"
+            )
+        return {n: checkpoint.tensor(n).to(own[n].dtype) if n in checkpoint.shapes else own[n] for n in own}
+
+
+def task_of(place: str) -> Task:
+    """What `module:function` gives.
+
+    Raises:
+        ValueError: There is no such function, or it gives something else.
+    """
+    given = imported(place)()
+    if not (isinstance(given, tuple) and len(given) == 3):
+        raise ValueError(f"{place} gave a {type(given).__name__}; what is expected is {EXPECTED}")
+    module, data, measure = given
+    if not (isinstance(module, nn.Module) and isinstance(data, Mapping) and data and callable(measure)):
+        kinds = ", ".join(type(one).__name__ for one in given)
+        raise ValueError(f"{place} gave ({kinds}); what is expected is {EXPECTED}")
+    return Task(module, data, measure)
+
+
+def inputs(batch: Any) -> Tensor:
+    """What the network is called with.
+
+    Raises:
+        ValueError: The batch does not begin with a tensor.
+    """
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}; a tensor of inputs, or a list that begins with it, is expected"
+        )
+    return first
+
+
+@torch.no_grad()
+def means(module: nn.Module, data: Mapping[str, Iterable[Any]], measure: Measure) -> dict[str, float]:
+    """What is measured, as means over the examples of each data set, in evaluation mode: "test/loss" and so on."""
+    module.eval()
+    found: dict[str, float] = {}
+    for name, batches in data.items():
+        totals: dict[str, float] = {}
+        count = 0
+        for batch in batches:
+            size = len(inputs(batch))
+            for key, value in measure(module, batch).items():
+                totals[key] = totals.get(key, 0.0) + size * float(value)
+            count += size
+        found |= {f"{name}/{key}": total / count for key, total in totals.items()}
+    return found

@@ -1,0 +1,217 @@
+"""Checkpoints on disk: names and shapes at once, tensors one at a time, as a module without values."""
+
+import json
+import pickle
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# Where trainers keep the weights in a dictionary of other things, Lightning first.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+# Of a folder, the first that is there.
+FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
+
+Read = Callable[[], Tensor]
+
+
+class Checkpoint:
+    """The floating-point tensors of a file or a folder.
+
+    A `.safetensors` file, a sharded model with its index, and a file of `torch.save` are mapped, so that memory holds
+    the tensors that are asked for. Files of `torch.save` are read with `weights_only=True`: code in them never runs.
+
+    Args:
+        path: A `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors` file, an index of shards, or the folder of a
+            Hugging Face model or of a peft adapter.
+
+    Attributes:
+        path: As given.
+        folder: The folder that holds it.
+        shapes: Name -> shape, in the order of the file.
+
+    Raises:
+        ValueError: There is no such file, it holds no tensors or objects that are not plain, or shards are missing.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"fc.weight": torch.ones(2, 3)}, Path(folder) / "net.pt")
+        ...     Checkpoint(Path(folder) / "net.pt").shapes
+        {'fc.weight': torch.Size([2, 3])}
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = _file(self.path)
+        self.folder = file.parent
+        self._open = ExitStack()
+        self._reads: dict[str, Read] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        for part, only in _parts(file).items():
+            self._add(part, only)
+        if not self.shapes:
+            raise ValueError(f"{file} has no floating-point tensors")
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        if name not in self._reads:
+            raise ValueError(f"{self.path} has no tensor {name!r}; it has {_some(self.shapes)}")
+        return self._reads[name]()
+
+    def skeleton(self) -> nn.Module:
+        """Modules and parameters of these names and shapes, without values (on the "meta" device)."""
+        root = nn.Module()
+        shared: dict[Hashable, nn.Parameter] = {}
+        for name, shape in self.shapes.items():
+            *path, local = name.split(".")
+            owner = root
+            for part in path:
+                owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            empty = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+            # Not `register_parameter`: a parameter may have the name of an attribute of modules.
+            owner._parameters[local] = shared.setdefault(self._place(name), empty)
+        return root
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.close()
+
+    def _place(self, name: str) -> Hashable:
+        """Where a tensor lies: tied ones of a file of `torch.save` lie at one place."""
+        read = self._reads[name]
+        return read.place if isinstance(read, _Held) and read.place[0] else name
+
+    def _add(self, file: Path, only: set[str] | None) -> None:
+        found = _of_safetensors(file, self._open) if file.suffix == ".safetensors" else _of_pickle(file)
+        missing = [] if only is None else [name for name in only if name not in found]
+        if missing:
+            raise ValueError(f"{file} lacks {_some(missing)}, which the index says it has: load the file again")
+        for name, (read, shape) in found.items():
+            self._reads[name], self.shapes[name] = read, shape
+
+
+class _Held:
+    """A tensor of a mapped file."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.place = (tensor.data_ptr(), tuple(tensor.shape))
+
+    def __call__(self) -> Tensor:
+        return self._tensor
+
+
+def _file(path: Path) -> Path:
+    """The file to begin with."""
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: the kinds of files that can be read are {list(SUFFIXES)}, and folders of them")
+        return path
+    if not path.is_dir():
+        raise ValueError(f"there is no file or folder {path}")
+    if (path / ".metadata").exists():
+        raise ValueError(
+            f"{path} is a distributed checkpoint in shards: make it one file first, with "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+        )
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    there = sorted(one.name for one in path.iterdir() if one.suffix in SUFFIXES and one.suffix != ".json")
+    if len(there) == 1:
+        return path / there[0]
+    raise ValueError(f"{path} has none of {list(FILES)}; give one of its files, {_some(there)}")
+
+
+def _parts(file: Path) -> dict[Path, set[str] | None]:
+    """The files to read, and the names that each has to have."""
+    if file.suffix != ".json":
+        return {file: None}
+    try:
+        index: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no index of shards: it has no 'weight_map'") from error
+    parts: dict[Path, set[str] | None] = {}
+    for name, part in index.items():
+        names = parts.setdefault(file.parent / part, set())
+        assert names is not None
+        names.add(name)
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ValueError(f"{file.parent} has {len(parts) - len(missing)} of {len(parts)} shards; {missing} are missing")
+    return parts
+
+
+def _of_safetensors(file: Path, files: ExitStack) -> dict[str, tuple[Read, torch.Size]]:
+    try:
+        opened = files.enter_context(safe_open(file, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+    def reader(name: str) -> Read:
+        return lambda: opened.get_tensor(name)
+
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return {
+        name: (reader(name), torch.Size(part.get_shape()))
+        for name, part in slices.items()
+        if part.get_dtype().startswith(("F", "BF"))
+    }
+
+
+def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
+    content = _loaded(file)
+    state = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if not tensors:
+        raise ValueError(f"{file} has no tensors at the top or in any of {list(NESTED)}; its keys are {_some(content)}")
+    return {name: (_Held(tensor.detach()), tensor.shape) for name, tensor in tensors.items()}
+
+
+def _loaded(file: Path) -> Mapping[str, Any]:
+    """What `torch.save` wrote, without running code in it."""
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6, or torch.save(_use_new_zipfile_serialization=False)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if "GLOBAL" in str(error):
+            raise ValueError(
+                f"{file} holds more than tensors and plain values, and loading it would run code: save the "
+                f"state_dict() alone (torch.save(model.state_dict(), ...)). torch says: {_reason(error)}"
+            ) from error
+        raise ValueError(f"{file} cannot be read: {_reason(error)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} holds a {type(content).__name__}; a dictionary of tensors was expected")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what was found."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else "nothing")
+
+
+def _some(names: Any, most: int = 5) -> str:
+    """The first few of many."""
+    several = list(names)
+    more = f" and {len(several) - most} more" if len(several) > most else ""
+    return f"{several[:most]}{more}"

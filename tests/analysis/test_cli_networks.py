@@ -1,0 +1,139 @@
+"""Commands that take a network and its data: lines, masks and importance of real checkpoints, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from lightning_lowrank.analysis.cli import main
+from tests.trainings import digits, mlp
+
+DATA = f"{__name__}:task"
+
+
+def measure(module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    outputs = module(batch[0])
+    return {"loss": cross_entropy(outputs, batch[1]), "accuracy": (outputs.argmax(1) == batch[1]).float().mean()}
+
+
+def task() -> tuple[nn.Module, Mapping[str, Any], Any]:
+    """What `--data` names."""
+    images, labels = digits(256).tensors
+    return mlp(16), {"train": [(images[:128], labels[:128])], "test": [(images[128:], labels[128:])]}, measure
+
+
+def another() -> Any:
+    return mlp(16)
+
+
+def no_loss() -> Any:
+    module, data, _ = task()
+    return module, data, lambda module, batch: {"error": module(batch[0]).sum()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two networks trained from different starts."""
+    folder = tmp_path_factory.mktemp("nets")
+    images, labels = digits(256).tensors
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = mlp(16)
+        optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            cross_entropy(module(images[:128]), labels[:128]).backward()
+            optimizer.step()
+        torch.save(module.state_dict(), folder / f"{seed}.pt")
+    return str(folder / "1.pt"), str(folder / "2.pt")
+
+
+def test_matching_lowers_the_barrier_and_keeps_the_function(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["connect", *two, DATA, "--match", "--points", "5", "-o", str(tmp_path / "b.safetensors"), "--json"])
+
+    told = json.loads(capsys.readouterr().out)
+    before, after = told["as they are"]["barriers"], told["matched"]["barriers"]
+    assert told["places"] == [0, 0.25, 0.5, 0.75, 1]
+    assert before["train/loss"] > 0 and after["train/loss"] < 0.7 * before["train/loss"]
+    assert len(told["used"]) == 2 and told["deviation"] < 1e-5
+    images = digits(64).tensors[0]
+    one, other = mlp(16), mlp(16)
+    one.load_state_dict(torch.load(two[1], weights_only=True))
+    other.load_state_dict(load_file(tmp_path / "b.safetensors"))
+    assert not torch.equal(one[0].weight, other[0].weight)
+    assert_close(one(images), other(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_specification_says_which_units_may_change_places(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"first": [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+
+    main(["connect", *two, DATA, "--match", "--points", "3", "--specification", str(tmp_path / "groups.json")])
+
+    told = capsys.readouterr().out
+    assert "1 groups of units may change places" in told and "barrier" in told
+
+
+def test_masks_of_one_checkpoint_are_the_same_and_of_two_by_chance(
+    two: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["masks", two[0], two[0], "--density", "0.2", "--json"])
+    same = json.loads(capsys.readouterr().out)
+    main(["masks", *two, "--density", "0.2", "--scope", "layer", "--json"])
+    other = json.loads(capsys.readouterr().out)
+
+    assert all(row["jaccard"] == 1 and row["hamming"] == 0 for row in same.values())
+    sizes = {name: p.numel() for name, p in mlp(16).named_parameters() if p.ndim > 1}
+    kept = sum(sizes[name] * row["densities"][0] for name, row in same.items())
+    assert kept == pytest.approx(0.2 * sum(sizes.values()), abs=1)
+    assert other["0.weight"]["densities"] == pytest.approx([0.2, 0.2], abs=1e-2)
+    assert other["0.weight"]["chance"] == pytest.approx(0.2 / 1.8, rel=0.02)
+    assert abs(other["2.weight"]["jaccard"] - other["2.weight"]["chance"]) < 0.1
+
+
+def test_importance_is_the_gradient_by_a_gate(two: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["importance", two[0], DATA, "--json"])
+
+    told = json.loads(capsys.readouterr().out)
+    module = mlp(16)
+    module.load_state_dict(torch.load(two[0], weights_only=True))
+    (batch,) = task()[1]["train"]
+    gates = torch.ones(16, requires_grad=True)
+    loss = cross_entropy(module[2:](module[1](module[0](batch[0])) * gates), batch[1])
+    (expected,) = torch.autograd.grad(loss, gates)
+    assert_close(torch.tensor(told["neurons of 2"]), expected.abs(), rtol=1e-4, atol=1e-6)
+    main(["importance", two[0], DATA])
+    assert f"{int(expected.abs().argmax())} (" in capsys.readouterr().out
+
+
+REFUSED = {
+    ("connect", "A", "B", "nothing"): "give module:function",
+    ("connect", "A", "B", f"{__name__}:another"): r"gave a Sequential; what is expected is \(module, data, measure\)",
+    ("connect", "A", "B", DATA, "--points", "2"): "points=2",
+    ("connect", "A", "B", DATA, "--calibrate", "valid"): r"--calibrate=valid: .* has \['train', 'test'\]",
+    ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "nowhere.json is no JSON of groups",
+    ("connect", "A", "C", DATA): r"c\.pt is not of this network: it lacks \['2\.weight'",
+    ("masks", "A", "C"): "nothing of one name and shape",
+    ("masks", "A", "B", "--density", "0"): "density=0.0: above 0",
+    ("importance", "A", f"{__name__}:no_loss"): r"the measure gave \['error'\]",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_what_cannot_be_done_is_refused_in_words(words: tuple[str, ...], two: tuple[str, str], tmp_path: Path) -> None:
+    torch.save({"0.weight": torch.ones(16, 3), "0.bias": torch.ones(16)}, tmp_path / "c.pt")
+    given = [{"A": two[0], "B": two[1], "C": str(tmp_path / "c.pt")}.get(word, word) for word in words]
+
+    with pytest.raises(SystemExit, match=REFUSED[words]):
+        main(given)
