@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,25 @@ from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.reports.report import Style
 
 
+@dataclass
+class Late:
+    """A sample that is read, and of which matrices are still to be decomposed.
+
+    Attributes:
+        sampling: The sample.
+        recorders: Those that it is of.
+        training: The training.
+        step: That it belongs to.
+        batches: After how many it is due.
+    """
+
+    sampling: Sampling
+    recorders: list[Recorder]
+    training: Training
+    step: int
+    batches: int
+
+
 class Watch:
     """The moments of a training, whoever runs its loop; what a callback or a loop of the user's calls.
 
@@ -39,15 +59,20 @@ class Watch:
         seed: Of the sketches of large matrices.
         alerts: Rules that say when to warn, or "default".
         usual: What "default" stands for.
+        spread: Batches over which decompositions are spread.
 
     Raises:
-        ValueError: There is no probe, two have one name, or an alert is on what is not measured.
+        ValueError: There is no probe, two have one name, an alert is on what is not measured, or `spread` is below 0.
     """
 
-    def __init__(self, probes: Sequence[Probe], style: Style, *, seed: int, alerts: Rules, usual: Usual) -> None:
+    def __init__(
+        self, probes: Sequence[Probe], style: Style, *, seed: int, alerts: Rules, usual: Usual, spread: int = 0
+    ) -> None:
         refuse_namesakes(probes)
         refuse_seed(seed)
-        self.label, self.seed = style.label, seed
+        if spread < 0:
+            raise ValueError(f"spread={spread}: over how many batches decompositions are spread; 0 for none")
+        self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
         self.budget = shared_budget([due_at(probe) for probe in probes if probe.source.stage == "train"])
@@ -59,17 +84,22 @@ class Watch:
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
+        self._late: Late | None = None
+        # Training whose report alerts have seen and not answered.
+        self._untold: Training | None = None
         # State of an unfinished sample of the run that is resumed.
         self._waiting: dict[str, Any] = {}
 
     @property
     def first(self) -> Sample | None:
         """The first number of everything measured, None before."""
+        self._catch_up()
         return self.journal.first
 
     @property
     def latest(self) -> Sample | None:
         """The latest number of everything measured, None before."""
+        self._catch_up()
         return self.journal.latest
 
     @property
@@ -85,6 +115,7 @@ class Watch:
     @property
     def events(self) -> list[AlertEvent]:
         """Alerts so far."""
+        self._catch_up()
         return list(self.journal.alerts.events)
 
     @property
@@ -104,6 +135,7 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
+        self._catch_up()
         return {
             "quantities": self.quantities,
             "checked": self._checked,
@@ -164,7 +196,10 @@ class Watch:
             due = [r for r in self._of_stage("train") if step != self._checked and due_at(r.probe)(step)]
             self._checked = step
             if due or self._waiting:
+                self._catch_up()
                 self._sampling = self._sampling or self._sampled(training)
+                for recorder in due:
+                    recorder.num_parts = self._num_parts(training)
                 self._continue(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins(batch, index)
@@ -193,21 +228,27 @@ class Watch:
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
         self._unhook()
-        if self._sampling is None:
-            return
+        self._work()
         sampling = self._sampling
-        with self._guard():
-            stepped = sampling.batch_over()
-            self.journal.skipped += sampling.take_skipped()
-            if stepped:
-                recorders = list(sampling.recorders)
-                self._report(training, recorders, sampling.report(), complete=sampling.complete)
-        if sampling.complete:
-            self._sampling = None
-        self._alert(training)
+        if sampling is not None:
+            self._untold = training
+            with self._guard():
+                stepped = sampling.batch_over()
+                self.journal.skipped += sampling.take_skipped()
+                if stepped:
+                    sampling.read()
+                    read = Late(sampling, list(sampling.recorders), training, training.step, self._spread)
+                    if sampling.is_late:
+                        self._late = read
+                    else:
+                        self._report(read)
+            if sampling.complete:
+                self._sampling = None
+        self._alert()
 
     def batch_failed(self) -> None:
         """Give up the sample of a batch that an exception has left, and take it of the next batch."""
+        self._catch_up()
         self._unhook()
         with self._guard():
             self._waiting = self._unfinished()
@@ -215,12 +256,14 @@ class Watch:
 
     def epoch_over(self) -> None:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
+        self._catch_up()
         if self._sampling is not None:
             with self._guard():
                 self._sampling.batch_over()
 
     def validation_begins(self, training: Training) -> None:
         """Stop the training clock; hook what is watched in validation."""
+        self._catch_up()
         self.journal.clock.pause()
         watched = self._of_stage("validation")
         if self._enabled and watched:
@@ -232,16 +275,19 @@ class Watch:
     def validation_over(self, training: Training) -> None:
         """Report what was watched in validation."""
         if self._validation is not None:
+            self._untold = training
             with self._guard():
                 self._validation.batch_over()
-                self._report(training, self._of_stage("validation"), self._validation.report(), complete=True)
+                self._validation.read()
+                self._report(Late(self._validation, self._of_stage("validation"), training, training.step, 0))
             self._validation = None
-            self._alert(training)
+            self._alert()
         if self._enabled:
             self.journal.clock.resume()
 
     def save(self, training: Training) -> None:
         """Write the curves to disk before a checkpoint, so that a killed and resumed run has no gap in any."""
+        self._catch_up()
         if self._enabled:
             with self._guard():
                 self.journal.count_errors(loggers.save(training.loggers))
@@ -252,6 +298,8 @@ class Watch:
         Args:
             advice: What to do if no optimizer step was ever seen.
         """
+        self._catch_up()
+        self._answer()
         if self._enabled and self.latest is None and self._sampling is not None and advice:
             self.journal.warn_once(f"no optimizer step was seen: {advice}")
         self._stop()
@@ -259,6 +307,7 @@ class Watch:
 
     def ends(self) -> None:
         """Leave no hook behind, whatever happened."""
+        self._catch_up()
         self._stop()
         self._unhook()
         self.journal.end()
@@ -288,23 +337,55 @@ class Watch:
     def _of_stage(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
 
-    def _report(
-        self, training: Training, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool
-    ) -> None:
+    def _num_parts(self, training: Training) -> int:
+        """In how many parts decompositions are put off.
+
+        Several processes share them out instead, and a budget asks what a sample takes.
+        """
+        measuring = self.budget is not None and self.budget.every is None
+        return 0 if measuring or training.team.size > 1 else self._spread
+
+    def _work(self) -> None:
+        """Do this batch's share of what was put off."""
+        late = self._late
+        if late is None:
+            return
+        late.batches -= 1
+        if late.batches > 0:
+            with self._guard():
+                late.sampling.work(late.batches + 1)
+        else:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Report the sample that was put off, where there is one: what alerts make of it is done after a batch."""
+        late, self._late = self._late, None
+        if late is not None:
+            self._untold = late.training
+            with self._guard():
+                self._report(late)
+
+    def _report(self, read: Late) -> None:
         """Move a report to the host and write it down."""
-        host = loggers.to_host(report)
+        complete = read.sampling.complete
+        host = loggers.to_host(read.sampling.report())
         if host.pop("finite", np.array(1.0)):
             with self._guard(loses=False):
-                self.journal.write(training, recorders, host, complete=complete)
+                self.journal.write(read.training, read.step, read.recorders, host, complete=complete)
         elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
             self.journal.skipped += 1
-            self._sampling.join(recorders)
+            self._sampling.join(read.recorders)
 
-    def _alert(self, training: Training) -> None:
-        """Do what alerts ask for; only what the user wants to end the run leaves here."""
-        with self._guard(loses=False):
-            self.journal.act(training)
+    def _alert(self) -> None:
+        """Do what alerts ask for after a report; only what the user wants to end the run leaves here."""
+        self._answer()
         self.journal.alerts.raise_if_asked()
+
+    def _answer(self) -> None:
+        training, self._untold = self._untold, None
+        if training is not None:
+            with self._guard(loses=False):
+                self.journal.act(training)
 
     def _unfinished(self) -> dict[str, Any]:
         """State of the sample in the making: a run that is resumed goes on with it."""
@@ -350,6 +431,7 @@ class Watch:
     def _abandon(self, *, for_good: bool = False) -> None:
         """Give up what was found so far. Other processes may still wait for this one in the next report."""
         self.journal.forget()
+        self._late = None
         samplings = [s for s in (self._sampling, self._validation) if s is not None]
         for sampling in samplings:
             sampling.abandon()
