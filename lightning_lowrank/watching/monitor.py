@@ -61,6 +61,8 @@ class Monitor(Arguments, L.Callback):
     ) -> None:
         if name == "":
             raise ValueError("name='': a word, which begins all tags, or None")
+        if spread < 0:
+            raise ValueError(f"spread={spread}: over how many batches decompositions are spread; 0 for none")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)

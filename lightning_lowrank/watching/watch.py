@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,25 +25,7 @@ from lightning_lowrank.reports.alerts.rules import AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.reports.report import Style
-
-
-@dataclass
-class Late:
-    """A sample that is read, and of which matrices are still to be decomposed.
-
-    Attributes:
-        sampling: The sample.
-        recorders: Those that it is of.
-        training: The training.
-        step: That it belongs to.
-        batches: After how many it is due.
-    """
-
-    sampling: Sampling
-    recorders: list[Recorder]
-    training: Training
-    step: int
-    batches: int
+from lightning_lowrank.watching.late import Late, put_off
 
 
 class Watch:
@@ -62,7 +43,7 @@ class Watch:
         spread: Batches over which decompositions are spread.
 
     Raises:
-        ValueError: There is no probe, two have one name, an alert is on what is not measured, or `spread` is below 0.
+        ValueError: There is no probe, two have one name, or an alert is on what is not measured.
     """
 
     def __init__(
@@ -70,8 +51,6 @@ class Watch:
     ) -> None:
         refuse_namesakes(probes)
         refuse_seed(seed)
-        if spread < 0:
-            raise ValueError(f"spread={spread}: over how many batches decompositions are spread; 0 for none")
         self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
@@ -85,8 +64,7 @@ class Watch:
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
         self._late: Late | None = None
-        # Training whose report alerts have seen and not answered.
-        self._untold: Training | None = None
+        self._untold: Training | None = None  # alerts were shown a report of it, and are not answered
         # State of an unfinished sample of the run that is resumed.
         self._waiting: dict[str, Any] = {}
 
@@ -198,8 +176,7 @@ class Watch:
             if due or self._waiting:
                 self._catch_up()
                 self._sampling = self._sampling or self._sampled(training)
-                for recorder in due:
-                    recorder.num_parts = self._num_parts(training)
+                put_off(due, self._spread, training, self.budget)
                 self._continue(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins(batch, index)
@@ -228,20 +205,20 @@ class Watch:
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
         self._unhook()
-        self._work()
+        if self._late is not None:
+            with self._guard():
+                if self._late.work():
+                    self._catch_up()
         sampling = self._sampling
         if sampling is not None:
-            self._untold = training
             with self._guard():
                 stepped = sampling.batch_over()
                 self.journal.skipped += sampling.take_skipped()
                 if stepped:
                     sampling.read()
-                    read = Late(sampling, list(sampling.recorders), training, training.step, self._spread)
-                    if sampling.is_late:
-                        self._late = read
-                    else:
-                        self._report(read)
+                    self._late = Late(sampling, list(sampling.recorders), training, training.step, self._spread)
+                    if not sampling.is_late:
+                        self._catch_up()
             if sampling.complete:
                 self._sampling = None
         self._alert()
@@ -275,11 +252,11 @@ class Watch:
     def validation_over(self, training: Training) -> None:
         """Report what was watched in validation."""
         if self._validation is not None:
-            self._untold = training
             with self._guard():
                 self._validation.batch_over()
                 self._validation.read()
-                self._report(Late(self._validation, self._of_stage("validation"), training, training.step, 0))
+                self._late = Late(self._validation, self._of_stage("validation"), training, training.step)
+                self._catch_up()
             self._validation = None
             self._alert()
         if self._enabled:
@@ -337,44 +314,20 @@ class Watch:
     def _of_stage(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
 
-    def _num_parts(self, training: Training) -> int:
-        """In how many parts decompositions are put off.
-
-        Several processes share them out instead, and a budget asks what a sample takes.
-        """
-        measuring = self.budget is not None and self.budget.every is None
-        return 0 if measuring or training.team.size > 1 else self._spread
-
-    def _work(self) -> None:
-        """Do this batch's share of what was put off."""
-        late = self._late
-        if late is None:
-            return
-        late.batches -= 1
-        if late.batches > 0:
-            with self._guard():
-                late.sampling.work(late.batches + 1)
-        else:
-            self._catch_up()
-
     def _catch_up(self) -> None:
-        """Report the sample that was put off, where there is one: what alerts make of it is done after a batch."""
-        late, self._late = self._late, None
-        if late is not None:
-            self._untold = late.training
-            with self._guard():
-                self._report(late)
-
-    def _report(self, read: Late) -> None:
-        """Move a report to the host and write it down."""
-        complete = read.sampling.complete
-        host = loggers.to_host(read.sampling.report())
-        if host.pop("finite", np.array(1.0)):
-            with self._guard(loses=False):
-                self.journal.write(read.training, read.step, read.recorders, host, complete=complete)
-        elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
-            self.journal.skipped += 1
-            self._sampling.join(read.recorders)
+        """Report the sample that is read, where there is one: what alerts make of it is done after a batch."""
+        read, self._late = self._late, None
+        if read is None:
+            return
+        self._untold = read.training
+        with self._guard():
+            host = loggers.to_host(read.sampling.report())
+            if host.pop("finite", np.array(1.0)):
+                with self._guard(loses=False):
+                    self.journal.write(read.training, read.step, read.recorders, host, complete=read.sampling.complete)
+            elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
+                self.journal.skipped += 1
+                self._sampling.join(read.recorders)
 
     def _alert(self) -> None:
         """Do what alerts ask for after a report; only what the user wants to end the run leaves here."""
