@@ -123,6 +123,7 @@ def model_rows(repeats: int) -> list[tuple[str, ...]]:
         "products, float32": lambda: grams(matrices, torch.float32),
         "products, float64": lambda: grams(matrices, torch.float64),
         "all spectra": lambda: decompose(matrices, "values"),
+        "svd": lambda: [svd(matrix) for matrix in matrices],
         "participation ratio": lambda: ranks(matrices, ("participation_ratio",), "moments"),
         "and stable rank": lambda: ranks(matrices, ("participation_ratio", "stable_rank"), "top"),
         "ranks and tail exponent": lambda: ranks(matrices, with_tail, "values"),
@@ -140,6 +141,8 @@ def model_rows(repeats: int) -> list[tuple[str, ...]]:
             1.4,
             f"{exact:.0e}",
         ),
+        row("the same", taken["all spectra"], "svd: whole products", taken["svd"], None, ""),
+        row("the same", taken["all spectra"], "float64 products alone", taken["products, float64"], None, ""),
         row(
             "participation ratio alone", taken["participation ratio"], "svdvals", taken["svdvals"], 8, f"{moments:.0e}"
         ),
@@ -159,9 +162,17 @@ def model_rows(repeats: int) -> list[tuple[str, ...]]:
 def wide_rows(repeats: int) -> list[tuple[str, ...]]:
     """Matrices with one long side."""
     matrices = [torch.randn(256, 4096, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    taken = times({"ours": lambda: decompose(matrices, "values"), "svdvals": lambda: loop(matrices)}, repeats)
+    jobs: dict[str, Job] = {
+        "ours": lambda: decompose(matrices, "values"),
+        "svdvals": lambda: loop(matrices),
+        "svd": lambda: [svd(matrix) for matrix in matrices],
+    }
+    taken = times(jobs, repeats)
     error = worst(ranks(matrices, RANKS, "values"), matrices, RANKS)
-    return [row("256 x 4096: all spectra", taken["ours"], "svdvals", taken["svdvals"], 8, f"{error:.0e}")]
+    return [
+        row("256 x 4096: all spectra", taken["ours"], "svdvals", taken["svdvals"], 8, f"{error:.0e}"),
+        row("the same", taken["ours"], "svd: whole products", taken["svd"], None, ""),
+    ]
 
 
 def large_rows(repeats: int) -> list[tuple[str, ...]]:

@@ -29,6 +29,22 @@ class Gathered:
     weight: Tensor | Spectrum | None = None
     rounded: bool = False
 
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the matrices."""
+        return self.value.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """What a copy of it takes."""
+        return sum(t.numel() * t.element_size() for t in (self.value, self.weight) if isinstance(t, Tensor))
+
+    def kept(self) -> "Gathered":
+        """The same, whatever becomes of the parameters and gradients that it is a view of."""
+        value, weight = (t.clone() if isinstance(t, Tensor) else t for t in (self.value, self.weight))
+        assert value is not None
+        return Gathered(self.labels, value, weight)
+
 
 def gather(
     readings: Sequence[Reading], owners: Sequence[int], team: Team, *, spectra_only: bool, beside: bool

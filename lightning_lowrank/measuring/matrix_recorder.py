@@ -4,9 +4,11 @@ Shape letters:  n matrices read at once
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -29,6 +31,9 @@ from lightning_lowrank.statistics.registry import Statistic
 # that of a bf16 update of rank 4 reads 8.
 UNCHANGED = 0.02
 ORDER: tuple[Needs, ...] = ("moments", "top", "values")
+
+# Bytes of copies that a recorder keeps for later; what takes more is decomposed at once.
+KEPT = 2**26
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class MatrixRecorder(Recorder):
         )
         self.needs = "values" if histograms else self.needs
         self._owners: dict[str, int] = {}
+        # By optimizer what was put off, and what of it counts, because the optimizer has stepped.
+        self._put_off: dict[int, list[Callable[[], list[Staged]]]] = {}
+        self._late: list[Callable[[], list[Staged]]] = []
         super().__init__(probe, prefix=prefix)
 
     @property
@@ -110,8 +118,38 @@ class MatrixRecorder(Recorder):
         """Measure what belongs to the batches."""
         self._record(BATCH, self._source.sample_over(team), generator, team)
 
+    def commit(self, optimizer: int) -> None:
+        """Also what was put off counts."""
+        super().commit(optimizer)
+        self._late += self._put_off.pop(optimizer, [])
+
+    def discard(self, optimizer: int) -> None:
+        """Nor will it be measured."""
+        super().discard(optimizer)
+        self._put_off.pop(optimizer, None)
+
+    def abandon(self) -> None:
+        """Forget also what was put off."""
+        self._put_off, self._late = {}, []
+        super().abandon()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether matrices are still to be decomposed."""
+        return bool(self._late)
+
+    def work(self, shares: int = 1) -> None:
+        """Decompose a share of what was put off."""
+        for _ in range(-(-len(self._late) // shares)):
+            for staged in self._late.pop(0)():
+                self._results.add(staged)
+
     def _record(self, optimizer: int, readings: Sequence[Reading], generator: torch.Generator, team: Team) -> None:
-        """Measure what of the readings is this process's to measure, and stage it under the optimizer's number."""
+        """Measure what of the readings is this process's to measure, and stage it under the optimizer's number; or put
+        that off.
+        """
+        if not readings:
+            return
         self._results.know(
             {label: (reading.shape[-2], reading.shape[-1]) for reading in readings for label in reading.labels}
         )
@@ -120,6 +158,13 @@ class MatrixRecorder(Recorder):
         rounds = gather(
             readings, self._share(readings, team), team, spectra_only=not self._compares_subspaces, beside=beside
         )
+        if self.num_parts:
+            taken = [one for found in rounds for one in found]
+            if sum(one.num_bytes for one in taken) <= KEPT:
+                parts = _parts([one.kept() for one in taken], self.num_parts)
+                self._put_off.setdefault(optimizer, []).extend(partial(self._all, part, generator) for part in parts)
+                return
+            rounds = iter([taken])
         staged = self._staged.setdefault(optimizer, [])
         troubles: list[Exception] = []
         # Not a loop, whose variable would hold a round's matrices while the next are gathered.
@@ -133,7 +178,7 @@ class MatrixRecorder(Recorder):
     ) -> list[Staged]:
         """Measure a round; what goes wrong is told when all rounds are over, which other processes wait for."""
         try:
-            return [self._measured(group) for group in self._groups(taken, generator)]
+            return self._all(taken, generator)
         except Exception as error:
             troubles.append(error.with_traceback(None))  # without the tensors that it would hold
             return []
@@ -160,6 +205,9 @@ class MatrixRecorder(Recorder):
         return Results(
             len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders
         )
+
+    def _all(self, taken: Sequence[Gathered], generator: torch.Generator) -> list[Staged]:
+        return [self._measured(group) for group in self._groups(taken, generator)]
 
     def _measured(self, group: Group) -> Staged:
         """All statistics of a group, with their errors."""
@@ -238,6 +286,15 @@ def _stuck(one: Gathered) -> Tensor:
     moved = (one.value != 0).reshape(-1, *one.value.shape[-2:])
     touched = moved.any(-1, keepdim=True) & moved.any(-2, keepdim=True)
     return ((touched & ~moved).sum((-2, -1)) > UNCHANGED * touched.sum((-2, -1))) & one.rounded
+
+
+def _parts(taken: Sequence[Gathered], count: int) -> Iterator[list[Gathered]]:
+    """At most so many parts with about as much work each, in their order."""
+    work = [flops(one.shape) for one in taken]
+    middles = (end - own / 2 for end, own in zip(accumulate(work), work, strict=True))
+    numbers = (int(count * middle / (sum(work) or 1.0)) for middle in middles)
+    for _, part in groupby(zip(numbers, taken, strict=True), key=itemgetter(0)):
+        yield [one for _, one in part]
 
 
 def _joined(spectra: Sequence[Spectrum]) -> Spectrum:

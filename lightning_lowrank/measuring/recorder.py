@@ -37,6 +37,8 @@ class Recorder(ABC):
         self._planned: set[str] = set()
         self._results = self._fresh()
         self._staged: dict[int, list[Staged]] = {}
+        # In how many parts work is put off; 0 where it is done at once.
+        self.num_parts = 0
 
     @property
     @abstractmethod
@@ -127,6 +129,14 @@ class Recorder(ABC):
     def discard(self, optimizer: int) -> None:
         """The step did not happen: what was staged never was."""
         self._staged.pop(optimizer, None)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether work was put off that is still to be done."""
+        return False
+
+    def work(self, shares: int = 1) -> None:
+        """Do a share of the work that was put off, of so many that are left."""
 
     def begin(self) -> None:
         """Forget an earlier run."""

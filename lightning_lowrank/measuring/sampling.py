@@ -151,15 +151,28 @@ class Sampling:
                 self._step_done(index)
         return self._agreed()
 
-    def report(self) -> dict[str, Tensor]:
-        """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may
-        have skipped.
-        """
+    @property
+    def is_late(self) -> bool:
+        """Whether all is read, and some of it still to be decomposed; not where a step may have been skipped."""
+        return self.complete and not self._finite and any(recorder.is_late for recorder in self.recorders)
+
+    def work(self, shares: int = 1) -> None:
+        """Do a share of the work that was put off, of so many that are left."""
+        self._each(lambda r: r.work(shares))
+
+    def read(self) -> None:
+        """Read what belongs to the batches."""
         self._each(lambda r: r.sample_over(self._generator, self._team))
         self._each(lambda r: r.commit(BATCH))
         for recorder in self.recorders:
             if recorder.error is not None:  # it may still hold what belongs to this sample
                 recorder.probe.source.detach()
+
+    def report(self) -> dict[str, Tensor]:
+        """Everything measured since the last report. `finite`: whether the gradients were, where a fused optimizer may
+        have skipped.
+        """
+        self.work()
         self._pool()
         report = {key: row for recorder in self.recorders for key, row in recorder.report().items()}
         if self._finite:

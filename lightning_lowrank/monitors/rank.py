@@ -56,6 +56,8 @@ class RankMonitor(Monitor):
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
+        spread: Batches after the due one over which decompositions are spread, so that no step waits for all of them:
+            numbers of a step then come so many batches later.
 
     Raises:
         ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training
@@ -86,6 +88,7 @@ class RankMonitor(Monitor):
         heads: bool = False,
         views: Mapping[str, str | View] | None = None,
         max_overhead: float | None = None,
+        spread: int = 0,
     ) -> None:
         sources, statistics = _sequence(sources), _sequence(statistics)
         unknown = [source for source in sources if source not in SOURCES]
@@ -108,7 +111,14 @@ class RankMonitor(Monitor):
             Probe(one.name, one, asked or statistics, schedule) for one, asked in zip(built, offered, strict=True)
         ]
         super().__init__(
-            probes, detail=detail, per_site=per_site, histograms=histograms, seed=seed, alerts=alerts, name=name
+            probes,
+            detail=detail,
+            per_site=per_site,
+            histograms=histograms,
+            seed=seed,
+            alerts=alerts,
+            name=name,
+            spread=spread,
         )
 
 

@@ -164,7 +164,8 @@ class Routers(NumberSource):
         owners = team.assign([float(reading.shape.numel()) for reading in readings])
         mine = {
             labels[one.labels[0]]: stable_rank(one.value if not isinstance(one.value, Tensor) else svd(one.value))
-            for one in gather(readings, owners, team, spectra_only=True, beside=False)
+            for taken in gather(readings, owners, team, spectra_only=True, beside=False)
+            for one in taken
         }
         device = readings[0].like[0].device
         nothing = torch.zeros((), dtype=working_dtype(device), device=device)

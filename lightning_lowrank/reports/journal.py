@@ -53,17 +53,20 @@ class Journal:
         # Sites that a sample has given a number, while it waits for another optimizer, by recorder.
         self.given: dict[str, set[str]] = {}
 
-    def write(self, training: Training, recorders: Sequence[Recorder], host: Host, *, complete: bool) -> None:
+    def write(
+        self, training: Training, step: int, recorders: Sequence[Recorder], host: Host, *, complete: bool
+    ) -> None:
         """Keep a report and hand it to all loggers.
 
         Args:
             training: Whose loggers they are.
+            step: That it is of.
             recorders: Those that the report is of.
             host: The report, moved to the host.
             complete: No optimizer is still to be read: a site that no report of this sample had is lost.
         """
         awaited = {r.name: self._awaited(r, host[f"{r.name}_lost"], complete) for r in recorders}
-        report = report_of(training.step, recorders, host, awaited, self.style)
+        report = report_of(step, recorders, host, awaited, self.style)
         # First, since all processes must decide alike: what comes after may fail in one of them.
         self.alerts.observe(report.step, report.values)
         self._count_losses(recorders, host, awaited)

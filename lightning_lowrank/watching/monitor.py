@@ -36,6 +36,7 @@ class Monitor(Arguments, L.Callback):
         seed: Of the sketches of large matrices.
         alerts: Rules that say when to warn, or "default".
         name: Prefix of all tags; two monitors of one kind in one Trainer need different ones.
+        spread: Batches over which the decompositions of a sample are spread, so that no step waits for all of them.
 
     Raises:
         ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not
@@ -56,13 +57,16 @@ class Monitor(Arguments, L.Callback):
         seed: int = 0,
         alerts: Sequence[Alert] | Literal["default"] | None = None,
         name: str | None = None,
+        spread: int = 0,
     ) -> None:
         if name == "":
             raise ValueError("name='': a word, which begins all tags, or None")
+        if spread < 0:
+            raise ValueError(f"spread={spread}: over how many batches decompositions are spread; 0 for none")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
-        self.watch = self._watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts)
+        self.watch = self._watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts, spread=spread)
         self._is_set_up = False
 
     def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
@@ -218,9 +222,10 @@ class Monitor(Arguments, L.Callback):
         self.watch.validation_over(TrainerTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so if nothing was ever seen."""
+        """Say so if nothing was ever seen; the last of the alerts may end the run."""
         advice = "in manual optimization, step the optimizers that `self.optimizers()` gives"
         self.watch.stops(advice="" if pl_module.automatic_optimization else advice)
+        self.watch.journal.alerts.raise_if_asked()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the curves to disk before the checkpoint."""

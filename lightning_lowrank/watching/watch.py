@@ -25,6 +25,7 @@ from lightning_lowrank.reports.alerts.rules import AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.reports.report import Style
+from lightning_lowrank.watching.late import Late, put_off
 
 
 class Watch:
@@ -39,15 +40,18 @@ class Watch:
         seed: Of the sketches of large matrices.
         alerts: Rules that say when to warn, or "default".
         usual: What "default" stands for.
+        spread: Batches over which decompositions are spread.
 
     Raises:
         ValueError: There is no probe, two have one name, or an alert is on what is not measured.
     """
 
-    def __init__(self, probes: Sequence[Probe], style: Style, *, seed: int, alerts: Rules, usual: Usual) -> None:
+    def __init__(
+        self, probes: Sequence[Probe], style: Style, *, seed: int, alerts: Rules, usual: Usual, spread: int = 0
+    ) -> None:
         refuse_namesakes(probes)
         refuse_seed(seed)
-        self.label, self.seed = style.label, seed
+        self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
         self.budget = shared_budget([due_at(probe) for probe in probes if probe.source.stage == "train"])
@@ -59,17 +63,21 @@ class Watch:
         self._sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
+        self._late: Late | None = None
+        self._untold: Training | None = None  # alerts were shown a report of it, and are not answered
         # State of an unfinished sample of the run that is resumed.
         self._waiting: dict[str, Any] = {}
 
     @property
     def first(self) -> Sample | None:
         """The first number of everything measured, None before."""
+        self._catch_up()
         return self.journal.first
 
     @property
     def latest(self) -> Sample | None:
         """The latest number of everything measured, None before."""
+        self._catch_up()
         return self.journal.latest
 
     @property
@@ -85,6 +93,7 @@ class Watch:
     @property
     def events(self) -> list[AlertEvent]:
         """Alerts so far."""
+        self._catch_up()
         return list(self.journal.alerts.events)
 
     @property
@@ -104,6 +113,7 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
+        self._catch_up()
         return {
             "quantities": self.quantities,
             "checked": self._checked,
@@ -164,7 +174,9 @@ class Watch:
             due = [r for r in self._of_stage("train") if step != self._checked and due_at(r.probe)(step)]
             self._checked = step
             if due or self._waiting:
+                self._catch_up()
                 self._sampling = self._sampling or self._sampled(training)
+                put_off(due, self._spread, training, self.budget)
                 self._continue(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins(batch, index)
@@ -193,21 +205,27 @@ class Watch:
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
         self._unhook()
-        if self._sampling is None:
-            return
+        if self._late is not None:
+            with self._guard():
+                if self._late.work():
+                    self._catch_up()
         sampling = self._sampling
-        with self._guard():
-            stepped = sampling.batch_over()
-            self.journal.skipped += sampling.take_skipped()
-            if stepped:
-                recorders = list(sampling.recorders)
-                self._report(training, recorders, sampling.report(), complete=sampling.complete)
-        if sampling.complete:
-            self._sampling = None
-        self._alert(training)
+        if sampling is not None:
+            with self._guard():
+                stepped = sampling.batch_over()
+                self.journal.skipped += sampling.take_skipped()
+                if stepped:
+                    sampling.read()
+                    self._late = Late(sampling, list(sampling.recorders), training, training.step, self._spread)
+                    if not sampling.is_late:
+                        self._catch_up()
+            if sampling.complete:
+                self._sampling = None
+        self._alert()
 
     def batch_failed(self) -> None:
         """Give up the sample of a batch that an exception has left, and take it of the next batch."""
+        self._catch_up()
         self._unhook()
         with self._guard():
             self._waiting = self._unfinished()
@@ -215,12 +233,14 @@ class Watch:
 
     def epoch_over(self) -> None:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
+        self._catch_up()
         if self._sampling is not None:
             with self._guard():
                 self._sampling.batch_over()
 
     def validation_begins(self, training: Training) -> None:
         """Stop the training clock; hook what is watched in validation."""
+        self._catch_up()
         self.journal.clock.pause()
         watched = self._of_stage("validation")
         if self._enabled and watched:
@@ -234,14 +254,17 @@ class Watch:
         if self._validation is not None:
             with self._guard():
                 self._validation.batch_over()
-                self._report(training, self._of_stage("validation"), self._validation.report(), complete=True)
+                self._validation.read()
+                self._late = Late(self._validation, self._of_stage("validation"), training, training.step)
+                self._catch_up()
             self._validation = None
-            self._alert(training)
+            self._alert()
         if self._enabled:
             self.journal.clock.resume()
 
     def save(self, training: Training) -> None:
         """Write the curves to disk before a checkpoint, so that a killed and resumed run has no gap in any."""
+        self._catch_up()
         if self._enabled:
             with self._guard():
                 self.journal.count_errors(loggers.save(training.loggers))
@@ -252,6 +275,8 @@ class Watch:
         Args:
             advice: What to do if no optimizer step was ever seen.
         """
+        self._catch_up()
+        self._answer()
         if self._enabled and self.latest is None and self._sampling is not None and advice:
             self.journal.warn_once(f"no optimizer step was seen: {advice}")
         self._stop()
@@ -259,6 +284,7 @@ class Watch:
 
     def ends(self) -> None:
         """Leave no hook behind, whatever happened."""
+        self._catch_up()
         self._stop()
         self._unhook()
         self.journal.end()
@@ -288,23 +314,31 @@ class Watch:
     def _of_stage(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
 
-    def _report(
-        self, training: Training, recorders: Sequence[Recorder], report: dict[str, Tensor], *, complete: bool
-    ) -> None:
-        """Move a report to the host and write it down."""
-        host = loggers.to_host(report)
-        if host.pop("finite", np.array(1.0)):
-            with self._guard(loses=False):
-                self.journal.write(training, recorders, host, complete=complete)
-        elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
-            self.journal.skipped += 1
-            self._sampling.join(recorders)
+    def _catch_up(self) -> None:
+        """Report the sample that is read, where there is one: what alerts make of it is done after a batch."""
+        read, self._late = self._late, None
+        if read is None:
+            return
+        self._untold = read.training
+        with self._guard():
+            host = loggers.to_host(read.sampling.report())
+            if host.pop("finite", np.array(1.0)):
+                with self._guard(loses=False):
+                    self.journal.write(read.training, read.step, read.recorders, host, complete=read.sampling.complete)
+            elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
+                self.journal.skipped += 1
+                self._sampling.join(read.recorders)
 
-    def _alert(self, training: Training) -> None:
-        """Do what alerts ask for; only what the user wants to end the run leaves here."""
-        with self._guard(loses=False):
-            self.journal.act(training)
+    def _alert(self) -> None:
+        """Do what alerts ask for after a report; only what the user wants to end the run leaves here."""
+        self._answer()
         self.journal.alerts.raise_if_asked()
+
+    def _answer(self) -> None:
+        training, self._untold = self._untold, None
+        if training is not None:
+            with self._guard(loses=False):
+                self.journal.act(training)
 
     def _unfinished(self) -> dict[str, Any]:
         """State of the sample in the making: a run that is resumed goes on with it."""
@@ -350,6 +384,7 @@ class Watch:
     def _abandon(self, *, for_good: bool = False) -> None:
         """Give up what was found so far. Other processes may still wait for this one in the next report."""
         self.journal.forget()
+        self._late = None
         samplings = [s for s in (self._sampling, self._validation) if s is not None]
         for sampling in samplings:
             sampling.abandon()

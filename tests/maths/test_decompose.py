@@ -63,6 +63,15 @@ def test_one_call_per_short_side(solver):
     assert (solved.num_solves, sorted(solver)) == (2, [(2, 4, 4), (9, 6, 6)])
 
 
+@pytest.mark.parametrize("short", [127, 128, 129, 300])
+def test_half_of_the_products_makes_the_same_spectrum(short):
+    matrices = [gaussian(short, 400), gaussian(2, 700, short), gaussian(short, short)]
+    found = [spectrum.values for spectrum in decompose(matrices, "values").spectra]
+
+    for values, matrix in zip(found, matrices, strict=True):
+        assert_close(values, torch.linalg.svdvals(matrix), rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("needs", ["moments", "top"])
 def test_no_eigensolver_for_summaries(needs):
     assert decompose(matrices(), needs).num_solves == 0
@@ -87,10 +96,10 @@ def test_one_that_fails_does_not_harm_the_others(needs):
 def test_a_failure_of_the_batch_is_taken_apart(needs, monkeypatch):
     grams = module.short_grams
 
-    def out_of_memory(batch, dtype):
+    def out_of_memory(batch, dtype, **options):
         if len(batch) > 1 or batch[0].shape == (20, 6):
             raise torch.OutOfMemoryError
-        return grams(batch, dtype)
+        return grams(batch, dtype, **options)
 
     monkeypatch.setattr(module, "short_grams", out_of_memory)
     found = decompose(matrices(), needs).spectra

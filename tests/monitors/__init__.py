@@ -59,6 +59,9 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
     "rank of parameters": lambda **options: RankMonitor(
         tuple(OF_PARAMETERS), **_USUAL | {"histograms": True, "name": "parameters"} | options
     ),
+    "rank, spread": lambda **options: RankMonitor(
+        tuple(OF_PARAMETERS), STATISTICS, **_USUAL | {"spread": 3, "name": "spread"} | options
+    ),
     "curvature, light": lambda **options: CurvatureMonitor("light", **_USUAL | {"name": "light"} | options),
     "curvature, full, fixed": lambda **options: CurvatureMonitor(
         "full", OPERATORS, **_USUAL | {"top_k": 1, "batch": "fixed", "every_n_steps": 20, "name": "full"} | options

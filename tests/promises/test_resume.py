@@ -174,6 +174,17 @@ def test_accumulated_batches_are_resumed_too(tmp_path: Path) -> None:
     assert_same_curves(read(tmp_path / "first", tmp_path / "second"), read(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_sample_that_is_not_decomposed_yet_is_in_the_checkpoint(stop: int, tmp_path: Path) -> None:
+    trained(tmp_path / "whole", [monitor(spread=2)], max_epochs=3)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=stop)
+
+    trained(tmp_path / "first", [monitor(spread=2), checkpoint], max_steps=stop)
+    trained(tmp_path / "second", [monitor(spread=2)], resume=saved(tmp_path / "checkpoints"), max_epochs=3)
+
+    assert_same_curves(read(tmp_path / "first", tmp_path / "second"), read(tmp_path / "whole"))
+
+
 def plain(value: Any) -> Iterator[bool]:
     """Whether each leaf is a tensor, a number or a word."""
     if isinstance(value, dict):

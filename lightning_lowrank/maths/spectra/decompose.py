@@ -19,7 +19,7 @@ from lightning_lowrank.maths.spectra.sketch import moments_of_gram, sketch, top_
 from lightning_lowrank.maths.spectra.spectrum import (
     Needs,
     Spectrum,
-    eigenvalues,
+    eigenvalues_of_grams,
     full_precision,
     short_grams,
     svd,
@@ -157,9 +157,9 @@ def _stacked(spectra: Sequence[Spectrum], matrices: Tensor) -> Spectrum:
 def _solved(batch: Sequence[Tensor], needs: Needs) -> list[Spectrum]:
     """Spectra of matrices of one short side from one buffer of Gram matrices."""
     exact = needs == "values"
-    gram, scale = short_grams(batch, working_dtype(batch[0].device) if exact else torch.float32)
+    gram, scale = short_grams(batch, working_dtype(batch[0].device) if exact else torch.float32, upper=exact)
     if exact:
-        energies = eigenvalues(gram, overwrite=True).flip(-1).clamp_(min=0)
+        energies = eigenvalues_of_grams(gram).flip(-1).clamp_(min=0)
         weights = torch.ones_like(energies)
     else:
         energies, weights = (moments_of_gram if needs == "moments" else top_of_gram)(gram)

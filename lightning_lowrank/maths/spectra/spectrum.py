@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 # The least of a spectrum that a question takes: energy and its square, also the largest value, all values.
@@ -18,6 +18,9 @@ Needs = Literal["moments", "top", "values"]
 
 # Entries of a matrix that are multiplied at once: a tall one would take as much memory again, in double precision.
 SCRATCH = 2**22
+
+# Rows of a Gram matrix that a CPU computes at once, from the diagonal on; below the second number all of them.
+STRIP, SMALL = 64, 128
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,17 @@ def short_gram(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> tuple[Num[T
 
 
 def short_grams(
-    matrices: Sequence[Tensor], dtype: torch.dtype
+    matrices: Sequence[Tensor], dtype: torch.dtype, *, upper: bool = False
 ) -> tuple[Float[Tensor, "G S S"], Float[Tensor, " G"] | None]:
     """The same of real matrices that share the short side S, one after the other in one buffer; no scale where none is
     needed.
 
     One scratch buffer serves all: fresh memory for each matrix would cost as much as the product.
+
+    Args:
+        matrices: `[*B, M, N]` each.
+        dtype: What to work in.
+        upper: Nobody reads below the diagonal: anything may stand there, which saves up to half of the products on CPU.
     """
     for matrix in matrices:
         dtype = torch.promote_types(matrix.dtype, dtype)
@@ -231,8 +239,19 @@ def short_grams(
                 else scratch[: part.numel()].view(part.shape)
             )
             wide.copy_(part) if inverse is None else torch.mul(part.to(dtype), inverse, out=wide)
-            torch.baddbmm(out, wide, wide.mT, beta=float(begin > 0), out=out)
+            _add_products(out, wide, beta=float(begin > 0), upper=upper)
     return gram, scale
+
+
+def _add_products(gram: Float[Tensor, "*B S S"], wide: Float[Tensor, "*B S L"], *, beta: float, upper: bool) -> None:
+    """`wide wide^T + beta * gram` in the place of `gram`."""
+    short = gram.shape[-1]
+    strips = upper and gram.device.type == "cpu" and short >= SMALL
+    height = min(STRIP, -(-short // 4)) if strips else short
+    for first in range(0, short, height):
+        rows = slice(first, first + height)
+        out = gram[..., rows, first:]
+        torch.baddbmm(out, wide[..., rows, :], wide[..., first:, :].mT, beta=beta, out=out)
 
 
 def _short(matrix: Num[Tensor, "*B M N"], dtype: torch.dtype) -> Num[Tensor, "*B S L"]:
@@ -274,15 +293,18 @@ def from_gram(
     return Spectrum(values, torch.ones_like(values), shape)
 
 
-def eigenvalues(symmetric: Num[Tensor, "*B S S"], *, overwrite: bool = False) -> Float[Tensor, "*B S"]:
+def eigenvalues(symmetric: Num[Tensor, "*B S S"]) -> Float[Tensor, "*B S"]:
     """Eigenvalues, ascending; NaN for a matrix that is not finite or that the solver gives up on, without harm to its
     batch.
-
-    Args:
-        overwrite: The matrices may be changed, which saves a copy.
     """
-    # The upper triangle: a tenth faster than the lower one on CPU.
-    return _solved(symmetric, lambda safe: (torch.linalg.eigvalsh(safe, UPLO="U"),), overwrite=overwrite)[0]
+    return _solved(symmetric, _values)[0]
+
+
+def eigenvalues_of_grams(grams: Float[Tensor, "*B S S"]) -> Float[Tensor, "*B S"]:
+    """The same of Gram matrices: only their upper triangle is read, and no copy is made, for they may be changed."""
+    # What is not finite in a matrix is so in the square of its row.
+    finite = torch.isfinite(grams.diagonal(dim1=-2, dim2=-1).sum(-1))
+    return _of_finite(grams.masked_fill_(~finite[..., None, None], 0.0), finite, _values)[0]
 
 
 def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"], Num[Tensor, "*B S S"]]:
@@ -291,12 +313,20 @@ def eigenvectors(symmetric: Num[Tensor, "*B S S"]) -> tuple[Float[Tensor, "*B S"
     return values, vectors
 
 
-def _solved(
-    symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]], *, overwrite: bool = False
-) -> tuple[Tensor, ...]:
+def _values(symmetric: Tensor) -> tuple[Tensor, ...]:
+    # The upper triangle: a tenth faster than the lower one on CPU.
+    return (torch.linalg.eigvalsh(symmetric, UPLO="U"),)
+
+
+def _solved(symmetric: Tensor, solver: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     finite = torch.isfinite(symmetric.sum((-2, -1), dtype=_accumulator(symmetric)))
-    lost = ~finite[..., None, None]
-    safe = symmetric.masked_fill_(lost, 0.0) if overwrite else symmetric.masked_fill(lost, 0.0)
+    return _of_finite(symmetric.masked_fill(~finite[..., None, None], 0.0), finite, solver)
+
+
+def _of_finite(
+    safe: Tensor, finite: Bool[Tensor, "*B"], solver: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What the solver finds, NaN for those that were not finite, in whose place there are zeros."""
     try:
         results = tuple(solver(safe))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

@@ -156,8 +156,8 @@ class Activations(NumberSource):
         if not readings:
             return {}
         owners = team.assign([float(reading.shape.numel()) * min(reading.shape[-2:]) for reading in readings])
-        gathered = gather(readings, owners, team, spectra_only=False, beside=False)
-        mine = {label: matrix for whole in gathered for label, matrix in _matrices(whole)}
+        rounds = gather(readings, owners, team, spectra_only=False, beside=False)
+        mine = {label: matrix for taken in rounds for whole in taken for label, matrix in _matrices(whole)}
         pairs, device = list(self._pairs()), self._weights.sites[0].parameters[0].device
         widths = {label: reading.shape[-1] for reading in readings for label in reading.labels}
         nothing = torch.zeros((), dtype=working_dtype(device), device=device)

@@ -206,8 +206,8 @@ class AttentionHeads(NumberSource):
             for part in (one.queries, one.keys):
                 measures.setdefault(self._sites[part.weight].name, owner)
         readings = [self._read[name] for name in measures if name in self._read]
-        taken = gather(readings, [measures[r.labels[0]] for r in readings], team, spectra_only=False, beside=True)
-        found = {one.labels[0]: (one.weight, one.value) for one in taken}
+        rounds = gather(readings, [measures[r.labels[0]] for r in readings], team, spectra_only=False, beside=True)
+        found = {one.labels[0]: (one.weight, one.value) for taken in rounds for one in taken}
         return {one: parts for one in owners if (parts := self._cut(one, found)) is not None}
 
     def _cut(self, one: Attention, found: Mapping[str, tuple[Any, Any]]) -> Parts | None:
