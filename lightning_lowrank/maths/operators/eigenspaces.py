@@ -119,15 +119,6 @@ def top_eigenpairs(
         return _since(pairs, before[then], older)
 
 
-def ritz_pairs(basis: Float[Tensor, "m P"], images: Float[Tensor, "m P"], k: int) -> Eigenpairs:
-    """The `k` largest Ritz pairs of a space, from the products of an operator with an orthonormal basis of it.
-
-    Nothing has moved them: their errors are what the residuals leave open.
-    """
-    unit = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-    return _pairs(basis, basis @ images.mT, unit, _outside(basis, images), k, 0)
-
-
 def widened(
     operator: Operator,
     pairs: Eigenpairs,
