@@ -240,7 +240,7 @@ def peer(repeats: int) -> Table | None:
     def ours() -> tuple[Tensor, float]:
         gradient, operator = hessian(F.cross_entropy(net(images), labels), params)
         draw = torch.Generator().manual_seed(0)
-        pairs = top_eigenpairs(operator, 5, further=gradient[None], num_products=11, generator=draw)
+        pairs = top_eigenpairs(operator, 5, further=gradient[None], num_products=14, generator=draw)
         whole = spectral_estimate(operator, known=pairs.space, num_probes=4, steps=1, generator=draw)
         return pairs.values, float(debiased(trace, whole.spectrum).value)
 
