@@ -153,8 +153,8 @@ class Curvatures:
         options: dict[str, Any] = {"lowest": effort.lowest, "start": start, "further": loss.gradient[None]}
         products = k + effort.lowest + (effort.further if leads else effort.following)
         pairs = top_eigenpairs(operator, k, **options, num_products=products, generator=generator)
-        # The pairs are found without a look at the random vectors, for the sums to have no bias. Of the rest of the space,
-        # which would take some chance away, nothing is the same next time: sums of one batch would not compare.
+        # The pairs are found without a look at the random vectors, for the sums to have no bias. The rest of the space
+        # is another one next time: with it taken out, sums of a batch that stays would not compare.
         sums = self._sums(name, operator, pairs, loss.layout, found, generator)
         pairs = widened(operator, pairs, sums.images, lowest=effort.lowest, num_products=effort.wider)
         for label, value, error in zip(_labels(k, effort.lowest), pairs.values, pairs.errors, strict=False):

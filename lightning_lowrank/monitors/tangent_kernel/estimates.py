@@ -262,7 +262,8 @@ def _narrow(rest: Float[Tensor, "k n m"]) -> Float[Tensor, "k n m2"]:
         return rest
     draw = torch.Generator(rest.device).manual_seed(0)
     signs = torch.randint(0, 2, (columns, fewer), generator=draw, device=rest.device).to(rest) * 2 - 1
-    return rest @ signs / fewer**0.5
+    sums: Tensor = rest @ signs / fewer**0.5
+    return sums
 
 
 def _taken(count: int, like: Tensor) -> Float[Tensor, "k3 k"]:
