@@ -50,8 +50,8 @@ def rank(statistic: Statistic, kernel: Kernel, modes: Eigenpairs) -> Estimate:
     """A rank of the roots of all eigenvalues: those of the known modes, and of what projections tell of the rest.
 
     What the modes, not quite exact, have in common with the rest is left out. Chance spreads eigenvalues apart, in the
-    first order by what the jackknife takes back. What halves of the projections would have said otherwise is in the
-    error, and so is one step of a statistic that counts.
+    first order by what the jackknife takes back. In the error are also what halves of the projections would have said
+    otherwise, what the modes' residuals would change, and one step of a statistic that counts.
 
     Args:
         modes: All that are known.
@@ -65,13 +65,16 @@ def rank(statistic: Statistic, kernel: Kernel, modes: Eigenpairs) -> Estimate:
     else:
         matrices = torch.einsum("jk,kab->jab", _taken(count, rest).square(), rest @ rest.mT)
     squares = eigenvalues(matrices)
-    known = modes.values.clamp(min=0).expand(len(squares), -1)
+    squares = torch.cat([squares, squares[:1]])
+    known = modes.values.clamp(min=0).repeat(len(squares), 1)
+    known[-1] += modes.residuals
     roots = torch.cat([known, squares.clamp(min=0)], -1).sqrt()
     values, weights = descending(roots, torch.ones_like(roots))
     spectrum = Spectrum(values, weights, (size, size))
     found = statistic(spectrum)
     corrected = jackknife(found[: count + 1])
-    beyond = (found[count + 1 :].mean() - found[0]).abs() + statistic.step((size, size))
+    beyond = (found[count + 1 : -1].mean() - found[0]).abs() + (found[-1] - found[0]).abs()
+    beyond = beyond + statistic.step((size, size))
     return replace(corrected, error=corrected.error + beyond)
 
 

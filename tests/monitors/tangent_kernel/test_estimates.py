@@ -223,7 +223,7 @@ def test_ranks_of_a_class_summed_kernel_are_within_their_errors(name, widest, dr
     entropy, count = torch.special.entr(shares).sum(), (shares.cumsum(0) < 0.9).sum() + 1.0
     truth = entropy.exp() if name.startswith("effective") else count
     operator = Operator(ROWS, lambda vector: matrix @ vector, matrix.device, matrix.dtype)
-    modes = top_eigenpairs(operator, 3, num_products=5, generator=generator()).space
+    modes = top_eigenpairs(operator, 3, num_products=7, generator=generator()).space
     found = [
         estimates.rank(find(name), sketched_kernel(one, "class_summed", known=known_part(operator, modes)), modes)
         for one, _ in drawn[:40]
