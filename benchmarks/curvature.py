@@ -9,6 +9,7 @@ PyHessian, where it is installed, is asked for the same five eigenvalues and the
 import importlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ from examples.char_transformer import CharTransformer, standard_library
 from lightning_lowrank import CurvatureMonitor
 from lightning_lowrank.loss.tap import LossTap
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, overlap, top_eigenpairs
-from lightning_lowrank.maths.operators.operators import Jacobian, dense, gauss_newton, hessian
+from lightning_lowrank.maths.operators.operators import Jacobian, Operator, dense, gauss_newton, hessian
 from lightning_lowrank.maths.operators.traces import debiased, spectral_estimate, trace
 
 Job = Callable[[], object]
@@ -144,7 +145,7 @@ def samples() -> Table:
     for heading in ("level", "every", "conv net, live graph", "share", "char transformer, replay", "share"):
         table.add_column(heading, justify="left" if heading == "level" else "right")
     text = TensorDataset(standard_library())
-    for level, every in (("light", 100), ("standard", 3000), ("full", 25000)):
+    for level, every in (("light", 100), ("standard", 2000), ("full", 25000)):
         live = sample_in_steps(Convolutional, digits(), 256, level)
         replayed = sample_in_steps(lambda: CharTransformer(100, depth=2, width=64), text, 16, level)
         shares = [f"{100 * steps / every:.1f} %" for steps in (live, replayed)]
@@ -205,12 +206,8 @@ def following() -> Table:
     return table
 
 
-def peer(repeats: int) -> Table | None:
-    """Five eigenvalues and the trace, with their errors, by us and by PyHessian."""
-    try:
-        pyhessian = importlib.import_module("pyhessian")
-    except ImportError:
-        return None
+def digits_net() -> tuple[nn.Module, Tensor, Tensor]:
+    """An MLP after 200 steps of gradient descent, and what it learns."""
     torch.manual_seed(0)
     images, labels = digits().tensors
     net = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
@@ -219,14 +216,32 @@ def peer(repeats: int) -> Table | None:
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
         optimizer.step()
+    return net, images, labels
+
+
+def trained_digits() -> tuple[Operator, Tensor]:
+    """Its Hessian, as a dense matrix, and its gradient."""
+    net, images, labels = digits_net()
+    gradient, operator = hessian(F.cross_entropy(net(images), labels), list(net.parameters()))
+    matrix = dense(operator)
+    return replace(operator, multiply=lambda vector: matrix @ vector), gradient
+
+
+def peer(repeats: int) -> Table | None:
+    """Five eigenvalues and the trace, with their errors, by us and by PyHessian."""
+    try:
+        pyhessian = importlib.import_module("pyhessian")
+    except ImportError:
+        return None
+    net, images, labels = digits_net()
     params = list(net.parameters())
     truth = torch.linalg.eigvalsh(dense(hessian(F.cross_entropy(net(images), labels), params)[1]).double()).flip(0)
 
     def ours() -> tuple[Tensor, float]:
         gradient, operator = hessian(F.cross_entropy(net(images), labels), params)
         draw = torch.Generator().manual_seed(0)
-        pairs = top_eigenpairs(operator, 5, further=gradient[None], num_products=20, generator=draw)
-        whole = spectral_estimate(operator, known=pairs, num_probes=8, steps=1, generator=draw)
+        pairs = top_eigenpairs(operator, 5, further=gradient[None], num_products=14, generator=draw)
+        whole = spectral_estimate(operator, known=pairs.space, num_probes=4, steps=1, generator=draw)
         return pairs.values, float(debiased(trace, whole.spectrum).value)
 
     def theirs() -> tuple[Tensor, float]:

@@ -166,11 +166,6 @@ REASONS: dict[str, str] = {
     "lowrank/anatomy_num_outputs": "an argument",
     "concentration_*_reference": "needs the checkpoint of another run; `tests/monitors/concentration` has its oracle",
 }
-# Numbers that are off by more than their errors say, and why.
-EXCEPTIONS: dict[str, str] = {
-    "gauss_newton_lambda_3": "one start vector with ten products misses an eigenvalue whose vector the gradient hardly "
-    "has (0.003 of it in GPT-2, 0.015 in Llama): the number is the fourth eigenvalue, and its error that of the fourth",
-}
 # What the module logs itself.
 OF_THE_MODULE = ("validation loss", "epoch", "hp_metric")
 SUMMARY = re.compile(r"(.*)_(min|median|max)")

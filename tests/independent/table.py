@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.independent.comparison import EXCEPTIONS, OF_DRAWS, REASONS, Claim, Compared, Comparison, claim_of
+from tests.independent.comparison import OF_DRAWS, REASONS, Claim, Compared, Comparison, claim_of
 from tests.independent.minilm import Row
 from tests.independent.multifractal import Drawn
 from tests.independent.peers import Peer
@@ -66,11 +66,6 @@ def reasons() -> str:
     """Quantities and tags without a reference."""
     lines = ["| what | why there is no reference |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {reason} |" for name, reason in REASONS.items())])
-
-
-def exceptions() -> str:
-    """Numbers beyond six of their errors."""
-    return "\n".join(f"- `{name}`: {why}." for name, why in EXCEPTIONS.items())
 
 
 def of_matrices(rows: Iterable[Row]) -> str:

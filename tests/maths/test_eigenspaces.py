@@ -16,6 +16,7 @@ from lightning_lowrank.maths.operators.eigenspaces import (
     overlap,
     rayleigh_quotient,
     top_eigenpairs,
+    widened,
 )
 from lightning_lowrank.maths.operators.operators import Layout, Operator
 from tests.dispatch import Waits
@@ -110,6 +111,48 @@ def test_no_more_products_are_made_than_allowed():
     top_eigenpairs(counted, 3, num_products=7, generator=generator())
 
     assert len(calls) == 7
+
+
+def images_of_signs(operator, num=4):
+    signs = torch.randint(0, 2, (num, SIZE), generator=generator(3)).to(operator.dtype) * 2 - 1
+    return torch.stack([operator.multiply(row) for row in signs])
+
+
+@pytest.mark.parametrize("values", [[9.0, 8.0, 7.0, 6.0, 5.0], [9.0, 9.0, 9.0, 6.0, 5.0]], ids=["absent", "repeated"])
+def test_what_the_start_vector_misses_is_found_in_images_of_random_vectors(values):
+    """An eigenvector of which it has nothing, and one more of the same eigenvalue."""
+    operator, vectors = with_spectrum([*values, *np.linspace(1.0, 0.1, 40)], dtype=torch.float64)
+    start = vectors[[0, 1, 3, 4]] if values[2] < values[1] else vectors[[0, 3, 4]]
+    pairs = top_eigenpairs(operator, 3, start=start, num_products=5, generator=generator())
+    found = widened(operator, pairs, images_of_signs(operator), num_products=2)
+    truth = torch.tensor(values[:3], dtype=torch.float64)
+
+    assert ((pairs.values - truth) / pairs.errors).abs().max() > 5
+    assert ((found.values - truth).abs() <= found.errors + 1e-9).all()
+    assert_close(found.values, truth, rtol=0.04, atol=0)
+
+
+@pytest.mark.parametrize("name", ["zero", "rank 1", "rank 3", "identity", "indefinite"])
+def test_a_wider_space_is_orthonormal_and_has_its_images(name):
+    operator, _ = with_spectrum(SPECTRA[name], dtype=torch.float64)
+    pairs = top_eigenpairs(operator, 3, lowest=1, num_products=6, generator=generator())
+    found = widened(operator, pairs, images_of_signs(operator), lowest=1, num_products=2)
+    images = torch.stack([operator.multiply(v) for v in found.vectors])
+    residuals = torch.linalg.vector_norm(images - found.values[:, None] * found.vectors, dim=-1)
+
+    assert_close(found.vectors @ found.vectors.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close(found.images(), images, rtol=0, atol=1e-9)
+    assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-9)
+
+
+def test_errors_are_squares_of_residuals_over_gaps_where_values_are_apart():
+    """By the bound of Kato and Temple: the truth is within it, and it is far below the residual."""
+    operator, _ = with_spectrum([9.0, *np.linspace(1.0, 0.5, 30)], dtype=torch.float64)
+    found = top_eigenpairs(operator, 1, num_products=4, generator=generator())
+    left_open = found.errors[0] - (found.values[0] - found.before[0]).abs()
+
+    assert found.residuals[0] > 1e-3
+    assert 9 - found.values[0] <= 1.1 * left_open < 0.1 * found.residuals[0]
 
 
 def test_too_few_products_are_refused():

@@ -52,6 +52,7 @@ def estimates(values, pairs):
             spectrum=some_of(found.spectrum, p),
             layer_traces=found.layer_traces[p],
             layer_squares=found.layer_squares[p],
+            images=found.images[p],
         )
         for p in parts
     ]

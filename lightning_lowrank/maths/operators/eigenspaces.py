@@ -1,9 +1,10 @@
 """The ends of an operator's spectrum, followed over training.
 
-Shape letters:  P size of the operator   k pairs   E further start vectors   L parameters   m products
+Shape letters:  P size of the operator   k pairs   E further start vectors   L parameters   m products   n images   r
+remainders, or added directions
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,8 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.maths.operators.operators import Layout, Operator
-from lightning_lowrank.maths.spectra.lanczos import Krylov, krylov
-from lightning_lowrank.maths.spectra.spectrum import eigenvectors, full_precision, unit_vectors, working_dtype
+from lightning_lowrank.maths.spectra.lanczos import krylov
+from lightning_lowrank.maths.spectra.spectrum import (
+    eigenvectors,
+    full_precision,
+    ratio,
+    unit_vectors,
+    working_dtype,
+)
 
 # Of the start vector, beside the old eigenvectors with 1, 1/2, 1/3, ...: measured on small nets, and nearly flat around
 # it.
@@ -23,36 +30,44 @@ RANDOM = 1e-3
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Approximate eigenvalues and orthonormal eigenvectors.
+    """Approximate eigenvalues and orthonormal eigenvectors: Ritz pairs of a space, or some of them.
 
     Attributes:
-        values: Rayleigh quotients, signed.
+        values: Rayleigh quotients, signed, largest first.
         vectors: Unit vectors, one a row.
-        couplings: `A v - value v` is the coupling times `remainder`, which is orthogonal to all vectors.
-        remainder: Unit vector, or 0.
-        errors: How far each value may be from the eigenvalue of its rank: its residual, and what the last third of the
-            products moved it by. Nearly always a bound.
-        earlier: The vectors as they were before the last third of the products; None unless asked for.
+        couplings: `A v - value v` is the couplings times the remainders, which are orthogonal to all vectors.
+        remainders: As few as there are; of any length.
+        errors: How far each value may be from the eigenvalue of its rank: what its residual leaves open, and what the
+            last third of the products moved it by. Nearly always a bound.
+        before: The values as they were before the last third of the products.
+        earlier: The vectors as they were then; None unless asked for.
+        whole: All pairs of the space; None where these are all.
     """
 
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "k P"]
-    couplings: Float[Tensor, " k"]
-    remainder: Float[Tensor, " P"]
+    couplings: Float[Tensor, "k r"]
+    remainders: Float[Tensor, "r P"]
     errors: Float[Tensor, " k"]
+    before: Float[Tensor, " k"]
     earlier: Float[Tensor, "k P"] | None = None
+    whole: "Eigenpairs | None" = None
 
     @cached_property
     def residuals(self) -> Float[Tensor, " k"]:
         """Lengths of `A v - value v`: that near each value there is an eigenvalue of the operator."""
-        return self.couplings.abs()
+        gram = (self.remainders @ self.remainders.mT).to(self.couplings)
+        return (self.couplings @ gram * self.couplings).sum(-1).clamp(min=0).sqrt()
 
     def images(self) -> Float[Tensor, "k P"]:
         """Products of the operator with the vectors: no new ones are made."""
-        return (
-            self.values.to(self.vectors)[:, None] * self.vectors
-            + self.couplings.to(self.vectors)[:, None] * self.remainder
-        )
+        along = self.values.to(self.vectors)[:, None] * self.vectors
+        return along + self.couplings.to(self.vectors) @ self.remainders
+
+    @property
+    def space(self) -> "Eigenpairs":
+        """All pairs of the space that these are of: the more is known, the less is left to chance."""
+        return self.whole or self
 
 
 def top_eigenpairs(
@@ -91,23 +106,57 @@ def top_eigenpairs(
         )
     with full_precision(operator.device):
         random = torch.randn(operator.size, generator=generator, device=operator.device, dtype=operator.dtype)
-        space = krylov(
+        found = krylov(
             operator.multiply, _mixture(start, further, random), min(num_products, operator.size), spare=random
         )
-        values, vectors, last = _ritz(space, len(space.basis), k, lowest)
-        fewer = max(min(k + lowest, len(space.basis)), (2 * len(space.basis) + 2) // 3)
-        before, vectors_before, _ = _ritz(space, fewer, k, lowest)
-        remainder, length = unit_vectors(space.remainder)
-        couplings = last * length
-        errors = couplings.abs() + (values - before).abs()
-        return Eigenpairs(
-            values,
-            vectors @ space.basis,
-            couplings,
-            remainder,
-            errors,
-            vectors_before @ space.basis[:fewer] if earlier else None,
-        )
+        basis, projected = found.basis, found.projected
+        fewer = max(min(k + lowest, len(basis)), (2 * len(basis) + 2) // 3)
+        before, turn = _ritz(projected[:fewer, :fewer])
+        then = _ends(fewer, k, lowest, operator.device)
+        older = turn[then].to(basis) @ basis[:fewer] if earlier else None
+        last = torch.arange(len(basis), device=operator.device) == len(basis) - 1
+        pairs = _pairs(basis, projected, last[:, None].to(basis), found.remainder[None], k, lowest)
+        return _since(pairs, before[then], older)
+
+
+def widened(
+    operator: Operator,
+    pairs: Eigenpairs,
+    seen: Float[Tensor, "n P"],
+    *,
+    lowest: int = 0,
+    num_products: int,
+    earlier: bool = False,
+) -> Eigenpairs:
+    """The same ends of the spectrum in a wider space, which also holds what is strongest in other images of the
+    operator, such as those of random vectors, and not in the space already.
+
+    A Krylov space has one start vector. An eigenvector that it hardly has, and all but one of those that share an
+    eigenvalue, are missed, and nothing in the space tells. In the image of a random vector each has its eigenvalue's
+    part.
+
+    Args:
+        pairs: What `top_eigenpairs` found.
+        seen: The images.
+        lowest: How many of the pairs are of the smallest eigenvalues.
+        num_products: Directions that the space grows by, one after the other, with a product each.
+        earlier: Give the vectors as they were before too.
+
+    References:
+        Halko, Martinsson & Tropp (2011), SIAM Review 53(2), Section 4: images of random vectors as a range finder.
+    """
+    with full_precision(operator.device):
+        known, count, basis, images = pairs.space, len(pairs.values) - lowest, pairs.space.vectors, seen[:0]
+        for _ in range(min(num_products, operator.size - len(basis))):
+            added = _strongest(torch.cat([seen, images]), basis)
+            basis, images = torch.cat([basis, added]), torch.cat([images, operator.multiply(added[0])[None]])
+        across, size = images @ basis.mT, len(known.values)
+        within = torch.cat([known.values.diag().to(across), across[:, :size].mT], 1)
+        unit = torch.eye(len(images), dtype=basis.dtype, device=basis.device)
+        remainders = torch.cat([_outside(basis[size:], known.remainders), _outside(basis, images)])
+        couplings = torch.block_diag(known.couplings.to(unit), unit)
+        found = _pairs(basis, torch.cat([within, across]), couplings, remainders, count, lowest)
+        return _since(found, pairs.before, pairs.vectors if earlier else None)
 
 
 def overlap(now: Float[Tensor, "k P"], before: Float[Tensor, "k P"]) -> Float[Tensor, ""]:
@@ -140,23 +189,78 @@ def layer_energies(vectors: Float[Tensor, "k P"], layout: Layout) -> Float[Tenso
     return layout.sums(vectors.square())
 
 
-def _ritz(
-    space: Krylov, num_products: int, k: int, lowest: int
-) -> tuple[Float[Tensor, " k"], Float[Tensor, "k m"], Float[Tensor, " k"]]:
-    """Ends of the spectrum within the first part of a Krylov space, their vectors in its basis, and the last entries of
-    these.
+def _ritz(projected: Float[Tensor, "m m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
+    """Eigenvalues, largest first, and eigenvectors, one a row, of an operator within a space."""
+    values, turn = eigenvectors(projected.to(working_dtype(projected.device)))
+    return values.flip(0), turn.mT.flip(0)
+
+
+def _pairs(
+    basis: Float[Tensor, "m P"],
+    projected: Float[Tensor, "m m"],
+    couplings: Float[Tensor, "m r"],
+    remainders: Float[Tensor, "r P"],
+    k: int,
+    lowest: int,
+) -> Eigenpairs:
+    """The `k` largest Ritz pairs of a space, and the `lowest` smallest.
+
+    Args:
+        projected: The operator within the space.
+        couplings: What it has outside of the space is these times the remainders.
     """
-    part = space.projected[:num_products, :num_products]
-    values, turn = eigenvectors(part.to(working_dtype(part.device)))
-    kept = _ends(len(values), k, lowest, part.device)
-    return values[kept], turn[:, kept].mT.to(part), turn[-1, kept]
+    values, turn = _ritz((projected + projected.mT) / 2)
+    couplings, nothing = turn @ couplings.to(turn), torch.zeros_like(values)
+    whole = Eigenpairs(values, turn.to(basis) @ basis, couplings, remainders, nothing, values)
+    open_ = _left_open(values, whole.residuals)
+    open_below = _left_open(-values.flip(0), whole.residuals.flip(0)).flip(0)
+    kept = _ends(len(values), k, lowest, values.device)
+    errors = torch.cat([open_[kept[:k]], open_below[kept[k:]]])
+    return Eigenpairs(values[kept], whole.vectors[kept], couplings[kept], remainders, errors, values[kept], None, whole)
+
+
+def _since(pairs: Eigenpairs, before: Float[Tensor, " k"], earlier: Float[Tensor, "k P"] | None) -> Eigenpairs:
+    """With what was known a few products earlier, and how far that was."""
+    return replace(pairs, errors=pairs.errors + (pairs.values - before).abs(), before=before, earlier=earlier)
+
+
+def _left_open(values: Float[Tensor, " m"], residuals: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """How much larger than descending Rayleigh quotients the eigenvalues may be, were what is outside of the space no
+    larger than the next of them: the residual where the next is near, its square over the gap where it is not.
+
+    References:
+        Kato (1949) and Temple (1928), as in Parlett (1998), The Symmetric Eigenvalue Problem, Section 10.5.
+    """
+    after = torch.cat([(values + residuals)[1:], values[-1:]])
+    gaps = (values - after).clamp(min=0)
+    return ratio(2 * residuals.square(), gaps + (gaps.square() + 4 * residuals.square()).sqrt())
+
+
+def _outside(basis: Float[Tensor, "m P"], vectors: Float[Tensor, "n P"]) -> Float[Tensor, "n P"]:
+    """What vectors have outside of the span of orthonormal rows."""
+    # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.mT) @ basis
+    return vectors
+
+
+def _strongest(vectors: Float[Tensor, "n P"], basis: Float[Tensor, "m P"]) -> Float[Tensor, "1 P"]:
+    """The direction outside of the span of orthonormal rows in which vectors have most of their squared length; any,
+    where they have nothing.
+    """
+    left = _outside(basis, vectors)
+    combination = _ritz(left @ left.mT)[1][:1].to(left)
+    found, length = unit_vectors(combination @ left)
+    found = torch.where(length[:, None] == 0, basis[-1:].roll(1, -1), found)
+    # Of what is rounding more than rounding may lie within the span.
+    return unit_vectors(_outside(basis, found))[0]
 
 
 def _ends(found: int, k: int, lowest: int, device: torch.device) -> Tensor:
-    """Places of the largest and smallest of ascending values; none twice."""
-    largest = torch.arange(found - 1, max(found - k, 0) - 1, -1, device=device)
-    smallest = torch.arange(min(lowest, found - len(largest)) - 1, -1, -1, device=device)
-    return torch.cat([largest, smallest])
+    """Places of the largest and smallest of descending values; none twice."""
+    largest = min(k, found)
+    places = torch.arange(found, device=device)
+    return torch.cat([places[:largest], places[max(largest, found - lowest) :]])
 
 
 def _mixture(start: Tensor | None, further: Tensor | None, random: Float[Tensor, " P"]) -> Float[Tensor, " P"]:

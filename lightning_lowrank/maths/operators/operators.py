@@ -204,11 +204,6 @@ def preconditioned(operator: Operator, diagonal: Float[Tensor, " n"]) -> Operato
     return _with(operator, lambda vector: root * operator.multiply(root * vector))
 
 
-def difference(one: Operator, other: Operator) -> Operator:
-    """A - B: what the Hessian has besides the Gauss-Newton matrix."""
-    return _with(one, lambda vector: one.multiply(vector) - other.multiply(vector))
-
-
 def dense(operator: Operator) -> Float[Tensor, "n n"]:
     """The matrix, its symmetric part, by as many products as it has rows."""
     unit = torch.eye(operator.size, device=operator.device, dtype=operator.dtype)

@@ -39,12 +39,14 @@ class SpectralEstimate:
         coupling: What the known pairs, not quite exact, keep of the squares: to be added to the sum of the spectrum's.
         layer_traces: Of the diagonal block of each parameter, one estimate per probe; empty without a layout.
         layer_squares: Squared Frobenius norm of the rows of each parameter, one estimate per probe.
+        images: Products of the operator with the random vectors; empty without a layout.
     """
 
     spectrum: Spectrum
     coupling: Float[Tensor, ""]
     layer_traces: Float[Tensor, "n L"]
     layer_squares: Float[Tensor, "n L"]
+    images: Float[Tensor, "n P"]
 
 
 def spectral_estimate(
@@ -59,9 +61,10 @@ def spectral_estimate(
     """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random:
     `num_probes * steps` products.
 
-    With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left. Sums
-    over up to `2 steps - 1` powers of the eigenvalues are without bias; of others, such as the negative mass, the
-    quadrature of an indefinite operator takes about 40 steps, and 10 are enough for a positive one.
+    With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left, and of
+    the trace of the square. Sums over up to `2 steps - 1` powers of the eigenvalues are without bias. Of others, such
+    as the negative mass, the quadrature of an indefinite operator takes about 40 steps, and 10 are enough for a
+    positive one.
 
     Args:
         known: Pairs of this very operator, converged or not.
@@ -78,13 +81,14 @@ def spectral_estimate(
     with full_precision(operator.device):
         known = known or _nothing(operator)
         found = [_probe(operator, known, min(steps, operator.size), generator, layout) for _ in range(num_probes)]
-        projected, counts, traces, squares = (torch.stack(parts) for parts in zip(*found, strict=True))
+        projected, counts, traces, squares, images, along = (torch.stack(parts) for parts in zip(*found, strict=True))
         if layout is not None:
-            images = known.images()
-            traces = traces + layout.sums((images * known.vectors).sum(0))
-            squares = squares + layout.energies(images).sum(0)
+            of_known = known.images()
+            traces = traces + layout.sums((of_known * known.vectors).sum(0))
+            squares = squares + layout.energies(of_known).sum(0)
+            images = images + along @ of_known
         spectrum = _spectrum(known, projected, counts, operator.size)
-        return SpectralEstimate(spectrum, 2 * known.couplings.square().sum(), traces, squares)
+        return SpectralEstimate(spectrum, 2 * known.residuals.square().sum(), traces, squares, images)
 
 
 def exact_spectrum(operator: Operator) -> Spectrum:
@@ -141,13 +145,17 @@ def trace_of_square(found: SpectralEstimate) -> Estimate:
     return debiased(lambda spectrum: _squares(spectrum) + found.coupling, found.spectrum)
 
 
-def participation_ratio(found: SpectralEstimate) -> Estimate:
+def participation_ratio(found: SpectralEstimate, *, positive: bool = False) -> Estimate:
     """Square of the sum of the eigenvalues' magnitudes over the sum of their squares: as many equal ones would be as
     spread out.
+
+    Args:
+        positive: Whether no eigenvalue is negative: the sum is then the trace, which one step gives.
     """
 
     def formula(spectrum: Spectrum) -> Tensor:
-        total = (pooled(spectrum).weights * pooled(spectrum).values.square()).sum(-1)
+        magnitudes = (pooled(spectrum).weights * pooled(spectrum).values.square()).sum(-1)
+        total = trace(spectrum) if positive else magnitudes
         return ratio(total.square(), _squares(spectrum) + found.coupling)
 
     return debiased(formula, found.spectrum)
@@ -202,8 +210,10 @@ def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor
 
 def _probe(
     operator: Operator, known: Eigenpairs, steps: int, generator: torch.Generator, layout: Layout | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Complement of the basis in the Krylov space of a sign vector, its squared length, and its share per layer."""
+) -> tuple[Tensor, ...]:
+    """Complement of the basis in the Krylov space of a sign vector, its squared length; of the image of the
+    complement its share per layer, its squares and itself; and what the sign vector has along the basis.
+    """
     vectors, wide = known.vectors, working_dtype(operator.device)
 
     def outside(vector: Tensor) -> Tensor:
@@ -216,18 +226,22 @@ def _probe(
     length = lengths_of(start)
     space = krylov(lambda vector: outside(operator.multiply(vector)), start, steps)
     projected, count = space.projected.to(wide), length.to(wide).square()
+    if steps == 1:
+        # What has the same first two moments: the length of the product is known, and no third is asked for.
+        across = lengths_of(space.remainder).to(wide)[None, None]
+        projected = torch.cat([torch.cat([projected, across], 1), torch.cat([across, projected], 1)])
     if layout is None:
-        return projected, count, signs[:0], signs[:0]
+        return projected, count, signs[:0], signs[:0], signs[:0], vectors @ signs
     # The product with the start vector, made before: within the complement, and outside of it.
     next_row = space.basis[1] * space.projected[0, 1] if steps > 1 else space.remainder
     image = length * (space.projected[0, 0] * space.basis[0] + next_row)
-    image = image + known.remainder.dot(signs) * (known.couplings.to(vectors) @ vectors)
-    return projected, count, layout.sums(signs * image), layout.energies(image)
+    image = image + (known.couplings.to(signs) @ (known.remainders @ signs)) @ vectors
+    return projected, count, layout.sums(signs * image), layout.energies(image), image, vectors @ signs
 
 
 def _nothing(operator: Operator) -> Eigenpairs:
     none = torch.zeros(0, operator.size, device=operator.device, dtype=operator.dtype)
-    return Eigenpairs(none[:, 0], none, none[:, 0], none.sum(0), none[:, 0])
+    return Eigenpairs(none[:, 0], none, none[:, :0], none, none[:, 0], none[:, 0])
 
 
 def _spectrum(known: Eigenpairs, projected: Float[Tensor, "n m m"], counts: Float[Tensor, " n"], size: int) -> Spectrum:

@@ -5,6 +5,7 @@ Shape letters:  P entries of all parameters   L parameters   k directions   G ce
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,12 +19,15 @@ from lightning_lowrank.maths.operators.eigenspaces import (
     overlap,
     rayleigh_quotient,
     top_eigenpairs,
+    widened,
 )
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
-from lightning_lowrank.maths.operators.operators import Layout, Operator, difference, preconditioned
+from lightning_lowrank.maths.operators.operators import Layout, Operator, preconditioned
+from lightning_lowrank.maths.spectra.spectrum import lengths_of
 from lightning_lowrank.measuring.number_source import Quantity, refuse_top_k
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
 from lightning_lowrank.monitors.curvature.self_check import VALID, is_resolved, is_wrong, symmetry_defect
+from lightning_lowrank.monitors.curvature.stability import Threshold
 from lightning_lowrank.statistics.registry import find
 
 # Cells of a density, and what is known of each: its middle, the curve there and its error, how many eigenvalues are in
@@ -32,6 +36,8 @@ CELLS = tuple(map(float, range(128)))
 DENSITY = ("eigenvalue", "density", "density_error", "density_counts")
 # Products for the one eigenvalue that is held against the edge of stability.
 EDGE = 6
+# Tells the seed of the random vectors from that of the start vectors.
+SIGNS = 0x51675
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class CurvatureEffort:
     Attributes:
         every: Cadence unless one is given.
         further: Products for the top, beyond one for each direction.
+        following: The same of every operator but the first, whose directions the search then starts from.
+        wider: Products with what the random vectors have seen and the space of the others lacks.
         lowest: Smallest eigenvalues that are followed.
         probes: Random vectors; none where no more than batch sharpness is measured.
         steps: Products with the Krylov space of each.
@@ -48,18 +56,20 @@ class CurvatureEffort:
 
     every: int
     further: int = 0
+    following: int = 0
+    wider: int = 0
     lowest: int = 0
     probes: int = 0
     steps: int = 0
 
 
-# At these cadences a sample, of 4, 147 and 1140 training steps, takes at most 5 % of the time. Seven products more than
-# directions follow five that have moved. Two steps are enough for the trace and the trace of the square; the quadrature
-# of an indefinite operator takes 40.
+# At these cadences a sample takes at most 5 % of the time. Seven products more than directions follow five that have
+# moved, four more where another operator's directions are the start. One step is enough for the trace and the trace of
+# the square; the quadrature of an indefinite operator takes 40.
 EFFORTS = {
     "light": CurvatureEffort(100),
-    "standard": CurvatureEffort(3000, further=7, probes=5, steps=2),
-    "full": CurvatureEffort(25000, further=30, lowest=1, probes=5, steps=40),
+    "standard": CurvatureEffort(2000, further=7, following=4, wider=1, probes=5, steps=1),
+    "full": CurvatureEffort(25000, further=30, following=30, wider=1, lowest=1, probes=5, steps=40),
 }
 
 
@@ -85,7 +95,7 @@ class Curvatures:
 
     def measure(self, loss: LossOperators, generator: torch.Generator) -> Found:
         """All that is asked for."""
-        found = Found()
+        found, sums = Found(), dict[str, traces.SpectralEstimate]()
         self.resolved = is_resolved(loss.loss) & is_resolved(loss.gradient)
         for name, operator in loss.operators.items():
             if self.valid is None:
@@ -97,9 +107,9 @@ class Curvatures:
             if name == "hessian":
                 self._sharpness(operator, loss, found, generator)
             if self.effort.probes:
-                self._of_operator(name, operator, loss, found, generator)
-        if self.effort.probes and loss.operators.keys() >= RESIDUAL:
-            self._residual(loss, found, generator)
+                sums[name] = self._of_operator(name, operator, loss, found, generator)
+        if sums.keys() >= RESIDUAL:
+            _residual(sums["hessian"], sums["gauss_newton"], found)
         return found
 
     def hold(self, found: Found, defect: Estimate) -> None:
@@ -119,11 +129,11 @@ class Curvatures:
         edge = loss.edge
         if edge is None:
             return
-        even = edge.diagonal.max() == edge.diagonal.min()
+        even = edge.diagonal.max() == edge.diagonal.min()  # with adaptive rates, too, as long as none has adapted
         found.values["batch_sharpness_over_threshold"] = torch.where(
             even, edge.sign * along * edge.diagonal[0], torch.nan
         )
-        if self.effort.probes:
+        if self.effort.probes and not edge.is_even:
             scaled = preconditioned(operator, edge.diagonal)
             signed = replace(scaled, multiply=lambda vector: edge.sign * scaled.multiply(vector))
             start, near = self.before("edge", operator.size), (loss.gradient * edge.diagonal.sqrt())[None]
@@ -133,35 +143,43 @@ class Curvatures:
 
     def _of_operator(
         self, name: str, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator
-    ) -> None:
+    ) -> traces.SpectralEstimate:
         """The ends of its spectrum, and sums over it."""
         effort, before = self.effort, self.before(name, operator.size)
         k = max(1, min(self.top_k, operator.size - effort.lowest))
-        products = k + effort.lowest + effort.further
-        near = loss.gradient[None]
-        pairs = top_eigenpairs(
-            operator, k, lowest=effort.lowest, start=before, further=near, num_products=products, generator=generator
-        )
+        leads = name == next(iter(loss.operators))
+        # Curvatures of one loss have much of their top in common.
+        start = before if leads else self.before(next(iter(loss.operators)), operator.size)
+        options: dict[str, Any] = {"lowest": effort.lowest, "start": start, "further": loss.gradient[None]}
+        products = k + effort.lowest + (effort.further if leads else effort.following)
+        pairs = top_eigenpairs(operator, k, **options, num_products=products, generator=generator)
+        # The pairs are found without a look at the random vectors, for the sums to have no bias. The rest of the space
+        # is another one next time: with it taken out, sums of a batch that stays would not compare.
+        sums = self._sums(name, operator, pairs, loss.layout, found, generator)
+        pairs = widened(operator, pairs, sums.images, lowest=effort.lowest, num_products=effort.wider)
         for label, value, error in zip(_labels(k, effort.lowest), pairs.values, pairs.errors, strict=False):
             found.note(f"{name}_{label}", Estimate(value, error))
+        if name == "hessian" and loss.edge is not None and loss.edge.is_even:
+            _even_edge(loss.edge, pairs, found)
         top = pairs.vectors[:k]
         found.layers[f"{name}_top_share"] = layer_energies(top, loss.layout).mean(0)
         if before is not None:
             found.values[f"{name}_eigenspace_overlap"] = overlap(top, before[:k])
         self.tops[name] = top
-        self._sums(name, operator, pairs, loss.layout, found, generator)
+        return sums
 
     def _sums(
         self, name: str, operator: Operator, known: Eigenpairs, layout: Layout, found: Found, generator: torch.Generator
-    ) -> None:
-        probes, steps = self.effort.probes, self.effort.steps
-        whole = traces.spectral_estimate(
-            operator, known=known, num_probes=probes, steps=steps, generator=generator, layout=layout
-        )
+    ) -> traces.SpectralEstimate:
+        # The same for all operators: what two have in common is not left to chance twice.
+        draw = torch.Generator(operator.device).manual_seed(generator.initial_seed() ^ SIGNS)
+        options: dict[str, Any] = {"num_probes": self.effort.probes, "steps": self.effort.steps}
+        whole = traces.spectral_estimate(operator, known=known, generator=draw, layout=layout, **options)
         found.note(f"{name}_trace", traces.debiased(traces.trace, whole.spectrum))
         found.note(f"{name}_squared_norm", traces.trace_of_square(whole))
         if _knows_magnitudes(name, self.effort):
-            found.note(f"{name}_participation_ratio", traces.participation_ratio(whole))
+            ratio = traces.participation_ratio(whole, positive=name != "hessian")
+            found.note(f"{name}_participation_ratio", ratio)
         found.note_layers(f"{name}_layer_trace", traces.sample_mean(whole.layer_traces))
         found.note_layers(f"{name}_layer_squared_norm", traces.sample_mean(whole.layer_squares))
         if self.effort.lowest:
@@ -169,17 +187,7 @@ class Curvatures:
                 found.note(f"{name}_{label}", traces.debiased(formula, whole.spectrum))
             density = traces.density(whole.spectrum, num_cells=len(CELLS))
             found.curves |= {f"{name}_{label}": row for label, row in zip(DENSITY, vars(density).values(), strict=True)}
-
-    def _residual(self, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
-        """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left
-        to learn.
-        """
-        rest = difference(loss.operators["hessian"], loss.operators["gauss_newton"])
-        estimate = traces.spectral_estimate(
-            rest, num_probes=self.effort.probes, steps=1, generator=generator, layout=loss.layout
-        )
-        found.note("residual_trace", traces.sample_mean(estimate.layer_traces.sum(-1)))
-        found.note("residual_squared_norm", traces.sample_mean(estimate.layer_squares.sum(-1)))
+        return whole
 
     def judge(self, found: Found) -> None:
         """Everything is NaN where the first products were wrong, or the loss too small, so that nothing is believed."""
@@ -197,6 +205,21 @@ DEEP: dict[str, Callable[..., Tensor]] = {
     "energy_rank": find("energy_rank_0.1"),
     "negative_mass": traces.negative_mass,
 }
+
+
+def _even_edge(edge: Threshold, pairs: Eigenpairs, found: Found) -> None:
+    """Where all weights are stepped alike the edge is one of the Hessian's own."""
+    scale = edge.diagonal[0]
+    found.note("sharpness_over_threshold", Estimate(scale * pairs.values[0], scale * pairs.errors[0]))
+
+
+def _residual(hessian: traces.SpectralEstimate, gauss_newton: traces.SpectralEstimate, found: Found) -> None:
+    """What the Hessian has beside the Gauss-Newton matrix: curvature of the model itself, weighted by what is left to
+    learn. Both have multiplied the same random vectors.
+    """
+    found.note("residual_trace", traces.sample_mean((hessian.layer_traces - gauss_newton.layer_traces).sum(-1)))
+    squares = lengths_of(hessian.images - gauss_newton.images).to(hessian.layer_squares).square()
+    found.note("residual_squared_norm", traces.sample_mean(squares))
 
 
 def densities_of(operators: Sequence[str]) -> list[tuple[str, str]]:

@@ -34,7 +34,7 @@ class CurvatureMonitor(Monitor):
         operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
             sharpness alone, which takes forward passes only and works where the loss cannot be differentiated twice.
         top_k: Directions that are followed.
-        every_n_steps: Cadence, in optimizer steps; 100, 3000 or 25000 by level unless given: at most 5 % of the time.
+        every_n_steps: Cadence, in optimizer steps; 100, 2000 or 25000 by level unless given: at most 5 % of the time.
         batch: "live": the loss of the step. "fixed": always that of the first batch that was seen, so that curves
             compare over time.
         loss_fn: `(module, batch) -> loss` in the place of `training_step`; the batch is then fixed.

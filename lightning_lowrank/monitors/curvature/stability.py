@@ -28,11 +28,13 @@ class Threshold:
         sign: -1 for an optimizer that maximizes.
         per_group: For each parameter group the largest stable eigenvalue: of the Hessian for SGD; of P^-1 H for Adam,
             where decay that is added to the gradient is in D alone.
+        is_even: Whether all weights are known to be stepped alike, and down, without a look at the device.
     """
 
     diagonal: Float[Tensor, " P"]
     sign: int
     per_group: tuple[Tensor, ...]
+    is_even: bool = False
 
 
 def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | None:
@@ -55,7 +57,16 @@ def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | Non
     groups = [{"decoupled_weight_decay": type(optimizer) is AdamW, **group} for group in optimizer.param_groups]
     owners = {id(p): group for group in groups for p in group["params"]}
     parts = [_diagonal(p.detach(), owners.get(id(p)), optimizer.state.get(p, {})).flatten() for p in params]
-    return Threshold(torch.cat(parts), -1 if groups[0]["maximize"] else 1, tuple(_limit(group) for group in groups))
+    limits, sign = tuple(_limit(group) for group in groups), -1 if groups[0]["maximize"] else 1
+    everywhere = sign > 0 and {id(p) for p in params} <= owners.keys()
+    return Threshold(torch.cat(parts), sign, limits, everywhere and _is_even(groups))
+
+
+def _is_even(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether one number says what the optimizer does to every weight of its groups."""
+    steps = [(group["lr"], group["weight_decay"]) for group in groups]
+    plain = all(isinstance(number, float | int) for step in steps for number in step)
+    return plain and len(set(steps)) == 1 and not _is_adaptive(groups[0])
 
 
 def why_unknown(optimizer: Optimizer) -> str | None:

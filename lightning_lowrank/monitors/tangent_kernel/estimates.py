@@ -17,8 +17,12 @@ from torch import Tensor
 
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs
 from lightning_lowrank.maths.operators.estimates import Estimate, student
-from lightning_lowrank.maths.spectra.spectrum import Spectrum, pooled, ratio, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, descending, eigenvalues, pooled, ratio, working_dtype
 from lightning_lowrank.monitors.tangent_kernel.kernels import Kernel, LayerKernels
+from lightning_lowrank.statistics.registry import Statistic
+
+# Columns of all projections together, beyond which ranks are of sums of them: matrices of so many are decomposed.
+WIDEST = 256
 
 
 def trace(kernel: Kernel) -> Estimate:
@@ -40,6 +44,38 @@ def participation_ratio(kernel: Kernel) -> Estimate:
     traces = _traces(kernel)
     squares = _pair_means(traces[:, None] * traces, _others(kernel)) if len(kernel.rest) else traces.square()
     return jackknife(ratio(squares, _inner(kernel, kernel)))
+
+
+def rank(statistic: Statistic, kernel: Kernel, modes: Eigenpairs) -> Estimate:
+    """A rank of the roots of all eigenvalues: those of the known modes, and of what projections tell of the rest.
+
+    What the modes, not quite exact, have in common with the rest is left out. Chance spreads eigenvalues apart, in the
+    first order by what the jackknife takes back. In the error are also what halves of the projections would have said
+    otherwise, what the modes' residuals would change, and one step of a statistic that counts.
+
+    Args:
+        modes: All that are known.
+    """
+    count, size = kernel.rest.shape[:2]
+    rest = _narrow(kernel.rest).to(modes.values)
+    if size > count * rest.shape[2]:
+        flat = rest.transpose(0, 1).flatten(1)
+        taken = _taken(count, flat).repeat_interleave(rest.shape[2], 1)
+        matrices = taken[:, :, None] * taken[:, None] * (flat.mT @ flat)
+    else:
+        matrices = torch.einsum("jk,kab->jab", _taken(count, rest).square(), rest @ rest.mT)
+    squares = eigenvalues(matrices)
+    squares = torch.cat([squares, squares[:1]])
+    known = modes.values.clamp(min=0).repeat(len(squares), 1)
+    known[-1] += modes.residuals
+    roots = torch.cat([known, squares.clamp(min=0)], -1).sqrt()
+    values, weights = descending(roots, torch.ones_like(roots))
+    spectrum = Spectrum(values, weights, (size, size))
+    found = statistic(spectrum)
+    corrected = jackknife(found[: count + 1])
+    beyond = (found[count + 1 : -1].mean() - found[0]).abs() + (found[-1] - found[0]).abs()
+    beyond = beyond + statistic.step((size, size))
+    return replace(corrected, error=corrected.error + beyond)
 
 
 def alignment(kernel: Kernel, targets: Float[Tensor, "R C"], *, centred: bool = False) -> Estimate:
@@ -219,6 +255,26 @@ def _pair_means(samples: Float[Tensor, "k k *B"], pairs: Bool[Tensor, "k k"]) ->
     taken = pairs.view(*pairs.shape, *[1] * (samples.ndim - 2)).to(samples)
     totals = [torch.cat([x.sum((0, 1))[None], x.sum((0, 1)) - x.sum(0) - x.sum(1)]) for x in (samples * taken, taken)]
     return totals[0] / totals[1]
+
+
+def _narrow(rest: Float[Tensor, "k n m"]) -> Float[Tensor, "k n m2"]:
+    """With fewer columns where they would make large matrices: sums of theirs with random signs, of the same mean."""
+    count, size, columns = rest.shape
+    fewer = max(1, WIDEST // count)
+    if columns <= fewer or size <= WIDEST:
+        return rest
+    draw = torch.Generator(rest.device).manual_seed(0)
+    signs = torch.randint(0, 2, (columns, fewer), generator=draw, device=rest.device).to(rest) * 2 - 1
+    sums: Tensor = rest @ signs / fewer**0.5
+    return sums
+
+
+def _taken(count: int, like: Tensor) -> Float[Tensor, "k3 k"]:
+    """Which projections are taken, over the root of their number: all, all but each one, and both halves."""
+    places = torch.arange(count, device=like.device)
+    halves = torch.stack([places < count // 2, places >= count // 2])
+    taken = torch.cat([torch.ones_like(halves[:1]), places[:, None] != places, halves]).to(like)
+    return taken / taken.sum(1, keepdim=True).sqrt()
 
 
 def _others(kernel: Kernel) -> Bool[Tensor, "k k"]:

@@ -156,8 +156,8 @@ def exact_modes(operator: Operator) -> Eigenpairs:
         values, vectors = eigenvectors(matrix.to(working_dtype(operator.device)))
         floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
         values = torch.where(values <= floor, 0.0, values).flip(0)
-        none = torch.zeros_like(values)
-        return Eigenpairs(values, vectors.mT.flip(0), none, torch.zeros_like(vectors[0]), none)
+        vectors = vectors.mT.flip(0)
+        return Eigenpairs(values, vectors, vectors[:, :0], vectors[:0], torch.zeros_like(values), values)
 
 
 def exact_kernel(modes: Eigenpairs, num_rows: int) -> Kernel:

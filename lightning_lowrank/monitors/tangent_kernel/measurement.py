@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank import statistics
 from lightning_lowrank.maths.operators import traces
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, top_eigenpairs
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
@@ -25,6 +24,7 @@ from lightning_lowrank.monitors.tangent_kernel import estimates
 from lightning_lowrank.monitors.tangent_kernel.kernels import (
     Kernel,
     KernelName,
+    Known,
     LayerKernels,
     exact_kernel,
     exact_modes,
@@ -36,12 +36,17 @@ from lightning_lowrank.monitors.tangent_kernel.kernels import (
     spectrum_of_modes,
 )
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs
+from lightning_lowrank.statistics.registry import find
 
 # Pairs of products with the Jacobian, beyond which a kernel is estimated rather than formed: about what the estimates
 # take.
 EXACT = 128
 # Gradients in memory at once, for the kernels of the parameters.
 HELD = 4
+# Directions in which class-summed kernels are known for comparisons.
+COMPARED = 2
+# Of the whole spectrum.
+RANKS = {"effective_rank_energy": find("effective_rank_energy"), "energy_rank": find("energy_rank_0.1")}
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,13 @@ class Modes:
     Attributes:
         top: The modes that are followed.
         known: All that are known: everything where it is exact.
-        spectrum: Of the whole; in its errors too.
+        spectrum: Of the whole; in its errors too. None where projections tell more of it.
         exact: Whether nothing is estimated.
     """
 
     top: Eigenpairs
     known: Eigenpairs
-    spectrum: SpectralEstimate
+    spectrum: SpectralEstimate | None
     exact: bool
 
 
@@ -172,6 +177,10 @@ class TangentKernels:
             found.note("ntk_squared_norm", estimates.squared_norm(kernel))
         if self.kernel == "class_summed":
             found.note("ntk_participation_ratio", estimates.participation_ratio(kernel))
+        if modes.spectrum is None:
+            # A product takes as many pairs as there are columns, a projection tells as much of all of them at once.
+            for label, statistic in RANKS.items():
+                found.note(f"ntk_{label}", estimates.rank(statistic, kernel, modes.known.space))
         found.note("ntk_condition", _condition(modes.top))
         if outputs.labels is not None:
             _of_labels(kernel, modes, outputs.labels, found)
@@ -187,29 +196,27 @@ class TangentKernels:
     def _modes(self, name: str, operator: Operator, pairs: int, generator: torch.Generator) -> Modes:
         """The spectrum of an operator that is nowhere negative."""
         effort, k = self.effort, min(self.effort.top_k, operator.size)
-        exact = pairs <= EXACT
-        if exact:
+        if pairs <= EXACT:
             known = exact_modes(operator)
             nothing = known.values.new_zeros(0, 0)
-            whole = SpectralEstimate(spectrum_of_modes(known), known.values.new_zeros(()), nothing, nothing)
-        else:
-            start = self.tops.get(name)
-            start = start if start is not None and start.shape[-1] == operator.size else None
-            # One more than are followed, for the gap below these.
-            known = top_eigenpairs(
-                operator,
-                min(k + 1, operator.size),
-                start=start,
-                num_products=k + effort.further,
-                generator=generator,
-                earlier=True,
-            )
-            probes, steps = effort.probes, effort.steps
-            whole = traces.spectral_estimate(operator, known=known, num_probes=probes, steps=steps, generator=generator)
-        ends = {name: getattr(known, name)[:k] for name in ("values", "vectors", "couplings", "errors")}
-        top = replace(known, **ends, earlier=None)
+            whole = SpectralEstimate(spectrum_of_modes(known), known.values.new_zeros(()), nothing, nothing, nothing)
+            return Modes(self._followed(name, known, k), known, whole, exact=True)
+        start = self.tops.get(name)
+        start = start if start is not None and start.shape[-1] == operator.size else None
+        # One more than are followed, for the gap below these.
+        options: dict[str, Any] = {"start": start, "num_products": k + effort.further, "earlier": True}
+        known = top_eigenpairs(operator, min(k + 1, operator.size), **options, generator=generator)
+        estimated = None
+        if name != "ntk" or self.kernel != "class_summed":
+            options = {"num_probes": effort.probes, "steps": effort.steps}
+            estimated = traces.spectral_estimate(operator, known=known.space, generator=generator, **options)
+        return Modes(self._followed(name, known, k), known, estimated, exact=False)
+
+    def _followed(self, name: str, known: Eigenpairs, k: int) -> Eigenpairs:
+        ends = {name: getattr(known, name)[:k] for name in ("values", "vectors", "couplings", "errors", "before")}
+        top = replace(known, **ends, earlier=None, whole=None)
         self.tops[name] = top.vectors
-        return Modes(top, known, whole, exact)
+        return top
 
     def _kernels(self, outputs: KernelOutputs, operator: Operator, modes: Modes) -> tuple[Kernel, Kernel]:
         """The kernel as it is known best, and as it compares best with others: known in the same directions as they
@@ -218,14 +225,21 @@ class TangentKernels:
         if modes.exact:
             kernel = exact_kernel(modes.known, outputs.shape[0])
             return kernel, kernel
-        known = known_part(operator, modes.known, further=self._further(outputs.labels))
-        if self.directions is None or self.directions.shape[-1] != operator.size:
-            self.directions = known.directions
-        same = self.directions is known.directions
-        shared = known if same else known_part(operator, further=self.directions)
+        known = known_part(operator, modes.known.space, further=self._further(outputs.labels))
+        shared = self._shared(operator, modes.known)
         drawn = projections(outputs.jacobian, num=self.effort.num_projections, seed=self.seed)
         kernel, compared = (sketched_kernel(drawn, self.kernel, known=part) for part in (known, shared))
         return kernel, compared
+
+    def _shared(self, operator: Operator, modes: Eigenpairs) -> Known:
+        """What is known in the directions in which the first kernel was. Of the class-summed kernel these are the two
+        that matter most: a product takes as long as two projections for each column, which tell of all columns.
+        """
+        if self.directions is not None and self.directions.shape[-1] == operator.size:
+            return known_part(operator, further=self.directions)
+        count = COMPARED if self.kernel == "class_summed" else len(modes.vectors)
+        self.directions = modes.vectors[:count]
+        return Known(self.directions, modes.images()[:count])
 
     def _further(self, labels: Float[Tensor, "R C"] | None) -> Float[Tensor, "2 n"] | None:
         """Directions in which a full kernel has to be known for its alignment with labels; others take as many products
@@ -240,15 +254,17 @@ class TangentKernels:
         for label, value, error in zip(_labels(self.effort.top_k), modes.top.values, modes.top.errors, strict=False):
             found.note(f"{name}_{label}", Estimate(value, error))
         spectrum = modes.spectrum
+        if spectrum is None:
+            return
         sums = {
             "trace": traces.debiased(traces.trace, spectrum.spectrum),
             "squared_norm": traces.trace_of_square(spectrum),
         }
         for label, found_sum in (sums | {"participation_ratio": traces.participation_ratio(spectrum)}).items():
             found.note(f"{name}_{label}", found_sum)
-        for statistic in (statistics.effective_rank_energy, statistics.energy_rank):
+        for label, statistic in RANKS.items():
             # Few steps do not resolve the tail: what half of them would have said otherwise is in this error.
-            found.note(f"{name}_{statistic.__name__}", Estimate(*estimate(statistic, spectrum.spectrum)))
+            found.note(f"{name}_{label}", Estimate(*estimate(statistic, spectrum.spectrum)))
 
     def _motion(self, outputs: KernelOutputs, kernel: Kernel, found: Found) -> None:
         """How far the kernel has turned since the last measurement, and since the first."""
@@ -285,6 +301,7 @@ class TangentKernels:
                 f"ntk_{label.replace('lambda', 'time_constant')}".removesuffix("_max"), Estimate(constant, error)
             )
         time = rate * steps
+        assert modes.spectrum is not None
         learnt = traces.debiased(lambda spectrum: estimates.num_learnt(spectrum, time), modes.spectrum.spectrum)
         found.note("ntk_modes_learnt", learnt)
 

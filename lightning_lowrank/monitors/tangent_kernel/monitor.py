@@ -35,7 +35,7 @@ class NTKMonitor(Monitor):
         num_examples: First examples of the batch, on each process.
         num_projections: For sums and comparisons, and random vectors for the parameters' own kernels; at least 4.
         top_k: Modes that are followed.
-        every_n_steps: Cadence, in optimizer steps; 3000 unless given, 6000 for the class-summed kernel.
+        every_n_steps: Cadence, in optimizer steps; 3000 unless given, 4000 for the class-summed kernel.
         output_module: The layer whose output goes into the loss, where that is none of torch's; nothing is then known
             of labels.
         loss_fn: `(module, batch) -> loss` in the place of `training_step`.

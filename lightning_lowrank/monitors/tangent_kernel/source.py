@@ -29,7 +29,7 @@ from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, 
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 
 # Cadence unless one is given: a sample is so many times a step that this is a few percent of the time.
-EVERY = {"full": 3000, "class_summed": 6000, "sum_of_logits": 3000}
+EVERY = {"full": 3000, "class_summed": 4000, "sum_of_logits": 3000}
 # Columns of the outputs that are looked at: every product with a class-summed kernel takes a pair of products for each.
 COLUMNS = {"full": 256, "class_summed": 10, "sum_of_logits": 1}
 # Products with the Krylov space of each random vector.

@@ -25,6 +25,7 @@ from lightning_lowrank.monitors.tangent_kernel.kernels import (
 )
 from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort
 from lightning_lowrank.monitors.tangent_kernel.source import STEPS
+from lightning_lowrank.statistics.registry import find
 from tests.dispatch import Waits
 from tests.oracles.kernels import (
     COLUMNS,
@@ -210,6 +211,34 @@ def test_truth_is_within_two_errors_of_a_monitors_quadrature_in_nine_of_ten_tria
         )
         # Less what chance does to a share of 200.
         assert within.double().mean() >= 0.9 - 0.03, quantity
+
+
+@pytest.mark.parametrize(("num", "widest"), [(16, 256), (16, 8), (8, 8)])
+@pytest.mark.parametrize("name", ["effective_rank_energy", "energy_rank_0.1"])
+def test_ranks_of_a_class_summed_kernel_are_within_their_errors(name, num, widest, drawn, moved, inputs, monkeypatch):
+    """With matrices of the rows, of sums of the columns, and of sums between the columns of all projections."""
+    monkeypatch.setattr(estimates, "WIDEST", widest)
+    matrix = oracle(moved[0], inputs, "class_summed")
+    shares = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0) / matrix.trace()
+    entropy, count = torch.special.entr(shares).sum(), (shares.cumsum(0) < 0.9).sum() + 1.0
+    truth = entropy.exp() if name.startswith("effective") else count
+    operator = Operator(ROWS, lambda vector: matrix @ vector, matrix.device, matrix.dtype)
+    modes = top_eigenpairs(operator, 3, num_products=7, generator=generator()).space
+    found = [
+        estimates.rank(find(name), sketched_kernel(one[:num], "class_summed", known=known_part(operator, modes)), modes)
+        for one, _ in drawn[:40]
+    ]
+    off = torch.stack([(each.value - truth).abs() / each.error for each in found])
+
+    assert (off <= 1).double().mean() >= 0.6 and (off <= 2).double().mean() >= 0.9
+    assert torch.stack([each.error for each in found]).mean() < truth
+
+
+def test_a_rank_of_what_is_not_finite_is_nan(drawn):
+    kernel = sketched_kernel(drawn[0][0] * torch.nan, "class_summed")
+    nothing = exact_modes(Operator(1, lambda vector: vector, torch.device("cpu"), torch.float64))
+
+    assert estimates.rank(find("effective_rank_energy"), kernel, nothing).value.isnan()
 
 
 def quadrature_of(operator, effort, seed):
