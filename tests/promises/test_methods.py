@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank import RankMonitor, watching
 from lightning_lowrank.methods.method import Method
-from tests.methods import METHODS, REFUSED
+from tests.methods import GIVE_BACK, METHODS, REFUSED
 from tests.monitors import INCOMPLETE, watchers
 from tests.processes import together
 from tests.trainings import (
@@ -182,10 +182,15 @@ def assert_given_back(module: L.LightningModule, optimizer: torch.optim.Optimize
 def test_after_a_training_parameters_and_optimizer_are_the_users(name: str) -> None:
     shapes = {key: p.shape for key, p in Deep().named_parameters()}
 
-    module, trainer, _ = fit(METHODS[name](), max_steps=6)
+    method = METHODS[name]()
+    module, trainer, _ = fit(method, max_steps=6)
 
     (optimizer,) = trainer.optimizers
-    assert_given_back(module, optimizer, shapes)
+    assert_given_back(module, optimizer, {key: p.shape for key, p in module.named_parameters()})
+    GIVE_BACK.get(name, lambda method, module: None)(method, module)
+    assert {key: p.shape for key, p in module.named_parameters()} == shapes
+    assert all(p.requires_grad and type(p) is torch.nn.Parameter for p in module.parameters())
+    assert [type(layer) for layer in module.modules()] == [type(layer) for layer in Deep().modules()]
     plain = fit(None, max_steps=6)[1].optimizers[0]
     assert [{**g, "ids": 0} for g in groups(optimizer)] == [{**g, "ids": 0} for g in groups(plain)]
 
@@ -275,6 +280,7 @@ def looped(method: Method, num_batches: int = 12, state: dict[str, Any] | None =
     """The training of `fit` in plain torch."""
     L.seed_everything(3, verbose=False)
     module, batches = Deep(), list(Resumable()) * 3
+    method.prepare(module)
     optimizer = module.configure_optimizers()
     if state is not None:
         module.load_state_dict(state["weights"])
