@@ -35,7 +35,7 @@ class Act(ABC):
         """Make the structure that is trained, before there are optimizers; what is there already is left as it is.
 
         Args:
-            fresh: Its values count; otherwise they come from a checkpoint.
+            fresh: Give it its values now; otherwise they come from a checkpoint, or `begin` gives them.
 
         Raises:
             ValueError: What was asked for cannot be had; nothing was changed.
@@ -164,10 +164,11 @@ class Method(Monitor):
                 "device, or 'ddp' and its variants"
             )
         super().setup(trainer, pl_module, stage)
-        if self._act.structural and (stage == "fit" or trainer.ckpt_path is not None):
-            # Layers that are made there would not exist yet; Lightning asks that it may be called twice.
+        if self._act.structural:
+            # Layers that are made there would not exist yet; Lightning asks that it may be called twice. Whether a
+            # checkpoint will be loaded is not known yet, in any stage.
             pl_module.configure_model()
-            self._act.prepare(pl_module, fresh=trainer.ckpt_path is None)
+            self._act.prepare(pl_module, fresh=False)
 
     def prepare(self, module: nn.Module) -> None:
         """Make the structure that is trained, for a loop of your own: before its optimizer is made.

@@ -222,9 +222,10 @@ def test_a_step_that_fails_leaves_weights_as_they_were(name: str) -> None:
 WATCHED = ("plain", "accumulation", "16-mixed", "16-mixed, fused AdamW", "bf16-true", "two optimizers in turn")
 
 
-@pytest.mark.parametrize("name", ["galore", "lora"])
-@pytest.mark.parametrize("case", WATCHED)
-def test_training_is_the_same_with_all_monitors_at_once(case: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"), [pair for pair in product(("galore", "lora"), WATCHED) if pair not in REFUSED]
+)
+def test_training_is_the_same_with_all_monitors_at_once(name: str, case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
     alone = trained(make, options(), [METHODS[name]()], tmp_path / "alone")
     for place in ("before", "after"):
@@ -317,6 +318,8 @@ def test_a_loop_that_is_stopped_and_resumed_is_the_same_to_the_bit(stop: int, na
 def in_processes(rank: int, size: int, root: Path) -> Any:
     found = {}
     for name, make in METHODS.items():
+        if "warm start" in name:  # refused
+            continue
         L.seed_everything(0, verbose=False)
         method, monitor, logger = make(every_n_steps=1), RankMonitor("gradients", every_n_steps=1), MemoryLogger()
         weights = fitted(InOrder(rank, size), [method, monitor], logger, size)
@@ -335,7 +338,7 @@ def test_two_processes_train_as_one_with_equal_states(tmp_path: Path) -> None:
     first, second = together(in_processes, tmp_path)
     alone = in_processes(0, 1, tmp_path)
 
-    for name in METHODS:
+    for name in alone:
         assert_close(first[name]["state"], second[name]["state"], rtol=0, atol=0)
         assert_close(first[name]["weights"], second[name]["weights"], rtol=0, atol=0)
         assert_close(first[name]["views"], first[name]["weights"], rtol=0, atol=0)

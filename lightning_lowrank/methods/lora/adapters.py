@@ -10,45 +10,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lowrank.methods.lora.choice import Choice, Settings, chosen
-from lightning_lowrank.methods.lora.inits import draws, initialise, set_waiting, takes_from_weight, waits
-from lightning_lowrank.methods.lora.pairs import Place, attach, detach, factors, places, share, wide
+from lightning_lowrank.methods.lora.choice import Settings, chosen
+from lightning_lowrank.methods.lora.inits import draws, initialise, takes_from_weight
+from lightning_lowrank.methods.lora.pairs import Place, attach, factors, places, share, wide
+from lightning_lowrank.methods.lora.prepared import (
+    Prepared,
+    complete,
+    copied,
+    frozen_keys,
+    prepared,
+    put,
+    same,
+    take_out,
+)
 from lightning_lowrank.methods.method import Act
 from lightning_lowrank.methods.rates import StepRates
 from lightning_lowrank.models.names import tag
 from lightning_lowrank.models.training import Training
 
-Factors = dict[str, list[Tensor]]
 # Bases whose norms differ by more are different ones.
 SAME = 1e-4
-
-
-@dataclass
-class Prepared:
-    """What a module that is adapted knows of it, as its attribute `lora_prepared`; a copy of the module has it too.
-
-    Attributes:
-        settings: What was asked for.
-        choice: What was chosen.
-        frozen: Names of parameters that trained before.
-        thawed: Names of parameters that did not train before.
-        initial: By weight the factors that were taken out of it.
-        norms: Of the weights as they were.
-        bare: Only weights without pairs were loaded into it.
-    """
-
-    settings: Settings
-    choice: Choice
-    frozen: frozenset[str] = frozenset()
-    thawed: frozenset[str] = frozenset()
-    initial: dict[str, Factors] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    bare: bool = False
-
-
-def prepared(module: nn.Module | None) -> Prepared | None:
-    """What a module knows of its pairs, None where it has none."""
-    return None if module is None else module.__dict__.get("lora_prepared")
 
 
 @dataclass(eq=False)
@@ -98,15 +79,17 @@ class Adapters(Act):
         state = module.__dict__["lora_prepared"] = Prepared(self.settings, choice)
         for place in places(module):
             state.norms[place.name] = wide(place.weight.detach()).norm().item()
-            if fresh:
-                self._initialise(place, state)
         self._freeze(module, state, flags)
         module.register_load_state_dict_pre_hook(complete)
+        if fresh:
+            self._settle(module, state)
 
-    def _initialise(self, place: Place, state: Prepared) -> None:
-        initialise(place, self.settings.init, draws(self.settings.seed, place.name))
-        if takes_from_weight(self.settings.init):
-            state.initial[place.name] = _copied(place)
+    def _settle(self, module: nn.Module, state: Prepared) -> None:
+        for place in places(module):
+            initialise(place, self.settings.init, draws(self.settings.seed, place.name))
+            if takes_from_weight(self.settings.init):
+                state.initial[place.name] = copied(place)
+        state.settled = True
 
     def _freeze(self, module: nn.Module, state: Prepared, flags: Mapping[str, bool]) -> None:
         bases = {id(place.weight) for place in places(module)}
@@ -134,22 +117,38 @@ class Adapters(Act):
                 "begin a new run"
             )
         state.bare = False
+        if not state.settled:
+            self._settle(training.module, state)
         found = places(training.module)
-        refuse_idle(self.name, training, found)
+        self._refuse(training, found)
         self._warn(training.module, state)
         self._seconds = {id(b) for place in found for _, b in factors(place.holder).values()}
         optimizers = list(training.optimizers)
-        if self.ratio is not None:
-            refuse_lbfgs(self.name, "learning_rate_ratio", optimizers)
+        if self.changes_rates:
+            refuse_lbfgs(self.name, optimizers)
             self._rates = StepRates(self.factor)
             self._rates.begin(optimizers)
         self._seen = set()
         self._hooks = [optimizer.register_step_post_hook(self._look) for optimizer in optimizers]
         return self._table(training.module, state, found)
 
+    @property
+    def changes_rates(self) -> bool:
+        """Whether some rate is another than that of its group."""
+        return self.ratio is not None
+
+    def _refuse(self, training: Training, found: Sequence[Place]) -> None:
+        refuse_idle(self.name, training, found)
+
     def factor(self, parameter: Tensor) -> float:
         """What the learning rate of a parameter is multiplied by."""
         return float(self.ratio) if self.ratio is not None and id(parameter) in self._seconds else 1.0
+
+    def beside(self, name: str, part: str) -> tuple[Tensor, Tensor] | None:
+        """Factors of what was added to a pretrained weight beside the product of now: less what was taken out of it."""
+        state = prepared(self.module)
+        taken = state.initial.get(name) if state is not None else None
+        return None if taken is None else (-taken[part][0], taken[part][1])
 
     def end(self) -> None:
         """Take the hooks off the optimizers; the module keeps its pairs until they are merged."""
@@ -174,9 +173,9 @@ class Adapters(Act):
             "is_whole": self.saved == "whole",
             "initial": state.initial,
             "norms": state.norms,
-            "waiting": {place.name: waits(place) for place in found},
+            "waiting": {place.name: bool(place.holder.lora_waits) for place in found},
         }
-        return kept | ({"factors": {p.name: _copied(p) for p in found}} if self.saved == "merged" else {})
+        return kept | ({"factors": {p.name: copied(p) for p in found}} if self.saved == "merged" else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was stopped: after the weights were loaded."""
@@ -193,11 +192,13 @@ class Adapters(Act):
         if not state["is_whole"]:
             self._refuse_base(own.norms, state["norms"])
             for name, place in found.items():
-                _take_out(place, own.initial.get(name), state["initial"].get(name))
-                _put(place, state.get("factors", {}).get(name))
-        own.initial, own.norms = state["initial"], state["norms"]
+                before, after = own.initial.get(name), state["initial"].get(name)
+                if not same(before, after):
+                    take_out(place, before, after)
+                put(place, state.get("factors", {}).get(name))
+        own.initial, own.norms, own.settled = state["initial"], state["norms"], True
         for name, place in found.items():
-            set_waiting(place, state["waiting"][name])
+            place.holder.lora_waits = state["waiting"][name]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy acts on a training of its own."""
@@ -217,8 +218,8 @@ class Adapters(Act):
         ]
         if idle:
             rank_zero_warn(
-                f"{self.name}: no gradient reaches the pairs of {idle[:10]}, whose layers were not called: exclude "
-                "them. Under DDP they need strategy='ddp_find_unused_parameters_true'."
+                f"lightning_lowrank {self.name}: no gradient reaches the pairs of {idle[:10]}, whose layers were not "
+                "called: exclude them. Under DDP they need strategy='ddp_find_unused_parameters_true'."
             )
 
     def _refuse_base(self, own: Mapping[str, float], given: Mapping[str, float]) -> None:
@@ -232,12 +233,17 @@ class Adapters(Act):
     def _warn(self, module: nn.Module, state: Prepared) -> None:
         pairs = {id(p) for place in places(module) for pair in factors(place.holder).values() for p in pair}
         known = state.choice.trained
+        pairs |= {id(place.weight) for place in places(module)}
         new = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in pairs and n not in known]
         if new:
-            rank_zero_warn(f"{self.name}: {new[:10]} train too: made, or freed, after `{self.name}` froze the rest")
+            rank_zero_warn(
+                f"lightning_lowrank {self.name}: {new[:10]} train too: made, or freed, after the rest was frozen"
+            )
         head = state.choice.head
         if head is not None and head not in known and state.choice.left_out.get(tag(head)) == "head":
-            rank_zero_warn(f"{self.name}: the head {head!r} is frozen, as it was before: train_also={head!r}")
+            rank_zero_warn(
+                f"lightning_lowrank {self.name}: the head {head!r} is frozen, as it was before: train_also={head!r}"
+            )
 
     def _table(self, module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
         """What is adapted, trained and frozen."""
@@ -262,14 +268,16 @@ class Adapters(Act):
         return "\n".join([*rows, *([f"  left alone: {left}"] if left else [])])
 
 
-def refuse_lbfgs(name: str, what: str, optimizers: Sequence[Optimizer]) -> None:
+def refuse_lbfgs(name: str, optimizers: Sequence[Optimizer]) -> None:
     """One that treats all parameters as a single vector.
 
     Raises:
         ValueError: There is one.
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        raise ValueError(f"{name}({what}=...): LBFGS has one rate for all; what works is AdamW, SGD and their like")
+        raise ValueError(
+            f"{name}: LBFGS has one rate for all, and no state of one; what works is AdamW, SGD and their like"
+        )
 
 
 def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
@@ -298,87 +306,6 @@ def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
         if not any(p.requires_grad for p in stepped):
             some = [names.get(id(p), "?") for p in stepped][:10]
             raise ValueError(f"{name}: {type(optimizer).__name__} has frozen parameters alone, {some}: train_also=...")
-
-
-def merge(module: nn.Module) -> nn.Module:
-    """Put what pairs add into the weights and take all that LoRA made out of a module: keys, classes and what trains
-    are those of before.
-    """
-    state = prepared(module)
-    if state is None:
-        raise ValueError(f"{type(module).__name__} has no pairs of LoRA")
-    found = places(module)
-    for place in found:
-        place.add()
-    for place in places(module, all_names=True):
-        if "lora" in place.holder.__dict__:
-            detach(place)
-    for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        if getattr(hook, "hook", hook) is complete:
-            del module._load_state_dict_pre_hooks[key]
-    del module.__dict__["lora_prepared"]
-    for name, parameter in module.named_parameters():
-        if name in state.frozen or name in state.thawed:
-            parameter.requires_grad_(name in state.frozen)
-    return module
-
-
-def merged_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of an adapted module with the weights merged, and the keys that it would have without pairs."""
-    found = places(module, all_names=True)
-    gone = {key for place in found for key in place.factor_keys}
-    merged: dict[str, Any] = {key: value for key, value in state.items() if key not in gone}
-    for place in found:
-        copy = Place(place.name, place.key, place.path, place.holder, place.layer, nn.Parameter(place.weight.clone()))
-        copy.add()
-        del merged[place.key]
-        merged[place.original_key] = copy.weight.detach()
-    return merged
-
-
-def frozen_keys(module: nn.Module) -> set[str]:
-    """Keys of parameters that do not train."""
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-
-def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict of the adapters alone, or of merged weights, be loaded onto the base that is there."""
-    state = prepared(module)
-    assert state is not None
-    found = places(module, all_names=True)
-    keys = [prefix + key for place in found for key in place.factor_keys]
-    own = {prefix + key: value for key, value in module.state_dict().items()}
-    if not any(key in state_dict for key in keys):
-        state.bare = True
-        for place in found:
-            state_dict.pop(prefix + place.original_key, None)
-            state_dict.setdefault(prefix + place.key, own[prefix + place.key])
-        state_dict |= {key: own[key] for key in keys}
-    elif not any(prefix + place.key in state_dict for place in found):
-        state_dict |= {key: own[key] for name in frozen_keys(module) if (key := prefix + name) not in state_dict}
-
-
-def _copied(place: Place) -> Factors:
-    return {
-        part: [a.detach().cpu().clone(), b.detach().cpu().clone()] for part, (a, b) in factors(place.holder).items()
-    }
-
-
-@torch.no_grad()
-def _put(place: Place, values: Factors | None) -> None:
-    for part, (a, b) in factors(place.holder).items() if values else ():
-        a.copy_(values[part][0])  # type: ignore[index]
-        b.copy_(values[part][1])  # type: ignore[index]
-
-
-def _take_out(place: Place, before: Factors | None, after: Factors | None) -> None:
-    """Put what was taken out of a weight back into it, and take out something else."""
-    kept = _copied(place)
-    for values, sign in ((before, 1), (after, -1)):
-        if values:
-            _put(place, values)
-            place.add(sign)
-    _put(place, kept)
 
 
 def _size(tensors: Any) -> str:

@@ -1,6 +1,7 @@
 """`LoRA`: fine-tuning in few directions."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -8,10 +9,12 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_lowrank.measuring.number_source import Detail, refuse_seed
-from lightning_lowrank.methods.lora.adapters import Adapters, frozen_keys, merge, merged_state
+from lightning_lowrank.methods.lora.adapters import Adapters
 from lightning_lowrank.methods.lora.choice import Ranks, Settings
 from lightning_lowrank.methods.lora.curves import LoRANumbers
+from lightning_lowrank.methods.lora.exchange import export, fill
 from lightning_lowrank.methods.lora.inits import refuse_init
+from lightning_lowrank.methods.lora.prepared import frozen_keys, merge, merged_state, prepared
 from lightning_lowrank.methods.method import Method
 
 Patterns = str | Sequence[str] | None
@@ -84,7 +87,7 @@ class LoRA(Method):
     def __init__(
         self,
         r: int | Mapping[str, int] = 8,
-        alpha: float | None = None,
+        alpha: int | float | None = None,
         init: str = "default",
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -125,6 +128,13 @@ class LoRA(Method):
                 )
         super().setup(trainer, pl_module, stage)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Also take off pairs that no checkpoint has filled, after a stage that does not train."""
+        super().teardown(trainer, pl_module, stage)
+        state = prepared(pl_module)
+        if stage != "fit" and state is not None and not state.settled:
+            merge(pl_module)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep of the module what was asked for."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
@@ -150,6 +160,41 @@ class LoRA(Method):
         return merge(module)
 
     @staticmethod
+    def export_adapter(module: nn.Module, folder: str | Path, within: str = "", base: str | None = None) -> None:
+        """Write pairs, and what else trained, as peft's `adapter_config.json` and `adapter_model.safetensors`.
+
+        Pairs that were taken out of the weight ("pissa", "olora") become plain ones of twice the rank, for the weight
+        as it was. Pairs of a fused projection become one of three times the rank.
+
+        Args:
+            module: That has the pairs.
+            folder: To write to.
+            within: The part of the module that peft's users load, such as "model"; all of it unless given.
+            base: Its name, for peft.
+
+        Raises:
+            ValueError: There are no pairs, or one of a weight that is read directly.
+        """
+        export(module, folder, within, base)
+
+    def import_adapter(self, module: nn.Module, folder: str | Path, within: str = "") -> None:
+        """Go on from an adapter of peft: make the pairs, if there are none, and give them the values of a folder.
+
+        A pair of larger rank is taken if its product has the smaller one. Weights that the folder does not adapt begin
+        with B = 0.
+
+        Args:
+            module: To adapt.
+            folder: With `adapter_config.json` and `adapter_model.safetensors`.
+            within: The part of the module that the folder is for.
+
+        Raises:
+            ValueError: The folder has another kind of adapter, one for layers that have no pairs, or of a larger rank.
+        """
+        self.prepare(module)
+        fill(module, folder, within)
+
+    @staticmethod
     def merged_state_dict(module: nn.Module) -> dict[str, Any]:
         """The state dict that a module would have after `merge`; the module stays as it is."""
         return merged_state(module, module.state_dict())
@@ -157,7 +202,7 @@ class LoRA(Method):
 
 def settings_of(
     r: Ranks,
-    alpha: float | None,
+    alpha: int | float | None,
     init: str,
     match: Patterns,
     exclude: Patterns,

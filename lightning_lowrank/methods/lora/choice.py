@@ -36,7 +36,7 @@ class Settings:
     """
 
     ranks: tuple[tuple[str | None, int], ...]
-    alpha: float | None
+    alpha: int | float | None
     init: str
     match: tuple[str, ...] | None
     exclude: tuple[str, ...] | None

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import full_precision, svd, working_dtype
 from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, led_by
-from lightning_lowrank.methods.lora.adapters import Adapters, prepared
+from lightning_lowrank.methods.lora.adapters import Adapters
 from lightning_lowrank.methods.lora.pairs import Place, as_weight, change, factors, places
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.statistics.effective_rank import effective_rank
@@ -75,14 +75,11 @@ class LoRANumbers(NumberSource):
                 yield f"{place.name}.{part}" if part else place.name, place, part, pair
 
     def _of_pair(self, place: Place, part: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        scaling, state = place.recipe.scaling, prepared(self._act.module)
-        product = svd(core(b, a))
-        taken = state.initial.get(place.name, {}).get(part) if state is not None else None
-        if taken is None:
-            added = product
-        else:
-            a0, b0 = (_wide(t.to(a.device)).flatten(1) for t in taken)
-            added = svd(core(torch.cat([b, b0], 1), torch.cat([a, -a0])))
+        scaling, beside = place.recipe.scaling, self._act.beside(place.name, part)
+        product = added = svd(core(b, a))
+        if beside is not None:
+            first, second = (_wide(t.to(a.device)).flatten(1) for t in beside)
+            added = svd(core(torch.cat([b, second], 1), torch.cat([a, first])))
         values = {
             "stable_rank": stable_rank(product),
             "effective_rank": effective_rank(product),
@@ -101,14 +98,14 @@ class LoRANumbers(NumberSource):
 
     def _base(self, place: Place) -> Tensor:
         """The weight before it was adapted."""
-        state = prepared(self._act.module)
-        weight, taken = _wide(place.weight), state.initial.get(place.name) if state is not None else None
-        if not taken:
+        weight = _wide(place.weight)
+        found = [self._act.beside(place.name, part) for part, _ in place.recipe.parts]
+        pieces = [_wide(pair[1].to(weight)) @ _wide(pair[0].to(weight)).flatten(1) for pair in found if pair]
+        if not pieces:
             return weight
-        pieces = [_wide(b.to(weight.device)) @ _wide(a.to(weight.device)).flatten(1) for a, b in taken.values()]
         order, whole = getattr(place.holder, "lora_order", None), torch.cat(pieces)
         whole = (whole if order is None else whole[order]) * place.recipe.scaling
-        return weight + as_weight(whole, place.recipe, place.weight.shape)
+        return weight - as_weight(whole, place.recipe, place.weight.shape)
 
 
 def core(b: Num[Tensor, "M R"], a: Num[Tensor, "R N"]) -> Float[Tensor, "S T"]:
