@@ -66,7 +66,10 @@ from .monitors.representation import Representations as Representations
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert
+from .reports.alerts.ready_made import CusumAlert as CusumAlert
+from .reports.alerts.ready_made import DepartureAlert as DepartureAlert
 from .reports.alerts.ready_made import RankCollapseAlert as RankCollapseAlert
+from .reports.alerts.ready_made import SpikeAlert as SpikeAlert
 from .reports.alerts.rules import Alert as Alert
 from .reports.alerts.rules import AlertError as AlertError
 from .reports.alerts.rules import AlertEvent as AlertEvent

@@ -4,10 +4,10 @@ at length.
 
 import lightning as L
 import pytest
+from benchmarks.alerts import Run, characters, classes, failure, first, mlp, train, writer
 from torch import nn
 from torch.optim import AdamW
 
-from benchmarks.alerts import Run, characters, classes, failure, first, mlp, train, writer
 from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
 
 

@@ -122,6 +122,55 @@ def ChangePointAlert(
     )
 
 
+def DepartureAlert(quantity: str, sites: str | Sequence[str] = "*", departure: float = 12.0, **options: Any) -> Alert:
+    """An alert for a quantity that leaves the distribution that it had in this run so far, up or down.
+
+    Args:
+        quantity: As in `Alert`, like all others.
+        sites: Globs of the sites to look at.
+        departure: Spreads that it may be away from the median of the run's earlier samples.
+        options: Others of `Alert`. The baseline is "healthy", learnt from 20 samples at least and from 100 at most.
+
+    Example:
+        >>> DepartureAlert("update_effective_rank", quorum=0.5).baseline
+        'healthy'
+    """
+    usual = {"baseline": "healthy", "window": 100, "warm_up_samples": 20}
+    return Alert(quantity, sites, departure=departure, **{**usual, **options})
+
+
+def SpikeAlert(quantity: str, sites: str | Sequence[str] = "*", spike: float = 6.0, **options: Any) -> Alert:
+    """An alert for a single number far above those before it: the spike score.
+
+    Args:
+        quantity: As in `Alert`, like all others.
+        sites: Globs of the sites to look at.
+        spike: Standard deviations above the mean of the last samples.
+        options: Others of `Alert`. A window has 128 samples; what is no spike is one of the next window.
+
+    Example:
+        >>> SpikeAlert("noise_gradient_energy").window
+        128
+    """
+    return Alert(quantity, sites, spike=spike, **{"window": 128, "warm_up_samples": 128, "for_samples": 1, **options})
+
+
+def CusumAlert(quantity: str, sites: str | Sequence[str] = "*", cusum: float = 8.0, **options: Any) -> Alert:
+    """An alert for a quantity that is a little higher than before for long: an upward CUSUM.
+
+    Args:
+        quantity: As in `Alert`, like all others.
+        sites: Globs of the sites to look at.
+        cusum: Spreads above the baseline in all, each time half a spread less.
+        options: Others of `Alert`. The baseline is that of the last 128 samples that violated nothing.
+
+    Example:
+        >>> CusumAlert("noise_gradient_energy").conditions
+        ['cusum']
+    """
+    return Alert(quantity, sites, cusum=cusum, **{"window": 128, "warm_up_samples": 128, "for_samples": 1, **options})
+
+
 def rank_alerts(quantities: Iterable[str]) -> list[Alert]:
     """What is rarely healthy in ranks of weights, gradients and features, as far as it is measured: quiet in health."""
     known = list(quantities)
