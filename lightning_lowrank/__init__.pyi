@@ -55,6 +55,8 @@ from .monitors.curvature.monitor import CurvatureMonitor as CurvatureMonitor
 from .monitors.curvature.source import Curvature as Curvature
 from .monitors.dormant_units import DormantUnits as DormantUnits
 from .monitors.dormant_units import DormantUnitsMonitor as DormantUnitsMonitor
+from .monitors.loss import LossMonitor as LossMonitor
+from .monitors.loss import StepLoss as StepLoss
 from .monitors.multifractal.monitor import MultifractalMonitor as MultifractalMonitor
 from .monitors.multifractal.network_source import NeuroMFA as NeuroMFA
 from .monitors.multifractal.source import Multifractal as Multifractal

@@ -13,6 +13,7 @@ from lightning_lowrank import (
     CurvatureMonitor,
     DormantUnitsMonitor,
     GradientAnatomyMonitor,
+    LossMonitor,
     Monitor,
     MultifractalMonitor,
     NoiseScaleMonitor,
@@ -42,6 +43,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "concentration": lambda **options: ConcentrationMonitor(**_USUAL | options),
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
+    "loss": lambda **options: LossMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
 }
 
