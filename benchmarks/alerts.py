@@ -68,16 +68,23 @@ def studies(folder: Path, workers: int, *groups: Sequence[int]) -> list[Study]:
     return [Study({case.what: outcomes(case, seeds) for case in CASES}, costs) for seeds in groups]
 
 
+def written(folder: Path, workers: int) -> tuple[Study, list[str]]:
+    """Record what is not recorded yet, judge, write the page; the trainings that it reports, and the chosen rules."""
+    choice, report = studies(folder, workers, CHOICE, REPORT)
+    rules = chosen(choice)
+    by_hand = PAGE.read_text().split(TABLES)[0]
+    PAGE.write_text(f"{by_hand}{TABLES}\n\n{page(choice, report, rules)}\n")
+    return report, rules
+
+
 def main(folder: Path = Path("runs/alerts"), workers: int = 2) -> None:
-    """Record what is not recorded yet, judge, and write the page.
+    """Write the page.
 
     Args:
         folder: Of the records.
         workers: Processes, of one thread each.
     """
-    choice, report = studies(folder, workers, CHOICE, REPORT)
-    by_hand = PAGE.read_text().split(TABLES)[0]
-    PAGE.write_text(f"{by_hand}{TABLES}\n\n{page(choice, report, chosen(choice))}\n")
+    written(folder, workers)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 OF_GPT = COMMON | {
     "RepresentationMonitor": {"match": "net.blocks.?"},
-    "AttentionMonitor": {},
-    "ActivationMonitor": {},
+    "AttentionMonitor": {"layouts": {"*.qkv.weight": "qkv heads d"}},
+    "ActivationMonitor": {"match": "net.blocks.?"},
     "ConcentrationMonitor": {"times": 2},
     "MultifractalMonitor": {"times": 2, "match": "net.blocks.2.*"},
     "CurvatureMonitor": {"times": 2, "operators": ("hessian",), "top_k": 1},
@@ -128,7 +129,7 @@ def by_quantity(curves: Mapping[str, dict[int, float]]) -> dict[str, dict[str, d
     for tag, curve in curves.items():
         group, _, rest = tag.partition("/")
         is_idle = group == "lowrank" or tag in summaries or tag.split("/")[0].endswith(IDLE) or tag.endswith(IDLE)
-        if is_idle or len(set(curve.values())) < 2:
+        if is_idle or len({value for value in curve.values() if math.isfinite(value)}) < 2:
             continue
         quantity, site = (f"{group}_{rest}", "") if group in groups else (group, rest)
         found.setdefault(quantity, {})[site] = curve

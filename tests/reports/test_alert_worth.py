@@ -3,6 +3,7 @@ at length.
 """
 
 from itertools import accumulate
+from pathlib import Path
 from statistics import fmean
 
 import lightning as L
@@ -10,7 +11,9 @@ import pytest
 from torch import nn
 from torch.optim import AdamW
 
+from benchmarks.alerts import written
 from benchmarks.faults.nets import mlp, writer
+from benchmarks.faults.page import ALLOWED, harms
 from benchmarks.faults.trainings import Run, characters, classes, train
 from lightning_lowrank import Monitor, RankCollapseAlert, RankMonitor
 
@@ -59,3 +62,13 @@ def test_an_mlp_on_digits_gives_no_alarm_by_default() -> None:
     train(run, 600, monitor)
 
     assert (failure(run), monitor.events) == (None, [])
+
+
+@pytest.mark.evidence
+def test_the_chosen_rules_are_quiet_and_see_every_fault_that_harms() -> None:
+    """Writes `docs/evidence/warnings.md`: half an hour on two cores, unless the trainings are in `runs/alerts`."""
+    study, rules = written(Path("runs/alerts"), workers=2)
+
+    seen = {case.what: study.seen(case, rules) for case in study.faulty if harms(study, case)}
+    assert study.false_alarms(rules) <= ALLOWED
+    assert seen and all(any(step is not None for step in steps) for steps in seen.values())
