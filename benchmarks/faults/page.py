@@ -232,7 +232,7 @@ def of_claims(study: Study) -> Iterator[str]:
 def page(choice: Study, report: Study, defaults: Sequence[str]) -> str:
     """All tables."""
     seeds = [sorted({one.seed for all_ in study.outcomes.values() for one in all_}) for study in (choice, report)]
-    unseen = [case.what for case in report.faulty if harms(report, case) and not _ever(report, case)]
+    unseen = [case.what for case in report.faulty if harms(report, case) and not _foreseen(report, case)]
     return "\n\n".join(
         [
             f"Rules were chosen on seeds {seeds[0]}; what follows is of seeds {seeds[1]}, "
@@ -241,7 +241,9 @@ def page(choice: Study, report: Study, defaults: Sequence[str]) -> str:
             of_faults(report, defaults),
             f"The chosen rules ({len(defaults)}): {', '.join(f'`{name}`' for name in defaults)}. Together "
             f"{report.false_alarms(defaults):.2f} false alarms in a thousand healthy steps ({ALLOWED} allowed). "
-            f"Seen by no rule of all, quiet or not: {', '.join(unseen) or 'no fault that harms'}.",
+            f"Of all rules none that is quiet foresees: {', '.join(unseen) or '(there is no such fault that harms)'}.",
+            "### The same on the seeds that they were chosen on",
+            of_faults(choice, defaults),
             "### Rivals",
             of_rivals(report),
             "### Every quantity",
@@ -256,6 +258,10 @@ def page(choice: Study, report: Study, defaults: Sequence[str]) -> str:
     )
 
 
-def _ever(study: Study, case: Case) -> bool:
-    rules = [name for name in study.rules() if level_of(name) != PROBE]
-    return any(step is not None for step in study.seen(case, rules))
+def _foreseen(study: Study, case: Case) -> bool:
+    """Whether a rule that is quiet in health says something before the loss does, or at all where that does not."""
+    rules = [name for name in study.rules() if level_of(name) != PROBE and study.false_alarms([name]) == 0]
+    ends = [math.inf if one.shown is None else one.shown for one in study.outcomes[case.what]]
+    return any(
+        at is not None and at < end for rule in rules for at, end in zip(study.seen(case, [rule]), ends, strict=True)
+    )
