@@ -26,6 +26,9 @@ QUORUMS: tuple[int | float, ...] = (1, 0.5)
 EVERY_STEP = ("loss", "gradient_norm")
 RIVALS = {"spike 6": SpikeAlert, "spike 16": SpikeAlert, "CUSUM 8": CusumAlert, "CUSUM 32": CusumAlert}
 KURTOSIS = "activation_kurtosis"
+# Quantities of which claims are made, as medians over sites: no rule that users have looks at these.
+CLAIMED = ("qk_update", "update_effective", "update_stable", "weight_stable")
+MEDIAN = "departure 6 of the median"
 
 Curves = Mapping[str, dict[int, float]]
 
@@ -70,6 +73,9 @@ def alarms(curves: Curves) -> dict[str, list[int]]:
     for quantity, sites in by_quantity(curves).items():
         for column in columns(quantity, sites):
             found[column.name] = steps(column, sites)
+        if quantity.startswith(CLAIMED):
+            rule = DepartureAlert(quantity, departure=PROBE, cooldown_steps=0)
+            found[f"{quantity}: {MEDIAN}"] = steps(Column(quantity, rule, MEDIAN), {"": _medians(sites)})
     return found
 
 
@@ -156,6 +162,12 @@ def level_of(name: str) -> float:
     """Spreads of a departure; NaN of another rule."""
     words = name.split(": ")[1].split()
     return float(words[1]) if words[0] == "departure" else math.nan
+
+
+def _medians(sites: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """Over sites, by step."""
+    found = {step: [curve[step] for curve in sites.values() if step in curve] for step in next(iter(sites.values()))}
+    return {step: median(values) for step, values in found.items()}
 
 
 def _spacing(sites: Mapping[str, Mapping[int, float]]) -> int:

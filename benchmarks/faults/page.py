@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from benchmarks.faults.judging import LEVELS, PROBE, Outcome, begin, first, level_of, quantity_of
+from benchmarks.faults.judging import LEVELS, MEDIAN, PROBE, Outcome, begin, first, level_of, quantity_of
 from benchmarks.faults.trainings import CASES, Case
 
 # False alarms of all defaults together, in a thousand healthy steps.
@@ -15,8 +15,6 @@ ALLOWED = 0.5
 # Alarms that the healthy training of the same seed has this near are no sign of the fault.
 SAME = 20
 UPDATES = ("qk_update", "qk_update_second_order")
-# Of half of the heads or layers, which is quiet in health; in a trial 6 spreads from a median over heads were, too.
-CLAIM = "departure 6 half of the sites"
 CLAIMED = ("effective_rank_energy", "effective_rank", "stable_rank")
 RIVALS = ("loss", "gradient_norm", "activation_kurtosis")
 
@@ -197,9 +195,7 @@ def of_claims(study: Study) -> Iterator[str]:
     """What is claimed of D2, D3 and dW, and of stable ranks, in counts."""
     cases = [case for case in study.faulty if case.healthy == "GPT"]
     names = {
-        what: [
-            n for n in study.rules() if quantity_of(n) in quantities and n.endswith("departure 12 half of the sites")
-        ]
+        what: [name for name in study.rules() if quantity_of(name) in quantities and name.endswith(MEDIAN)]
         for what, quantities in {
             "D2": [f"{UPDATES[0]}_{rank}" for rank in CLAIMED],
             "D3": [f"{UPDATES[1]}_{rank}" for rank in CLAIMED],
