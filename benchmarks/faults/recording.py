@@ -93,7 +93,8 @@ def load(case: Case, seed: int, folder: Path) -> dict[str, dict[int, float]]:
     missing = [name for name in watchers(case) if name not in watched]
     if missing or not curves:
         more = record(case, seed, missing)
-        if curves and list(more["loss"].values()) != list(curves["loss"].values()):
+        # As words: NaN is no number's equal.
+        if curves and repr(more["loss"]) != repr(curves["loss"]):
             raise ValueError(f"{path} is of another training: delete it")
         curves, watched = curves | more, [*watched, *missing]
         _write(path, {"watched": watched, "curves": curves})
