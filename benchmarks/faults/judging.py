@@ -63,7 +63,7 @@ def columns(quantity: str, sites: Mapping[str, Mapping[int, float]]) -> Iterator
             where = "half of the sites" if quorum != 1 else "any site" if len(sites) > 1 else ""
             yield Column(quantity, rule, f"departure {level:g} {where}".strip())
     for rule in rank_alerts([quantity]):
-        if rule.of_sites:
+        if rule.of_sites and rule.departure is None:
             yield Column(quantity, replace(rule, cooldown_steps=0), f"default, {rule.conditions[0]}")
 
 
