@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lowrank import (
     ActivationMonitor,
     ConcentrationMonitor,
+    CoordinateCheckMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
     GradientAnatomyMonitor,
@@ -229,6 +230,7 @@ def monitors(case: Case) -> list[Monitor]:
         DormantUnitsMonitor(match=case.activations, **often),
         ActivationMonitor(match=case.blocks, **often),
         RouterMonitor(match="net.head", top_k=2, capacity=1.0, **often),
+        CoordinateCheckMonitor(**often),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),

@@ -69,6 +69,7 @@ KINDS = [
     *("GradientAnatomyMonitor", "ConcentrationMonitor", "DormantUnitsMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "AttentionMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "ActivationMonitor", "RouterMonitor"),
+    "CoordinateCheckMonitor",
 ]
 
 
