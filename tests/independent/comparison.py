@@ -92,6 +92,7 @@ CLAIMS: dict[str, Claim] = {
     # RankMonitor
     "*schatten_quasi_norm_0.5": Claim(f"{SVD}; roots of values at the rounding of the Gram matrix", 1e-3),
     "*_weight_ratio": Claim("numpy's spectral norms of both"),
+    "*_spectrum_drift": Claim(SVD, 1e-5, "absolute"),
     "*subspace_overlap*": Claim("principal angles from numpy's SVD", 1e-4),
     "*relative_*rank*": Claim(f"{SVD}; quantiles of Marchenko and Pastur's law by scipy's quadrature"),
     "*relative_*": Claim(f"{SVD}; quantiles of Marchenko and Pastur's law by scipy's quadrature"),

@@ -50,7 +50,7 @@ STATISTICS = (
     *("relative_energy_rank", "relative_stable_rank", "relative_effective_rank", "relative_effective_rank_energy"),
     *("relative_participation_ratio", "relative_numerical_rank", "relative_nuclear_to_spectral"),
     *("relative_schatten_quasi_norm_0.5", "relative_spectral_norm"),
-    *("weight_ratio", "subspace_overlap", "subspace_overlap_chance"),
+    *("weight_ratio", "spectrum_drift", "subspace_overlap", "subspace_overlap_chance"),
 )
 
 

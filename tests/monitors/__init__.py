@@ -27,7 +27,7 @@ from lightning_lowrank import (
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import CASES, COMPILED, LOSSES
 
-STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio")
+STATISTICS = ("effective_rank", "stable_rank", "spectrum_drift", "subspace_overlap", "weight_ratio")
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
 
 # As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
