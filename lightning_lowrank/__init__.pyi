@@ -58,6 +58,8 @@ from .monitors.attention.source import AttentionHeads as AttentionHeads
 from .monitors.concentration.alerts import EarlyBirdAlert as EarlyBirdAlert
 from .monitors.concentration.monitor import ConcentrationMonitor as ConcentrationMonitor
 from .monitors.concentration.source import Concentration as Concentration
+from .monitors.coordinate_check import CoordinateCheckMonitor as CoordinateCheckMonitor
+from .monitors.coordinate_check import Coordinates as Coordinates
 from .monitors.curvature.monitor import CurvatureMonitor as CurvatureMonitor
 from .monitors.curvature.source import Curvature as Curvature
 from .monitors.dormant_units import DormantUnits as DormantUnits

@@ -21,6 +21,7 @@ COMMANDS = {
     "spectra": ("checkpoints", "print ranks, tails and outliers of every matrix of checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
     "merge-models": ("merges", "merge fine-tuned models into one, and print which of them conflict"),
+    "coordinate-check": ("widths", "print how what each layer learns depends on the width of a network"),
     "connect": ("networks", "print loss and accuracy along the line between two checkpoints"),
     "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
     "importance": ("networks", "print what attention heads and neurons matter"),

@@ -22,7 +22,7 @@ from lightning_lowrank.maths.spectra.subspaces import Subspace, top_subspaces
 from lightning_lowrank.measuring.gathering import Gathered, gather
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import BATCH, Recorder
-from lightning_lowrank.measuring.results import BASIS, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
+from lightning_lowrank.measuring.results import BASIS, LAST, SPECTRUM, SUBSPACE_RANK, VALUES, Results, Staged
 from lightning_lowrank.measuring.source import MatrixSource, Reading, Step
 from lightning_lowrank.statistics import find
 from lightning_lowrank.statistics.registry import Statistic
@@ -45,6 +45,8 @@ class Group:
     weight: Spectrum | None
     now: Subspace | None
     before: Subspace | None
+    # Of the last sample, where spectra are compared.
+    last: Spectrum | None
     # Of each matrix whether its small singular values are of rounding; None where none is in half precision.
     stuck: Tensor | None = None
 
@@ -65,6 +67,7 @@ class MatrixRecorder(Recorder):
         self.num_solves = 0
         self._histograms = histograms
         self._compares_subspaces = any(Subspace in statistic.takes for statistic in self.statistics)
+        self._compares_spectra = any(s.partner == "previous" and Spectrum in s.takes for s in self.statistics)
         # Where a statistic reads all singular values they cost nothing; they are not decomposed for.
         self.needs: Needs = max(
             (s.needs for s in self.statistics if s.takes[0] is Spectrum), key=ORDER.index, default="moments"
@@ -203,7 +206,11 @@ class MatrixRecorder(Recorder):
     def _fresh(self) -> Results:
         orders = 1 + COUNT if self.needs == "values" else 0
         return Results(
-            len(self.statistics), spectra=self._histograms, subspaces=self._compares_subspaces, num_orders=orders
+            len(self.statistics),
+            spectra=self._histograms,
+            subspaces=self._compares_subspaces,
+            lasting=self._compares_spectra,
+            num_orders=orders,
         )
 
     def _all(self, taken: Sequence[Gathered], generator: torch.Generator) -> list[Staged]:
@@ -218,6 +225,8 @@ class MatrixRecorder(Recorder):
         kept: dict[str, Sequence[Tensor]] = {}
         if self._histograms and group.spectrum.whole:
             kept[SPECTRUM] = list(group.spectrum.magnitudes)
+        if group.last is not None and group.spectrum.whole:
+            kept[LAST] = list(group.spectrum.magnitudes)
         if group.now is not None:
             kept |= {BASIS: list(group.now.basis), VALUES: list(group.now.values)}
         orders = [order_statistics(group.spectrum).to(values)] if self.needs == "values" else []
@@ -229,11 +238,10 @@ class MatrixRecorder(Recorder):
             if group.stuck is not None and "effective_rank" in statistic.name:
                 value = torch.where(group.stuck, torch.nan, value)
             return value, error
-        value = (
-            statistic(group.now, group.before)
-            if statistic.partner == "previous"
-            else statistic(group.spectrum, group.weight)
-        )
+        if Subspace in statistic.takes:
+            value = statistic(group.now, group.before)
+        else:
+            value = statistic(group.spectrum, group.last if statistic.partner == "previous" else group.weight)
         return value, torch.zeros_like(value)
 
     def _groups(self, taken: Sequence[Gathered], generator: torch.Generator) -> list[Group]:
@@ -266,8 +274,9 @@ class MatrixRecorder(Recorder):
         if self._compares_subspaces:
             now = top_subspaces([t.value for t in taken if isinstance(t.value, Tensor)], SUBSPACE_RANK)
             before = self._results.before(labels, now)
+        last = self._results.spectrum_before(labels, spectrum) if self._compares_spectra else None
         stuck = torch.cat([_stuck(one) for one in taken]) if any(one.rounded for one in taken) else None
-        return Group(labels, spectrum, weight, now, before, stuck)
+        return Group(labels, spectrum, weight, now, before, last, stuck)
 
     def _spectra(self, values: Sequence[Tensor | Spectrum], needs: Needs, generator: torch.Generator) -> list[Spectrum]:
         """One spectrum per value, as much of it as is needed."""

@@ -7,21 +7,21 @@ once   S sites
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE
-from lightning_lowrank.maths.spectra.spectrum import working_dtype
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, working_dtype
 from lightning_lowrank.maths.spectra.subspaces import Subspace
 from lightning_lowrank.measuring.metrics import SiteMeans
 
 # Directions compared by statistics of subspaces.
 SUBSPACE_RANK = 8
 
-SPECTRUM, BASIS, VALUES = "spectrum", "basis", "values"
+SPECTRUM, BASIS, VALUES, LAST = "spectrum", "basis", "values", "last spectrum"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,17 @@ class Results:
         num_statistics: Q.
         spectra: Singular values are kept, for histograms.
         subspaces: Top subspaces are kept, for the next sample.
+        lasting: Singular values are kept, for the next sample.
         num_orders: Order statistics that are kept.
     """
 
-    def __init__(self, num_statistics: int, *, spectra: bool, subspaces: bool, num_orders: int = 0) -> None:
+    def __init__(
+        self, num_statistics: int, *, spectra: bool, subspaces: bool, lasting: bool = False, num_orders: int = 0
+    ) -> None:
         self.columns: dict[str, int] = {}
         self.estimated = False
         self._num_statistics, self._num_orders = num_statistics, num_orders
-        self._kinds = (SPECTRUM,) * spectra + (BASIS, VALUES) * subspaces
+        self._kinds = (SPECTRUM,) * spectra + (BASIS, VALUES) * subspaces + (LAST,) * lasting
         self._shapes: dict[str, tuple[int, int]] = {}
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._previous: dict[tuple[str, str], Tensor] = {}
@@ -136,11 +139,15 @@ class Results:
         """The subspaces of the last sample; NaN where there was none of that shape."""
         return Subspace(self._stacked(BASIS, labels, now.basis), self._stacked(VALUES, labels, now.values))
 
+    def spectrum_before(self, labels: Sequence[str], now: Spectrum) -> Spectrum:
+        """The spectra of the last sample; NaN where there was none of as many values."""
+        return replace(now, values=self._stacked(LAST, labels, now.values))
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The last sample's subspaces."""
+        """The last sample's subspaces and spectra."""
         return {
             kind: {label: tensor for (of, label), tensor in self._previous.items() if of == kind}
-            for kind in (BASIS, VALUES)
+            for kind in (BASIS, VALUES, LAST)
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -157,7 +164,8 @@ class Results:
         for label, shape in self._shapes.items():
             short = max(1, min(shape))
             few = min(short, SUBSPACE_RANK)
-            sizes = {SPECTRUM: (0,) if short > SKETCH_ABOVE else (short,), BASIS: (short, few), VALUES: (few,)}
+            whole = (0,) if short > SKETCH_ABOVE else (short,)
+            sizes = {SPECTRUM: whole, LAST: whole, BASIS: (short, few), VALUES: (few,)}
             yield from (((kind, label), torch.Size(sizes[kind])) for kind in self._kinds)
 
     def _sums(self) -> list[Tensor]:

@@ -41,7 +41,8 @@ class RankMonitor(Monitor):
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights),
             `optimizer_state`, `features`, `centred_features`, `validation_features`.
         statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What only some of
-            the sources offer (`weight_ratio`: changes; `subspace_overlap`: not features) is asked of those.
+            the sources offer (`weight_ratio`: changes; `subspace_overlap` and `spectrum_drift`: not features) is asked
+            of those.
         every_n_steps: Cadence, in optimizer steps; 50 unless given.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
         exclude: The same, taken away.

@@ -24,6 +24,7 @@ from lightning_lowrank.statistics.registry import find as find
 from lightning_lowrank.statistics.scaling_fit import scaling_fit as scaling_fit
 from lightning_lowrank.statistics.schatten_quasi_norm import schatten_quasi_norm as schatten_quasi_norm
 from lightning_lowrank.statistics.spectral_norm import spectral_norm as spectral_norm
+from lightning_lowrank.statistics.spectrum_drift import spectrum_drift as spectrum_drift
 from lightning_lowrank.statistics.stable_rank import stable_rank as stable_rank
 from lightning_lowrank.statistics.subspace_overlap import subspace_overlap as subspace_overlap
 from lightning_lowrank.statistics.subspace_overlap_chance import subspace_overlap_chance as subspace_overlap_chance

@@ -9,7 +9,17 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import activations, anatomy, concentration, curvature, kernels, multifractal, ranks, routers
+from tests.independent import (
+    activations,
+    anatomy,
+    concentration,
+    coordinates,
+    curvature,
+    kernels,
+    multifractal,
+    ranks,
+    routers,
+)
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
@@ -21,6 +31,7 @@ REFERENCES = (
         anatomy.dormant,
         activations.expected,
         routers.expected,
+        coordinates.expected,
         concentration.expected,
     ),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
@@ -81,6 +92,7 @@ CLAIMS: dict[str, Claim] = {
     # RankMonitor
     "*schatten_quasi_norm_0.5": Claim(f"{SVD}; roots of values at the rounding of the Gram matrix", 1e-3),
     "*_weight_ratio": Claim("numpy's spectral norms of both"),
+    "*_spectrum_drift": Claim(SVD, 1e-5, "absolute"),
     "*subspace_overlap*": Claim("principal angles from numpy's SVD", 1e-4),
     "*relative_*rank*": Claim(f"{SVD}; quantiles of Marchenko and Pastur's law by scipy's quadrature"),
     "*relative_*": Claim(f"{SVD}; quantiles of Marchenko and Pastur's law by scipy's quadrature"),
@@ -102,6 +114,7 @@ CLAIMS: dict[str, Claim] = {
     "dormant_*": Claim("means of magnitudes from plain hooks"),
     "activation_write_defect": Claim("what blocks put out and take in, from plain hooks, in numpy", 1e-5, "absolute"),
     "router_gate_stable_rank_chance": Claim("quantiles of Marchenko and Pastur's law by scipy's quadrature"),
+    "coordinate_*": Claim("inputs from plain hooks times weights before and after the step, in numpy", 1e-4),
     "router_*": Claim("logits from plain hooks, tokens counted one by one; numpy's SVD of the gate"),
     "activation_*": Claim("what blocks put out and take in, from plain hooks, in numpy; numpy's SVD of weights", 1e-4),
     # ConcentrationMonitor

@@ -153,6 +153,12 @@ def overlaps(now: np.ndarray, before: np.ndarray) -> dict[str, float]:
     return {"subspace_overlap": shared / few, "subspace_overlap_chance": chance}
 
 
+def drift(now: np.ndarray, before: np.ndarray) -> float:
+    """Half the distance between shares of energy, NaN of zeros."""
+    one, other = (np.linalg.svd(matrix, compute_uv=False) ** 2 for matrix in (now, before))
+    return float(np.abs(one / one.sum() - other / other.sum()).sum() / 2) if one.any() and other.any() else np.nan
+
+
 def expected(run: Run) -> Found:
     """All quantities of `RankMonitor`."""
     found: Found = {}
@@ -164,7 +170,7 @@ def expected(run: Run) -> Found:
             for site, matrix in sample.items():
                 numbers = statistics(matrix) | _changes(source, matrix, start[site], base[site])
                 last = before.get(source, {}).get(site)
-                numbers |= BLANK if last is None else overlaps(matrix, last)
+                numbers |= BLANK if last is None else overlaps(matrix, last) | {"spectrum_drift": drift(matrix, last)}
                 _note(found, source, site, i, numbers)
             before[source] = sample
         for source, sample in _of_layers(run, step).items():
@@ -176,7 +182,7 @@ def expected(run: Run) -> Found:
     return found
 
 
-BLANK = {"subspace_overlap": np.nan, "subspace_overlap_chance": np.nan}
+BLANK = {"spectrum_drift": np.nan, "subspace_overlap": np.nan, "subspace_overlap_chance": np.nan}
 
 
 def _of_parameters(run: Run, step: Step) -> dict[str, dict[str, np.ndarray]]:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lowrank import (
     ActivationMonitor,
     ConcentrationMonitor,
+    CoordinateCheckMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
     GradientAnatomyMonitor,
@@ -49,7 +50,7 @@ STATISTICS = (
     *("relative_energy_rank", "relative_stable_rank", "relative_effective_rank", "relative_effective_rank_energy"),
     *("relative_participation_ratio", "relative_numerical_rank", "relative_nuclear_to_spectral"),
     *("relative_schatten_quasi_norm_0.5", "relative_spectral_norm"),
-    *("weight_ratio", "subspace_overlap", "subspace_overlap_chance"),
+    *("weight_ratio", "spectrum_drift", "subspace_overlap", "subspace_overlap_chance"),
 )
 
 
@@ -229,6 +230,7 @@ def monitors(case: Case) -> list[Monitor]:
         DormantUnitsMonitor(match=case.activations, **often),
         ActivationMonitor(match=case.blocks, **often),
         RouterMonitor(match="net.head", top_k=2, capacity=1.0, **often),
+        CoordinateCheckMonitor(**often),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),

@@ -584,6 +584,19 @@ def test_overlap_is_with_the_sample_before(every: int) -> None:
         assert_close(curve, np.array([np.nan, *expected]), rtol=1e-4, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_drift_is_from_the_sample_before(every: int) -> None:
+    module = InOrder()
+    gradients = trained_by_hand(module)["gradient"]["net.0.weight"][::every]
+
+    logger = run(module, [Gradients()], every=every, statistics=["spectrum_drift"])
+
+    energies = [np.linalg.svd(gradient, compute_uv=False) ** 2 for gradient in gradients]
+    drifts = [np.abs(a / a.sum() - b / b.sum()).sum() / 2 for a, b in pairwise(energies)]
+    curve = np.array(list(logger.curve("gradient_spectrum_drift/net.0.weight").values()))
+    assert_close(curve, np.array([np.nan, *drifts]), rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.filterwarnings("ignore:The total number of parameters")  # of Lightning's summary
 def test_lazy_layers_are_read_once_they_have_a_shape() -> None:

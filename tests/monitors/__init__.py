@@ -12,6 +12,7 @@ from lightning_lowrank import (
     ActivationMonitor,
     AttentionMonitor,
     ConcentrationMonitor,
+    CoordinateCheckMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
     GradientAnatomyMonitor,
@@ -27,7 +28,7 @@ from lightning_lowrank import (
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import CASES, COMPILED, LOSSES
 
-STATISTICS = ("effective_rank", "stable_rank", "subspace_overlap", "weight_ratio")
+STATISTICS = ("effective_rank", "stable_rank", "spectrum_drift", "subspace_overlap", "weight_ratio")
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
 
 # As small as each can be with everything that it measures. Alerts are off: layers of the cases are odd on purpose.
@@ -53,6 +54,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
     "attention": lambda **options: AttentionMonitor(**_USUAL | {"layouts": TOLD} | options),
     "activation": lambda **options: ActivationMonitor(**_USUAL | options),
+    "coordinate check": lambda **options: CoordinateCheckMonitor(**_USUAL | options),
     "router": lambda **options: RouterMonitor(**_USUAL | {"match": "type:Linear", "top_k": 1} | options),
 }
 
@@ -98,6 +100,8 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("dormant units", case): "finds no activation layer" for case in WITHOUT_ACTIVATIONS},
     **{("dormant units", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("attention", case): "layouts: .*fits nothing" for case in (*WITHOUT_ATTENTION, *COMPILED)},
+    ("coordinate check", "spectral norm"): "finds no linear layer with a weight of its own",
+    **{("coordinate check", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("router", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("activation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},

@@ -28,7 +28,14 @@ from tests.trainings import Attending, InOrder, Keep, MemoryLogger, fitted
 pytestmark = pytest.mark.slow
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "centred_features")
-STATISTICS = ("stable_rank", "effective_rank", "subspace_overlap", "weight_ratio", "relative_stable_rank")
+STATISTICS = (
+    "stable_rank",
+    "effective_rank",
+    "spectrum_drift",
+    "subspace_overlap",
+    "weight_ratio",
+    "relative_stable_rank",
+)
 
 
 class Idle(nn.Sequential):

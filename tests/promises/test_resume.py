@@ -24,7 +24,7 @@ from tests.trainings import Adversaries, Attending, Ordered, Resumable, digits
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 
 SOURCES = ("gradients", "weights", "updates", "displacement", "optimizer_state", "features", "validation_features")
-STATISTICS = ("effective_rank", "subspace_overlap", "weight_ratio")
+STATISTICS = ("effective_rank", "spectrum_drift", "subspace_overlap", "weight_ratio")
 COSTS = ("time_ms", "overhead_percent")
 
 Curves = dict[str, list[tuple[int, float]]]

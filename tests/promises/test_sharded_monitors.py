@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_lowrank import ActivationMonitor, Monitor, NoiseScaleMonitor, RepresentationMonitor, RouterMonitor
+from lightning_lowrank import (
+    ActivationMonitor,
+    CoordinateCheckMonitor,
+    Monitor,
+    NoiseScaleMonitor,
+    RepresentationMonitor,
+    RouterMonitor,
+)
 from tests.processes import together
 from tests.sharded import Sharded, trained
 from tests.trainings import MemoryLogger
@@ -39,6 +46,10 @@ def on_two(rank: int, size: int, root: Path) -> Any:
     strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     with pytest.raises(ValueError, match=r"NoiseScaleMonitor: '.*' is sharded, and gradients are read whole; use DDP"):
         trained(Sharded(), NoiseScaleMonitor(1), MemoryLogger(), root, strategy=strategy, devices=size)
+    with pytest.raises(
+        ValueError, match=r"CoordinateCheckMonitor: '.*' is sharded, and weights are read whole; use DDP"
+    ):
+        trained(Sharded(), CoordinateCheckMonitor(1), MemoryLogger(), root, strategy=strategy, devices=size)
     return {"FSDP2": on_mesh(2, 1, root), "tensor parallel": on_mesh(1, 2, root)}
 
 

@@ -70,6 +70,7 @@ KINDS = [
     *("NoiseScaleMonitor", "RepresentationMonitor", "AttentionMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "ActivationMonitor", "RouterMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "LossMonitor"),
+    "CoordinateCheckMonitor",
 ]
 
 

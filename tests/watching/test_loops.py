@@ -20,6 +20,7 @@ from lightning_lowrank import (
     ActivationMonitor,
     Alert,
     ConcentrationMonitor,
+    CoordinateCheckMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
     GradientAnatomyMonitor,
@@ -54,6 +55,7 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     "activation": lambda: ActivationMonitor(every_n_steps=2, detail="all"),
     "representation": lambda: RepresentationMonitor(every_n_steps=2, detail="all"),
     "classes": lambda: RepresentationMonitor(every_n_steps=2, detail="all", classifier="net.2", name="classes"),
+    "coordinate check": lambda: CoordinateCheckMonitor(every_n_steps=2, detail="all"),
     "router": lambda: RouterMonitor(every_n_steps=2, match="type:Linear", top_k=2, detail="all"),
     "noise scale": lambda: NoiseScaleMonitor(every_n_steps=2, detail="all", loss_fn=loss_of),
 }
