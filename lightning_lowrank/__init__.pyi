@@ -37,6 +37,8 @@ from .measuring.sources.update_sizes import UpdateSizes as UpdateSizes
 from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
 from .methods.galore.callback import GaLore as GaLore
+from .methods.lora.callback import LoRA as LoRA
+from .methods.lora.relora import ReLoRA as ReLoRA
 from .methods.regularisers import JacobianPenalty as JacobianPenalty
 from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty

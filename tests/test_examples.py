@@ -22,6 +22,7 @@ FEW_STEPS = {
     ),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
+    "lora": (["--steps=1", "--every=1", "--batch_size=2"], ["rank 8: medians over pairs", "lora.png"]),
     "lora_kernel": (["--steps=1", "--every=1", "--num_examples=2"], ["share of the factors A", "lora_kernel.png"]),
     "plain_loop": (["--max_steps=3", "--batch_size=2"], ["batch_sharpness", "tensorboard --logdir runs"]),
     "hessian_outliers": (["--only=conv net", "--share=0.02"], ["Gauss-Newton", "hessian_outliers.png"]),

@@ -36,17 +36,17 @@ def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
         ValueError: A pattern fits none, or there is no matrix.
     """
     chosen = chosen_parameters(module, match, exclude)
-    found = {tag: p for tag, p in chosen.items() if _is_matrix(p)}
+    found = {tag: p for tag, p in chosen.items() if is_matrix(p)}
     if not found:
         raise ValueError(f"there is no matrix among the parameters {list(chosen)[:10]}")
-    left_out = {} if match is not None else _unusual(module, found)
+    left_out = {} if match is not None else unusual(module, found)
     kept = {tag: p for tag, p in found.items() if tag not in left_out}
     if not kept:
         raise ValueError(f"all matrices are embeddings or the head: name what is meant by match, out of {left_out}")
     return Choice(kept, left_out)
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def is_matrix(parameter: nn.Parameter) -> bool:
     """Of real numbers, with more than one row and column; one that has no shape yet is none."""
     if is_lazy(parameter) or not parameter.is_floating_point():
         return False
@@ -58,7 +58,8 @@ def sides(parameter: nn.Parameter) -> tuple[int, int]:
     return parameter.shape[0], prod(parameter.shape[1:])
 
 
-def _unusual(module: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, str]:
+def unusual(module: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Embeddings and the head, which is the last layer that has a matrix, by tag."""
     tags = {id(p): tag for tag, p in found.items()}
     layers = [
         (layer, tags[id(p)]) for layer in module.modules() for p in layer.parameters(recurse=False) if id(p) in tags

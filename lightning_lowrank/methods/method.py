@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning as L
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lowrank.measuring.number_source import Detail, NumberSource
@@ -22,15 +23,30 @@ class Act(ABC):
 
     Attributes:
         name: Of the method, in messages.
+        structural: It changes the structure of the module, in `prepare`.
         warn: Says what went wrong; each kind once.
         say: Says what it does.
         not_sharded: Why it cannot act on parameters in shards.
     """
 
     name: str
+    structural: bool = False
     not_sharded: str = "no process has a whole one"
     warn: Callable[[str], None] = staticmethod(lambda message: None)
     say: Callable[[str], None] = staticmethod(lambda message: None)
+
+    def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
+        """Make the structure that is trained, before there are optimizers; what is there already is left as it is.
+
+        Args:
+            fresh: Give it its values now; otherwise they come from a checkpoint, or `begin` gives them.
+
+        Raises:
+            ValueError: What was asked for cannot be had; nothing was changed.
+        """
+
+    def batch_over(self, training: Training) -> None:
+        """After each batch, when everybody has read it."""
 
     @abstractmethod
     def begin(self, training: Training) -> str:
@@ -73,6 +89,11 @@ class ActingWatch(Watch):
         refuse_sharded(self._act, training)
         self.journal.info_once(self._act.begin(training))
         super().begins(training)
+
+    def batch_over(self, training: Training) -> None:
+        """Report, then act on what comes between two batches."""
+        super().batch_over(training)
+        self._act.batch_over(training)
 
     def ends(self) -> None:
         """Give everything back."""
@@ -147,6 +168,21 @@ class Method(Monitor):
                 "device, or 'ddp' and its variants"
             )
         super().setup(trainer, pl_module, stage)
+        if self._act.structural:
+            # Layers that are made there would not exist yet; Lightning asks that it may be called twice. Whether a
+            # checkpoint will be loaded is not known yet, in any stage.
+            pl_module.configure_model()
+            self._act.prepare(pl_module, fresh=False)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make the structure that is trained, for a loop of your own: before its optimizer is made.
+
+        A Trainer does it in `setup`. Methods that change no structure do nothing.
+
+        Raises:
+            ValueError: What was asked for cannot be had; nothing was changed.
+        """
+        self._act.prepare(module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Act, also where nothing is reported; what cannot be had is refused here, before training."""

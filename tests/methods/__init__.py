@@ -8,11 +8,14 @@ is then tested for free (`tests/promises/test_methods.py`).
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lowrank import GaLore
+from lightning_lowrank import GaLore, LoRA, ReLoRA
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
 _GALORE: dict[str, Any] = {"rank": 3, "update_every": 4, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
+
+_LORA: dict[str, Any] = {"r": 2, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
+_RELORA: dict[str, Any] = _LORA | {"every": 3, "rewarm": 2}
 
 METHODS: dict[str, Callable[..., Method]] = {
     "galore": lambda **options: GaLore(**_GALORE | options),
@@ -22,8 +25,44 @@ METHODS: dict[str, Callable[..., Method]] = {
     "galore, random, reset, fira": lambda **options: GaLore(
         **_GALORE | {"basis": "random", "on_refresh": "reset", "residual": "fira", "stagger": False} | options
     ),
+    "lora": lambda **options: LoRA(**_LORA | options),
+    "lora, pissa, LoRA+, adapters alone": lambda **options: LoRA(
+        **_LORA | {"init": "pissa", "learning_rate_ratio": 4.0, "adapter_only": True} | options
+    ),
+    "lora, orthogonal, merged on save": lambda **options: LoRA(
+        **_LORA | {"init": "orthogonal", "rslora": True, "merge_on_save": True} | options
+    ),
+    "relora": lambda **options: ReLoRA(**_RELORA | options),
+    "relora, some reset, after a warm start": lambda **options: ReLoRA(
+        **_RELORA | {"reset": "magnitude:0.5", "warm_start_steps": 2} | options
+    ),
+    "lora, eva, head trained": lambda **options: LoRA(**_LORA | {"init": "eva", "match": None} | options),
+}
+
+# What takes the structure of a method out of a module again, of those that change it.
+GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = {
+    name: lambda method, module: method.merge(module) for name in METHODS if "lora" in name
 }
 
 NOT_BY_ENTRY = "what works treats each entry by itself"
 # (method, case of `tests.trainings.CASES`) -> what it says before training.
-REFUSED: dict[tuple[str, str], str] = {(name, "LBFGS"): NOT_BY_ENTRY for name in METHODS}
+REFUSED: dict[tuple[str, str], str] = {(name, "LBFGS"): NOT_BY_ENTRY for name in METHODS if name.startswith("galore")}
+
+_OF_LORA = {
+    "two optimizers by hand": "has frozen parameters alone|all matrices are embeddings or the head",
+    "two optimizers in turn": "has frozen parameters alone|all matrices are embeddings or the head",
+    "spectral norm": "it is computed by a parametrization|all matrices are",
+    "LSTM": "LSTM keeps its weights in one piece of memory",
+    "backbone unfrozen": "both say what is frozen",
+    "LoRA": "the module has an adapter already",
+}
+REFUSED |= {(name, case): why for name in GIVE_BACK for case, why in _OF_LORA.items()}
+for _name in (name for name in METHODS if name.startswith("relora")):  # all else trains
+    del REFUSED[_name, "two optimizers by hand"], REFUSED[_name, "two optimizers in turn"]
+REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name or "relora" in name}
+REFUSED |= {
+    (name, case): "there is nothing to adapt"
+    for name in METHODS
+    if "eva" in name
+    for case in ("dropout and batch norm", "validation")
+}

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank import RankMonitor, watching
 from lightning_lowrank.methods.method import Method
-from tests.methods import METHODS, REFUSED
+from tests.methods import GIVE_BACK, METHODS, REFUSED
 from tests.monitors import INCOMPLETE, watchers
 from tests.processes import together
 from tests.trainings import (
@@ -182,10 +182,15 @@ def assert_given_back(module: L.LightningModule, optimizer: torch.optim.Optimize
 def test_after_a_training_parameters_and_optimizer_are_the_users(name: str) -> None:
     shapes = {key: p.shape for key, p in Deep().named_parameters()}
 
-    module, trainer, _ = fit(METHODS[name](), max_steps=6)
+    method = METHODS[name]()
+    module, trainer, _ = fit(method, max_steps=6)
 
     (optimizer,) = trainer.optimizers
-    assert_given_back(module, optimizer, shapes)
+    assert_given_back(module, optimizer, {key: p.shape for key, p in module.named_parameters()})
+    GIVE_BACK.get(name, lambda method, module: None)(method, module)
+    assert {key: p.shape for key, p in module.named_parameters()} == shapes
+    assert all(p.requires_grad and type(p) is torch.nn.Parameter for p in module.parameters())
+    assert [type(layer) for layer in module.modules()] == [type(layer) for layer in Deep().modules()]
     plain = fit(None, max_steps=6)[1].optimizers[0]
     assert [{**g, "ids": 0} for g in groups(optimizer)] == [{**g, "ids": 0} for g in groups(plain)]
 
@@ -217,9 +222,10 @@ def test_a_step_that_fails_leaves_weights_as_they_were(name: str) -> None:
 WATCHED = ("plain", "accumulation", "16-mixed", "16-mixed, fused AdamW", "bf16-true", "two optimizers in turn")
 
 
-@pytest.mark.parametrize("name", list(METHODS)[:1])
-@pytest.mark.parametrize("case", WATCHED)
-def test_training_is_the_same_with_all_monitors_at_once(case: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"), [pair for pair in product(("galore", "lora"), WATCHED) if pair not in REFUSED]
+)
+def test_training_is_the_same_with_all_monitors_at_once(name: str, case: str, tmp_path: Path) -> None:
     make, options = CASES[case]
     alone = trained(make, options(), [METHODS[name]()], tmp_path / "alone")
     for place in ("before", "after"):
@@ -275,6 +281,7 @@ def looped(method: Method, num_batches: int = 12, state: dict[str, Any] | None =
     """The training of `fit` in plain torch."""
     L.seed_everything(3, verbose=False)
     module, batches = Deep(), list(Resumable()) * 3
+    method.prepare(module)
     optimizer = module.configure_optimizers()
     if state is not None:
         module.load_state_dict(state["weights"])
@@ -311,6 +318,8 @@ def test_a_loop_that_is_stopped_and_resumed_is_the_same_to_the_bit(stop: int, na
 def in_processes(rank: int, size: int, root: Path) -> Any:
     found = {}
     for name, make in METHODS.items():
+        if "warm start" in name:  # refused
+            continue
         L.seed_everything(0, verbose=False)
         method, monitor, logger = make(every_n_steps=1), RankMonitor("gradients", every_n_steps=1), MemoryLogger()
         weights = fitted(InOrder(rank, size), [method, monitor], logger, size)
@@ -329,7 +338,7 @@ def test_two_processes_train_as_one_with_equal_states(tmp_path: Path) -> None:
     first, second = together(in_processes, tmp_path)
     alone = in_processes(0, 1, tmp_path)
 
-    for name in METHODS:
+    for name in alone:
         assert_close(first[name]["state"], second[name]["state"], rtol=0, atol=0)
         assert_close(first[name]["weights"], second[name]["weights"], rtol=0, atol=0)
         assert_close(first[name]["views"], first[name]["weights"], rtol=0, atol=0)

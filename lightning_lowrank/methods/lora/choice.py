@@ -1,0 +1,280 @@
+"""What LoRA adapts, what trains beside that, and what is frozen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_lowrank.methods.lora.pairs import Kind, Recipe, parts_of
+from lightning_lowrank.methods.matrices import EMBEDDINGS, Patterns, is_matrix, matrices, sides, unusual
+from lightning_lowrank.models.axes import is_transposed
+from lightning_lowrank.models.effective_weights import hooked
+from lightning_lowrank.models.fused import fused
+from lightning_lowrank.models.names import chosen_parameters, fitting, tag
+
+Ranks = int | Mapping[str, int]
+CONVOLVING = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        ranks: Patterns with their ranks; None for the pattern of all that `match` chooses.
+        alpha: The rank where it is None.
+        init: What pairs begin as.
+        match: Patterns of what is adapted.
+        exclude: What is not.
+        train_also: What trains whole.
+        rslora: The scaling is alpha over the root of the rank.
+        dropout: Of the inputs of pairs.
+        seed: Of what is drawn.
+    """
+
+    ranks: tuple[tuple[str | None, int], ...]
+    alpha: int | float | None
+    init: str
+    match: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    train_also: tuple[str, ...]
+    rslora: bool
+    dropout: float
+    seed: int
+
+    def scaling(self, rank: int) -> float:
+        """Factor of the product of a pair."""
+        alpha = rank if self.alpha is None else self.alpha
+        return float(alpha / rank**0.5 if self.rslora else alpha / rank)
+
+
+class Owner(NamedTuple):
+    """A layer that has a parameter."""
+
+    path: str
+    layer: nn.Module
+    local: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A weight to be adapted.
+
+    Attributes:
+        name: Its tag.
+        owners: Layers that have it: one unless it is shared.
+        recipe: Of its pairs.
+        order: Where outputs lie among those of parts, None if these follow one another.
+    """
+
+    name: str
+    owners: Sequence[Owner]
+    recipe: Recipe
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a module.
+
+    Attributes:
+        adapted: Weights that get pairs.
+        trained: Names of parameters that train whole.
+        left_out: Tags of matrices that are left alone, each with the reason.
+        head: Name of the head's weight, if there is a head.
+    """
+
+    adapted: Sequence[Chosen]
+    trained: frozenset[str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    head: str | None = None
+
+
+def chosen(module: nn.Module, settings: Settings) -> Choice:
+    """What is adapted, what trains whole, and why others are left alone.
+
+    Raises:
+        ValueError: A pattern fits nothing, or something that cannot be adapted, named with the reason; a rank is above
+            that of a matrix.
+    """
+    refuse_adapted(module)
+    _refuse_quantised(module, settings.match)
+    owners, layers = _owners(module), dict(module.named_modules())
+    explicit = settings.match is not None or settings.ranks[0][0] is not None
+    patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
+    found = matrices(module, patterns, settings.exclude)
+    names = {id(p): name for name, p in module.named_parameters()}
+    head, why_frozen = _head(module, owners, names)
+    kinds = {name: _kind(owners[id(p)], layers) for name, p in found.matrices.items()}
+    left_out = dict(found.left_out)
+    for name, (kind, trouble) in kinds.items():
+        if settings.init == "eva" and kind not in (None, "linear", "transposed"):
+            kinds[name] = (kind, trouble) = None, "init='eva' needs the inputs of linear layers"
+        if explicit and kind is None:
+            raise ValueError(f"LoRA cannot adapt {name!r}: {trouble}; give exclude={name!r}, or another match")
+        if not explicit and trouble:
+            left_out[name] = trouble
+    ranks = _ranks(module, settings, list(found.matrices))
+    adapted = []
+    for name, parameter in found.matrices.items():
+        kind = kinds[name][0]
+        if name not in left_out and kind is not None:
+            adapted.append(_chosen(name, parameter, owners[id(parameter)], kind, ranks[name], settings, layers))
+    if not adapted:
+        raise ValueError(f"LoRA: there is nothing to adapt; left alone are {left_out}: name what is meant by match")
+    trained = _trained(module, settings, {id(found.matrices[one.name]) for one in adapted}, head, why_frozen)
+    if head is not None and why_frozen:
+        left_out[tag(head)] = why_frozen
+    elif head is not None and head in trained:
+        left_out.pop(tag(head), None)
+    return Choice(adapted, trained, left_out, head)
+
+
+def refuse_adapted(module: nn.Module) -> None:
+    """A module that has adapters of somebody else's.
+
+    Raises:
+        ValueError: It has.
+    """
+    strange = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
+    if strange is not None:
+        raise ValueError(f"LoRA: the module has an adapter already, {strange!r}: merge it first")
+
+
+def _owners(module: nn.Module) -> dict[int, list[Owner]]:
+    found: dict[int, list[Owner]] = {}
+    for path, layer in module.named_modules():
+        for local, parameter in layer._parameters.items():
+            found.setdefault(id(parameter), []).append(Owner(path, layer, local))
+    return found
+
+
+def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module]) -> tuple[Kind | None, str]:
+    """How a weight is read, None if it cannot be adapted; and why it is not adapted unless it is matched."""
+    kinds = [_kind_of(owner, layers) for owner in owners]
+    if len({kind for kind, _ in kinds}) > 1 or (len(kinds) > 1 and kinds[0][0] == "direct"):
+        where = [owner.path for owner in owners]
+        return None, f"it is shared by layers that read it in several ways, {where}"
+    return kinds[0]
+
+
+def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None, str]:
+    layer, name = owner.layer, type(owner.layer).__name__
+    if isinstance(layer, ParametrizationList) or hooked(layer):
+        return None, "it is computed by a parametrization, a norm or a mask"
+    if isinstance(layer, nn.RNNBase):
+        return None, f"{name} keeps its weights in one piece of memory"
+    holder = layers.get(owner.path.rpartition(".")[0])
+    attends = isinstance(layer, nn.MultiheadAttention)
+    if attends or (isinstance(holder, nn.MultiheadAttention) and layer is holder.out_proj):
+        return "direct", ""
+    if owner.local == "weight":
+        forward = type(layer).forward
+        if forward is nn.Linear.forward:
+            return "linear", ""
+        if is_transposed(layer):
+            return "transposed", ""
+        if forward is nn.Embedding.forward:
+            return "embedding", "embedding"
+        if forward in CONVOLVING and layer.groups == 1:
+            return "convolution", ""
+    return "direct", f"of {name}, which reads it directly: match it"
+
+
+def _chosen(
+    name: str,
+    parameter: nn.Parameter,
+    owners: Sequence[Owner],
+    kind: Kind,
+    rank: int,
+    settings: Settings,
+    layers: Mapping[str, nn.Module],
+) -> Chosen:
+    first = owners[0]
+    rows, columns = sides(parameter)
+    if kind in ("transposed", "embedding"):
+        rows, columns = columns, rows
+    packed = isinstance(first.layer, nn.MultiheadAttention) and first.local == "in_proj_weight"
+    read = fused(first.path, layers) if kind in ("linear", "transposed") else None
+    parts, order = parts_of(read, packed, rows)
+    if rank > min(columns, *(size for _, size in parts)):
+        shape = f"{len(parts)} times {parts[0][1]} x {columns}" if len(parts) > 1 else f"{rows} x {columns}"
+        raise ValueError(
+            f"LoRA: r={rank} is above the rank of {name!r} ({shape}): give exclude={name!r}, or ranks by pattern"
+        )
+    if settings.dropout and kind in ("direct", "embedding"):
+        raise ValueError(f"LoRA(dropout={settings.dropout}): {name!r} is read without inputs of its own: exclude it")
+    recipe = Recipe(kind, rank, settings.scaling(rank), settings.dropout, parts)
+    return Chosen(name, owners, recipe, order)
+
+
+def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, int]:
+    """By tag; of several patterns that fit, the first counts."""
+    ranks: dict[str, int] = {}
+    for pattern, rank in settings.ranks:
+        fit = names if pattern is None else chosen_parameters(module, pattern, None)
+        ranks = dict.fromkeys(fit, rank) | ranks
+    return ranks
+
+
+def _head(module: nn.Module, owners: Mapping[int, Sequence[Owner]], names: Mapping[int, str]) -> tuple[str | None, str]:
+    """The last linear layer, and why it is no task head of its own: one that gives tokens is as old as the rest."""
+    found = {tag(name): p for name, p in module.named_parameters() if is_matrix(p)}
+    tags = [name for name, why in (unusual(module, found) if found else {}).items() if why == "head"]
+    if not tags:
+        return None, ""
+    weight = found[tags[0]]
+    tables = [layer for layer in module.modules() if isinstance(layer, EMBEDDINGS)]
+    if any(len(layer.weight) == len(weight) for layer in tables) or len(owners[id(weight)]) > 1:
+        return names[id(weight)], "head that gives tokens: train_also, or match"
+    return names[id(weight)], ""
+
+
+def _trained(
+    module: nn.Module, settings: Settings, adapted: set[int], head: str | None, why_frozen: str
+) -> frozenset[str]:
+    """Names of parameters that train whole: those that `train_also` fits, and the head unless the user froze it."""
+    named = dict(module.named_parameters())
+    layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
+    also = fitting("train_also", list(settings.train_also), layers) if settings.train_also else set()
+    everything = "*" in settings.train_also
+    if everything:
+        also = {name for name in also if named[name].requires_grad}
+    double = [name for name in also if id(named[name]) in adapted]
+    if double and not everything:
+        raise ValueError(
+            f"LoRA(train_also=...) fits {double[0]!r}, which is adapted: give one of exclude and train_also"
+        )
+    if head is not None and not why_frozen and id(named[head]) not in adapted:
+        beside = head.rpartition(".")[0]
+        also |= {name for name, p in named.items() if name.rpartition(".")[0] == beside and p.requires_grad}
+    return frozenset(name for name in also if id(named[name]) not in adapted and _may_train(named[name]))
+
+
+def _may_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _refuse_quantised(module: nn.Module, match: Patterns) -> None:
+    """Weights of whole numbers are those of quantised layers.
+
+    Raises:
+        ValueError: One is meant.
+    """
+    named: dict[str, Any] = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)
+        and not weight.is_floating_point()
+        and not weight.is_complex()
+    }
+    meant = named if match is None else {f"{name}.weight": layer for name, layer in named.items()}
+    if not meant:
+        return
+    everything = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
+    hits = set(meant) if match is None else fitting("match", match, everything | meant) & set(meant)
+    if hits:
+        raise ValueError(f"LoRA: {min(hits)!r} is quantised; what works is LoRA(backend='peft')")

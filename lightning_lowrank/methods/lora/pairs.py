@@ -1,0 +1,303 @@
+"""LoRA pairs on layers: where they sit, what they add, and how they go into the weight.
+
+Shape letters:  B any batch axes   M outputs, N inputs of a layer   R rank of a pair
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Num
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from lightning_lowrank.models.fused import Fused
+from lightning_lowrank.models.names import tag
+
+# How a layer reads its weight: "direct" by whoever wants it, without a call of the layer.
+Kind = Literal["linear", "transposed", "embedding", "convolution", "direct"]
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a layer knows of its pairs, as its attribute `lora`.
+
+    Attributes:
+        kind: How the layer reads its weight.
+        rank: Of each pair.
+        scaling: Factor of the products: alpha over the rank, or over its root.
+        dropout: Share of inputs that the pairs do not see in training.
+        parts: Names and outputs of the parts that have a pair each; one without a name unless the layer is fused.
+    """
+
+    kind: Kind
+    rank: int
+    scaling: float
+    dropout: float
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Attributes that hold the first and second factors, as peft calls them."""
+        middle = "embedding_" if self.kind == "embedding" else ""
+        return f"lora_{middle}A", f"lora_{middle}B"
+
+    @property
+    def is_transposed(self) -> bool:
+        """The weight has its inputs as rows."""
+        return self.kind in ("transposed", "embedding")
+
+
+class LowRankSum(nn.Module):
+    """Parametrization of a weight that is read directly: the weight with the product added to it."""
+
+    lora: Recipe
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The sum, in the weight's own dtype."""
+        return weight + as_weight(change(self), self.lora, weight.shape).to(weight.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A weight with its pairs.
+
+    Attributes:
+        name: Of the weight, clean.
+        key: Of the weight in the state dict.
+        path: Of what holds the factors.
+        holder: It: the layer, or the parametrization of its weight.
+        layer: The layer.
+        weight: What the optimizer would step without pairs.
+    """
+
+    name: str
+    key: str
+    path: str
+    holder: nn.Module
+    layer: nn.Module
+    weight: nn.Parameter
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the pairs."""
+        return cast(Recipe, self.holder.lora)
+
+    @property
+    def local(self) -> str:
+        """The name that the layer knows the weight by."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def original_key(self) -> str:
+        """Of the weight in a state dict without pairs."""
+        return self.key.replace(f"parametrizations.{self.local}.original", self.local)
+
+    @property
+    def factor_keys(self) -> list[str]:
+        """Of the factors in the state dict."""
+        first, second = self.recipe.names
+        ends = [f".{part}" if part else "" for part, _ in self.recipe.parts]
+        return [f"{self.path}.{name}{end}".lstrip(".") for end in ends for name in (first, second)]
+
+    def matrix(self) -> Num[Tensor, "M N"]:
+        """The weight as outputs by inputs, rows of a part together, in a precision to compute with."""
+        weight = wide(self.weight.detach())
+        whole = (weight.mT if self.recipe.is_transposed else weight).flatten(1)
+        order = getattr(self.holder, "lora_order", None)
+        return whole if order is None else whole[order.argsort()]
+
+    @torch.no_grad()
+    def add(self, sign: int = 1) -> None:
+        """Put what the pairs add into the weight, or take it out of it."""
+        delta = as_weight(change(self.holder), self.recipe, self.weight.shape)
+        self.weight.copy_(wide(self.weight).add(delta, alpha=sign))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def factors(holder: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Both factors of each pair, by part."""
+    recipe = cast(Recipe, holder.lora)
+    first, second = (getattr(holder, name) for name in recipe.names)
+    if isinstance(first, nn.ParameterDict):
+        return {part: (first[part], second[part]) for part, _ in recipe.parts}
+    return {"": (first, second)}
+
+
+def change(holder: nn.Module) -> Num[Tensor, "M N"]:
+    """What the pairs add to a weight, as outputs by inputs."""
+    pieces = [wide(b) @ wide(a).flatten(1) for a, b in factors(holder).values()]
+    order = getattr(holder, "lora_order", None)
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return (whole if order is None else whole[order]) * cast(Recipe, holder.lora).scaling
+
+
+def as_weight(delta: Num[Tensor, "M N"], recipe: Recipe, shape: torch.Size) -> Tensor:
+    """Outputs by inputs in the shape of the weight."""
+    return (delta.mT if recipe.is_transposed else delta).reshape(shape)
+
+
+def add_branch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """What a layer puts out, with what its pairs make of the input added: no gradient of the weight is formed.
+
+    A hook of the layer, and a plain function, so that a copy of the layer has it too.
+    """
+    recipe = cast(Recipe, layer.lora)
+    x = args[0] if args else next(iter(kwargs.values()))
+    if layer.training and layer.lora_waits:
+        take_inputs(layer, x)
+    pairs = list(factors(layer).values())
+    if recipe.kind != "embedding":
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(pairs[0][0].dtype)
+        if recipe.dropout:
+            x = F.dropout(x, recipe.dropout, layer.training)
+    pieces = [_through(layer, recipe, x, a, b) for a, b in pairs]
+    if len(pieces) == 1:
+        return output + pieces[0].to(output.dtype)
+    order = getattr(layer, "lora_order", None)
+    whole = torch.cat(pieces, -1)
+    return output + (whole if order is None else whole[..., order]).to(output.dtype)
+
+
+def _through(layer: nn.Module, recipe: Recipe, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """An input through one pair; the scaling acts where it is narrow."""
+    if recipe.kind == "convolution":
+        inner = layer._conv_forward(x, a, None)  # type: ignore[operator]
+        places = a.ndim - 2
+        return CONVOLUTIONS[places](_scaled(inner, recipe), b.reshape(*b.shape, *[1] * places))
+    if recipe.kind == "embedding":
+        inner = F.embedding(x, a.mT, cast(nn.Embedding, layer).padding_idx)
+    else:
+        inner = F.linear(x, a)
+    return F.linear(_scaled(inner, recipe), b)
+
+
+def _scaled(inner: Tensor, recipe: Recipe) -> Tensor:
+    return inner if recipe.scaling == 1 else inner * recipe.scaling
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def take_inputs(layer: nn.Module, x: Tensor) -> None:
+    """EVA: let the first factors be the top right singular vectors of the first inputs in training, of all processes.
+
+    The second factors are zero until the first step, so that no output is another before and after.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows = wide(x.detach()).flatten(0, -2)
+        gram = rows.mT @ rows
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(gram)
+        _, vectors = torch.linalg.eigh(gram)
+    for a, _ in factors(layer).values():
+        a.copy_(vectors.mT.flip(0)[: len(a)])
+    layer.lora_waits = False  # type: ignore[assignment]
+
+
+def parts_of(read: Fused | None, is_packed: bool, rows: int) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
+    """Parts of the outputs of a layer with their sizes, and where each output lies among them, None if they follow one
+    another.
+
+    Args:
+        read: How a fused projection is read, None for no such layer.
+        is_packed: It is the packed projection of `nn.MultiheadAttention`.
+        rows: Outputs of the layer.
+    """
+    if is_packed:
+        return tuple((part, rows // 3) for part in "qkv"), None
+    if read is None:
+        return (("", rows),), None
+    found = read.pattern(heads=False)
+    if found is not None:
+        sizes = {read.parts: len(read.parts), **found[1]}
+        lying = rearrange(torch.arange(rows), found[0], **sizes).reshape(len(read.parts), -1)
+        order = lying.flatten().argsort()
+        parts = tuple((part, lying.shape[1]) for part in read.parts)
+        return parts, None if torch.equal(order, torch.arange(rows)) else order
+    if read.order.startswith("qkv"):
+        queries = read.width(rows)
+        return (("q", queries), ("k", (rows - queries) // 2), ("v", (rows - queries) // 2)), None
+    return (("", rows),), None
+
+
+def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -> nn.Module:
+    """Give a layer pairs whose factors are zero; what holds them."""
+    weight = getattr(layer, local)
+    holder = LowRankSum() if recipe.kind == "direct" else layer
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    options = {"dtype": dtype, "device": weight.device}
+    inner = tuple(weight.shape[1:]) if recipe.kind == "convolution" else (_num_inputs(weight, recipe),)
+    shapes = {part: ((recipe.rank, *inner), (rows, recipe.rank)) for part, rows in recipe.parts}
+    for i, name in enumerate(recipe.names):
+        made = {part: nn.Parameter(torch.zeros(pair[i], **options)) for part, pair in shapes.items()}
+        setattr(holder, name, made[""] if "" in made else nn.ParameterDict(made))
+    if order is not None:
+        holder.register_buffer("lora_order", order.to(weight.device), persistent=False)
+    holder.lora, holder.lora_waits = recipe, False  # type: ignore[assignment]
+    if recipe.kind == "direct":
+        parametrize.register_parametrization(layer, local, holder)
+    else:
+        layer.register_forward_hook(add_branch, with_kwargs=True)
+    return holder
+
+
+def share(layer: nn.Module, holder: nn.Module) -> None:
+    """Give a layer the pairs of another one, whose weight it has."""
+    for name in (*cast(Recipe, holder.lora).names, "lora", "lora_waits"):
+        setattr(layer, name, getattr(holder, name))
+    layer.register_forward_hook(add_branch, with_kwargs=True)
+
+
+def detach(place: Place) -> None:
+    """Take the pairs off a layer; what they added is lost."""
+    if place.recipe.kind == "direct":
+        flag = place.weight.requires_grad
+        parametrize.remove_parametrizations(place.layer, place.local, leave_parametrized=False)
+        getattr(place.layer, place.local).requires_grad_(flag)
+        return
+    hooks = place.layer._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is add_branch]:
+        del hooks[key]
+        place.layer._forward_hooks_with_kwargs.pop(key, None)
+    for name in (*place.recipe.names, "lora_order", "lora_waits", "lora"):
+        if name in place.layer.__dict__ or hasattr(place.layer, name):
+            delattr(place.layer, name)
+
+
+def places(module: nn.Module, *, all_names: bool = False) -> list[Place]:
+    """Weights of a module that have pairs.
+
+    Args:
+        all_names: A layer under each of its names, and a weight of several layers in each.
+    """
+    found: dict[Any, Place] = {}
+    for place in _places(module):
+        found.setdefault(place.key if all_names else id(place.weight), place)
+    return list(found.values())
+
+
+def _places(module: nn.Module) -> Iterator[Place]:
+    for path, layer in module.named_modules(remove_duplicate=False):
+        dot = "." if path else ""
+        if isinstance(layer.__dict__.get("lora"), Recipe) and not isinstance(layer, LowRankSum):
+            yield Place(tag(f"{path}{dot}weight"), f"{path}{dot}weight", path, layer, layer, layer.weight)
+        for local, chain in getattr(layer, "parametrizations", {}).items():
+            for i, holder in enumerate(chain):
+                if isinstance(holder, LowRankSum):
+                    within = f"{path}{dot}parametrizations.{local}"
+                    name, key = tag(f"{path}{dot}{local}"), f"{within}.original"
+                    yield Place(name, key, f"{within}.{i}", holder, layer, chain.original)
+
+
+def _num_inputs(weight: Tensor, recipe: Recipe) -> int:
+    return weight.shape[0] if recipe.is_transposed else weight[0].numel()

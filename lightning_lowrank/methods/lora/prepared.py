@@ -1,0 +1,135 @@
+"""What an adapted module knows of itself: how it is loaded, and how it is merged again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowrank.methods.lora.choice import Choice, Settings
+from lightning_lowrank.methods.lora.pairs import Place, detach, factors, places
+
+Factors = dict[str, list[Tensor]]
+
+
+@dataclass
+class Prepared:
+    """What a module that is adapted knows of it, as its attribute `lora_prepared`; a copy of the module has it too.
+
+    Attributes:
+        settings: What was asked for.
+        choice: What was chosen.
+        frozen: Names of parameters that trained before.
+        thawed: Names of parameters that did not train before.
+        initial: By weight the factors that were taken out of it.
+        norms: Of the weights as they were.
+        bare: Only weights without pairs were loaded into it.
+        settled: Its pairs have what they begin with, or what was loaded; otherwise they are zero.
+    """
+
+    settings: Settings
+    choice: Choice
+    frozen: frozenset[str] = frozenset()
+    thawed: frozenset[str] = frozenset()
+    initial: dict[str, Factors] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    bare: bool = False
+    settled: bool = False
+
+
+def prepared(module: nn.Module | None) -> Prepared | None:
+    """What a module knows of its pairs, None where it has none."""
+    return None if module is None else module.__dict__.get("lora_prepared")
+
+
+def merge(module: nn.Module) -> nn.Module:
+    """Put what pairs add into the weights and take all that LoRA made out of a module: keys, classes and what trains
+    are those of before.
+    """
+    state = prepared(module)
+    if state is None:
+        raise ValueError(f"{type(module).__name__} has no pairs of LoRA")
+    found = places(module)
+    for place in found:
+        place.add()
+    for place in places(module, all_names=True):
+        if "lora" in place.holder.__dict__:
+            detach(place)
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is complete:
+            del module._load_state_dict_pre_hooks[key]
+    del module.__dict__["lora_prepared"]
+    for name, parameter in module.named_parameters():
+        if name in state.frozen or name in state.thawed:
+            parameter.requires_grad_(name in state.frozen)
+    return module
+
+
+def merged_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of an adapted module with the weights merged, and the keys that it would have without pairs."""
+    found = places(module, all_names=True)
+    gone = {key for place in found for key in place.factor_keys}
+    merged: dict[str, Any] = {key: value for key, value in state.items() if key not in gone}
+    for place in found:
+        copy = Place(place.name, place.key, place.path, place.holder, place.layer, nn.Parameter(place.weight.clone()))
+        copy.add()
+        del merged[place.key]
+        merged[place.original_key] = copy.weight.detach()
+    return merged
+
+
+def frozen_keys(module: nn.Module) -> set[str]:
+    """Keys of parameters that do not train."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict of the adapters alone, or of merged weights, be loaded onto the base that is there."""
+    state = prepared(module)
+    assert state is not None
+    found = places(module, all_names=True)
+    keys = [prefix + key for place in found for key in place.factor_keys]
+    own = {prefix + key: value for key, value in module.state_dict().items()}
+    if not any(key in state_dict for key in keys):
+        state.bare = True
+        for place in found:
+            state_dict.pop(prefix + place.original_key, None)
+            state_dict.setdefault(prefix + place.key, own[prefix + place.key])
+        state_dict |= {key: own[key] for key in keys}
+        return
+    state.settled = True
+    if not any(prefix + place.key in state_dict for place in found):
+        state_dict |= {key: own[key] for name in frozen_keys(module) if (key := prefix + name) not in state_dict}
+
+
+def copied(place: Place) -> Factors:
+    """Factors of a weight by part, on the host."""
+    return {
+        part: [a.detach().cpu().clone(), b.detach().cpu().clone()] for part, (a, b) in factors(place.holder).items()
+    }
+
+
+@torch.no_grad()
+def put(place: Place, values: Factors | None) -> None:
+    """Give a weight other factors, if there are any."""
+    for part, (a, b) in factors(place.holder).items() if values else ():
+        a.copy_(values[part][0])  # type: ignore[index]
+        b.copy_(values[part][1])  # type: ignore[index]
+
+
+def take_out(place: Place, before: Factors | None, after: Factors | None) -> None:
+    """Put what was taken out of a weight back into it, and take out something else."""
+    kept = copied(place)
+    for values, sign in ((before, 1), (after, -1)):
+        if values:
+            put(place, values)
+            place.add(sign)
+    put(place, kept)
+
+
+def same(one: Factors | None, other: Factors | None) -> bool:
+    """Whether both are equal to the bit, or there are none."""
+    if not one or not other:
+        return not one and not other
+    return all(torch.equal(x, y) for part in one for x, y in zip(one[part], other[part], strict=True))

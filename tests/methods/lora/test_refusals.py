@@ -1,0 +1,178 @@
+"""What LoRA refuses or warns of before training, by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lowrank import LoRA, watching
+from tests.trainings import QUIET, Classifier, gpt2, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lightning_lowrank lora")
+
+
+class Quantised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.first.weight = nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x @ self.first.weight.to(x.dtype).T)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "a rank above the matrix": (lambda: mlp(32), {"r": 41}, r"r=41 is above the rank of 'net.0.weight' \(32 x 64\)"),
+    "a quantised layer": (Quantised, {}, "'net.first' is quantised; what works is LoRA"),
+    "trained and adapted": (lambda: mlp(32), {"match": "net.0.weight", "train_also": "*.0.*"}, "which is adapted"),
+    "dropout without inputs": (gpt2, {"match": "*wte.weight", "dropout": 0.1}, "read without inputs of its own"),
+    "nothing that fits": (lambda: mlp(32), {"train_also": "net.9"}, "train_also: 'net.9' fits nothing"),
+    "ranks and match": (lambda: mlp(32), {"r": {"net.0.weight": 64}}, "r=64 is above the rank"),
+}
+
+
+def fit(module: L.LightningModule, lora: LoRA, *callbacks: L.Callback) -> None:
+    L.Trainer(**QUIET, max_steps=2, logger=False, callbacks=[lora, *callbacks]).fit(module)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_by_name_and_left_as_it_was(case: str) -> None:
+    make, options, why = REFUSED[case]
+    module = Classifier(make())
+    keys = list(module.state_dict())
+
+    with pytest.raises(ValueError, match=why):
+        fit(module, LoRA(**options))
+
+    assert list(module.state_dict()) == keys
+    assert all(p.requires_grad or not p.is_floating_point() for p in module.parameters())
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "r=0": {"r": 0},
+    "alpha=0": {"alpha": 0.0},
+    "init='some'": {"init": "some"},
+    "backend='peft'": {"init": "corda"},
+    "r=3 is odd": {"init": "orthogonal", "r": 3},
+    "dropout=1": {"dropout": 1.0},
+    "learning_rate_ratio=0": {"learning_rate_ratio": 0.0},
+    "give one": {"merge_on_save": True, "adapter_only": True},
+    "patterns of r": {"r": {"*": 2}, "match": "*"},
+    "intruders=-1": {"intruders": -1},
+}
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_options_out_of_range_are_refused(why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        LoRA(**BAD[why])
+
+
+class Doing(L.Callback):
+    def __init__(self, do: Callable[[Any], Any]) -> None:
+        self.do = do
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.do(pl_module)
+
+
+def zeroed(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.net[0].lora_A.zero_()  # type: ignore[index, union-attr, operator]
+
+
+IDLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "the base trains": (lambda m: m.requires_grad_(True), "the base 'net.0.weight' is not frozen"),
+    "all is frozen": (lambda m: m.requires_grad_(False), "the pairs of 'net.0.weight' are frozen"),
+    "both are zero": (zeroed, "both factors of 'net.0.weight' are zero"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_pairs_that_could_not_learn_are_refused(case: str) -> None:
+    do, why = IDLE[case]
+    module, lora = Classifier(mlp(32)), LoRA(r=2)
+    lora.prepare(module)
+
+    with pytest.raises(ValueError, match=why):
+        L.Trainer(**QUIET, max_steps=2, logger=False, callbacks=[Doing(do), lora]).fit(module)
+
+
+def test_pairs_that_no_optimizer_has_are_refused() -> None:
+    class Some(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net[4].parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="no optimizer has the pairs of"):
+        fit(Some(mlp(32)), LoRA(r=2))
+
+
+def test_a_loop_that_was_not_prepared_is_told_what_to_call() -> None:
+    net = mlp(32)
+
+    with (
+        pytest.raises(ValueError, match=r"lora.prepare\(model\)"),
+        watching(net, torch.optim.SGD(net.parameters(), lr=0.1), LoRA(r=2)),
+    ):
+        pass
+
+
+def test_another_lora_on_an_adapted_module_is_refused_and_the_same_goes_on() -> None:
+    module = Classifier(mlp(32))
+    fit(module, LoRA(r=2))
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+
+    fit(module, LoRA(r=2))
+
+    assert list(module.state_dict()) == list(before)
+    assert not torch.equal(module.state_dict()["net.0.lora_B"], before["net.0.lora_B"])
+    with pytest.raises(ValueError, match="adapted already"):
+        fit(module, LoRA(r=3))
+
+
+def test_a_pair_that_no_gradient_reaches_is_named_and_a_frozen_head_too() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.read, self.head = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(nn.functional.linear(torch.tanh(self.used(x)), self.read.weight))
+
+    with pytest.warns(UserWarning, match=r"no gradient reaches the pairs of \['net.read.weight'\]"):
+        fit(Classifier(Around()), LoRA(r=2))
+
+    module = Classifier(mlp(32))
+    module.net[4].requires_grad_(False)
+    with pytest.warns(UserWarning, match="is frozen, as it was before"):
+        fit(module, LoRA(r=2))
+
+
+def test_layers_of_configure_model_are_adapted_before_the_optimizer_is_made() -> None:
+    class Late(Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.made = False
+
+        def configure_model(self) -> None:
+            if not self.made:
+                self.net, self.made = mlp(32), True
+
+    module = Late()
+
+    fit(module, LoRA(r=2))
+
+    assert module.net[0].lora_B.any() and module.net[4].weight.requires_grad and not module.net[0].weight.requires_grad
+
+
+def test_the_table_says_what_is_adapted_trained_and_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(Classifier(gpt2()), LoRA(r=2, adapter_only=True, train_also="*ln_f*"))
+
+    table = next(record.message for record in caplog.records if "weights adapted" in record.message)
+    assert "4 weights adapted" in table and "trained whole: 154 numbers, 616 bytes" in table
+    assert "c_attn.weight  (12, 36)  q12 x 2 + k12 x 2 + v12 x 2" in table
+    assert "wte.weight (embedding)" in table and "a checkpoint has of the module" in table
