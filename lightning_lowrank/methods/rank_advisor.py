@@ -72,11 +72,9 @@ class Directions(NumberSource):
         self._sites = [site for site in found if any(p.requires_grad for p in site.parameters)]
         if not self._sites:
             raise ValueError("RankAdvisor: none of the matrices that it may look at is trained; name others by match")
-        strange = next((site.name for site in self._sites if site.computation is not None), None)
         sharded = next((s.name for s in self._sites if any(isinstance(p, DTensor) for p in s.parameters)), None)
-        if strange or sharded:
-            why = "is computed by a parametrization" if strange else "lies in shards on several processes"
-            raise ValueError(f"RankAdvisor cannot advise on {strange or sharded!r}, which {why}: exclude it")
+        if sharded is not None:
+            raise ValueError(f"RankAdvisor cannot advise on {sharded!r}, which lies in shards on several processes")
         # Refused now, where the least ranks are above the budget.
         several = {
             _weight(site): Energies(tuple(self._shapes(site)), (1.0,) * self._options.least) for site in self._sites
@@ -203,7 +201,7 @@ class RankAdvisor(Monitor):
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits
-            is trained, or a weight is sharded or computed by a parametrization.
+            is trained, a weight is sharded, or the budget does not suffice for the least ranks.
 
     Example:
         >>> RankAdvisor(budget=200_000)

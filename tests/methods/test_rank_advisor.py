@@ -210,6 +210,45 @@ def test_the_rate_of_gradient_descent_is_that_of_the_curvature_in_the_second_fac
     assert np.median(limits) / 30 < rates["gradient_descent_below"] < np.median(limits)
 
 
+def test_a_run_that_it_looks_at_is_the_run_without_it() -> None:
+    alone, watched = made(), made()
+    fit(alone)
+    fit(watched, RankAdvisor(600, every_n_steps=2))
+
+    assert all(torch.equal(*pair) for pair in zip(alone.parameters(), watched.parameters(), strict=True))
+    assert alone.losses == watched.losses
+
+
+def test_a_weight_that_is_computed_is_read_as_the_layer_has_it() -> None:
+    module, advisor = made(), RankAdvisor(600, match="net.0*")
+    nn.utils.parametrizations.weight_norm(module.net[0])  # type: ignore[index]
+    before = module.net[0].weight.detach().clone()  # type: ignore[index]
+    fit(module, advisor)
+
+    way = energies(module.net[0].weight - before)  # type: ignore[index]
+    assert_allclose(advisor.advice.energies["net.0.weight"].values, way, rtol=1e-4, atol=1e-8 * way[0])
+
+
+def test_a_fused_weight_gets_one_rank_for_all_its_parts() -> None:
+    class Attention(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(-1, 8, 8)
+            return self.net[1](self.net[0](rows, rows, rows)[0].flatten(1))  # type: ignore[index]
+
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    module, advisor = Attention(nn.Sequential(attention, nn.Linear(64, 10))), RankAdvisor(100, match="*in_proj_weight")
+    before = attention.in_proj_weight.detach().clone()
+    fit(module, advisor)
+    pairs = Attention(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(64, 10)))
+    LoRA(advisor.advice.patterns).prepare(pairs)
+
+    parts = (attention.in_proj_weight - before).chunk(3)
+    (one,) = advisor.advice.energies.values()
+    assert_allclose(one.values, sum(map(energies, parts)), rtol=1e-5, atol=1e-9)
+    assert sum(p.numel() for name, p in pairs.named_parameters() if "lora_" in name) == advisor.advice.spent
+
+
 def test_memory_is_a_budget_too() -> None:
     known = {"a.weight": Energies(((30, 20),), tuple(range(20, 0, -1)))}
 
@@ -247,12 +286,8 @@ def test_what_cannot_be_advised_on_is_refused_before_training() -> None:
     frozen = made()
     frozen.requires_grad_(False)
     frozen.net[4].requires_grad_(True)  # type: ignore[index,union-attr]
-    normed = made()
-    nn.utils.parametrizations.weight_norm(normed.net[0])  # type: ignore[index]
 
     with pytest.raises(ValueError, match="none of the matrices that it may look at is trained"):
         fit(frozen, RankAdvisor(1000))
-    with pytest.raises(ValueError, match=r"cannot advise on '.*0.weight', which is computed by a parametrization"):
-        fit(normed, RankAdvisor(1000))
     with pytest.raises(ValueError, match="does not suffice for rank 1 everywhere"):
         fit(made(), RankAdvisor(50))
