@@ -121,14 +121,23 @@ class Large(L.LightningModule):
 @contextmanager
 def within_monitor(*modes: TorchDispatchMode) -> Iterator[None]:
     """What the monitor does is done under them, what the training does is not."""
-    guard = Watch._guard
+    guard, inside = Watch._guard, False
 
     @contextmanager
     def guarded(watch: Watch, **options: Any) -> Iterator[None]:
+        nonlocal inside
         with guard(watch, **options), ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
+            # Once, where guards are nested: each mode would count again.
+            if not inside:
+                inside = True
+                stack.callback(leave)
+                for mode in modes:
+                    stack.enter_context(mode)
             yield
+
+    def leave() -> None:
+        nonlocal inside
+        inside = False
 
     with patch.object(Watch, "_guard", guarded):
         yield

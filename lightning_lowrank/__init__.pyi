@@ -63,6 +63,8 @@ from .monitors.curvature.monitor import CurvatureMonitor as CurvatureMonitor
 from .monitors.curvature.source import Curvature as Curvature
 from .monitors.dormant_units import DormantUnits as DormantUnits
 from .monitors.dormant_units import DormantUnitsMonitor as DormantUnitsMonitor
+from .monitors.loss import LossMonitor as LossMonitor
+from .monitors.loss import StepLoss as StepLoss
 from .monitors.multifractal.monitor import MultifractalMonitor as MultifractalMonitor
 from .monitors.multifractal.network_source import NeuroMFA as NeuroMFA
 from .monitors.multifractal.source import Multifractal as Multifractal
@@ -77,7 +79,10 @@ from .monitors.router import Routers as Routers
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert
+from .reports.alerts.ready_made import CusumAlert as CusumAlert
+from .reports.alerts.ready_made import DepartureAlert as DepartureAlert
 from .reports.alerts.ready_made import RankCollapseAlert as RankCollapseAlert
+from .reports.alerts.ready_made import SpikeAlert as SpikeAlert
 from .reports.alerts.rules import Alert as Alert
 from .reports.alerts.rules import AlertError as AlertError
 from .reports.alerts.rules import AlertEvent as AlertEvent

@@ -30,8 +30,8 @@ class Act(ABC):
     """
 
     name: str
-    structural: bool = False
     not_sharded: str = "no process has a whole one"
+    structural: bool = False
     warn: Callable[[str], None] = staticmethod(lambda message: None)
     say: Callable[[str], None] = staticmethod(lambda message: None)
 

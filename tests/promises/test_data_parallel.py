@@ -195,7 +195,7 @@ class Broken(MemoryLogger):
 FAULTS: dict[str, Callable[[L.LightningModule], Callable[[], None]]] = {
     "a NaN": not_a_number,
     "a decomposition": raising(matrices, "decompose"),
-    "an eigensolver": raising(sys.modules["lightning_lowrank.maths.spectra.decompose"], "eigenvalues"),
+    "an eigensolver": raising(sys.modules["lightning_lowrank.maths.spectra.decompose"], "eigenvalues_of_grams"),
     "a source": raising(Gradients, "gradients_final"),
     "pooled features": raising(Features, "batch_over"),
     "a statistic": raising(matrices, "estimate"),
@@ -258,7 +258,7 @@ def known(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 def with_all(rank: int, size: int, root: Path) -> Any:
     """What all monitors log together, their failures, and the weights with and without them."""
     weights, logger = [], MemoryLogger()
-    options = {"ntk": {"num_examples": 16 // size}, "anatomy": {"max_rows": 2048}}
+    options = {"ntk": {"num_examples": 16 // size}, "anatomy": {"max_rows": 2048}, "attention": {"num_rows": 2048}}
     monitors = {name: make(every_n_steps=2, **options.get(name, {})) for name, make in MONITORS.items()}
     for callbacks in (list(monitors.values()), []):
         L.seed_everything(0, verbose=False)

@@ -8,10 +8,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
-from lightning_lowrank import Alert, AlertEvent, ChangePointAlert, RankCollapseAlert, RankMonitor
+from lightning_lowrank import (
+    Alert,
+    AlertEvent,
+    ChangePointAlert,
+    CusumAlert,
+    RankCollapseAlert,
+    RankMonitor,
+    SpikeAlert,
+)
 from lightning_lowrank.reports.alerts.ready_made import rank_alerts
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.alerts.states import RuleState
@@ -22,10 +32,12 @@ QUICK: dict[str, Any] = {"warm_up_samples": 3, "window": 3, "for_samples": 3, "k
 QUANTITY = "weight_stable_rank"
 
 
+CONDITIONS_KNOWN = {"below", "above", "drop", "rise", "slope", "change", "departure", "spike", "cusum", "non_finite"}
+
+
 def rule(**options: Any) -> Alert:
     """Patient for three samples, after a warm-up of three; below 1.0 unless another condition is given."""
-    conditions = {"below", "above", "drop", "rise", "slope", "change", "non_finite"}
-    return Alert(QUANTITY, **(QUICK | ({} if conditions & options.keys() else {"below": 1.0}) | options))
+    return Alert(QUANTITY, **(QUICK | ({} if options.keys() & CONDITIONS_KNOWN else {"below": 1.0}) | options))
 
 
 def at_work(alert: Alert) -> RuleState:
@@ -168,7 +180,7 @@ def test_a_running_baseline_follows_a_slow_fall_and_that_of_the_warm_up_does_not
     assert [state for _, state in told(rule(drop=0.5, baseline="warm-up"), slow)] == ["firing"]
 
 
-CONDITIONS: dict[str, tuple[dict[str, float], list[float], list[float]]] = {
+CONDITIONS: dict[str, tuple[dict[str, Any], list[float], list[float]]] = {
     "below": ({"below": 1.0}, [2.0] * 5, [0.5] * 3),
     "above": ({"above": 3.0}, [2.0] * 5, [4.0] * 3),
     "drop": ({"drop": 0.5}, [2.0] * 5, [0.9] * 3),
@@ -176,16 +188,101 @@ CONDITIONS: dict[str, tuple[dict[str, float], list[float], list[float]]] = {
     "slope": ({"slope": 0.1}, [2.0] * 5, [1.7, 1.4, 1.1, 0.8]),
     "change up": ({"change": 6.0}, [2.0, 2.02, 1.98, 2.0, 2.01], [2.5] * 3),
     "change down": ({"change": 6.0}, [2.0, 2.02, 1.98, 2.0, 2.01], [1.5] * 3),
+    "departure up": ({"departure": 6.0}, [2.0, 2.02, 1.98, 2.0, 2.01], [2.5] * 3),
+    "departure down": ({"departure": 6.0, "baseline": "healthy"}, [2.0, 2.02, 1.98, 2.0, 2.01], [1.5] * 3),
+    "spike": ({"spike": 6.0}, [2.0, 2.02, 1.98, 2.0, 2.01], [2.2] * 3),
+    "cusum": ({"cusum": 4.0}, [2.0, 2.02, 1.98, 2.0, 2.01], [2.15] * 4),
 }
+LEARNT = {"change", "departure", "spike", "cusum"}
 
 
 @pytest.mark.parametrize("case", CONDITIONS)
 def test_each_condition_fires_on_what_it_is_for_and_on_nothing_in_health(case: str) -> None:
     options, well, ill = CONDITIONS[case]
-    alert = rule(**options, **({"warm_up_samples": 5, "window": 5} if "change" in options else {}))
+    alert = rule(**options, **({"warm_up_samples": 10, "window": 10} if LEARNT & options.keys() else {}))
 
     assert told(alert, well * 5) == []
-    assert [state for _, state in told(alert, well + ill)] == ["firing"]
+    assert [state for _, state in told(alert, well * 2 + ill)] == ["firing"]
+
+
+def test_a_healthy_baseline_is_the_median_and_spread_of_all_that_violated_nothing() -> None:
+    """Numpy's percentiles of the whole curve, of which every fourth number is kept."""
+    curve = np.random.default_rng(0).normal(10.0, 1.0, 70)
+    state = at_work(rule(departure=50.0, baseline="healthy", window=20, warm_up_samples=10))
+
+    shown(state, [*curve, 1e3, 1e3, 1e3])
+
+    track, kept = state.tracks["a"], curve[::4]
+    assert track.history == kept[: len(track.history)].tolist() and len(track.history) >= 15
+    assert_close(track.baseline, float(np.median(track.history)))
+    assert_close(track.spread, 1.4826 * float(np.median(np.abs(np.array(track.history) - track.baseline))))
+    assert track.state == "firing"
+
+
+def test_a_steady_drift_is_no_departure_from_a_healthy_baseline_and_is_one_from_a_running_one() -> None:
+    drift = [10.0 + 0.5 * i for i in range(300)]
+    options = {"departure": 4.0, "warm_up_samples": 20}
+
+    assert told(rule(**options, baseline="healthy", window=100), drift) == []
+    assert [state for _, state in told(rule(**options, baseline="warm-up", window=20), drift)] == ["firing"]
+
+
+def test_a_departure_is_over_when_the_number_is_back() -> None:
+    curve = [2.0, 2.1, 1.9, 2.0, 2.05] * 4
+    alert = rule(departure=8.0, baseline="healthy", warm_up_samples=20, window=20)
+
+    assert told(alert, curve + [4.0] * 30 + curve) == [(22, "firing"), (51, "resolved")]
+
+
+def test_steps_of_the_warm_up_are_no_part_of_a_healthy_baseline() -> None:
+    alert = rule(departure=8.0, baseline="healthy", warm_up_samples=20, window=20, warm_up_steps=10)
+    state = at_work(alert)
+
+    shown(state, [100.0] * 10 + [2.0, 2.1, 1.9, 2.0, 2.05] * 4)
+
+    assert state.tracks["a"].baseline == 2.0
+    assert len(state.tracks["a"].history) == 20
+
+
+def test_false_alarms_of_departures_on_noise_are_as_few_as_a_gaussian_says() -> None:
+    """Of 4,000 independent numbers beyond 3 spreads: 2.7 in a thousand, and more for a spread that is estimated."""
+    noise = np.random.default_rng(0).normal(10.0, 1.0, 4100).tolist()
+    alert = rule(departure=3.0, baseline="healthy", warm_up_samples=100, window=100, for_samples=1, keep_samples=1)
+
+    told_ = [state for _, state in told(alert, noise)]
+
+    assert 0.5 <= told_.count("firing") / 4 <= 8.0
+
+
+def test_a_spike_is_so_many_deviations_above_the_mean_of_the_window() -> None:
+    """Oracle: numpy's mean and standard deviation."""
+    window = np.random.default_rng(0).normal(10.0, 1.0, 128)
+    limit = float(window.mean() + 6.0 * window.std())
+
+    for value, fires in ((limit - 1e-3, False), (limit + 1e-3, True)):
+        assert bool(told(SpikeAlert(QUANTITY), [*window, value])) == fires
+
+
+def test_a_cusum_adds_up_what_is_above_the_baseline() -> None:
+    """Oracle: Page's recursion, written out."""
+    curve = np.random.default_rng(1).normal(10.0, 1.0, 128)
+    more = np.random.default_rng(2).normal(11.5, 1.0, 40)
+    baseline = float(np.median(curve))
+    spread = 1.4826 * float(np.median(np.abs(curve - baseline)))
+    sums = [0.0]
+    for value in more:
+        sums.append(max(0.0, sums[-1] + (float(value) - baseline) / spread - 0.5))
+    first = next(i for i, total in enumerate(sums) if total > 8.0) - 1
+
+    events = told(CusumAlert(QUANTITY, baseline="warm-up"), [*curve, *more])
+
+    assert events[0] == (128 + first, "firing")
+
+
+def test_a_cusum_says_nothing_of_what_falls() -> None:
+    noise = np.random.default_rng(0).normal(0.0, 1.0, 200)
+
+    assert told(CusumAlert(QUANTITY), [100.0 + value - 0.3 * i for i, value in enumerate(noise)]) == []
 
 
 def test_one_of_several_conditions_is_enough() -> None:
@@ -261,12 +358,18 @@ def test_a_message_says_what_where_how_much_against_what_since_when_why_and_wher
     assert len(event.title) <= 63
 
 
+LONG: dict[str, Any] = {"warm_up_samples": 10, "window": 10, "for_samples": 1, "keep_samples": 1}
 STORY = [2.0] * 4 + [0.5, NAN, 0.5, 0.5, 0.5, NAN, 1.05, 2.0, 2.0, 2.0, 0.5, 0.5, 2.0, 0.5, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("stopped", range(len(STORY)))
 @pytest.mark.parametrize(
-    "options", [{}, {"drop": 0.5}, {"cooldown_steps": 14}, {"change": 5.0, "warm_up_samples": 5, "window": 5}]
+    "options",
+    [
+        *({}, {"drop": 0.5}, {"cooldown_steps": 14}, {"change": 5.0, "warm_up_samples": 5, "window": 5}),
+        *({"departure": 0.4, "baseline": "healthy", "warm_up_samples": 10, "window": 10}, {"cusum": 2.0, **LONG}),
+        {"spike": 0.5, **LONG},
+    ],
 )
 def test_a_run_resumed_in_any_state_gives_the_events_of_one_that_never_stopped(
     options: dict[str, Any], stopped: int
@@ -313,6 +416,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"warm_up_samples": -1}, "warm_up_samples=-1"),
     ({"drop": 0.5, "warm_up_samples": 0}, "1 samples at least to learn from"),
     ({"change": 5.0}, "5 samples at least to learn from"),
+    ({"departure": 5.0, "baseline": "healthy"}, "10 samples at least to learn from"),
+    ({"departure": 0.0}, "departure=0.0: above 0"),
+    ({"spike": -6.0}, "spike=-6.0: above 0"),
+    ({"cusum": NAN}, "cusum=nan: a finite number"),
     ({"hysteresis": 1.0}, "hysteresis=1.0"),
     ({"quorum": 0}, "quorum=0"),
     ({"quorum": 1.5}, "quorum=1.5"),

@@ -44,7 +44,7 @@ class Adapters(Act):
     """
 
     settings: Settings
-    ratio: float | None = None
+    ratio: int | float | None = None
     saved: str = "whole"
     name: str = "LoRA"
     structural = True

@@ -94,7 +94,7 @@ class LoRA(Method):
         train_also: str | Sequence[str] = (),
         rslora: bool = False,
         dropout: float = 0.0,
-        learning_rate_ratio: float | None = None,
+        learning_rate_ratio: int | float | None = None,
         merge_on_save: bool = False,
         adapter_only: bool = False,
         *,

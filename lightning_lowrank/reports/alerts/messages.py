@@ -72,7 +72,12 @@ def _of_site(site: SiteAlert) -> str:
             return f"{value}, allowed {site.threshold:.3g}"
         case "change":
             return f"{value}, another level{against}, allowed to {site.threshold:.4g}"
-    return f"{value}{against}, alert {'above' if site.condition in ('above', 'rise') else 'below'} {site.threshold:.4g}"
+        case "departure":
+            return f"{value}, not as it was in this run{against}, allowed to {site.threshold:.4g}"
+        case "cusum":
+            return f"{value}, drifts upwards{against}, in all by more than {site.threshold:.3g} spreads"
+    upper = site.condition in ("above", "rise", "spike")
+    return f"{value}{against}, alert {'above' if upper else 'below'} {site.threshold:.4g}"
 
 
 def _percent(site: SiteAlert) -> str:

@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 Action = Literal["warn", "log", "wandb", "checkpoint", "stop", "raise"]
 Severity = Literal["info", "warn", "error"]
-Baseline = Literal["running", "warm-up"]
+Baseline = Literal["running", "warm-up", "healthy"]
 
 # Conditions, each of which is enough.
-CONDITIONS = ("below", "above", "drop", "rise", "slope", "change", "non_finite")
+CONDITIONS = ("below", "above", "drop", "rise", "slope", "change", "departure", "spike", "cusum", "non_finite")
 SHARES = ("drop", "slope", "non_finite")
+POSITIVE = ("rise", "change", "departure", "spike", "cusum")
 # Numbers that are counts, and the least of each.
 COUNTS = {
     "window": 2,
@@ -23,7 +24,7 @@ COUNTS = {
     "warm_up_steps": 0,
 }
 # Samples of the warm-up that a condition needs: a baseline; its spread.
-NEEDED = {"drop": 1, "rise": 1, "change": 5}
+NEEDED = {"drop": 1, "rise": 1, "change": 5, "departure": 10, "spike": 10, "cusum": 10}
 
 
 class AlertError(RuntimeError):
@@ -122,9 +123,15 @@ class Alert:
         change: A change point, either way: how many spreads it may be away from the baseline (a spread is 1.4826 times
             the median distance from the median, and at least 2 % of that). After it has fired the baseline is learnt
             anew, which takes `window` samples.
+        departure: How many spreads it may be away from the baseline, either way, as for `change`; it fires until the
+            number is back.
+        spike: How many standard deviations it may be above the mean of the samples that the baseline is made of.
+        cusum: How far it may have drifted upwards in all: the excess over the baseline, in spreads and each time half a
+            spread less, is added up from sample to sample, and begins anew where the sum falls below 0.
         non_finite: Share of the sites that may be without a finite number in a sample.
-        baseline: Median of the last `window` samples before the violation, or of those of the warm-up, which stays for
-            good.
+        baseline: "running": median of the last `window` samples before the violation. "warm-up": of those of the
+            warm-up, which stays for good. "healthy": of all samples after `warm_up_steps` that violated nothing,
+            thinned to at most `window`: the run's own earlier distribution, so that the spread has its drift in it.
         window: Samples, for running baselines and slopes.
         for_samples: Samples in a row that must violate before it fires.
         keep_samples: Samples in a row that must be well again before it is over.
@@ -145,6 +152,10 @@ class Alert:
 
     Raises:
         ValueError: There is no condition, or a number makes no sense.
+
+    References:
+        Page (1954), Continuous Inspection Schemes, Biometrika 41: `cusum`. `spike` is the spike score of OLMo (2024),
+        arXiv 2501.00656: 6 standard deviations, a window of 128.
     """
 
     quantity: str
@@ -156,6 +167,9 @@ class Alert:
     rise: float | None = None
     slope: float | None = None
     change: float | None = None
+    departure: float | None = None
+    spike: float | None = None
+    cusum: float | None = None
     non_finite: float | None = None
     baseline: Baseline = "running"
     window: int = 10
@@ -191,7 +205,7 @@ class Alert:
         """What makes no sense, in words."""
         given: dict[str, float] = {name: getattr(self, name) for name in self.conditions}
         needed = max((NEEDED.get(name, 0) for name in given), default=0)
-        learnt = min(self.warm_up_samples, self.window) if self.baseline == "running" else self.warm_up_samples
+        learnt = self.warm_up_samples if self.baseline == "warm-up" else min(self.warm_up_samples, self.window)
         wrong = {
             f"give at least one of {CONDITIONS}": not given,
             **{f"{name}={x!r}: a finite number": not math.isfinite(x) for name, x in given.items()},
@@ -200,7 +214,7 @@ class Alert:
                 for name, x in given.items()
                 if name in SHARES
             },
-            **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in ("rise", "change")},
+            **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
             f"hysteresis={self.hysteresis!r}: from 0 on and below 1": not 0 <= self.hysteresis < 1,
             (
                 f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0"

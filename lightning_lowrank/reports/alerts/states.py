@@ -17,6 +17,8 @@ NAMED = 5
 LEAST_SPREAD = 0.02
 # Median distance from the median of a Gaussian, as a share of its standard deviation, inverted.
 MAD_TO_DEVIATION = 1.4826
+# What a CUSUM takes off each excess, in spreads: half of the smallest shift that it is to find (Page 1954).
+ALLOWANCE = 0.5
 
 
 @dataclass
@@ -33,6 +35,11 @@ class Track:
         recent: The last ones with their errors, whatever they were.
         baseline: Median of the history, as it was before the violation.
         spread: Around it.
+        mean: Of the history.
+        deviation: Its standard deviation.
+        drift: The excesses over the baseline added up, in spreads.
+        stride: Of a healthy baseline, one in so many samples is kept.
+        skipped: Samples since the last that was.
         reason: The last violation.
     """
 
@@ -45,17 +52,29 @@ class Track:
     recent: list[list[float]] = field(default_factory=list)
     baseline: float = math.nan
     spread: float = math.nan
+    mean: float = math.nan
+    deviation: float = math.nan
+    drift: float = 0.0
+    stride: int = 1
+    skipped: int = 0
     reason: list[Any] = field(default_factory=lambda: ["", math.nan, 0.0])
 
     def see(self, rule: Alert, step: int, value: float, error: float) -> None:
         """Take the next number; one that is not finite counts neither way."""
         if not (math.isfinite(value) and math.isfinite(error)):
             return
-        self.seen += 1
+        is_early = step < rule.warm_up_steps
+        self.seen += not (is_early and rule.baseline == "healthy")
         self.recent = [*self.recent[1 - rule.window :], [value, error]]
-        if self.seen <= rule.warm_up_samples or step < rule.warm_up_steps:
-            self._learn(rule, value)
-        elif self.state == "firing":
+        if is_early or self.seen <= rule.warm_up_samples:
+            if not is_early or rule.baseline != "healthy":
+                self._learn(rule, value)
+            return
+        if rule.cusum is not None and self.spread > 0:
+            excess = (value - self.baseline) / self.spread - ALLOWANCE
+            # No more than twice what fires: it is over soon after the drift is.
+            self.drift = min(max(0.0, self.drift + excess), 2 * rule.cusum)
+        if self.state == "firing":
             self._calm(rule, value)
         else:
             self._judge(rule, step, value)
@@ -65,7 +84,7 @@ class Track:
         violation = max(self._violations(rule, 0.0), key=lambda v: v.excess, default=None)
         if violation is None:
             self.state, self.in_a_row = "ok", 0
-            if rule.baseline == "running":
+            if rule.baseline != "warm-up":
                 self._learn(rule, value)
             return
         if self.state == "ok":
@@ -75,7 +94,7 @@ class Track:
         if self.in_a_row >= rule.for_samples:
             self.state, self.in_a_row = "firing", 0
             if violation.condition == "change":
-                self.history = []
+                self.history, self.stride, self.skipped = [], 1, 0
 
     def _calm(self, rule: Alert, value: float) -> None:
         """Whether it is well again, and has been for long enough."""
@@ -101,10 +120,24 @@ class Track:
         Args:
             keep: The baseline stays as it is.
         """
-        length = rule.window if rule.baseline == "running" else max(rule.window, rule.warm_up_samples)
+        length = max(rule.window, rule.warm_up_samples) if rule.baseline == "warm-up" else rule.window
+        if rule.baseline == "healthy":
+            self._thin(length)
+            if self.skipped:
+                return
         self.history = [*self.history[1 - length :], value]
         if not keep and NEEDED.keys() & rule.conditions:
             self._weigh()
+            if rule.spike is not None:
+                self.mean = sum(self.history) / len(self.history)
+                squares = sum((value - self.mean) ** 2 for value in self.history)
+                self.deviation = math.sqrt(squares / len(self.history))
+
+    def _thin(self, length: int) -> None:
+        """Keep numbers of all of the time, as far apart as their number asks for."""
+        self.skipped = (self.skipped + 1) % self.stride
+        if not self.skipped and len(self.history) == length:
+            self.history, self.stride = self.history[::2], 2 * self.stride
 
     def _weigh(self) -> None:
         self.baseline = _median(self.history)
@@ -121,11 +154,20 @@ class Track:
         # To begin to fire it must be beyond with all of its error; to be over it must be well with all of it.
         doubt = error if self.state == "firing" else -error
         for name, threshold, upper in self._limits(rule):
-            subject, its_doubt = (value, doubt) if name != "slope" else self._slope(doubt)
-            way = margin * abs(threshold - (self.baseline if name in NEEDED else 0.0))
+            subject, its_doubt = self._subject(name, value, doubt)
+            way = margin * abs(threshold - (self.baseline if name in NEEDED and name != "cusum" else 0.0))
             beyond = (subject - threshold if upper else threshold - subject) + its_doubt + way
             if beyond > 0:
                 yield Violation(name, threshold, beyond / (abs(threshold) or 1.0))
+
+    def _subject(self, name: str, value: float, doubt: float) -> tuple[float, float]:
+        """What a condition looks at, and its doubt."""
+        match name:
+            case "slope":
+                return self._slope(doubt)
+            case "cusum":
+                return self.drift, doubt / self.spread
+        return value, doubt
 
     def _limits(self, rule: Alert) -> Iterator[tuple[str, float, bool]]:
         """Condition, threshold and whether that is an upper one."""
@@ -138,9 +180,14 @@ class Track:
             yield "drop", base - rule.drop * size, False
         if rule.rise is not None and size > 0:
             yield "rise", base + rule.rise * size, True
-        if rule.change is not None and self.spread > 0:
-            yield "change", base - rule.change * self.spread, False
-            yield "change", base + rule.change * self.spread, True
+        for name, spreads in (("change", rule.change), ("departure", rule.departure)):
+            if spreads is not None and self.spread > 0:
+                yield name, base - spreads * self.spread, False
+                yield name, base + spreads * self.spread, True
+        if rule.spike is not None and self.deviation > 0:
+            yield "spike", self.mean + rule.spike * self.deviation, True
+        if rule.cusum is not None and self.spread > 0:
+            yield "cusum", rule.cusum, True
         if rule.slope is not None and len(self.recent) == rule.window:
             yield "slope", -rule.slope, False
 
