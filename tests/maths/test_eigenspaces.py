@@ -145,6 +145,22 @@ def test_a_wider_space_is_orthonormal_and_has_its_images(name):
     assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20, 1e30])
+def test_pairs_of_an_operator_in_other_units_are_the_same(factor):
+    """Squares of its entries are beyond the range of float32."""
+    plain, _ = with_spectrum(SPECTRA["indefinite"])
+    scaled = Operator(SIZE, lambda v: factor * plain.multiply(v), plain.device, plain.dtype)
+    one, other = (
+        widened(operator, pairs, images_of_signs(operator), lowest=1, num_products=2)
+        for operator in (plain, scaled)
+        for pairs in [top_eigenpairs(operator, 3, lowest=1, num_products=6, generator=generator())]
+    )
+
+    for name in ("values", "errors", "residuals"):
+        assert_close(getattr(other, name) / factor, getattr(one, name), rtol=1e-3, atol=1e-5, msg=name)
+    assert_close(overlap(one.vectors, other.vectors), torch.tensor(1.0), rtol=0, atol=1e-5)
+
+
 def test_errors_are_squares_of_residuals_over_gaps_where_values_are_apart():
     """By the bound of Kato and Temple: the truth is within it, and it is far below the residual."""
     operator, _ = with_spectrum([9.0, *np.linspace(1.0, 0.5, 30)], dtype=torch.float64)

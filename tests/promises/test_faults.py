@@ -312,7 +312,7 @@ def test_a_source_that_fails_costs_its_own_numbers(case: str, monkeypatch: pytes
 
 def test_a_layer_whose_output_cannot_be_read_costs_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = RankMonitor(("gradients", "features"), ("stable_rank",), every_n_steps=1, per_site=True, detail="all")
-    monkeypatch.setattr(features, "_rows", failing(features._rows, RuntimeError("odd"), on_call=5))
+    monkeypatch.setattr(features, "rows_of", failing(features.rows_of, RuntimeError("odd"), on_call=5))
 
     with pytest.warns(
         UserWarning, match="feature: no number for 1 of 2 sites, the first is 'net.0.out'.*odd"
@@ -414,7 +414,7 @@ OUR_MOMENTS: dict[str, tuple[Any, str]] = {
     "in the optimizer's step": (torch.optim.AdamW, "step"),
     "while gradients are read": (Gradients, "gradients_final"),
     "after the step": (Updates, "step_done"),
-    "in the forward hook": (features, "_rows"),
+    "in the forward hook": (features, "rows_of"),
     "in the report": (Sampling, "report"),
 }
 

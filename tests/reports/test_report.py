@@ -6,14 +6,14 @@ import pytest
 
 from lightning_lowrank import MultifractalMonitor
 from lightning_lowrank.reports.report import DETAILS
-from tests.monitors import MONITORS
+from tests.monitors import ANY
 from tests.trainings import Classifier, MemoryLogger, fitted, mlp
 
 
 @cache
 def written(kind: str, detail: str) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Tags that loggers get; quantities of the core over sites, and of the whole model, as the group has them."""
-    monitor, logger = MONITORS[kind](every_n_steps=1, detail=detail, per_site="auto"), MemoryLogger()
+    monitor, logger = ANY[kind](every_n_steps=1, detail=detail, per_site="auto"), MemoryLogger()
     fitted(Classifier(mlp()), [monitor], logger, 1, max_steps=3)
     style = monitor.watch.journal.style
     trained = [recorder for recorder in monitor.recorders if recorder.probe.source.stage == "train"]
@@ -23,14 +23,14 @@ def written(kind: str, detail: str) -> tuple[frozenset[str], frozenset[str], fro
     return frozenset(logger.curves()), of_sites, of_model
 
 
-@pytest.mark.parametrize("kind", MONITORS)
+@pytest.mark.parametrize("kind", ANY)
 def test_the_core_of_a_monitor_is_written_at_the_default_detail(kind: str) -> None:
     tags, of_sites, of_model = written(kind, "core")
 
-    assert {tag for tag in tags if tag.startswith(f"{MONITORS[kind]().label}/")} == of_sites | of_model
+    assert {tag for tag in tags if tag.startswith(f"{ANY[kind]().label}/")} == of_sites | of_model
 
 
-@pytest.mark.parametrize("kind", MONITORS)
+@pytest.mark.parametrize("kind", ANY)
 def test_more_detail_takes_nothing_away(kind: str) -> None:
     tags = [written(kind, detail)[0] for detail in DETAILS]
 

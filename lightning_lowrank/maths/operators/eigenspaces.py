@@ -36,7 +36,7 @@ class Eigenpairs:
         values: Rayleigh quotients, signed, largest first.
         vectors: Unit vectors, one a row.
         couplings: `A v - value v` is the couplings times the remainders, which are orthogonal to all vectors.
-        remainders: As few as there are; of any length.
+        remainders: As few as there are; unit vectors, or 0.
         errors: How far each value may be from the eigenvalue of its rank: what its residual leaves open, and what the
             last third of the products moved it by. Nearly always a bound.
         before: The values as they were before the last third of the products.
@@ -210,7 +210,9 @@ def _pairs(
         couplings: What it has outside of the space is these times the remainders.
     """
     values, turn = _ritz((projected + projected.mT) / 2)
-    couplings, nothing = turn @ couplings.to(turn), torch.zeros_like(values)
+    # Their lengths are as large as the operator, and their squares may be beyond what the dtype can tell.
+    remainders, lengths = unit_vectors(remainders)
+    couplings, nothing = turn @ (couplings.to(turn) * lengths.to(turn)), torch.zeros_like(values)
     whole = Eigenpairs(values, turn.to(basis) @ basis, couplings, remainders, nothing, values)
     open_ = _left_open(values, whole.residuals)
     open_below = _left_open(-values.flip(0), whole.residuals.flip(0)).flip(0)
@@ -249,6 +251,7 @@ def _strongest(vectors: Float[Tensor, "n P"], basis: Float[Tensor, "m P"]) -> Fl
     where they have nothing.
     """
     left = _outside(basis, vectors)
+    left = ratio(left, left.abs().max())  # its squares are within the dtype's range
     combination = _ritz(left @ left.mT)[1][:1].to(left)
     found, length = unit_vectors(combination @ left)
     found = torch.where(length[:, None] == 0, basis[-1:].roll(1, -1), found)
