@@ -39,6 +39,7 @@ from .measuring.sources.weights import Weights as Weights
 from .methods.galore.callback import GaLore as GaLore
 from .methods.lora.callback import LoRA as LoRA
 from .methods.lora.relora import ReLoRA as ReLoRA
+from .methods.rank_advisor import RankAdvisor as RankAdvisor
 from .methods.regularisers import JacobianPenalty as JacobianPenalty
 from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty
@@ -89,6 +90,7 @@ from .reports.alerts.rules import AlertError as AlertError
 from .reports.alerts.rules import AlertEvent as AlertEvent
 from .reports.dashboard import Sample as Sample
 from .reports.dashboard import summary_table as summary_table
+from .reports.rank_advice import RankAdvice as RankAdvice
 from .statistics.registry import Statistic as Statistic
 from .statistics.registry import statistic as statistic
 from .watching.loops import watching as watching

@@ -1,0 +1,226 @@
+"""Ranks, adapters and merges of checkpoints from the command line; peft itself loads what is written."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lightning_lowrank.analysis.cli import main
+from tests.trainings import gpt2, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+X = torch.rand(5, 64)
+RANKS = {"0.weight": 1, "2.weight": 3, "4.weight": 2}
+
+
+class Convolving(nn.Sequential):
+    """A convolution, an embedding's worth of inputs aside."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, 1, 8, 8))
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed((19 * x[:, :7]).long()).mean(1))
+
+
+def moved_by(module: nn.Module, ranks: dict[str, int] | int, within: str = "") -> nn.Module:
+    """A copy whose weights moved by matrices of these ranks."""
+    torch.manual_seed(1)
+    after = copy.deepcopy(module)
+    for name, p in after.named_parameters():
+        rank = ranks if isinstance(ranks, int) else ranks.get(name, 0)
+        if p.ndim > 1 and rank and "wpe" not in name and "wte" not in name:
+            change = 0.1 * torch.randn(p.shape[0], rank) @ torch.randn(rank, p[0].numel())
+            p.data += change.reshape(p.shape)
+    return after.eval()
+
+
+def saved(folder: Path, before: nn.Module, after: nn.Module) -> tuple[str, str]:
+    for name, module in (("before.pt", before), ("after.pt", after)):
+        torch.save(module.state_dict(), folder / name)
+    return str(folder / "before.pt"), str(folder / "after.pt")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[str, str]:
+    torch.manual_seed(0)
+    module = mlp(16)
+    return saved(tmp_path, module, moved_by(module, RANKS))
+
+
+def test_ranks_of_planted_changes_are_advised_where_the_budget_suffices(
+    two: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["advise-ranks", *two, "--budget", "1000", "--json"])
+    told = json.loads(capsys.readouterr().out)
+
+    before, after = (torch.load(path, weights_only=True) for path in two)
+    spectra = {
+        name: np.linalg.svd((after[name] - before[name]).double().numpy(), compute_uv=False) ** 2 for name in RANKS
+    }
+    kept = sum(spectra[name][: told["ranks"][name]].sum() for name in RANKS)
+    assert all(told["ranks"][name] >= rank for name, rank in RANKS.items()) and told["spent"] <= 1000
+    assert told["captured"] == pytest.approx(kept / sum(map(np.sum, spectra.values())))
+
+
+def test_a_small_budget_goes_to_the_directions_that_are_worth_most(
+    two: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["advise-ranks", *two, "--budget", "200", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    main(["advise-ranks", *two, "--budget", "2kB", "--method", "galore", "--least", "1"])
+
+    assert told["captured"] > told["captured_by_uniform"] and told["spent"] <= 200
+    assert "0.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "model"),
+    [(lambda: mlp(16), None), (gpt2, f"{__name__}:gpt2"), (Convolving, None), (Embedding, None)],
+    ids=["mlp", "gpt2", "convolution", "embedding"],
+)
+def test_peft_loads_what_is_extracted_onto_the_base(make: Any, model: str | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = make().eval()
+    after = moved_by(base, 2)
+    words = [] if model is None else ["--model", model]
+
+    main(["extract-lora", *saved(tmp_path, base, after), "--energy", "0.999999", *words, "-o", str(tmp_path / "lora")])
+
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert_close(loaded(X), after(X), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(base(X), after(X), atol=1e-2)
+
+
+def test_what_a_pair_leaves_of_a_change_is_said_for_each_layer(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ranks.json").write_text(json.dumps({"0.weight": 1, "2.weight": 2}))
+    options = ["--ranks", str(tmp_path / "ranks.json"), "-o", str(tmp_path / "lora"), "--json"]
+
+    main(["extract-lora", *two, *options])
+    told = json.loads(capsys.readouterr().out)
+
+    before, after = (torch.load(path, weights_only=True) for path in two)
+    for name, rank in (("0.weight", 1), ("2.weight", 2), ("4.weight", 0)):
+        change = (after[name] - before[name]).double().numpy()
+        values = np.linalg.svd(change, compute_uv=False)
+        rest = np.sqrt((values[rank:] ** 2).sum())
+        assert told[name]["rank"] == rank
+        assert_allclose(told[name]["error"], rest / np.linalg.norm(change), atol=1e-6)
+        assert_allclose(told[name]["error_over_weight"], rest / np.linalg.norm(after[name]), atol=1e-6)
+
+
+def test_advised_ranks_are_read_by_what_extracts(two: tuple[str, str], tmp_path: Path) -> None:
+    ranks = tmp_path / "ranks.json"
+    main(["advise-ranks", *two, "--budget", "300", "-o", str(ranks)])
+    main(["extract-lora", *two, "--ranks", str(ranks), "-o", str(tmp_path / "lora")])
+
+    told = json.loads(ranks.read_text())
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == told["spent"] <= 300
+
+
+def test_an_extracted_adapter_merged_into_the_base_is_the_fine_tuned_model(
+    two: tuple[str, str], tmp_path: Path
+) -> None:
+    main(["extract-lora", *two, "--energy", "1", "-o", str(tmp_path / "lora")])
+    main(["merge", str(tmp_path / "lora"), two[0], "-o", str(tmp_path / "merged.safetensors")])
+
+    merged, after = load_file(tmp_path / "merged.safetensors"), torch.load(two[1], weights_only=True)
+    assert merged.keys() == after.keys()
+    for name, tensor in merged.items():
+        assert_close(tensor, after[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(16), gpt2, Convolving], ids=["mlp", "gpt2", "convolution"])
+def test_a_merge_of_an_adapter_of_peft_is_that_of_peft(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = make().eval()
+    layers = [name for name, layer in base.named_modules() if type(layer).__name__ in ("Linear", "Conv1D", "Conv2d")]
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=layers[:-1], rank_pattern={layers[0]: 3})
+    theirs = get_peft_model(copy.deepcopy(base), config)
+    for name, p in theirs.named_parameters():
+        p.data += 0.1 * torch.randn(p.shape) * ("lora_" in name)
+    theirs.save_pretrained(tmp_path / "lora")
+    torch.save({f"inner.{name}": tensor for name, tensor in base.state_dict().items()}, tmp_path / "base.pt")
+
+    merged = str(tmp_path / "merged.safetensors")
+    main(["merge", str(tmp_path / "lora"), str(tmp_path / "base.pt"), "--within", "inner", "-o", merged])
+
+    ours = {name.removeprefix("inner."): tensor for name, tensor in load_file(merged).items()}
+    expected = theirs.merge_and_unload().state_dict()  # type: ignore[operator]
+    for name, tensor in ours.items():
+        assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_the_model_may_be_what_peft_gets(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = mlp(16).eval()
+    after = moved_by(base, 2)
+    files = saved(tmp_path, nn.ModuleDict({"net": base}), nn.ModuleDict({"net": after}))
+
+    main(["extract-lora", *files, "--energy", "0.999999", "--within", "net", "-o", str(tmp_path / "lora")])
+
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert_close(loaded(X), after(X), rtol=1e-3, atol=1e-4)
+
+
+def test_what_changed_and_is_in_no_pair_is_named(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = torch.load(two[1], weights_only=True)
+    torch.save(after | {"0.bias": after["0.bias"] + 1}, two[1])
+
+    main(["extract-lora", *two, "--exclude", "4*", "-o", str(tmp_path / "lora")])
+
+    assert "changed, and not in the adapter: ['0.bias', '4.weight']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["advise-ranks", "A", "B", "--budget", "8 apples"], "or memory, as '8 MB'"),
+        (["advise-ranks", "A", "B", "--budget", "10", "--least", "1"], "does not suffice for rank 1 everywhere"),
+        (["extract-lora", "A", "A", "-o", "lora"], "no weight of .* that is asked for changed"),
+        (["extract-lora", "A", "B", "--energy", "2", "-o", "lora"], "energy=2.0 is above 0 and up to 1"),
+        (["extract-lora", "A", "B", "--ranks", "ranks.json", "-o", "lora"], r"there are ranks for \['9.weight'\]"),
+        (["extract-lora", "A", "B", "--ranks", "no.json", "-o", "lora"], "no.json cannot be read as JSON"),
+        (["merge", "lora", "A", "-o", "merged.safetensors"], "lora has no adapter_config.json"),
+        (["merge", "other", "A", "-o", "merged.safetensors"], "the adapter is for .*, which .* lacks.*--within"),
+    ],
+)
+def test_bad_input_is_refused_in_words(
+    words: list[str],
+    why: str,
+    two: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ranks.json").write_text('{"ranks": {"9.weight": 2}}')
+    get_peft_model(nn.ModuleDict({"x": nn.Linear(4, 4)}), LoraConfig(r=2, target_modules=["x"])).save_pretrained(
+        "other"
+    )
+
+    with pytest.raises(SystemExit, match=why):
+        main([dict(zip("AB", two, strict=True)).get(word, word) for word in words])
