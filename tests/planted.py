@@ -46,6 +46,7 @@ class Mistake:
 
 
 PROMISES, MATHS, GALORE = "tests/promises/", "tests/maths/", "tests/methods/galore/test_"
+LORA = "tests/methods/lora/test_"
 NEUTRAL, PAIRS, RESUME = PROMISES + "test_neutrality.py", PROMISES + "test_pairs.py", PROMISES + "test_resume.py"
 ALL_AT_ONCE = NEUTRAL + "::test_training_is_the_same_with_all_monitors_at_once"
 NUMBERS = PROMISES + "test_fault_matrix.py::test_a_number_is_that_of_what_was_there_or_is_missing"
@@ -229,6 +230,37 @@ MISTAKES: dict[str, Mistake] = {
         r"two_sided and not state",
         "False",
         (f"{GALORE}trainings.py::test_moments_that_are_empty_get_no_rounding_of_both_sides",),
+    ),
+    # Training of pairs
+    "LoRA does not scale its branch": Mistake(
+        "methods/lora/pairs.py",
+        r"return inner if recipe\.scaling == 1 else inner \* recipe\.scaling",
+        "return inner",
+        (f"{LORA}pairs.py::test_outputs_and_gradients_are_those_of_peft[False-0.0]",),
+    ),
+    "LoRA leaves in the weight what its pairs begin as": Mistake(
+        "methods/lora/inits.py",
+        r"place\.add\(-1\)",
+        "pass",
+        (f"{LORA}pairs.py::test_a_model_begins_as_it_was[pissa-mlp]",),
+    ),
+    "LoRA saves the base as merged weights": Mistake(
+        "methods/lora/prepared.py",
+        r"copy\.add\(\)",
+        "pass",
+        (f"{LORA}exchange.py::test_a_merged_checkpoint_is_loaded_without_the_callback[default]",),
+    ),
+    "ReLoRA begins new pairs and drops the old": Mistake(
+        "methods/lora/restarts.py",
+        r"place\.add\(\)",
+        "pass",
+        (f"{LORA}relora.py::test_the_function_is_the_same_after_a_restart",),
+    ),
+    "CorDA by peft forgets what it took out of the weight": Mistake(
+        "methods/lora/by_peft.py",
+        r"layer\.lora_state\.initial\[layer\.lora_name\] = copied\(layer\)",
+        "pass",
+        (f"{LORA}by_peft.py::test_peft_loads_what_is_exported[corda]",),
     ),
     "the norm of a residual grows as it likes": Mistake(
         "methods/galore/residual.py",

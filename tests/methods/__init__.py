@@ -36,6 +36,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "relora, some reset, after a warm start": lambda **options: ReLoRA(
         **_RELORA | {"reset": "magnitude:0.5", "warm_start_steps": 2} | options
     ),
+    "lora, by peft, corda": lambda **options: LoRA(
+        **_LORA | {"init": "corda", "match": None, "backend": "peft"} | options
+    ),
     "lora, eva, head trained": lambda **options: LoRA(**_LORA | {"init": "eva", "match": None} | options),
 }
 
@@ -63,6 +66,7 @@ REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if
 REFUSED |= {
     (name, case): "there is nothing to adapt"
     for name in METHODS
-    if "eva" in name
+    if "eva" in name or "corda" in name
     for case in ("dropout and batch norm", "validation")
 }
+REFUSED |= {(name, "tied weights"): "there is nothing to adapt" for name in METHODS if "by peft" in name}

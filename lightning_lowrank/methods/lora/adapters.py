@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lowrank.methods.lora.by_peft import initialise_by_peft, inject
 from lightning_lowrank.methods.lora.choice import Settings, chosen
 from lightning_lowrank.methods.lora.inits import draws, initialise, takes_from_weight
 from lightning_lowrank.methods.lora.pairs import Place, attach, factors, places, share, wide
@@ -18,6 +19,7 @@ from lightning_lowrank.methods.lora.prepared import (
     complete,
     copied,
     frozen_keys,
+    named,
     prepared,
     put,
     same,
@@ -71,12 +73,14 @@ class Adapters(Act):
             return
         choice = chosen(module, self.settings)
         flags = {name: p.requires_grad for name, p in module.named_parameters()}
-        for one in choice.adapted:
+        for one in () if self.settings.by_peft else choice.adapted:
             first, *others = one.owners
             holder = attach(first.layer, first.local, one.recipe, one.order)
             for other in others:
                 share(other.layer, holder)
         state = module.__dict__["lora_prepared"] = Prepared(self.settings, choice)
+        if self.settings.by_peft:
+            inject(module, state)
         for place in places(module):
             state.norms[place.name] = wide(place.weight.detach()).norm().item()
         self._freeze(module, state, flags)
@@ -86,16 +90,17 @@ class Adapters(Act):
 
     def _settle(self, module: nn.Module, state: Prepared) -> None:
         for place in places(module):
-            initialise(place, self.settings.init, draws(self.settings.seed, place.name))
-            if takes_from_weight(self.settings.init):
-                state.initial[place.name] = copied(place)
+            begin = initialise_by_peft if self.settings.by_peft else initialise
+            begin(place, self.settings.init, draws(self.settings.seed, place.name))
+            if takes_from_weight(self.settings.init) and not place.holder.lora_waits:
+                state.initial[place.name] = copied(place.holder)
         state.settled = True
 
     def _freeze(self, module: nn.Module, state: Prepared, flags: Mapping[str, bool]) -> None:
         bases = {id(place.weight) for place in places(module)}
         pairs = {id(p) for place in places(module) for pair in factors(place.holder).values() for p in pair}
         wanted = state.choice.trained
-        for name, parameter in module.named_parameters():
+        for name, parameter in named(module).items():
             if parameter.is_floating_point() and id(parameter) not in pairs:
                 parameter.requires_grad_(name in wanted and id(parameter) not in bases)
         state.frozen = frozenset(name for name in flags if flags[name] and name not in wanted)
@@ -175,7 +180,7 @@ class Adapters(Act):
             "norms": state.norms,
             "waiting": {place.name: bool(place.holder.lora_waits) for place in found},
         }
-        return kept | ({"factors": {p.name: copied(p) for p in found}} if self.saved == "merged" else {})
+        return kept | ({"factors": {p.name: copied(p.holder) for p in found}} if self.saved == "merged" else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was stopped: after the weights were loaded."""
@@ -193,7 +198,7 @@ class Adapters(Act):
             self._refuse_base(own.norms, state["norms"])
             for name, place in found.items():
                 before, after = own.initial.get(name), state["initial"].get(name)
-                if not same(before, after):
+                if not own.with_base and not same(before, after):
                     take_out(place, before, after)
                 put(place, state.get("factors", {}).get(name))
         own.initial, own.norms, own.settled = state["initial"], state["norms"], True
@@ -234,7 +239,7 @@ class Adapters(Act):
         pairs = {id(p) for place in places(module) for pair in factors(place.holder).values() for p in pair}
         known = state.choice.trained
         pairs |= {id(place.weight) for place in places(module)}
-        new = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in pairs and n not in known]
+        new = [n for n, p in named(module).items() if p.requires_grad and id(p) not in pairs and n not in known]
         if new:
             rank_zero_warn(
                 f"lightning_lowrank {self.name}: {new[:10]} train too: made, or freed, after the rest was frozen"
@@ -248,7 +253,7 @@ class Adapters(Act):
     def _table(self, module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
         """What is adapted, trained and frozen."""
         pairs = {id(p): p for place in found for pair in factors(place.holder).values() for p in pair}
-        others = {name: p for name, p in module.named_parameters() if id(p) not in pairs}
+        others = {name: p for name, p in named(module).items() if id(p) not in pairs}
         whole = {name: p for name, p in others.items() if p.requires_grad}
         frozen = [p for name, p in others.items() if name not in whole]
         rows = [

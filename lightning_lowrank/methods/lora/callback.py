@@ -1,6 +1,7 @@
 """`LoRA`: fine-tuning in few directions."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ class LoRA(Method):
         alpha: The scaling `s` is alpha over r; that of r itself unless given.
         init: "default": B is zero. "pissa", "pissa_niter_N" (randomised, N iterations): the top of the weight's SVD;
             "olora": of its QR; both are taken out of the weight. "orthogonal": a product of zero with no zero factor.
-            "eva": A holds the top directions of the first batch's inputs, B is zero.
+            "eva": A holds the top directions of the first batch's inputs, B is zero; "corda", of `backend="peft"`: the
+            top of the weight's SVD as those inputs see it, taken out of the weight.
         match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`. Unless given all of linear layers, transformers' `Conv1D`,
             convolutions and `nn.MultiheadAttention`, but embeddings and the last linear layer.
         exclude: The same, taken away.
@@ -59,6 +61,8 @@ class LoRA(Method):
         learning_rate_ratio: Learning rate of B over that of A (LoRA+).
         merge_on_save: Checkpoints have merged weights under the module's own keys, and load without this callback.
         adapter_only: Checkpoints have of the module what trains, and buffers; they load onto the same base.
+        backend: "parametrize": this package makes the pairs. "peft": peft makes them, of linear layers and embeddings;
+            its layers stand around yours, whose keys get `base_layer.` in them until `merge`.
         intruders: How many top directions of each weight are compared with the base's, 0 for none.
         seed: Of what is drawn.
         every_n_steps: Cadence of the curves, in optimizer steps.
@@ -79,7 +83,7 @@ class LoRA(Method):
     References:
         Hu et al. (2021), LoRA, arXiv:2106.09685; Kalajdzievski (2023), rsLoRA, arXiv:2312.03732; Hayou et al. (2024),
         LoRA+, arXiv:2402.12354; Meng et al. (2024), PiSSA, arXiv:2404.02948; Buyukakyuz (2024), OLoRA,
-        arXiv:2406.01775; Paischer et al. (2024), EVA, arXiv:2410.07170.
+        arXiv:2406.01775; Paischer et al. (2024), EVA, arXiv:2410.07170; Yang et al. (2024), CorDA, arXiv:2406.05223.
     """
 
     word = "lora"
@@ -97,6 +101,7 @@ class LoRA(Method):
         learning_rate_ratio: int | float | None = None,
         merge_on_save: bool = False,
         adapter_only: bool = False,
+        backend: str = "parametrize",
         *,
         intruders: int = 0,
         seed: int = 0,
@@ -105,7 +110,7 @@ class LoRA(Method):
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
-        settings = settings_of(r, alpha, init, match, exclude, train_also, rslora, dropout, seed)
+        settings = settings_of(r, alpha, init, match, exclude, train_also, rslora, dropout, seed, backend)
         if learning_rate_ratio is not None and not 0 < learning_rate_ratio < float("inf"):
             raise ValueError(f"learning_rate_ratio={learning_rate_ratio}: a factor above 0, or None")
         if merge_on_save and adapter_only:
@@ -210,6 +215,7 @@ def settings_of(
     rslora: bool,
     dropout: float,
     seed: int,
+    backend: str = "parametrize",
 ) -> Settings:
     """What was asked for, as words and numbers.
 
@@ -227,10 +233,13 @@ def settings_of(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: a share from 0 to below 1")
     refuse_seed(seed)
-    refuse_init(init, [rank for _, rank in ranks])
-    return Settings(
-        ranks, alpha, init, _several(match), _several(exclude), _several(train_also) or (), rslora, dropout, seed
-    )
+    if backend not in ("parametrize", "peft"):
+        raise ValueError(f"backend={backend!r}: 'parametrize' or 'peft'")
+    if backend == "peft" and find_spec("peft") is None:
+        raise ValueError("backend='peft' needs peft: pip install 'lightning-lowrank[peft]', or backend='parametrize'")
+    refuse_init(init, [rank for _, rank in ranks], backend)
+    patterns = _several(match), _several(exclude), _several(train_also) or ()
+    return Settings(ranks, alpha, init, *patterns, rslora, dropout, seed, backend)
 
 
 def _several(patterns: Patterns) -> tuple[str, ...] | None:

@@ -33,6 +33,7 @@ class Settings:
         rslora: The scaling is alpha over the root of the rank.
         dropout: Of the inputs of pairs.
         seed: Of what is drawn.
+        backend: Who makes the pairs.
     """
 
     ranks: tuple[tuple[str | None, int], ...]
@@ -44,6 +45,12 @@ class Settings:
     rslora: bool
     dropout: float
     seed: int
+    backend: str = "parametrize"
+
+    @property
+    def by_peft(self) -> bool:
+        """Layers become those of peft."""
+        return self.backend == "peft"
 
     def scaling(self, rank: int) -> float:
         """Factor of the product of a pair."""
@@ -111,8 +118,11 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     kinds = {name: _kind(owners[id(p)], layers) for name, p in found.matrices.items()}
     left_out = dict(found.left_out)
     for name, (kind, trouble) in kinds.items():
-        if settings.init == "eva" and kind not in (None, "linear", "transposed"):
-            kinds[name] = (kind, trouble) = None, "init='eva' needs the inputs of linear layers"
+        if settings.init in ("eva", "corda") and kind not in (None, "linear", "transposed"):
+            kinds[name] = (kind, trouble) = None, f"init={settings.init!r} needs the inputs of linear layers"
+        if settings.by_peft and kind is not None:
+            why = _not_by_peft(kind, owners[id(found.matrices[name])], module, settings)
+            kinds[name] = (kind, trouble) = (None, why) if why else (kind, trouble)
         if explicit and kind is None:
             raise ValueError(f"LoRA cannot adapt {name!r}: {trouble}; give exclude={name!r}, or another match")
         if not explicit and trouble:
@@ -184,6 +194,23 @@ def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None
     return "direct", f"of {name}, which reads it directly: match it"
 
 
+def _not_by_peft(kind: Kind, owners: Sequence[Owner], module: nn.Module, settings: Settings) -> str:
+    """Why peft cannot adapt a weight here, if it cannot."""
+    first = owners[0]
+    if kind not in ("linear", "transposed") and (kind, settings.init) != ("embedding", "default"):
+        return f"backend='peft' with init={settings.init!r} adapts linear layers (with 'default' embeddings too)"
+    paths = [path for path, layer in module.named_modules(remove_duplicate=False) if layer is first.layer]
+    if len(paths) > 1 or len(owners) > 1:
+        return f"it is shared, {[*paths, *(owner.path for owner in owners[1:])]}: backend='parametrize'"
+    if not first.path:
+        return "it is the module itself, around which peft cannot put a layer"
+    if kind == "transposed" and settings.init in ("olora", "orthogonal"):
+        return f"peft's init={settings.init!r} reads Conv1D the other way round: backend='parametrize'"
+    if settings.init != "default" and first.layer.weight.dtype == torch.float64:
+        return f"peft has no init={settings.init!r} in float64: backend='parametrize'"
+    return ""
+
+
 def _chosen(
     name: str,
     parameter: nn.Parameter,
@@ -198,7 +225,7 @@ def _chosen(
     if kind in ("transposed", "embedding"):
         rows, columns = columns, rows
     packed = isinstance(first.layer, nn.MultiheadAttention) and first.local == "in_proj_weight"
-    read = fused(first.path, layers) if kind in ("linear", "transposed") else None
+    read = fused(first.path, layers) if kind in ("linear", "transposed") and not settings.by_peft else None
     parts, order = parts_of(read, packed, rows)
     if rank > min(columns, *(size for _, size in parts)):
         shape = f"{len(parts)} times {parts[0][1]} x {columns}" if len(parts) > 1 else f"{rows} x {columns}"
@@ -207,7 +234,7 @@ def _chosen(
         )
     if settings.dropout and kind in ("direct", "embedding"):
         raise ValueError(f"LoRA(dropout={settings.dropout}): {name!r} is read without inputs of its own: exclude it")
-    recipe = Recipe(kind, rank, settings.scaling(rank), settings.dropout, parts)
+    recipe = Recipe(kind, rank, settings.scaling(rank), settings.dropout, parts, settings.by_peft)
     return Chosen(name, owners, recipe, order)
 
 
@@ -277,4 +304,6 @@ def _refuse_quantised(module: nn.Module, match: Patterns) -> None:
     everything = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
     hits = set(meant) if match is None else fitting("match", match, everything | meant) & set(meant)
     if hits:
-        raise ValueError(f"LoRA: {min(hits)!r} is quantised; what works is LoRA(backend='peft')")
+        raise ValueError(
+            f"LoRA: {min(hits)!r} is quantised, and no change of it can be merged: match others, or use peft by itself"
+        )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_lowrank.methods.lora.pairs import Place, factors, places, wide
-from lightning_lowrank.methods.lora.prepared import Prepared, prepared, take_out
+from lightning_lowrank.methods.lora.prepared import Prepared, named, prepared, take_out
 from lightning_lowrank.models.adapter_folders import AdapterFolder, Pair, read_adapter, write_adapter
 
 # Of the largest singular value: what a smaller rank may lose of a change.
@@ -33,7 +33,8 @@ def export(module: nn.Module, folder: str | Path, within: str, base: str | None)
         raise ValueError(f"{strange!r} is read directly, which peft's folders do not have: merge it, or exclude it")
     pairs = {place.path.removeprefix(prefix): _whole_pair(place, state) for place in found}
     trained = [name for name in state.choice.trained if name.startswith(prefix)]
-    whole = {name.removeprefix(prefix): module.get_parameter(name).detach() for name in trained}
+    known = named(module)
+    whole = {name.removeprefix(prefix): known[name].detach() for name in trained}
     write_adapter(folder, AdapterFolder(pairs, whole, base))
 
 
@@ -61,7 +62,7 @@ def fill(module: nn.Module, folder: str | Path, within: str) -> None:
         place.holder.lora_waits = False  # type: ignore[assignment]
     state.settled = True
     for name, tensor in adapter.whole.items():
-        module.get_parameter(prefix + name).copy_(tensor)
+        named(module)[prefix + name].copy_(tensor)
 
 
 def _whole_pair(place: Place, state: Prepared) -> Pair:

@@ -15,21 +15,23 @@ from torch import Tensor
 
 from lightning_lowrank.methods.lora.pairs import Place, Recipe, factors
 
-INITS = ("default", "pissa", "pissa_niter_N", "olora", "orthogonal", "eva")
+INITS = ("default", "pissa", "pissa_niter_N", "olora", "orthogonal", "eva", "corda")
 # That take their product out of the weight, so that both together are what it was.
-OUT_OF_THE_WEIGHT = ("pissa", "olora")
+OUT_OF_THE_WEIGHT = ("pissa", "olora", "corda")
+# Those that one backend has alone.
+ALONE = {"eva": "parametrize", "corda": "peft"}
 
 Pair = tuple[Float[Tensor, "R N"], Float[Tensor, "M R"]]
 
 
-def refuse_init(init: str, ranks: Sequence[int]) -> None:
+def refuse_init(init: str, ranks: Sequence[int], backend: str) -> None:
     """Of what there is none.
 
     Raises:
-        ValueError: It is no way to begin; it needs another rank; only peft has it.
+        ValueError: It is no way to begin; it needs another rank, or the other backend.
     """
-    if init == "corda":
-        raise ValueError("init='corda' needs a pass over data that peft makes: backend='peft'")
+    if ALONE.get(init, backend) != backend:
+        raise ValueError(f"init={init!r} is of backend={ALONE[init]!r} alone")
     if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
         raise ValueError(f"init={init!r}: one of {', '.join(INITS)}")
     odd = [rank for rank in ranks if rank % 2]

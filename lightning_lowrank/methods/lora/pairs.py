@@ -20,6 +20,8 @@ from lightning_lowrank.models.names import tag
 
 # How a layer reads its weight: "direct" by whoever wants it, without a call of the layer.
 Kind = Literal["linear", "transposed", "embedding", "convolution", "direct"]
+# Of the adapter that peft injects.
+ADAPTER = "default"
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -33,6 +35,7 @@ class Recipe:
         scaling: Factor of the products: alpha over the rank, or over its root.
         dropout: Share of inputs that the pairs do not see in training.
         parts: Names and outputs of the parts that have a pair each; one without a name unless the layer is fused.
+        by_peft: The layer is one of peft's, around that of before.
     """
 
     kind: Kind
@@ -40,6 +43,7 @@ class Recipe:
     scaling: float
     dropout: float
     parts: tuple[tuple[str, int], ...]
+    by_peft: bool = False
 
     @property
     def names(self) -> tuple[str, str]:
@@ -96,12 +100,23 @@ class Place:
     @property
     def original_key(self) -> str:
         """Of the weight in a state dict without pairs."""
-        return self.key.replace(f"parametrizations.{self.local}.original", self.local)
+        return self.moved.get(self.key, self.key.replace(f"parametrizations.{self.local}.original", self.local))
+
+    @property
+    def moved(self) -> dict[str, str]:
+        """By key of what peft has put a layer around, the key of before."""
+        if not self.recipe.by_peft:
+            return {}
+        inner = cast(nn.Module, self.holder.base_layer).state_dict()
+        return {f"{self.path}.base_layer.{name}": f"{self.path}.{name}" for name in inner}
 
     @property
     def factor_keys(self) -> list[str]:
         """Of the factors in the state dict."""
         first, second = self.recipe.names
+        if self.recipe.by_peft:
+            end = "" if self.recipe.kind == "embedding" else ".weight"
+            return [f"{self.path}.{name}.{ADAPTER}{end}" for name in (first, second)]
         ends = [f".{part}" if part else "" for part, _ in self.recipe.parts]
         return [f"{self.path}.{name}{end}".lstrip(".") for end in ends for name in (first, second)]
 
@@ -128,6 +143,9 @@ def factors(holder: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Both factors of each pair, by part."""
     recipe = cast(Recipe, holder.lora)
     first, second = (getattr(holder, name) for name in recipe.names)
+    if recipe.by_peft:
+        a, b = (getattr(held[ADAPTER], "weight", held[ADAPTER]) for held in (first, second))
+        return {"": (a, b)}
     if isinstance(first, nn.ParameterDict):
         return {part: (first[part], second[part]) for part, _ in recipe.parts}
     return {"": (first, second)}
@@ -290,7 +308,8 @@ def _places(module: nn.Module) -> Iterator[Place]:
     for path, layer in module.named_modules(remove_duplicate=False):
         dot = "." if path else ""
         if isinstance(layer.__dict__.get("lora"), Recipe) and not isinstance(layer, LowRankSum):
-            yield Place(tag(f"{path}{dot}weight"), f"{path}{dot}weight", path, layer, layer, layer.weight)
+            inner = "base_layer." if layer.lora.by_peft else ""
+            yield Place(tag(f"{path}{dot}weight"), f"{path}{dot}{inner}weight", path, layer, layer, layer.weight)
         for local, chain in getattr(layer, "parametrizations", {}).items():
             for i, holder in enumerate(chain):
                 if isinstance(holder, LowRankSum):

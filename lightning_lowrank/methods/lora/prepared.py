@@ -25,6 +25,7 @@ class Prepared:
         initial: By weight the factors that were taken out of it.
         norms: Of the weights as they were.
         bare: Only weights without pairs were loaded into it.
+        with_base: The weights that were loaded last had the base of the pairs too.
         settled: Its pairs have what they begin with, or what was loaded; otherwise they are zero.
     """
 
@@ -35,6 +36,7 @@ class Prepared:
     initial: dict[str, Factors] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     bare: bool = False
+    with_base: bool = False
     settled: bool = False
 
 
@@ -54,8 +56,12 @@ def merge(module: nn.Module) -> nn.Module:
     for place in found:
         place.add()
     for place in places(module, all_names=True):
-        if "lora" in place.holder.__dict__:
+        if place.recipe.by_peft:
+            parent, _, name = place.path.rpartition(".")
+            setattr(module.get_submodule(parent), name, place.holder.base_layer)
+        elif "lora" in place.holder.__dict__:
             detach(place)
+    module.__dict__.pop("peft_config", None)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         if getattr(hook, "hook", hook) is complete:
             del module._load_state_dict_pre_hooks[key]
@@ -76,7 +82,14 @@ def merged_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
         copy.add()
         del merged[place.key]
         merged[place.original_key] = copy.weight.detach()
+        merged |= {old: merged.pop(key) for key, old in place.moved.items() if key in merged}
     return merged
+
+
+def named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they had before peft put layers around theirs."""
+    moved = {key: old for place in places(module) for key, old in place.moved.items()}
+    return {moved.get(name, name): p for name, p in module.named_parameters()}
 
 
 def frozen_keys(module: nn.Module) -> set[str]:
@@ -95,19 +108,19 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
         state.bare = True
         for place in found:
             state_dict.pop(prefix + place.original_key, None)
+            moved = {key: prefix + old for key, old in place.moved.items() if prefix + old in state_dict}
+            state_dict |= {prefix + key: state_dict.pop(old) for key, old in moved.items()}
             state_dict.setdefault(prefix + place.key, own[prefix + place.key])
         state_dict |= {key: own[key] for key in keys}
         return
-    state.settled = True
-    if not any(prefix + place.key in state_dict for place in found):
+    state.settled, state.with_base = True, any(prefix + place.key in state_dict for place in found)
+    if not state.with_base:
         state_dict |= {key: own[key] for name in frozen_keys(module) if (key := prefix + name) not in state_dict}
 
 
-def copied(place: Place) -> Factors:
-    """Factors of a weight by part, on the host."""
-    return {
-        part: [a.detach().cpu().clone(), b.detach().cpu().clone()] for part, (a, b) in factors(place.holder).items()
-    }
+def copied(holder: nn.Module) -> Factors:
+    """Factors by part, on the host."""
+    return {part: [a.detach().cpu().clone(), b.detach().cpu().clone()] for part, (a, b) in factors(holder).items()}
 
 
 @torch.no_grad()
@@ -120,7 +133,7 @@ def put(place: Place, values: Factors | None) -> None:
 
 def take_out(place: Place, before: Factors | None, after: Factors | None) -> None:
     """Put what was taken out of a weight back into it, and take out something else."""
-    kept = copied(place)
+    kept = copied(place.holder)
     for values, sign in ((before, 1), (after, -1)):
         if values:
             put(place, values)

@@ -26,7 +26,7 @@ class Quantised(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a rank above the matrix": (lambda: mlp(32), {"r": 41}, r"r=41 is above the rank of 'net.0.weight' \(32 x 64\)"),
-    "a quantised layer": (Quantised, {}, "'net.first' is quantised; what works is LoRA"),
+    "a quantised layer": (Quantised, {}, "'net.first' is quantised, and no change of it can be merged"),
     "trained and adapted": (lambda: mlp(32), {"match": "net.0.weight", "train_also": "*.0.*"}, "which is adapted"),
     "dropout without inputs": (gpt2, {"match": "*wte.weight", "dropout": 0.1}, "read without inputs of its own"),
     "nothing that fits": (lambda: mlp(32), {"train_also": "net.9"}, "train_also: 'net.9' fits nothing"),
@@ -55,7 +55,8 @@ BAD: dict[str, dict[str, Any]] = {
     "r=0": {"r": 0},
     "alpha=0": {"alpha": 0.0},
     "init='some'": {"init": "some"},
-    "backend='peft'": {"init": "corda"},
+    "init='corda' is of backend='peft' alone": {"init": "corda"},
+    "backend='some'": {"backend": "some"},
     "r=3 is odd": {"init": "orthogonal", "r": 3},
     "dropout=1": {"dropout": 1.0},
     "learning_rate_ratio=0": {"learning_rate_ratio": 0.0},
