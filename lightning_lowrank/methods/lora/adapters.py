@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.methods.lora.choice import Choice, Settings, chosen
-from lightning_lowrank.methods.lora.inits import draws, initialise, set_waiting, takes_from_weight, waits
+from lightning_lowrank.methods.lora.inits import draws, initialise, takes_from_weight
 from lightning_lowrank.methods.lora.pairs import Place, attach, detach, factors, places, share, wide
 from lightning_lowrank.methods.method import Act
 from lightning_lowrank.methods.rates import StepRates
@@ -174,7 +174,7 @@ class Adapters(Act):
             "is_whole": self.saved == "whole",
             "initial": state.initial,
             "norms": state.norms,
-            "waiting": {place.name: waits(place) for place in found},
+            "waiting": {place.name: bool(place.holder.lora_waits) for place in found},
         }
         return kept | ({"factors": {p.name: _copied(p) for p in found}} if self.saved == "merged" else {})
 
@@ -197,7 +197,7 @@ class Adapters(Act):
                 _put(place, state.get("factors", {}).get(name))
         own.initial, own.norms = state["initial"], state["norms"]
         for name, place in found.items():
-            set_waiting(place, state["waiting"][name])
+            place.holder.lora_waits = state["waiting"][name]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy acts on a training of its own."""

@@ -6,16 +6,14 @@ Shape letters:  M outputs, N inputs of a layer   R rank of a pair
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 
-from lightning_lowrank.methods.lora.pairs import Place, Recipe, factors, wide
+from lightning_lowrank.methods.lora.pairs import Place, Recipe, factors
 
 INITS = ("default", "pissa", "pissa_niter_N", "olora", "orthogonal", "eva")
 # That take their product out of the weight, so that both together are what it was.
@@ -61,8 +59,7 @@ def initialise(place: Place, init: str, generator: torch.Generator) -> None:
     if takes_from_weight(init):
         place.add(-1)
     if init == "eva":
-        # Until the layer has seen inputs in training.
-        place.layer.lora_inputs = take_inputs
+        place.layer.lora_waits = True  # type: ignore[assignment]
 
 
 def _pair(init: str, matrix: Float[Tensor, "M N"], recipe: Recipe, generator: torch.Generator) -> Pair:
@@ -108,33 +105,3 @@ def _randomised_svd(
         basis, _ = torch.linalg.qr(matrix @ other)
     u, s, vt = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return basis @ u, s, vt
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
-def take_inputs(layer: nn.Module, x: Tensor) -> None:
-    """EVA: let the first factors be the top right singular vectors of the first inputs in training, of all processes.
-
-    The second factors are zero until the first step, so that no output is another before and after.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        rows = wide(x.detach()).flatten(0, -2)
-        gram = rows.mT @ rows
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(gram)
-        _, vectors = torch.linalg.eigh(gram)
-    for a, _ in factors(layer).values():
-        a.copy_(vectors.mT.flip(0)[: len(a)])
-    del layer.__dict__["lora_inputs"]
-
-
-def waits(place: Place) -> bool:
-    """Whether its first inputs are still to come."""
-    return "lora_inputs" in place.layer.__dict__
-
-
-def set_waiting(place: Place, waiting: bool) -> None:
-    """As it was in the run that is resumed."""
-    place.layer.__dict__.pop("lora_inputs", None)
-    if waiting:
-        place.layer.lora_inputs = cast(Callable[..., None], take_inputs)  # type: ignore[assignment]

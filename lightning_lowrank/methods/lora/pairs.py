@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Num
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -152,8 +153,8 @@ def add_branch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
     recipe = cast(Recipe, layer.lora)
     x = args[0] if args else next(iter(kwargs.values()))
-    if layer.training and "lora_inputs" in layer.__dict__:
-        layer.lora_inputs(layer, x)  # type: ignore[operator]
+    if layer.training and layer.lora_waits:
+        take_inputs(layer, x)
     pairs = list(factors(layer).values())
     if recipe.kind != "embedding":
         if not torch.is_autocast_enabled(x.device.type):
@@ -183,6 +184,24 @@ def _through(layer: nn.Module, recipe: Recipe, x: Tensor, a: Tensor, b: Tensor) 
 
 def _scaled(inner: Tensor, recipe: Recipe) -> Tensor:
     return inner if recipe.scaling == 1 else inner * recipe.scaling
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def take_inputs(layer: nn.Module, x: Tensor) -> None:
+    """EVA: let the first factors be the top right singular vectors of the first inputs in training, of all processes.
+
+    The second factors are zero until the first step, so that no output is another before and after.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows = wide(x.detach()).flatten(0, -2)
+        gram = rows.mT @ rows
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(gram)
+        _, vectors = torch.linalg.eigh(gram)
+    for a, _ in factors(layer).values():
+        a.copy_(vectors.mT.flip(0)[: len(a)])
+    layer.lora_waits = False  # type: ignore[assignment]
 
 
 def parts_of(read: Fused | None, is_packed: bool, rows: int) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
@@ -224,7 +243,7 @@ def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -
         setattr(holder, name, made[""] if "" in made else nn.ParameterDict(made))
     if order is not None:
         holder.register_buffer("lora_order", order.to(weight.device), persistent=False)
-    holder.lora = recipe  # type: ignore[assignment]
+    holder.lora, holder.lora_waits = recipe, False  # type: ignore[assignment]
     if recipe.kind == "direct":
         parametrize.register_parametrization(layer, local, holder)
     else:
@@ -234,7 +253,7 @@ def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -
 
 def share(layer: nn.Module, holder: nn.Module) -> None:
     """Give a layer the pairs of another one, whose weight it has."""
-    for name in (*cast(Recipe, holder.lora).names, "lora"):
+    for name in (*cast(Recipe, holder.lora).names, "lora", "lora_waits"):
         setattr(layer, name, getattr(holder, name))
     layer.register_forward_hook(add_branch, with_kwargs=True)
 
@@ -250,7 +269,7 @@ def detach(place: Place) -> None:
     for key in [key for key, hook in hooks.items() if hook is add_branch]:
         del hooks[key]
         place.layer._forward_hooks_with_kwargs.pop(key, None)
-    for name in (*place.recipe.names, "lora_order", "lora_inputs", "lora"):
+    for name in (*place.recipe.names, "lora_order", "lora_waits", "lora"):
         if name in place.layer.__dict__ or hasattr(place.layer, name):
             delattr(place.layer, name)
 
