@@ -78,9 +78,9 @@ class LowRankFactorize(Method):
         LowRankFactorize(rank=16, orthogonality='stiefel')
 
     References:
-        Khodak et al. (2021), Initialization and Regularization of Factorized Neural Layers, arXiv:2105.01029, for
-        "svd", here called spectral initialization there; Edelman, Arias & Smith (1998), SIAM J. Matrix Anal. Appl.
-        20(2), for the tangent space; arXiv:2602.12429 for the spectral norm of the effective update.
+        Khodak et al. (2021), Initialization and Regularization of Factorized Neural Layers, arXiv:2105.01029, who call
+        init="svd" spectral initialization; Edelman, Arias & Smith (1998), SIAM J. Matrix Anal. Appl. 20(2), for the
+        tangent space. On the spectral norm of the effective update: arXiv:2602.12429.
     """
 
     word = "factorize"
