@@ -36,6 +36,7 @@ from .measuring.sources.optimizer_state import OptimizerState as OptimizerState
 from .measuring.sources.update_sizes import UpdateSizes as UpdateSizes
 from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
+from .methods.factorize.callback import LowRankFactorize as LowRankFactorize
 from .methods.galore.callback import GaLore as GaLore
 from .methods.lora.callback import LoRA as LoRA
 from .methods.lora.relora import ReLoRA as ReLoRA

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_lowrank import GaLore, LoRA, ReLoRA
+from lightning_lowrank import GaLore, LoRA, LowRankFactorize
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
@@ -16,6 +17,8 @@ _GALORE: dict[str, Any] = {"rank": 3, "update_every": 4, "every_n_steps": 3, "ma
 
 _LORA: dict[str, Any] = {"r": 2, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
 _RELORA: dict[str, Any] = _LORA | {"every": 3, "rewarm": 2}
+
+_FACTORIZE: dict[str, Any] = {"rank": 3, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
 
 METHODS: dict[str, Callable[..., Method]] = {
     "galore": lambda **options: GaLore(**_GALORE | options),
@@ -40,12 +43,24 @@ METHODS: dict[str, Callable[..., Method]] = {
         **_LORA | {"init": "corda", "match": None, "backend": "peft"} | options
     ),
     "lora, eva, head trained": lambda **options: LoRA(**_LORA | {"init": "eva", "match": None} | options),
+    "factorize": lambda **options: LowRankFactorize(**_FACTORIZE | options),
+    "factorize, soft, spectral, bounded": lambda **options: LowRankFactorize(
+        **_FACTORIZE | {"orthogonality": "soft", "weight": 0.1, "init": "spectral", "max_update": 0.05} | options
+    ),
+    "factorize, stiefel": lambda **options: LowRankFactorize(
+        **_FACTORIZE | {"rank": "energy:0.5", "orthogonality": "stiefel"} | options
+    ),
+    "factorize, parametrized": lambda **options: LowRankFactorize(
+        **_FACTORIZE | {"mode": "parametrize", "orthogonality": "stiefel"} | options
+    ),
 }
 
 # What takes the structure of a method out of a module again, of those that change it.
 GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = {
     name: lambda method, module: method.merge(module) for name in METHODS if "lora" in name
 }
+    name: lambda method, module: method.merge(module) for name in METHODS if name.startswith("lora")
+} | {name: lambda method, module: method.densify(module) for name in METHODS if name.startswith("factorize")}
 
 NOT_BY_ENTRY = "what works treats each entry by itself"
 # (method, case of `tests.trainings.CASES`) -> what it says before training.
@@ -63,6 +78,8 @@ REFUSED |= {(name, case): why for name in GIVE_BACK for case, why in _OF_LORA.it
 for _name in (name for name in METHODS if name.startswith("relora")):  # all else trains
     del REFUSED[_name, "two optimizers by hand"], REFUSED[_name, "two optimizers in turn"]
 REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name or "relora" in name}
+REFUSED |= {(name, case): why for name in METHODS if name.startswith("lora") for case, why in _OF_LORA.items()}
+REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name}
 REFUSED |= {
     (name, case): "there is nothing to adapt"
     for name in METHODS
@@ -70,3 +87,19 @@ REFUSED |= {
     for case in ("dropout and batch norm", "validation")
 }
 REFUSED |= {(name, "tied weights"): "there is nothing to adapt" for name in METHODS if "by peft" in name}
+
+_FACTORIZED = [name for name in METHODS if name.startswith("factorize")]
+_OF_FACTORIZE = {
+    "spectral norm": "it is computed by a parametrization",
+    "LSTM": "LSTM keeps its weights in one piece of memory",
+    "LoRA": "the module has an adapter",
+}
+REFUSED |= {(name, case): why for name in _FACTORIZED for case, why in _OF_FACTORIZE.items()}
+REFUSED |= {(name, "fused attention"): "reads it directly" for name in _FACTORIZED if "parametrized" not in name}
+REFUSED |= {(name, "tied weights"): "it is shared by layers" for name in _FACTORIZED if "parametrized" in name}
+REFUSED |= {
+    (name, case): why
+    for name in _FACTORIZED
+    if "stiefel" in name or "parametrized" in name
+    for case, why in (("bf16-true", "no columns are orthonormal"), ("LBFGS", "LBFGS searches along lines"))
+}

@@ -1,0 +1,211 @@
+"""What is factorized, at which rank, and what is left alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from jaxtyping import Num
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_lowrank.methods.factorize.factors import Init, energy_rank
+from lightning_lowrank.methods.factorize.layers import Factorized, Kind
+from lightning_lowrank.methods.matrices import matrices, sides
+from lightning_lowrank.models.axes import is_transposed
+from lightning_lowrank.models.effective_weights import hooked
+from lightning_lowrank.models.names import chosen_parameters
+
+Rank = int | float | str
+Mode = Literal["module", "parametrize"]
+When = Literal["start", "stable_rank_converged"]
+CONVOLVING = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+PLAIN = "mode='parametrize' takes any matrix"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        ranks: Patterns with their ranks; None for the pattern of all that `match` chooses, and for the rank that is
+            measured.
+        init: What factors begin as.
+        mode: Two layers in the place of one, or a weight that is computed.
+        when: Factorized from the start, or once the stable ranks have settled.
+        match: Patterns of what is factorized.
+        exclude: What is not.
+        seed: Of what is drawn.
+    """
+
+    ranks: tuple[tuple[str | None, Rank | None], ...]
+    init: Init
+    mode: Mode
+    when: When
+    match: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    seed: int
+
+    @property
+    def is_deferred(self) -> bool:
+        """Dense at first: what the rank is comes out of the training."""
+        return self.when != "start" or any(rank == "measured" for _, rank in self.ranks)
+
+
+class Owner(NamedTuple):
+    """A layer that has a weight."""
+
+    path: str
+    layer: nn.Module
+    local: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A weight that may be factorized.
+
+    Attributes:
+        name: Its tag.
+        owners: Layers that have it, under each of their names: one unless it is shared.
+        kind: How they read it.
+        rank: What was asked for.
+        shape: Rows and columns.
+    """
+
+    name: str
+    owners: Sequence[Owner]
+    kind: Kind
+    rank: Rank | None
+    shape: tuple[int, int]
+
+    def matrix(self) -> Num[Tensor, "M N"]:
+        """The weight."""
+        owner = self.owners[0]
+        weight: Tensor = getattr(owner.layer, owner.local)
+        return weight.detach().flatten(1)
+
+    def num_numbers(self, rank: int) -> int:
+        """Of the factors."""
+        return rank * (sum(self.shape) + 1)
+
+    def saves(self, rank: int) -> bool:
+        """The factors are smaller than the weight."""
+        return self.num_numbers(rank) < self.shape[0] * self.shape[1]
+
+    def settled_rank(self, matrix: Num[Tensor, "M N"]) -> int:
+        """The rank that was asked for, as a number; of a share of the energy, of the matrix that is given."""
+        if isinstance(self.rank, str):
+            return energy_rank(matrix, share_of(self.rank))
+        if isinstance(self.rank, float):
+            return max(1, round(self.rank * min(self.shape)))
+        assert self.rank is not None
+        return min(self.rank, *self.shape)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a module.
+
+    Attributes:
+        chosen: Weights that may be factorized.
+        left_out: Tags of matrices that are left alone, each with the reason.
+    """
+
+    chosen: Sequence[Chosen]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def share_of(rank: str) -> float:
+    """Of the energy that a rank in words asks for; "measured" asks for 95 %."""
+    return float(rank.removeprefix("energy:")) if rank != "measured" else 0.95
+
+
+def chosen(module: nn.Module, settings: Settings) -> Choice:
+    """What may be factorized, and why others are left alone.
+
+    Raises:
+        ValueError: A pattern fits nothing, or something that cannot be factorized, named with the reason.
+    """
+    adapter = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
+    if adapter is not None:
+        raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}: merge it first")
+    owners, layers = _owners(module), dict(module.named_modules())
+    explicit = settings.match is not None or settings.ranks[0][0] is not None
+    patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
+    found = matrices(module, patterns, settings.exclude)
+    left_out = dict(found.left_out)
+    ranks = _ranks(module, settings, list(found.matrices))
+    some = []
+    for name, parameter in found.matrices.items():
+        kind, trouble = _kind(owners[id(parameter)], layers, settings)
+        if kind is not None:
+            some.append(Chosen(name, owners[id(parameter)], kind, ranks[name], sides(parameter)))
+        elif explicit:
+            raise ValueError(
+                f"LowRankFactorize cannot factorize {name!r}: {trouble}; give exclude={name!r}, or another match"
+            )
+        else:
+            left_out[name] = trouble
+    if not some:
+        raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {left_out}: {PLAIN}")
+    return Choice(some, left_out)
+
+
+def _owners(module: nn.Module) -> dict[int, list[Owner]]:
+    found: dict[int, list[Owner]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        for local, parameter in layer._parameters.items():
+            found.setdefault(id(parameter), []).append(Owner(path, layer, local))
+    return found
+
+
+def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, Rank | None]:
+    """By tag; of several patterns that fit, the first counts."""
+    ranks: dict[str, Rank | None] = {}
+    for pattern, rank in settings.ranks:
+        fit = names if pattern is None else chosen_parameters(module, pattern, None)
+        ranks = {**dict.fromkeys(fit, rank), **ranks}
+    return ranks
+
+
+def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module], settings: Settings) -> tuple[Kind | None, str]:
+    """How a weight is read, None with the reason if it cannot be factorized."""
+    kinds = [_kind_of(owner, layers, settings) for owner in owners]
+    layers_of = {id(owner.layer) for owner in owners}
+    if len({kind for kind, _ in kinds}) > 1 or (len(layers_of) > 1 and kinds[0][0] == "direct"):
+        where = [owner.path for owner in owners]
+        return None, f"it is shared by layers, {where}, that would each need factors of their own"
+    return kinds[0]
+
+
+def _kind_of(owner: Owner, layers: Mapping[str, nn.Module], settings: Settings) -> tuple[Kind | None, str]:
+    layer, name = owner.layer, type(owner.layer).__name__
+    if isinstance(layer, ParametrizationList) or hooked(layer):
+        return None, "it is computed by a parametrization, a norm or a mask"
+    if isinstance(layer, Factorized):
+        return None, "it is a factor already: densify first"
+    if isinstance(layer, nn.RNNBase):
+        return None, f"{name} keeps its weights in one piece of memory"
+    if settings.mode == "parametrize":
+        return "direct", ""
+    holder = layers.get(owner.path.rpartition(".")[0])
+    attends = isinstance(holder, nn.MultiheadAttention) and layer is holder.out_proj
+    if owner.local == "weight" and not attends:
+        forward = type(layer).forward
+        if forward is nn.Linear.forward:
+            return "linear", ""
+        if is_transposed(layer):
+            return "transposed", ""
+        if forward is nn.Embedding.forward:
+            return _kind_of_embedding(layer, settings.init)
+        if forward in CONVOLVING:
+            grouped = getattr(layer, "groups", 1) > 1
+            return (None, f"a convolution in groups; {PLAIN}") if grouped else ("convolution", "")
+    return None, f"{name} reads it directly; {PLAIN}"
+
+
+def _kind_of_embedding(layer: nn.Module, init: Init) -> tuple[Kind | None, str]:
+    if init == "spectral" and getattr(layer, "padding_idx", None) is not None:
+        return None, "an embedding with padding_idx, whose row is zero: init='svd' keeps it"
+    options = ("max_norm", "scale_grad_by_freq", "sparse")
+    given = [option for option in options if getattr(layer, option, None)]
+    return (None, f"an embedding with {given[0]}") if given else ("embedding", "")

@@ -1,0 +1,96 @@
+"""When a run that is dense at first is factorized, and at which ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lowrank.maths.spectra.spectrum import svd
+from lightning_lowrank.methods.factorize.choice import Chosen, When
+from lightning_lowrank.methods.factorize.factors import wide
+from lightning_lowrank.statistics.stable_rank import stable_rank
+
+# Samples whose stable ranks are compared, and by what share the largest may exceed the smallest.
+NUM_SETTLED, SPREAD = 5, 0.05
+# Samples from the start after which the rank of the updates is measured.
+NUM_MEASURED = 3
+
+
+@dataclass(eq=False)
+class Waiting:
+    """Samples of dense weights.
+
+    Attributes:
+        when: What is waited for.
+        every: Steps between samples.
+        chosen: Weights that are to be factorized; none once they are.
+        start: By name what a weight was, of those whose updates are measured.
+        stable_ranks: By name those of the samples so far.
+        num_samples: So far.
+        last: Step of the last one.
+    """
+
+    when: When
+    every: int
+    chosen: Sequence[Chosen] = ()
+    start: dict[str, Tensor] = field(default_factory=dict)
+    stable_ranks: dict[str, list[float]] = field(default_factory=dict)
+    num_samples: int = 0
+    last: int = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Something is waited for."""
+        return bool(self.chosen)
+
+    def begin(self, chosen: Sequence[Chosen], is_continued: bool) -> None:
+        """From now on."""
+        self.chosen = chosen
+        if not is_continued:
+            self.start = {one.name: one.matrix().cpu().clone() for one in chosen if one.rank == "measured"}
+            self.stable_ranks, self.num_samples, self.last = {}, 0, 0
+
+    def sampled(self, step: int) -> dict[str, int] | None:
+        """Take a sample if one is due after a batch; ranks by name if that was the last one."""
+        if step == self.last or step % self.every:
+            return None
+        matrices = {one.name: one.matrix() for one in self.chosen}
+        if not all(matrix.isfinite().all() for matrix in matrices.values()):
+            return None
+        self.num_samples, self.last = self.num_samples + 1, step
+        for name, matrix in matrices.items():
+            value = float(stable_rank(svd(wide(matrix))))
+            self.stable_ranks[name] = [*self.stable_ranks.get(name, []), value][-NUM_SETTLED:]
+        if not self._is_over():
+            return None
+        ranks = {one.name: self._rank(one, matrices[one.name]) for one in self.chosen}
+        self.chosen, self.start = (), {}
+        return ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples so far."""
+        kept = {"start": self.start, "stable_ranks": {name: list(v) for name, v in self.stable_ranks.items()}}
+        return kept | {"num_samples": self.num_samples, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.start, self.stable_ranks = dict(state["start"]), dict(state["stable_ranks"])
+        self.num_samples, self.last = state["num_samples"], state["last"]
+
+    def _is_over(self) -> bool:
+        if self.when == "start":
+            return self.num_samples >= NUM_MEASURED
+        return all(_has_settled(values) for values in self.stable_ranks.values())
+
+    def _rank(self, one: Chosen, matrix: Tensor) -> int:
+        if one.rank is None:
+            return min(ceil(self.stable_ranks[one.name][-1]), *one.shape)
+        if one.rank == "measured":
+            matrix = wide(matrix) - self.start[one.name].to(matrix.device)
+        return one.settled_rank(matrix)
+
+
+def _has_settled(values: Sequence[float]) -> bool:
+    return len(values) == NUM_SETTLED and max(values) <= (1 + SPREAD) * min(values)
