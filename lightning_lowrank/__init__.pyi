@@ -37,6 +37,7 @@ from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
 from .methods.galore.callback import GaLore as GaLore
 from .methods.lora.callback import LoRA as LoRA
+from .methods.lottery.callback import LotteryTicket as LotteryTicket
 from .methods.regularisers import JacobianPenalty as JacobianPenalty
 from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty

@@ -8,13 +8,15 @@ is then tested for free (`tests/promises/test_methods.py`).
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lowrank import GaLore, LoRA
+from lightning_lowrank import GaLore, LoRA, LotteryTicket
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
 _GALORE: dict[str, Any] = {"rank": 3, "update_every": 4, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
 
 _LORA: dict[str, Any] = {"r": 2, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
+
+_TICKET: dict[str, Any] = {"rounds": 3, "steps_per_round": 3, "every_n_steps": 3, "detail": "all"}
 
 METHODS: dict[str, Callable[..., Method]] = {
     "galore": lambda **options: GaLore(**_GALORE | options),
@@ -23,6 +25,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     ),
     "galore, random, reset": lambda **options: GaLore(
         **_GALORE | {"basis": "random", "on_refresh": "reset", "stagger": False} | options
+    ),
+    "lottery ticket": lambda **options: LotteryTicket(**_TICKET | options),
+    "lottery ticket, by layer, rewound to step 2": lambda **options: LotteryTicket(
+        **_TICKET | {"rewind_step": 2, "scope": "layer", "prune": 0.4} | options
     ),
     "lora": lambda **options: LoRA(**_LORA | options),
     "lora, pissa, LoRA+, adapters alone": lambda **options: LoRA(
