@@ -67,6 +67,8 @@ from .monitors.representation import RepresentationMonitor as RepresentationMoni
 from .monitors.representation import Representations as Representations
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
+from .monitors.trajectory.monitor import TrajectorySubspace as TrajectorySubspace
+from .monitors.trajectory.source import Trajectory as Trajectory
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert
 from .reports.alerts.ready_made import RankCollapseAlert as RankCollapseAlert
 from .reports.alerts.rules import Alert as Alert

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks
+from tests.independent import anatomy, concentration, curvature, kernels, multifractal, ranks, trajectory
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
 from tests.independent.trainings import Run, run
@@ -17,6 +17,7 @@ from tests.independent.trainings import Run, run
 REFERENCES = (
     *(ranks.expected, anatomy.expected, anatomy.dormant, concentration.expected),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
+    trajectory.expected,
 )
 
 
@@ -127,6 +128,9 @@ CLAIMS: dict[str, Claim] = {
     "gauss_newton_*": Claim(DENSE, 3, "errors"),
     "empirical_fisher_*": Claim(f"{DENSE}; gradients of single rows", 3, "errors"),
     "residual_*": Claim(DENSE, 3, "errors"),
+    # TrajectorySubspace
+    "trajectory_*_random_walk": Claim("covariance of a walk, entry by entry, and numpy's eigenvalues"),
+    "trajectory_*": Claim("numpy's SVD of all parameters seen, and sums of distances"),
     # NTKMonitor
     "ntk_label_energy_in_top_chance": Claim("counted"),
     "ntk_gauss_newton_*": Claim("eigenvalues from the whole Jacobian, by autograd in double precision", 3, "errors"),

@@ -19,6 +19,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
     RepresentationMonitor,
+    TrajectorySubspace,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import COMPILED, LOSSES
@@ -43,6 +44,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "dormant units": lambda **options: DormantUnitsMonitor(**_USUAL | options),
     "noise scale": lambda **options: NoiseScaleMonitor(**_USUAL | options),
     "representation": lambda **options: RepresentationMonitor(**_USUAL | options),
+    "trajectory": lambda **options: TrajectorySubspace(**_USUAL | {"every_n_steps": 2, "max_snapshots": 8} | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.

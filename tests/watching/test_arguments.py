@@ -67,7 +67,7 @@ print(json.dumps({"bad": bad, "tried": tried}))
 KINDS = [
     *("RankMonitor", "CurvatureMonitor", "NTKMonitor", "MultifractalMonitor"),
     *("GradientAnatomyMonitor", "ConcentrationMonitor", "DormantUnitsMonitor"),
-    *("NoiseScaleMonitor", "RepresentationMonitor"),
+    *("NoiseScaleMonitor", "RepresentationMonitor", "TrajectorySubspace"),
 ]
 
 
