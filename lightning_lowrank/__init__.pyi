@@ -40,6 +40,7 @@ from .methods.factorize.callback import LowRankFactorize as LowRankFactorize
 from .methods.galore.callback import GaLore as GaLore
 from .methods.lora.callback import LoRA as LoRA
 from .methods.lora.relora import ReLoRA as ReLoRA
+from .methods.lottery.callback import LotteryTicket as LotteryTicket
 from .methods.rank_advisor import RankAdvisor as RankAdvisor
 from .methods.regularisers import JacobianPenalty as JacobianPenalty
 from .methods.regularisers import input_noise as input_noise
@@ -81,6 +82,8 @@ from .monitors.router import RouterMonitor as RouterMonitor
 from .monitors.router import Routers as Routers
 from .monitors.tangent_kernel.monitor import NTKMonitor as NTKMonitor
 from .monitors.tangent_kernel.source import TangentKernel as TangentKernel
+from .monitors.trajectory.monitor import TrajectorySubspace as TrajectorySubspace
+from .monitors.trajectory.source import Trajectory as Trajectory
 from .reports.alerts.ready_made import ChangePointAlert as ChangePointAlert
 from .reports.alerts.ready_made import CusumAlert as CusumAlert
 from .reports.alerts.ready_made import DepartureAlert as DepartureAlert

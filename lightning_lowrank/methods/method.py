@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_lowrank.measuring.number_source import Detail, NumberSource
 from lightning_lowrank.measuring.probe import Probe
@@ -44,6 +45,12 @@ class Act(ABC):
         Raises:
             ValueError: What was asked for cannot be had; nothing was changed.
         """
+
+    def batch_begins(self, training: Training) -> None:
+        """Before each batch."""
+
+    def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
+        """Gradients are synchronised, unscaled and accumulated, not yet clipped; nobody has read them."""
 
     def batch_over(self, training: Training) -> None:
         """After each batch, when everybody has read it."""
@@ -89,6 +96,16 @@ class ActingWatch(Watch):
         refuse_sharded(self._act, training)
         self.journal.info_once(self._act.begin(training))
         super().begins(training)
+
+    def batch_begins(self, training: Training, batch: Any, index: int) -> None:
+        """Act on what comes before a batch, then ask the schedules."""
+        self._act.batch_begins(training)
+        super().batch_begins(training, batch, index)
+
+    def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
+        """Act on gradients, then read them."""
+        self._act.gradients_final(training, optimizer)
+        super().gradients_final(training, optimizer)
 
     def batch_over(self, training: Training) -> None:
         """Report, then act on what comes between two batches."""

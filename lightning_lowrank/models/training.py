@@ -22,6 +22,8 @@ class Training(ABC):
         team: The processes that share the work.
         device: Where the module is.
         may_skip: An optimizer that calls no hook has skipped its step, as under a GradScaler.
+        epoch: Number of the epoch, from 0 on; None where nobody counts them.
+        schedulers: Of learning rates, where they are known.
     """
 
     module: nn.Module
@@ -30,6 +32,8 @@ class Training(ABC):
     team: Team
     device: torch.device
     may_skip: bool = False
+    epoch: int | None = None
+    schedulers: Sequence[Any] = ()
 
     @property
     @abstractmethod

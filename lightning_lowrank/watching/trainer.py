@@ -66,6 +66,16 @@ class TrainerTraining(Training):
         return int(loop._batches_that_stepped if hasattr(loop, "_batches_that_stepped") else self._trainer.global_step)
 
     @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """Number of the epoch."""
+        return self._trainer.current_epoch
+
+    @property
+    def schedulers(self) -> list[Any]:  # type: ignore[override]
+        """The Trainer's."""
+        return [config.scheduler for config in self._trainer.lr_scheduler_configs]
+
+    @property
     def loggers(self) -> list[Logger]:
         """The Trainer's, on its first process."""
         return self._trainer.loggers if self._trainer.is_global_zero else []

@@ -19,6 +19,7 @@ from tests.independent import (
     multifractal,
     ranks,
     routers,
+    trajectory,
 )
 from tests.independent.multifractal import Drawn
 from tests.independent.ranks import Found
@@ -35,6 +36,7 @@ REFERENCES = (
         concentration.expected,
     ),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),
+    trajectory.expected,
 )
 
 
@@ -155,6 +157,9 @@ CLAIMS: dict[str, Claim] = {
     "gauss_newton_*": Claim(DENSE, 3, "errors"),
     "empirical_fisher_*": Claim(f"{DENSE}; gradients of single rows", 3, "errors"),
     "residual_*": Claim(DENSE, 3, "errors"),
+    # TrajectorySubspace
+    "trajectory_*_random_walk": Claim("covariance of a walk, entry by entry, and numpy's eigenvalues"),
+    "trajectory_*": Claim("numpy's SVD of all parameters seen, and sums of distances"),
     # NTKMonitor
     "ntk_label_energy_in_top_chance": Claim("counted"),
     "ntk_gauss_newton_*": Claim("eigenvalues from the whole Jacobian, by autograd in double precision", 3, "errors"),

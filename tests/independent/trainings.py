@@ -31,6 +31,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
     RouterMonitor,
+    TrajectorySubspace,
 )
 from tests.trainings import QUIET, digits
 
@@ -233,6 +234,7 @@ def monitors(case: Case) -> list[Monitor]:
         CoordinateCheckMonitor(**often),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
+        TrajectorySubspace(max_snapshots=8, **often),
         CurvatureMonitor(case.level, operators, top_k=3, match=case.curved, **seldom),
         CurvatureMonitor("light", match=case.curved, name="light", **seldom),
         NTKMonitor(kernel=kernel, num_examples=examples, num_outputs=TOKENS, **seldom),

@@ -8,8 +8,7 @@ is then tested for free (`tests/promises/test_methods.py`).
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lowrank import GaLore, LoRA, ReLoRA
-from lightning_lowrank import GaLore, LoRA, LowRankFactorize
+from lightning_lowrank import GaLore, LoRA, LotteryTicket, LowRankFactorize, ReLoRA
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
@@ -20,6 +19,8 @@ _RELORA: dict[str, Any] = _LORA | {"every": 3, "rewarm": 2}
 
 _FACTORIZE: dict[str, Any] = {"rank": 3, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
 
+_TICKET: dict[str, Any] = {"rounds": 3, "steps_per_round": 3, "every_n_steps": 3, "detail": "all"}
+
 METHODS: dict[str, Callable[..., Method]] = {
     "galore": lambda **options: GaLore(**_GALORE | options),
     "galore, measured, svd, both sides, rotated": lambda **options: GaLore(
@@ -27,6 +28,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     ),
     "galore, random, reset, fira": lambda **options: GaLore(
         **_GALORE | {"basis": "random", "on_refresh": "reset", "residual": "fira", "stagger": False} | options
+    ),
+    "lottery ticket": lambda **options: LotteryTicket(**_TICKET | options),
+    "lottery ticket, by layer, rewound to step 2": lambda **options: LotteryTicket(
+        **_TICKET | {"rewind_step": 2, "scope": "layer", "prune": 0.4} | options
     ),
     "lora": lambda **options: LoRA(**_LORA | options),
     "lora, pissa, LoRA+, adapters alone": lambda **options: LoRA(
@@ -58,8 +63,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 # What takes the structure of a method out of a module again, of those that change it.
 GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = {
     name: lambda method, module: method.merge(module) for name in METHODS if "lora" in name
-}
-    name: lambda method, module: method.merge(module) for name in METHODS if name.startswith("lora")
 } | {name: lambda method, module: method.densify(module) for name in METHODS if name.startswith("factorize")}
 
 NOT_BY_ENTRY = "what works treats each entry by itself"
@@ -74,12 +77,10 @@ _OF_LORA = {
     "backbone unfrozen": "both say what is frozen",
     "LoRA": "the module has an adapter already",
 }
-REFUSED |= {(name, case): why for name in GIVE_BACK for case, why in _OF_LORA.items()}
+REFUSED |= {(name, case): why for name in METHODS if "lora" in name for case, why in _OF_LORA.items()}
 for _name in (name for name in METHODS if name.startswith("relora")):  # all else trains
     del REFUSED[_name, "two optimizers by hand"], REFUSED[_name, "two optimizers in turn"]
 REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name or "relora" in name}
-REFUSED |= {(name, case): why for name in METHODS if name.startswith("lora") for case, why in _OF_LORA.items()}
-REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name}
 REFUSED |= {
     (name, case): "there is nothing to adapt"
     for name in METHODS

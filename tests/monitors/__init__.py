@@ -24,6 +24,7 @@ from lightning_lowrank import (
     RankMonitor,
     RepresentationMonitor,
     RouterMonitor,
+    TrajectorySubspace,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import CASES, COMPILED, LOSSES
@@ -56,6 +57,7 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "activation": lambda **options: ActivationMonitor(**_USUAL | options),
     "coordinate check": lambda **options: CoordinateCheckMonitor(**_USUAL | options),
     "router": lambda **options: RouterMonitor(**_USUAL | {"match": "type:Linear", "top_k": 1} | options),
+    "trajectory": lambda **options: TrajectorySubspace(**_USUAL | {"every_n_steps": 2, "max_snapshots": 8} | options),
 }
 
 # The same monitors at work in other ways: watched for neutrality too.

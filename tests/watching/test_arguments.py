@@ -71,6 +71,7 @@ KINDS = [
     *("NoiseScaleMonitor", "RepresentationMonitor", "ActivationMonitor", "RouterMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "LossMonitor"),
     "CoordinateCheckMonitor",
+    *("NoiseScaleMonitor", "RepresentationMonitor", "TrajectorySubspace"),
 ]
 
 

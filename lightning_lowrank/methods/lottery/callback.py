@@ -1,0 +1,129 @@
+"""`LotteryTicket`: the sparse net that trains as well as the whole one."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from torch import nn
+
+from lightning_lowrank.measuring.number_source import Detail
+from lightning_lowrank.methods.lottery.curves import TicketNumbers
+from lightning_lowrank.methods.lottery.masks import Scope
+from lightning_lowrank.methods.lottery.rounds import Rounds, Schedule
+from lightning_lowrank.methods.matrices import Patterns, is_matrix, unusual
+from lightning_lowrank.methods.method import Method
+from lightning_lowrank.models.names import chosen_parameters
+
+
+class LotteryTicket(Method):
+    """Finds a lottery ticket by iterative magnitude pruning with rewinding, within one `fit`.
+
+    Each round trains; then the smallest share `prune` of the weights that are left goes for good, and everything else
+    goes back to where it was at step `rewind_step` of the first round: weights, biases, buffers, learning rates and
+    schedulers. Optimizers begin each round with no state. After `rounds` rounds the net has `(1 - prune)^(rounds - 1)`
+    of its weights, trained. A Trainer needs `max_epochs = rounds * epochs_per_round`.
+
+    Pruned weights are zeros of the module's own parameters: keys, classes and parameters stay, and a checkpoint loads
+    without this callback. Masks are in the callback's state: a run that is resumed is equal to one that never stopped
+    to the bit, and a second `fit` of the same module keeps them. Biases, norms and embeddings are not pruned.
+
+    Writes `ticket/density` and `ticket/round`, and `ticket/layer_density_{min,median,max}` over layers.
+
+    Cost: a pass over masked weights and their gradients each step; a sort of all magnitudes between two rounds. Memory:
+    one byte per weight, and a copy of parameters and buffers, on the device and in checkpoints.
+
+    Args:
+        rounds: Trainings, the first of them of the whole net.
+        epochs_per_round: Length of a round; or give `steps_per_round`.
+        prune: Share of the weights left that goes between two rounds.
+        rewind_step: The optimizer step of the first round that the others start from; 0 for the initial weights.
+        scope: "global": magnitudes of all layers are compared; "layer": each layer loses the same share.
+        match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices and kernels but embeddings unless given.
+        exclude: The same, taken away.
+        steps_per_round: Length of a round in optimizer steps, as a loop of your own needs it.
+        every_n_steps: Cadence of the curves, in optimizer steps.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Scalars of single layers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        name: Prefix of all tags.
+
+    Raises:
+        ValueError: An option is out of its range. When training starts: a pattern fits nothing, parameters are sharded,
+            there is a second `LotteryTicket`, a loop has no epochs, or the run that is resumed pruned other weights.
+
+    Example:
+        >>> LotteryTicket(rounds=10, epochs_per_round=5)
+        LotteryTicket(rounds=10, epochs_per_round=5)
+
+    References:
+        Frankle & Carbin (2019), The Lottery Ticket Hypothesis, arXiv:1803.03635, for `prune`; Frankle et al. (2020),
+        Linear Mode Connectivity and the Lottery Ticket Hypothesis, arXiv:1912.05671, for `rewind_step`.
+    """
+
+    word = "ticket"
+
+    def __init__(
+        self,
+        rounds: int,
+        epochs_per_round: int | None = None,
+        prune: float = 0.2,
+        rewind_step: int = 0,
+        scope: Scope = "global",
+        match: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        *,
+        steps_per_round: int | None = None,
+        every_n_steps: int = 50,
+        detail: Detail = "core",
+        per_site: bool | Literal["auto"] = "auto",
+        name: str | None = None,
+    ) -> None:
+        schedule = schedule_of(rounds, epochs_per_round, steps_per_round, prune, rewind_step, scope)
+        act = self._rounds = Rounds(partial(chosen, match=match, exclude=exclude), schedule)
+        super().__init__(act, TicketNumbers(act), every_n_steps, detail=detail, per_site=per_site, seed=0, name=name)
+
+    @property
+    def round(self) -> int:
+        """Number of the round, from 0 on."""
+        return self._rounds.round
+
+    @property
+    def density(self) -> float:
+        """Part of the weights that this round has, between 0 and 1."""
+        return self._rounds.density()
+
+
+def schedule_of(
+    rounds: int, epochs: int | None, steps: int | None, prune: float, rewind_step: int, scope: Scope
+) -> Schedule:
+    """What was asked for.
+
+    Raises:
+        ValueError: Something is out of its range.
+    """
+    if type(rounds) is not int or rounds < 2:
+        raise ValueError(f"rounds={rounds!r}: a whole number from 2 on, the training of the whole net included")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs_per_round={epochs}, steps_per_round={steps}: give one of both")
+    length = epochs if steps is None else steps
+    if type(length) is not int or length < 1:
+        raise ValueError(f"epochs_per_round={epochs!r}, steps_per_round={steps!r}: a whole number from 1 on")
+    if not 0 < prune < 1:
+        raise ValueError(f"prune={prune}: a share between 0 and 1")
+    if type(rewind_step) is not int or rewind_step < 0 or (steps is not None and rewind_step >= steps):
+        raise ValueError(f"rewind_step={rewind_step!r}: a step of the first round, from 0 on")
+    if scope not in ("global", "layer"):
+        raise ValueError(f"scope={scope!r}: 'global' or 'layer'")
+    return Schedule(rounds, length, steps is None, float(prune), rewind_step, scope)
+
+
+def chosen(module: nn.Module, *, match: Patterns, exclude: Patterns) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Weights that may be pruned, by tag; and embeddings, which must be matched to be.
+
+    Raises:
+        ValueError: A pattern fits none, or there is no matrix.
+    """
+    found = {tag: p for tag, p in chosen_parameters(module, match, exclude).items() if is_matrix(p)}
+    if not found:
+        raise ValueError(f"LotteryTicket finds no matrix among {[name for name, _ in module.named_parameters()][:10]}")
+    left_out = {} if match is not None else {t: why for t, why in unusual(module, found).items() if why != "head"}
+    return {tag: p for tag, p in found.items() if tag not in left_out}, left_out

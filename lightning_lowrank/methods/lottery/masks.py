@@ -1,0 +1,56 @@
+"""Masks by magnitude: which weights stay.
+
+Shape letters:  P weights
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Scope = Literal["global", "layer"]
+
+
+def kept(total: int, prune: float, rounds: int) -> int:
+    """How many of so many weights stay after some prunings, one at least.
+
+    Example:
+        >>> kept(1000, 0.2, 5)
+        328
+    """
+    return max(1, round(total * (1 - prune) ** rounds))
+
+
+def largest(scores: Float[Tensor, " P"], count: int) -> Bool[Tensor, " P"]:
+    """The mask of so many largest scores; of equal ones the first stay."""
+    order = scores.argsort(descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:count], True)
+
+
+def pruned(
+    weights: Sequence[Tensor], masks: Sequence[Tensor | None], prune: float, rounds: int, scope: Scope
+) -> list[Tensor]:
+    """Masks of the largest of the weights that masks have left, after so many prunings in all.
+
+    Args:
+        weights: By layer.
+        masks: What earlier prunings have left, None for all.
+        prune: Share of what is left that each pruning takes.
+        rounds: Prunings, this one included.
+        scope: Magnitudes of all layers are compared, or those of each with one another.
+    """
+    scores = [_scores(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
+    if scope == "layer":
+        found = [largest(row, kept(len(row), prune, rounds)) for row in scores]
+    else:
+        every = torch.cat([row.to(scores[0].device) for row in scores])
+        found = list(largest(every, kept(len(every), prune, rounds)).split([len(row) for row in scores]))
+    return [mask.view(weight.shape).to(weight.device) for mask, weight in zip(found, weights, strict=True)]
+
+
+def _scores(weight: Tensor, mask: Tensor | None) -> Float[Tensor, " P"]:
+    """Magnitudes, below all of them where a weight is gone: masks are nested."""
+    magnitudes = weight.detach().abs().float()
+    return (magnitudes if mask is None else magnitudes.masked_fill(~mask, -1.0)).flatten()

@@ -1,0 +1,229 @@
+"""Rounds of a lottery ticket: train, prune the smallest weights, go back to the start, train what is left."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lowrank.methods.lottery import rewinding
+from lightning_lowrank.methods.lottery.masks import Scope, kept, pruned
+from lightning_lowrank.methods.method import Act
+from lightning_lowrank.models.training import Training
+
+# What chooses weights of a module, by tag, and says what it left out.
+Choose = Callable[[nn.Module], tuple[dict[str, nn.Parameter], Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What was asked for.
+
+    Attributes:
+        rounds: Trainings, the first of them of the whole net.
+        length: Of a round.
+        in_epochs: What the length counts: epochs, or optimizer steps.
+        prune: Share of the weights left that goes between two rounds.
+        rewind_step: The step of the first round that the others go back to.
+        scope: Of the comparison of magnitudes.
+    """
+
+    rounds: int
+    length: int
+    in_epochs: bool
+    prune: float
+    rewind_step: int
+    scope: Scope
+
+    def __str__(self) -> str:
+        unit = "epochs" if self.in_epochs else "steps"
+        return f"{self.rounds} rounds of {self.length} {unit}, {self.rounds * self.length} {unit} in all"
+
+
+@dataclass
+class Count:
+    """How many values a counter of the training has had since the first round began, over restarts and second fits.
+
+    Attributes:
+        seen: The last one.
+        num: How many.
+    """
+
+    seen: int = -1
+    num: int = 0
+
+    def hear(self, value: int) -> None:
+        """The counter's value at a batch."""
+        if value != self.seen:
+            self.seen, self.num = value, self.num + 1
+
+
+@dataclass(eq=False)
+class Rounds(Act):
+    """Trains, prunes and rewinds.
+
+    Weights that are gone are zeros of the module's own parameters: no key changes. Their gradients are zeros before
+    anybody reads them, and what an optimizer makes of them nevertheless is undone after its step.
+
+    Attributes:
+        choose: Chooses the weights.
+        schedule: What was asked for.
+        name: In messages.
+        weights: Those that may be pruned, by tag.
+        masks: Which of them stay, by tag; none before the first pruning.
+        round: Number of the round, from 0 on.
+    """
+
+    choose: Choose
+    schedule: Schedule
+    name: str = "LotteryTicket"
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    round: int = 0
+    _steps: Count = field(default_factory=Count)
+    _epochs: Count = field(default_factory=Count)
+    _point: dict[str, Any] = field(default_factory=dict)
+    _hooks: list[RemovableHandle] = field(default_factory=list)
+    _loaded: dict[str, Any] | None = None
+
+    def begin(self, training: Training) -> str:
+        """Choose weights and hook the optimizers.
+
+        A second training of the same weights goes on with the masks and in the round of the first.
+
+        Raises:
+            ValueError: Nothing is matched, nobody counts epochs, an optimizer has no hooks; or the run that is resumed
+                had other weights.
+        """
+        self.end()
+        found, left_out = self.choose(training.module)
+        if self.schedule.in_epochs and training.epoch is None:
+            raise ValueError(
+                f"{self.name}(epochs_per_round=...): a loop of your own has no epochs; use steps_per_round"
+            )
+        is_known = found.keys() == self.weights.keys() and all(found[tag] is self.weights[tag] for tag in found)
+        if self._loaded is not None:
+            self._resume(found, self._loaded)
+        elif is_known:
+            self._steps.seen = self._epochs.seen = -1
+        else:
+            self.masks, self.round, self._point = {}, 0, {}
+            self._steps, self._epochs = Count(), Count()
+        self.weights, self._loaded = found, None
+        self._hooks = [o.register_step_post_hook(self._after_step) for o in training.optimizers]
+        return self._table(training.module, left_out)
+
+    def batch_begins(self, training: Training) -> None:
+        """Keep what rounds go back to; prune and rewind when a round is over.
+
+        At the start of a batch: what validation and checkpoints see at the end of a round is the trained net.
+        """
+        self._steps.hear(training.step)
+        self._epochs.hear(-1 if training.epoch is None else training.epoch)
+        if not self._point and self._steps.num > self.schedule.rewind_step:
+            self._point = rewinding.taken(training)
+        if self.round < self.schedule.rounds - 1 and self._is_over():
+            self._next_round(training)
+
+    def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
+        """Take out those of weights that are gone: clipping is by the norm of the rest."""
+        for parameter, mask in self._masked(optimizer):
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad.masked_fill_(~mask, 0)
+
+    def end(self) -> None:
+        """Take the hooks away; the weights stay pruned."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def forget(self) -> None:
+        """The next run has rounds of its own, unless it is of the same weights."""
+        self._loaded = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, the place in the rounds, and what they go back to."""
+        if self._loaded is not None:
+            return self._loaded
+        return {
+            "masks": dict(self.masks),
+            "round": self.round,
+            "steps": [self._steps.seen, self._steps.num],
+            "epochs": [self._epochs.seen, self._epochs.num],
+            "point": dict(self._point),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep it until the weights are known."""
+        self._loaded = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy acts on a training of its own."""
+        return vars(self) | {"weights": {}, "_hooks": []}
+
+    def density(self) -> float:
+        """Part of the weights that this round has."""
+        total = sum(weight.numel() for weight in self.weights.values())
+        if self.schedule.scope == "global":
+            return self._kept(total) / total
+        return sum(self._kept(weight.numel()) for weight in self.weights.values()) / total
+
+    def _kept(self, total: int) -> int:
+        return kept(total, self.schedule.prune, self.round)
+
+    def _is_over(self) -> bool:
+        passed = (self._epochs if self.schedule.in_epochs else self._steps).num - 1
+        return passed >= (self.round + 1) * self.schedule.length
+
+    @torch.no_grad()
+    def _next_round(self, training: Training) -> None:
+        if not self._point:
+            self.warn(
+                f"{self.name}: the first round has no step {self.schedule.rewind_step}; rounds go back to its end"
+            )
+            self._point = rewinding.taken(training)
+        self.round += 1
+        before = [self.masks.get(tag) for tag in self.weights]
+        masks = pruned(list(self.weights.values()), before, self.schedule.prune, self.round, self.schedule.scope)
+        self.masks = dict(zip(self.weights, masks, strict=True))
+        rewinding.rewind(training, self._point)
+        for tag, weight in self.weights.items():
+            weight.masked_fill_(~self.masks[tag], 0)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for parameter, mask in self._masked(optimizer):
+            parameter.masked_fill_(~mask, 0)
+
+    def _masked(self, optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
+        """Weights of an optimizer that have a mask."""
+        known = {id(self.weights[tag]): mask for tag, mask in self.masks.items()}
+        owned = (p for group in optimizer.param_groups for p in group["params"])
+        return [(p, known[id(p)]) for p in owned if id(p) in known]
+
+    def _resume(self, found: Mapping[str, nn.Parameter], state: Mapping[str, Any]) -> None:
+        masks = state["masks"]
+        if masks and {tag: p.shape for tag, p in found.items()} != {tag: mask.shape for tag, mask in masks.items()}:
+            raise ValueError(
+                f"{self.name}: the run that is resumed has pruned {sorted(masks)[:10]}, and this one has "
+                f"{sorted(found)[:10]} of other names or shapes: give the same match and exclude"
+            )
+        self.masks = {tag: masks[tag].to(p.device) for tag, p in found.items() if tag in masks}
+        self.round, self._point = state["round"], dict(state["point"])
+        self._steps, self._epochs = Count(*state["steps"]), Count(*state["epochs"])
+
+    def _table(self, module: nn.Module, left_out: Mapping[str, str]) -> str:
+        """What may be pruned, and what is kept for it."""
+        schedule, total = self.schedule, sum(weight.numel() for weight in self.weights.values())
+        least = kept(total, schedule.prune, schedule.rounds - 1)
+        kept_for_it = total + rewinding.num_bytes(module)
+        head = (
+            f"{schedule}; {len(self.weights)} weights, {total:,} -> {least:,} entries in the last round "
+            f"({least / total:.1%}); masks and the start of the rounds take {kept_for_it:,} bytes"
+        )
+        alone = f"; left alone: {', '.join(f'{tag} ({why})' for tag, why in left_out.items())}" if left_out else ""
+        return "\n".join([head + alone, *(f"  {tag}  {tuple(p.shape)}" for tag, p in self.weights.items())])
