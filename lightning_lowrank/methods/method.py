@@ -55,6 +55,9 @@ class Act(ABC):
     def batch_over(self, training: Training) -> None:
         """After each batch, when everybody has read it."""
 
+    def epoch_over(self, training: Training) -> None:
+        """After each epoch, where somebody counts them."""
+
     @abstractmethod
     def begin(self, training: Training) -> str:
         """Act from now on; a run that was stopped goes on where it was, if its state was loaded.
@@ -200,6 +203,11 @@ class Method(Monitor):
             ValueError: What was asked for cannot be had; nothing was changed.
         """
         self._act.prepare(module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Act on what comes between two epochs."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._act.epoch_over(TrainerTraining(trainer, pl_module))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Act, also where nothing is reported; what cannot be had is refused here, before training."""

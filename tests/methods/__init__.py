@@ -33,6 +33,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lottery ticket, by layer, rewound to step 2": lambda **options: LotteryTicket(
         **_TICKET | {"rewind_step": 2, "scope": "layer", "prune": 0.4} | options
     ),
+    "lottery ticket, early bird": lambda **options: LotteryTicket(
+        **_TICKET | {"rounds": 2, "steps_per_round": 8, "early_bird": True, "look_every_n_steps": 1} | options
+    ),
     "lora": lambda **options: LoRA(**_LORA | options),
     "lora, pissa, LoRA+, adapters alone": lambda **options: LoRA(
         **_LORA | {"init": "pissa", "learning_rate_ratio": 4.0, "adapter_only": True} | options

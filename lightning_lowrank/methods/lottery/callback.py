@@ -40,6 +40,10 @@ class LotteryTicket(Method):
         scope: "global": magnitudes of all layers are compared; "layer": each layer loses the same share.
         match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices and kernels but embeddings unless given.
         exclude: The same, taken away.
+        early_bird: A round ends as soon as the mask that it would be pruned to has settled, by the rule of
+            `EarlyBirdAlert`; the last round trains for its whole length, and then the run ends. With `rounds=2` this is
+            the early-bird ticket, of weights.
+        look_every_n_steps: Optimizer steps between two looks at that mask.
         steps_per_round: Length of a round in optimizer steps, as a loop of your own needs it.
         every_n_steps: Cadence of the curves, in optimizer steps.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
@@ -56,7 +60,8 @@ class LotteryTicket(Method):
 
     References:
         Frankle & Carbin (2019), The Lottery Ticket Hypothesis, arXiv:1803.03635, for `prune`; Frankle et al. (2020),
-        Linear Mode Connectivity and the Lottery Ticket Hypothesis, arXiv:1912.05671, for `rewind_step`.
+        Linear Mode Connectivity and the Lottery Ticket Hypothesis, arXiv:1912.05671, for `rewind_step`;
+        You et al. (2020), Drawing Early-Bird Tickets, arXiv:1909.11957, for `early_bird`.
     """
 
     word = "ticket"
@@ -70,14 +75,19 @@ class LotteryTicket(Method):
         scope: Scope = "global",
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        early_bird: bool = False,
         *,
+        look_every_n_steps: int = 10,
         steps_per_round: int | None = None,
         every_n_steps: int = 50,
         detail: Detail = "core",
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
-        schedule = schedule_of(rounds, epochs_per_round, steps_per_round, prune, rewind_step, scope)
+        if type(look_every_n_steps) is not int or look_every_n_steps < 1:
+            raise ValueError(f"look_every_n_steps={look_every_n_steps!r}: at least 1 optimizer step")
+        look = look_every_n_steps if early_bird else 0
+        schedule = schedule_of(rounds, epochs_per_round, steps_per_round, prune, rewind_step, scope, look)
         act = self._rounds = Rounds(partial(chosen, match=match, exclude=exclude), schedule)
         super().__init__(act, TicketNumbers(act), every_n_steps, detail=detail, per_site=per_site, seed=0, name=name)
 
@@ -93,7 +103,7 @@ class LotteryTicket(Method):
 
 
 def schedule_of(
-    rounds: int, epochs: int | None, steps: int | None, prune: float, rewind_step: int, scope: Scope
+    rounds: int, epochs: int | None, steps: int | None, prune: float, rewind_step: int, scope: Scope, look: int
 ) -> Schedule:
     """What was asked for.
 
@@ -113,7 +123,7 @@ def schedule_of(
         raise ValueError(f"rewind_step={rewind_step!r}: a step of the first round, from 0 on")
     if scope not in ("global", "layer"):
         raise ValueError(f"scope={scope!r}: 'global' or 'layer'")
-    return Schedule(rounds, length, steps is None, float(prune), rewind_step, scope)
+    return Schedule(rounds, length, steps is None, float(prune), rewind_step, scope, look)
 
 
 def chosen(module: nn.Module, *, match: Patterns, exclude: Patterns) -> tuple[dict[str, nn.Parameter], dict[str, str]]:

@@ -13,9 +13,13 @@ from lightning_lowrank.methods.lottery import rewinding
 from lightning_lowrank.methods.lottery.masks import Scope, kept, pruned
 from lightning_lowrank.methods.method import Act
 from lightning_lowrank.models.training import Training
+from lightning_lowrank.monitors.concentration.alerts import EarlyBirdAlert
+from lightning_lowrank.monitors.concentration.tickets import Tickets
 
 # What chooses weights of a module, by tag, and says what it left out.
 Choose = Callable[[nn.Module], tuple[dict[str, nn.Parameter], Mapping[str, str]]]
+# Distance of the newest mask to those of the second half of the round so far, over that to the first.
+SETTLED = float(EarlyBirdAlert().below or 0.0)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Schedule:
         prune: Share of the weights left that goes between two rounds.
         rewind_step: The step of the first round that the others go back to.
         scope: Of the comparison of magnitudes.
+        look: Steps between two looks at whether the mask of the next round has settled, which ends a round; 0 for none.
     """
 
     rounds: int
@@ -37,10 +42,18 @@ class Schedule:
     prune: float
     rewind_step: int
     scope: Scope
+    look: int = 0
 
     def __str__(self) -> str:
         unit = "epochs" if self.in_epochs else "steps"
-        return f"{self.rounds} rounds of {self.length} {unit}, {self.rounds * self.length} {unit} in all"
+        most = f"{self.rounds * self.length} {unit} in all"
+        return f"{self.rounds} rounds of {self.length} {unit}, {most}" + (
+            ", or until masks settle" if self.look else ""
+        )
+
+    def density(self, rounds: int) -> float:
+        """Part of the weights that is left after some prunings."""
+        return (1 - self.prune) ** rounds
 
 
 @dataclass
@@ -85,6 +98,11 @@ class Rounds(Act):
     round: int = 0
     _steps: Count = field(default_factory=Count)
     _epochs: Count = field(default_factory=Count)
+    # Steps and epochs that there were when the round began.
+    _began: list[int] = field(default_factory=lambda: [0, 0])
+    _search: Tickets = field(default_factory=lambda: Tickets([], seed=0))
+    _looked: int = -1
+    _has_stepped: bool = False
     _point: dict[str, Any] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _loaded: dict[str, Any] | None = None
@@ -111,7 +129,8 @@ class Rounds(Act):
             self._steps.seen = self._epochs.seen = -1
         else:
             self.masks, self.round, self._point = {}, 0, {}
-            self._steps, self._epochs = Count(), Count()
+            self._steps, self._epochs, self._began = Count(), Count(), [0, 0]
+            self._looked, self._search = -1, self._new_search()
         self.weights, self._loaded = found, None
         self._hooks = [o.register_step_post_hook(self._after_step) for o in training.optimizers]
         return self._table(training.module, left_out)
@@ -121,12 +140,23 @@ class Rounds(Act):
 
         At the start of a batch: what validation and checkpoints see at the end of a round is the trained net.
         """
+        self._has_stepped = False
         self._steps.hear(training.step)
         self._epochs.hear(-1 if training.epoch is None else training.epoch)
         if not self._point and self._steps.num > self.schedule.rewind_step:
             self._point = rewinding.taken(training)
-        if self.round < self.schedule.rounds - 1 and self._is_over():
+        if self.round < self.schedule.rounds - 1 and (self._passed() >= self.schedule.length or self._has_settled()):
             self._next_round(training)
+
+    def batch_over(self, training: Training) -> None:
+        """End a run whose rounds may be shorter when the ticket has had its round, after its last step."""
+        if not self.schedule.in_epochs and self._has_stepped:
+            self._stop_after(training, self._passed() + 1)
+
+    def epoch_over(self, training: Training) -> None:
+        """The same, of rounds of epochs."""
+        if self.schedule.in_epochs:
+            self._stop_after(training, self._passed() + 1)
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
         """Take out those of weights that are gone: clipping is by the norm of the rest."""
@@ -153,6 +183,9 @@ class Rounds(Act):
             "round": self.round,
             "steps": [self._steps.seen, self._steps.num],
             "epochs": [self._epochs.seen, self._epochs.num],
+            "began": list(self._began),
+            "looked": self._looked,
+            "search": self._search.state_dict(),
             "point": dict(self._point),
         }
 
@@ -164,6 +197,9 @@ class Rounds(Act):
         """A copy acts on a training of its own."""
         return vars(self) | {"weights": {}, "_hooks": []}
 
+    def _new_search(self) -> Tickets:
+        return Tickets([self.schedule.density(self.round + 1)], seed=0)
+
     def density(self) -> float:
         """Part of the weights that this round has."""
         total = sum(weight.numel() for weight in self.weights.values())
@@ -174,9 +210,25 @@ class Rounds(Act):
     def _kept(self, total: int) -> int:
         return kept(total, self.schedule.prune, self.round)
 
-    def _is_over(self) -> bool:
-        passed = (self._epochs if self.schedule.in_epochs else self._steps).num - 1
-        return passed >= (self.round + 1) * self.schedule.length
+    def _passed(self) -> int:
+        """Epochs or steps of this round that are over, at the start of a batch."""
+        now = self._epochs.num - self._began[1] if self.schedule.in_epochs else self._steps.num - self._began[0]
+        return now - 1
+
+    def _has_settled(self) -> bool:
+        """Whether the mask of the next round has, by the rule of `EarlyBirdAlert`. Waits for the device."""
+        passed = self._steps.num - self._began[0] - 1
+        if not self.schedule.look or passed % self.schedule.look or self._looked == self._steps.num:
+            return False
+        self._looked = self._steps.num
+        found = self._search.compared(list(self.weights.values()))
+        ratio = next((float(value) for name, value in found.items() if "early_bird" in name), torch.nan)
+        return ratio < SETTLED
+
+    def _stop_after(self, training: Training, passed: int) -> None:
+        last = self.round == self.schedule.rounds - 1
+        if self.schedule.look and last and passed >= self.schedule.length:
+            training.stop()
 
     @torch.no_grad()
     def _next_round(self, training: Training) -> None:
@@ -186,6 +238,7 @@ class Rounds(Act):
             )
             self._point = rewinding.taken(training)
         self.round += 1
+        self._began, self._search = [self._steps.num - 1, self._epochs.num - 1], self._new_search()
         before = [self.masks.get(tag) for tag in self.weights]
         masks = pruned(list(self.weights.values()), before, self.schedule.prune, self.round, self.schedule.scope)
         self.masks = dict(zip(self.weights, masks, strict=True))
@@ -196,6 +249,7 @@ class Rounds(Act):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._has_stepped = True
         for parameter, mask in self._masked(optimizer):
             parameter.masked_fill_(~mask, 0)
 
@@ -215,6 +269,8 @@ class Rounds(Act):
         self.masks = {tag: masks[tag].to(p.device) for tag, p in found.items() if tag in masks}
         self.round, self._point = state["round"], dict(state["point"])
         self._steps, self._epochs = Count(*state["steps"]), Count(*state["epochs"])
+        self._began, self._looked, self._search = list(state["began"]), state["looked"], self._new_search()
+        self._search.load_state_dict(state["search"])
 
     def _table(self, module: nn.Module, left_out: Mapping[str, str]) -> str:
         """What may be pruned, and what is kept for it."""

@@ -34,6 +34,7 @@ class Snapshots:
         self.times: list[int] = []
         self.spacing = self._first_spacing
         self._start: dict[str, Tensor] = {}
+        # Of the snapshots after the first, which has not moved.
         self._moves: list[Tensor] = []
         self._gram = torch.zeros(0, 0)
 
@@ -58,12 +59,13 @@ class Snapshots:
         if not self.times or not self.follows(parameters):
             self.begin()
             self._start = {name: local(p).clone() for name, p in parameters.items()}
-        if self.times and self.times[-1] == step:  # seen before, and the sample was lost
+            self.times, self._gram = [step], self._gram.new_zeros(1, 1)
+        if self.times[-1] == step:  # seen before, and the sample was lost
             return self.times, self._gram
         move = self._moved(parameters)
         gram = self._with(move)
         times = [*self.times, step]
-        if not self.times or step - self.times[-1] >= self.spacing:
+        if step - self.times[-1] >= self.spacing:
             self._keep(times, [*self._moves, move], gram)
         return times, gram
 
@@ -85,7 +87,7 @@ class Snapshots:
     def _keep(self, times: list[int], moves: list[Tensor], gram: Tensor) -> None:
         """Take over; where there are too many, leave out every second one, so that they are twice as far apart."""
         if len(times) > self._most:
-            times, moves, gram = times[::2], moves[::2], gram[::2, ::2].clone()
+            times, moves, gram = times[::2], moves[1::2], gram[::2, ::2].clone()
             self.spacing *= 2
         self.times, self._moves, self._gram = times, moves, gram
 
@@ -101,9 +103,9 @@ class Snapshots:
 
     def _with(self, move: Float[Tensor, " P"]) -> Float[Tensor, "N N"]:
         """Inner products with one more."""
-        size, others = len(self._moves) + 1, [kept.to(move.device) for kept in self._moves]
-        new = _products([*others, move], move)
-        gram = new.new_zeros(size, size)
+        found = _products([*(kept.to(move.device) for kept in self._moves), move], move)
+        new = torch.cat([found.new_zeros(1), found])
+        gram = new.new_zeros(len(new), len(new))
         gram[:-1, :-1] = self._gram.to(new)
         gram[-1], gram[:, -1] = new, new
         return gram

@@ -244,6 +244,36 @@ def test_a_search_for_the_learning_rate_takes_no_rounds(tmp_path: Path) -> None:
     assert method.round == 0 and density(module.state_dict()) == 1.0
 
 
+class Cooling(Ordered):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.93)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def top_half(state: dict[str, Tensor]) -> Tensor:
+    magnitudes = torch.cat([value.flatten().abs() for value in state.values() if value.ndim > 1])
+    return magnitudes >= magnitudes.sort().values[len(magnitudes) // 2]
+
+
+@pytest.mark.parametrize("unit", ["steps_per_round", "epochs_per_round"])
+def test_an_early_bird_prunes_when_the_mask_has_settled_and_trains_the_ticket_for_a_whole_round(unit: str) -> None:
+    torch.manual_seed(0)
+    module, look = Cooling(mlp(32)), Look()
+    length = 200 if unit.startswith("steps") else 50
+    method = LotteryTicket(2, prune=0.5, early_bird=True, look_every_n_steps=5, **{unit: length})
+    fit(module, method, look, max_epochs=200)
+
+    end = next(i for i, rate in enumerate(look.rates) if i and rate == look.rates[0])
+    masks = [top_half(state) for state in look.weights[:end:5]]
+    # Where the round ends the weights are rewound already: the look before it is the last that is seen here.
+    moved = [(masks[-1] != mask).double().mean() for mask in masks]
+    assert end % 5 == 0 and 25 <= end < 150
+    assert max(moved[len(masks) // 2 :]) < 0.3 * moved[0]
+    assert density(module.state_dict()) == pytest.approx(0.5, abs=1e-3)
+    assert len(look.rates) - end in (range(200, 201) if unit.startswith("steps") else range(195, 201))
+
+
 def test_the_curves_say_the_round_and_what_is_left_of_each_layer() -> None:
     module, logger = Ordered(mlp(32)), MemoryLogger()
     fit(module, LotteryTicket(3, 1, prune=0.5, every_n_steps=4, per_site=True), max_epochs=3, logger=logger)
@@ -278,6 +308,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: LotteryTicket(2, 1, prune=1.0), "prune=1.0"),
     (lambda: LotteryTicket(2, steps_per_round=4, rewind_step=4), "rewind_step=4"),
     (lambda: LotteryTicket(2, 1, scope="net"), "scope"),
+    (lambda: LotteryTicket(2, 1, early_bird=True, look_every_n_steps=0), "look_every_n_steps=0"),
     (lambda: with_loop(LotteryTicket(2, 1)), "use steps_per_round"),
     (lambda: fit(Classifier(), LotteryTicket(2, 1, match="none*"), max_epochs=1), "fits nothing"),
     (lambda: fit(Classifier(), LotteryTicket(2, 1, match="*bias"), max_epochs=1), "finds no matrix"),

@@ -90,7 +90,7 @@ def test_snapshots_stay_bounded_and_spread_evenly_with_the_inner_products_of_wha
             assert len(snapshots.times) <= 8
 
     assert snapshots.spacing == 16 and snapshots.times == list(range(0, 97, 16))
-    assert snapshots.num_bytes == 8 * 30 * 4
+    assert snapshots.num_bytes == 7 * 30 * 4
 
 
 def test_small_steps_far_from_the_start_keep_their_digits() -> None:
