@@ -12,6 +12,7 @@ import numpy as np
 from tests.independent import (
     activations,
     anatomy,
+    attention,
     concentration,
     coordinates,
     curvature,
@@ -33,6 +34,7 @@ REFERENCES = (
         activations.expected,
         routers.expected,
         coordinates.expected,
+        attention.expected,
         concentration.expected,
     ),
     *(multifractal.expected, multifractal.network, curvature.expected, curvature.light, kernels.expected),

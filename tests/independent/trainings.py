@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowrank import (
     ActivationMonitor,
+    AttentionMonitor,
     ConcentrationMonitor,
     CoordinateCheckMonitor,
     CurvatureMonitor,
@@ -232,6 +233,7 @@ def monitors(case: Case) -> list[Monitor]:
         ActivationMonitor(match=case.blocks, **often),
         RouterMonitor(match="net.head", top_k=2, capacity=1.0, **often),
         CoordinateCheckMonitor(**often),
+        *([AttentionMonitor(**often)] if _has_heads(case) else []),
         MultifractalMonitor(**often),
         MultifractalMonitor("neuromfa", **often),
         TrajectorySubspace(max_snapshots=8, **often),
