@@ -28,7 +28,7 @@ from lightning_lowrank import LoRA, RankAdvice, RankAdvisor
 
 # Numbers of uniform rank 1 and 4 on all linear layers of the blocks.
 BUDGETS = (41_472, 165_888)
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 5.5e-3, 1e-2)
 WAYS = ("updates", "uniform", "random", "gradients")
 ADVISING_STEPS, ADVISING_RATE = 30, 1e-4
 
