@@ -59,7 +59,8 @@ class Snapshots:
         if not self.times or not self.follows(parameters):
             self.begin()
             self._start = {name: local(p).clone() for name, p in parameters.items()}
-            self.times, self._gram = [step], self._gram.new_zeros(1, 1)
+            device = next(iter(self._start.values())).device
+            self.times, self._gram = [step], torch.zeros(1, 1, dtype=working_dtype(device), device=device)
         if self.times[-1] == step:  # seen before, and the sample was lost
             return self.times, self._gram
         move = self._moved(parameters)
