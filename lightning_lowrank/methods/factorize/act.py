@@ -75,7 +75,10 @@ class Factorization(Act):
                 "and begin a new run"
             )
         refuse_idle(self.name, training.optimizers, found)
-        self.steps.begin(self.name, training.optimizers, found)
+        dtypes = {place.name: place.parameters[0].dtype for place in found}
+        dense = {one.name: one.matrix().dtype for one in state.choice.chosen} if not found else {}
+        self.steps.refuse(self.name, training.optimizers, dtypes | dense)
+        self.steps.begin(training.optimizers, found)
         is_dense = self.settings.is_deferred and not found
         self.waiting.begin(state.choice.chosen if is_dense else (), self._loaded is not None)
         return table(training.module, state, found)
@@ -91,7 +94,7 @@ class Factorization(Act):
         new = state.convert(ranks)
         exchange(training.optimizers, new)
         found = places(training.module)
-        self.steps.begin(self.name, training.optimizers, found)
+        self.steps.begin(training.optimizers, found)
         rank_zero_info(f"lightning_lowrank: step {training.step}: {table(training.module, state, found)}")
 
     def end(self) -> None:
@@ -115,7 +118,8 @@ class Factorization(Act):
         own = prepared(self.module)
         if own is not None:
             own.kept |= state.get("kept", {})
-        self.waiting.load_state_dict(state.get("waiting", {}))
+        if "waiting" in state:
+            self.waiting.load_state_dict(state["waiting"])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy acts on a training of its own."""
@@ -156,8 +160,9 @@ def refuse_idle(name: str, optimizers: Sequence[Optimizer], found: Sequence[Plac
 def table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
     """What is factorized, and what that saves."""
     if not found:
-        names = [one.name for one in state.choice.chosen]
-        return f"{len(names)} weights are to be factorized: {', '.join(names[:10])}"
+        names = [one.name for one in state.choice.chosen if one.name not in state.choice.left_out]
+        left_out = ", ".join(f"{name} ({why})" for name, why in state.choice.left_out.items())
+        return f"{len(names)} weights are to be factorized: {', '.join(names[:10])}; left alone: {left_out or 'none'}"
     (number, num_bytes), (number_before, bytes_before) = size(module), state.num_before
     rows = [
         f"{len(found)} weights factorized: the module has {number_before:,} -> {number:,} numbers "

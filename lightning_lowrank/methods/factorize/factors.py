@@ -27,7 +27,7 @@ class Factors(NamedTuple):
     scale: Num[Tensor, " R"]
     right: Num[Tensor, "R N"]
 
-    def product(self) -> Num[Tensor, "M N"]:
+    def product(self) -> Tensor:  # compilers trace it
         """The weight."""
         return self.left @ (self.scale[:, None] * self.right)
 

@@ -5,7 +5,7 @@ Shape letters:  M rows, N columns of a weight   R rank
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -45,17 +45,36 @@ class OrthogonalSteps:
     # By optimizer that steps now, what its factors were.
     _stepping: dict[int, list[tuple[Place, list[Tensor]]]] = field(default_factory=dict)
 
-    def begin(self, name: str, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
-        """From now on.
+    def refuse(self, name: str, optimizers: Sequence[Optimizer], dtypes: Mapping[str, torch.dtype]) -> None:
+        """Factors that cannot be kept orthonormal.
+
+        Args:
+            name: In messages.
+            optimizers: Those that step them.
+            dtypes: Of the weights, by name.
 
         Raises:
-            ValueError: Factors cannot be kept orthonormal, as in half precision.
+            ValueError: They are in half precision, or LBFGS steps them.
         """
+        if self.kind != "stiefel":
+            return
+        where = f"{name}(orthogonality='stiefel')"
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+            raise ValueError(
+                f"{where}: LBFGS searches along lines, which leave the manifold; AdamW, SGD and their like"
+            )
+        half = next((key for key, dtype in dtypes.items() if dtype not in (torch.float32, torch.float64)), None)
+        if half is not None:
+            raise ValueError(
+                f"{where}: {half!r} is in {dtypes[half]}, in which no columns are orthonormal; float32, or mixed "
+                "precision"
+            )
+
+    def begin(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
+        """From now on."""
         self.end()
         if (self.kind is None and self.bound is None) or not places:
             return
-        if self.kind == "stiefel":
-            _refuse_stiefel(name, optimizers, places)
         self._places = places
         if self.kind == "stiefel":
             for place in places:
@@ -189,15 +208,3 @@ def _columns(tensor: Num[Tensor, "..."], rows: bool) -> Num[Tensor, "M R"]:
 def _factors(parameters: Sequence[Tensor]) -> Factors:
     left, scale, right = parameters
     return Factors(left, scale, right.flatten(1))
-
-
-def _refuse_stiefel(name: str, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
-    where = f"{name}(orthogonality='stiefel')"
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        raise ValueError(f"{where}: LBFGS searches along lines, which leave the manifold; AdamW, SGD and their like")
-    half = next((p.name for p in places if p.parameters[0].dtype not in (torch.float32, torch.float64)), None)
-    if half is not None:
-        raise ValueError(
-            f"{where}: {half!r} is in {next(p for p in places if p.name == half).parameters[0].dtype}, in which no "
-            "columns are orthonormal; float32, or mixed precision"
-        )

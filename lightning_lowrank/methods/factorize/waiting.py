@@ -30,6 +30,7 @@ class Waiting:
         stable_ranks: By name those of the samples so far.
         num_samples: So far.
         last: Step of the last one.
+        is_over: Ranks have been told.
     """
 
     when: When
@@ -39,6 +40,7 @@ class Waiting:
     stable_ranks: dict[str, list[float]] = field(default_factory=dict)
     num_samples: int = 0
     last: int = 0
+    is_over: bool = False
 
     @property
     def is_on(self) -> bool:
@@ -48,9 +50,11 @@ class Waiting:
     def begin(self, chosen: Sequence[Chosen], is_continued: bool) -> None:
         """From now on."""
         self.chosen = chosen
-        if not is_continued:
+        if is_continued:
+            self.chosen = () if self.is_over else chosen
+        else:
             self.start = {one.name: one.matrix().cpu().clone() for one in chosen if one.rank == "measured"}
-            self.stable_ranks, self.num_samples, self.last = {}, 0, 0
+            self.stable_ranks, self.num_samples, self.last, self.is_over = {}, 0, 0, False
 
     def sampled(self, step: int) -> dict[str, int] | None:
         """Take a sample if one is due after a batch; ranks by name if that was the last one."""
@@ -63,23 +67,25 @@ class Waiting:
         for name, matrix in matrices.items():
             value = float(stable_rank(svd(wide(matrix))))
             self.stable_ranks[name] = [*self.stable_ranks.get(name, []), value][-NUM_SETTLED:]
-        if not self._is_over():
+        if not self._is_decided():
             return None
         ranks = {one.name: self._rank(one, matrices[one.name]) for one in self.chosen}
-        self.chosen, self.start = (), {}
+        self.chosen, self.start, self.is_over = (), {}, True
         return ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Samples so far."""
         kept = {"start": self.start, "stable_ranks": {name: list(v) for name, v in self.stable_ranks.items()}}
-        return kept | {"num_samples": self.num_samples, "last": self.last}
+        return kept | {"num_samples": self.num_samples, "last": self.last, "is_over": self.is_over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with them."""
         self.start, self.stable_ranks = dict(state["start"]), dict(state["stable_ranks"])
-        self.num_samples, self.last = state["num_samples"], state["last"]
+        self.num_samples, self.last, self.is_over = state["num_samples"], state["last"], state["is_over"]
+        if self.is_over:
+            self.chosen = ()
 
-    def _is_over(self) -> bool:
+    def _is_decided(self) -> bool:
         if self.when == "start":
             return self.num_samples >= NUM_MEASURED
         return all(_has_settled(values) for values in self.stable_ranks.values())

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from lightning_lowrank import LowRankFactorize, watching
-from tests.trainings import QUIET, MemoryLogger, Ordered, Resumable, mlp
+from tests.processes import together
+from tests.trainings import QUIET, InOrder, MemoryLogger, Ordered, Resumable, fitted, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the c
 MEASURED: dict[str, Any] = {"rank": "measured", "match": ["net.0.weight", "net.2.weight"], "every_n_steps": 2}
 SETTLED: dict[str, Any] = {"when": "stable_rank_converged", "match": ["net.0.weight", "net.2.weight"]}
 WAYS = {"measured": MEASURED, "settled": SETTLED | {"every_n_steps": 1}}
+MANIFOLD = MEASURED | {"orthogonality": "stiefel"}
 
 
 class Decaying(Ordered):
@@ -50,7 +52,7 @@ def fit(way: str, *callbacks: L.Callback, resume: Path | None = None, **options:
     module = Decaying()
     keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     settings = QUIET | {"max_epochs": 3, "logger": MemoryLogger(), "num_sanity_val_steps": 0}
-    method = LowRankFactorize(**WAYS[way])
+    method = LowRankFactorize(**WAYS.get(way, MANIFOLD))
     trainer = L.Trainer(**settings | {"enable_checkpointing": keeps} | options, callbacks=[method, *callbacks])
     trainer.fit(module, ckpt_path=resume)
     assert method.failures == 0
@@ -145,9 +147,23 @@ def test_a_loop_goes_on_with_the_state_of_its_optimizer_loaded_last(stop: int) -
         assert_close(resumed[key], whole[key], rtol=0, atol=0)
 
 
+def in_processes(rank: int, size: int, root: Path) -> str:
+    try:
+        fitted(InOrder(rank, size), [LowRankFactorize("measured")], False, size)
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_on_several_processes_it_is_refused(tmp_path: Path) -> None:
+    assert all("DDP would not send the gradients" in said for said in together(in_processes, tmp_path))
+
+
 def test_what_would_not_follow_a_change_in_mid_run_is_refused() -> None:
     with pytest.raises(ValueError, match="WeightAveraging"):
         fit("measured", WeightAveraging())
+    with pytest.raises(ValueError, match="no columns are orthonormal"):
+        fit("measured in half precision on the manifold", precision="bf16-true")
     with pytest.raises(ValueError, match="barebones"):
         L.Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=[LowRankFactorize(**MEASURED)]).fit(
             Decaying()
