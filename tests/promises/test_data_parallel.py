@@ -258,8 +258,8 @@ def test_what_goes_wrong_in_one_process_costs_its_numbers_and_keeps_nobody_waiti
 
 
 def known(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Without the overlap with the sample before, which may be the lost one."""
-    return {quantity: row for quantity, row in values.items() if "overlap" not in quantity}
+    """Without what compares with the sample before, which may be the lost one."""
+    return {name: row for name, row in values.items() if "overlap" not in name and "drift" not in name}
 
 
 def with_all(rank: int, size: int, root: Path) -> Any:

@@ -232,7 +232,7 @@ def _without(tag: str, curve: dict[int, float]) -> dict[int, float]:
     """What is left of a curve of the large layer; its subspace cannot be compared with the one before where there is
     none.
     """
-    lost = SHORT if "overlap" not in tag else (*SHORT, max(SHORT) + 1)
+    lost = (*SHORT, max(SHORT) + 1) if "overlap" in tag or "drift" in tag else SHORT
     return curve | (dict.fromkeys(lost, np.nan) if "/net.large." in tag else {})
 
 

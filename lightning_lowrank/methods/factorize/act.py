@@ -46,15 +46,29 @@ class Factorization(Act):
                     f"{self.settings}: densify it first, by LowRankFactorize.densify(module)"
                 )
             return
-        choice = chosen(module, self.settings)
-        state = Prepared(self.settings, choice, size(module))
-        if fresh and not self.settings.is_deferred:
-            ranks = {one.name: one.settled_rank(one.matrix()) for one in choice.chosen}
-            if not any(one.saves(ranks[one.name]) for one in choice.chosen):
-                raise ValueError(f"{self.name}: factors of {ranks} would be no smaller than the weights: lower rank")
-            state.convert(ranks)
+        state = Prepared(self.settings, chosen(module, self.settings), size(module))
+        if fresh:
+            self._convert(state)
         module.__dict__["factorize_prepared"] = state
         module.register_load_state_dict_pre_hook(restructure)
+
+    def settle(self, module: nn.Module) -> None:
+        """Replace weights of a module that is to be trained; a checkpoint that is loaded after it changes ranks.
+
+        Raises:
+            ValueError: Factors would be no smaller than the weights.
+        """
+        state = prepared(module)
+        if state is not None and not places(module):
+            self._convert(state)
+
+    def _convert(self, state: Prepared) -> None:
+        if self.settings.is_deferred:
+            return
+        ranks = {one.name: one.settled_rank(one.matrix()) for one in state.choice.chosen}
+        if not any(one.saves(ranks[one.name]) for one in state.choice.chosen):
+            raise ValueError(f"{self.name}: factors of {ranks} would be no smaller than the weights: lower rank")
+        state.convert(ranks)
 
     def begin(self, training: Training) -> str:
         """Refuse what would not train, and hook the optimizers."""

@@ -122,6 +122,9 @@ class LowRankFactorize(Method):
                     "ranks and when='start'"
                 )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            assert isinstance(self._act, Factorization)
+            self._act.settle(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the module's `log`, which Lightning hangs on: torch pickles no module with parametrizations."""
