@@ -28,14 +28,14 @@ from lightning_lowrank.statistics import find
 SHOWN = {
     "stable_rank": "stable rank",
     "effective_rank": "effective rank",
-    "relative_effective_rank": "/ Gauss",
+    "relative_effective_rank": "eff. rank / Gauss",
     "tail_exponent": "tail exponent",
     "marchenko_pastur_outliers": "outliers",
 }
 CHANGES = {
     "change_over_weight": "change / weight",
     "change_stable_rank": "stable rank",
-    "change_relative_stable_rank": "/ Gauss",
+    "change_relative_stable_rank": "stable rank / Gauss",
     "change_in_top_left_over_chance": "in top of A / chance",
     "intruders": "intruders",
     "lora_rank": "LoRA rank",
@@ -78,10 +78,10 @@ def spectra(
         there = _places(file, model, match=match, exclude=exclude, heads=heads)
         limit = sys.maxsize if exact else SKETCH_ABOVE
         found[path] = list(_watched(spectra_of(file, there, statistics, sketch_above=limit), there, path))
-    if output is not None:
-        _save(found, Path(output))
-    if page is not None:
-        write(Path(page), _page(found, Path(page).stem))
+    for target, made in ((output, _save), (page, _written)):
+        if target is not None:
+            made(found, Path(target))
+            Console(stderr=True).print(f"wrote {escape(target)}")
     if json:
         print_json({path: {row.name: _numbers(row) for row in rows} for path, rows in found.items()})
     else:
@@ -154,6 +154,10 @@ def _save(found: Mapping[str, Sequence[Row]], file: Path) -> None:
         if row.singular is not None
     }
     save(values, file)
+
+
+def _written(found: Mapping[str, Sequence[Row]], file: Path) -> None:
+    write(file, _page(found, file.stem))
 
 
 def _page(found: Mapping[str, Sequence[Row]], title: str) -> str:

@@ -158,6 +158,8 @@ def _directions(
     """Where the change lies, and how far the top directions turned."""
     before, after, most = _factors(a, top), _factors(b, top), float(change.square().sum())
     k = min(top, *a.shape)
+    if not float(before.values[0]) or not float(after.values[0]):
+        return {}  # a matrix of zeros has no directions
     values = {}
     for side, one, other, moved in (
         ("left", before.left, after.left, change),

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_lowrank.analysis.tasks import Measure, inputs
+from lightning_lowrank.analysis.tasks import Measure, inputs, measured
 from lightning_lowrank.models.units import Units, heads_of, neurons_of
 from lightning_lowrank.monitors.concentration.gates import gate_gradients
 
@@ -56,10 +56,10 @@ def importance(module: nn.Module, batches: Iterable[Any], measure: Measure) -> l
     for batch in batches:
         inputs(batch)
         module.zero_grad()
-        measured = measure(module, batch)
-        if "loss" not in measured:
-            raise ValueError(f'the measure gave {list(measured)}; what is expected is a "loss" among them')
-        measured["loss"].backward()
+        found_here = measured(measure, module, batch)
+        if "loss" not in found_here:
+            raise ValueError(f'the measure gave {list(found_here)}; what is expected is a "loss" among them')
+        found_here["loss"].backward()
         count += 1
         for kind, layers in found.items():
             for name, units in layers.items():

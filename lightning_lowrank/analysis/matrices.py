@@ -55,7 +55,7 @@ def places(
         chosen: `match`, `exclude`, `min_size` and `heads`, as `RankMonitor` takes them.
 
     Raises:
-        ValueError: A pattern fits nothing, or the module has other parameters than the file.
+        ValueError: A pattern fits nothing, there is no matrix, or the module has other parameters than the file.
     """
     implied = {} if module is not None else _implied(checkpoint.shapes)
     if module is None:
@@ -67,6 +67,8 @@ def places(
         if name in checkpoint.shapes:
             known.setdefault(id(parameter), name)
     found = sites(module, views={**implied, **(views or {})}, **chosen)
+    if not found:
+        raise ValueError(f"{checkpoint.path} has no matrix: its tensors are {first(list(checkpoint.shapes.items()))}")
     return [Place(site, tuple(known[id(parameter)] for parameter in site.parameters)) for site in found]
 
 

@@ -99,7 +99,8 @@ def masks(
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, nothing is in both, or the density is out of range.
+        ValueError: A file cannot be read, nothing is in both, the density is out of range, or it is missing where no
+            weight is zero.
     """
     files = Checkpoint(a), Checkpoint(b)
     first, second = (
@@ -110,6 +111,8 @@ def masks(
     if not common:
         raise ValueError(f"{a} has {list(first)[:4]} and {b} has {list(second)[:4]}: nothing of one name and shape")
     found = list(overlaps(*files, common, density, scope))
+    if density is None and all(one.densities == (1.0, 1.0) for one in found):
+        raise ValueError("no weight is zero in either file: say which part of them is compared, as --density 0.2")
     if json:
         print_json({o.name: {key: value for key, value in vars(o).items() if key != "name"} for o in found})
         return
@@ -190,8 +193,7 @@ def _draw(lines: dict[str, Line], found: Matched | None) -> None:
         show(table)
     if found is not None:
         dropped = f"; {found.dropped} may not" if found.dropped else ""
-        show(
-            escape(
-                f"{len(found.used)} groups of units may change places{dropped}; outputs differ by {found.deviation:.1e}"
+        units = f"{len(found.used)} group(s) of units may change places{dropped}"
+        show(escape(f"{units}; outputs of B before and after differ by {found.deviation:.1e}"))
             )
         )

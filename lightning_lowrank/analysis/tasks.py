@@ -81,9 +81,25 @@ def inputs(batch: Any) -> Tensor:
     return first
 
 
+def measured(measure: Measure, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    """What is measured of a batch.
+
+    Raises:
+        ValueError: It is no mapping.
+    """
+    found = measure(module, batch)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"the measure gave a {type(found).__name__}; what is expected is {EXPECTED}")
+    return found
+
+
 @torch.no_grad()
 def means(module: nn.Module, data: Mapping[str, Iterable[Any]], measure: Measure) -> dict[str, float]:
-    """What is measured, as means over the examples of each data set, in evaluation mode: "test/loss" and so on."""
+    """What is measured, as means over the examples of each data set, in evaluation mode: "test/loss" and so on.
+
+    Raises:
+        ValueError: A data set has no examples, or the measure gives no mapping.
+    """
     module.eval()
     found: dict[str, float] = {}
     for name, batches in data.items():
@@ -91,8 +107,10 @@ def means(module: nn.Module, data: Mapping[str, Iterable[Any]], measure: Measure
         count = 0
         for batch in batches:
             size = len(inputs(batch))
-            for key, value in measure(module, batch).items():
+            for key, value in measured(measure, module, batch).items():
                 totals[key] = totals.get(key, 0.0) + size * float(value)
             count += size
+        if not count:
+            raise ValueError(f"the data set {name!r} has no examples: give batches that can be gone through again")
         found |= {f"{name}/{key}": total / count for key, total in totals.items()}
     return found

@@ -1,7 +1,6 @@
 """Checkpoints on disk: names and shapes at once, tensors one at a time, as a module without values."""
 
 import json
-import pickle
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -181,7 +180,10 @@ def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
     state = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
     if not tensors:
-        raise ValueError(f"{file} has no tensors at the top or in any of {list(NESTED)}; its keys are {_some(content)}")
+        raise ValueError(
+            f"{file} has no floating-point tensors at the top or in any of {list(NESTED)}; "
+            f"its keys are {_some(content)}"
+        )
     return {name: (_Held(tensor.detach()), tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -192,13 +194,13 @@ def _loaded(file: Path) -> Mapping[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6, or torch.save(_use_new_zipfile_serialization=False)
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever bytes make of a reader of pickles
         if "GLOBAL" in str(error):
             raise ValueError(
                 f"{file} holds more than tensors and plain values, and loading it would run code: save the "
                 f"state_dict() alone (torch.save(model.state_dict(), ...)). torch says: {_reason(error)}"
             ) from error
-        raise ValueError(f"{file} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"{file} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}; a dictionary of tensors was expected")
     return content
@@ -207,7 +209,7 @@ def _loaded(file: Path) -> Mapping[str, Any]:
 def _reason(error: Exception) -> str:
     """The line of torch's message that says what was found."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else "nothing")
+    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)
 
 
 def _some(names: Any, most: int = 5) -> str:

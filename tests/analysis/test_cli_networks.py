@@ -33,6 +33,16 @@ def another() -> Any:
     return mlp(16)
 
 
+def without_batches() -> Any:
+    module, _, its = task()
+    return module, {"test": []}, its
+
+
+def a_number() -> Any:
+    module, data, _ = task()
+    return module, data, lambda module, batch: module(batch[0]).sum()
+
+
 def no_loss() -> Any:
     module, data, _ = task()
     return module, data, lambda module, batch: {"error": module(batch[0]).sum()}
@@ -82,7 +92,7 @@ def test_a_specification_says_which_units_may_change_places(
     main(["connect", *two, DATA, "--match", "--points", "3", "--specification", str(tmp_path / "groups.json")])
 
     told = capsys.readouterr().out
-    assert "1 groups of units may change places" in told and "barrier" in told
+    assert "1 group(s) of units may change places" in told and "barrier" in told
 
 
 def test_masks_of_one_checkpoint_are_the_same_and_of_two_by_chance(
@@ -126,6 +136,11 @@ REFUSED = {
     ("connect", "A", "C", DATA): r"c\.pt is not of this network: it lacks \['2\.weight'",
     ("masks", "A", "C"): "nothing of one name and shape",
     ("masks", "A", "B", "--density", "0"): "density=0.0: above 0",
+    ("masks", "A", "B"): "no weight is zero in either file: .* --density",
+    ("masks", "A", "D", "--density", "0.2"): r"d\.pt has weights that are not finite, in \['0\.weight'\]",
+    ("connect", "A", "B", f"{__name__}:without_batches"): "the data set 'test' has no examples",
+    ("connect", "A", "B", f"{__name__}:a_number"): "the measure gave a Tensor",
+    ("importance", "A", f"{__name__}:a_number"): "the measure gave a Tensor",
     ("importance", "A", f"{__name__}:no_loss"): r"the measure gave \['error'\]",
 }
 
@@ -133,7 +148,10 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED, ids=" ".join)
 def test_what_cannot_be_done_is_refused_in_words(words: tuple[str, ...], two: tuple[str, str], tmp_path: Path) -> None:
     torch.save({"0.weight": torch.ones(16, 3), "0.bias": torch.ones(16)}, tmp_path / "c.pt")
-    given = [{"A": two[0], "B": two[1], "C": str(tmp_path / "c.pt")}.get(word, word) for word in words]
+    broken = torch.load(two[0], weights_only=True) | {"0.weight": torch.full((16, 64), torch.nan)}
+    torch.save(broken, tmp_path / "d.pt")
+    files = {"A": two[0], "B": two[1], "C": str(tmp_path / "c.pt"), "D": str(tmp_path / "d.pt")}
+    given = [files.get(word, word) for word in words]
 
     with pytest.raises(SystemExit, match=REFUSED[words]):
         main(given)

@@ -130,3 +130,10 @@ def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
     verdicts = {name: one.verdict for name, one in found(weights(), broken, tmp_path).items()}
 
     assert verdicts == {"a.weight": "not finite", **dict.fromkeys(["b.weight", "c.weight", "d.weight"], "not moved")}
+
+
+def test_a_matrix_of_zeros_has_no_directions(tmp_path: Path) -> None:
+    nothing = weights() | {"a.weight": torch.zeros(30, 40).double()}
+
+    for one in (found(weights(), nothing, tmp_path), found(nothing, weights(), tmp_path)):
+        assert "intruders" not in one["a.weight"].values and "change_in_top_left" not in one["a.weight"].values

@@ -111,3 +111,10 @@ def test_what_a_checkpoint_is_not_of_is_refused_by_name(tmp_path: Path) -> None:
         places(checkpoint, nn.Linear(2, 2, bias=False))
     with pytest.raises(ValueError, match=r"match: 'head' fits nothing; nearest"):
         places(checkpoint, match="head")
+
+
+def test_a_file_without_a_matrix_is_refused(tmp_path: Path) -> None:
+    torch.save({"bias": torch.ones(3)}, tmp_path / "net.pt")
+
+    with pytest.raises(ValueError, match=r"net\.pt has no matrix: its tensors are \[\('bias'"):
+        places(Checkpoint(tmp_path / "net.pt"))

@@ -143,6 +143,16 @@ def no_zip(folder: Path) -> Path:
     return folder / "net.pt"
 
 
+def a_text(folder: Path) -> Path:
+    (folder / "net.pt").write_text("hello")
+    return folder / "net.pt"
+
+
+def empty(folder: Path) -> Path:
+    (folder / "net.pt").write_bytes(b"")
+    return folder / "net.pt"
+
+
 def an_object(folder: Path) -> Path:
     torch.save([1, 2], folder / "net.pt")
     return folder / "net.pt"
@@ -178,9 +188,11 @@ REFUSED: dict[Callable[[Path], Path], str] = {
     half_of_the_shards: r"shards; \['model-00001-of-.*'\] are missing",
     a_short_shard: r"one\.safetensors lacks \['b'\]",
     cut_short: r"net\.safetensors cannot be read as safetensors",
-    no_zip: r"net\.pt cannot be read",
+    no_zip: r"net\.pt cannot be read as a checkpoint",
+    a_text: r"net\.pt cannot be read as a checkpoint",
+    empty: r"net\.pt cannot be read as a checkpoint: EOFError",
     an_object: "holds a list; a dictionary of tensors",
-    no_tensors: r"no tensors at the top .* its keys are \['epoch', 'loops'\]",
+    no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
     several: r"give one of its files, \['a\.pt', 'b\.pt'\]",
     another_kind: r"kinds of files that can be read are \['\.safetensors'",

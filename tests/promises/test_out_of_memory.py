@@ -175,6 +175,7 @@ def finite(logger: MemoryLogger, step: int) -> set[str]:
 @pytest.mark.parametrize("name", MONITORS)
 def test_whatever_allocation_of_any_monitor_fails_training_is_the_same_and_the_next_sample_is_whole(name: str) -> None:
     counting, num_steps = InFewSteps(0, 0), 5
+    logged([MONITORS[name](every_n_steps=1)], max_steps=1)  # tables that are made once
     with within_monitors(counting.mode):
         logged([counting, MONITORS[name](every_n_steps=1)], max_steps=1)
     shortage, monitor = InFewSteps(max(1, counting.mode.count // num_steps), num_steps), MONITORS[name](every_n_steps=1)

@@ -33,6 +33,7 @@ def often() -> Monitor:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
 def test_weights_lose_their_rank_before_a_transformer_without_normalisation_diverges() -> None:
     L.seed_everything(0, verbose=False)
     run, monitor = Run(writer(nn.Identity), characters, AdamW, 1e-3, 1.025), often()
