@@ -195,5 +195,3 @@ def _draw(lines: dict[str, Line], found: Matched | None) -> None:
         dropped = f"; {found.dropped} may not" if found.dropped else ""
         units = f"{len(found.used)} group(s) of units may change places{dropped}"
         show(escape(f"{units}; outputs of B before and after differ by {found.deviation:.1e}"))
-            )
-        )
