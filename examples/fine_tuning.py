@@ -51,7 +51,7 @@ def docstring_tokens(each: int) -> TensorDataset:
     texts = [
         (text, i)
         for i, name in enumerate(PACKAGES)
-        for text in sorted(set(docstrings(library / name)), key=len)[-each:]
+        for text in sorted(set(docstrings(library / name)), key=lambda text: (len(text), text))[-each:]
     ]
     assert min(Counter(label for _, label in texts).values()) > 0
     options: dict[str, Any] = {
