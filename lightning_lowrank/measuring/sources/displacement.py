@@ -1,7 +1,7 @@
 """Displacement: how far the weights are from where they began."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,8 @@ class Displacement(ParameterSource):
     def _moved(self, site: Site) -> Reading:
         self._initial[site.name] = start = attempt(partial(self._start, site))
         if site.computation is None or not start:
-            return change(site, start)
+            # Of stored weights it is the distance itself; only of the optimizer's own step an estimate.
+            return replace(change(site, start), rounded=False)
         began = Reading(site.labels, site.shape, start, site.view)
         return Reading(site.labels, site.shape, [*site.values(), *start], partial(_from_start, site), weight=began)
 
