@@ -80,7 +80,7 @@ def barrier(places: Sequence[float], curve: Sequence[float], sign: int = 1) -> f
     """How far a curve rises above the straight line between its ends, or with sign -1 falls below.
 
     Example:
-        >>> barrier([0, 0.5, 1], [1.0, 3.0, 2.0])
+        >>> barrier([0.0, 0.5, 1.0], [1.0, 3.0, 2.0])
         1.5
     """
     straight = [(1 - place) * curve[0] + place * curve[-1] for place in places]
