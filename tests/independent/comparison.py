@@ -172,6 +172,8 @@ CLAIMS: dict[str, Claim] = {
 
 # What has no reference here, by the name of the quantity (or of the tag, of what is none), and why.
 REASONS: dict[str, str] = {
+    "activation_branch_ratio": "where blocks have branches of their own, as GPT-2 and Llama: there it has a reference",
+    "activation_alignment*": "where the last weight of a block meets the first of the next in one, as in GPT-2: there",
     "*monte_carlo_fisher_eigenspace_overlap": "targets are drawn anew at each sample: draws of our own differ as much",
     "*_error": "an error is no number of the model; how often the truth is within it is on its [own page](errors.md)",
     "lowrank/*_time_ms": "the machine's clock",
