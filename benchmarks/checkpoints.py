@@ -9,6 +9,7 @@ The published files are those of packages on PyPI; `--files FOLDER` is where the
 import importlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -171,26 +172,25 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 def of_barriers(steps: int, seeds: int) -> Table:
     """Barriers on held-out digits between two starts, before and after matching."""
-    images, labels = digits()
-    data = {"train": [(images[:1200], labels[:1200])], "test": [(images[1200:], labels[1200:])]}
-    table = Table(
-        "network", "width", "loss barrier", "matched", "accuracy barrier", "matched", title="held-out, medians (ranges)"
-    )
+    headings = ("network", "width", "loss barrier", "matched", "accuracy barrier", "matched")
+    table = Table(*headings, title="held-out, medians (ranges)")
     for name, (make, widths) in NETWORKS.items():
         for width in widths:
-            rows: list[list[float]] = []
-            for seed in range(seeds):
-                a, b = (trained(lambda: make(width), 10 * seed + i, steps) for i in range(2))  # noqa: B023
-                one, other = a.state_dict(), b.state_dict()
-                found = matched(one, other, traced(a), lambda s: functional_call(a, dict(s), (images[:64],)).detach())  # noqa: B023
-                barriers = [
-                    line(a, one, end, data, measure, calibrate="train").barriers for end in (other, found.state)
-                ]
-                rows.append([one[f"test/{key}"] for key in ("loss", "accuracy") for one in barriers])
-            columns = zip(*rows, strict=True)
-            cells = [f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
+            rows = [_barriers(partial(make, width), seed, steps) for seed in range(seeds)]
+            cells = [f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in zip(*rows, strict=True)]
             table.add_row(name, str(width), *cells)
     return table
+
+
+def _barriers(make: Callable[[], nn.Module], seed: int, steps: int) -> list[float]:
+    """Of one pair of networks: of loss and of accuracy, each as they are and matched."""
+    images, labels = digits()
+    data = {"train": [(images[:1200], labels[:1200])], "test": [(images[1200:], labels[1200:])]}
+    a, b = trained(make, 10 * seed, steps), trained(make, 10 * seed + 1, steps)
+    one, other = a.state_dict(), b.state_dict()
+    found = matched(one, other, traced(a), lambda state: functional_call(a, dict(state), (images[:64],)).detach())
+    lines = [line(a, one, end, data, measure, calibrate="train").barriers for end in (other, found.state)]
+    return [barriers[f"test/{key}"] for key in ("loss", "accuracy") for barriers in lines]
 
 
 def tasks(seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -204,51 +204,47 @@ def tasks(seed: int) -> Iterator[tuple[str, Tensor]]:
 
 def of_merges(steps: int, seeds: int) -> Table:
     """Eight networks fine-tuned on two digits each from one start: what each merge does on all eight tasks."""
-    images, labels = digits()
-    table = Table(
-        "weights", "mean accuracy on the eight tasks", "lowest task", title="held-out, medians over seeds (ranges)"
-    )
-    found: dict[str, list[list[float]]] = {}
-    told = []
-    for seed in range(seeds):
-        start = trained(lambda: mlp(128), 100 + seed, 60)
-        several = list(tasks(seed))
-        ends = []
-        for number, (_, examples) in enumerate(several):
-            seen = examples[examples < 1200]
-            ends.append(trained(lambda: _copy(start), 1000 * seed + number, steps, seen).state_dict())  # noqa: B023
-
-        def accuracies(state: dict[str, Tensor]) -> list[float]:
-            rows = []
-            for _, examples in several:  # noqa: B023
-                unseen = examples[examples >= 1200]
-                outputs = functional_call(start, state, (images[unseen],))  # noqa: B023
-                rows.append(float((outputs.argmax(1) == labels[unseen]).float().mean()))
-            return rows
-
-        with TemporaryDirectory() as folder:
-            files = []
-            for number, state in enumerate([start.state_dict(), *ends]):
-                torch.save(state, Path(folder) / f"{number}.pt")
-                files.append(Checkpoint(Path(folder) / f"{number}.pt"))
-            found.setdefault("the start", []).append(accuracies(start.state_dict()))
-            found.setdefault("each its own", []).append([accuracies(end)[i] for i, end in enumerate(ends)])
-            for method in METHODS:
-                found.setdefault(method, []).append(accuracies(dict(merged(files[0], files[1:], method))))
-            matrices = [name for name, shape in files[0].shapes.items() if len(shape) > 1]
-            told += _beforehand(files, matrices, accuracies)
-    for name, rows in found.items():
+    headings = ("weights", "mean accuracy on the eight tasks", "lowest task")
+    table = Table(*headings, title="held-out, medians over seeds (ranges)")
+    both = [_merges(steps, seed) for seed in range(seeds)]
+    for name in both[0][0]:
+        rows = [found[name] for found, _ in both]
         means, lows = [sum(row) / len(row) for row in rows], [min(row) for row in rows]
-        cells = [f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in (means, lows)]
-        table.add_row(name, *cells)
-    losses = torch.tensor(told)
-    for column, name in enumerate(("cosine", "overlap"), 1):
-        table.add_row(
-            f"correlation of a pair's {name} with its merge's accuracy",
-            f"{float(torch.corrcoef(losses.T)[0, column]):.2f}",
-            "",
-        )
+        table.add_row(name, *(f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in (means, lows)))
+    told = torch.corrcoef(torch.tensor([row for _, several in both for row in several]).T)[0]
+    for name, found in zip(("cosine", "overlap"), told[1:].tolist(), strict=True):
+        table.add_row(f"correlation of a pair's {name} with its merge's accuracy", f"{found:.2f}", "")
     return table
+
+
+def _merges(steps: int, seed: int) -> tuple[dict[str, list[float]], list[list[float]]]:
+    """Of one seed: accuracies on the eight tasks by what the weights are, and what is told of pairs beforehand."""
+    start, several = trained(partial(mlp, 128), 100 + seed, 60), list(tasks(seed))
+    seen = [examples[examples < 1200] for _, examples in several]
+    copied = partial(_copy, start)
+    ends = [trained(copied, 1000 * seed + i, steps, examples).state_dict() for i, examples in enumerate(seen)]
+    accuracies = partial(_accuracies, start, several)
+    with TemporaryDirectory() as folder:
+        files = []
+        for number, state in enumerate([start.state_dict(), *ends]):
+            torch.save(state, Path(folder) / f"{number}.pt")
+            files.append(Checkpoint(Path(folder) / f"{number}.pt"))
+        found = {"the start": accuracies(start.state_dict())}
+        found["each its own"] = [accuracies(end)[i] for i, end in enumerate(ends)]
+        found |= {method: accuracies(dict(merged(files[0], files[1:], method))) for method in METHODS}
+        matrices = [name for name, shape in files[0].shapes.items() if len(shape) > 1]
+        return found, _beforehand(files, matrices, accuracies)
+
+
+def _accuracies(net: nn.Module, several: list[tuple[str, Tensor]], state: dict[str, Tensor]) -> list[float]:
+    """On the held-out images of each task, among all classes."""
+    images, labels = digits()
+    rows = []
+    for _, examples in several:
+        unseen = examples[examples >= 1200]
+        outputs = functional_call(net, state, (images[unseen],))
+        rows.append(float((outputs.argmax(1) == labels[unseen]).float().mean()))
+    return rows
 
 
 def _beforehand(

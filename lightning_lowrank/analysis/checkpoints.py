@@ -45,7 +45,7 @@ CHANGES = {
 def spectra(
     checkpoints: list[str],
     *,
-    statistics: list[str] = list(STATISTICS),  # noqa: B006
+    statistics: list[str] | None = None,
     match: list[str] | None = None,
     exclude: list[str] | None = None,
     model: str | None = None,
@@ -59,7 +59,7 @@ def spectra(
 
     Args:
         checkpoints: Files or folders.
-        statistics: Names as in the concepts page.
+        statistics: Names as in the concepts page; ranks, tails and outliers unless given.
         match: Only matrices whose name fits one of these globs or `re:REGEX`.
         exclude: Not these.
         model: `module:function` that makes the module, whose classes say how fused weights divide.
@@ -77,7 +77,7 @@ def spectra(
         file = Checkpoint(path)
         there = _places(file, model, match=match, exclude=exclude, heads=heads)
         limit = sys.maxsize if exact else SKETCH_ABOVE
-        found[path] = list(_watched(spectra_of(file, there, statistics, sketch_above=limit), there, path))
+        found[path] = list(_watched(spectra_of(file, there, statistics or STATISTICS, sketch_above=limit), there, path))
     for target, made in ((output, _save), (page, _written)):
         if target is not None:
             made(found, Path(target))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -11,6 +12,14 @@ from lightning_lowrank.models.names import chosen_parameters
 
 Patterns = str | Sequence[str] | None
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+class Owner(NamedTuple):
+    """A layer that has a parameter, under one of its names."""
+
+    path: str
+    layer: nn.Module
+    local: str
 
 
 @dataclass(frozen=True)
@@ -67,3 +76,16 @@ def unusual(module: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, str]
     unusual = {tag: "embedding" for layer, tag in layers if isinstance(layer, EMBEDDINGS)}
     last, tag = layers[-1]
     return unusual | ({tag: "head"} if isinstance(last, nn.Linear) and tag not in unusual else {})
+
+
+def owners_of(module: nn.Module, *, all_names: bool = False) -> dict[int, list[Owner]]:
+    """By id of each parameter the layers that have it: several where it is shared.
+
+    Args:
+        all_names: A layer that has several names stands under each of them.
+    """
+    found: dict[int, list[Owner]] = {}
+    for path, layer in module.named_modules(remove_duplicate=not all_names):
+        for local, parameter in layer._parameters.items():
+            found.setdefault(id(parameter), []).append(Owner(path, layer, local))
+    return found

@@ -16,7 +16,7 @@ def plan(
     step_ms: float | None = None,
     device_class: str = "cpu",
     every_n_steps: int = 50,
-    sources: list[str] = ["gradients", "weights", "updates"],  # noqa: B006
+    sources: list[str] | None = None,
     json: bool = False,
 ) -> None:
     """Print what `RankMonitor` will cost a model, on tensors without entries, without a step.
@@ -29,7 +29,7 @@ def plan(
         step_ms: Of a training step, if known.
         device_class: Times are of those that were measured.
         every_n_steps: Cadence.
-        sources: Of `RankMonitor`.
+        sources: Of `RankMonitor`; its own unless given.
         json: Print all numbers, null where nothing was measured.
 
     Raises:
@@ -43,7 +43,7 @@ def plan(
         step_ms=step_ms,
         device=device_class,
         every_n_steps=every_n_steps,
-        sources=sources,
+        sources=sources or ("gradients", "weights", "updates"),
     )
     if json:
         print_json(plain(found))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from jaxtyping import Num
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.methods.factorize.factors import Init, energy_rank
 from lightning_lowrank.methods.factorize.layers import Factorized, Kind
-from lightning_lowrank.methods.matrices import matrices, sides
+from lightning_lowrank.methods.matrices import Owner, matrices, owners_of, sides
 from lightning_lowrank.models.axes import is_transposed
 from lightning_lowrank.models.effective_weights import hooked
 from lightning_lowrank.models.names import chosen_parameters
@@ -49,14 +49,6 @@ class Settings:
     def is_deferred(self) -> bool:
         """Dense at first: what the rank is comes out of the training."""
         return self.when != "start" or any(rank == "measured" for _, rank in self.ranks)
-
-
-class Owner(NamedTuple):
-    """A layer that has a weight."""
-
-    path: str
-    layer: nn.Module
-    local: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     adapter = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if adapter is not None:
         raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}: merge it first")
-    owners, layers = _owners(module), dict(module.named_modules())
+    owners, layers = owners_of(module, all_names=True), dict(module.named_modules())
     explicit = settings.match is not None or settings.ranks[0][0] is not None
     patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
     found = matrices(module, patterns, settings.exclude)
@@ -148,14 +140,6 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     if not some:
         raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {left_out}: {PLAIN}")
     return Choice(some, left_out)
-
-
-def _owners(module: nn.Module) -> dict[int, list[Owner]]:
-    found: dict[int, list[Owner]] = {}
-    for path, layer in module.named_modules(remove_duplicate=False):
-        for local, parameter in layer._parameters.items():
-            found.setdefault(id(parameter), []).append(Owner(path, layer, local))
-    return found
 
 
 def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, Rank | None]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank.methods.factorize.choice import Choice, Chosen, Owner, Settings
+from lightning_lowrank.methods.factorize.choice import Choice, Chosen, Settings
 from lightning_lowrank.methods.factorize.factors import Factors, factorized
 from lightning_lowrank.methods.factorize.layers import PARTS, Place, attach, detach, keys_of, places
+from lightning_lowrank.methods.matrices import Owner
 
 # Of each weight that was replaced, by id, what stands in its place.
 Replaced = dict[int, list[nn.Parameter]]

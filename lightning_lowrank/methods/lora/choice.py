@@ -2,14 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lowrank.methods.lora.pairs import Kind, Recipe, parts_of
-from lightning_lowrank.methods.matrices import EMBEDDINGS, Patterns, is_matrix, matrices, sides, unusual
+from lightning_lowrank.methods.matrices import (
+    EMBEDDINGS,
+    Owner,
+    Patterns,
+    is_matrix,
+    matrices,
+    owners_of,
+    sides,
+    unusual,
+)
 from lightning_lowrank.models.axes import is_transposed
 from lightning_lowrank.models.effective_weights import hooked
 from lightning_lowrank.models.fused import fused
@@ -58,14 +67,6 @@ class Settings:
         return float(alpha / rank**0.5 if self.rslora else alpha / rank)
 
 
-class Owner(NamedTuple):
-    """A layer that has a parameter."""
-
-    path: str
-    layer: nn.Module
-    local: str
-
-
 @dataclass(frozen=True)
 class Chosen:
     """A weight to be adapted.
@@ -109,7 +110,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     """
     refuse_adapted(module)
     _refuse_quantised(module, settings.match)
-    owners, layers = _owners(module), dict(module.named_modules())
+    owners, layers = owners_of(module), dict(module.named_modules())
     explicit = settings.match is not None or settings.ranks[0][0] is not None
     patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
     found = matrices(module, patterns, settings.exclude)
@@ -152,14 +153,6 @@ def refuse_adapted(module: nn.Module) -> None:
     strange = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if strange is not None:
         raise ValueError(f"LoRA: the module has an adapter already, {strange!r}: merge it first")
-
-
-def _owners(module: nn.Module) -> dict[int, list[Owner]]:
-    found: dict[int, list[Owner]] = {}
-    for path, layer in module.named_modules():
-        for local, parameter in layer._parameters.items():
-            found.setdefault(id(parameter), []).append(Owner(path, layer, local))
-    return found
 
 
 def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module]) -> tuple[Kind | None, str]:
