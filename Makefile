@@ -1,4 +1,4 @@
-# Needs Python 3.11 and make.  make demo | test | evidence | bench | gpu | browser | lint | format | clean
+# Needs Python 3.11 and make.  make demo | test | docs | evidence | bench | gpu | browser | lint | format | clean
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test evidence browser lint format bench gpu clean
+.PHONY: demo test docs evidence browser lint format bench gpu clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -34,6 +34,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs lightning_lowrank
+	$(BIN)/proselint check README.md CONTRIBUTING.md CHANGELOG.md docs
+
+# The site, in site/; a link or a name that leads nowhere stops it.
+docs: .venv/installed
+	$(BIN)/python -m docs.site
 
 format: .venv/installed
 	$(BIN)/ruff check --fix
@@ -50,7 +56,7 @@ gpu:
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf .venv .venv-bench .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf .venv .venv-bench .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .cache docs/api site runs
 
 .venv/installed: pyproject.toml constraints.txt
 	$(call install,.venv,.[dev])

@@ -3,6 +3,9 @@ monitors and public names have their places.
 """
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,23 @@ def test_files_that_the_documents_name_exist() -> None:
 
     assert len(named) > 20
     assert [f"{document.relative_to(ROOT)}: {path}" for document, path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_site_builds_without_a_link_or_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
+    shutil.copytree(ROOT / "lightning_lowrank", tmp_path / "lightning_lowrank")
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+
+    built = subprocess.run([sys.executable, "-m", "docs.site"], cwd=tmp_path, capture_output=True, text=True)
+
+    assert built.returncode == 0, built.stdout + built.stderr
+    names = set(lightning_lowrank.__all__) - {"statistics"}
+    explained = "".join(page.read_text() for page in (tmp_path / "site" / "api").rglob("index.html"))
+    assert not [name for name in names if f'id="lightning_lowrank.{name}"' not in explained]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "zensical.toml").read_text()
+
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f'"{page}"' not in navigation and not page.startswith("api/")]

@@ -36,7 +36,7 @@ def dormant_share(mean_magnitudes: Float[Tensor, "*B U"], tau: float = TAU) -> F
     Returns:
         Between 0 and 1; 1 for a layer that is silent, NaN where an activation is not finite.
 
-    Example:
+    Examples:
         >>> dormant_share(torch.tensor([1.0, 1.0, 0.0, 0.01]))
         tensor(0.5000)
 
@@ -54,7 +54,7 @@ def massive_ratio(tops: Float[Tensor, "*B U"]) -> Float[Tensor, "*B"]:
     Returns:
         At least 1, near 1 for Gaussian channels; 0 where the median channel is silent, NaN where one is not finite.
 
-    Example:
+    Examples:
         >>> massive_ratio(torch.tensor([1.0, 2.0, 300.0]))
         tensor(150.)
 
@@ -80,7 +80,7 @@ def channel_kurtosis(mean_squares: Float[Tensor, "*B U"]) -> Float[Tensor, "*B"]
     Returns:
         From 1, where all are equal, to U, where one has everything; 0 for a silent layer.
 
-    Example:
+    Examples:
         >>> channel_kurtosis(torch.tensor([0.0, 0.0, 4.0]))
         tensor(3.)
 
@@ -98,7 +98,7 @@ def row_uniformity(matrix: Float[Tensor, "*B M N"]) -> Float[Tensor, "*B"]:
         From 1 / M, where one row has everything, to 1, where all are as long; about N / (N + 2) for Gaussian entries; 0
         for zeros.
 
-    Example:
+    Examples:
         >>> row_uniformity(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
         tensor(0.6667)
     """

@@ -29,7 +29,7 @@ def allocate(
     Raises:
         ValueError: The budget does not suffice for the least ranks.
 
-    Example:
+    Examples:
         >>> allocate({"a": [9, 4, 1], "b": [5, 0.1]}, {"a": 10, "b": 10}, 30)
         {'a': 2, 'b': 1}
     """

@@ -28,7 +28,7 @@ def noise_variance(
     Returns:
         At least 0, up to rounding.
 
-    Example:
+    Examples:
         >>> noise_variance(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(2.0))
         tensor(1.)
 
@@ -50,7 +50,7 @@ def ratio_of_means(numerators: Float[Tensor, "S"], denominators: Float[Tensor, "
         NaN where the mean of the denominators is not above 0. The error is by the jackknife, at Student's width; NaN of
         a single sample.
 
-    Example:
+    Examples:
         >>> ratio_of_means(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])).value
         tensor(2.)
 

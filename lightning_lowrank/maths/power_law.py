@@ -28,7 +28,7 @@ def power_law_exponent(eigenvalues: Float[Tensor, "*B K"]) -> tuple[Float[Tensor
         The exponent, and the explained share of the weighted variance (R^2, 0..1). NaN where fewer than five
         eigenvalues in that range are above rounding; the exponent of equal ones is 0, and their R^2 is 0.
 
-    Example:
+    Examples:
         >>> power_law_exponent(torch.arange(1.0, 101.0) ** -2)[0]
         tensor(2.)
 

@@ -35,7 +35,7 @@ class SpectralStatistic(Metric):
     Raises:
         ValueError: There is no such statistic; the message lists what there is.
 
-    Example:
+    Examples:
         >>> metric = SpectralStatistic("stable_rank")
         >>> metric.update(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])))
         >>> metric.compute()
@@ -136,7 +136,7 @@ class Gram(Metric):
         width: Length of a row.
         kwargs: Those of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = Gram(2)
         >>> metric.update(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
         >>> metric.spectrum().values

@@ -29,7 +29,7 @@ class Every:
     Raises:
         ValueError: `n` is below 1 or `start` below 0, or they are no whole numbers.
 
-    Example:
+    Examples:
         >>> [step for step in range(10) if Every(4)(step)]
         [0, 4, 8]
     """
@@ -190,7 +190,7 @@ def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
         idle: Seconds of ours at every step, due or not. If that is all there is to spend, samples have a tenth of it
             all the same.
 
-    Example:
+    Examples:
         >>> cadence(0.01, sample=0.008, step=0.1)
         10
     """

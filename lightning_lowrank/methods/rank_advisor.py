@@ -203,7 +203,7 @@ class RankAdvisor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits
             is trained, a weight is sharded, or the budget does not suffice for the least ranks.
 
-    Example:
+    Examples:
         >>> RankAdvisor(budget=200_000)
         RankAdvisor(budget=200000)
     """

@@ -30,7 +30,7 @@ def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor,
     Raises:
         ValueError: There are no parameters, or names with them.
 
-    Example:
+    Examples:
         >>> weight_decay([torch.ones(2, 2)], 0.5)
         tensor(1.)
     """
@@ -81,7 +81,7 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
             (reentrant activation checkpointing); the module does not give one tensor, or a layer does not see one, with
             the examples along the first axis; or there are more than 256 outputs for each.
 
-    Example:
+    Examples:
         >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
         tensor(1.5000)
     """
@@ -141,7 +141,7 @@ class JacobianPenalty(L.Callback):
             by hand and the penalty is to be added. In the first batch, if it is to be added: inputs are no tensor, or
             what `jacobian_penalty` refuses.
 
-    Example:
+    Examples:
         >>> JacobianPenalty(1e-3, add=True).add
         True
     """

@@ -64,7 +64,7 @@ def feature_axis(layer: nn.Module, shape: Sequence[int], around: nn.Module | Non
     Raises:
         ValueError: Two axes may be it, or none of four or more.
 
-    Example:
+    Examples:
         >>> feature_axis(nn.Linear(3, 5), (2, 7, 7, 5)), feature_axis(nn.Conv2d(3, 5, 1), (2, 5, 7, 7))
         (-1, -3)
     """

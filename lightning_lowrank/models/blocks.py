@@ -6,7 +6,7 @@ from torch import nn
 def blocks(module: nn.Module) -> list[str]:
     """Names of the layers that stand in lists (`nn.ModuleList`) of two or more of one class, outermost lists only.
 
-    Example:
+    Examples:
         >>> blocks(nn.ModuleList([nn.ModuleList(nn.Linear(2, 2) for _ in range(2)), nn.Tanh()]))
         ['0.0', '0.1']
     """

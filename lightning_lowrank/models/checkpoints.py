@@ -43,7 +43,7 @@ class Checkpoint:
     Raises:
         ValueError: There is no such file, it holds no tensors or objects that are not plain, or shards are missing.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ class View:
         parts: Names of the batch entries, appended to the name of the site with a dot. Unless given: `q`, `k`, `v` for
             an axis called `qkv`, `h0`, `h1`, ... for one called `heads`.
 
-    Example:
+    Examples:
         >>> View("(heads d) n -> heads d n", {"heads": 4})(torch.ones(32, 5)).shape
         torch.Size([4, 8, 5])
     """

@@ -166,7 +166,7 @@ class CoordinateCheckMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, there is no linear
             layer to hear, or a weight is sharded.
 
-    Example:
+    Examples:
         >>> CoordinateCheckMonitor(every_n_steps=10).recorders[0].quantities
         ['coordinate_change', 'coordinate_change_chance', 'coordinate_size']
 

@@ -140,7 +140,7 @@ class DormantUnitsMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or there is no
             activation layer to hear.
 
-    Example:
+    Examples:
         >>> DormantUnitsMonitor(every_n_steps=10).recorders[0].quantities
         ['dormant_share', 'dormant_inactive']
 

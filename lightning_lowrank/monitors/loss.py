@@ -101,7 +101,7 @@ class LossMonitor(Monitor):
     Raises:
         ValueError: An option is out of its range; when training starts: parameters are sharded.
 
-    Example:
+    Examples:
         >>> LossMonitor().recorders[0].quantities
         ['step_loss', 'step_gradient_norm']
     """

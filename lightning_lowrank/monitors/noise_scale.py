@@ -311,7 +311,7 @@ class NoiseScaleMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, parameters are sharded,
             or the step cannot be run again; the message says what to do.
 
-    Example:
+    Examples:
         >>> NoiseScaleMonitor(every_n_steps=10).recorders[0].quantities[:2]
         ['noise_scale', 'noise_signal_share']
 

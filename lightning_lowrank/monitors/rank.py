@@ -64,7 +64,7 @@ class RankMonitor(Monitor):
         ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training
             starts: a pattern matches nothing; an alert is on what is not measured.
 
-    Example:
+    Examples:
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]
         ['gradient', 'first_moment', 'second_moment']
     """

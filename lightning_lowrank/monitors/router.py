@@ -230,7 +230,7 @@ class RouterMonitor(Monitor):
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or there is no router.
 
-    Example:
+    Examples:
         >>> RouterMonitor(every_n_steps=10).recorders[0].quantities[:3]
         ['router_effective_experts', 'router_load_variation', 'router_entropy']
 

@@ -22,7 +22,7 @@ def alpha0(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         NaN where there is no spectrum: see `valid`.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> alpha0(multifractal_spectrum(weight, direction="in"))
         tensor(1.0127, dtype=torch.float64)

@@ -23,7 +23,7 @@ def asymmetry(scaling: Scaling) -> Float[Tensor, "*B"]:
         Positive where the spectrum reaches further to the left: where neurons with large masses are the unusual ones.
         NaN where there is no spectrum, or it has no width.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> asymmetry(multifractal_spectrum(weight, direction="in"))
         tensor(-0.6476, dtype=torch.float64)

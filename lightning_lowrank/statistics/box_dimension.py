@@ -20,7 +20,7 @@ def box_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         At least `alpha0`. NaN where there is no spectrum: see `valid`.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> box_dimension(multifractal_spectrum(weight, direction="in"))
         tensor(1.0277, dtype=torch.float64)

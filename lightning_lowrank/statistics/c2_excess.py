@@ -21,7 +21,7 @@ def c2_excess(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         About 0 for independent weights, negative for neurons that differ. NaN where there is no spectrum: see `valid`.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> c2_excess(multifractal_spectrum(weight, direction="in"))
         tensor(0.0012, dtype=torch.float64)

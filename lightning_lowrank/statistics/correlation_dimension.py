@@ -17,7 +17,7 @@ def correlation_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         At most `alpha0`. NaN where there is no spectrum: see `valid`.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> correlation_dimension(multifractal_spectrum(weight)).round(decimals=9)
         tensor(1., dtype=torch.float64)

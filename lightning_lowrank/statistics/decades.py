@@ -20,7 +20,7 @@ def decades(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         Below 1 an exponent is no dimension. NaN where there are too few radii.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> decades(multifractal_spectrum(weight, direction="in"))
         tensor(1.4557, dtype=torch.float64)

@@ -21,7 +21,7 @@ def dispersion(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         About 0 for independent weights. NaN where there are too few radii.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> dispersion(multifractal_spectrum(weight, direction="in"))
         tensor(-0.0028, dtype=torch.float64)

@@ -25,7 +25,7 @@ def dispersion_chance(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         Positive. NaN where there are too few radii.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> dispersion_chance(multifractal_spectrum(weight, direction="in"))
         tensor(0.0172, dtype=torch.float64)

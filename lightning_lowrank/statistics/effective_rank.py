@@ -20,7 +20,7 @@ def effective_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 1 and `min(M, N)`, at least `effective_rank_energy`; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> effective_rank(svd(torch.eye(3)))
         tensor(3.0000, dtype=torch.float64)
 

@@ -17,7 +17,7 @@ def effective_rank_energy(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 1 and `min(M, N)`, at least `participation_ratio` and at most `effective_rank`; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> effective_rank_energy(svd(torch.eye(3)))
         tensor(3.0000, dtype=torch.float64)
 

@@ -20,7 +20,7 @@ def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*
         A whole number between 1 and `min(M, N)`; 0 for a zero matrix. Jumps by one where another statistic moves
         smoothly.
 
-    Example:
+    Examples:
         >>> energy_rank(svd(torch.diag(torch.tensor([3.0, 1.0, 0.5]))), epsilon=0.1)
         tensor(2., dtype=torch.float64)
 

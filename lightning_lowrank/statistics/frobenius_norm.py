@@ -18,7 +18,7 @@ def frobenius_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         At least the spectral norm; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> frobenius_norm(svd(torch.diag(torch.tensor([3.0, 4.0]))))
         tensor(5., dtype=torch.float64)
     """

@@ -19,7 +19,7 @@ def kept_share(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         Between 0 and 1. NaN for a matrix that is not finite.
 
-    Example:
+    Examples:
         >>> kept_share(multifractal_spectrum(torch.cat([torch.rand(48, 64), torch.zeros(16, 64)]), direction="in"))
         tensor(0.7500, dtype=torch.float64)
 

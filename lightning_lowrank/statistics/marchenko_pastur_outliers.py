@@ -30,7 +30,7 @@ def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
         at 16 x 16, under 0.1 % from
             32 x 32 up.
 
-    Example:
+    Examples:
         >>> noise = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
         >>> marchenko_pastur_outliers(svd(noise + 2 * torch.ones(64, 96)))
         tensor(1., dtype=torch.float64)

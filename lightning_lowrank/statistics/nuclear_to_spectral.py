@@ -17,7 +17,7 @@ def nuclear_to_spectral(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between `stable_rank` and `min(M, N)`; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> nuclear_to_spectral(svd(torch.diag(torch.tensor([2.0, 1.0]))))
         tensor(1.5000, dtype=torch.float64)
 

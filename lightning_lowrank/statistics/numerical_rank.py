@@ -21,7 +21,7 @@ def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         A whole number between 1 and `min(M, N)`; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> numerical_rank(svd(torch.ones(4, 4)))
         tensor(1., dtype=torch.float64)
 

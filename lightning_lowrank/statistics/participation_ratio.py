@@ -18,7 +18,7 @@ def participation_ratio(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 1 and `min(M, N)`, at least `stable_rank` and at most its square; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> participation_ratio(svd(torch.diag(torch.tensor([1.0, 1.0, 0.0]))))
         tensor(2., dtype=torch.float64)
 

@@ -139,7 +139,7 @@ def find(name: str) -> Statistic:
     Raises:
         ValueError: There is none; the message lists what there is.
 
-    Example:
+    Examples:
         >>> from lightning_lowrank import statistics
         >>> find("energy_rank_0.01").parameter
         'epsilon'

@@ -18,7 +18,7 @@ def scaling_fit(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         At most 1. Below 0.95 the exponents are local slopes of a bent curve. NaN where there are too few radii.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> scaling_fit(multifractal_spectrum(weight, direction="in"))
         tensor(0.9989, dtype=torch.float64)

@@ -23,7 +23,7 @@ def schatten_quasi_norm(spectrum: Spectrum, *, p: float = 0.5) -> Float[Tensor, 
     Returns:
         At least the spectral norm; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> schatten_quasi_norm(svd(torch.diag(torch.tensor([4.0, 9.0]))), p=0.5)
         tensor(25.0000, dtype=torch.float64)
 

@@ -18,7 +18,7 @@ def spectral_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Not negative; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> spectral_norm(svd(torch.diag(torch.tensor([3.0, 4.0]))))
         tensor(4., dtype=torch.float64)
     """

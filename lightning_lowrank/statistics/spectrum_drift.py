@@ -23,7 +23,7 @@ def spectrum_drift(now: Spectrum, before: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 0 and 1. NaN where either is of a zero matrix, or only sketched.
 
-    Example:
+    Examples:
         >>> before, after = svd(torch.eye(2)), svd(torch.diag(torch.tensor([3.0, 1.0])))
         >>> spectrum_drift(after, before)
         tensor(0.4000, dtype=torch.float64)

@@ -17,7 +17,7 @@ def stable_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 1 and `min(M, N)`; 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> stable_rank(svd(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))))
         tensor(1.5000, dtype=torch.float64)
 

@@ -20,7 +20,7 @@ def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
         Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands
         `subspace_overlap_chance`.
 
-    Example:
+    Examples:
         >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace
         >>> before = top_subspace(torch.diag(torch.arange(4.0)), 2)
         >>> after = top_subspace(torch.diag(torch.arange(4.0).roll(1)), 2)

@@ -19,7 +19,7 @@ def subspace_overlap_chance(now: Subspace, before: Subspace) -> Float[Tensor, "*
         The larger dimension over that of the space: `k / min(M, N)` for two of dimension k. 0 where either is of a zero
             matrix.
 
-    Example:
+    Examples:
         >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace
         >>> subspace_overlap_chance(top_subspace(torch.eye(8), 2), top_subspace(torch.eye(8), 2))
         tensor(0.2500, dtype=torch.float64)

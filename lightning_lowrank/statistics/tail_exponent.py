@@ -28,7 +28,7 @@ def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Above 1. NaN where fewer than 10 values are above the noise floor of `numerical_rank`, or all are equal.
 
-    Example:
+    Examples:
         >>> tail_exponent(svd(torch.diag(torch.arange(1.0, 201.0) ** -0.5)))
         tensor(2.0182, dtype=torch.float64)
 

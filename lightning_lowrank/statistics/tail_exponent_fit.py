@@ -18,7 +18,7 @@ def tail_exponent_fit(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Between 0 and 1, small where a power law describes the tail. NaN where `tail_exponent` is.
 
-    Example:
+    Examples:
         >>> bool(tail_exponent_fit(svd(torch.diag(torch.arange(1.0, 201.0) ** -0.5))) < 0.05)
         True
 

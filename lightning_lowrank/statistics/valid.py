@@ -21,7 +21,7 @@ def valid(scaling: Scaling) -> Float[Tensor, "*B"]:
         0 or 1; 0 for constant, zero and ternary matrices, in rank mode also for less than 32 weights per neuron and
         where more than half of the weights are 0.
 
-    Example:
+    Examples:
         >>> valid(multifractal_spectrum(torch.ones(64, 64)))
         tensor(0., dtype=torch.float64)
 

@@ -20,7 +20,7 @@ def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
     Returns:
         Not negative. NaN where the weight is zero.
 
-    Example:
+    Examples:
         >>> weight_ratio(svd(0.01 * torch.eye(3)), svd(torch.eye(3)))
         tensor(0.0100, dtype=torch.float64)
 

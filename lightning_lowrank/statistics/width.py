@@ -21,7 +21,7 @@ def width(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         Not negative. NaN where there is no spectrum: see `valid`.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> width(multifractal_spectrum(weight, direction="in"))
         tensor(0.1801, dtype=torch.float64)

@@ -18,7 +18,7 @@ def width_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
     Returns:
         Not negative. NaN where there are too few radii.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> width_floor(multifractal_spectrum(weight, direction="in"))
         tensor(0.1751, dtype=torch.float64)

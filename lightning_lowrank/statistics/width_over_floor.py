@@ -23,7 +23,7 @@ def width_over_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
         About 1 for independent weights, with few of them per neuron now and then up to 5. NaN where there is no
         spectrum (see `valid`) or no floor.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
         >>> width_over_floor(multifractal_spectrum(weight, direction="in"))
         tensor(1.0288, dtype=torch.float64)

@@ -268,7 +268,7 @@ def watching(
     Raises:
         ValueError: What a monitor asks for is not there, two monitors write the same tags, or an argument is none.
 
-    Example:
+    Examples:
         >>> from lightning_lowrank import RankMonitor
         >>> net = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

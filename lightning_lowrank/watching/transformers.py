@@ -33,7 +33,7 @@ class WatchCallback(TrainerCallback):
     Raises:
         ValueError: When training starts: what a monitor asks for is not there, or it needs the live loss.
 
-    Example:
+    Examples:
         >>> from lightning_lowrank import RankMonitor
         >>> WatchCallback(RankMonitor(every_n_steps=10)).monitors
         [RankMonitor(every_n_steps=10)]

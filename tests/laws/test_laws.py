@@ -297,7 +297,7 @@ def test_every_statistic_has_an_oracle():
 def test_docstring_states_bounds_and_shows_a_use(name):
     documented = REGISTERED[name].function.__doc__ or ""
 
-    assert {"Returns:", "Example:"} <= set(documented.split())
+    assert {"Returns:", "Examples:"} <= set(documented.split())
 
 
 @pytest.mark.parametrize("law", [test_batch_is_one_by_one, test_transposing_changes_nothing, test_stays_on_the_device])

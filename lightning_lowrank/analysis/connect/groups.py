@@ -68,7 +68,7 @@ def groups_of(
     Raises:
         ValueError: A tensor is unknown, or the sizes of a group differ.
 
-    Example:
+    Examples:
         >>> groups_of({"hidden": [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]},
         ...           {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5)})[0].size
         5

@@ -79,7 +79,7 @@ def line(
 def barrier(places: Sequence[float], curve: Sequence[float], sign: int = 1) -> float:
     """How far a curve rises above the straight line between its ends, or with sign -1 falls below.
 
-    Example:
+    Examples:
         >>> barrier([0.0, 0.5, 1.0], [1.0, 3.0, 2.0])
         1.5
     """

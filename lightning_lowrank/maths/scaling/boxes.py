@@ -29,7 +29,7 @@ def box_counting(
         radii: Ascending, in the unit of the distances; at least five.
         orders: The q at which vectors are evaluated.
 
-    Example:
+    Examples:
         >>> steps = (torch.arange(64)[:, None] - torch.arange(64)).abs()
         >>> box_counting(torch.minimum(steps, 64 - steps), [1, 2, 3, 5, 8, 13, 21]).alpha_at(0.0)
         tensor(0.8819, dtype=torch.float64)
@@ -73,7 +73,7 @@ def graph_distances(lengths: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B N N"]
     Args:
         lengths: Of the edges, not negative; infinity where there is none. Directed where they are not symmetric.
 
-    Example:
+    Examples:
         >>> graph_distances(torch.tensor([[0.0, 1.0, 5.0], [1.0, 0.0, 1.0], [5.0, 1.0, 0.0]]))[0]
         tensor([0., 1., 2.], dtype=torch.float64)
     """

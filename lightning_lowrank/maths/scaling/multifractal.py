@@ -45,7 +45,7 @@ def multifractal_spectrum(
     Raises:
         ValueError: There is no such mode or direction, or neurons are to be sampled without a generator.
 
-    Example:
+    Examples:
         >>> weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
         >>> statistics.valid(multifractal_spectrum(weights))
         tensor(1., dtype=torch.float64)

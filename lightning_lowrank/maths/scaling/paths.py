@@ -38,7 +38,7 @@ def path_distances(
     Raises:
         ValueError: A matrix does not begin with as many neurons as the last one ended with.
 
-    Example:
+    Examples:
         >>> path_distances([torch.tensor([[1.0, 0.5]]), torch.tensor([[0.1], [1.0]])], torch.tensor([0]))
         tensor([[0., 1., 2., 3.]], dtype=torch.float64)
     """

@@ -64,7 +64,7 @@ def decompose(
             given.
         sketch_above: Matrices with a longer short side are sketched.
 
-    Example:
+    Examples:
         >>> solved = decompose([torch.eye(3), torch.ones(2, 3, 5)], "values")
         >>> [tuple(spectrum.values.shape) for spectrum in solved.spectra], solved.num_solves
         ([(3,), (2, 3)], 1)

@@ -22,7 +22,7 @@ def ranks(short: int) -> tuple[int, ...]:
 
     The largest one and the smallest one are always among them.
 
-    Example:
+    Examples:
         >>> ranks(3), ranks(64)[-5:]
         ((0, 1, 2), (48, 51, 55, 59, 63))
     """

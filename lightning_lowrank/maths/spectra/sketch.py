@@ -122,7 +122,7 @@ def _num_exact(spectrum: Spectrum) -> Float[Tensor, "*B"]:
 def moments(matrix: Num[Tensor, "*B M N"]) -> Spectrum:
     """One value with a multiplicity that has the energy of the matrix and the sum of its squares: no eigensolver.
 
-    Example:
+    Examples:
         >>> moments(torch.diag(torch.tensor([2.0, 1.0, 1.0]))).energy
         tensor(6.0000, dtype=torch.float64)
     """
@@ -136,7 +136,7 @@ def top(matrix: Num[Tensor, "*B M N"]) -> Spectrum:
     The largest eigenvalue of a float32 Gram matrix by Lanczos from a fixed vector: within 1e-5 of the truth for short
     sides up to 1500.
 
-    Example:
+    Examples:
         >>> top(torch.diag(torch.tensor([2.0, 1.0, 1.0]))).values
         tensor([2.0000, 1.0000], dtype=torch.float64)
     """

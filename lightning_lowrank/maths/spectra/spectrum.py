@@ -170,7 +170,7 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
     Returns:
         `min(M, N)` values; a single 0 where that is none.
 
-    Example:
+    Examples:
         >>> svd(torch.diag(torch.tensor([3.0, 4.0]))).values
         tensor([4., 3.], dtype=torch.float64)
     """
@@ -280,7 +280,7 @@ def from_gram(
         shape: Rows and columns of A; `(S, S)` unless given. Only the `min(shape)` largest values are kept.
         scale: Factor on the singular values; 1 unless given.
 
-    Example:
+    Examples:
         >>> from_gram(torch.tensor([[4.0, 0.0], [0.0, 9.0]])).values
         tensor([3., 2.])
     """

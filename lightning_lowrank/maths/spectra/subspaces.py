@@ -46,7 +46,7 @@ def top_subspace(matrix: Num[Tensor, "*B M N"], k: int) -> Subspace:
     From the Gram matrix and all its eigenvectors, so that a batch is one call: three to four times the cost of the
     values alone.
 
-    Example:
+    Examples:
         >>> top_subspace(torch.diag(torch.tensor([3.0, 4.0])), 1).values
         tensor([4.], dtype=torch.float64)
     """

@@ -27,7 +27,7 @@ class UpdateSizes(NumberSource):
     are several optimizers, or the name that a group has. Keeps a copy of all weights from before each due step until
     after it.
 
-    Example:
+    Examples:
         >>> [quantity.name for quantity in UpdateSizes().quantities][:2]
         ['update_size_ratio', 'update_size_rms']
     """

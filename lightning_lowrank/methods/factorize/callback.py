@@ -73,7 +73,7 @@ class LowRankFactorize(Method):
             checkpoint is of a run without factors; factors are to be orthonormal in half precision or under LBFGS; a
             dense run is to be factorized on several processes, with `WeightAveraging` or `barebones=True`.
 
-    Example:
+    Examples:
         >>> LowRankFactorize(rank=16, orthogonality="stiefel")
         LowRankFactorize(rank=16, orthogonality='stiefel')
 

@@ -70,7 +70,7 @@ class GaLore(Method):
             it fits, an optimizer does not treat each entry by itself, parameters are sharded, there is a second
             `GaLore`, or the run that is resumed had other matrices or ranks.
 
-    Example:
+    Examples:
         >>> GaLore(rank=128, update_every=200)
         GaLore(rank=128, update_every=200)
 

@@ -76,7 +76,7 @@ class LoRA(Method):
             frozen; an optimizer has nothing to train; a layer is quantised; the module has other adapters; the base is
             not that of the checkpoint.
 
-    Example:
+    Examples:
         >>> LoRA(r=16, init="pissa", train_also="*norm*")
         LoRA(r=16, init='pissa', train_also='*norm*')
 

@@ -92,7 +92,7 @@ class ReLoRA(LoRA):
         ValueError: As `LoRA`; an option is out of its range; an optimizer has no state of single parameters; a warm
             start with several processes.
 
-    Example:
+    Examples:
         >>> ReLoRA(every=2000, reset="magnitude:0.9")
         ReLoRA(every=2000, reset='magnitude:0.9')
 

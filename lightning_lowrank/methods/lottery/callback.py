@@ -54,7 +54,7 @@ class LotteryTicket(Method):
         ValueError: An option is out of its range. When training starts: a pattern fits nothing, parameters are sharded,
             there is a second `LotteryTicket`, a loop has no epochs, or the run that is resumed pruned other weights.
 
-    Example:
+    Examples:
         >>> LotteryTicket(rounds=10, epochs_per_round=5)
         LotteryTicket(rounds=10, epochs_per_round=5)
 

@@ -16,7 +16,7 @@ Scope = Literal["global", "layer"]
 def kept(total: int, prune: float, rounds: int) -> int:
     """How many of so many weights stay after some prunings, one at least.
 
-    Example:
+    Examples:
         >>> kept(1000, 0.2, 5)
         328
     """

@@ -41,7 +41,7 @@ class ActivationMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a block cannot be
             heard.
 
-    Example:
+    Examples:
         >>> ActivationMonitor(every_n_steps=10).recorders[0].quantities[:3]
         ['activation_rms', 'activation_growth', 'activation_depth_growth']
 

@@ -15,7 +15,7 @@ def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **opti
         sites: As in `Alert`, like all that follows.
         options: Others of `Alert`.
 
-    Example:
+    Examples:
         >>> NotLowRankAlert().quantity
         'anatomy_low_rank_share'
     """
@@ -31,7 +31,7 @@ def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*",
         sites: As in `Alert`, like all that follows.
         options: Others of `Alert`.
 
-    Example:
+    Examples:
         >>> ResidueSuppressedAlert(sites="net.0.*").sites
         'net.0.*'
     """
@@ -49,7 +49,7 @@ def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
         sites: As in `Alert`, like all that follows.
         options: Others of `Alert`.
 
-    Example:
+    Examples:
         >>> PhaseShiftAlert().severity
         'info'
     """

@@ -42,7 +42,7 @@ class GradientAnatomyMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer that cannot
             be heard.
 
-    Example:
+    Examples:
         >>> GradientAnatomyMonitor().recorders[0].quantities[1:5]
         ['anatomy_residue', 'anatomy_interpolant', 'anatomy_spike', 'anatomy_bulk']
     """

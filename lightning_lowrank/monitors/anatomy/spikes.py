@@ -89,7 +89,7 @@ def spiked_data(
     Raises:
         ValueError: A number is out of its range.
 
-    Example:
+    Examples:
         >>> spiked_data(100, 20, nu=0.25, generator=torch.Generator().manual_seed(0)).inputs.shape
         torch.Size([100, 20])
 

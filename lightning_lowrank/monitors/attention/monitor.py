@@ -46,7 +46,7 @@ class AttentionMonitor(Monitor):
             can be told, a pattern fits nothing, heads do not divide, or attention is inside a compiled module; the
             message says what was found and how to name it.
 
-    Example:
+    Examples:
         >>> AttentionMonitor(every_n_steps=10).recorders[0].quantities[:2]
         ['qk_update_effective_rank_energy', 'qk_update_stable_rank']
 

@@ -17,7 +17,7 @@ def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> 
             that from the first on.
         options: Others of `Alert`.
 
-    Example:
+    Examples:
         >>> EarlyBirdAlert().quantity
         'concentration_mask_early_bird_0.5'
     """

@@ -30,7 +30,7 @@ def gate_gradients(
         num_gates: How many blocks.
         axis: Of the inputs.
 
-    Example:
+    Examples:
         >>> gate_gradients(torch.ones(3, 4), torch.eye(3, 4), 2)
         tensor([2., 1.], dtype=torch.float64)
     """

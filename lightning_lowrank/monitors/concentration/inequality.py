@@ -33,7 +33,7 @@ def gini(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
     """Mean distance between two units over twice their mean: 0 where all have the same, (n - 1) / n where one has
     everything.
 
-    Example:
+    Examples:
         >>> gini(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         tensor(0.2500, dtype=torch.float64)
     """

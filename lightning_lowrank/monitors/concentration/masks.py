@@ -59,7 +59,7 @@ def jaccard_chance(density: float) -> float:
 def sparsity_at_energy(magnitudes: Float[Tensor, " P"], kept: float = 0.99) -> Float[Tensor, ""]:
     """Part of the weights that can go, smallest first, while so much of the squared norm is kept.
 
-    Example:
+    Examples:
         >>> sparsity_at_energy(torch.tensor([10.0, 0.5, 0.5, 0.5]))
         tensor(0.7500, dtype=torch.float64)
     """

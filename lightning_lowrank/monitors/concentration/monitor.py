@@ -45,7 +45,7 @@ class ConcentrationMonitor(Monitor):
             pattern fits nothing, units that were named are not there, the reference is of another model, parameters are
             sharded.
 
-    Example:
+    Examples:
         >>> ConcentrationMonitor(units=["head"], signals=["gate"]).recorders[0].quantities[1:4]
         ['concentration_head_gate_gini', 'concentration_head_gate_gini_start', 'concentration_head_gate_top_share']
     """

@@ -53,7 +53,7 @@ class CurvatureMonitor(Monitor):
         ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen;
             the message says what to do.
 
-    Example:
+    Examples:
         >>> CurvatureMonitor("light").recorders[0].quantities[3:]
         ['batch_sharpness', 'batch_sharpness_over_threshold']
     """

@@ -46,7 +46,7 @@ class MultifractalMonitor(Monitor):
         ValueError: An option is another word, out of its range, or of the other mode; when training starts: a pattern
             fits nothing.
 
-    Example:
+    Examples:
         >>> MultifractalMonitor().recorders[0].quantities[:3]
         ['multifractal_dispersion', 'multifractal_dispersion_chance', 'multifractal_alpha0']
     """

@@ -49,7 +49,7 @@ class RepresentationMonitor(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer cannot be
             heard.
 
-    Example:
+    Examples:
         >>> RepresentationMonitor(every_n_steps=10).recorders[0].quantities[:3]
         ['representation_effective_rank', 'representation_centred_effective_rank', 'representation_alpha']
 

@@ -55,7 +55,7 @@ class NTKMonitor(Monitor):
         ValueError: An option is another word or number; when training starts: a pattern fits nothing, or the step
             cannot be run again; the message says what to do.
 
-    Example:
+    Examples:
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]
         ['lora_ntk_lambda_max', 'lora_ntk_lambda_2']
     """

@@ -40,7 +40,7 @@ class TrajectorySubspace(Monitor):
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits is
             trained, or parameters are sharded.
 
-    Example:
+    Examples:
         >>> TrajectorySubspace(every_n_steps=10).recorders[0].quantities[:2]
         ['trajectory_explained_1', 'trajectory_explained_1_random_walk']
 

@@ -26,7 +26,7 @@ def numbers(gram: Float[Tensor, "N N"]) -> dict[str, Float[Tensor, ""]]:
 
     Of N points the first N - 1 components have everything: an explained variance takes two points more than components.
 
-    Example:
+    Examples:
         >>> line = torch.arange(4.0, dtype=torch.float64)
         >>> numbers(torch.outer(line, line))["explained_1"]
         tensor(1., dtype=torch.float64)
@@ -47,7 +47,7 @@ def of_a_random_walk(times: Sequence[int]) -> dict[str, Float[Tensor, ""]]:
 
     Of many points at equal distances, component k has `6 / (pi k)^2` of the variance.
 
-    Example:
+    Examples:
         >>> round(float(of_a_random_walk(range(100))["explained_1"]), 2)
         0.61
     """

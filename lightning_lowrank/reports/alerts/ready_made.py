@@ -53,7 +53,7 @@ def RankCollapseAlert(
             weights, 0.7 for features, 0.9 for gradients, updates and what they add up to, since low rank is normal
             there. Updates of optimizers that orthogonalise (Muon) are flat by construction: for those give 0.3.
 
-    Example:
+    Examples:
         >>> RankCollapseAlert("gradient", floor=0.5, drop=0.95, actions=["warn", "stop"]).conditions
         ['below', 'drop']
     """
@@ -99,7 +99,7 @@ def ChangePointAlert(
         baseline: "warm-up": a level is kept until it is left, however slowly, so that a steady trend is told too once
             it has come far enough. "running": the level follows what is slower than `window`, and only jumps are told.
 
-    Example:
+    Examples:
         >>> ChangePointAlert("weight_effective_rank", "blocks.*").conditions
         ['change']
     """
@@ -135,7 +135,7 @@ def DepartureAlert(quantity: str, sites: str | Sequence[str] = "*", departure: f
         departure: Spreads that it may be away from the median of the run's earlier samples.
         options: Others of `Alert`. The baseline is "healthy", learnt from 20 samples at least and from 100 at most.
 
-    Example:
+    Examples:
         >>> DepartureAlert("update_effective_rank", quorum=0.5).baseline
         'healthy'
     """
@@ -152,7 +152,7 @@ def SpikeAlert(quantity: str, sites: str | Sequence[str] = "*", spike: float = 6
         spike: Standard deviations above the mean of the last samples.
         options: Others of `Alert`. A window has 128 samples; what is no spike is one of the next window.
 
-    Example:
+    Examples:
         >>> SpikeAlert("noise_gradient_energy").window
         128
     """
@@ -168,7 +168,7 @@ def CusumAlert(quantity: str, sites: str | Sequence[str] = "*", cusum: float = 8
         cusum: Spreads above the baseline in all, each time half a spread less.
         options: Others of `Alert`. The baseline is that of the last 128 samples that violated nothing.
 
-    Example:
+    Examples:
         >>> CusumAlert("noise_gradient_energy").conditions
         ['cusum']
     """
