@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 NOT_RUN = "# not run"
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
+SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["site_url"]
 HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 
@@ -76,6 +78,19 @@ def test_links_lead_to_files_and_headings_that_exist() -> None:
     assert [f"{document.relative_to(ROOT)}: {link}" for document, link in links if leads_nowhere(document, link)] == []
 
 
+def test_links_of_the_readme_lead_to_pages_of_the_site() -> None:
+    """They are absolute, as PyPI shows the README without the files beside it."""
+    readme = ROOT / "README.md"
+    paths = re.findall(rf"\]\({SITE}([^)#]*)", readme.read_text())
+
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / "docs" / re.sub("/$", ".md", path)).exists()] == []
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_pages_that_messages_send_to_exist() -> None:
     page = ROOT / PAGE
 
@@ -86,7 +101,7 @@ def test_the_tour_has_a_row_for_each_folder_of_the_package() -> None:
     package = ROOT / "lightning_lowrank"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
 
-    assert set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "README.md").read_text(), re.M)) == folders
+    assert set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)) == folders
 
 
 def test_each_monitor_has_a_page_that_shows_it() -> None:
