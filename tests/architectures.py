@@ -270,21 +270,24 @@ CASES = [
 
 LAYER = re.compile(r"\w*qkv\w*|c_attn|query_key_value|in_proj\w*|to_kv|kv_proj|linear_kv", re.IGNORECASE)
 PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "architectures.md"
-HEAD_OF_PAGE = """# Architectures: what is told apart in fused projections
+HEAD_OF_PAGE = """# Architectures: how fused projections are split
 
-Attention often has its queries, keys and values in one layer. In which order they come out is known by no name and no
-shape: only the forward of the class that holds the layer says it. Here are all layers of transformers {version} whose
-name may mean such a layer, with what comes out of them, slowest axis first.
+Attention layers often compute queries, keys and values in one *fused projection*. Neither the layer's name nor its
+shape tells in which order they come out: only the forward method of the class that holds the layer does. This table
+lists all layers of transformers {version} whose names suggest such a projection. The last column gives the order of
+their outputs, slowest axis first.
 
-- *qkv heads d* and the like: told apart, tags end in `.q`, `.k`, `.v`; with `heads=True` in `.q.h0`, ... Each was run:
-  the gradient of one place's output has rank one in what is called q and nowhere else, what is put out is linear in
-  what is called v and in nothing else, and heads do not see each other (`tests/models/test_fused.py`). Two are held by
-  less, which the test says: MiniMax's values go through an activation, Florence-2's channels attend to each other.
-  Where queries have more heads than keys (grouped or multi-query attention), the matrix stays whole.
-  Of timm `Attention` and `AttentionRope`, of torchvision `ShiftedWindowAttention` (`qkv`) were read, not run.
-- *whole*: gates of a convolution or of a recurrence, or parts of unequal size: one matrix. `views` cuts it as you say.
+- *qkv heads d* and similar: the layer is split, and tags end in `.q`, `.k`, `.v`, or with `heads=True` in `.q.h0` and
+  so on. Each order was tested by running the layer (`tests/models/test_fused.py`). The gradient of the output at one
+  position has rank one in q and in no other part. The output is linear in v and in no other part. Heads do not
+  influence each other. For two models the test checks less, and says so: MiniMax applies an activation to its values,
+  and the channels of Florence-2 attend to each other. If queries have more heads than keys (grouped-query or
+  multi-query attention), the matrix stays whole. For `Attention` and `AttentionRope` of timm, and for
+  `ShiftedWindowAttention` of torchvision (`qkv`), the order was read from the source and not tested.
+- *whole*: the layer stays one matrix, because it contains gates of a convolution or of a recurrence, or parts of
+  unequal size. Use `views` to split it yourself.
 
-Written by `python -m tests.architectures`; a test holds it against the installed version.
+The command `python -m tests.architectures` writes this page; a test compares it with the installed version.
 
 | model | class | layer | what comes out |
 |---|---|---|---|
