@@ -89,8 +89,11 @@ def test_a_specification_says_which_units_may_change_places(
     groups = {"first": [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
 
-    main(["connect", *two, DATA, "--match", "--points", "3", "--specification", str(tmp_path / "groups.json")])
+    words = ["--match", "--points", "3", "--specification", str(tmp_path / "groups.json")]
+    main(["connect", *two, DATA, *words, "--page", str(tmp_path / "line.html")])
 
+    page = (tmp_path / "line.html").read_text()
+    assert "line_accuracy" in page and '"steps": [0, 50, 100]' in page
     told = capsys.readouterr().out
     assert "1 group(s) of units may change places" in told and "barrier" in told
 
@@ -112,7 +115,9 @@ def test_masks_of_one_checkpoint_are_the_same_and_of_two_by_chance(
     assert abs(other["2.weight"]["jaccard"] - other["2.weight"]["chance"]) < 0.1
 
 
-def test_importance_is_the_gradient_by_a_gate(two: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_importance_is_the_gradient_by_a_gate(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["importance", two[0], DATA, "--json"])
 
     told = json.loads(capsys.readouterr().out)
@@ -123,8 +128,9 @@ def test_importance_is_the_gradient_by_a_gate(two: tuple[str, str], capsys: pyte
     loss = cross_entropy(module[2:](module[1](module[0](batch[0])) * gates), batch[1])
     (expected,) = torch.autograd.grad(loss, gates)
     assert_close(torch.tensor(told["neurons of 2"]), expected.abs(), rtol=1e-4, atol=1e-6)
-    main(["importance", two[0], DATA])
+    main(["importance", two[0], DATA, "--page", str(tmp_path / "units.html")])
     assert f"{int(expected.abs().argmax())} (" in capsys.readouterr().out
+    assert "neuron_importance_largest" in (tmp_path / "units.html").read_text()
 
 
 REFUSED = {
