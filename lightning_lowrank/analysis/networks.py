@@ -1,7 +1,7 @@
 """What takes a network and its data: `connect`, `masks` and `importance` of checkpoints."""
 
 import json as json_
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ def connect(
     task = task_of(data)
     if calibrate is not None and calibrate not in task.data:
         raise ValueError(f"--calibrate={calibrate}: {data} has {list(task.data)}")
-    one, other = (task.state(Checkpoint(path)) for path in (a, b))
+    one, other = (task.untied(task.state(Checkpoint(path))) for path in (a, b))
     lines = {"as they are": line(task.module, one, other, task.data, task.measure, points=points, calibrate=calibrate)}
     found = None
     if match:
@@ -70,7 +70,7 @@ def connect(
             task.module, one, found.state, task.data, task.measure, points=points, calibrate=calibrate
         )
         if output is not None:
-            save({name: tensor.contiguous() for name, tensor in found.state.items()}, Path(output))
+            save({name: tensor.contiguous() for name, tensor in task.whole(found.state).items()}, Path(output))
     if page is not None:
         draw(page, {title: _along(one) for title, one in lines.items()})
     if json:
@@ -210,11 +210,17 @@ def _matched(task: Task, one: dict[str, Any], other: dict[str, Any], specificati
     @torch.no_grad()
     def outputs(state: Any) -> torch.Tensor:
         result = functional_call(task.module, dict(state), (batch,))
-        if not isinstance(result, torch.Tensor):
+        # Outputs of Hugging Face's models begin with the states or the logits.
+        first = result if isinstance(result, torch.Tensor) else next(iter(_several(result)), None)
+        if not isinstance(first, torch.Tensor):
             raise ValueError(f"{type(task.module).__name__} puts out a {type(result).__name__}; a tensor is compared")
-        return result
+        return first
 
     return matched(one, other, _groups(task, one, specification), outputs)
+
+
+def _several(result: Any) -> Iterable[Any]:
+    return result.values() if isinstance(result, Mapping) else result if isinstance(result, list | tuple) else ()
 
 
 def _groups(task: Task, state: dict[str, Any], specification: str | None) -> list[Group]:
