@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_lowrank.methods.lora.inits import takes_from_weight
-from lightning_lowrank.methods.lora.pairs import ADAPTER, Place, as_weight, change, factors, wide
+from lightning_lowrank.methods.lora.pairs import ADAPTER, Place, as_weight, change, factors, in_training, wide
 from lightning_lowrank.methods.lora.prepared import Prepared, copied
 
 
@@ -75,7 +75,7 @@ def take_out_of(layer: Any, before: Tensor) -> None:
 
 def look_at_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A hook of the layer: the first inputs in training say what pairs of CorDA begin as."""
-    if layer.training and layer.lora_waits:
+    if layer.lora_waits and in_training(layer):
         begin_as_corda(layer, args[0] if args else next(iter(kwargs.values())))
 
 

@@ -171,7 +171,7 @@ def add_branch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
     recipe = cast(Recipe, layer.lora)
     x = args[0] if args else next(iter(kwargs.values()))
-    if layer.training and layer.lora_waits:
+    if layer.lora_waits and in_training(layer):
         take_inputs(layer, x)
     pairs = list(factors(layer).values())
     if recipe.kind != "embedding":
@@ -202,6 +202,13 @@ def _through(layer: nn.Module, recipe: Recipe, x: Tensor, a: Tensor, b: Tensor) 
 
 def _scaled(inner: Tensor, recipe: Recipe) -> Tensor:
     return inner if recipe.scaling == 1 else inner * recipe.scaling
+
+
+def in_training(layer: nn.Module) -> bool:
+    """Whether a layer is called by a training step: with gradients, or in its training mode. Lightning leaves modules
+    in evaluation mode as they are, and so come Hugging Face's pretrained ones.
+    """
+    return layer.training or torch.is_grad_enabled()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
