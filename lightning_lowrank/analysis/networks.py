@@ -2,12 +2,17 @@
 
 import json as json_
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from torch.func import functional_call
 
 from lightning_lowrank.analysis.architectures import module_of
@@ -206,17 +211,29 @@ def _matched(task: Task, one: dict[str, Any], other: dict[str, Any], specificati
     """B rearranged; what it computes is looked at on the first batch of the first data set."""
     batch = inputs(next(iter(next(iter(task.data.values())))))
     task.module.eval()
+    outputs = partial(_output, task.module, batch)
+    with suppress(Exception):  # a network that has its own float32 somewhere
+        wide = partial(_output, deepcopy(task.module).double(), batch.double() if batch.is_floating_point() else batch)
+        wide(_double(other))
+        # Rounding is then no difference.
+        one, other, outputs = _double(one), _double(other), wide
+    found = matched(one, other, _groups(task, one, specification), outputs)
+    own = task.module.state_dict()
+    return replace(found, state={name: tensor.to(own[name].dtype) for name, tensor in found.state.items()})
 
-    @torch.no_grad()
-    def outputs(state: Any) -> torch.Tensor:
-        result = functional_call(task.module, dict(state), (batch,))
-        # Outputs of Hugging Face's models begin with the states or the logits.
-        first = result if isinstance(result, torch.Tensor) else next(iter(_several(result)), None)
-        if not isinstance(first, torch.Tensor):
-            raise ValueError(f"{type(task.module).__name__} puts out a {type(result).__name__}; a tensor is compared")
-        return first
 
-    return matched(one, other, _groups(task, one, specification), outputs)
+def _double(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _output(module: nn.Module, batch: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor that a network puts out, or the first of several, as the states or the logits of Hugging Face's."""
+    result = functional_call(module, dict(state), (batch,))
+    first = result if isinstance(result, torch.Tensor) else next(iter(_several(result)), None)
+    if not isinstance(first, torch.Tensor):
+        raise ValueError(f"{type(module).__name__} puts out a {type(result).__name__}; a tensor is compared")
+    return first
 
 
 def _several(result: Any) -> Iterable[Any]:
