@@ -14,7 +14,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import full_precision, svd, working_dtype
 from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, led_by
 from lightning_lowrank.methods.lora.adapters import Adapters
-from lightning_lowrank.methods.lora.pairs import Place, as_weight, change, factors, places
+from lightning_lowrank.methods.lora.pairs import Place, as_weight, change, places, products
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.curvature.monitor import CurvatureMonitor
 from lightning_lowrank.statistics.effective_rank import effective_rank
@@ -84,7 +84,7 @@ class LoRANumbers(NumberSource):
 
     def _pairs(self) -> Iterator[tuple[str, Place, str, tuple[Tensor, Tensor]]]:
         for place in places(self._act.module) if self._act.module is not None else ():
-            for part, pair in factors(place.holder).items():
+            for part, pair in products(place.holder).items():
                 yield f"{place.name}.{part}" if part else place.name, place, part, pair
 
     def _of_pair(self, place: Place, part: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
