@@ -38,6 +38,7 @@ from .measuring.sources.updates import Updates as Updates
 from .measuring.sources.weights import Weights as Weights
 from .methods.factorize.callback import LowRankFactorize as LowRankFactorize
 from .methods.galore.callback import GaLore as GaLore
+from .methods.lora.adalora import AdaLoRA as AdaLoRA
 from .methods.lora.callback import LoRA as LoRA
 from .methods.lora.relora import ReLoRA as ReLoRA
 from .methods.lottery.callback import LotteryTicket as LotteryTicket

@@ -262,6 +262,18 @@ MISTAKES: dict[str, Mistake] = {
         "pass",
         (f"{LORA}by_peft.py::test_peft_loads_what_is_exported[corda]",),
     ),
+    "LoRA with EVA waits for a training mode that pretrained models never have": Mistake(
+        "methods/lora/pairs.py",
+        r"layer\.training or torch\.is_grad_enabled\(\)",
+        "layer.training",
+        (f"{LORA}pairs.py::test_eva_takes_the_top_directions_of_the_first_inputs[False]",),
+    ),
+    "AdaLoRA, a kind of LoRA, forgets its penalty": Mistake(
+        "methods/lora/adalora.py",
+        r"alpha=self\.orthogonality",
+        "alpha=0.0",
+        (f"{LORA}adalora.py::test_a_training_is_that_of_pefts_own_model",),
+    ),
     "the norm of a residual grows as it likes": Mistake(
         "methods/galore/residual.py",
         r"norm\.minimum\(GROWTH \* last\)",

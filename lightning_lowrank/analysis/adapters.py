@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from lightning_lowrank.analysis.architectures import module_of
+from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.low_rank import Extracted, change_energies, extracted, moved, with_adapter
 from lightning_lowrank.analysis.matrices import first, places
 from lightning_lowrank.analysis.showing import print_json, save, show, tell
@@ -30,6 +31,7 @@ def advise_ranks(
     exclude: list[str] | None = None,
     model: str | None = None,
     output: str | None = None,
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Print a rank for each matrix, that together capture the most of what training changed, under a budget.
@@ -44,6 +46,7 @@ def advise_ranks(
         exclude: Not these.
         model: `module:function` that makes the module, whose classes say how fused weights divide.
         output: A JSON file for the ranks, which extract-lora reads.
+        page: An HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
@@ -58,6 +61,9 @@ def advise_ranks(
     advice = advise(energies, budget, method=method, least=least)
     if output is not None:
         advice.save(output)
+    if page is not None:
+        rows = {name: {"rank": float(rank), "captured": advice.share(name)} for name, rank in advice.ranks.items()}
+        draw(page, {Path(b).name: {0: numbers("advice", rows)}})
     if json:
         print_json(advice.json())
     else:
@@ -75,6 +81,7 @@ def extract_lora(
     within: str = "",
     model: str | None = None,
     output: str,
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Write what training changed as a LoRA adapter that peft loads onto A, and print what it leaves of each change.
@@ -89,6 +96,7 @@ def extract_lora(
         within: The part of the model that peft gets, such as "model": the beginning of names.
         model: `module:function` that makes the module, whose classes say which weights have their inputs as rows.
         output: The folder to write.
+        page: An HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
@@ -108,6 +116,8 @@ def extract_lora(
         raise ValueError(f"{ranks} has no rank above 0")
     write_adapter(output, AdapterFolder(pairs, base=a))
     left = [*others, *(name for name in changed if name not in names)]
+    if page is not None:
+        draw(page, {Path(output).name: {0: numbers("adapter", {row.name: _numbers(row) for row in found})}})
     if json:
         print_json({row.name: {"shape": row.shape, **_numbers(row)} for row in found} | {"left_out": left})
     else:

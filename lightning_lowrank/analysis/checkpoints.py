@@ -3,19 +3,16 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lowrank.analysis.architectures import module_of
-from lightning_lowrank.analysis.diff import TOP, differences
+from lightning_lowrank.analysis.diff import TOP, Difference, differences
+from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.matrices import Place, places
-from lightning_lowrank.analysis.page import page_of, reader_of
-from lightning_lowrank.analysis.runs import write
 from lightning_lowrank.analysis.showing import finite, print_json, save, show, tell
 from lightning_lowrank.analysis.spectra import STATISTICS, Row
 from lightning_lowrank.analysis.spectra import spectra as spectra_of
@@ -78,10 +75,11 @@ def spectra(
         there = _places(file, model, match=match, exclude=exclude, heads=heads)
         limit = sys.maxsize if exact else SKETCH_ABOVE
         found[path] = list(_watched(spectra_of(file, there, statistics or STATISTICS, sketch_above=limit), there, path))
-    for target, made in ((output, _save), (page, _written)):
-        if target is not None:
-            made(found, Path(target))
-            Console(stderr=True).print(f"wrote {escape(target)}")
+    if output is not None:
+        _save(found, Path(output))
+        Console(stderr=True).print(f"wrote {escape(output)}")
+    if page is not None:
+        draw(page, {path: {0: _drawn(rows)} for path, rows in found.items()})
     if json:
         print_json({path: {row.name: _numbers(row) for row in rows} for path, rows in found.items()})
     else:
@@ -98,6 +96,7 @@ def diff(
     match: list[str] | None = None,
     exclude: list[str] | None = None,
     model: str | None = None,
+    page: str | None = None,
     heads: bool = False,
     json: bool = False,
 ) -> None:
@@ -111,23 +110,34 @@ def diff(
         match: Only matrices whose name fits one of these globs or `re:REGEX`.
         exclude: Not these.
         model: `module:function` that makes the module, whose classes say how fused weights divide.
+        page: An HTML file for all numbers and the spectra of changes.
         heads: Split attention weights by head.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, an argument fits nothing, or no matrix is in both files.
+        ValueError: A file cannot be read or written, an argument fits nothing, or no matrix is in both files.
     """
     files = Checkpoint(a), Checkpoint(b)
     in_a, in_b = (_places(file, model, match=match, exclude=exclude, heads=heads) for file in files)
     found = list(_watched(differences(*files, in_a, in_b, top=top, energy=energy), in_a, f"{a} and {b}"))
+    if page is not None:
+        draw(page, {f"{Path(a).stem} to {Path(b).name}": {0: _changed(found)}})
     if json:
-        print_json({d.name: {"shape": d.shape, "verdict": d.verdict, **finite(d.values)} for d in found})
+        print_json({d.name: _told(d) for d in found})
     else:
         tell(f"{a} -> {b}", [(d.name, d.shape, d.verdict, d.values) for d in found], CHANGES)
         counts = {
             verdict: sum(d.verdict == verdict for d in found) for verdict in dict.fromkeys(d.verdict for d in found)
         }
         show("; ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items()))
+        for dtypes in dict.fromkeys(d.dtypes for d in found if d.dtypes):
+            count = sum(d.dtypes == dtypes for d in found)
+            show(f"{count} matrices are {dtypes[0]} in A and {dtypes[1]} in B: rounding alone changes entries")
+
+
+def _told(one: Difference) -> dict[str, Any]:
+    dtypes = {"dtypes": one.dtypes} if one.dtypes else {}
+    return {"shape": one.shape, "verdict": one.verdict, **dtypes, **finite(one.values)}
 
 
 def _places(file: Checkpoint, model: str | None, **chosen: Any) -> list[Place]:
@@ -156,31 +166,19 @@ def _save(found: Mapping[str, Sequence[Row]], file: Path) -> None:
     save(values, file)
 
 
-def _written(found: Mapping[str, Sequence[Row]], file: Path) -> None:
-    write(file, _page(found, file.stem))
-
-
-def _page(found: Mapping[str, Sequence[Row]], title: str) -> str:
-    """The report's page, with a run for each checkpoint."""
-    with TemporaryDirectory() as folder:
-        for number, (path, rows) in enumerate(found.items()):
-            writer = SummaryWriter(str(Path(folder) / f"{number}_{Path(path).name}"))
-            vectors.Vectors().draw(_drawn(rows), 0)(writer)
-            writer.close()
-        return page_of(reader_of(Path(folder)), title, 1)
-
-
 def _drawn(rows: Sequence[Row]) -> list[vectors.Row]:
-    """What the tab has of a source of matrices."""
-    known = {"source": "weight", "level": "weights"}
-    drawn = [
-        vectors.Row(
-            "vector",
-            f"weight_{name}",
-            {row.name: row.values[name] for row in rows},
-            {**known, "statistic": name, "unit": find(name).unit},
-        )
-        for name in (rows[0].values if rows else ())
-    ]
-    there = {row.name: row.orders for row in rows}
-    return [*drawn, vectors.Row("spectrum", "weight", there, known, [row.shape for row in rows])]
+    """What the page has of a checkpoint."""
+    units = {name: find(name).unit for name in (rows[0].values if rows else ())}
+    return [*numbers("weight", {row.name: row.values for row in rows}, units), _spectrum("weight", rows)]
+
+
+def _changed(found: Sequence[Difference]) -> list[vectors.Row]:
+    """What the page has of what training changed."""
+    values = {one.name: one.values for one in found if one.values}
+    return [*numbers("change", values), _spectrum("change", [one for one in found if one.orders is not None])]
+
+
+def _spectrum(source: str, rows: Sequence[Row] | Sequence[Difference]) -> vectors.Row:
+    """As the tab draws spectra."""
+    there: dict[str, Any] = {row.name: row.orders for row in rows}
+    return vectors.Row("spectrum", source, there, {"source": source, "level": "weights"}, [row.shape for row in rows])

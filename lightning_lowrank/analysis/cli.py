@@ -28,6 +28,7 @@ COMMANDS = {
     "connect": ("networks", "print loss and accuracy along the line between two checkpoints"),
     "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
     "importance": ("networks", "print what attention heads and neurons matter"),
+    "flat-directions": ("landscape", "print where the loss of a small network has no curvature, and why"),
 }
 
 

@@ -5,16 +5,20 @@ Shape letters:  M rows, N columns of a matrix   S its short side   K directions 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Num
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_lowrank.analysis.matrices import Place
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE, decompose
+from lightning_lowrank.maths.spectra.order_statistics import order_statistics
 from lightning_lowrank.maths.spectra.sketch import estimate
+from lightning_lowrank.maths.spectra.spectrum import Spectrum
 from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.statistics import find
 
@@ -35,15 +39,19 @@ class Difference:
     Attributes:
         name: Of the matrix, in A; in B where A lacks it.
         shape: Rows and columns.
-        verdict: "not moved", "moved", "re-initialised", "not finite", "reshaped", "renamed NAME", "only in A", "only in
-            B".
+        verdict: "not moved", "moved", "re-initialised", "rounded", "not finite", "reshaped", "renamed NAME", "only in
+            A", "only in B".
         values: What was measured, by name; see `differences`.
+        orders: Frobenius norm and order statistics of the singular values of the change, as the tab draws spectra.
+        dtypes: Of A and B, where they differ.
     """
 
     name: str
     shape: tuple[int, int]
     verdict: str
     values: Mapping[str, float] = field(default_factory=dict)
+    orders: NDArray[np.float64] | None = None
+    dtypes: tuple[str, ...] = ()
 
 
 class _Factors(NamedTuple):
@@ -78,10 +86,13 @@ def differences(
     - `intruders`, how many of the `top` left directions of B have a cosine below 0.5 to every left direction of A; NaN
       above 1500 a side, where not all directions are computed and ranks are estimates, each beside its `..._error`;
     - `cosine` of A and B as vectors;
-    - `lora_rank`, the least rank that holds the share `energy` of the energy of D.
+    - `lora_rank`, the least rank that holds the share `energy` of the energy of D;
+    - `rounding_over_weight`, where A and B have different dtypes: what rounding the finer one to the dtype of the other
+      changes by itself, over its norm.
 
-    The verdict is "re-initialised" where the cosine lies within six standard deviations `1 / sqrt(M N)` of 0, as that
-    of independent matrices does.
+    Where the directions of a side are no more than `top`, they hold everything: its overlap and `..._over_chance` are
+    NaN. The verdict is "rounded" where one matrix is the other in a coarser dtype, and "re-initialised" where the
+    cosine lies within six standard deviations `1 / sqrt(M N)` of 0, as that of independent matrices does.
 
     Cost: three singular value decompositions per matrix up to 1500 a side, sketches above.
 
@@ -120,7 +131,22 @@ def differences(
 
 def _of_place(a: Checkpoint, b: Checkpoint, in_a: Place, in_b: Place, top: int, energy: float) -> Iterator[Difference]:
     for (label, one), (_, other) in zip(in_a.matrices(a), in_b.matrices(b), strict=True):
-        yield difference(label, one.double(), other.double(), top=top, energy=energy)
+        found = difference(label, one.double(), other.double(), top=top, energy=energy)
+        yield found if one.dtype == other.dtype else _in_other_dtypes(found, one, other)
+
+
+def _in_other_dtypes(found: Difference, a: Num[Tensor, "M N"], b: Num[Tensor, "M N"]) -> Difference:
+    """The same, beside what rounding does by itself: where that is all, nothing was trained."""
+    names = tuple(str(one.dtype).removeprefix("torch.") for one in (a, b))
+    if found.verdict in ("not moved", "not finite"):
+        return replace(found, dtypes=names)
+    fine, coarse = (a, b) if torch.finfo(a.dtype).eps < torch.finfo(b.dtype).eps else (b, a)
+    exact, rounded = fine.double(), fine.to(coarse.dtype).double()
+    size = {"rounding_over_weight": float((rounded - exact).norm() / exact.norm())}
+    if torch.equal(rounded, coarse.double()):
+        kept = {name: found.values[name] for name in ("change_norm", "change_over_weight")}
+        return Difference(found.name, found.shape, "rounded", kept | size, dtypes=names)
+    return replace(found, values={**found.values, **size}, dtypes=names)
 
 
 def difference(
@@ -138,13 +164,14 @@ def difference(
     after = float(torch.linalg.vector_norm(b))
     cosine = float((a * b).sum()) / (before * after) if before and after else math.nan
     related = not abs(cosine) < UNRELATED / math.sqrt(a.numel())
-    values = sizes | {"cosine": cosine} | _of_change(change, energy) | _directions(a, b, change, top)
-    return Difference(name, shape, "moved" if related else "re-initialised", values)
-
-
-def _of_change(change: Float[Tensor, "M N"], energy: float) -> dict[str, float]:
-    """Ranks of the change."""
     (spectrum,) = decompose([change], "values").spectra
+    values = sizes | {"cosine": cosine} | _of_change(spectrum, energy) | _directions(a, b, change, top)
+    orders = order_statistics(spectrum).double().numpy()
+    return Difference(name, shape, "moved" if related else "re-initialised", values, orders)
+
+
+def _of_change(spectrum: Spectrum, energy: float) -> dict[str, float]:
+    """Ranks of the change."""
     enough = "numerical_rank" if energy == 1 else f"energy_rank_{1 - energy:.12g}"
     asked = {f"change_{name}": find(name) for name in OF_CHANGE} | {"lora_rank": find(enough)}
     found = {name: estimate(statistic, spectrum) for name, statistic in asked.items()}
@@ -168,8 +195,9 @@ def _directions(
         kept, turned = one[:, :k], other[:, :k]
         share, chance = float((kept.T @ moved).square().sum()) / most, k / len(one)
         values[f"change_in_top_{side}"], values[f"change_in_top_{side}_chance"] = share, chance
-        values[f"change_in_top_{side}_over_chance"] = share / chance
-        values[f"top_{side}_overlap"] = float((kept.T @ turned).square().sum()) / k
+        whole = k == len(one)  # all directions that there are hold everything
+        values[f"change_in_top_{side}_over_chance"] = math.nan if whole else share / chance
+        values[f"top_{side}_overlap"] = math.nan if whole else float((kept.T @ turned).square().sum()) / k
     cosines = (before.left.T @ after.left[:, :k]).abs().amax(0)
     values["intruders"] = float((cosines < INTRUDER).sum()) if before.whole else math.nan
     return values

@@ -1,5 +1,6 @@
 """What heads and neurons of a trained network matter, by exact gates on real data."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ class Importance:
     name: str
     kind: str
     values: Float[Tensor, " n"]
+
+    @property
+    def top_share(self) -> float:
+        """What the largest tenth of the units has of the sum; NaN where that is 0."""
+        top = self.values.sort(descending=True).values[: max(1, len(self.values) // 10)]
+        return float(top.sum() / self.values.sum()) if self.values.sum() > 0 else math.nan
 
 
 def importance(module: nn.Module, batches: Iterable[Any], measure: Measure) -> list[Importance]:

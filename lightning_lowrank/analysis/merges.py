@@ -2,15 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.merging import Conflict, conflicts, merged
-from lightning_lowrank.analysis.showing import cell, print_json, save, show
+from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
 from lightning_lowrank.models.checkpoints import Checkpoint
 
 
@@ -23,6 +24,7 @@ def merge_models(
     density: float | None = None,
     seed: int = 0,
     output: str = "merged.safetensors",
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Merge fine-tuned models into one, and print which of them conflict.
@@ -35,6 +37,7 @@ def merge_models(
         density: Share of the entries that ties (0.2) and dare (0.1) keep.
         seed: Of what dare draws.
         output: The safetensors file to write.
+        page: An HTML file for cosines and overlaps of all pairs and matrices.
         json: Print cosines and overlaps of all pairs and matrices.
 
     Raises:
@@ -45,25 +48,23 @@ def merge_models(
     save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
     matrices = [name for name, shape in start.shapes.items() if len(shape) > 1 and min(shape) > 1]
     found = list(conflicts(start, ends, matrices))
+    if page is not None:
+        draw(page, {pair: {0: numbers("conflict", rows)} for pair, rows in _by_pair(found, models).items()})
     if json:
-        print_json(_by_pair(found, models))
+        print_json(
+            {pair: {n: finite(values) for n, values in rows.items()} for pair, rows in _by_pair(found, models).items()}
+        )
     else:
         show(_table(found, models))
         show(f"{escape(output)}: {len(tensors)} tensors by {method}")
 
 
-def _by_pair(
-    found: Sequence[Conflict], models: Sequence[str]
-) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
-    pairs: dict[str, dict[str, Mapping[str, float | None]]] = defaultdict(dict)
+def _by_pair(found: Sequence[Conflict], models: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    pairs: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for one in found:
         i, j = one.pair
-        cosine = one.cosine if math.isfinite(one.cosine) else None
-        pairs[f"{models[i]} and {models[j]}"][one.name] = {
-            "cosine": cosine,
-            "overlap": one.overlap,
-            "overlap_chance": one.chance,
-        }
+        values = {"cosine": one.cosine, "overlap": one.overlap, "overlap_chance": one.chance}
+        pairs[f"{models[i]} and {models[j]}"][one.name] = values
     return pairs
 
 

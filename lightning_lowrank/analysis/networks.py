@@ -1,12 +1,18 @@
 """What takes a network and its data: `connect`, `masks` and `importance` of checkpoints."""
 
 import json as json_
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from torch.func import functional_call
 
 from lightning_lowrank.analysis.architectures import module_of
@@ -14,12 +20,15 @@ from lightning_lowrank.analysis.connect.groups import Group, groups_of
 from lightning_lowrank.analysis.connect.line import Line, line
 from lightning_lowrank.analysis.connect.matching import Matched, matched
 from lightning_lowrank.analysis.connect.tracing import traced
+from lightning_lowrank.analysis.drawing import draw, numbers
+from lightning_lowrank.analysis.importance import Importance
 from lightning_lowrank.analysis.importance import importance as importance_of
 from lightning_lowrank.analysis.matrices import places
-from lightning_lowrank.analysis.overlaps import overlaps
+from lightning_lowrank.analysis.overlaps import Overlap, overlaps
 from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.reports.vectors import Row
 
 
 def connect(
@@ -31,6 +40,7 @@ def connect(
     specification: str | None = None,
     calibrate: str | None = None,
     output: str | None = None,
+    page: str | None = None,
     match: bool = False,
     json: bool = False,
 ) -> None:
@@ -45,6 +55,7 @@ def connect(
             unless given.
         calibrate: Name of the data that batch norms take their statistics from at each place.
         output: A safetensors file for B with its units rearranged.
+        page: An HTML file for the curves along the line, whose steps are percent of the way.
         match: Rearrange the units of B so that they resemble those of A before; refused unless B still computes the
             same.
         json: Print all numbers.
@@ -55,7 +66,7 @@ def connect(
     task = task_of(data)
     if calibrate is not None and calibrate not in task.data:
         raise ValueError(f"--calibrate={calibrate}: {data} has {list(task.data)}")
-    one, other = (task.state(Checkpoint(path)) for path in (a, b))
+    one, other = (task.untied(task.state(Checkpoint(path))) for path in (a, b))
     lines = {"as they are": line(task.module, one, other, task.data, task.measure, points=points, calibrate=calibrate)}
     found = None
     if match:
@@ -64,7 +75,9 @@ def connect(
             task.module, one, found.state, task.data, task.measure, points=points, calibrate=calibrate
         )
         if output is not None:
-            save({name: tensor.contiguous() for name, tensor in found.state.items()}, Path(output))
+            save({name: tensor.contiguous() for name, tensor in task.whole(found.state).items()}, Path(output))
+    if page is not None:
+        draw(page, {title: _along(one) for title, one in lines.items()})
     if json:
         print_json(
             {"places": next(iter(lines.values())).places}
@@ -84,6 +97,7 @@ def masks(
     match: list[str] | None = None,
     exclude: list[str] | None = None,
     model: str | None = None,
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Print how alike the masks of two checkpoints are, beside what chance gives.
@@ -96,6 +110,7 @@ def masks(
         match: Only matrices whose name fits one of these globs or `re:REGEX`.
         exclude: Not these.
         model: `module:function` that makes the module.
+        page: An HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
@@ -113,6 +128,8 @@ def masks(
     found = list(overlaps(*files, common, density, scope))
     if density is None and all(one.densities == (1.0, 1.0) for one in found):
         raise ValueError("no weight is zero in either file: say which part of them is compared, as --density 0.2")
+    if page is not None:
+        draw(page, {f"{Path(a).stem} and {Path(b).name}": {0: numbers("mask", {o.name: _of_masks(o) for o in found})}})
     if json:
         print_json({o.name: {key: value for key, value in vars(o).items() if key != "name"} for o in found})
         return
@@ -120,12 +137,11 @@ def masks(
     for heading in ("matrix", "density A", "density B", "Jaccard", "chance", "Hamming", "chance"):
         table.add_column(heading, justify="left" if heading == "matrix" else "right", overflow="fold")
     for o in found:
-        numbers = (*o.densities, o.jaccard, o.chance, o.hamming, o.hamming_chance)
-        table.add_row(escape(o.name), *map(cell, numbers))
+        table.add_row(escape(o.name), *map(cell, _of_masks(o).values()))
     show(table)
 
 
-def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) -> None:
+def importance(checkpoint: str, data: str, *, top: int = 5, page: str | None = None, json: bool = False) -> None:
     """Print what attention heads and neurons matter, by the gradient of the loss by a gate on each.
 
     Args:
@@ -133,6 +149,7 @@ def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) 
         data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
             first data set is used.
         top: How many units of each layer the table names.
+        page: An HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
@@ -141,6 +158,8 @@ def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) 
     task = task_of(data)
     task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
     found = importance_of(task.module, next(iter(task.data.values())), task.measure)
+    if page is not None:
+        draw(page, {Path(checkpoint).name: {0: [row for kind in ("head", "neuron") for row in _of_units(found, kind)]}})
     if json:
         print_json({f"{one.kind}s of {one.name}": one.values.tolist() for one in found})
         return
@@ -152,24 +171,73 @@ def importance(checkpoint: str, data: str, *, top: int = 5, json: bool = False) 
         named = ", ".join(
             f"{unit} ({value:.2g})" for unit, value in zip(order[:top].tolist(), values[:top].tolist(), strict=True)
         )
-        share = float(values[: max(1, len(values) // 10)].sum() / values.sum()) if values.sum() > 0 else float("nan")
-        table.add_row(escape(one.name), f"{len(values)} {one.kind}s", named, cell(share))
+        table.add_row(escape(one.name), f"{len(values)} {one.kind}s", named, cell(one.top_share))
     show(table)
+
+
+def _along(line: Line) -> dict[int, list[Row]]:
+    """What the page has of a line: data sets as its layers, percent of the way as its steps."""
+    found: dict[int, list[Row]] = {}
+    for i, place in enumerate(line.places):
+        sets: dict[str, dict[str, float]] = {}
+        for name, values in line.values.items():
+            data, _, quantity = name.rpartition("/")
+            sets.setdefault(data, {})[quantity] = values[i]
+        found[round(100 * place)] = numbers("line", sets)
+    return found
+
+
+def _of_masks(one: Overlap) -> dict[str, float]:
+    names = ("density_a", "density_b", "jaccard", "jaccard_chance", "hamming", "hamming_chance")
+    return dict(zip(names, (*one.densities, one.jaccard, one.chance, one.hamming, one.hamming_chance), strict=True))
+
+
+def _of_units(found: Sequence[Importance], kind: str) -> list[Row]:
+    """What the page has of heads: each by itself; of neurons, of which there are many, layer by layer."""
+    several = [one for one in found if one.kind == kind]
+    each = {f"{one.name} {i}": {"importance": value} for one in several for i, value in enumerate(one.values.tolist())}
+    layers = {
+        one.name: {
+            "importance_mean": float(one.values.mean()),
+            "importance_largest": float(one.values.max()),
+            "top_tenth_share": one.top_share,
+        }
+        for one in several
+    }
+    return [*numbers(kind, each if kind == "head" else {}), *numbers(kind, layers)]
 
 
 def _matched(task: Task, one: dict[str, Any], other: dict[str, Any], specification: str | None) -> Matched:
     """B rearranged; what it computes is looked at on the first batch of the first data set."""
     batch = inputs(next(iter(next(iter(task.data.values())))))
     task.module.eval()
+    outputs = partial(_output, task.module, batch)
+    with suppress(Exception):  # a network that has its own float32 somewhere
+        wide = partial(_output, deepcopy(task.module).double(), batch.double() if batch.is_floating_point() else batch)
+        wide(_double(other))
+        # Rounding is then no difference.
+        one, other, outputs = _double(one), _double(other), wide
+    found = matched(one, other, _groups(task, one, specification), outputs)
+    own = task.module.state_dict()
+    return replace(found, state={name: tensor.to(own[name].dtype) for name, tensor in found.state.items()})
 
-    @torch.no_grad()
-    def outputs(state: Any) -> torch.Tensor:
-        result = functional_call(task.module, dict(state), (batch,))
-        if not isinstance(result, torch.Tensor):
-            raise ValueError(f"{type(task.module).__name__} puts out a {type(result).__name__}; a tensor is compared")
-        return result
 
-    return matched(one, other, _groups(task, one, specification), outputs)
+def _double(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _output(module: nn.Module, batch: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor that a network puts out, or the first of several, as the states or the logits of Hugging Face's."""
+    result = functional_call(module, dict(state), (batch,))
+    first = result if isinstance(result, torch.Tensor) else next(iter(_several(result)), None)
+    if not isinstance(first, torch.Tensor):
+        raise ValueError(f"{type(module).__name__} puts out a {type(result).__name__}; a tensor is compared")
+    return first
+
+
+def _several(result: Any) -> Iterable[Any]:
+    return result.values() if isinstance(result, Mapping) else result if isinstance(result, list | tuple) else ()
 
 
 def _groups(task: Task, state: dict[str, Any], specification: str | None) -> list[Group]:

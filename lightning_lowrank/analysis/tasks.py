@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,14 +42,35 @@ class Task:
             ValueError: A parameter is missing, or has another shape.
         """
         own = self.module.state_dict()
+        there = {n: next((o for o in (n, *self._tied.get(n, ())) if o in checkpoint.shapes), n) for n in own}
         needed = dict(self.module.named_parameters(remove_duplicate=False))
-        wrong = [n for n in own if n in checkpoint.shapes and checkpoint.shapes[n] != own[n].shape]
-        missing = [n for n in own if n in needed and n not in checkpoint.shapes]
+        wrong = [n for n, o in there.items() if o in checkpoint.shapes and checkpoint.shapes[o] != own[n].shape]
+        missing = [n for n, o in there.items() if n in needed and o not in checkpoint.shapes]
         if wrong or missing:
             raise ValueError(
                 f"{checkpoint.path} is not of this network: it lacks {missing[:5]}, and has other shapes of {wrong[:5]}"
             )
-        return {n: checkpoint.tensor(n).to(own[n].dtype) if n in checkpoint.shapes else own[n] for n in own}
+        return {
+            n: checkpoint.tensor(o).to(own[n].dtype) if o in checkpoint.shapes else own[n] for n, o in there.items()
+        }
+
+    def untied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state with each tied weight under one name, as `torch.func.functional_call` takes it."""
+        twice = {other for several in self._tied.values() for other in several[1:]}
+        return {name: tensor for name, tensor in state.items() if name not in twice}
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state with tied weights under each of their names again."""
+        others = {name: state[several[0]].clone() for name, several in self._tied.items() if name not in state}
+        return {**state, **others}
+
+    @cached_property
+    def _tied(self) -> dict[str, list[str]]:
+        """By name of a parameter that has several all of its names, the first one first."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return {name: several for several in names.values() if len(several) > 1 for name in several}
 
 
 def task_of(place: str) -> Task:

@@ -166,6 +166,12 @@ class Method(Monitor):
         assert isinstance(schedule, Every)
         super().__init__(probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, name=name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the module's `log`, which Lightning hangs on: a copy is of another training, and torch pickles no
+        module with parametrizations.
+        """
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
     def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
         return ActingWatch(self._act, probes, style, **options)
 

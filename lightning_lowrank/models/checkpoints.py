@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class Checkpoint:
         self.path = Path(path)
         file = _file(self.path)
         self.folder = file.parent
-        self._open = ExitStack()
         self._reads: dict[str, Read] = {}
         self.shapes: dict[str, torch.Size] = {}
         for part, only in _parts(file).items():
@@ -88,17 +87,13 @@ class Checkpoint:
             owner._parameters[local] = shared.setdefault(self._place(name), empty)
         return root
 
-    def close(self) -> None:
-        """Let go of the files."""
-        self._open.close()
-
     def _place(self, name: str) -> Hashable:
         """Where a tensor lies: tied ones of a file of `torch.save` lie at one place."""
         read = self._reads[name]
         return read.place if isinstance(read, _Held) and read.place[0] else name
 
     def _add(self, file: Path, only: set[str] | None) -> None:
-        found = _of_safetensors(file, self._open) if file.suffix == ".safetensors" else _of_pickle(file)
+        found = _of_safetensors(file) if file.suffix == ".safetensors" else _of_pickle(file)
         missing = [] if only is None else [name for name in only if name not in found]
         if missing:
             raise ValueError(f"{file} lacks {_some(missing)}, which the index says it has: load the file again")
@@ -158,20 +153,21 @@ def _parts(file: Path) -> dict[Path, set[str] | None]:
     return parts
 
 
-def _of_safetensors(file: Path, files: ExitStack) -> dict[str, tuple[Read, torch.Size]]:
+def _of_safetensors(file: Path) -> dict[str, tuple[Read, torch.Size]]:
+    def read(name: str) -> Tensor:
+        # Opened anew: what is mapped counts as memory of the process for as long as the file is open.
+        with safe_open(file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
     try:
-        opened = files.enter_context(safe_open(file, framework="pt"))
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            known = {name: (part.get_dtype(), torch.Size(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-
-    def reader(name: str) -> Read:
-        return lambda: opened.get_tensor(name)
-
-    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
     return {
-        name: (reader(name), torch.Size(part.get_shape()))
-        for name, part in slices.items()
-        if part.get_dtype().startswith(("F", "BF"))
+        name: (partial(read, name), shape) for name, (dtype, shape) in known.items() if dtype.startswith(("F", "BF"))
     }
 
 

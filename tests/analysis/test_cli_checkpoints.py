@@ -70,6 +70,45 @@ def test_the_difference_is_that_which_was_planted(two: tuple[str, str], capsys: 
     assert "1 moved; 2 not moved" in capsys.readouterr().out
 
 
+def series(page: Path) -> set[str]:
+    """Names of what a page can draw."""
+    text = page.read_text()
+    begin = text.index('id="answers">') + len('id="answers">')
+    answers = json.loads(text[begin : text.index("</script>", begin)])
+    return {answer["name"] for answer in answers if "name" in answer}
+
+
+PAGES = {
+    ("diff",): {"change_cosine", "change_intruders", "change"},
+    ("masks", "--density", "0.2"): {"mask_jaccard", "mask_jaccard_chance"},
+    ("advise-ranks", "--budget", "500"): {"advice_rank", "advice_captured"},
+    ("extract-lora", "-o", "adapter"): {"adapter_rank", "adapter_error"},
+    ("merge-models", "--base", "BASE", "-o", "m.safetensors"): {"conflict_cosine", "conflict_overlap"},
+}
+
+
+@pytest.mark.parametrize("words", PAGES, ids=lambda words: words[0])
+def test_commands_draw_the_charts_of_the_report(
+    words: tuple[str, ...], two: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [two[0] if word == "BASE" else word for word in words[1:]]
+
+    main([words[0], *two, *given, "--page", "page.html"])
+
+    assert series(tmp_path / "page.html") >= PAGES[words]
+
+
+def test_what_differs_in_dtype_is_said(two: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(two[0], weights_only=True)
+    torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, two[1])
+
+    main(["diff", *two])
+
+    told = capsys.readouterr().out
+    assert "3 rounded" in told and "3 matrices are float32 in A and bfloat16 in B" in told
+
+
 def test_what_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"good": torch.eye(3), "bad": torch.full((3, 3), torch.inf)}, tmp_path / "net.pt")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,6 +28,18 @@ def task() -> tuple[nn.Module, Mapping[str, Any], Any]:
     """What `--data` names."""
     images, labels = digits(256).tensors
     return mlp(16), {"train": [(images[:128], labels[:128])], "test": [(images[128:], labels[128:])]}, measure
+
+
+def language() -> Any:
+    """A model of Hugging Face whose head is its embedding, which safetensors has once."""
+    sizes = {"vocab_size": 20, "n_embd": 12, "n_layer": 1, "n_head": 3, "n_positions": 16}
+    module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    tokens = torch.randint(20, (8, 9), generator=torch.Generator().manual_seed(0))
+
+    def of_tokens(module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        return {"loss": module(batch[0], labels=batch[0]).loss}
+
+    return module, {"test": [(tokens,)]}, of_tokens
 
 
 def another() -> Any:
@@ -89,10 +102,35 @@ def test_a_specification_says_which_units_may_change_places(
     groups = {"first": [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
 
-    main(["connect", *two, DATA, "--match", "--points", "3", "--specification", str(tmp_path / "groups.json")])
+    words = ["--match", "--points", "3", "--specification", str(tmp_path / "groups.json")]
+    main(["connect", *two, DATA, *words, "--page", str(tmp_path / "line.html")])
 
+    page = (tmp_path / "line.html").read_text()
+    assert "line_accuracy" in page and '"steps": [0, 50, 100]' in page
     told = capsys.readouterr().out
     assert "1 group(s) of units may change places" in told and "barrier" in told
+
+
+def test_models_of_hugging_face_are_matched_without_a_specification(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(language()[0])
+        models[-1].save_pretrained(tmp_path / str(seed))
+    folders = [str(tmp_path / str(seed)) for seed in (1, 2)]
+
+    words = ["--match", "--points", "3", "-o", str(tmp_path / "b.safetensors"), "--json"]
+    main(["connect", *folders, f"{__name__}:language", *words])
+
+    told = json.loads(capsys.readouterr().out)
+    assert "stream" in told["used"] and told["dropped"] == [] and told["deviation"] < 1e-5
+    other = language()[0]
+    other.load_state_dict(load_file(tmp_path / "b.safetensors"))
+    tokens = language()[1]["test"][0][0]
+    assert not torch.equal(other.transformer.wte.weight, models[1].transformer.wte.weight)
+    assert_close(other.eval()(tokens).logits, models[1].eval()(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_of_one_checkpoint_are_the_same_and_of_two_by_chance(
@@ -112,7 +150,9 @@ def test_masks_of_one_checkpoint_are_the_same_and_of_two_by_chance(
     assert abs(other["2.weight"]["jaccard"] - other["2.weight"]["chance"]) < 0.1
 
 
-def test_importance_is_the_gradient_by_a_gate(two: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_importance_is_the_gradient_by_a_gate(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["importance", two[0], DATA, "--json"])
 
     told = json.loads(capsys.readouterr().out)
@@ -123,8 +163,9 @@ def test_importance_is_the_gradient_by_a_gate(two: tuple[str, str], capsys: pyte
     loss = cross_entropy(module[2:](module[1](module[0](batch[0])) * gates), batch[1])
     (expected,) = torch.autograd.grad(loss, gates)
     assert_close(torch.tensor(told["neurons of 2"]), expected.abs(), rtol=1e-4, atol=1e-6)
-    main(["importance", two[0], DATA])
+    main(["importance", two[0], DATA, "--page", str(tmp_path / "units.html")])
     assert f"{int(expected.abs().argmax())} (" in capsys.readouterr().out
+    assert "neuron_importance_largest" in (tmp_path / "units.html").read_text()
 
 
 REFUSED = {

@@ -137,3 +137,33 @@ def test_a_matrix_of_zeros_has_no_directions(tmp_path: Path) -> None:
 
     for one in (found(weights(), nothing, tmp_path), found(nothing, weights(), tmp_path)):
         assert "intruders" not in one["a.weight"].values and "change_in_top_left" not in one["a.weight"].values
+
+
+def test_a_copy_in_another_dtype_is_rounded_and_not_moved(tmp_path: Path) -> None:
+    before = {name: weight.float() for name, weight in weights().items()}
+    after = {name: weight.bfloat16() for name, weight in before.items()}
+    after["b.weight"] = (before["b.weight"] + low_rank(2, 1.0).float()).bfloat16()
+    after["c.weight"] = before["c.weight"]
+    whole = torch.randint(-9, 9, (30, 40)).float()
+
+    told = found({**before, "d.weight": whole}, {**after, "d.weight": whole.bfloat16()}, tmp_path)
+
+    verdicts = {name: one.verdict for name, one in told.items()}
+    assert verdicts == {"a.weight": "rounded", "b.weight": "moved", "c.weight": "not moved", "d.weight": "not moved"}
+    assert told["a.weight"].dtypes == ("float32", "bfloat16") and not told["c.weight"].dtypes
+    # bfloat16 keeps 8 bits: a relative error of at most 2 ** -9, of 2 ** -9 / sqrt(3) in the mean square at the worst.
+    lost = told["a.weight"].values["rounding_over_weight"]
+    assert 2**-9 / 4 < lost < 2**-9 and lost == pytest.approx(told["a.weight"].values["change_over_weight"])
+    back = found(after, before, tmp_path)["a.weight"]
+    assert back.verdict == "rounded" and back.dtypes == ("bfloat16", "float32")
+
+
+def test_directions_that_are_all_say_nothing(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ({"w": torch.randn(8, 40, generator=generator)} for _ in range(2))
+
+    values = found(a, b, tmp_path, top=10)["w"].values
+
+    assert values["change_in_top_left"] == pytest.approx(1) == values["change_in_top_left_chance"]
+    assert np.isnan(values["change_in_top_left_over_chance"]) and np.isnan(values["top_left_overlap"])
+    assert values["change_in_top_right_over_chance"] > 0 and 0 < values["top_right_overlap"] < 1

@@ -8,7 +8,7 @@ is then tested for free (`tests/promises/test_methods.py`).
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lowrank import GaLore, LoRA, LotteryTicket, LowRankFactorize, ReLoRA
+from lightning_lowrank import AdaLoRA, GaLore, LoRA, LotteryTicket, LowRankFactorize, ReLoRA
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
@@ -50,6 +50,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora, by peft, corda": lambda **options: LoRA(
         **_LORA | {"init": "corda", "match": None, "backend": "peft"} | options
     ),
+    "adalora": lambda **options: AdaLoRA(
+        **{"total_steps": 8, "r": 1, "initial_r": 3, "last_steps": 2, "every_n_steps": 3, "detail": "all"} | options
+    ),
     "lora, eva, head trained": lambda **options: LoRA(**_LORA | {"init": "eva", "match": None} | options),
     "factorize": lambda **options: LowRankFactorize(**_FACTORIZE | options),
     "factorize, soft, spectral, bounded": lambda **options: LowRankFactorize(
@@ -87,10 +90,12 @@ REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if
 REFUSED |= {
     (name, case): "there is nothing to adapt"
     for name in METHODS
-    if "eva" in name or "corda" in name
+    if "eva" in name or "corda" in name or "adalora" in name
     for case in ("dropout and batch norm", "validation")
 }
-REFUSED |= {(name, "tied weights"): "there is nothing to adapt" for name in METHODS if "by peft" in name}
+REFUSED |= {
+    (name, "tied weights"): "there is nothing to adapt" for name in METHODS if "by peft" in name or "adalora" in name
+}
 
 _FACTORIZED = [name for name in METHODS if name.startswith("factorize")]
 _OF_FACTORIZE = {

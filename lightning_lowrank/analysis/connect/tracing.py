@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_lowrank.analysis.connect.groups import Binding, Group
+from lightning_lowrank.analysis.connect.layouts import layout
 from lightning_lowrank.models.units import heads_of
 
 FIXED = 0
@@ -141,11 +142,13 @@ def traced(module: nn.Module) -> list[Group]:
     """The groups of a module.
 
     Raises:
-        ValueError: `torch.fx` cannot trace it; a specification has to say.
+        ValueError: `torch.fx` cannot trace it, nor is it a transformer; a specification has to say.
     """
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # the user's own code runs on proxies
+        if found := layout(module):
+            return found
         raise ValueError(
             f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}): say which units may "
             "change places with --specification FILE, JSON of {group: [[tensor, axis], ...]}"

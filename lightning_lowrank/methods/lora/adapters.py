@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lowrank.methods.lora.by_peft import initialise_by_peft, inject
 from lightning_lowrank.methods.lora.choice import Settings, chosen
 from lightning_lowrank.methods.lora.inits import draws, initialise, takes_from_weight
-from lightning_lowrank.methods.lora.pairs import Place, attach, factors, places, share, wide
+from lightning_lowrank.methods.lora.pairs import Place, attach, factors, learned, places, share, wide
 from lightning_lowrank.methods.lora.prepared import (
     Prepared,
     complete,
@@ -98,7 +98,7 @@ class Adapters(Act):
 
     def _freeze(self, module: nn.Module, state: Prepared, flags: Mapping[str, bool]) -> None:
         bases = {id(place.weight) for place in places(module)}
-        pairs = {id(p) for place in places(module) for pair in factors(place.holder).values() for p in pair}
+        pairs = {id(p) for place in places(module) for p in learned(place.holder)}
         wanted = state.choice.trained
         for name, parameter in named(module).items():
             if parameter.is_floating_point() and id(parameter) not in pairs:
@@ -219,7 +219,7 @@ class Adapters(Act):
         idle = [
             place.name
             for place in places(self.module or nn.Module())
-            if all(id(p) in stepped and p.grad is None for pair in factors(place.holder).values() for p in pair)
+            if all(id(p) in stepped and p.grad is None for p in learned(place.holder))
         ]
         if idle:
             rank_zero_warn(
@@ -236,7 +236,7 @@ class Adapters(Act):
                 )
 
     def _warn(self, module: nn.Module, state: Prepared) -> None:
-        pairs = {id(p) for place in places(module) for pair in factors(place.holder).values() for p in pair}
+        pairs = {id(p) for place in places(module) for p in learned(place.holder)}
         known = state.choice.trained
         pairs |= {id(place.weight) for place in places(module)}
         new = [n for n, p in named(module).items() if p.requires_grad and id(p) not in pairs and n not in known]
@@ -252,7 +252,7 @@ class Adapters(Act):
 
     def _table(self, module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
         """What is adapted, trained and frozen."""
-        pairs = {id(p): p for place in found for pair in factors(place.holder).values() for p in pair}
+        pairs = {id(p): p for place in found for p in learned(place.holder)}
         others = {name: p for name, p in named(module).items() if id(p) not in pairs}
         whole = {name: p for name, p in others.items() if p.requires_grad}
         frozen = [p for name, p in others.items() if name not in whole]
@@ -293,7 +293,7 @@ def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
     """
     owned = {id(p) for o in training.optimizers for group in o.param_groups for p in group["params"]}
     for place in found:
-        pairs = [p for pair in factors(place.holder).values() for p in pair]
+        pairs = learned(place.holder)
         if place.weight.requires_grad:
             raise ValueError(f"{name}: the base {place.key!r} is not frozen: something set its requires_grad again")
         if not all(p.requires_grad for p in pairs):

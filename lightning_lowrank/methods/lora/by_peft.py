@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_lowrank.methods.lora.inits import takes_from_weight
-from lightning_lowrank.methods.lora.pairs import ADAPTER, Place, as_weight, change, factors, wide
+from lightning_lowrank.methods.lora.pairs import ADAPTER, Place, as_weight, change, gains, in_training, learned, wide
 from lightning_lowrank.methods.lora.prepared import Prepared, copied
 
 
 @torch.no_grad()
 def inject(module: nn.Module, state: Prepared) -> None:
     """Let peft put its layers around those that were chosen; factors are zero, random numbers stay as they are."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     chosen = {one.owners[0].path: one.recipe for one in state.choice.adapted}
     ranks = {re.escape(path): chosen[path].rank for path in sorted(chosen, key=len, reverse=True)}
     settings = state.settings
-    config = LoraConfig(
-        target_modules="|".join(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={path: rank if settings.alpha is None else settings.alpha for path, rank in ranks.items()},
-        use_rslora=settings.rslora,
-        lora_dropout=settings.dropout,
-    )
+    alphas = {path: rank if settings.alpha is None else settings.alpha for path, rank in ranks.items()}
+    usual: dict[str, Any] = {"target_modules": "|".join(ranks), "lora_dropout": settings.dropout}
+    if settings.is_allocated:  # of one rank at the start; the schedule is the allocator's
+        usual |= {"init_r": max(ranks.values()), "lora_alpha": max(alphas.values()), "total_step": 1}
+        config: Any = AdaLoraConfig(**usual)
+    else:
+        config = LoraConfig(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=settings.rslora, **usual)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", ".*fan_in_fan_out")
         inject_adapter_in_model(config, module, ADAPTER)
@@ -40,7 +40,7 @@ def inject(module: nn.Module, state: Prepared) -> None:
     for one in state.choice.adapted:
         layer = module.get_submodule(one.owners[0].path)
         layer.lora, layer.lora_waits = one.recipe, False  # type: ignore[assignment]
-        for factor in factors(layer)[""]:
+        for factor in learned(layer):
             factor.zero_()
         if settings.init == "corda":
             layer.lora_name, layer.lora_state = one.name, state  # type: ignore[assignment]
@@ -61,7 +61,7 @@ def initialise_by_peft(place: Place, init: str, generator: torch.Generator) -> N
         elif init == "orthogonal":
             layer.orthogonal_init(ADAPTER)
         else:
-            layer.reset_lora_parameters(ADAPTER, True)
+            layer.reset_lora_parameters(ADAPTER, *([] if gains(layer) else [True]))
     layer.lora_waits = init == "corda"
     if takes_from_weight(init) and not layer.lora_waits:
         take_out_of(layer, before)
@@ -75,7 +75,7 @@ def take_out_of(layer: Any, before: Tensor) -> None:
 
 def look_at_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A hook of the layer: the first inputs in training say what pairs of CorDA begin as."""
-    if layer.training and layer.lora_waits:
+    if layer.lora_waits and in_training(layer):
         begin_as_corda(layer, args[0] if args else next(iter(kwargs.values())))
 
 

@@ -17,6 +17,7 @@ from lightning_lowrank.methods.lora.exchange import export, fill
 from lightning_lowrank.methods.lora.inits import refuse_init
 from lightning_lowrank.methods.lora.prepared import frozen_keys, merge, merged_state, prepared
 from lightning_lowrank.methods.method import Method
+from lightning_lowrank.monitors.curvature.monitor import CurvatureMonitor
 
 Patterns = str | Sequence[str] | None
 
@@ -41,6 +42,10 @@ class LoRA(Method):
     product, `lora_schatten_gap` of its factors, `lora_update_rank` and `lora_update_norm` of what was added to the
     pretrained weight, and `lora_intruders` if it is asked for.
 
+    With `hessian=True`, `lora_product_in_top` is the share of a product's energy that lies where the top eigenvectors
+    of the Hessian, as `CurvatureMonitor` found them last in the factors, move it; `..._chance` is that of a random
+    direction.
+
     Cost: a step costs two narrow products per layer, forward and backward, instead of the gradient of the weight. A
     report takes two QR decompositions of narrow factors and an SVD of r x r per pair; intruders take two SVDs of the
     weight.
@@ -64,6 +69,8 @@ class LoRA(Method):
         backend: "parametrize": this package makes the pairs. "peft": peft makes them, of linear layers and embeddings;
             its layers stand around yours, whose keys get `base_layer.` in them until `merge`.
         intruders: How many top directions of each weight are compared with the base's, 0 for none.
+        hessian: Also say which part of each product lies in the top directions of the Hessian, which a
+            `CurvatureMonitor("standard")` follows in the same Trainer.
         seed: Of what is drawn.
         every_n_steps: Cadence of the curves, in optimizer steps.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
@@ -87,6 +94,7 @@ class LoRA(Method):
     """
 
     word = "lora"
+    _needs_curvature = False
 
     def __init__(
         self,
@@ -104,6 +112,7 @@ class LoRA(Method):
         backend: str = "parametrize",
         *,
         intruders: int = 0,
+        hessian: bool = False,
         seed: int = 0,
         every_n_steps: int = 50,
         detail: Detail = "core",
@@ -119,9 +128,9 @@ class LoRA(Method):
             raise ValueError(f"intruders={intruders!r}: how many directions, 0 for none")
         saved = "merged" if merge_on_save else "adapters" if adapter_only else "whole"
         act = Adapters(settings, learning_rate_ratio, saved)
-        super().__init__(
-            act, LoRANumbers(act, intruders), every_n_steps, detail=detail, per_site=per_site, seed=seed, name=name
-        )
+        self._numbers = LoRANumbers(act, intruders, hessian)
+        self._needs_curvature = hessian
+        super().__init__(act, self._numbers, every_n_steps, detail=detail, per_site=per_site, seed=seed, name=name)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the pairs, before `configure_optimizers`; refuse callbacks that would unfreeze the base."""
@@ -131,6 +140,8 @@ class LoRA(Method):
                     f"{type(self).__name__} and {type(callback).__name__} both say what is frozen: take one, and name "
                     "what trains beside the pairs by train_also"
                 )
+        if stage == "fit" and self._needs_curvature:
+            self._numbers.curvature = _curvature(trainer)
         super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -203,6 +214,15 @@ class LoRA(Method):
     def merged_state_dict(module: nn.Module) -> dict[str, Any]:
         """The state dict that a module would have after `merge`; the module stays as it is."""
         return merged_state(module, module.state_dict())
+
+
+def _curvature(trainer: L.Trainer) -> CurvatureMonitor:
+    """The monitor that follows directions of the Hessian."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CurvatureMonitor):
+            callback.top_directions()  # refused where none are followed
+            return callback
+    raise ValueError("LoRA(hessian=True) needs a CurvatureMonitor('standard') in the same Trainer")
 
 
 def settings_of(

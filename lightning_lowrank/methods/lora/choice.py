@@ -43,6 +43,7 @@ class Settings:
         dropout: Of the inputs of pairs.
         seed: Of what is drawn.
         backend: Who makes the pairs.
+        is_allocated: They are those of AdaLoRA, whose ranks change.
     """
 
     ranks: tuple[tuple[str | None, int], ...]
@@ -55,6 +56,7 @@ class Settings:
     dropout: float
     seed: int
     backend: str = "parametrize"
+    is_allocated: bool = False
 
     @property
     def by_peft(self) -> bool:
@@ -64,6 +66,8 @@ class Settings:
     def scaling(self, rank: int) -> float:
         """Factor of the product of a pair."""
         alpha = rank if self.alpha is None else self.alpha
+        if self.is_allocated:  # as peft has it
+            return float(alpha / (rank + 1e-5))
         return float(alpha / rank**0.5 if self.rslora else alpha / rank)
 
 
@@ -190,6 +194,8 @@ def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None
 def _not_by_peft(kind: Kind, owners: Sequence[Owner], module: nn.Module, settings: Settings) -> str:
     """Why peft cannot adapt a weight here, if it cannot."""
     first = owners[0]
+    if settings.is_allocated and kind not in ("linear", "transposed"):
+        return "AdaLoRA adapts linear layers"
     if kind not in ("linear", "transposed") and (kind, settings.init) != ("embedding", "default"):
         return f"backend='peft' with init={settings.init!r} adapts linear layers (with 'default' embeddings too)"
     paths = [path for path, layer in module.named_modules(remove_duplicate=False) if layer is first.layer]

@@ -4,6 +4,7 @@ Shape letters:  M outputs, N inputs of a layer   R rank of a pair   K directions
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -13,8 +14,9 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.spectra.spectrum import full_precision, svd, working_dtype
 from lightning_lowrank.measuring.number_source import Numbers, NumberSource, Quantity, led_by
 from lightning_lowrank.methods.lora.adapters import Adapters
-from lightning_lowrank.methods.lora.pairs import Place, as_weight, change, factors, places
+from lightning_lowrank.methods.lora.pairs import Place, as_weight, change, places, products
 from lightning_lowrank.models.training import Training
+from lightning_lowrank.monitors.curvature.monitor import CurvatureMonitor
 from lightning_lowrank.statistics.effective_rank import effective_rank
 from lightning_lowrank.statistics.numerical_rank import numerical_rank
 from lightning_lowrank.statistics.stable_rank import stable_rank
@@ -43,12 +45,19 @@ class LoRANumbers(NumberSource):
     name = "lora"
     of_parameters = True
 
-    def __init__(self, act: Adapters, intruders: int = 0) -> None:
-        self._act, self._intruders = act, intruders
+    def __init__(self, act: Adapters, intruders: int = 0, hessian: bool = False) -> None:
+        self._act, self._intruders, self._hessian = act, intruders, hessian
+        self.curvature: CurvatureMonitor | None = None
         sites = [Quantity(f"lora_{name}", unit, per_site=True) for name, unit in PER_SITE]
         if intruders:
             sites.append(Quantity("lora_intruders", "directions", per_site=True))
+        if hessian:
+            sites += [Quantity(f"lora_product_in_top{end}", per_site=True) for end in ("", "_chance")]
         self.quantities = led_by(CORE, sites)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of another training."""
+        return vars(self) | {"curvature": None}
 
     def plan(self, training: Training) -> None:
         """The weights are those that are adapted."""
@@ -61,9 +70,13 @@ class LoRANumbers(NumberSource):
     def numbers(self, team: Team) -> Sequence[Numbers]:
         """Those of the factors as they are."""
         found = []
+        top = {id(p): d for p, d in self.curvature.top_directions()} if self.curvature is not None else {}
         for label, place, part, (a, b) in self._pairs():
             with full_precision(a.device), torch.autocast(a.device.type, enabled=False):
-                found.append(Numbers(label, self._of_pair(place, part, _wide(a).flatten(1), _wide(b))))
+                values = self._of_pair(place, part, _wide(a).flatten(1), _wide(b))
+                if id(a) in top and id(b) in top:
+                    values |= in_top(_wide(a).flatten(1), _wide(b), _wide(top[id(a)]).flatten(2), _wide(top[id(b)]))
+                found.append(Numbers(label, values))
         return found
 
     def detach(self) -> None:
@@ -71,7 +84,7 @@ class LoRANumbers(NumberSource):
 
     def _pairs(self) -> Iterator[tuple[str, Place, str, tuple[Tensor, Tensor]]]:
         for place in places(self._act.module) if self._act.module is not None else ():
-            for part, pair in factors(place.holder).items():
+            for part, pair in products(place.holder).items():
                 yield f"{place.name}.{part}" if part else place.name, place, part, pair
 
     def _of_pair(self, place: Place, part: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -122,6 +135,41 @@ def schatten_gap(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor, 
     energy = (a.square().sum() + b.square().sum()) / 2
     gap = energy - svd(core(b, a)).values.abs().sum().to(energy)
     return (gap / energy.clamp(min=torch.finfo(energy.dtype).tiny)).clamp(0, 1)
+
+
+def in_top(
+    a: Num[Tensor, "R N"], b: Num[Tensor, "M R"], da: Num[Tensor, "K R N"], db: Num[Tensor, "K M R"]
+) -> dict[str, Tensor]:
+    """Share of B A that lies where top directions of the Hessian move it, and that of as many random directions."""
+    chance = len(da) * chance_in_top(a, b)
+    return {"lora_product_in_top": share_in_top(a, b, da, db), "lora_product_in_top_chance": chance.clamp(max=1)}
+
+
+def chance_in_top(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor, ""]:
+    """Expected energy of B A along `B dA + dB A` for a random direction of the factors, over the expected energy of
+    that.
+    """
+    inner, outer = a @ a.mT, b.mT @ b
+    along = ((outer @ a).square().sum() + (b @ inner).square().sum()) / (outer * inner).sum()
+    return along / (a.shape[1] * outer.trace() + len(b) * inner.trace())
+
+
+def share_in_top(
+    a: Num[Tensor, "R N"], b: Num[Tensor, "M R"], da: Num[Tensor, "K R N"], db: Num[Tensor, "K M R"]
+) -> Float[Tensor, ""]:
+    """Share of the energy of B A that lies where directions of the factors move it: in the span of `B dA + dB A`, by
+    products of narrow matrices; NaN where B A is zero.
+    """
+    left = torch.cat([torch.cat([db, b.expand_as(db)], -1), torch.cat([b, torch.zeros_like(b)], -1)[None]])
+    right = torch.cat([torch.cat([a.expand_as(da), da], 1), torch.cat([a, torch.zeros_like(a)])[None]])
+    lefts = torch.einsum("imr, jms -> ijrs", left, left)
+    inner = (lefts * torch.einsum("irn, jsn -> ijrs", right, right)).sum((-2, -1))
+    gram, along, energy = inner[:-1, :-1], inner[:-1, -1], inner[-1, -1]
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    shares = (vectors.mT @ along).square() / torch.where(kept, values, torch.inf)
+    share: Tensor = shares.sum() / energy
+    return share
 
 
 def num_intruders(

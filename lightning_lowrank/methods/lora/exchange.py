@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_lowrank.methods.lora.pairs import Place, factors, places, wide
+from lightning_lowrank.methods.lora.pairs import Place, factors, gains, places, products, wide
 from lightning_lowrank.methods.lora.prepared import Prepared, named, prepared, take_out
 from lightning_lowrank.models.adapter_folders import AdapterFolder, Pair, read_adapter, write_adapter
 
@@ -59,6 +59,8 @@ def fill(module: nn.Module, folder: str | Path, within: str) -> None:
             first, second = values[path][part] if path in values else (a, torch.zeros_like(b))
             a.copy_(first.reshape(a.shape))
             b.copy_(second)
+        for gain in gains(place.holder):
+            gain.fill_(1)
         place.holder.lora_waits = False  # type: ignore[assignment]
     state.settled = True
     for name, tensor in adapter.whole.items():
@@ -69,7 +71,10 @@ def _whole_pair(place: Place, state: Prepared) -> Pair:
     """All parts as one pair, with what was taken out of the weight taken off it: of twice the rank then."""
     recipe, taken = place.recipe, state.initial.get(place.name)
     firsts, seconds = [], []
-    for part, (a, b) in factors(place.holder).items():
+    for part, (a, b) in products(place.holder).items():
+        for gain in gains(place.holder):  # directions that were taken away are left out
+            kept = (gain.flatten() != 0).nonzero().flatten() if gain.any() else torch.arange(1, device=a.device)
+            a, b = a[kept], b[:, kept]
         first, second = [a.detach()], [b.detach()]
         if taken is not None:
             a0, b0 = (t.to(a) for t in taken[part])

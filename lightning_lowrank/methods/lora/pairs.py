@@ -115,6 +115,8 @@ class Place:
         """Of the factors in the state dict."""
         first, second = self.recipe.names
         if self.recipe.by_peft:
+            if gains(self.holder):
+                return [f"{self.path}.{name}.{ADAPTER}" for name in (first, second, "lora_E", "ranknum")]
             end = "" if self.recipe.kind == "embedding" else ".weight"
             return [f"{self.path}.{name}.{ADAPTER}{end}" for name in (first, second)]
         ends = [f".{part}" if part else "" for part, _ in self.recipe.parts]
@@ -151,9 +153,27 @@ def factors(holder: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     return {"": (first, second)}
 
 
+def gains(holder: nn.Module) -> list[nn.Parameter]:
+    """What AdaLoRA has between both factors of its one pair: a number for each direction."""
+    return [holder.lora_E[ADAPTER]] if hasattr(holder, "lora_E") else []  # type: ignore[list-item, index]
+
+
+def learned(holder: nn.Module) -> list[nn.Parameter]:
+    """All that trains of the pairs of a weight."""
+    return [*(p for pair in factors(holder).values() for p in pair), *gains(holder)]
+
+
+def products(holder: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors as they are multiplied, by part."""
+    found: dict[str, tuple[Tensor, Tensor]] = {**factors(holder)}
+    for gain in gains(holder):
+        found = {part: (a * gain, b) for part, (a, b) in found.items()}
+    return found
+
+
 def change(holder: nn.Module) -> Num[Tensor, "M N"]:
     """What the pairs add to a weight, as outputs by inputs."""
-    pieces = [wide(b) @ wide(a).flatten(1) for a, b in factors(holder).values()]
+    pieces = [wide(b) @ wide(a).flatten(1) for a, b in products(holder).values()]
     order = getattr(holder, "lora_order", None)
     whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return (whole if order is None else whole[order]) * cast(Recipe, holder.lora).scaling
@@ -171,7 +191,7 @@ def add_branch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
     recipe = cast(Recipe, layer.lora)
     x = args[0] if args else next(iter(kwargs.values()))
-    if layer.training and layer.lora_waits:
+    if layer.lora_waits and in_training(layer):
         take_inputs(layer, x)
     pairs = list(factors(layer).values())
     if recipe.kind != "embedding":
@@ -202,6 +222,13 @@ def _through(layer: nn.Module, recipe: Recipe, x: Tensor, a: Tensor, b: Tensor) 
 
 def _scaled(inner: Tensor, recipe: Recipe) -> Tensor:
     return inner if recipe.scaling == 1 else inner * recipe.scaling
+
+
+def in_training(layer: nn.Module) -> bool:
+    """Whether a layer is called by a training step: with gradients, or in its training mode. Lightning leaves modules
+    in evaluation mode as they are, and so come Hugging Face's pretrained ones.
+    """
+    return layer.training or torch.is_grad_enabled()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

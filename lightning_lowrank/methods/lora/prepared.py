@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank.methods.lora.choice import Choice, Settings
-from lightning_lowrank.methods.lora.pairs import Place, detach, factors, places
+from lightning_lowrank.methods.lora.pairs import Place, detach, factors, gains, places
 
 Factors = dict[str, list[Tensor]]
 
@@ -119,16 +119,16 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 
 
 def copied(holder: nn.Module) -> Factors:
-    """Factors by part, on the host."""
-    return {part: [a.detach().cpu().clone(), b.detach().cpu().clone()] for part, (a, b) in factors(holder).items()}
+    """Factors by part, and gains, on the host."""
+    return {part: [p.detach().cpu().clone() for p in (*pair, *gains(holder))] for part, pair in factors(holder).items()}
 
 
 @torch.no_grad()
 def put(place: Place, values: Factors | None) -> None:
     """Give a weight other factors, if there are any."""
-    for part, (a, b) in factors(place.holder).items() if values else ():
-        a.copy_(values[part][0])  # type: ignore[index]
-        b.copy_(values[part][1])  # type: ignore[index]
+    for part, pair in factors(place.holder).items() if values else ():
+        for parameter, value in zip((*pair, *gains(place.holder)), values[part], strict=True):  # type: ignore[index]
+            parameter.copy_(value)
 
 
 def take_out(place: Place, before: Factors | None, after: Factors | None) -> None:

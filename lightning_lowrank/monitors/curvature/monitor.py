@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
+from jaxtyping import Num
+from torch import Tensor, nn
 
 from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.monitors.curvature.source import Curvature, Level
@@ -91,8 +92,22 @@ class CurvatureMonitor(Monitor):
             "match": match,
             "exclude": exclude,
         }
-        source = Curvature(level, operators, top_k=top_k, **chosen)
+        source = self._source = Curvature(level, operators, top_k=top_k, **chosen)
         schedule = cadence(every_n_steps, max_overhead, source.effort.every)
         super().__init__(
             probe_of(source, schedule), detail=detail, per_site=per_site, seed=seed, alerts=alerts, name=name
         )
+
+    def top_directions(self) -> list[tuple[nn.Parameter, Num[Tensor, "k ..."]]]:
+        """Parameters with their part of the top eigenvectors of the Hessian, which are orthonormal.
+
+        Returns:
+            Those of the last sample, the largest eigenvalue first; none before the first sample, NaN where products
+            with the Hessian were wrong.
+
+        Raises:
+            ValueError: None are followed: `level="light"`, or operators without the Hessian.
+        """
+        if "hessian" not in self._source.operators or not self._source.effort.probes:
+            raise ValueError(f"{self!r} follows no directions of the Hessian: level='standard', operators=['hessian']")
+        return self._source.top_directions()

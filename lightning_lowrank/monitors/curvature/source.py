@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Num
 from torch import Tensor, nn
 
 from lightning_lowrank.distributed.team import Team
@@ -243,6 +244,18 @@ class Curvature(NumberSource):
     def _drop(self) -> None:
         self._sample = Held()
         self._movement.drop()
+
+    def top_directions(self) -> list[tuple[nn.Parameter, Num[Tensor, "k ..."]]]:
+        """Parameters with their part of the top eigenvectors of the Hessian at the last sample; none before the first,
+        NaN where products were wrong.
+        """
+        sizes = [p.numel() for p in self._trained.values()]
+        tops = self.state.before("hessian", sum(sizes))
+        if tops is None or self.state.valid is None:
+            return []
+        believed = torch.where(self.state.valid != 0, tops, torch.nan)
+        parts = zip(self._trained.values(), believed.split(sizes, -1), strict=True)
+        return [(p, part.view(-1, *p.shape)) for p, part in parts]
 
     def facts(self) -> dict[str, float]:
         """How the loss is seen, and what the weights at the start take."""

@@ -157,11 +157,13 @@ def test_queries_keys_and_values_have_a_pair_each_whatever_their_order() -> None
     assert changed[:, 1].all() and not changed[:, 0].any() and not changed[:, 2].any()
 
 
-def test_eva_takes_the_top_directions_of_the_first_inputs() -> None:
+@pytest.mark.parametrize("mode", [True, False])  # pretrained models of Hugging Face are trained in evaluation mode
+def test_eva_takes_the_top_directions_of_the_first_inputs(mode: bool) -> None:
     net, x = mlp(32), torch.rand(50, 64) * torch.linspace(0, 3, 64)
     ours(net, r=4, init="eva", match="0.weight")
-    net.eval()(torch.rand(3, 64))
-    net.train()(x)
+    with torch.no_grad():
+        net.eval()(torch.rand(3, 64))
+    net.train(mode)(x)
     net(torch.rand(9, 64))
 
     vectors = np.linalg.svd(x.numpy())[2][:4]

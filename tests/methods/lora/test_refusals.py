@@ -1,6 +1,8 @@
 """What LoRA refuses or warns of before training, by name."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowrank import LoRA, watching
+from tests.processes import together
 from tests.trainings import QUIET, Classifier, gpt2, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning_lowrank lora")
@@ -150,6 +153,40 @@ def test_a_pair_that_no_gradient_reaches_is_named_and_a_frozen_head_too() -> Non
     module.net[4].requires_grad_(False)
     with pytest.warns(UserWarning, match="is frozen, as it was before"):
         fit(module, LoRA(r=2))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.head = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.used(x)))
+
+
+def in_processes(rank: int, size: int, root: Path) -> dict[str, tuple[list[str], str]]:
+    """What is warned of, and how it ends."""
+    found = {}
+    for strategy in ("ddp", "ddp_find_unused_parameters_true"):
+        L.seed_everything(0, verbose=False)
+        trouble, options = "", {"devices": size, "strategy": strategy, "max_steps": 3, "logger": False}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                L.Trainer(**QUIET | options, callbacks=[LoRA(r=2)]).fit(Classifier(Unused()))
+            except RuntimeError as error:
+                trouble = str(error)
+        found[strategy] = ([str(one.message) for one in caught if "no gradient reaches" in str(one.message)], trouble)
+    return found
+
+
+def test_pairs_that_are_not_called_are_named_before_ddp_stops_for_them(tmp_path: Path) -> None:
+    found, _ = together(in_processes, tmp_path)
+
+    for said, _ in found.values():
+        assert len(said) == 1 and "['net.unused.weight']" in said[0] and "ddp_find_unused_parameters_true" in said[0]
+    assert "was not used in producing loss" in found["ddp"][1] or "unused" in found["ddp"][1]
+    assert found["ddp_find_unused_parameters_true"][1] == ""
 
 
 def test_layers_of_configure_model_are_adapted_before_the_optimizer_is_made() -> None:

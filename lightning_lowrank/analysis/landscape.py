@@ -1,0 +1,114 @@
+"""`flat-directions`: where the loss of a small network has no curvature, and why."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from lightning_lowrank.analysis.drawing import draw, numbers
+from lightning_lowrank.analysis.flatness import Flatness, flatness
+from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.tasks import inputs, task_of
+from lightning_lowrank.maths.operators.flat_directions import FlatDirections
+from lightning_lowrank.maths.operators.flat_directions import flat_directions as unchanged
+from lightning_lowrank.models.checkpoints import Checkpoint
+
+# Parts of the largest eigenvalue, below which eigenvalues are counted.
+PARTS = (1e-12, 1e-9, 1e-6, 1e-3)
+CAUSES = ("total", "duplicates", "scale", "rest")
+
+
+def flat_directions(
+    checkpoint: str,
+    data: str,
+    *,
+    tolerance: float = 1e-10,
+    match: list[str] | None = None,
+    output: str | None = None,
+    page: str | None = None,
+    json: bool = False,
+) -> None:
+    """Print how many directions of a small network's loss landscape have no curvature, and where they lie.
+
+    Args:
+        checkpoint: A file or folder.
+        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
+            first data set is used.
+        tolerance: Eigenvalues of the Hessian of at most this part of the largest count as 0.
+        match: Only parameters whose name fits one of these globs or `re:REGEX`.
+        output: A safetensors file for all eigenvalues and the flat directions.
+        page: An HTML file for which part of each parameter's directions is flat.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read or written, the data cannot be had, or the network has too many parameters.
+    """
+    task = task_of(data)
+    task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
+    batches = next(iter(task.data.values()))
+    found = flatness(task.module, batches, task.measure, match=match, tolerance=tolerance)
+    causes = _causes(task.module, batches) if match is None else None
+    if output is not None:
+        save({"eigenvalues": found.eigenvalues, "flat": found.flat.contiguous()}, Path(output))
+    if page is not None:
+        shares = {name: {"flat_share": share} for name, share in found.shares.items()}
+        draw(page, {Path(checkpoint).name: {0: numbers("hessian", shares)}})
+    if json:
+        print_json(_told(found, causes))
+    else:
+        _print(found, causes, tolerance)
+
+
+def _causes(module: nn.Module, batches: Any) -> FlatDirections | None:
+    """Directions in which no output changes, and why; None where the network is no chain of linear layers."""
+    if not isinstance(module, nn.Sequential):
+        return None
+    try:
+        return unchanged(module, torch.cat([inputs(batch) for batch in batches]).double())
+    except ValueError:
+        return None
+
+
+def _told(found: Flatness, causes: FlatDirections | None) -> dict[str, Any]:
+    walked = dict(zip(("along_flat", "along_random", "loss"), found.walked, strict=True))
+    return {
+        "parameters": len(found.eigenvalues),
+        "flat": found.flat.shape[1],
+        "negative": found.negative,
+        "below": {f"{part:g}": found.below(part) for part in PARTS},
+        **finite({"gap": found.gap, "gradient_norm": found.gradient, **walked}),
+        "shares": found.shares,
+        "outputs_unchanged": None if causes is None else {name: int(getattr(causes, name)) for name in CAUSES},
+    }
+
+
+def _print(found: Flatness, causes: FlatDirections | None, tolerance: float) -> None:
+    size, flat = len(found.eigenvalues), found.flat.shape[1]
+    show(
+        f"{flat} of {size} directions are flat: |eigenvalue| at most {tolerance:g} of the largest, "
+        f"{cell(float(found.eigenvalues.abs().max()))}; {found.negative} are negative"
+    )
+    if found.gap < 100:
+        show(f"the number is a matter of the tolerance: the next eigenvalue is {cell(found.gap)} times as large")
+    show("; ".join(f"{found.below(part)} below {part:g}" for part in PARTS))
+    show(f"norm of the gradient: {cell(found.gradient)}")
+    along, anywhere, loss = map(cell, found.walked)
+    show(
+        f"a tenth of the weights' length along flat directions changes the loss of {loss} by {along}, along random "
+        f"ones by {anywhere}"
+    )
+    if causes is not None:
+        total, *parts = (int(getattr(causes, name)) for name in CAUSES)
+        show(
+            f"outputs on these data do not change along {total}: {parts[0]} by duplicate or unread neurons, {parts[1]} "
+            f"by scales, {parts[2]} otherwise"
+        )
+    table = Table(box=None)
+    for heading in ("parameter", "directions that are flat"):
+        table.add_column(heading, justify="left" if heading == "parameter" else "right")
+    for name, share in found.shares.items():
+        table.add_row(escape(name), f"{100 * share:.1f} %")
+    show(table)
