@@ -10,16 +10,16 @@ from rich.table import Table
 from torch.func import functional_call
 
 from lightning_lowrank.analysis.architectures import module_of
-from lightning_lowrank.analysis.connect.groups import Group, groups_of
 from lightning_lowrank.analysis.connect.line import Line, line
 from lightning_lowrank.analysis.connect.matching import Matched, matched
-from lightning_lowrank.analysis.connect.tracing import traced
 from lightning_lowrank.analysis.importance import importance as importance_of
 from lightning_lowrank.analysis.matrices import places
 from lightning_lowrank.analysis.overlaps import overlaps
 from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.tracing import traced
+from lightning_lowrank.models.unit_groups import Group, groups_of
 
 
 def connect(
