@@ -29,6 +29,8 @@ from lightning_lowrank import LotteryTicket
 
 ROUNDS, PRUNE, EPOCHS, BATCH = 10, 0.31, 15, 64
 WIDTHS = (75, 300, 1200)
+# Rounds of nets of several widths: the widest goes on longer.
+LONGER = 14
 KINDS = ("ticket", "new start", "random mask")
 Nets = dict[str, Callable[[], nn.Module]]
 
@@ -187,20 +189,20 @@ def compared(
 
 def by_width(widths: Sequence[int], seeds: Sequence[int]) -> Table:
     """The sparsest tickets that keep the accuracy of the whole net, by width."""
-    table = Table("width", "weights", "whole net", "sparsest within 0.01", "its weights", *map(_percent, densities()))
+    shares = densities(LONGER)
+    table = Table("width", "weights", "whole net", "sparsest within 0.01", "its weights", *map(_percent, shares))
     for width in widths:
-        runs = [tickets(lambda width=width: mlp(width), seed).accuracies for seed in seeds]  # type: ignore[misc]
+        runs = [tickets(lambda width=width: mlp(width), seed, LONGER).accuracies for seed in seeds]  # type: ignore[misc]
         means = [mean(column) for column in zip(*runs, strict=True)]
         total = sum(p.numel() for p in mlp(width).parameters() if p.ndim > 1)
         kept = [accuracy >= means[0] - 0.01 for accuracy in means]
         last = kept.index(False) - 1 if False in kept else len(kept) - 1
-        share = densities()[last]
         table.add_row(
             f"{width}",
             f"{total:,}",
             _spread([run[0] for run in runs]),
-            _percent(share),
-            f"{round(share * total):,}",
+            _percent(shares[last]),
+            f"{round(shares[last] * total):,}",
             *(f"{one:.3f}" for one in means),
         )
     return table
