@@ -119,8 +119,9 @@ class LotteryTicket(Method):
 
         A unit goes when all that reads it is zeros, as rounds with `units` leave it: rows of the layer that makes it,
         its bias, what batch norms have of it, and columns of what reads it. Each group of units is tried on the inputs
-        in eval mode, and stays where the outputs would differ by more than 1e-5 of the largest. `nn.MultiheadAttention`
-        keeps its heads: its width is theirs. Optimizers and masks of the whole module do not fit the copy.
+        in eval mode, and stays where the outputs would differ by more than 1e-5 of the largest. An
+        `nn.MultiheadAttention` that loses heads becomes a subclass, as its own width is that of all. Optimizers and
+        masks of the whole module do not fit the copy.
 
         Args:
             module: With a forward, as trained; it stays as it is.
@@ -128,7 +129,7 @@ class LotteryTicket(Method):
             heads: Number of heads by pattern of output projections that are not found.
 
         Returns:
-            A copy; layers are of the same classes.
+            A copy; all other layers are of the same classes.
 
         Raises:
             ValueError: The module does not compute on the inputs, or no unit can be removed.

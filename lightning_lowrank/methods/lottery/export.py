@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
+from lightning_lowrank.methods.lottery.fewer_heads import can_lose_heads, take_heads
 from lightning_lowrank.models.axes import is_transposed
 from lightning_lowrank.models.fused import NUM_HEADS
 from lightning_lowrank.models.tracing import features, heads
@@ -77,7 +78,9 @@ def _unread(module: nn.Module, group: Group) -> Bool[Tensor, " G"] | None:
     found = []
     for binding in group.bindings:
         layer = module.get_submodule(binding.name.rpartition(".")[0])
-        if isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.MultiheadAttention):
+        if isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            return None
+        if isinstance(layer, nn.MultiheadAttention) and (binding.dim or not can_lose_heads(layer)):
             return None
         if owners[id(tensors.get(binding.name))] > 1:
             return None
@@ -119,7 +122,7 @@ def _without(module: nn.Module, group: Group, gone: Bool[Tensor, " G"]) -> nn.Mo
             layer._buffers[local] = cut
         _resize(layer, bindings[0], cut)
     if group.name.endswith(" heads"):
-        _count_heads(smaller, group, int((~gone).sum()))
+        _count_heads(smaller, group, (~gone).nonzero().flatten().cpu())
     return smaller
 
 
@@ -148,15 +151,18 @@ def _resize(layer: nn.Module, binding: Binding, cut: Tensor) -> None:
             setattr(layer, name, size)
 
 
-def _count_heads(module: nn.Module, group: Group, count: int) -> None:
+def _count_heads(module: nn.Module, group: Group, kept: Tensor) -> None:
     """The nearest module above that says how many heads there are."""
     path = group.name.removesuffix(" heads")
     while path:
         path = path.rpartition(".")[0]
         holder = module.get_submodule(path)
+        if isinstance(holder, nn.MultiheadAttention):
+            take_heads(holder, kept)
+            return
         names = [name for name in NUM_HEADS if getattr(holder, name, None) == group.size]
         for name in names:
-            setattr(holder, name, count)
+            setattr(holder, name, len(kept))
         if names:
             return
 

@@ -120,7 +120,15 @@ EXPORTED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[int, ...
     "mlp": (lambda: mlp(32), "neuron", {}),
     "convolutions": (Convolutions, "neuron", {}),
     "attention": (Attending, ("neuron", "head"), {"qkv.weight": (12, 8), "out.weight": (8, 4)}),
-    "attention of torch": (Fused, "neuron", {}),
+    "attention of torch": (
+        Fused,
+        ("neuron", "head"),
+        {
+            "layer.layers.0.self_attn.in_proj_weight": (12, 8),
+            "layer.layers.0.self_attn.in_proj_bias": (12,),
+            "layer.layers.1.self_attn.out_proj.weight": (8, 4),
+        },
+    ),
 }
 
 
@@ -194,6 +202,48 @@ def test_parts_of_a_model_that_cannot_be_traced_are_exported() -> None:
     assert_close(smaller(text), model(text), rtol=0, atol=1e-6)
 
 
+SEVERAL: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "none": dict,
+    "causal": lambda: {"attn_mask": torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)},
+    "by head": lambda: {"attn_mask": torch.randn(3 * 4, 6, 6)},
+    "padding": lambda: {"key_padding_mask": torch.arange(6) >= torch.tensor([[6], [4], [3]])},
+}
+
+
+class Alone(nn.Module):
+    """An attention of torch and its masks."""
+
+    def __init__(self, masks: dict[str, Tensor], **options: Any) -> None:
+        super().__init__()
+        self.attention, self.masks = nn.MultiheadAttention(16, 4, **options), masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False, **self.masks)[0]
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"batch_first": True, "bias": False}, {}])
+@pytest.mark.parametrize("masks", SEVERAL)
+def test_attention_of_torch_does_with_fewer_heads_what_it_did(masks: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = Alone(SEVERAL[masks](), **options)
+    x = torch.randn(3, 6, 16) if options else torch.randn(6, 3, 16)
+    for heads in (slice(4, 8), slice(12, 16)):
+        with torch.no_grad():
+            net.attention.out_proj.weight[:, heads] = 0
+        smaller: Any = LotteryTicket.export(net, x)
+        assert_close(smaller(x), net(x), rtol=0, atol=1e-6)
+
+    again: Any = LotteryTicket.export(masked_heads(smaller), x)
+    assert smaller.attention.in_proj_weight.shape == (24, 16) and smaller.attention.num_heads == 2
+    assert again.attention.in_proj_weight.shape == (12, 16)
+
+
+def masked_heads(net: Any) -> nn.Module:
+    with torch.no_grad():
+        net.attention.out_proj.weight[:, :4] = 0
+    return net
+
+
 def masked(make: Callable[[], nn.Module], name: str) -> nn.Module:
     net = make()
     with torch.no_grad():
@@ -204,11 +254,6 @@ def masked(make: Callable[[], nn.Module], name: str) -> nn.Module:
 NOT_EXPORTED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "whole": (lambda: mlp(32), torch.rand(2, 64), "each unit found is read"),
     "a norm over all": (lambda: masked(Normed, "net.3.weight"), torch.rand(2, 64), "each unit found is read"),
-    "heads of torch": (
-        lambda: masked(Fused, "layer.layers.0.self_attn.out_proj.weight"),
-        torch.rand(2, 64),
-        "each unit found is read",
-    ),
     "inputs": (lambda: mlp(32), torch.rand(2, 63), "does not compute on the inputs"),
 }
 
