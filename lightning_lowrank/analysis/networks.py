@@ -16,10 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_lowrank.analysis.architectures import module_of
-from lightning_lowrank.analysis.connect.groups import Group, groups_of
 from lightning_lowrank.analysis.connect.line import Line, line
 from lightning_lowrank.analysis.connect.matching import Matched, matched
-from lightning_lowrank.analysis.connect.tracing import traced
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.importance import Importance
 from lightning_lowrank.analysis.importance import importance as importance_of
@@ -28,6 +26,8 @@ from lightning_lowrank.analysis.overlaps import Overlap, overlaps
 from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.tracing import traced
+from lightning_lowrank.models.unit_groups import Group, groups_of
 from lightning_lowrank.reports.vectors import Row
 
 

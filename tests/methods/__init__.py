@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lottery ticket, early bird": lambda **options: LotteryTicket(
         **_TICKET | {"rounds": 2, "steps_per_round": 8, "early_bird": True, "look_every_n_steps": 1} | options
     ),
+    "lottery ticket, neurons": lambda **options: LotteryTicket(**_TICKET | {"units": "neuron", "prune": 0.4} | options),
     "lora": lambda **options: LoRA(**_LORA | options),
     "lora, pissa, LoRA+, adapters alone": lambda **options: LoRA(
         **_LORA | {"init": "pissa", "learning_rate_ratio": 4.0, "adapter_only": True} | options
@@ -74,6 +75,20 @@ GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = {
 NOT_BY_ENTRY = "what works treats each entry by itself"
 # (method, case of `tests.trainings.CASES`) -> what it says before training.
 REFUSED: dict[tuple[str, str], str] = {(name, "LBFGS"): NOT_BY_ENTRY for name in METHODS if name.startswith("galore")}
+
+REFUSED |= {
+    ("lottery ticket, neurons", case): "no neurons are found"
+    for case in (
+        "dropout and batch norm",
+        "validation",
+        "two optimizers by hand",
+        "two optimizers in turn",
+        "tied weights",
+        "spectral norm",
+        "LSTM",
+        "LoRA",
+    )
+}
 
 _OF_LORA = {
     "two optimizers by hand": "has frozen parameters alone|all matrices are embeddings or the head",

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lightning_lowrank.analysis.connect.groups import Group
+from lightning_lowrank.models.unit_groups import Group
 
 # Change of the outputs, over their largest, up to which two networks compute the same; and sweeps over all groups.
 TOLERANCE = 1e-5

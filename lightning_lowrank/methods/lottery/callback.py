@@ -1,18 +1,17 @@
 """`LotteryTicket`: the sparse net that trains as well as the whole one."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
 from lightning_lowrank.measuring.number_source import Detail
 from lightning_lowrank.methods.lottery.curves import TicketNumbers
+from lightning_lowrank.methods.lottery.export import export
 from lightning_lowrank.methods.lottery.masks import Scope
+from lightning_lowrank.methods.lottery.pruning import Unit, pruning_of
 from lightning_lowrank.methods.lottery.rounds import Rounds, Schedule
-from lightning_lowrank.methods.matrices import Patterns, is_matrix, unusual
 from lightning_lowrank.methods.method import Method
-from lightning_lowrank.models.names import chosen_parameters
 
 
 class LotteryTicket(Method):
@@ -27,6 +26,10 @@ class LotteryTicket(Method):
     without this callback. Masks are in the callback's state: a run that is resumed is equal to one that never stopped
     to the bit, and a second `fit` of the same module keeps them. Biases, norms and embeddings are not pruned.
 
+    With `units=("neuron", "head")` whole hidden neurons, channels of convolutions and attention heads go: those on
+    which a gate has the smallest mean gradient over the steps of the round, exactly as `ConcentrationMonitor` reads it.
+    `export(module, inputs)` then gives a smaller dense module that computes the same.
+
     Writes `ticket/density` and `ticket/round`, and `ticket/layer_density_{min,median,max}` over layers.
 
     Cost: a pass over masked weights and their gradients each step; a sort of all magnitudes between two rounds. Memory:
@@ -35,24 +38,30 @@ class LotteryTicket(Method):
     Args:
         rounds: Trainings, the first of them of the whole net.
         epochs_per_round: Length of a round; or give `steps_per_round`.
-        prune: Share of the weights left that goes between two rounds.
+        prune: Share of the weights, or units, left that goes between two rounds.
         rewind_step: The optimizer step of the first round that the others start from; 0 for the initial weights.
-        scope: "global": magnitudes of all layers are compared; "layer": each layer loses the same share.
-        match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices and kernels but embeddings unless given.
+        scope: "global": magnitudes of all layers are compared, or gates over the length of all gates of their layer;
+            "layer": each layer loses the same share. No layer loses all its units.
+        match: Weights, or those that read the units: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices and kernels but
+            embeddings unless given.
         exclude: The same, taken away.
         early_bird: A round ends as soon as the mask that it would be pruned to has settled, by the rule of
             `EarlyBirdAlert`; the last round trains for its whole length, and then the run ends. With `rounds=2` this is
             the early-bird ticket, of weights.
         look_every_n_steps: Optimizer steps between two looks at that mask.
         steps_per_round: Length of a round in optimizer steps, as a loop of your own needs it.
+        units: "weight", by magnitude; or "neuron", "head" or both, by gates. Each kind loses its share.
+        heads: Number of heads by pattern of output projections of attention that are not found.
+        neurons: Layers whose inputs are neurons; pairs of layers unless given.
         every_n_steps: Cadence of the curves, in optimizer steps.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single layers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         name: Prefix of all tags.
 
     Raises:
-        ValueError: An option is out of its range. When training starts: a pattern fits nothing, parameters are sharded,
-            there is a second `LotteryTicket`, a loop has no epochs, or the run that is resumed pruned other weights.
+        ValueError: An option is out of its range. When training starts: a pattern fits nothing, there are no such
+            units, parameters are sharded, there is a second `LotteryTicket`, a loop has no epochs, or the run that is
+            resumed pruned other weights.
 
     Examples:
         >>> LotteryTicket(rounds=10, epochs_per_round=5)
@@ -79,6 +88,9 @@ class LotteryTicket(Method):
         *,
         look_every_n_steps: int = 10,
         steps_per_round: int | None = None,
+        units: Unit | Sequence[Unit] = "weight",
+        heads: Mapping[str, int] | None = None,
+        neurons: str | Sequence[str] | None = None,
         every_n_steps: int = 50,
         detail: Detail = "core",
         per_site: bool | Literal["auto"] = "auto",
@@ -88,7 +100,7 @@ class LotteryTicket(Method):
             raise ValueError(f"look_every_n_steps={look_every_n_steps!r}: at least 1 optimizer step")
         look = look_every_n_steps if early_bird else 0
         schedule = schedule_of(rounds, epochs_per_round, steps_per_round, prune, rewind_step, scope, look)
-        act = self._rounds = Rounds(partial(chosen, match=match, exclude=exclude), schedule)
+        act = self._rounds = Rounds(pruning_of(units, match, exclude, heads, neurons), schedule)
         super().__init__(act, TicketNumbers(act), every_n_steps, detail=detail, per_site=per_site, seed=0, name=name)
 
     @property
@@ -98,8 +110,31 @@ class LotteryTicket(Method):
 
     @property
     def density(self) -> float:
-        """Part of the weights that this round has, between 0 and 1."""
+        """Part of the weights, or of the units, that this round has, between 0 and 1."""
         return self._rounds.density()
+
+    @staticmethod
+    def export(module: nn.Module, inputs: Any, heads: Mapping[str, int] | None = None) -> nn.Module:
+        """A smaller module that computes the same: without the neurons, channels and heads that nothing reads.
+
+        A unit goes when all that reads it is zeros, as rounds with `units` leave it: rows of the layer that makes it,
+        its bias, what batch norms have of it, and columns of what reads it. Each group of units is tried on the inputs
+        in eval mode, and stays where the outputs would differ by more than 1e-5 of the largest. An
+        `nn.MultiheadAttention` that loses heads becomes a subclass, as its own width is that of all. Optimizers and
+        masks of the whole module do not fit the copy.
+
+        Args:
+            module: With a forward, as trained; it stays as it is.
+            inputs: Of its forward: a tensor, or several in a tuple.
+            heads: Number of heads by pattern of output projections that are not found.
+
+        Returns:
+            A copy; all other layers are of the same classes.
+
+        Raises:
+            ValueError: The module does not compute on the inputs, or no unit can be removed.
+        """
+        return export(module, inputs, heads or {})
 
 
 def schedule_of(
@@ -124,16 +159,3 @@ def schedule_of(
     if scope not in ("global", "layer"):
         raise ValueError(f"scope={scope!r}: 'global' or 'layer'")
     return Schedule(rounds, length, steps is None, float(prune), rewind_step, scope, look)
-
-
-def chosen(module: nn.Module, *, match: Patterns, exclude: Patterns) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """Weights that may be pruned, by tag; and embeddings, which must be matched to be.
-
-    Raises:
-        ValueError: A pattern fits none, or there is no matrix.
-    """
-    found = {tag: p for tag, p in chosen_parameters(module, match, exclude).items() if is_matrix(p)}
-    if not found:
-        raise ValueError(f"LotteryTicket finds no matrix among {[name for name, _ in module.named_parameters()][:10]}")
-    left_out = {} if match is not None else {t: why for t, why in unusual(module, found).items() if why != "head"}
-    return {tag: p for tag, p in found.items() if tag not in left_out}, left_out

@@ -30,23 +30,33 @@ def largest(scores: Float[Tensor, " P"], count: int) -> Bool[Tensor, " P"]:
 
 
 def pruned(
-    weights: Sequence[Tensor], masks: Sequence[Tensor | None], prune: float, rounds: int, scope: Scope
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    prune: float,
+    rounds: int,
+    scope: Scope,
+    *,
+    one_each: bool = False,
 ) -> list[Tensor]:
     """Masks of the largest of the weights that masks have left, after so many prunings in all.
 
     Args:
-        weights: By layer.
+        weights: By layer; or anything else that has a size.
         masks: What earlier prunings have left, None for all.
         prune: Share of what is left that each pruning takes.
         rounds: Prunings, this one included.
         scope: Magnitudes of all layers are compared, or those of each with one another.
+        one_each: The largest of each layer stays.
     """
     scores = [_scores(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
     if scope == "layer":
         found = [largest(row, kept(len(row), prune, rounds)) for row in scores]
     else:
+        if one_each:
+            scores = [row.index_fill(0, row.argmax(), torch.inf) for row in scores]
         every = torch.cat([row.to(scores[0].device) for row in scores])
-        found = list(largest(every, kept(len(every), prune, rounds)).split([len(row) for row in scores]))
+        count = max(kept(len(every), prune, rounds), one_each * len(scores))
+        found = list(largest(every, count).split([len(row) for row in scores]))
     return [mask.view(weight.shape).to(weight.device) for mask, weight in zip(found, weights, strict=True)]
 
 

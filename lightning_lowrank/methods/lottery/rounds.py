@@ -1,6 +1,6 @@
 """Rounds of a lottery ticket: train, prune the smallest weights, go back to the start, train what is left."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lowrank.methods.lottery import rewinding
-from lightning_lowrank.methods.lottery.masks import Scope, kept, pruned
+from lightning_lowrank.methods.lottery.masks import Scope
+from lightning_lowrank.methods.lottery.pruning import Pruning
 from lightning_lowrank.methods.method import Act
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.concentration.alerts import EarlyBirdAlert
 from lightning_lowrank.monitors.concentration.tickets import Tickets
 
-# What chooses weights of a module, by tag, and says what it left out.
-Choose = Callable[[nn.Module], tuple[dict[str, nn.Parameter], Mapping[str, str]]]
 # Distance of the newest mask to those of the second half of the round so far, over that to the first.
 SETTLED = float(EarlyBirdAlert().below or 0.0)
 
@@ -82,15 +81,15 @@ class Rounds(Act):
     anybody reads them, and what an optimizer makes of them nevertheless is undone after its step.
 
     Attributes:
-        choose: Chooses the weights.
+        pruning: What may go.
         schedule: What was asked for.
         name: In messages.
-        weights: Those that may be pruned, by tag.
-        masks: Which of them stay, by tag; none before the first pruning.
+        weights: Those that get masks, by tag.
+        masks: Which of their entries stay, by tag; none before the first pruning.
         round: Number of the round, from 0 on.
     """
 
-    choose: Choose
+    pruning: Pruning
     schedule: Schedule
     name: str = "LotteryTicket"
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -117,7 +116,7 @@ class Rounds(Act):
                 had other weights.
         """
         self.end()
-        found, left_out = self.choose(training.module)
+        found, left_out = self.pruning.find(training.module)
         if self.schedule.in_epochs and training.epoch is None:
             raise ValueError(
                 f"{self.name}(epochs_per_round=...): a loop of your own has no epochs; use steps_per_round"
@@ -131,6 +130,7 @@ class Rounds(Act):
             self.masks, self.round, self._point = {}, 0, {}
             self._steps, self._epochs, self._began = Count(), Count(), [0, 0]
             self._looked, self._search = -1, self._new_search()
+            self.pruning.forget()
         self.weights, self._loaded = found, None
         self._hooks = [o.register_step_post_hook(self._after_step) for o in training.optimizers]
         return self._table(training.module, left_out)
@@ -159,7 +159,8 @@ class Rounds(Act):
             self._stop_after(training, self._passed() + 1)
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
-        """Take out those of weights that are gone: clipping is by the norm of the rest."""
+        """Read them, then take out those of weights that are gone: clipping is by the norm of the rest."""
+        self.pruning.hear(self.weights, {id(p) for group in optimizer.param_groups for p in group["params"]})
         for parameter, mask in self._masked(optimizer):
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 parameter.grad.masked_fill_(~mask, 0)
@@ -187,6 +188,7 @@ class Rounds(Act):
             "looked": self._looked,
             "search": self._search.state_dict(),
             "point": dict(self._point),
+            "heard": self.pruning.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,14 +203,11 @@ class Rounds(Act):
         return Tickets([self.schedule.density(self.round + 1)], seed=0)
 
     def density(self) -> float:
-        """Part of the weights that this round has."""
-        total = sum(weight.numel() for weight in self.weights.values())
-        if self.schedule.scope == "global":
-            return self._kept(total) / total
-        return sum(self._kept(weight.numel()) for weight in self.weights.values()) / total
+        """Part of what may go that this round has."""
+        return self._num_left(self.round) / self.pruning.num_all(self.weights)
 
-    def _kept(self, total: int) -> int:
-        return kept(total, self.schedule.prune, self.round)
+    def _num_left(self, rounds: int) -> int:
+        return self.pruning.num_left(self.weights, self.schedule.prune, rounds, self.schedule.scope)
 
     def _passed(self) -> int:
         """Epochs or steps of this round that are over, at the start of a batch."""
@@ -221,7 +220,7 @@ class Rounds(Act):
         if not self.schedule.look or passed % self.schedule.look or self._looked == self._steps.num:
             return False
         self._looked = self._steps.num
-        found = self._search.compared(list(self.weights.values()))
+        found = self._search.compared(self.pruning.compared(self.weights))
         ratio = next((float(value) for name, value in found.items() if "early_bird" in name), torch.nan)
         return ratio < SETTLED
 
@@ -239,9 +238,9 @@ class Rounds(Act):
             self._point = rewinding.taken(training)
         self.round += 1
         self._began, self._search = [self._steps.num - 1, self._epochs.num - 1], self._new_search()
-        before = [self.masks.get(tag) for tag in self.weights]
-        masks = pruned(list(self.weights.values()), before, self.schedule.prune, self.round, self.schedule.scope)
-        self.masks = dict(zip(self.weights, masks, strict=True))
+        schedule = self.schedule
+        self.masks = self.pruning.masks(self.weights, self.masks, schedule.prune, self.round, schedule.scope)
+        self.pruning.forget()
         rewinding.rewind(training, self._point)
         for tag, weight in self.weights.items():
             weight.masked_fill_(~self.masks[tag], 0)
@@ -271,14 +270,15 @@ class Rounds(Act):
         self._steps, self._epochs = Count(*state["steps"]), Count(*state["epochs"])
         self._began, self._looked, self._search = list(state["began"]), state["looked"], self._new_search()
         self._search.load_state_dict(state["search"])
+        self.pruning.load_state_dict(state.get("heard", {}), found)
 
     def _table(self, module: nn.Module, left_out: Mapping[str, str]) -> str:
         """What may be pruned, and what is kept for it."""
-        schedule, total = self.schedule, sum(weight.numel() for weight in self.weights.values())
-        least = kept(total, schedule.prune, schedule.rounds - 1)
-        kept_for_it = total + rewinding.num_bytes(module)
+        schedule, total = self.schedule, self.pruning.num_all(self.weights)
+        least = self._num_left(schedule.rounds - 1)
+        kept_for_it = sum(weight.numel() for weight in self.weights.values()) + rewinding.num_bytes(module)
         head = (
-            f"{schedule}; {len(self.weights)} weights, {total:,} -> {least:,} entries in the last round "
+            f"{schedule}; {len(self.weights)} weights, {total:,} -> {least:,} {self.pruning.unit} in the last round "
             f"({least / total:.1%}); masks and the start of the rounds take {kept_for_it:,} bytes"
         )
         alone = f"; left alone: {', '.join(f'{tag} ({why})' for tag, why in left_out.items())}" if left_out else ""

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from lightning_lowrank.analysis.connect.matching import matched
-from lightning_lowrank.analysis.connect.tracing import traced
+from lightning_lowrank.models.tracing import traced
 
 TOKENS = torch.randint(20, (4, 9), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {

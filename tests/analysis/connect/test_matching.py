@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from examples.char_transformer import CharTransformer
-from lightning_lowrank.analysis.connect.groups import Binding, Group, groups_of
 from lightning_lowrank.analysis.connect.matching import matched
-from lightning_lowrank.analysis.connect.tracing import traced
+from lightning_lowrank.models.tracing import traced
+from lightning_lowrank.models.unit_groups import Binding, Group, groups_of
 
 
 class Convolutional(nn.Module):

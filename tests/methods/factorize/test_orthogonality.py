@@ -128,6 +128,39 @@ def test_stiefel_steps_find_what_torchs_parametrization_and_the_polar_factor_say
     assert_close(net.weight_A, theirs.weight, rtol=1e-3, atol=1e-3)
 
 
+def on_theirs(triv: str) -> tuple[Any, Tensor]:
+    """A Stiefel manifold of geotorch that was moved from its first point, and the point."""
+    geotorch = pytest.importorskip("geotorch", reason="an oracle that is not installed: pip install geotorch")
+    manifold = geotorch.Stiefel((6, 3), triv=triv).double()
+    torch.manual_seed(0)
+    manifold.right_inverse(retraction(drawn(6, 3)))
+    return manifold, manifold(torch.zeros(6, 3, dtype=torch.float64)).detach()
+
+
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+def test_the_tangent_part_is_the_nearest_velocity_of_geotorchs_manifold(triv: str) -> None:
+    manifold, point = on_theirs(triv)
+    velocities = torch.autograd.functional.jacobian(manifold, torch.zeros(6, 3, dtype=torch.float64)).reshape(18, 18)
+    x = drawn(6, 3, seed=1)
+
+    nearest = velocities @ torch.linalg.pinv(velocities) @ x.flatten()
+
+    assert torch.linalg.matrix_rank(velocities) == 18 - 6
+    assert_close(tangent(point, x).flatten(), nearest, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+def test_the_retraction_goes_where_geotorchs_paths_go_to_first_order(triv: str) -> None:
+    manifold, point = on_theirs(triv)
+    x = drawn(6, 3, seed=1)
+    velocity = torch.autograd.functional.jvp(manifold, torch.zeros_like(x), x)[1]
+
+    errors = [(retraction(point + t * velocity) - manifold(t * x)).norm().item() for t in (1e-3, 5e-4)]
+
+    assert errors[0] < 1e-4
+    assert errors[0] / errors[1] == pytest.approx(4, abs=0.1)
+
+
 class Checked(L.Callback):
     """How far factors are from orthonormal after each batch."""
 

@@ -2,12 +2,12 @@
 
 Every value carries the group of its features. Linear layers and convolutions begin a new one; norms and functions of
 each entry keep it; sums make two into one; what is not known, inputs and outputs keep their order. A group that is read
-wrongly does no harm: `matching.py` tries each on data before it uses it.
+wrongly does no harm where each is tried on data before it is used.
 """
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import einops
@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_lowrank.analysis.connect.groups import Binding, Group
-from lightning_lowrank.analysis.connect.layouts import layout
+from lightning_lowrank.models.layouts import layout
+from lightning_lowrank.models.unit_groups import Binding, Group
 from lightning_lowrank.models.units import heads_of
 
 FIXED = 0
@@ -139,16 +139,28 @@ class _Groups:
 
 
 def traced(module: nn.Module) -> list[Group]:
-    """The groups of a module.
+    """The groups of a module: of features, of heads, and of the entries within heads.
 
     Raises:
         ValueError: `torch.fx` cannot trace it, nor is it a transformer; a specification has to say.
     """
     try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # the user's own code runs on proxies
+        return [*features(module), *_heads(module)]
+    except ValueError:
         if found := layout(module):
             return found
+        raise
+
+
+def features(module: nn.Module) -> list[Group]:
+    """Groups of neurons, channels and residual streams.
+
+    Raises:
+        ValueError: `torch.fx` cannot trace it.
+    """
+    try:
+        graph = _Tracer().trace(module)
+    except Exception as error:  # the user's own code runs on proxies
         raise ValueError(
             f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}): say which units may "
             "change places with --specification FILE, JSON of {group: [[tensor, axis], ...]}"
@@ -156,7 +168,7 @@ def traced(module: nn.Module) -> list[Group]:
     reader = _Reader(module)
     for node in graph.nodes:
         reader.read(node)
-    return [*reader.groups.found(), *_heads(module)]
+    return list(reader.groups.found())
 
 
 class _Reader:
@@ -286,23 +298,38 @@ def _keeping() -> tuple[type[nn.Module], ...]:
     return (*modules, *pools, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Flatten)
 
 
-def _heads(module: nn.Module) -> Iterator[Group]:
-    """Heads of attention, and the entries within each: of queries with keys, of values with what reads them."""
+def heads(module: nn.Module, counts: Mapping[str, int]) -> list[Group]:
+    """Heads of attention: queries, keys and values, and what reads them.
+
+    Args:
+        module: Anything.
+        counts: Heads by patterns of names of output projections, for those that are not found.
+    """
     parameters = dict(module.named_parameters())
-    for name, units in heads_of(module, {}).items():
+    found = []
+    for name, units in heads_of(module, counts).items():
         out = f"{name}.weight"
-        owner = name.rpartition(".")[0]
-        read = _projected(owner, parameters, parameters[out].shape[1])
+        read = _projected(name.rpartition(".")[0], parameters, parameters[out].shape[1])
         if units.count < 2 or units.axis != 1 or read is None:
             continue
         width = parameters[out].shape[1] // units.count
-        queries, keys, values = ([Binding(n, 0, start, width) for n, start in one] for one in read)
-        result = Binding(out, 1, 0, width)
-        yield Group(f"{name} heads", units.count, (*queries, *keys, *values, result))
-        for head in range(units.count):
-            one, other, third, last = (_moved(bound, head * width) for bound in (queries, keys, values, [result]))
-            yield Group(f"{name} queries and keys of head {head}", width, (*one, *other))
-            yield Group(f"{name} values of head {head}", width, (*third, *last))
+        projections = [Binding(n, 0, start, width) for one in read for n, start in one]
+        found.append(Group(f"{name} heads", units.count, (*projections, Binding(out, 1, 0, width))))
+    return found
+
+
+def _heads(module: nn.Module) -> Iterator[Group]:
+    """Heads of attention, and the entries within each: of queries with keys, of values with what reads them."""
+    for group in heads(module, {}):
+        name = group.name.removesuffix(" heads")
+        *projections, result = group.bindings
+        third = len(projections) // 3
+        queries, keys, values = (projections[i * third : (i + 1) * third] for i in range(3))
+        yield group
+        for head in range(group.size):
+            one, other, last, out = (_moved(bound, head * result.inner) for bound in (queries, keys, values, [result]))
+            yield Group(f"{name} queries and keys of head {head}", result.inner, (*one, *other))
+            yield Group(f"{name} values of head {head}", result.inner, (*last, *out))
 
 
 def _moved(bindings: Iterable[Binding], by: int) -> list[Binding]:

@@ -1,7 +1,7 @@
 """Groups of units of transformers that `torch.fx` cannot trace, as those of Hugging Face: by their layers.
 
 The residual stream is all that is as wide as the attention reads. What of this does not hold for a model does no harm:
-`matching.py` tries each group on data before it uses it.
+`analysis/connect/matching.py` tries each group on data before it uses it.
 """
 
 import re
@@ -11,8 +11,8 @@ from itertools import takewhile
 
 from torch import nn
 
-from lightning_lowrank.analysis.connect.groups import Binding, Group
 from lightning_lowrank.models.axes import is_transposed
+from lightning_lowrank.models.unit_groups import Binding, Group
 from lightning_lowrank.models.units import ALL_THREE, PROJECTION, Units, heads_of, linear_layers, neurons_of
 
 Places = list[tuple[str, int, int]]
