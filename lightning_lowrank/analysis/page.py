@@ -1,4 +1,4 @@
-"""The tab of TensorBoard as one file that needs no server."""
+"""The tab of TensorBoard as one file that needs no server, and other pages of its charts."""
 
 import html
 import json
@@ -22,10 +22,10 @@ PAGE = """<!doctype html>
 <title>Low rank: {title}</title>
 </head>
 <body>
-<script type="application/json" id="answers">{answers}</script>
+<script type="application/json" id="answers">{content}</script>
 <script type="module">
 {module}
-report(JSON.parse(document.getElementById("answers").textContent));
+{call}(JSON.parse(document.getElementById("answers").textContent));
 </script>
 </body>
 </html>
@@ -62,9 +62,14 @@ def reader_of(folder: Path) -> Reader:
 
 def page_of(reader: Reader, title: str, samples: int) -> str:
     """The tab as one file that needs no server and no other host."""
+    return called("report", _all_answers(reader, samples), title)
+
+
+def called(function: str, known: Any, title: str) -> str:
+    """A page that hands a function of our scripts what is known."""
     # A site or a run may have any name: without "<" nothing in it can end the script element.
-    content = json.dumps(_all_answers(reader, samples), allow_nan=False).replace("<", "\\u003c")
-    return PAGE.format(title=html.escape(title), answers=content, module=answers.script())
+    content = json.dumps(known, allow_nan=False).replace("<", "\\u003c")
+    return PAGE.format(title=html.escape(title), content=content, module=answers.script(), call=function)
 
 
 def _all_answers(reader: Reader, samples: int) -> list[dict[str, Any]]:

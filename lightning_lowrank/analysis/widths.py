@@ -1,13 +1,17 @@
 """`lightning-lowrank coordinate-check`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_lowrank.analysis.architectures import imported
 from lightning_lowrank.analysis.coordinates import QUANTITIES, Layers, Power, powers, run, task_of
+from lightning_lowrank.analysis.page import called
+from lightning_lowrank.analysis.runs import write
 from lightning_lowrank.analysis.showing import cell, finite, print_json, show
 
 HEADINGS = dict(
@@ -16,7 +20,13 @@ HEADINGS = dict(
 
 
 def coordinate_check(
-    function: str, *, widths: str = "64,128,256,512", steps: int = 5, seeds: int = 3, json: bool = False
+    function: str,
+    *,
+    widths: str = "64,128,256,512",
+    steps: int = 5,
+    seeds: int = 3,
+    output: str | None = None,
+    json: bool = False,
 ) -> None:
     """Print how what each linear layer learns in a short run depends on the width of the network.
 
@@ -26,17 +36,24 @@ def coordinate_check(
         widths: At least three, with commas between.
         steps: Of each run.
         seeds: Runs of each width.
+        output: An HTML file for a chart of each quantity over the widths.
         json: Print all numbers.
 
     Raises:
-        ValueError: The function cannot be had or gives something else, or an argument is out of range.
+        ValueError: The function cannot be had or gives something else, an argument is out of range, or the file cannot
+            be written.
     """
     found = runs(function, widths_of(widths), steps=steps, seeds=seeds)
     known = powers(found)
+    plain = {name: _plain(rows, name, found) for name, rows in known.items()}
+    title = f"{function}: powers of the width, {steps} steps, {seeds} seeds"
+    if output is not None:
+        write(Path(output), called("overWidths", {"title": title, "quantities": QUANTITIES, "layers": plain}, title))
+        Console(stderr=True).print(f"wrote {escape(output)}")
     if json:
-        print_json({name: _plain(rows, name, found) for name, rows in known.items()})
+        print_json(plain)
         return
-    show(table_of(known, f"{function}: powers of the width, {steps} steps, {seeds} seeds"))
+    show(table_of(known, title))
     verdicts = [rows["own"].verdict for rows in known.values()]
     show("; ".join(f"{verdicts.count(one)} of {len(verdicts)} layers: {one}" for one in dict.fromkeys(verdicts)))
 

@@ -17,7 +17,7 @@ Arguments = Mapping[str, str]
 # What asks, in the browser: none imports what stands behind it.
 MODULES = tuple(
     Path(__file__).with_name(f"{name}.js")
-    for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index")
+    for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index", "widths")
 )
 
 # Samples that are sent at once; more columns than a heat map has pixels would not be seen.

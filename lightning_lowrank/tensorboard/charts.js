@@ -54,9 +54,9 @@ export function legend(lines) {
   }));
 }
 
-/** Curves with axes. Each line has a name, xs, ys, a colour, and may be dashed or faint; those that are not faint are read out under the mouse. */
-export function chart(lines, { title, x, y = "", logX = false, logY = false, marker, floor = 0, zero = false, domain, width = 460, height = 240 }) {
-  const onX = logX ? (v) => Math.log10(v + 1) : (v) => v;
+/** Curves with axes. Each line has a name, xs, ys, a colour, and may be dashed or faint; those that are not faint are read out under the mouse. People count xs from `first`. */
+export function chart(lines, { title, x, y = "", logX = false, first = 0, logY = false, marker, floor = 0, zero = false, domain, width = 460, height = 240 }) {
+  const onX = logX ? (v) => Math.log10(v + first) : (v) => v;
   const onY = logY ? (v) => (v > floor ? Math.log10(v) : NaN) : (v) => v;
   const points = lines.map((line) => line.xs.map((value, i) => [onX(value), onY(line.ys[i] ?? NaN)]));
   const [x0, x1] = ends(points.flat().map((p) => p[0]));
@@ -70,14 +70,14 @@ export function chart(lines, { title, x, y = "", logX = false, logY = false, mar
       h("svg:text", { x: MARGIN.left - 6, y: toY(tick) + 4, "text-anchor": "end" }, text));
   }
   const steps = lines.every((line) => line.xs.every(Number.isInteger));
-  for (const [mark, text] of logX ? doublings(x1) : ticks(x0, x1, width / 70, steps ? 1 : 0).map((v) => [v, brief(v)])) {
+  for (const [mark, text] of logX ? doublings(x0, x1) : ticks(x0, x1, width / 70, steps ? 1 : 0).map((v) => [v, brief(v)])) {
     svg.append(h("svg:text", { x: toX(mark), y: height - MARGIN.bottom + 16, "text-anchor": "middle" }, text));
   }
   svg.append(h("svg:text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 5, "text-anchor": "middle" }, x), h("svg:text", { x: 0, y: 11 }, y));
   if (marker !== undefined) svg.append(upright(toX(onX(marker)), height, "marker"));
   lines.forEach((line, i) => svg.append(...strokes(line, points[i], toX, toY)));
   if (!points.flat().some((p) => Number.isFinite(p[1]))) svg.append(h("svg:text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no finite number"));
-  return h("div", { class: "stage" }, svg, ...readOut(svg, lines, { x, width, height, place: (v) => toX(onX(v)) }));
+  return h("div", { class: "stage" }, svg, ...readOut(svg, lines, { x, first, width, height, place: (v) => toX(onX(v)) }));
 }
 
 /** Ends that are not the same. */
@@ -108,9 +108,9 @@ function powers(low, high) {
   return found;
 }
 
-/** Marks of ranks, which double; the first is rank 1. */
-function doublings(high) {
-  return Array.from({ length: 16 }, (_, i) => [Math.log10(2 ** i), String(2 ** i)]).filter(([at]) => at <= high + 1e-9);
+/** Marks of ranks and widths, which double. */
+function doublings(low, high) {
+  return Array.from({ length: 18 }, (_, i) => [Math.log10(2 ** i), String(2 ** i)]).filter(([at]) => at >= low - 1e-9 && at <= high + 1e-9);
 }
 
 function upright(x, height, kind) {
@@ -128,7 +128,7 @@ function strokes(line, points, toX, toY) {
 }
 
 /** What follows the mouse: an upright line at the nearest x that a line has, and each line's number there. */
-function readOut(svg, lines, { x, width, height, place }) {
+function readOut(svg, lines, { x, first, width, height, place }) {
   const clear = lines.filter((line) => !line.faint);
   const xs = [...new Set(clear.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const tip = h("div", { class: "tip", hidden: true, "aria-hidden": "true" });
@@ -141,9 +141,8 @@ function readOut(svg, lines, { x, width, height, place }) {
     const nearest = xs.reduce((best, value) => (Math.abs(place(value) - under) < Math.abs(place(best) - under) ? value : best));
     for (const end of ["x1", "x2"]) hair.setAttribute(end, place(nearest));
     svg.append(hair);
-    // Ranks are counted from 1 by people.
     const said = clear.map((line) => h("div", {}, `${line.name}: ${brief(line.ys[line.xs.indexOf(nearest)])}`));
-    tip.replaceChildren(h("b", {}, `${x} ${x === "rank" ? nearest + 1 : nearest}`), ...said);
+    tip.replaceChildren(h("b", {}, `${x} ${nearest + first}`), ...said);
     follow(tip, event.clientX - box.left, event.clientY - box.top, box.width);
   });
   return [tip];

@@ -67,13 +67,18 @@ function followTheme(onChange) {
   set();
 }
 
-async function start(source) {
+/** Style and theme of the document. */
+export function dress(onTheme) {
   const sheet = new CSSStyleSheet();
   sheet.replaceSync(STYLE);
   document.adoptedStyleSheets = [sheet];
   document.documentElement.lang = "en";
+  followTheme(onTheme);
+}
+
+async function start(source) {
   const page = new Page(document.body, source);
-  followTheme(() => page.draw());
+  dress(() => page.draw());
   try {
     await page.begin();
   } catch (error) {

@@ -218,7 +218,7 @@ function spectraAt(found, site, step, source, width) {
   const drawn = found.map(([run, table]) => [run, spectrumLines(table, site, step)]);
   const domain = ends(drawn.flatMap(([, lines]) => lines.flatMap(({ ys }) => ys.filter((value) => value > floor))));
   const charts = drawn.map(([run, lines]) => h("div", {}, h("p", { class: "run" }, run),
-    chart(lines, { title: `Singular values of the ${source} of ${site}, ${run}`, x: "rank", logX: true, logY: true, floor, domain, width, height: 240 }), legend(lines)));
+    chart(lines, { title: `Singular values of the ${source} of ${site}, ${run}`, x: "rank", logX: true, first: 1, logY: true, floor, domain, width, height: 240 }), legend(lines)));
   const values = found.map(([run, table]) => `${run}, step ${table.steps[table.column(step)]}: largest ${exact(table.at(table.column(step), site, 1))}`);
   return [h("div", { class: "spectra" }, charts), h("p", { class: "status", role: "status" }, values.join("; "))];
 }

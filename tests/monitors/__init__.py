@@ -15,16 +15,19 @@ from lightning_lowrank import (
     CoordinateCheckMonitor,
     CurvatureMonitor,
     DormantUnitsMonitor,
+    Every,
     GradientAnatomyMonitor,
     LossMonitor,
     Monitor,
     MultifractalMonitor,
     NoiseScaleMonitor,
     NTKMonitor,
+    Probe,
     RankMonitor,
     RepresentationMonitor,
     RouterMonitor,
     TrajectorySubspace,
+    UpdateSizes,
 )
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, SOURCES
 from tests.trainings import CASES, COMPILED, LOSSES
@@ -81,6 +84,25 @@ VARIANTS: dict[str, Callable[..., Monitor]] = {
     "directions": lambda **options: ConcentrationMonitor(
         ["direction"], **_USUAL | {"densities": [], "name": "directions"} | options
     ),
+    "classes": lambda **options: RepresentationMonitor(
+        **_USUAL | {"classifier": "net.head", "name": "classes"} | options
+    ),
+    "sizes of updates": lambda **options: _sizes(**_USUAL | options),
+}
+
+
+def _sizes(every_n_steps: int, **options: Any) -> Monitor:
+    names = [quantity.name for quantity in UpdateSizes.quantities]
+    return Monitor([Probe("update_size", UpdateSizes(), names, Every(every_n_steps))], **options)
+
+
+# The layer that puts out a logit for each class; `net.2` of the cases that are not here.
+CLASSIFIERS = {
+    **dict.fromkeys(("dropout and batch norm", "validation", "tied weights", "fused attention", "LSTM"), "net.head"),
+    **dict.fromkeys(("activation checkpointing", "reentrant checkpoint"), "net.second"),
+    **dict.fromkeys(("two optimizers by hand", "two optimizers in turn"), "critic"),
+    **{"spectral norm": "net", "backbone unfrozen": "head", "LoRA": "net.base_model.model.2.base_layer"},
+    "layer": "net.1",
 }
 
 # Those that run a step again, or may have to.
@@ -109,6 +131,8 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("representation", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("anatomy", what): "hooks inside a compiled module never run" for what in COMPILED},
     **{("rank", what): "hooks inside a compiled module never run" for what in COMPILED},
+    **{("classes", what): "hooks inside a compiled module never run" for what in COMPILED},
+    ("classes", "spectral norm"): "has a parametrised weight, which reading may change",
 }
 # Those that can watch a model of any kind.
 ANY = {name: make for name, make in MONITORS.items() if (name, "plain") not in REFUSED}
@@ -121,12 +145,19 @@ INCOMPLETE: dict[tuple[str, str], str] = {
     },
     **{(name, "spectral norm"): "torch holds its vectors fixed: second derivatives are wrong" for name in TWICE},
     **{(name, "reentrant checkpoint"): "has no second derivative" for name in (*TWICE, "curvature, light")},
+    **{("classes", case): "critics have no classes" for case in LOSSES},
+    ("classes", "backbone unfrozen"): "a batch of eight in which no class is twice has no spread within classes",
 }
 
 
 def watchers(case: str, *names: str, **options: Any) -> dict[str, Monitor]:
     """The monitors of these names, or all, as they can watch a case: with a loss function where the step has none."""
-    both = MONITORS | VARIANTS
-    asked = [name for name in names or both if (name, case) not in REFUSED or REFUSED[name, case] == BY_HAND]
-    given = {"loss_fn": LOSSES[case]} if case in LOSSES else {}
-    return {name: both[name](**options | (given if name.startswith(REPLAYING) else {})) for name in asked}
+    asked = [name for name in names or MONITORS | VARIANTS if REFUSED.get((name, case), BY_HAND) == BY_HAND]
+    given = {name: {"loss_fn": LOSSES[case]} for name in asked if name.startswith(REPLAYING) and case in LOSSES}
+    return {name: watcher(name, case, **options | given.get(name, {})) for name in asked}
+
+
+def watcher(name: str, case: str, **options: Any) -> Monitor:
+    """One of them, as it is for a case, whether or not it can watch that."""
+    told = {"classifier": CLASSIFIERS.get(case, "net.2")} if name == "classes" else {}
+    return (MONITORS | VARIANTS)[name](**options | told)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.callbacks import Inline, Replaying
-from tests.monitors import BY_HAND, INCOMPLETE, MONITORS, REFUSED, watchers
+from tests.monitors import BY_HAND, INCOMPLETE, REFUSED, watcher, watchers
 from tests.processes import together
 from tests.trainings import CASES, COMPILED, LOSSES, QUIET, Classifier, ImageNet, Validated, half, trained, unwatched
 
@@ -55,7 +55,7 @@ def test_what_a_monitor_cannot_watch_it_refuses_before_training(name: str, case:
     module = make()
 
     with pytest.raises(ValueError, match=REFUSED[name, case]):
-        trained(lambda: module, options(), [MONITORS[name]()], tmp_path)
+        trained(lambda: module, options(), [watcher(name, case)], tmp_path)
     assert module.losses == []
 
 

@@ -123,6 +123,7 @@ def with_all() -> list[Monitor]:
     return [make(every_n_steps=3) for make in (MONITORS | VARIANTS).values()]
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lowrank classes_representation.* no number")  # a batch of single classes
 def test_with_any_monitor_a_resumed_run_has_the_curves_of_one_that_never_stopped(tmp_path: Path) -> None:
     trained(tmp_path / "whole", with_all(), attending, max_epochs=3)
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=5)

@@ -482,6 +482,29 @@ def test_both_loaders_show_the_same(fast: str, browser: WebDriver, logs: Path) -
     assert torch.tensor(number(said)) == value_at(logs / "calm", "weight_stable_rank", SITES[1], 23)
 
 
+def test_the_page_of_a_coordinate_check_draws_powers_of_the_width_as_slopes(
+    browser: WebDriver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["coordinate-check", "benchmarks.coordinate:mlp_standard", "--widths", "32,64,128", "--seeds", "1"]
+    main([*command, "--json", "--output", str(tmp_path / "widths.html")])
+    layers = json.loads(capsys.readouterr().out)
+    rises = [math.log(row["own"]["means"]["128"] / row["own"]["means"]["32"]) for row in layers.values()]
+
+    browser.switch_to.default_content()
+    browser.get(f"file://{tmp_path}/widths.html")
+    figure, *others = browser.find_elements(By.CSS_SELECTOR, "figure")
+    lines = [line.get_attribute("points").split() for line in figure.find_elements(By.CSS_SELECTOR, "polyline")]
+    pixels = [float(line[0].split(",")[1]) - float(line[-1].split(",")[1]) for line in lines]
+    scale = sum(pixels) / sum(rises)
+
+    assert pixels == pytest.approx([scale * rise for rise in rises], abs=0.5) and scale > 0
+    assert len(others) == 6 and {len(line) for line in lines} == {3}
+    rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr")]
+    for row, (name, layer) in zip(rows, layers.items(), strict=True):
+        assert row.startswith(f"{name} {layer['verdict']} {layer['own']['power']:.2f}")
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
 def test_a_report_is_the_same_without_a_server(browser: WebDriver, logs: Path, tmp_path: Path) -> None:
     main(["report", str(logs), "-o", str(tmp_path / "report.html")])
 

@@ -89,8 +89,14 @@ class UpdateSizes(NumberSource):
         labels = list(self._labels.values())
         nothing = torch.zeros(4, dtype=working_dtype(self._device), device=self._device)
         sums = team.all_reduce(torch.stack([self._sums.get(label, nothing) for label in labels]))
+        stepped = set(self._sums)
         self.detach()
-        return [Numbers(label, _sizes(*row.unbind())) for label, row in zip(labels, sums.unbind(), strict=True)]
+        # What was not stepped is not there: optimizers step on all processes alike.
+        return [
+            Numbers(label, _sizes(*row.unbind()))
+            for label, row in zip(labels, sums.unbind(), strict=True)
+            if label in stepped
+        ]
 
     def detach(self) -> None:
         """Forget what was kept."""
@@ -129,7 +135,7 @@ def _counts(moved: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(update: Tensor, weight: Tensor, count: Tensor, unchanged: Tensor) -> dict[str, Tensor]:
-    """NaN for a group that has not been stepped, and the ratio where all weights are 0."""
+    """The ratio is NaN where all weights are 0."""
     return {
         "update_size_ratio": torch.where(weight == 0, torch.nan, (update / weight).sqrt()),
         "update_size_rms": (update / count).sqrt(),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lowrank.distributed.shards import unspent, whole
 from lightning_lowrank.distributed.team import Team
@@ -45,8 +46,8 @@ class Classes(NumberSource):
         labels: `batch -> labels`.
 
     Raises:
-        ValueError: In `plan`: the classifier is no linear layer of the module, a pattern fits nothing, or a layer
-            cannot be heard.
+        ValueError: In `plan`: the classifier is no linear layer of the module or is parametrised, a pattern fits
+            nothing, or a layer cannot be heard.
     """
 
     name = "representation_classes"
@@ -86,6 +87,10 @@ class Classes(NumberSource):
             linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
             raise ValueError(
                 f"classifier={self._classifier!r} is no linear layer of the module; there are {linear[-10:]}"
+            )
+        if is_parametrized(head, "weight"):
+            raise ValueError(
+                f"classifier={self._classifier!r} has a parametrised weight, which reading may change; nothing is read"
             )
         found = [f"re:^{re.escape(name)}$" for name in blocks(training.module)]
         self._features.match = self._match if self._match is not None else found or None
