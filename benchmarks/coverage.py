@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from lightning_lowrank import statistics
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.tap import LossTap
+from lightning_lowrank.maths.operators.eigenspaces import energy_share, of_directions
 from lightning_lowrank.maths.operators.estimates import Found
 from lightning_lowrank.maths.operators.operators import Layout, Operator
 from lightning_lowrank.maths.spectra.sketch import estimate, sketch
@@ -193,20 +194,24 @@ def of_spectrum(eigenvalues: Tensor, name: str, top: int = TOP) -> dict[str, Ten
     return {f"{name}_{label}": value for label, value in found.items()}
 
 
-def curvature(seed: int, level: str) -> Iterator[tuple[str, Trial]]:
-    """What `CurvatureMonitor` finds of one network."""
-    example, top = Example.of(seed), 5
+def curvatures(example: Example) -> tuple[LossOperators, dict[str, Tensor]]:
+    """The loss as `CurvatureMonitor` sees it, and its dense matrices."""
     root, layout = example.gauss_newton_root(), Layout.of(example.named)
     matrices = {"hessian": example.hessian(), "gauss_newton": root.T @ root}
     slopes = torch.autograd.grad(example.loss(), list(example.named.values()))
-    loss = LossOperators(
-        example.loss().detach(),
-        layout.flatten(slopes),
-        {name: operator(matrix) for name, matrix in matrices.items()},
-        layout,
-        threshold(example.optimizer, list(example.named.values())),
-    )
-    found = Curvatures(EFFORTS[level], top).measure(loss, torch.Generator().manual_seed(1000 + seed))
+    operators = {name: operator(matrix) for name, matrix in matrices.items()}
+    edge = threshold(example.optimizer, list(example.named.values()))
+    return LossOperators(example.loss().detach(), layout.flatten(slopes), operators, layout, edge), matrices
+
+
+def curvature(seed: int, level: str) -> Iterator[tuple[str, Trial]]:
+    """What `CurvatureMonitor` finds of one network, and of eigenvectors of the same a little later."""
+    example, top = Example.of(seed), 5
+    (loss, matrices), layout = curvatures(example), Layout.of(example.named)
+    state = Curvatures(EFFORTS[level], top)
+    found = state.measure(loss, torch.Generator().manual_seed(1000 + seed))
+    for name in matrices:
+        del found.layers[f"{name}_top_share"], found.layer_errors[f"{name}_top_share"]
     rest = matrices["hessian"] - matrices["gauss_newton"]
     truths = {"residual_trace": rest.trace(), "residual_squared_norm": rest.square().sum()}
     truths["sharpness_over_threshold"] = torch.linalg.eigvalsh(matrices["hessian"])[-1] * 0.15
@@ -216,6 +221,31 @@ def curvature(seed: int, level: str) -> Iterator[tuple[str, Trial]]:
         truths[f"{name}_layer_trace"] = torch.stack([part.sum() for part in matrix.diagonal().split(layout.sizes)])
         truths[f"{name}_layer_squared_norm"] = torch.stack([p.square().sum() for p in matrix.split(layout.sizes)])
     yield from trials_of(found, truths)
+    yield from directions(state, matrices, example.moved(0.1), seed)
+
+
+def directions(state: Curvatures, before: Mapping[str, Tensor], now: Example, seed: int) -> Iterator[tuple[str, Trial]]:
+    """What the next sample says of eigenvectors: its own, and those of the last."""
+    loss, matrices = curvatures(now)
+    earlier, later = ({name: _steepest(m, state.top_k) for name, m in some.items()} for some in (before, matrices))
+    gradient = loss.gradient / loss.gradient.norm()
+    off = state.off("hessian", state.tops["hessian"])
+    share = of_directions(energy_share(gradient, state.tops["hessian"]), off)
+    found, every = Found(), state.measure(loss, torch.Generator().manual_seed(2000 + seed))
+    found.note("gradient_in_top", share)
+    truths = {"gradient_in_top": (earlier["hessian"] @ gradient).square().sum()}
+    for name, steepest in later.items():
+        overlap, shares = f"{name}_eigenspace_overlap", f"{name}_top_share"
+        found.values[overlap], found.errors[overlap] = every.values[overlap], every.errors[overlap]
+        found.layers[shares], found.layer_errors[shares] = every.layers[shares], every.layer_errors[shares]
+        truths[overlap] = (earlier[name] @ steepest.T).square().sum() / len(steepest)
+        truths[shares] = torch.stack([part.sum() for part in steepest.square().mean(0).split(loss.layout.sizes)])
+    yield from trials_of(found, truths)
+
+
+def _steepest(matrix: Tensor, k: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, one a row."""
+    return torch.linalg.eigh(matrix).eigenvectors.T[-k:]
 
 
 def kernel_of(jacobian: Tensor, kernel: KernelName) -> Tensor:
@@ -276,11 +306,12 @@ def of_labels(matrix: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def trials_of(found: Found, truths: Mapping[str, Tensor]) -> Iterator[tuple[str, Trial]]:
-    """Of every number that has an error."""
+    """Of every number that has an error; what is blank because it could be anything claims nothing."""
     for values, errors in ((found.values, found.errors), (found.layers, found.layer_errors)):
         for name, error in errors.items():
             rows = (part.double().reshape(-1).tolist() for part in (values[name], truths[name], error))
-            yield from ((name, Trial(*row)) for row in zip(*rows, strict=True))
+            trials = (Trial(*row) for row in zip(*rows, strict=True))
+            yield from ((name, trial) for trial in trials if not (math.isnan(trial.value) and trial.error >= 1))
 
 
 def sketched(seed: int) -> Iterator[tuple[str, Trial]]:

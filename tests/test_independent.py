@@ -11,7 +11,7 @@ import pytest
 
 from lightning_lowrank import AttentionMonitor
 from tests.independent import attention, minilm, trainings
-from tests.independent.comparison import CONVERGED, Comparison, comparison, references
+from tests.independent.comparison import Comparison, comparison, references
 from tests.independent.table import shares
 from tests.independent.trainings import CASES, run
 
@@ -120,14 +120,13 @@ def test_alpha_and_stable_rank_of_matrices_of_a_sentence_transformer() -> None:
 
 @pytest.mark.evidence
 def test_converged_eigenvectors_are_those_of_dense_matrices() -> None:
-    compared = comparison(run("ConvNeXt")).compared
-    far = {
-        one.tag: one.deviation
-        for one in compared
-        if one.quantity.endswith(OF_EIGENVECTORS) and not one.quantity.startswith("monte_carlo")
-    }
+    """At "full" they are, and the errors say so; at "standard" they are not."""
+    compared = [
+        one for one in comparison(run("ConvNeXt")).compared if one.quantity.endswith(OF_EIGENVECTORS) and one.has_error
+    ]
 
-    assert max(far.values()) < CONVERGED
+    assert len(compared) > 70
+    assert max(abs(one.value - one.truth) for one in compared) < 0.01
 
 
 @pytest.mark.evidence

@@ -13,8 +13,10 @@ from torch.testing import assert_close
 from lightning_lowrank.maths.operators.eigenspaces import (
     energy_share,
     layer_energies,
+    of_directions,
     overlap,
     rayleigh_quotient,
+    sines,
     top_eigenpairs,
     widened,
 )
@@ -317,3 +319,52 @@ def test_layer_energies_of_unit_vectors_sum_to_one():
 
     assert_close(layer_energies(vectors, layout).sum(-1), torch.ones(10))
     assert_close(layer_energies(vectors, layout)[:, 1], vectors[:, 6:].square().sum(-1))
+
+
+def spans(seed: int, num_products: int):
+    """The top of an operator with a slow decay, as it was found, and its eigenvectors."""
+    operator, exact = with_spectrum(0.8 ** np.arange(60), dtype=torch.float64, seed=seed)
+    pairs = top_eigenpairs(operator, 5, num_products=num_products, generator=generator(seed))
+    return pairs, exact[:5]
+
+
+@pytest.mark.parametrize(("num_products", "missed"), [(7, 6), (9, 1), (12, 0), (16, 0), (24, 0)])
+def test_directions_are_no_further_from_the_top_than_their_sines_say(num_products, missed):
+    """Oracle: angles to eigenvectors that are known by construction. Where little is known the eigenvalue after the top
+    is not known either, and a few of thirty sines are too small; all within a factor of 1.5 otherwise.
+    """
+    beyond = 0
+    for seed in range(6):
+        pairs, exact = spans(seed, num_products)
+        true = (1 - (pairs.vectors @ exact.T).square().sum(1)).clamp(min=0).sqrt()
+        beyond += int((true > 1.5 * sines(pairs, 5) + 1e-6).sum())
+
+    assert beyond <= missed
+
+
+def test_sines_fall_to_rounding_with_the_products():
+    few, more, all_ = (float(sines(spans(0, n)[0], 5).mean()) for n in (7, 12, 24))
+
+    assert few > 0.2 > 0.02 > more > 1e-4 > 1e-12 > all_
+
+
+@pytest.mark.parametrize("num_products", [9, 12, 16])
+def test_parts_within_a_span_are_within_their_errors_of_those_within_the_eigenvectors(num_products):
+    for seed in range(6):
+        (pairs, exact), (later, exact_later) = spans(seed, num_products), spans(seed, num_products + 1)
+        off = sines(pairs, 5)
+        shares = of_directions(pairs.vectors.square().mean(0), off)
+        both = of_directions(overlap(later.vectors, pairs.vectors), off, sines(later, 5))
+        known = both.error < 1
+
+        assert bool(((shares.value - exact.square().mean(0)).abs() <= shares.error + 1e-12).all())
+        assert not known or abs(both.value - overlap(exact_later, exact)) <= both.error + 1e-12
+
+
+def test_a_part_that_could_be_anything_is_blank():
+    unknown = of_directions(torch.tensor(0.5), torch.ones(3))
+    known = of_directions(torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.3, 0.0]))
+
+    assert unknown.value.isnan() and unknown.error == 1
+    # One of three directions is off: a third of its sine, or less where the part is none.
+    assert_close(known.error, torch.tensor([0.1, 0.03]))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_lowrank.maths.operators.estimates import Estimate
 from lightning_lowrank.maths.operators.operators import Layout, Operator
 from lightning_lowrank.maths.spectra.lanczos import krylov
 from lightning_lowrank.maths.spectra.spectrum import (
@@ -157,6 +158,41 @@ def widened(
         couplings = torch.block_diag(known.couplings.to(unit), unit)
         found = _pairs(basis, torch.cat([within, across]), couplings, remainders, count, lowest)
         return _since(found, pairs.before, pairs.vectors if earlier else None)
+
+
+def sines(pairs: Eigenpairs, k: int) -> Float[Tensor, " k"]:
+    """How far each of the first `k` vectors may be from the span of the eigenvectors of the `k` largest eigenvalues:
+    the sine of the angle between them, 1 where the pairs do not tell.
+
+    The residual, over the distance of the value from the eigenvalue after the `k` largest, as far as the space knows
+    that one. Nearly always a bound.
+
+    References:
+        Davis & Kahan (1970), SIAM J. Numerical Analysis 7(1), Section 6.
+    """
+    known = pairs.space
+    largest = known.values + _left_open(known.values, known.residuals)
+    after = torch.cat([largest, torch.full_like(largest[:1], torch.inf)])[k]
+    found, gaps = known.residuals[:k], (known.values[:k] - after).clamp(min=0)
+    return torch.where(found >= gaps, (found > 0).to(found), ratio(found, gaps))
+
+
+def of_directions(share: Float[Tensor, "*B"], *sines: Float[Tensor, " k"]) -> Estimate:
+    """A part of something within the span of approximate eigenvectors, with the error that comes from the directions;
+    NaN where it could be anything.
+
+    Of a mean over the directions the error is a bound, as the smaller of two: by the mean of the sines; and by their
+    rms, times what a small angle changes in so small, or so large, a part. Of the part of one vector it is what it
+    would be if that were no nearer to one direction than to another.
+
+    Args:
+        share: Between 0 and 1.
+        sines: Of the directions; of both spans where there are two.
+    """
+    mean, rms = sum(s.mean() for s in sines), sum(s.square().mean().sqrt() for s in sines)
+    steepness = 2 * (share * (1 - share)).clamp(min=0).sqrt()
+    error = torch.minimum(torch.as_tensor(mean).to(share), (rms * (steepness + rms)).to(share))
+    return Estimate(torch.where(error >= 1, torch.nan, share), error)
 
 
 def overlap(now: Float[Tensor, "k P"], before: Float[Tensor, "k P"]) -> Float[Tensor, ""]:

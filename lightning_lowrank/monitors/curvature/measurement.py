@@ -16,8 +16,10 @@ from lightning_lowrank.maths.operators import traces
 from lightning_lowrank.maths.operators.eigenspaces import (
     Eigenpairs,
     layer_energies,
+    of_directions,
     overlap,
     rayleigh_quotient,
+    sines,
     top_eigenpairs,
     widened,
 )
@@ -83,6 +85,7 @@ class Curvatures:
     Attributes:
         tops: The top eigenvectors of each operator, from the last measurement, and what is nearest to the edge under
             "edge".
+        sines: How far those of each operator may be from the eigenvectors, one number a direction.
         valid: 1 where the first products were what they should be, 0 where not, None before the first measurement.
         resolved: Whether the numbers of the last measurement are far from the smallest that the dtype has.
     """
@@ -90,6 +93,7 @@ class Curvatures:
     def __init__(self, effort: CurvatureEffort, top_k: int) -> None:
         self.effort, self.top_k = effort, top_k
         self.tops: dict[str, Float[Tensor, "_ P"]] = {}
+        self.sines: dict[str, Float[Tensor, " _"]] = {}
         self.valid: Tensor | None = None
         self.resolved: Tensor | None = None
 
@@ -122,6 +126,11 @@ class Curvatures:
         """Eigenvectors of the last measurement, None where there was none of this size."""
         vectors = self.tops.get(name)
         return vectors if vectors is not None and vectors.shape[-1] == size else None
+
+    def off(self, name: str, vectors: Float[Tensor, "k P"]) -> Float[Tensor, " k"]:
+        """The sines of those eigenvectors; NaN where an older checkpoint has none."""
+        found = self.sines.get(name)
+        return torch.full_like(vectors[:, 0], torch.nan) if found is None else found
 
     def _sharpness(self, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator) -> None:
         """Along the gradient; and as the optimizer sees it, where 1 is the edge."""
@@ -161,11 +170,12 @@ class Curvatures:
             found.note(f"{name}_{label}", Estimate(value, error))
         if name == "hessian" and loss.edge is not None and loss.edge.is_even:
             _even_edge(loss.edge, pairs, found)
-        top = pairs.vectors[:k]
-        found.layers[f"{name}_top_share"] = layer_energies(top, loss.layout).mean(0)
+        top, off = pairs.vectors[:k], sines(pairs, k)
+        found.note_layers(f"{name}_top_share", of_directions(layer_energies(top, loss.layout).mean(0), off))
         if before is not None:
-            found.values[f"{name}_eigenspace_overlap"] = overlap(top, before[:k])
-        self.tops[name] = top
+            then = self.off(name, before)
+            found.note(f"{name}_eigenspace_overlap", of_directions(overlap(top, before[:k]), off, then))
+        self.tops[name], self.sines[name] = top, off
         return sums
 
     def _sums(
@@ -251,9 +261,8 @@ def quantities(operators: Sequence[str], effort: CurvatureEffort, top_k: int) ->
         sums = ["trace", "squared_norm", *ranks, *(DEEP if effort.lowest else ())]
         for label in (*_labels(top_k, effort.lowest), *sums):
             yield Quantity(f"{name}_{label}", estimated=True)
-        yield Quantity(f"{name}_eigenspace_overlap")
-        yield Quantity(f"{name}_top_share", per_site=True)
-        for label in ("layer_trace", "layer_squared_norm"):
+        yield Quantity(f"{name}_eigenspace_overlap", estimated=True)
+        for label in ("top_share", "layer_trace", "layer_squared_norm"):
             yield Quantity(f"{name}_{label}", per_site=True, estimated=True)
     if set(operators) >= RESIDUAL:
         yield Quantity("residual_trace", estimated=True)

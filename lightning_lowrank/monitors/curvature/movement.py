@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.maths.operators.eigenspaces import energy_share
+from lightning_lowrank.maths.operators.eigenspaces import energy_share, of_directions
+from lightning_lowrank.maths.operators.estimates import Found
 from lightning_lowrank.maths.operators.operators import Layout
 from lightning_lowrank.measuring.source import Step
 
@@ -25,6 +26,7 @@ class Movement:
     Attributes:
         initial: The weights at the start of the run, by name: as many bytes as they have.
         before: Directions of the last sample.
+        off: How far each may be from an eigenvector, as a sine.
         start: The parameters before the step.
     """
 
@@ -35,6 +37,7 @@ class Movement:
     def drop(self) -> None:
         """The sample is over."""
         self.before: Float[Tensor, "k P"] | None = None
+        self.off: Float[Tensor, " k"] | None = None
         self.start: dict[str, Tensor] = {}
         self._gradient: Float[Tensor, " P"] | None = None
 
@@ -51,24 +54,25 @@ class Movement:
             gradient = gradient if step.scale is None else gradient / step.scale
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
-    def shares(self, trained: Named) -> dict[str, Tensor]:
+    def note_shares(self, found: Found, trained: Named) -> None:
         """What part of each lies within the directions, and what part of a random vector would; nothing without
         directions.
         """
-        if self.before is None:
-            return {}
+        if self.before is None or self.off is None:
+            return
         now, before_step = _flat(trained, list(trained.values())), _placed(trained, self.start)
         size, gradient = self.before.shape[1], self._gradient
         if size != len(now):  # some were frozen, or thawed
-            return {}
+            return
         initial, moves = _placed(trained, self.initial), {}
         if before_step:
             moves["update"] = now - _flat(trained, before_step)
         if before_step and initial:
             moves["displacement"] = _flat(trained, before_step) - _flat(trained, initial)
         moves |= {} if gradient is None or len(gradient) != size else {"gradient": gradient}
-        found = {f"{name}_in_top": energy_share(move, self.before) for name, move in moves.items()}
-        return found | {"in_top_chance": now.new_tensor(self.before.shape[0] / size)}
+        for name, move in moves.items():
+            found.note(f"{name}_in_top", of_directions(energy_share(move, self.before), self.off))
+        found.values["in_top_chance"] = now.new_tensor(self.before.shape[0] / size)
 
 
 def _placed(trained: Named, then: Named) -> list[Tensor]:

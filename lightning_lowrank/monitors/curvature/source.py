@@ -181,7 +181,9 @@ class Curvature(NumberSource):
         if self._sample.found is not None or self._sample.tap is not None:
             return
         if self.operators and self.effort.probes:
-            self._movement.before = self.state.before(self.operators[0], sum(p.numel() for p in self._trained.values()))
+            name, size = self.operators[0], sum(p.numel() for p in self._trained.values())
+            self._movement.before = before = self.state.before(name, size)
+            self._movement.off = None if before is None else self.state.off(name, before)
         if self._replay.batch is None or (self.batch == "live" and self._follows and not self._is_replayed):
             self._replay.keep(batch.data, batch.index)
         if self._choice is not None and self._choice.mode == "inline":
@@ -224,7 +226,7 @@ class Curvature(NumberSource):
         elif self._sample.tap is not None:  # which the loss takes away
             self.trouble = self.trouble or ValueError(UNSEEN)
         found, parameters = self._sample.found or Found(), self._sample.measured
-        found.values |= self._movement.shares(self._trained)
+        self._movement.note_shares(found, self._trained)
         if "curvature_symmetry_defect" in found.values:
             self.state.hold(found, self._difference_defect(team))
         self.state.judge(found)
@@ -273,7 +275,7 @@ class Curvature(NumberSource):
         from there; not the batch where several processes have one each.
         """
         known = {"multiple": self._multiple, "valid": self.state.valid}
-        kept = {"tops": dict(self.state.tops), "initial": dict(self._movement.initial)}
+        kept = {"tops": dict(self.state.tops), "sines": dict(self.state.sines), "initial": dict(self._movement.initial)}
         stays = {} if self._shared or not self._stays else self._replay.state_dict() or self._waiting
         return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}, "replay": dict(stays)}
 
@@ -282,6 +284,7 @@ class Curvature(NumberSource):
         self._training = None  # another run, in which the loss may have to be seen in another way
         self._waiting = state.get("replay", {})
         self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
+        self.state.sines = dict(state.get("sines", {}))
         self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
 
     @property
@@ -349,9 +352,8 @@ class Curvature(NumberSource):
     def _quantities(self, top_k: int) -> Iterator[Quantity]:
         yield from quantities(self.operators, self.effort, top_k)
         if self.effort.probes and self.operators:
-            yield from (
-                Quantity(name) for name in ("gradient_in_top", "update_in_top", "displacement_in_top", "in_top_chance")
-            )
+            moves = ("gradient_in_top", "update_in_top", "displacement_in_top")
+            yield from (*(Quantity(name, estimated=True) for name in moves), Quantity("in_top_chance"))
         if self._follows:
             yield from (Quantity(name, estimated=True) for name in ("critical_multiple", "critical_sharpness"))
 
