@@ -5,6 +5,7 @@ lightning-lowrank spectra model.safetensors
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -29,21 +30,38 @@ COMMANDS = {
     "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
     "importance": ("networks", "print what attention heads and neurons matter"),
     "flat-directions": ("landscape", "print where the loss of a small network has no curvature, and why"),
+    "subspace fit": (
+        "subspaces.command",
+        "print what many models share, beside what noise has, and write it as a basis",
+    ),
+    "subspace extend": ("subspaces.extension", "make a basis hold models that came later"),
+    "subspace project": ("subspaces.storing", "print where models lie in a basis, and what it leaves of them"),
+    "subspace compress": ("subspaces.storing", "write models as coefficients in a basis, and print what that saves"),
+    "subspace reconstruct": ("subspaces.storing", "write models back as checkpoints"),
+    "subspace merge": ("subspaces.storing", "merge models by their mean, or by their coefficients"),
 }
+GROUPS = {"subspace": "what many models share: fit, extend, project, compress, reconstruct, merge"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """What `lightning-lowrank` does: a function per command, whose arguments are those of the command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    asked = next((word for word in words if word in COMMANDS), None)
+    asked = next((name for name in COMMANDS if name.split() == words[: len(name.split())]), None)
     whole = ArgumentParser(prog="lightning-lowrank", description="Ask runs and checkpoints which directions they use.")
     commands = whole.add_subcommands()
+    within = {"": commands}
+    for name, does in GROUPS.items():  # before its own commands: jsonargparse wants levels in order
+        group = ArgumentParser(description=does)
+        commands.add_subcommand(name, group, help=does)
+        within[name] = group.add_subcommands()
     for name, (_, does) in COMMANDS.items():
-        commands.add_subcommand(name, _parser(name) if name == asked else ArgumentParser(), help=does)
-    found = whole.parse_args(words)
-    options = {key: value for key, value in vars(found[found.subcommand]).items() if key != "config"}
+        group_name, _, local = name.rpartition(" ")
+        within[group_name].add_subcommand(local, _parser(name) if name == asked else ArgumentParser(), help=does)
+    found, name = whole.parse_args(words), ""
+    while "subcommand" in found:
+        name, found = f"{name} {found.subcommand}".strip(), found[found.subcommand]
     try:
-        _command(found.subcommand)(**options)
+        _command(name)(**{key: value for key, value in vars(found).items() if key != "config"})
     except ValueError as error:
         sys.exit(f"lightning-lowrank: {error}")
 
@@ -51,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _command(name: str) -> Callable[..., None]:
     """The function behind a command."""
     command: Callable[..., None] = getattr(
-        import_module(f"lightning_lowrank.analysis.{COMMANDS[name][0]}"), name.replace("-", "_")
+        import_module(f"lightning_lowrank.analysis.{COMMANDS[name][0]}"), re.sub("[ -]", "_", name)
     )
     return command
 

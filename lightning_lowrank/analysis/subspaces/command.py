@@ -1,0 +1,232 @@
+"""`subspace fit`: what many models share."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+from torch import distributed as dist
+
+from lightning_lowrank.analysis.showing import cell, print_json, show
+from lightning_lowrank.analysis.subspaces.fitting import Fitted, fit, settled, write_basis
+from lightning_lowrank.analysis.subspaces.models import Adapters, Models, base_of, is_adapter, models_of
+from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.maths.shared_subspaces.components import cosines
+
+# Models below which what is shared hangs on single ones.
+FEW = 10
+
+
+def subspace_fit(
+    checkpoints: list[str],
+    *,
+    base: str | None = None,
+    control: list[str] | None = None,
+    control_base: str | None = None,
+    k: str | None = None,
+    match: list[str] | None = None,
+    exclude: list[str] | None = None,
+    modes: bool = False,
+    output: str | None = None,
+    json: bool = False,
+) -> None:
+    """Print what many models share, beside what noise has and what a model that was left out has of it.
+
+    Args:
+        checkpoints: Files or folders of models of one architecture, or LoRA adapters; three at least.
+        base: What the models were trained from, whose weights are subtracted; weights themselves count unless given.
+        control: Models of another initialisation, that are compared.
+        control_base: What these were trained from.
+        k: How many components, as 1,2,4; 1,2,4,8,16 unless given, those that so many models allow.
+        match: Only tensors whose name fits one of these globs or `re:REGEX`.
+        exclude: Not these.
+        modes: Also what models share along each axis of each tensor (higher-order SVD).
+        output: A safetensors file for the basis: the mean and the largest k of components of each tensor.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read or written, models are of several architectures, there are too few, or k is
+            too large for them.
+    """
+    ks, dropped = settled(k, len(checkpoints))
+    controls = control or []
+    if control is not None and len(controls) < 3:
+        raise ValueError(f"{len(controls)} model(s) as --control: three or more have components of their own")
+    if control_base is not None and not controls:
+        raise ValueError("--control-base is of --control, which is not given")
+    bases = [base] * len(checkpoints) + [control_base] * len(controls)
+    models = models_of([*checkpoints, *controls], bases, match, exclude)
+    with processes() as team:
+        found = fit(models, ks, len(checkpoints), team, modes=modes)
+        if output is not None:
+            write_basis(Path(output), models, ks[-1], len(checkpoints), base or _base(checkpoints), team)
+        if team.rank:
+            return
+        warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
+        if json:
+            print_json(_json(found, checkpoints, ks, dropped, warnings))
+        else:
+            _tell(found, checkpoints, ks, warnings)
+            if output is not None:
+                show(f"{escape(output)}: a basis of {ks[-1]} components for each tensor")
+
+
+@contextmanager
+def processes() -> Iterator[Team]:
+    """Those that torchrun has started, or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        yield Team(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Team()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def cautions(
+    models: Models, num_members: int, ks: Sequence[int], dropped: Sequence[int], is_controlled: bool
+) -> list[str]:
+    """What a reader has to know before any number is read."""
+    found = []
+    if dropped:
+        found.append(
+            f"k={','.join(map(str, dropped))} left out: {num_members} models have {num_members - 1} components"
+        )
+    if num_members < FEW:
+        found.append(
+            f"{num_members} models are few: of noise too, {ks[-1]} component(s) explain "
+            f"{ks[-1] / (num_members - 1):.0%} of them; read what is left out, and --modes"
+        )
+    if models.is_related(num_members):
+        found.append(
+            "the models share an initialisation: what they have in common may be that of their start, and says nothing "
+            "of models from other starts" + ("" if is_controlled else "; give such models as --control")
+        )
+    if isinstance(models, Adapters) and models.left_out:
+        found.append(f"trained whole and not looked at: {models.left_out[:5]}")
+    return found
+
+
+def _base(checkpoints: Sequence[str]) -> str | None:
+    return base_of(Path(checkpoints[0])) if is_adapter(Path(checkpoints[0])) else None
+
+
+def _json(
+    found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], dropped: Sequence[int], warnings: Sequence[str]
+) -> Any:
+    size = len(checkpoints)
+    return plain(
+        {
+            "models": list(checkpoints),
+            "num_models": size,
+            "k": list(ks),
+            "dropped_k": list(dropped),
+            "warnings": list(warnings),
+            "whole": found.whole,
+            "layers": found.layers,
+            "cosines": cosines(found.gram[:size, :size]).tolist(),
+            "clusters": [list(join) for join in found.clusters],
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """Numbers that do not exist as None, in whatever holds them."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _tell(found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        show(f"[bold]note[/]: {escape(warning)}")
+    show(_by_k(found.whole, ks, len(checkpoints)))
+    show(_by_layer(found.layers, ks[-1]))
+    if any("modes" in numbers for numbers in found.layers.values()):
+        show(_by_mode(found.layers, ks))
+    show(_dendrogram(found, [Path(path).name for path in checkpoints]))
+
+
+ROWS = {
+    "explained, in sample": ("explained",),
+    "  of Gaussian models": ("null",),
+    "left out: the mean of the others": ("left_out", "mean"),
+    "  their basis": ("left_out", "basis"),
+    "  mean and basis": ("left_out", "mean_and_basis"),
+    "  a random basis": ("left_out", "random"),
+    "control: explained, in sample": ("control", "explained"),
+    "  held by the basis": ("control", "held_by_basis"),
+    "  by a random basis": ("control", "random"),
+}
+
+
+def _by_k(whole: Mapping[str, Any], ks: Sequence[int], num_models: int) -> Table:
+    title = f"{num_models} models, {whole['num_parameters']:,} numbers each, whole"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("part of the energy")
+    for k in ks:
+        table.add_column(f"k={k}", justify="right")
+    for heading, path in ROWS.items():
+        row: Any = whole
+        for key in path:
+            row = row.get(key, {})
+        if row:
+            table.add_row(heading, *(cell(row.get(str(k), float("nan"))) for k in ks))
+    for heading, apart in (("halves", whole["halves"]), ("control", whole.get("control", {}).get("grassmann", {}))):
+        if apart:
+            told = (apart.get(str(k)) for k in ks)
+            row = ["-" if one is None else f"{one['distance']:.3f} ({one['distance_chance']:.3f})" for one in told]
+            table.add_row(f"Grassmann distance of {heading} (chance)", *row)
+    return table
+
+
+def _by_layer(layers: Mapping[str, Any], k: int) -> Table:
+    table = Table(title=f"each tensor, k={k}", title_justify="left", box=None)
+    for heading in ("tensor", "numbers", "explained", "Gaussian", "mean", "basis", "mean and basis", "random"):
+        table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
+    for name, numbers in layers.items():
+        left = numbers["left_out"]
+        values = [numbers["explained"], numbers["null"], *(left[key] for key in ("mean", "basis", "mean_and_basis"))]
+        cells = [cell(one[str(k)]) for one in (*values, left["random"])]
+        table.add_row(escape(name), str(numbers["num_parameters"]), *cells)
+    return table
+
+
+def _by_mode(layers: Mapping[str, Any], ks: Sequence[int]) -> Table:
+    table = Table(title="each axis: explained / Gaussian, left out / random", title_justify="left", box=None)
+    for heading in ("tensor", "axis", "size", *(f"k={k}" for k in ks)):
+        table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
+    for name, numbers in layers.items():
+        for axis, one in numbers.get("modes", {}).items():
+            keys = ("explained", "null", "left_out", "random")
+            cells = ["{:.2f}/{:.2f} {:.2f}/{:.2f}".format(*(one[key][str(k)] for key in keys)) for k in ks]
+            table.add_row(escape(name), axis, str(one["size"]), *cells)
+    return table
+
+
+def _dendrogram(found: Fitted, names: Sequence[str]) -> Tree:
+    """Clusters of models: a branch for each join, with its distance."""
+    size = len(names)
+    joined = {size + i: join for i, join in enumerate(found.clusters)}
+
+    def grow(parent: Tree, node: int) -> Tree:
+        if node < size:
+            return parent.add(escape(names[node]))
+        a, b, height, _ = joined[node]
+        branch = parent.add(f"{height:.3f}")
+        grow(branch, a)
+        grow(branch, b)
+        return branch
+
+    chance = size / (size - 1)
+    root = Tree(f"models by 1 - cosine of their centred updates; independent ones join at about {chance:.3f}")
+    grow(root, 2 * size - 2)
+    return root

@@ -1,0 +1,258 @@
+"""`subspace project`, `compress`, `reconstruct` and `merge`: models in a basis that there is."""
+
+import json as json_
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.markup import escape
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
+from lightning_lowrank.analysis.subspaces.command import plain
+from lightning_lowrank.analysis.subspaces.models import Models, size_on_disk
+from lightning_lowrank.analysis.subspaces.states import (
+    Coefficients,
+    Located,
+    chosen_k,
+    located,
+    projected,
+    show_rows,
+    stored,
+    worth,
+)
+from lightning_lowrank.analysis.tasks import task_of
+from lightning_lowrank.models.basis_files import Basis
+
+COEFFICIENTS = "lightning-lowrank coefficients 1"
+
+
+def subspace_project(
+    basis: str, models: list[str], *, base: str | None = None, k: int | None = None, json: bool = False
+) -> None:
+    """Print how much of models a basis holds: its mean, its components, both, and random components.
+
+    Args:
+        basis: A file of subspace fit.
+        models: Files or folders.
+        base: What they were trained from; that of the basis unless given.
+        k: How many components, all unless given.
+        json: Print all numbers, and the coefficients.
+
+    Raises:
+        ValueError: A file cannot be read, or a model is of another architecture.
+    """
+    place = located(basis, base)
+    count, found = chosen_k(place.basis, k), place.models(models)
+    rows = {path: shares(place.basis, found, i, count) for i, path in enumerate(models)}
+    if json:
+        coefficients = projected(place.basis, found)
+        told = {
+            path: row | {"coefficients": {name: c[i].tolist() for name, c in coefficients.items()}}
+            for i, (path, row) in enumerate(rows.items())
+        }
+        print_json(plain({"k": count, "models": told}))
+    else:
+        show_rows(f"part of the energy that {basis} holds, k={count}", rows)
+
+
+def shares(basis: Basis, models: Models, i: int, k: int) -> dict[str, float]:
+    """Parts of the energy of one model, all tensors together."""
+    sums = dict.fromkeys(("energy", "mean", "basis", "mean_and_basis"), 0.0)
+    for name in basis.shapes:
+        share, x = basis.share(name), models.tensor(i, name).flatten()
+        away, directions = x - share.mean.double().flatten(), share.directions[:k]
+        energy, of_mean = float(x @ x), float(x @ x - away @ away)
+        sums["energy"] += energy
+        sums["mean"] += of_mean
+        sums["basis"] += float((directions @ x).square().sum())
+        sums["mean_and_basis"] += of_mean + float((directions @ away).square().sum())
+    energy = sums.pop("energy")
+    size = sum(shape.numel() for shape in basis.shapes.values())
+    chance = sum(min(k, shape.numel()) for shape in basis.shapes.values()) / size
+    return {key: value / energy if energy else float("nan") for key, value in sums.items()} | {"random": chance}
+
+
+def subspace_compress(
+    basis: str,
+    models: list[str],
+    *,
+    base: str | None = None,
+    k: int | None = None,
+    data: str | None = None,
+    output: str,
+    json: bool = False,
+) -> None:
+    """Write models as coefficients in a basis, and print what that saves, and costs.
+
+    Args:
+        basis: A file of subspace fit.
+        models: Files or folders.
+        base: What they were trained from; that of the basis unless given.
+        k: How many components, all unless given.
+        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {name: mean}): each model
+            is measured before and after, on the data that has the name of its file, or on all.
+        output: The safetensors file for the coefficients.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read or written, the data cannot be had, or a model is of another architecture.
+    """
+    place = located(basis, base)
+    count, found = chosen_k(place.basis, k), place.models(models)
+    coefficients = {name: c[:, :count] for name, c in projected(place.basis, found).items()}
+    write_coefficients(Path(output), coefficients, models)
+    sizes = bytes_of(place.basis, found, Path(output), count)
+    rows = {path: shares(place.basis, found, i, count) for i, path in enumerate(models)}
+    if data is not None:
+        task = task_of(data)
+        for i, path in enumerate(models):
+            before = worth(task, place.original(found, i), path)
+            after = worth(task, place.state({name: c[i] for name, c in coefficients.items()}), path)
+            rows[path] |= {
+                f"{key}, {when}": v for when, of in (("whole", before), ("rebuilt", after)) for key, v in of.items()
+            }
+    if json:
+        print_json(plain({"k": count, "bytes": sizes, "models": rows}))
+        return
+    show_rows(f"part of the energy that {basis} holds, k={count}", rows)
+    show(
+        f"{sizes['models']:,} bytes of {len(models)} models -> {sizes['coefficients']:,} of coefficients and "
+        f"{sizes['basis']:,} of the basis: {sizes['ratio']:.2f} times less; without the basis "
+        f"{sizes['ratio_without_basis']:.0f} times, which holds for models that come later. By counts alone, "
+        f"{sizes['ratio_by_counts']:.2f} times; at most {sizes['ratio_at_most']:.2f}, models over components and mean"
+    )
+
+
+def bytes_of(basis: Basis, models: Models, output: Path, k: int) -> dict[str, int | float]:
+    """What models take as they are and in the basis, in bytes on disk and as ratios."""
+    size = len(models.paths)
+    whole, part, shared = sum(models.num_bytes), size_on_disk(output), size_on_disk(basis.path)
+    num_parameters = sum(shape.numel() for shape in basis.shapes.values())
+    counts = {name: min(k, count) for name, count in basis.ks.items()}
+    kept = sum((1 + counts[name]) * shape.numel() for name, shape in basis.shapes.items())
+    return {
+        "models": whole,
+        "basis": shared,
+        "coefficients": part,
+        "ratio": whole / (shared + part),
+        "ratio_without_basis": whole / part,
+        "ratio_by_counts": size * num_parameters / (kept + size * sum(counts.values())),
+        "ratio_at_most": size / (k + 1),
+    }
+
+
+def subspace_reconstruct(
+    basis: str,
+    *,
+    coefficients: str | None = None,
+    models: list[str] | None = None,
+    base: str | None = None,
+    k: int | None = None,
+    output: str,
+) -> None:
+    """Write models back as checkpoints.
+
+    Args:
+        basis: A file of subspace fit.
+        coefficients: A file of subspace compress; the models that the basis is of unless given.
+        models: Paths of those that are written, as the file has them; all unless given.
+        base: What they were trained from; that of the basis unless given.
+        k: How many components, all unless given.
+        output: The folder for the checkpoints.
+
+    Raises:
+        ValueError: A file cannot be read or written, or has no such model.
+    """
+    place = located(basis, base)
+    known, found = _coefficients(place.basis, coefficients)
+    if wrong := [one for one in models or [] if one not in known]:
+        raise ValueError(f"there is no model {wrong}; there are {known[:10]}")
+    count = chosen_k(place.basis, k)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    stems = [Path(path).stem for path in known]
+    for i, path in enumerate(known):
+        if models is None or path in models:
+            name = stems[i] if stems.count(stems[i]) == 1 else f"{i}_{stems[i]}"
+            file = Path(output) / f"{name}.safetensors"
+            save(_state(place, found, i, count), file)
+            show(f"{escape(str(file))}: {escape(path)} by {count} components")
+
+
+def subspace_merge(
+    basis: str,
+    *,
+    coefficients: str | None = None,
+    of: Literal["mean", "coefficients"] = "mean",
+    base: str | None = None,
+    k: int | None = None,
+    data: str | None = None,
+    output: str,
+    json: bool = False,
+) -> None:
+    """Merge models in a basis: by the mean of the basis, or by the mean of their coefficients.
+
+    Args:
+        basis: A file of subspace fit.
+        coefficients: A file of subspace compress; the models that the basis is of unless given.
+        of: Write the mean alone, or the mean with the mean coefficients. Of the models that the basis is of both are
+            the same, whatever k: their coefficients have mean zero.
+        base: What they were trained from; that of the basis unless given.
+        k: How many components, all unless given.
+        data: `module:function` that gives (module, {name: batches}, measure); both merges are measured.
+        output: The safetensors file to write.
+        json: Print all numbers.
+
+    Raises:
+        ValueError: A file cannot be read or written, or the data cannot be had.
+    """
+    place = located(basis, base)
+    known, found = _coefficients(place.basis, coefficients)
+    count = chosen_k(place.basis, k)
+    means = {name: c.mean(0, keepdim=True) for name, c in found.items()}
+    nothing = {name: torch.zeros_like(c) for name, c in means.items()}
+    moved = sum(float(c[:, :count].square().sum()) for c in means.values()) ** 0.5
+    save(_state(place, means if of == "coefficients" else nothing, 0, count), Path(output))
+    numbers: dict[str, Any] = {"models": known, "of": of, "k": count, "norm_of_mean_coefficients": moved}
+    if data is not None:
+        task = task_of(data)
+        for key, weights in (("mean", nothing), ("coefficients", means)):
+            numbers[f"measured_{key}"] = worth(task, iter(_state(place, weights, 0, count).items()), "")
+    if json:
+        print_json(plain(numbers))
+        return
+    same = "they are the same merge" if moved < 1e-6 else f"they differ by {moved:.3g}"
+    show(f"{escape(output)}: {len(known)} models by the {of}; the merge of the mean and that of coefficients: {same}")
+    for key in ("mean", "coefficients"):
+        for what, value in numbers.get(f"measured_{key}", {}).items():
+            show(f"  {key}: {escape(what)} {cell(value)}")
+
+
+def write_coefficients(file: Path, coefficients: Coefficients, models: Sequence[str]) -> None:
+    """Write coefficients of models, in single precision."""
+    metadata = {"format": COEFFICIENTS, "models": json_.dumps(list(models))}
+    try:
+        save_file({name: c.float().contiguous() for name, c in coefficients.items()}, file, metadata)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
+
+
+def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficients]:
+    """Models by path, and their coefficients."""
+    if path is None:
+        return basis.models, stored(basis)
+    try:
+        file: Any = safe_open(Path(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    known = file.metadata() or {}
+    if known.get("format") != COEFFICIENTS or set(file.keys()) != set(basis.shapes):
+        raise ValueError(f"{path} has no coefficients in {basis.path}: lightning-lowrank subspace compress writes them")
+    return json_.loads(known["models"]), {name: file.get_tensor(name).double() for name in basis.shapes}
+
+
+def _state(place: Located, coefficients: Coefficients, i: int, k: int) -> dict[str, Any]:
+    own = {name: c[i] for name, c in coefficients.items()}
+    return {name: tensor.contiguous() for name, tensor in place.state(own, k)}

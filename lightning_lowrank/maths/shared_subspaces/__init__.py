@@ -1,0 +1,1 @@
+"""Directions that several models share, from the inner products of the models alone."""

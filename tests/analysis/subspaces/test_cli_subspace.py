@@ -1,0 +1,378 @@
+"""`lightning-lowrank subspace` on real files.
+
+Oracles: numpy's SVD of the dense matrix of updates, torch's own state dicts, one process for two.
+"""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lightning_lowrank.analysis.cli import main
+from lightning_lowrank.models.adapter_folders import AdapterFolder, Pair, write_adapter
+from tests.processes import together
+
+KS = (1, 2, 4)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(11, 8),
+        nn.Flatten(0),
+        nn.Linear(8, 12),
+        nn.Unflatten(0, (1, 12)),
+        nn.Conv1d(1, 5, 3),
+        nn.Linear(10, 4),
+    )
+
+
+def saved(folder: Path, count: int = 7, seed: int = 0) -> tuple[list[str], str]:
+    """Models that moved away from one start along two shared directions, and a little anywhere."""
+    torch.manual_seed(seed)
+    start = network().state_dict()
+    shared = [{name: torch.randn_like(value) for name, value in start.items()} for _ in range(2)]
+    paths = []
+    for i in range(count):
+        strengths = torch.randn(2)
+        moved = {
+            name: value
+            + 0.05 * (strengths[0] * shared[0][name] + strengths[1] * shared[1][name])
+            + 0.005 * torch.randn_like(value)
+            for name, value in start.items()
+        }
+        paths.append(str(folder / f"task{i}_{seed}.pt"))
+        torch.save(moved, paths[-1])
+    torch.save(start, folder / f"base_{seed}.pt")
+    return paths, str(folder / f"base_{seed}.pt")
+
+
+def updates(paths: list[str], base: str, name: str | None = None) -> np.ndarray:
+    """Dense, one row for each model."""
+    start = torch.load(base, weights_only=True)
+    rows = [torch.load(path, weights_only=True) for path in paths]
+    names = [name] if name else list(start)
+    return np.stack([torch.cat([(row[n] - start[n]).double().flatten() for n in names]).numpy() for row in rows])
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    main(["subspace", *arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def shares(rows: np.ndarray) -> list[float]:
+    energies = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
+    return [energies[:k].sum() / energies.sum() for k in KS]
+
+
+def test_what_is_explained_is_that_of_the_dense_matrix_whole_and_by_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, base = saved(tmp_path)
+
+    found = told(capsys, "fit", *paths, "--base", base, "--modes")
+
+    by_name = {name: list(numbers["explained"].values()) for name, numbers in found["layers"].items()}
+    assert_allclose(list(found["whole"]["explained"].values()), shares(updates(paths, base)), rtol=1e-6)
+    for name, values in by_name.items():
+        assert_allclose(values, shares(updates(paths, base, name)), rtol=1e-6)
+    assert found["dropped_k"] == [8, 16] and "k=8,16 left out" in found["warnings"][0]
+    assert set(found["layers"]["4.weight"]["modes"]) == {"0", "2"}
+    assert found["whole"]["left_out"]["mean_and_basis"]["2"] > 0.8 > 0.01 > found["whole"]["left_out"]["random"]["2"]
+
+
+def test_models_of_another_start_are_held_by_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+    others, other_base = saved(tmp_path, seed=1)
+
+    found = told(capsys, "fit", *paths, "--base", base, "--control", *others, "--control-base", other_base)
+
+    control, left = found["whole"]["control"], found["whole"]["left_out"]
+    assert control["explained"]["2"] > 0.8 and left["mean_and_basis"]["2"] > 0.8
+    assert control["held_by_basis"]["2"] < 10 * control["random"]["2"]
+    assert_allclose(control["grassmann"]["2"]["distance"], control["grassmann"]["2"]["distance_chance"], atol=0.1)
+    assert found["whole"]["halves"]["2"]["distance"] < 0.5
+
+
+def test_models_are_told_to_share_a_start_only_where_they_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, _ = saved(tmp_path)
+    strangers = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        strangers.append(str(tmp_path / f"stranger{seed}.pt"))
+        torch.save(network().state_dict(), strangers[-1])
+
+    same = told(capsys, "fit", *paths[:4], "--match", "*weight")
+    other = told(capsys, "fit", *strangers, "--match", "*weight")
+
+    assert any("share an initialisation" in warning for warning in same["warnings"])
+    assert not any("share an initialisation" in warning for warning in other["warnings"])
+
+
+# Adapters
+
+
+def adapters(folder: Path, gauged: bool, base: dict[str, Tensor]) -> list[str]:
+    """LoRA adapters; gauged ones have other factors of the same products."""
+    paths = []
+    for i in range(6):
+        torch.manual_seed(i)
+        pairs = {}
+        for path, (m, n) in {"a": (9, 7), "b": (5, 9)}.items():
+            a, b = torch.randn(2, n), torch.randn(m, 2)
+            gauge = torch.randn(2, 2) + 2 * torch.eye(2) if gauged else torch.eye(2)
+            pairs[path] = Pair(torch.linalg.inv(gauge) @ a, b @ gauge, 0.5)
+        table = Pair(torch.randn(2, 13), torch.randn(4, 2), of_embedding=True)
+        paths.append(str(folder / f"{'gauged' if gauged else 'plain'}{i}"))
+        write_adapter(paths[-1], AdapterFolder(pairs | {"embed": table}))
+    return paths
+
+
+def test_adapters_are_looked_at_through_products_whatever_the_gauge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, gauged = (adapters(tmp_path, gauge, {}) for gauge in (False, True))
+    first = told(capsys, "fit", *plain)
+    second = told(capsys, "fit", *gauged)
+
+    dense = []
+    for path in plain:
+        w = {
+            k.removeprefix("base_model.model."): v.double()
+            for k, v in load_file(f"{path}/adapter_model.safetensors").items()
+        }
+        dense.append(0.5 * (w["a.lora_B.weight"] @ w["a.lora_A.weight"]).flatten().numpy())
+    assert_allclose(list(first["layers"]["a.weight"]["explained"].values()), shares(np.stack(dense)), rtol=1e-6)
+    for key in ("explained", "left_out"):
+        assert_close(second["layers"]["a.weight"][key], first["layers"]["a.weight"][key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_basis_of_adapters_holds_their_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"a.weight": torch.randn(9, 7), "b.weight": torch.randn(5, 9), "embed.weight": torch.randn(13, 4)}
+    save_file(base, tmp_path / "base.safetensors")
+    paths = adapters(tmp_path, False, base)
+    main(["subspace", "fit", *paths, "--k", "4", "-o", str(tmp_path / "basis.safetensors")])
+    options = ["--base", str(tmp_path / "base.safetensors"), "-o", str(tmp_path / "rebuilt")]
+    main(["subspace", "reconstruct", str(tmp_path / "basis.safetensors"), *options])
+    capsys.readouterr()
+    found = told(capsys, "project", str(tmp_path / "basis.safetensors"), paths[2], *options[:2])
+
+    rebuilt = load_file(tmp_path / "rebuilt" / "plain2.safetensors")
+    main(["merge", paths[2], str(tmp_path / "base.safetensors"), "-o", str(tmp_path / "merged.safetensors")])
+    whole = load_file(tmp_path / "merged.safetensors")
+    energy = sum(float((whole[n] - base[n]).double().square().sum()) for n in base)
+    lost = sum(float((whole[n] - rebuilt[n]).double().square().sum()) for n in base)
+    assert_allclose(found["models"][paths[2]]["mean_and_basis"], 1 - lost / energy, rtol=1e-4)
+
+
+# Used
+
+
+@pytest.fixture
+def basis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str], str]:
+    paths, base = saved(tmp_path)
+    main(["subspace", "fit", *paths, "--base", base, "--k", "5", "-o", str(tmp_path / "basis.safetensors")])
+    capsys.readouterr()
+    return str(tmp_path / "basis.safetensors"), paths, base
+
+
+def test_components_are_orthonormal_and_the_files_own(basis: tuple[str, list[str], str]) -> None:
+    path, paths, base = basis
+
+    found = load_file(path)
+
+    name = "2.weight"
+    rows = updates(paths, base, name)
+    own = found[f"components/{name}"].double().flatten(1).numpy()
+    right = np.linalg.svd(rows - rows.mean(0))[2][:5]
+    assert_allclose(own @ own.T, np.eye(5), atol=1e-5)
+    assert_allclose(np.abs(own @ right.T), np.eye(5), atol=1e-4)
+    assert_allclose(found[f"mean/{name}"].flatten(), rows.mean(0), atol=1e-6)
+
+
+def test_models_are_rebuilt_from_coefficients_as_projections(basis: tuple[str, list[str], str], tmp_path: Path) -> None:
+    path, paths, base = basis
+    main(["subspace", "compress", path, *paths[:2], "--k", "3", "-o", str(tmp_path / "c.safetensors")])
+    main(
+        [
+            "subspace",
+            "reconstruct",
+            path,
+            "--coefficients",
+            str(tmp_path / "c.safetensors"),
+            "-o",
+            str(tmp_path / "out"),
+        ]
+    )
+
+    rebuilt = load_file(tmp_path / "out" / "task1_0.safetensors")
+    start = torch.load(base, weights_only=True)
+    for name in start:
+        rows = updates(paths, base, name)
+        right = np.linalg.svd(rows - rows.mean(0))[2][:3]
+        expected = rows.mean(0) + (rows[1] - rows.mean(0)) @ right.T @ right
+        assert_allclose((rebuilt[name] - start[name]).flatten(), expected, atol=2e-6)
+
+
+def test_bytes_are_those_of_the_files(
+    basis: tuple[str, list[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, paths, _ = basis
+    found = told(capsys, "compress", path, *paths, "-o", str(tmp_path / "c.safetensors"))["bytes"]
+
+    sizes = [Path(one).stat().st_size for one in paths]
+    assert found["models"] == sum(sizes) and found["basis"] == Path(path).stat().st_size
+    assert_allclose(
+        found["ratio"], sum(sizes) / (Path(path).stat().st_size + (tmp_path / "c.safetensors").stat().st_size)
+    )
+    assert found["ratio_at_most"] == 7 / 6
+
+
+def test_merging_by_coefficients_of_all_is_the_mean(
+    basis: tuple[str, list[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, paths, _ = basis
+    for of in ("mean", "coefficients"):
+        main(["subspace", "merge", path, "--of", of, "-o", str(tmp_path / f"{of}.safetensors")])
+    said = capsys.readouterr().out
+    main(["subspace", "compress", path, *paths[:3], "-o", str(tmp_path / "three.safetensors")])
+    three = ["--coefficients", str(tmp_path / "three.safetensors"), "--of", "coefficients"]
+    main(["subspace", "merge", path, *three, "-o", str(tmp_path / "three_merged.safetensors")])
+
+    mean, other, some = (load_file(tmp_path / f"{n}.safetensors") for n in ("mean", "coefficients", "three_merged"))
+    states = [torch.load(one, weights_only=True) for one in paths]
+    assert "the same merge" in said
+    for name, value in mean.items():
+        assert_close(value, torch.stack([state[name] for state in states]).mean(0), rtol=0, atol=2e-6)
+        assert_close(value, other[name], rtol=0, atol=2e-6)
+    of_three = torch.stack([state["2.weight"] for state in states[:3]]).mean(0)
+    assert (some["2.weight"] - of_three).norm() < 0.2 * (mean["2.weight"] - of_three).norm()
+
+
+def test_a_basis_that_is_extended_is_that_of_all_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+    first, whole, later = (str(tmp_path / f"{n}.safetensors") for n in ("first", "whole", "later"))
+    main(["subspace", "fit", *paths[:5], "--base", base, "--k", "3", "-o", first])
+    main(["subspace", "fit", *paths, "--base", base, "--k", "3", "-o", whole])
+    capsys.readouterr()
+    found = told(capsys, "extend", first, *paths[5:], "-o", later, "--k", "5")
+
+    one, other = load_file(whole), load_file(later)
+    name = "2.weight"
+    assert_close(other[f"mean/{name}"], one[f"mean/{name}"], rtol=0, atol=1e-6)
+    ours, theirs = (t[f"components/{name}"].double().flatten(1)[:2] for t in (other, one))
+    assert_allclose(np.linalg.svd((ours @ theirs.T).numpy(), compute_uv=False), 1, atol=1e-3)
+    rows = found["models"]
+    assert all(rows[path]["held after"] > rows[path]["held before"] for path in paths[5:])
+    assert min(row["held after"] for row in rows.values()) > 0.9
+
+
+def digits_like() -> tuple[nn.Module, dict[str, Any], Any]:
+    """A task with data for one model by its name."""
+    torch.manual_seed(0)
+    module = nn.Linear(6, 3)
+    batch = torch.randn(20, 6)
+    return module, {"a": [batch], "all": [batch + 1]}, lambda module, x: {"output": module(x).mean()}
+
+
+def test_models_are_measured_whole_and_rebuilt_on_the_data_of_their_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for i, name in enumerate("abcd"):
+        torch.manual_seed(i)
+        paths.append(str(tmp_path / f"{name}.pt"))
+        torch.save(nn.Linear(6, 3).state_dict(), paths[-1])
+    path = str(tmp_path / "basis.safetensors")
+    main(["subspace", "fit", *paths, "--k", "2", "-o", path])
+    capsys.readouterr()
+    data = f"{__name__}:digits_like"
+
+    found = told(capsys, "compress", path, *paths, "--data", data, "-o", str(tmp_path / "c.safetensors"))["models"]
+
+    module, batches, measure = digits_like()
+    module.load_state_dict(torch.load(paths[0], weights_only=True))
+    assert_allclose(found[paths[0]]["a/output, whole"], measure(module, batches["a"][0])["output"].item(), rtol=1e-5)
+    assert "a/output, rebuilt" in found[paths[0]] and "all/output, rebuilt" not in found[paths[0]]
+    assert {"a/output, whole", "all/output, whole"} < set(found[paths[1]])
+
+
+# Processes
+
+
+def in_processes(rank: int, size: int, root: Path) -> Any:
+    paths, base = [str(root / f"task{i}_0.pt") for i in range(7)], str(root / "base_0.pt")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["subspace", "fit", *paths, "--base", base, "--json", "-o", str(root / f"basis_of_{size}.safetensors")])
+    return json.loads(printed.getvalue()) if rank == 0 else printed.getvalue()
+
+
+def test_two_processes_find_and_write_what_one_does(tmp_path: Path) -> None:
+    saved(tmp_path)
+    first, second = together(in_processes, tmp_path)
+    alone = in_processes(0, 1, tmp_path)
+
+    assert second == ""
+    assert_close(first["layers"], alone["layers"])
+    assert_close(first["whole"], alone["whole"])
+    assert_close(load_file(tmp_path / "basis_of_2.safetensors"), load_file(tmp_path / "basis_of_1.safetensors"))
+
+
+# Refused
+
+
+REFUSED = {
+    "one": (["fit", "0"], "three"),
+    "two": (["fit", "0", "1"], "N - 1 centred components"),
+    "k of 0": (["fit", "*", "--k", "0"], r"\[0\] must be from 1 to 5"),
+    "k of N - 1": (["fit", "*", "--k", "2,6"], r"\[6\] must be from 1 to 5"),
+    "words": (["fit", "*", "--k", "many"], "whole numbers"),
+    "twice": (["fit", "*", "0"], "given twice"),
+    "another architecture": (["fit", "*", "other"], "not of the architecture"),
+    "base of another architecture": (["fit", "*", "--base", "other"], "not of the architecture"),
+    "few controls": (["fit", "*", "--control", "other"], "as --control"),
+    "no tensor": (["fit", "*", "--match", "nothing*"], "fits nothing"),
+    "infinite": (["fit", "*", "infinite"], "not finite"),
+    "no basis": (["project", "0", "1"], "is no basis|as safetensors"),
+    "gone": (["project", "nowhere", "1"], "there is no file"),
+    "model of another architecture": (["project", "basis", "other"], "is not a basis of models such as"),
+    "k of a basis": (["project", "basis", "0", "--k", "9"], "must be from 1 to 5"),
+    "base of a basis": (["merge", "basis", "--base", "other", "-o", "x.safetensors"], "another architecture"),
+    "in it already": (["extend", "basis", "0", "-o", "x.safetensors"], "already"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_bad_input_is_refused_by_name(
+    why: str, basis: tuple[str, list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, paths, _ = basis
+    torch.save({"0.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
+    infinite = {name: value / 0 for name, value in torch.load(paths[0], weights_only=True).items()}
+    torch.save(infinite, tmp_path / "infinite.pt")
+    known = {str(i): [one] for i, one in enumerate(paths)} | {"*": paths, "basis": [path]}
+    known |= {name: [str(tmp_path / f"{name}.pt")] for name in ("other", "infinite", "nowhere")}
+    words, message = REFUSED[why]
+    monkeypatch.chdir(tmp_path)
+
+    given = [one for word, before in zip(words, ["", *words], strict=False) for one in _given(word, before, known)]
+    with pytest.raises(SystemExit) as refused:
+        main(["subspace", *given])
+    assert re.search(message, str(refused.value))
+
+
+def _given(word: str, before: str, known: dict[str, list[str]]) -> list[str]:
+    """Files by their short names; what follows --k is a number."""
+    return [word] if before == "--k" else known.get(word, [word])
