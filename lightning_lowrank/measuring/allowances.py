@@ -169,4 +169,5 @@ class Allowance(Budget):
         # On a device what a sample took may be known steps later.
         since = [own for age, own, _ in parts if age >= measured[0]]
         self.sample = (sum(since) - idle * (len(since) - len(measured))) / len(measured)
-        return max(self.spacing, cadence(self.share, self.sample, self.step, idle))
+        # From now on nothing is asked at other steps.
+        return max(self.spacing, cadence(self.share, self.sample, self.step))

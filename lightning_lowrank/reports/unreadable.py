@@ -49,5 +49,5 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     """What this process has of them, where they are floating-point numbers."""
     for parameter in module.parameters():
         weights = None if is_lazy(parameter) else local(parameter.detach())
-        if weights is not None and weights.is_floating_point() and weights.numel():
+        if weights is not None and weights.is_floating_point() and weights.itemsize > 1 and weights.numel():
             yield weights

@@ -107,9 +107,9 @@ def test_a_report_has_the_answer_to_every_question(run: Path, tmp_path: Path) ->
     main(["report", str(run), "-o", str(tmp_path / "report.html")])
 
     found = answers(tmp_path / "report.html")
-    assert {answer["route"] for answer in found} == {"runs", "texts", "matrix", "spectra"}
+    assert {answer["route"] for answer in found} == {"runs", "diagnosis", "texts", "matrix", "spectra"}
     entries = found[0]["answer"]["runs"][0]["entries"]  # type: ignore[index]
-    assert len(entries) == len(found) - 2
+    assert len(entries) == len(found) - 3
 
 
 def test_a_report_is_thinned_as_asked(tmp_path: Path) -> None:

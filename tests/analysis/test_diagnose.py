@@ -75,7 +75,7 @@ PLANTED: dict[str, tuple[Mapping[str, Table], tuple[str, str, int]]] = {
         {"weight_stable_rank": curve(a=broken(math.nan, 5)), "weight_stable_rank_chance": curve(a=FLAT)},
         ("diverged", "whole model", 100),
     ),
-    "few": ({"weight_stable_rank": curve(a=[1.0, 2.0])}, ("too-few-samples", "whole model", 10)),
+    "few": ({"weight_effective_rank": curve(a=[1.0, 2.0])}, ("too-few-samples", "whole model", 10)),
 }
 
 
@@ -186,6 +186,19 @@ def test_a_run_of_nan_is_told_first_with_the_step(tmp_path: Path, capsys: pytest
     main(["diagnose", str(tmp_path)])
 
     assert "critical diverged: whole model: no number since step 5" in capsys.readouterr().out
+
+
+def test_a_quantity_that_may_be_nan_in_health_is_no_end_of_the_run() -> None:
+    late = Table(STEPS + 5, ["model"], np.full((20, 1), np.nan, np.float32))
+
+    assert diagnose({"weight_stable_rank": curve(a=FLAT), "noise_scale": late}, RULES) == []
+
+
+def test_a_loss_of_nan_is_told_where_nothing_else_was_measured_after_it() -> None:
+    loss = Table(STEPS, ["model"], np.array([[1.0]] * 15 + [[np.nan]] * 5, np.float32))
+    early = Table(STEPS[:2].astype(np.int64), ["a"], np.ones((2, 1), np.float32))
+
+    assert [f.rule for f in diagnose({"step_loss": loss, "weight_participation_ratio": early}, RULES)] == ["diverged"]
 
 
 def test_at_most_twelve_lines_are_printed_for_a_run() -> None:

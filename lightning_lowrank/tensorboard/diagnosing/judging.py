@@ -4,7 +4,7 @@ Shape letters:  T samples   S sites
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ LASTING = 3
 # What the tab shows in the place of a site for numbers of the whole model.
 WHOLE_MODEL = "whole model"
 DOCS = "docs/how-to/diagnose.md"
+# As `LossMonitor` calls it.
+LOSS = "step_loss"
 # Ends of the names of what is a number whatever becomes of the run.
 CONSTANT = (
     *("_chance", "_floor", "_start", "_random_walk", "_rows", "_width", "_valid", "_count", "_examples", "_samples"),
@@ -151,7 +153,7 @@ def diagnose(curves: Curves, rules: Sequence[Rule]) -> list[Finding]:
     """
     found = [finding for rule in rules for finding in _findings(rule, curves)]
     lost = _without_numbers(curves)
-    found = [*([lost] if lost else []), *found, *_too_few(curves)]
+    found = [*([lost] if lost else []), *found, *_too_few(curves, rules)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -190,9 +192,8 @@ def finding_of(rule: Rule, quantity: str, site: str, value: float, since: int, n
 
 def judge(condition: Condition, curves: Curves) -> Judged | None:
     """A condition at every sample; None where the run does not have its quantity."""
-    names = (condition.quantity,) if isinstance(condition.quantity, str) else condition.quantity
-    there = next((found for name in names if (found := _there(name, curves))), None)
-    if there is None:
+    there = _asked(condition, curves)
+    if not there:
         return None
     quantity, *beside = there
     table = curves[quantity]
@@ -207,6 +208,12 @@ def judge(condition: Condition, curves: Curves) -> Judged | None:
         values = _relative(_smooth(values, condition.window), condition.relative_to)
         holds = values < condition.below if np.isfinite(condition.below) else values > condition.above
     return Judged(quantity, table.steps, sites, values, holds)
+
+
+def _asked(condition: Condition, curves: Curves) -> list[str]:
+    """The quantities that it looks at: those of the first of its names that the run has."""
+    names = (condition.quantity,) if isinstance(condition.quantity, str) else condition.quantity
+    return next((found for name in names if (found := _there(name, curves))), [])
 
 
 def _there(name: str, curves: Curves) -> list[str]:
@@ -269,23 +276,33 @@ def _aligned(other: Judged, first: Judged) -> NDArray[np.bool_]:
 
 
 def _without_numbers(curves: Curves) -> Finding | None:
-    """All is NaN from a step on."""
-    since = silent_since([table for name, table in curves.items() if not name.endswith(CONSTANT)])
+    """All is NaN from a step on, or the loss is."""
+    since = silent_since(curves[name] for name in curves if not name.endswith(CONSTANT))
+    loss = _named(LOSS, curves)
+    if since is None and loss is not None and len(curves[loss].steps) >= LASTING:
+        since = silent_since([curves[loss]]) if not np.isfinite(curves[loss].values[-LASTING:]).any() else None
     return None if since is None else finding_of(NO_NUMBER, "", WHOLE_MODEL, np.nan, since, 1)
 
 
-def silent_since(tables: Sequence[Table]) -> int | None:
-    """The first step from which on nothing of the model is finite, in no quantity; None where something is."""
-    read = [table for table in tables if len(table.steps)]
+def silent_since(tables: Iterable[Table]) -> int | None:
+    """The first step from which on nothing is finite, in no table; None where the last sample of one is."""
+    read = []
+    for table in tables:
+        if len(table.steps) and np.isfinite(table.values[-1]).any():
+            return None
+        read += [table] if len(table.steps) else []
     last = max((int(t.steps[np.isfinite(t.values).any(1)].max(initial=-1)) for t in read), default=-1)
     return min((int(step) for table in read for step in table.steps if step > last), default=None)
 
 
-def _too_few(curves: Curves) -> Iterator[Finding]:
-    """Quantities with too few samples to say anything of."""
-    few = sorted(name for name, table in curves.items() if 0 < len(table.steps) < LASTING)
+def _too_few(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
+    """Quantities of which rules would say something, with too few samples for it."""
+    names = {name for rule in rules for condition in rule.conditions for name in _asked(condition, curves)}
+    few = sorted(name for name in names if 0 < len(curves[name].steps) < LASTING)
     if few:
-        says = f"{len(few)} of {len(curves)} quantities have fewer than {LASTING} samples"
+        says = (
+            f"{len(few)} of {len(names)} quantities {'has' if len(few) == 1 else 'have'} fewer than {LASTING} samples"
+        )
         step = int(max(curves[name].steps[-1] for name in few))
         message = f"{says}, the first is {few[0]}: nothing is said of them. Try: {FEW.advice}. See {FEW.page}"
         words = {"says": says, "cause": FEW.cause, "advice": FEW.advice, "page": FEW.page}
