@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lowrank import RankMonitor, summary_table
+from lightning_lowrank import summary_table, watch_all
+from lightning_lowrank.analysis.diagnosing import diagnose
 
 CONTEXT = 64
 
@@ -103,11 +104,14 @@ def main(max_steps: int = 400, batch_size: int = 32, log_dir: Path = Path("runs"
     windows = TensorDataset(standard_library())
     batches = DataLoader(windows, batch_size, shuffle=True, drop_last=True)
 
-    monitor = RankMonitor(detail="standard")
-    trainer = L.Trainer(max_steps=max_steps, callbacks=[monitor], logger=TensorBoardLogger(log_dir, "char_transformer"))
+    monitors = watch_all(detail="standard")
+    logger = TensorBoardLogger(log_dir, "char_transformer")
+    trainer = L.Trainer(max_steps=max_steps, callbacks=[*monitors], logger=logger)
     trainer.fit(CharTransformer(vocabulary=100), batches)
 
-    rich.print(summary_table(monitor))
+    logger.finalize("success")
+    rich.print(summary_table(monitors[0]))
+    diagnose([logger.log_dir])
     tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
     print(f"Open the curves with:\n\n    {tensorboard} --logdir {log_dir}\n")
 

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 # Where each command is and what it does. Only the one that was asked for is imported: some take torch.
 COMMANDS = {
     "plan": ("planning.command", "print what RankMonitor will cost a model, without a step"),
+    "diagnose": ("diagnosing", "print what the curves of runs say, worst first, and what to try"),
     "report": ("runs", "write what a run has logged as one HTML file"),
     "summary": ("runs", "print what a run has logged as a table"),
     "spectra": ("checkpoints", "print ranks, tails and outliers of every matrix of checkpoints"),

@@ -76,7 +76,8 @@ def _all_answers(reader: Reader, samples: int) -> list[dict[str, Any]]:
     """Every question that the page may ask, with its answer."""
     found: list[dict[str, Any]] = [{"route": "runs", "answer": answers.runs(reader, {})}]
     for run, series in reader.runs().items():
-        found.append({"route": "texts", "run": run, "answer": answers.texts(reader, {"run": run})})
+        for route in ("diagnosis", "texts"):
+            found.append({"route": route, "run": run, "answer": answers.ANSWERS[route](reader, {"run": run})})
         for kind, name in series:
             asked = {"run": run, "kind": kind, "name": name}
             if kind in ("spectrum", "curve"):

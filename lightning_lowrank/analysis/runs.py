@@ -4,7 +4,7 @@ import json as json_
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import rich
 from rich.markup import escape
 
 from lightning_lowrank.analysis.page import page_of, reader_of
-from lightning_lowrank.reports.dashboard import Sample, summary_table
+from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
 from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.tensorboard.diagnosing.judging import CONSTANT, silent_since
 from lightning_lowrank.tensorboard.series import Reader
+
+# What a terminal shows at once.
+LINES, WIDTH = 25, 80
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Run:
         label: Its name.
         overhead: Percent by which training took longer.
         alerts: Rule -> 0, 1 or 2, at the latest sample.
+        no_number_since: Step from which on every number is NaN, None where there are some.
     """
 
     label: str
@@ -33,6 +38,7 @@ class Run:
     first: Sample | None
     latest: Sample | None
     alerts: Mapping[str, float]
+    no_number_since: int | None = None
 
 
 def report(run_dir: str, output: str = "report.html", samples: int = answers.LIMIT) -> None:
@@ -53,18 +59,42 @@ def report(run_dir: str, output: str = "report.html", samples: int = answers.LIM
     rich.print(f"{escape(output)}: {len(reader.runs())} runs, {Path(output).stat().st_size / 2**20:.1f} MiB")
 
 
-def summary(run_dir: str, *, json: bool = False) -> None:
-    """Print medians and the lowest sites as a table.
+def summary(run_dir: str, *, all: bool = False, json: bool = False) -> None:
+    """Print medians and the lowest sites: at most 25 lines, of each source its first quantities.
 
     Args:
         run_dir: A folder with event files, of one run or of several.
+        all: Print a table of every quantity of every run.
         json: Print numbers of all sites, null where there is none.
 
     Raises:
         ValueError: There are no event files.
     """
     reader = reader_of(Path(run_dir))
-    _tell([_run(reader, name, series) for name, series in reader.runs().items()], as_json=json)
+    runs = [_run(reader, name, series) for name, series in reader.runs().items()]
+    if json:
+        _print_json(runs)
+    elif all:
+        _print_tables(runs)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in brief(runs)))
+
+
+def brief(runs: Sequence[Run], most: int = LINES, width: int = WIDTH) -> list[str]:
+    """All runs in few lines: each with as many as all have, or with its title alone where they are many."""
+    shown = runs[: most - 1]
+    each = (most - 1) // max(1, len(shown))
+    lines = [line for run in shown for line in [*lines_of(run, each - bool(_firing(run)), width), *_firing(run)][:each]]
+    hidden = sum(len(run.latest.values) if run.latest else 0 for run in runs) - sum(
+        len(leading(run.latest.values, each - 2)) if run.latest else 0 for run in shown
+    )
+    more = f"{hidden} more quantities" + (f" and {len(runs) - len(shown)} more runs" if len(runs) > len(shown) else "")
+    return [*lines, f"{more}: --all"] if hidden or len(runs) > len(shown) else lines
+
+
+def _firing(run: Run) -> list[str]:
+    rules = [rule for rule, state in run.alerts.items() if state >= 2]
+    return [f"firing: {', '.join(rules)}"] if rules else []
 
 
 def write(file: Path, text: str) -> None:
@@ -100,6 +130,9 @@ def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Ru
         first,
         latest,
         {rule: state for states in alerts.values.values() for rule, state in states.items()},
+        silent_since(
+            [table for (kind, name), table in tables.items() if kind == "vector" and not name.endswith(CONSTANT)]
+        ),
     )
 
 
@@ -112,15 +145,15 @@ def _sample(tables: Mapping[str, Any], end: int) -> Sample:
     return Sample(step, rows)
 
 
-def _tell(runs: Sequence[Run], *, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json_.dumps({run.label: _plain(run) for run in runs}, indent=2, allow_nan=False) + "\n")
-        return
+def _print_json(runs: Sequence[Run]) -> None:
+    sys.stdout.write(json_.dumps({run.label: _plain(run) for run in runs}, indent=2, allow_nan=False) + "\n")
+
+
+def _print_tables(runs: Sequence[Run]) -> None:
     for run in runs:
         rich.print(summary_table(_escaped(run)))
-        firing = [escape(rule) for rule, state in run.alerts.items() if state >= 2]
-        if firing:
-            rich.print(f"firing: {', '.join(firing)}")
+        for line in _firing(run):
+            rich.print(escape(line))
 
 
 def _escaped(run: Run) -> Run:
@@ -132,7 +165,7 @@ def _escaped(run: Run) -> Run:
             {escape(q): {escape(site): value for site, value in row.items()} for q, row in sample.values.items()},
         )
 
-    return Run(escape(run.label), run.overhead, plain(run.first), plain(run.latest), run.alerts)
+    return replace(run, label=escape(run.label), first=plain(run.first), latest=plain(run.latest))
 
 
 def _plain(run: Run) -> dict[str, Any]:

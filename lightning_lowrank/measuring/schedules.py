@@ -49,6 +49,10 @@ class Every:
         """Whether this step is due."""
         return step >= self.start and (step - self.start) % self.n == 0
 
+    def count(self, total_steps: int) -> int:
+        """Samples in a run of so many steps."""
+        return len(range(self.start, total_steps, self.n))
+
 
 class Spent(NamedTuple):
     """Seconds before a step: ours, and of the whole training."""
@@ -109,11 +113,30 @@ class Budget:
         self._mark: Spent | None = None
         self._now: Spent | None = None
 
+    @property
+    def warm_up(self) -> int:
+        """Steps until the cadence is chosen."""
+        return WARM_UP
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether there will be no sample at all."""
+        return False
+
+    def plan(self, total_steps: int | None) -> None:
+        """Training starts, and its length may be known."""
+
     def __call__(self, step: int) -> bool:
         """Whether this step is due."""
         if self.every is not None:
             return step > self._decided and (step - self._decided) % self.every == 0
         return step - (self._begun.step if self._begun else 0) in SAMPLED
+
+    def count(self, total_steps: int) -> int | None:
+        """Samples in a run of so many steps, from the choice on if it was made; None where it is still to be made."""
+        if self.every is not None:
+            return len(range(self._decided + self.every, total_steps, self.every))
+        return sum(step < total_steps for step in SAMPLED) if total_steps <= WARM_UP else None
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
         """Take note of the seconds spent before a step begins: whether the cadence was chosen just now.
@@ -160,7 +183,7 @@ class Budget:
         age = now.step - self._begun.step
         if age >= COLD:
             self._seen.append(now)
-        if age < WARM_UP:
+        if age < self.warm_up:
             return False
         # No process may fail before it has said its word: the others wait for it.
         wanted = self._wanted()
@@ -196,6 +219,13 @@ def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
     """
     allowed = max(step, 1e-6) * AIM * share
     return max(1, math.ceil(sample / max(allowed - idle, allowed / 10)))
+
+
+def rests(budget: Budget | None, step: int) -> bool:
+    """Whether nobody has to look at a step, not even at the clock: neither it nor the one before is due, for good."""
+    if budget is None or budget.is_left_out:
+        return budget is not None
+    return budget.every is not None and not budget(step) and not budget(step - 1)
 
 
 def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:

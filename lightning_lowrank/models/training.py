@@ -24,6 +24,8 @@ class Training(ABC):
         may_skip: An optimizer that calls no hook has skipped its step, as under a GradScaler.
         epoch: Number of the epoch, from 0 on; None where nobody counts them.
         schedulers: Of learning rates, where they are known.
+        total_steps: How many steps the x-axis will have if nothing ends the run before; None where that is not known.
+        may_save: There is a way to write checkpoints.
     """
 
     module: nn.Module
@@ -34,6 +36,8 @@ class Training(ABC):
     may_skip: bool = False
     epoch: int | None = None
     schedulers: Sequence[Any] = ()
+    total_steps: int | None = None
+    may_save: bool = True
 
     @property
     @abstractmethod

@@ -1,7 +1,8 @@
 """How curves are laid out: TensorBoard's custom scalars, and a table for the console. Works on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,9 @@ class Sample:
 
 
 Layout = dict[str, dict[str, list[Any]]]
+
+# What stands beside a quantity, and is none of its own.
+BESIDE = ("_error", "_chance", "_floor", "_random_walk", "_start")
 
 # TensorBoard keeps one layout per run, the last written: all monitors of a run add to the same one.
 _LAYOUTS: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
@@ -62,6 +66,9 @@ class Watched(Protocol):
     @property
     def overhead(self) -> float: ...
 
+    @property
+    def no_number_since(self) -> int | None: ...
+
 
 def summary_table(monitor: Watched) -> Table:
     """Medians over sites of each quantity at the first and the latest sample, and the site that is lowest now, with its
@@ -71,10 +78,7 @@ def summary_table(monitor: Watched) -> Table:
         monitor: One that has watched a run; without a sample the table is empty.
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
-    table = Table(
-        title=f"{monitor.label}: training takes {monitor.overhead:.2f} % longer",
-        caption="medians over sites, and the lowest now",
-    )
+    table = Table(title=title_of(monitor), caption="medians over sites, and the lowest now")
     table.add_column("quantity", overflow="fold")
     for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
@@ -93,6 +97,51 @@ def summary_table(monitor: Watched) -> Table:
         now = _with_error(finite[lowest], errors[quantity].get(lowest, 0.0)) if finite else "-"
         table.add_row(quantity, _median(first.values.get(quantity, {})), _median(values), now, lowest)
     return table
+
+
+def title_of(monitor: Watched) -> str:
+    """What watching costs, and since when it sees nothing."""
+    silent = "" if monitor.no_number_since is None else f"; no number since step {monitor.no_number_since}"
+    cost = "" if np.isnan(monitor.overhead) else f": training takes {monitor.overhead:.2f} % longer"
+    return f"{monitor.label}{cost}{silent}"
+
+
+def lines_of(monitor: Watched, most: int, width: int) -> list[str]:
+    """The same in few lines: of each source its first quantities, as many as there is room for.
+
+    Args:
+        monitor: As for the table.
+        most: Lines, the title and the heading among them; 2 at least.
+        width: Of each line but the title, whose name stays whole.
+    """
+    first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
+    shown = leading(latest.values, most - 2)
+    names = [len(name) for name in shown]
+    room = max(names, default=0)
+    heading = f"{'median over sites':{room}} {f'step {first.step}':>10} {f'step {latest.step}':>10} {'lowest':>9}  at"
+    lines = [heading] if shown else []
+    for quantity in shown:
+        values = {site: value for site, value in latest.values[quantity].items() if np.isfinite(value)}
+        at = min(values, key=values.__getitem__, default="")
+        ends = f"{_median(first.values.get(quantity, {})):>10} {_median(values):>10}"
+        lines.append(f"{quantity:{room}} {ends} {f'{values[at]:.3g}' if values else '-':>9}  {at}")
+    return [
+        title_of(monitor),
+        *(line if len(line) <= width else f"{line[: width - 1]}\N{HORIZONTAL ELLIPSIS}" for line in lines),
+    ]
+
+
+def leading(quantities: Iterable[str], most: int) -> list[str]:
+    """Some of them in their order: of each source the first one, then of each the second, and so on. Errors and what
+    chance gives are none of their own.
+    """
+    rows = [name for name in quantities if not name.endswith(BESIDE) or name.endswith("_over_floor")]
+    groups: dict[str, list[str]] = {}
+    for name in rows:
+        groups.setdefault(name.partition("_")[0], []).append(name)
+    turns = [name for turn in zip_longest(*groups.values()) for name in turn if name is not None]
+    chosen = set(turns[: max(0, most)])
+    return [name for name in rows if name in chosen]
 
 
 def _with_error(value: float, error: float) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +10,23 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_lowrank.distributed.team import Team
+from lightning_lowrank.measuring.allowances import Allowance
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.measuring.number_source import WHOLE_MODEL
-from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
-from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every
+from lightning_lowrank.measuring.schedules import Budget
 from lightning_lowrank.models.training import Training
-from lightning_lowrank.reports import dashboard, loggers
+from lightning_lowrank.reports import dashboard, loggers, unreadable
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
+from lightning_lowrank.reports.announcing import (
+    FirstSample,
+    each,
+    left_out,
+    named,
+    num_samples,
+    percent,
+    start_line,
+    too_few,
+)
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.loggers import Array
 from lightning_lowrank.reports.report import Host, Style, charts, merged, quantities_by_site, report_of
@@ -43,10 +52,13 @@ class Journal:
         self.latest: Sample | None = None
         self.failures = 0
         self.skipped = 0
+        self.no_number_since: int | None = None
         self.clock = Clock()
         self._vectors = Vectors()
         self._said: set[str] = set()
         self._laid_out = False
+        self._first_sample = FirstSample([])
+        self._total_steps: int | None = None
         # By recorder, what the last sample has not read, and what went wrong in it.
         self._unread: dict[str, set[str]] = {}
         self._errors: dict[str, str | None] = {}
@@ -69,7 +81,7 @@ class Journal:
         report = report_of(step, recorders, host, awaited, self.style)
         # First, since all processes must decide alike: what comes after may fail in one of them.
         self.alerts.observe(report.step, report.values)
-        self._count_losses(recorders, host, awaited)
+        self._count_losses(training, report.step, recorders, host, awaited)
         self.first = merged(report, self.first, keep=True)
         self.latest = merged(report, self.latest, keep=False)
         self._note(recorders)
@@ -83,17 +95,52 @@ class Journal:
         ]
         self.count_errors(loggers.write(training.loggers, scalars, report.step, draws))
 
-    def announce(self, recorders: Sequence[Recorder]) -> None:
-        """Say once what will be measured, and what memory it keeps."""
+    def prepare(self, recorders: Sequence[Recorder], training: Training) -> None:
+        """Settle what loggers get of the sites that were chosen, and hold the rules against them.
+
+        Raises:
+            ValueError: A rule looks at nothing, or asks for what nobody does.
+        """
+        self.alerts.check({quantity: r.sites_of(quantity) for r in recorders for quantity in r.quantities})
+        self.alerts.check_actions(training)
         self.style = replace(self.style, by_site=quantities_by_site(self.style, recorders))
         self._layout = dashboard.layout(
             {r.name: charts(self.style, r) for r in recorders}, margins=self.style.shows("standard")
         )
-        counts = ", ".join(f"{r.name} at {_places(r.expected)} ({_when(r.probe)})" for r in recorders)
+
+    def announce(self, recorders: Sequence[Recorder], total_steps: int | None) -> None:
+        """Say once what will be measured and what memory it keeps; warn where that will be no curve.
+
+        Args:
+            recorders: The probes at work.
+            total_steps: Of the whole run, if that is known.
+        """
+        probes = [recorder.probe for recorder in recorders]
+        if self.budget is not None:
+            self.budget.plan(total_steps)
+            if self.budget.is_left_out:
+                self.info_once(left_out(self.budget, total_steps))
+                return
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
-        self.info_once("; ".join([counts, *kept]))
+        self.info_once("; ".join([start_line(recorders, total_steps), *kept]))
+        few = too_few(num_samples(probes, total_steps), total_steps)
+        if few:
+            self._warn("few samples", few)
+        self._first_sample, self._total_steps = FirstSample(probes), total_steps
         self._note(recorders)
+
+    def refuse(self, error: Exception) -> bool:
+        """Refuse what cannot be measured; `False`, and a word, where nobody has asked for this monitor by name.
+
+        Raises:
+            ValueError: With the label.
+        """
+        if not isinstance(self.budget, Allowance):
+            raise ValueError(f"{self.label}: {error}") from error
+        self.budget.is_idle = True
+        self.info_once(f"left out of this run: {str(error).partition(':')[0]}")
+        return False
 
     def act(self, training: Training) -> None:
         """Do what alerts ask for, save raising."""
@@ -113,27 +160,39 @@ class Journal:
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
 
-    def begin(self) -> None:
+    def begin(self, training: Training) -> None:
         """Another run, that is no continuation."""
+        unreadable.forget(training)
         self.first = self.latest = None
         self.failures = self.skipped = 0
+        self.no_number_since = None
         self._unread, self._errors = {}, {}
         self.alerts.begin()
         if self.budget is not None:
             self.budget.forget()
 
-    def start(self, *, on_device: bool) -> None:
-        """Training begins, or goes on: from here the cost counts."""
-        self.clock.start(on_device=on_device)
+    def start(self, training: Training, recorders: Sequence[Recorder]) -> None:
+        """Training begins, or goes on: say what will be measured; from here the cost counts.
+
+        Args:
+            training: On whose device.
+            recorders: The probes at work; none where nothing will be.
+        """
+        if recorders:
+            self.announce(recorders, training.total_steps)
+        self.clock.start(on_device=training.device.type == "cuda")
         if self.budget is not None:
             self.budget.begin()
 
     def step_begins(self, step: int, team: Team) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
+        told = self._first_sample.step_begins(step, self.clock, self._total_steps)
+        if told:
+            self.info_once(told)
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
-            self.info_once(f"every {budget.every} steps from now on: {times}, {_percent(budget)} more time is allowed")
+            self.info_once(f"{each(budget.every or 1)} from now on: {times}, {percent(budget)} more time is allowed")
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
@@ -202,12 +261,28 @@ class Journal:
         self.given[recorder.name] = given
         return read
 
-    def _count_losses(self, recorders: Sequence[Recorder], host: Host, awaited: Mapping[str, set[str]]) -> None:
+    def _count_losses(
+        self,
+        training: Training,
+        step: int,
+        recorders: Sequence[Recorder],
+        host: Host,
+        awaited: Mapping[str, set[str]],
+    ) -> None:
         """Count sites that gave no number: at every sample what is not finite or not decomposed, once what was not
         read.
 
-        A layer that is never used and a loss that cannot be seen are no failures of each sample.
+        A layer that is never used and a loss that cannot be seen are no failures of each sample. Where weights are no
+        numbers that is said once, and nothing of what follows from it.
         """
+        read = [host[f"{r.name}_lost"] for r in recorders if awaited[r.name]]
+        silent = unreadable.since(training, step) if any(map(_is_silent, read)) else None
+        self.no_number_since = None if silent is None else silent[0]
+        if silent is not None:
+            self.failures += sum(int((flags != 0).sum()) for flags in read)
+            if silent[1]:
+                self.warn_once(silent[1], 0)
+            return
         for recorder in recorders:
             flags = dict(zip(recorder.sites, host[f"{recorder.name}_lost"], strict=True))
             missing = [site for site, flag in flags.items() if flag != 0 and site in awaited[recorder.name]]
@@ -219,7 +294,7 @@ class Journal:
             error = None if error == told and not lost else error
             if lost or error:
                 where = (
-                    f"{len(lost)} of {len(recorder.expected)} sites, the first is {_named(lost[0])}"
+                    f"{len(lost)} of {len(recorder.expected)} sites, the first is {named(lost[0])}"
                     if lost
                     else "a part of it"
                 )
@@ -269,12 +344,16 @@ class Journal:
         if budget is None or budget.every is None:
             return {}
         if budget.exceeded:
-            spent = f"it took {budget.overhead:.2g} % more time since the warm-up, {_percent(budget)} were allowed"
-            self._warn(
-                "budget", f"{spent}. The cadence stays at every {budget.every} steps, so that curves stay comparable."
-            )
+            spent = f"it took {budget.overhead:.2g} % more time since the warm-up, {percent(budget)} were allowed"
+            self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)}, so that curves stay comparable.")
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}
+
+
+def _is_silent(flags: Array) -> bool:
+    """Whether all that was read of something is no number."""
+    read = flags[~np.isnan(flags)]
+    return len(read) > 0 and bool((read != 0).all())
 
 
 def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Sequence[Array]]]:
@@ -284,28 +363,3 @@ def _counts(recorders: Sequence[Recorder], host: Host) -> Iterator[tuple[str, Se
             for site, middles, inside in zip(recorder.sites, host[curve.middles].T, host[curve.name].T, strict=True):
                 if np.isfinite(inside).all():
                     yield "/".join(filter(None, (curve.name, site))), (middles, inside)
-
-
-def _when(probe: Probe) -> str:
-    if probe.source.stage == "validation":
-        return "every validation"
-    match probe.schedule:
-        case Every(n=steps) | Budget(every=int(steps)):
-            return f"every {steps} steps"
-        case Budget() as budget:
-            return f"for at most {_percent(budget)} more time, measured in the first {WARM_UP} steps"
-    return "as scheduled"
-
-
-def _places(sites: Collection[str]) -> str:
-    """What a monitor has numbers of; the whole model is no site among others."""
-    parts, whole = sum(site != WHOLE_MODEL for site in sites), [_named(WHOLE_MODEL)] if WHOLE_MODEL in sites else []
-    return " and ".join([*([f"{parts} sites"] if parts else []), *whole]) or "its sites"
-
-
-def _named(site: str) -> str:
-    return "the whole model" if site == WHOLE_MODEL else repr(site)
-
-
-def _percent(budget: Budget) -> str:
-    return f"{100 * budget.share:g} %"

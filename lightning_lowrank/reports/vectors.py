@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
 from lightning_lowrank.measuring.number_source import Curve
 from lightning_lowrank.measuring.probe import Probe
+from lightning_lowrank.measuring.source import MatrixSource, Source
+from lightning_lowrank.statistics import find
 
 # The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
 PLUGIN = "lowrank"
@@ -161,9 +163,9 @@ def _of_recorder(
     for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
-            found.append(
-                Row("vector", name, row, {**known, "statistic": name.removeprefix(f"{recorder.name}_"), "unit": unit})
-            )
+            statistic = name.removeprefix(f"{recorder.name}_")
+            more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
+            found.append(Row("vector", name, row, {**known, **more}))
     if recorder.orders in host:
         shapes = {
             site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None
@@ -175,6 +177,18 @@ def _of_recorder(
         read = {site: row for site, row in there.items() if site in found[0].values}
         found.append(Row("curve", curve.name, read, {**known, "axis": curve.axis}))
     return found
+
+
+def _says(source: Source, statistic: str) -> str:
+    """One sentence of what a quantity is, and where it is explained."""
+    if isinstance(source, MatrixSource):
+        return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: docs/monitors/rank.md"
+    _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
+    return (
+        f"What it is and when it misleads: docs/monitors/{feature.split('.')[0].replace('_', '-')}.md"
+        if feature
+        else ""
+    )
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

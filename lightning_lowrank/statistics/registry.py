@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial, wraps
-from inspect import get_annotations
+from inspect import cleandoc, get_annotations
 from typing import Any, Literal
 
 import torch
@@ -57,6 +57,17 @@ class Statistic:
     reads_shape: bool = False
     comparable: bool = True
 
+    @property
+    def says(self) -> str:
+        """What it is and between which bounds, in the words of its docstring."""
+        function = self.function
+        while isinstance(function, partial):
+            function = function.args[0].function if function.func is _over_null else function.func
+        first, returns = _paragraphs(function.__doc__ or "")
+        if self.name.startswith("relative_"):
+            return f"{first.rstrip('.')}; here over what a Gaussian matrix of that shape gives, so that 1 is noise."
+        return f"{first} {returns}".strip()
+
     def __call__(self, *values: Any) -> Tensor:
         """The statistic of one value object, or of a pair."""
         return self.function(*values)
@@ -66,6 +77,14 @@ class Statistic:
         if not self.counts:
             return 0.0
         return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
+
+
+@lru_cache
+def _paragraphs(text: str) -> tuple[str, str]:
+    """The first paragraph, and the paragraph of `Returns`, each on one line."""
+    first, _, rest = cleandoc(text).partition("\n\n")
+    returns = re.search(r"^Returns:\n((?:    .*\n?)+)", rest, re.MULTILINE)
+    return " ".join(first.split()), " ".join(returns[1].split()) if returns else ""
 
 
 def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> Callable[[Formula], Formula]:

@@ -2,6 +2,14 @@
 
 const GAP = 0x7fc00001; // bits of a site that a sample was not to read; another NaN was read and is no number
 
+// Ends of the names of what stands beside a quantity, and is none of its own.
+export const BESIDE = ["_error", "_chance", "_floor", "_random_walk", "_random", "_best", "_start"];
+
+export function standsBeside(name, names) {
+  const end = BESIDE.find((one) => name.endsWith(one));
+  return end !== undefined && names.has(name.slice(0, -end.length));
+}
+
 /** Asks TensorBoard's server. */
 export class Server {
   live = true;
@@ -97,12 +105,33 @@ export class Table {
     return Array.from({ length: this.width }, (_, k) => this.at(column, site, k));
   }
 
+  /** The same with the median over each block in the place of its layers; what is in none stays as it is. */
+  folded() {
+    const groups = new Map();
+    for (const site of this.sites) groups.set(blockOf(site), [...(groups.get(blockOf(site)) ?? []), site]);
+    const found = Object.assign(Object.create(Table.prototype), this, { sites: [...groups.keys()], rows: this.steps.map((_, i) => i) });
+    found.index = new Map(found.sites.map((site, i) => [site, i]));
+    const of = (column, sites) => {
+      const values = sites.map((site) => this.at(column, site)).filter((value) => value !== undefined);
+      return values.length ? median(values) ?? NaN : undefined;
+    };
+    const cells = this.steps.map((_, column) => [...groups.values()].map((sites) => of(column, sites)));
+    found.at = (column, site) => cells[column][found.index.get(site)];
+    found.some = (test) => cells.some((row) => row.some(test));
+    return found;
+  }
+
   /** The column of the last sample at or before a step; the first if there is none. */
   column(step) {
     let found = 0;
     this.steps.forEach((s, i) => { if (s <= step) found = i; });
     return found;
   }
+}
+
+/** The part of a layer's name up to its block's number, all of it where there is none: `blocks.0` of `blocks.0.mlp.weight`. */
+export function blockOf(site) {
+  return site.match(/^(?:.*?\.)??[^.]*?\.\d+(?=\.)/)?.[0] ?? site;
 }
 
 /** As few digits as give the same float32 back. */

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_lowrank.tensorboard.diagnosing.reading import findings_of
 from lightning_lowrank.tensorboard.series import GAP, Reader, Segment, Table, thinned
 
 Arguments = Mapping[str, str]
@@ -17,7 +18,7 @@ Arguments = Mapping[str, str]
 # What asks, in the browser: none imports what stands behind it.
 MODULES = tuple(
     Path(__file__).with_name(f"{name}.js")
-    for name in ("answers", "charts", "heat_map", "views", "layers", "page", "index", "widths")
+    for name in ("answers", "charts", "heat_map", "views", "diagnosis", "layers", "page", "index", "widths")
 )
 
 # Samples that are sent at once; more columns than a heat map has pixels would not be seen.
@@ -29,7 +30,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Every run with what it has."""
-    shown = ("kind", "name", "source", "statistic", "unit", "level")
+    shown = ("kind", "name", "source", "statistic", "unit", "level", "says")
     found = reader.runs()
     return {
         "runs": [
@@ -67,6 +68,13 @@ def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     return _answer(table, arguments) | {"axis": parts[-1].known["axis"], "width": int(table.values.shape[-1])}
 
 
+def diagnosis(reader: Reader, arguments: Arguments) -> dict[str, Any]:
+    """What rules say of a run, worst first, and which of them have nothing to look at."""
+    run = _needed(arguments, "run")
+    findings, idle = findings_of(reader, run, reader.runs(run).get(run, {}))
+    return {"findings": [finding.plain() for finding in findings], "idle": idle}
+
+
 def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """What alerts have said."""
     return {"texts": reader.texts(_needed(arguments, "run"))}
@@ -96,6 +104,7 @@ ANSWERS: dict[str, Callable[[Reader, Arguments], dict[str, Any]]] = {
     "spectra": spectra,
     "curves": curves,
     "texts": texts,
+    "diagnosis": diagnosis,
 }
 
 

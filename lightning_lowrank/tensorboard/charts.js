@@ -75,6 +75,7 @@ export function chart(lines, { title, x, y = "", logX = false, first = 0, logY =
   }
   svg.append(h("svg:text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 5, "text-anchor": "middle" }, x), h("svg:text", { x: 0, y: 11 }, y));
   if (marker !== undefined) svg.append(upright(toX(onX(marker)), height, "marker"));
+  lines.forEach((line) => svg.append(...bands(line, (v) => toX(onX(v)), (v) => toY(Math.min(y1, Math.max(y0, onY(v)))))));
   lines.forEach((line, i) => svg.append(...strokes(line, points[i], toX, toY)));
   if (!points.flat().some((p) => Number.isFinite(p[1]))) svg.append(h("svg:text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no finite number"));
   return h("div", { class: "stage" }, svg, ...readOut(svg, lines, { x, first, width, height, place: (v) => toX(onX(v)) }));
@@ -125,6 +126,17 @@ function strokes(line, points, toX, toY) {
   return pieces.filter((piece) => piece.length).map((piece) => piece.length > 1
     ? h("svg:polyline", { ...style, points: piece.map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`).join(" ") })
     : h("svg:circle", { cx: piece[0][0], cy: piece[0][1], r: 2.5, fill: line.colour }));
+}
+
+/** One standard error up and down, where it is known. */
+function bands(line, toX, toY) {
+  const pieces = [[]];
+  line.xs.forEach((x, i) => {
+    const [y, error] = [line.ys[i], line.errors?.[i]];
+    Number.isFinite(y) && Number.isFinite(error) ? pieces.at(-1).push([toX(x), toY(y - error), toY(y + error)]) : pieces.push([]);
+  });
+  return pieces.filter((piece) => piece.length > 1).map((piece) => h("svg:polygon", { class: "band", fill: line.colour,
+    points: [...piece.map(([x, low]) => [x, low]), ...piece.toReversed().map(([x, , high]) => [x, high])].map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ") }));
 }
 
 /** What follows the mouse: an upright line at the nearest x that a line has, and each line's number there. */

@@ -3,28 +3,36 @@
 import { brief, ends, exact, firstKnown } from "./answers.js";
 import { follow, h, swatch } from "./charts.js";
 
+// From less to more than the first value, light where nothing has changed; neither end is red, which is for alerts.
+const DIVERGING = [[69, 39, 136], [153, 142, 195], [242, 242, 242], [241, 163, 64], [156, 76, 2]];
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-const NAN_COLOUR = [230, 30, 60];
+const NAN_COLOUR = [150, 150, 150];
 const INF_COLOUR = [255, 120, 220];
 
 /** A colour of the scale, from 0 to 1. */
-export function colour(t) {
-  const at = Math.min(Math.max(t, 0), 1) * (VIRIDIS.length - 1);
-  const i = Math.min(Math.floor(at), VIRIDIS.length - 2);
-  return VIRIDIS[i].map((low, c) => Math.round(low + (VIRIDIS[i + 1][c] - low) * (at - i)));
+export function colour(t, scale = VIRIDIS) {
+  const at = Math.min(Math.max(t, 0), 1) * (scale.length - 1);
+  const i = Math.min(Math.floor(at), scale.length - 2);
+  return scale[i].map((low, c) => Math.round(low + (scale[i + 1][c] - low) * (at - i)));
 }
 
 export const [PENDING, FIRING] = ["#e8a317", "#d4213d"];
 
-const PALETTE = Array.from({ length: 256 }, (_, i) => colour(i / 255));
+const palette = (scale) => Array.from({ length: 256 }, (_, i) => colour(i / 255, scale));
+const PALETTES = new Map([VIRIDIS, DIVERGING].map((scale) => [scale, palette(scale)]));
+// A multiple that is nearer to 1 than this is drawn as if nothing had changed much.
+const LEAST_CHANGE = Math.log2(1.1);
 
 const STATES = ["ok", "pending", "firing"];
 
-/** How values are shown as colours. */
+/** How values are shown as colours; `ends` makes the ends of a scale from those of what is shown. */
 export const SHADES = {
-  value: { text: "value", plain: true, of: (value) => value, back: (t) => t },
-  log: { text: "value, log", plain: true, of: (value) => (value > 0 ? Math.log10(value) : value === 0 ? -Infinity : value), back: (t) => 10 ** t },
-  change: { text: "multiple of the layer's first", of: (value, first) => (value === first ? 1 : value / first), back: (t) => t },
+  change: {
+    text: "multiple of the layer's first", scale: DIVERGING, of: (value, first) => (value === first ? 0 : Math.log2(value / first)), back: (t) => 2 ** t,
+    ends: ([low, high]) => { const most = Math.max(-low, high, LEAST_CHANGE); return [-most, most]; },
+  },
+  value: { text: "value", plain: true, scale: VIRIDIS, of: (value) => value, back: (t) => t, ends: (both) => both },
+  log: { text: "value, log", plain: true, scale: VIRIDIS, of: (value) => (value > 0 ? Math.log10(value) : value === 0 ? -Infinity : value), back: (t) => 10 ** t, ends: (both) => both },
 };
 
 /** Layers x steps on a canvas, one column per sample, with a cursor for mouse and keyboard. */
@@ -66,6 +74,7 @@ export class HeatMap {
     context.scale(scale, scale);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.cells(), this.left, this.top, this.width, this.height);
+    this.hatch(context);
     this.words(context, getComputedStyle(this.canvas).color);
     this.strips(context);
     if (!this.cursor.hidden) this.move(this.row, this.column);
@@ -83,14 +92,31 @@ export class HeatMap {
         const value = this.table.at(column, site);
         if (value === undefined) continue;
         const shade = this.shade.of(value, first);
+        if (Number.isNaN(shade) && !Number.isNaN(value)) continue; // no multiple of a number of another sign
         const rgb = Number.isNaN(value) ? NAN_COLOUR : Math.abs(value) === Infinity ? INF_COLOUR
-          : PALETTE[Math.round(255 * Math.min(1, Math.max(0, (shade - low) / (high - low || 1))))];
+          : PALETTES.get(this.shade.scale)[Math.round(255 * Math.min(1, Math.max(0, (shade - low) / (high - low || 1))))];
         image.data.set(rgb, 4 * (row * columns + column));
         image.data[4 * (row * columns + column) + 3] = 255;
       }
     });
     canvas.getContext("2d").putImageData(image, 0, 0);
     return canvas;
+  }
+
+  /** Stripes over what is no number. */
+  hatch(context) {
+    const [columns, rows] = [this.table.steps.length, this.sites.length];
+    const [span, size] = [this.width / columns, this.height / rows];
+    context.beginPath();
+    this.sites.forEach((site, row) => {
+      for (let column = 0; column < columns; column++) {
+        const begin = column;
+        while (column < columns && Number.isNaN(this.table.at(column, site) ?? 0)) column++;
+        if (column > begin) context.rect(this.left + begin * span, this.top + row * size, (column - begin) * span, size);
+      }
+    });
+    context.fillStyle = context.createPattern(stripes(), "repeat");
+    context.fill();
   }
 
   words(context, ink) {
@@ -183,6 +209,14 @@ export class HeatMap {
   }
 }
 
+function stripes() {
+  const tile = Object.assign(document.createElement("canvas"), { width: 6, height: 6 });
+  const context = Object.assign(tile.getContext("2d"), { strokeStyle: "#4a4a4a", lineWidth: 1.2 });
+  for (const shift of [-6, 0, 6]) { context.moveTo(shift, 6); context.lineTo(shift + 6, 0); }
+  context.stroke();
+  return tile;
+}
+
 /** The end of a name, where its beginning does not fit. */
 function shortened(context, text, width) {
   let shown = text;
@@ -193,10 +227,10 @@ function shortened(context, text, width) {
 /** What the colours mean; of what is no number only that which occurs. */
 export function colourBar(shade, [low, high], unit, tables) {
   const bar = h("span", { class: "bar" });
-  bar.style.background = `linear-gradient(to right, ${VIRIDIS.map((rgb) => `rgb(${rgb})`).join(", ")})`;
+  bar.style.background = `linear-gradient(to right, ${shade.scale.map((rgb) => `rgb(${rgb})`).join(", ")})`;
   const occurs = (test) => tables.some((table) => table.some(test));
-  return h("p", { class: "legend" }, h("span", {}, brief(shade.back(low)), bar, brief(shade.back(high)), shade.plain ? ` ${unit}` : " times"),
-    occurs(Number.isNaN) ? swatch(`rgb(${NAN_COLOUR})`, "NaN") : undefined,
+  return h("p", { class: "legend" }, h("span", {}, brief(shade.back(low)), bar, brief(shade.back(high)), shade.plain ? ` ${unit}` : " times the layer's first; light: 1"),
+    occurs(Number.isNaN) ? swatch(`repeating-linear-gradient(135deg, rgb(${NAN_COLOUR}) 0 3px, #4a4a4a 3px 4px)`, "NaN") : undefined,
     occurs((value) => value === Infinity || value === -Infinity) ? swatch(`rgb(${INF_COLOUR})`, "Infinity") : undefined,
     occurs((value) => value === undefined) ? swatch("none", "not read") : undefined);
 }

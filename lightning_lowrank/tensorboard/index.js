@@ -26,7 +26,6 @@ button.link:hover { text-decoration: underline; } button:not(.link):hover { bord
 .maps, .costs { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 16px; }
 .details { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, var(--spectra)); gap: 16px; }
 .spectra { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; } .run { font-size: 12px; margin: 2px 0; overflow-wrap: anywhere; }
-@media (max-width: 900px) { .details { grid-template-columns: minmax(0, 1fr); } }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 12px; margin-top: 12px; }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; font-size: 13px; } button.title { font-size: 14px; font-weight: bold; border: 0; background: none; height: auto; padding: 0 0 6px; }
 .what { color: var(--soft); font-size: 12px; margin: 0 0 4px; } .empty { color: var(--soft); margin: 12px 0; } figure { margin: 0; min-width: 0; }
@@ -37,6 +36,10 @@ figcaption { font-size: 13px; color: var(--soft); overflow-wrap: anywhere; } fig
 .status { font-size: 12px; min-height: 1.3em; margin: 4px 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 12px; align-items: center; margin: 8px 0; }
 .bar { display: inline-block; width: 160px; height: 12px; margin: 0 6px; vertical-align: middle; }
+.findings { list-style: none; margin: 0; padding: 0; } .findings li { display: grid; grid-template-columns: minmax(0, 1fr) 280px; gap: 4px 24px; border-bottom: 1px solid var(--line); padding: 10px 0; align-items: center; }
+.says { margin: 0 0 4px; overflow-wrap: anywhere; } .severity { display: inline-block; min-width: 58px; margin-right: 8px; padding: 1px 6px; border-radius: 3px; font-size: 12px; text-align: center; }
+.severity.critical { background: #b3122d; color: #fff; } .severity.warning { background: #ffd98a; color: #3b2a00; } .severity.info { background: #d6e4f5; color: #10304f; }
+.says button.link { padding: 0; font-size: 14px; } summary.what { cursor: pointer; } .tools .says { flex-basis: 100%; font-size: 12px; color: var(--soft); } .band { opacity: 0.18; } pre { background: var(--card); padding: 8px 12px; border-radius: 4px; overflow-x: auto; }
 .swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid var(--line); margin-right: 4px; vertical-align: middle; }
 .key { display: inline-block; width: 20px; border-top: 2px solid; margin-right: 5px; vertical-align: middle; } .key.dashed { border-top-style: dashed; }
 svg.chart { width: 100%; max-width: 680px; display: block; } svg text { fill: var(--soft); font-size: 11px; } svg .rule { stroke: var(--line); fill: var(--line); }
@@ -46,6 +49,8 @@ table { border-collapse: collapse; font-size: 13px; margin: 8px 0; } caption { t
 th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; white-space: nowrap; }
 td:last-child { white-space: normal; overflow-wrap: anywhere; } .wide { overflow-x: auto; } tbody th { font-weight: normal; } td.number { text-align: right; }
 .levels td, .levels th { white-space: nowrap; } .levels tbody :is(th, td) { border: 0; } .levels tbody { border-bottom: 1px solid var(--line); } [role=alert], .note { color: var(--accent); } pre { white-space: pre-wrap; }
+@media (max-width: 900px) { .details, .findings li { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 480px) { body { padding: 8px; } .maps, .costs { grid-template-columns: minmax(0, 1fr); } nav { flex-wrap: wrap; } .actions { margin-left: 0; } }
 @media (prefers-reduced-motion: no-preference) { main[aria-busy=true] { opacity: 0.6; transition: opacity 0.2s 0.2s; } }
 `;
 

@@ -1,34 +1,54 @@
-// The first view: a heat map per run, and below it the curve and the spectra of the layer that was picked.
+// The map: a heat map per run, and below it the curve and the spectra of the layer that was picked.
 
-import { brief, ends, exact, firstKnown } from "./answers.js";
+import { BESIDE, blockOf, brief, ends, exact, firstKnown } from "./answers.js";
 import { chart, COLOURS, grid, h, legend } from "./charts.js";
 import { colour, colourBar, HeatMap, SHADES } from "./heat_map.js";
 import { rulesOf } from "./views.js";
 
 // Spectra of a layer that are asked for at once.
 const SPECTRA = 100;
+// Layers beyond which they are folded by block.
+const MANY = 100;
 
 export async function layers(page) {
   const args = { kind: "vector", name: page.quantity, first: page.first, last: page.last };
   const runs = page.shown().filter((run) => page.has(run, "vector", page.quantity));
   if (!runs.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has this quantity.")], rows: () => [] };
-  const tables = await Promise.all(runs.map((run) => page.table("matrix", { run, ...args })));
+  const whole = await Promise.all(runs.map((run) => page.table("matrix", { run, ...args })));
+  const fold = isFolded(page, whole);
+  const tables = fold ? whole.map((table) => table.folded()) : whole;
   const spoken = (await Promise.all(runs.map((run) => rulesOf(page, run)))).map((rules) => rules.filter(({ steps }) => steps.some(([, state]) => state >= 1)));
   const ordered = inOrder(tables, page);
   const [shade, unit] = [SHADES[page.shade], page.entry().unit === "1" ? "" : page.entry().unit];
-  const domain = ends(tables.flatMap((table) => shades(table, ordered, shade)));
+  const domain = shade.ends(ends(tables.flatMap((table) => shades(table, ordered, shade))));
+  settle(page, whole);
   const details = h("section", { id: "details", "aria-label": "The chosen layer" });
   const pick = (site, step) => {
+    if (fold && !whole.some((table) => table.index.has(site))) return page.set({ fold: "layers", filter: `${site}.` });
     page.picked = { site, step };
-    return detail(page, details).then(() => details.scrollIntoView({ block: "nearest" }));
+    return detail(page, details, whole).then(() => details.scrollIntoView({ block: "nearest" }));
   };
   page.maps = tables.map((table, i) => new HeatMap({
     run: runs[i], table, shade, domain, unit, quantity: page.quantity, sites: ordered.filter((site) => table.index.has(site)),
     alerts: spoken[i], lanes: Math.max(...spoken.map(({ length }) => length)), onPick: pick,
   }));
-  if (page.picked) await detail(page, details);
+  if (page.picked) await detail(page, details, whole);
   const maps = h("div", { class: "maps" }, page.maps.map((map) => map.element));
   return { content: [colourBar(shade, domain, unit, tables), maps, details, asTable(page, tables, ordered, pick)], rows: () => rows(page.maps, ordered) };
+}
+
+/** Whether a row is a block: as chosen, else where layers are more than anyone reads and blocks are far fewer. */
+function isFolded(page, tables) {
+  if (page.fold !== "auto") return page.fold === "blocks";
+  const sites = [...new Set(tables.flatMap((table) => table.sites))];
+  return sites.length > MANY && new Set(sites.map(blockOf)).size * 2 < sites.length && !page.filter;
+}
+
+/** The layer below the map: the one that was picked, if the quantity has it; where there is one only, that. */
+function settle(page, tables) {
+  if (tables.some((table) => table.index.has(page.picked?.site))) return;
+  const sites = new Set(tables.flatMap((table) => table.sites));
+  page.picked = sites.size === 1 ? { site: [...sites][0], step: Math.max(...tables.map((table) => table.steps.at(-1) ?? 0)) } : undefined;
 }
 
 /** Every value as it is coloured, to find the ends of the scale. */
@@ -75,26 +95,28 @@ function asTable(page, tables, ordered, pick) {
 }
 
 /** Curve and spectra of the layer that was picked. */
-async function detail(page, details) {
+async function detail(page, details, whole) {
   const { site, step } = page.picked;
-  const tables = await curvesOf(page, site);
+  const tables = await curvesOf(page, site, whole);
   const spectra = await spectraOf(page, site);
   const pictures = await picturesOf(page, site);
-  if (page.picked.site !== site || page.picked.step !== step) return;
+  if (page.picked?.site !== site || page.picked.step !== step) return undefined;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
   // Several pictures stand in two columns, with the curve.
   const beside = pictures.length > 1 ? 1 : Math.max(spectra.length, pictures[0]?.found.length ?? 0, 1);
   const width = Math.max(300, Math.min(680, page.body.clientWidth / (1 + beside) - 16));
   const each = pictures.length > 1 ? Math.max(280, width / Math.max(...pictures.map(({ found }) => found.length)) - 16) : width;
   const figures = pictures.length ? pictures.map((picture) => pictureFigure(page, picture, site, step, each)) : [spectrumFigure(page, spectra, site, step, width)];
-  const box = h("div", { class: "details" }, curveFigure(page, tables, site, step, width), figures);
+  const near = await besides(page, tables, site);
+  if (page.picked?.site !== site || page.picked.step !== step) return undefined;
+  const box = h("div", { class: "details" }, curveFigure(page, tables, near, site, step, width), figures);
   box.style.setProperty("--spectra", `${beside}fr`);
-  details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
+  return details.replaceChildren(h("h2", {}, `${site} at step ${step}`), box);
 }
 
 /** Run and table of each run that has the layer. */
-async function curvesOf(page, site) {
-  const runs = page.shown().filter((run) => page.maps.some((map) => map.run === run && map.table.index.has(site)));
+async function curvesOf(page, site, whole) {
+  const runs = page.maps.filter((_, i) => whole[i].index.has(site)).map(({ run }) => run);
   const args = { kind: "vector", name: page.quantity, site, limit: 5000 };
   return Promise.all(runs.map(async (run) => [run, await page.table("matrix", { run, ...args })]));
 }
@@ -174,8 +196,26 @@ function fitLines(xs, ys, fits, site, step) {
   });
 }
 
-function curveFigure(page, tables, site, step, width) {
-  const lines = tables.map(([run, table]) => ({ name: run, xs: table.steps, ys: table.curve(site), colour: page.colour(run) }));
+/** What stands beside a quantity at a layer: its error, as a band, and what chance or a floor is, dashed. */
+async function besides(page, tables, site) {
+  const found = await Promise.all(tables.map(([run]) => Promise.all(BESIDE.map(async (end) => {
+    const name = `${page.quantity}${end}`;
+    if (!page.has(run, "vector", name)) return undefined;
+    const table = await page.table("matrix", { run, kind: "vector", name, ...(page.source.live ? { site } : {}), limit: 5000 }).catch(() => undefined);
+    return table?.index.has(site) ? [end, table] : undefined;
+  }))));
+  return found.map((some) => new Map(some.filter(Boolean)));
+}
+
+function curveFigure(page, tables, beside, site, step, width) {
+  const lines = tables.flatMap(([run, table], i) => {
+    const error = beside[i].get("_error");
+    const sizes = error && new Map(error.steps.map((at, column) => [at, error.at(column, site)]));
+    const line = { name: run, xs: table.steps, ys: table.curve(site), colour: page.colour(run), errors: sizes && table.steps.map((at) => sizes.get(at)) };
+    const dashed = [...beside[i]].filter(([end]) => end !== "_error").map(([end, other]) =>
+      ({ name: `${run}: ${end.slice(1).replaceAll("_", " ")}`, xs: other.steps, ys: other.curve(site), colour: page.colour(run), dashed: true }));
+    return [line, ...dashed];
+  });
   const unit = page.entry().unit === "1" ? "" : page.entry().unit;
   const values = tables.map(([run, table]) => `${run}: ${exact(table.at(table.column(step), site))}`).join("; ");
   const counted = [...new Set(tables.map(([, table]) => table.counted()))].join("; ");
@@ -197,7 +237,8 @@ function spectrumFigure(page, found, site, step, width) {
       h("p", { class: "empty" }, "None was written: no statistic of this source reads all singular values."));
   }
   const steps = [...new Set(found.flatMap(([, table]) => table.steps))].sort((a, b) => a - b);
-  const at = Math.max(0, steps.findLastIndex((s) => s <= (page.picked.spectrum ?? step)));
+  const away = (s) => Math.abs(s - (page.picked.spectrum ?? step));
+  const at = steps.reduce((best, s, i) => (away(s) < away(steps[best]) ? i : best), 0);
   const box = h("div", {});
   const slider = h("input", { type: "range", id: "spectrum-step", min: 0, max: steps.length - 1, value: at, oninput: () => draw(steps[slider.value]) });
   const draw = (chosen) => {

@@ -1,24 +1,35 @@
 // The page: what is chosen, the bars to choose it with, and the view below.
 
-import { csvCell, Table } from "./answers.js";
+import { csvCell, standsBeside, Table } from "./answers.js";
 import { choice, COLOURS, h } from "./charts.js";
 import { SHADES } from "./heat_map.js";
 import { alerts, cost, overview } from "./views.js";
+import { diagnosis } from "./diagnosis.js";
 import { layers } from "./layers.js";
 
 const VIEWS = {
+  diagnosis: { text: "Diagnosis", build: diagnosis },
   map: { text: "Layers × steps", build: layers },
   overview: { text: "Four levels", build: overview },
   alerts: { text: "Alerts", build: alerts },
   cost: { text: "Own cost", build: cost },
 };
 
+// What the map opens on, the first that there is.
+const FIRST = [/(^|_)weight_effective_rank$/, /(^|_)effective_rank$/, /rank/];
+// What a first curve takes, where there is none.
+const LINES = `from lightning_lowrank import RankMonitor
+trainer = L.Trainer(callbacks=[RankMonitor()], logger=TensorBoardLogger("runs"))
+trainer.fit(model)`;
+// Milliseconds after which an old view makes room for the word that the new one is coming.
+const PATIENCE = 400;
+
 // Runs that are shown side by side unless more are chosen.
 const AT_FIRST = 3;
 
 export class Page {
   constructor(root, source) {
-    Object.assign(this, { root, source, view: "map", quantity: undefined, filter: "", sort: "depth", shade: "value", first: "", last: "" });
+    Object.assign(this, { root, source, view: "diagnosis", quantity: undefined, filter: "", search: "", fold: "auto", sort: "depth", shade: "change", first: "", last: "" });
     this.picked = undefined;
     this.chosen = undefined;
     this.cache = new Map();
@@ -29,9 +40,15 @@ export class Page {
   }
 
   async begin() {
+    this.wait("Loading the runs …");
     await this.load();
     new ResizeObserver(() => this.draw()).observe(this.body);
     if (this.source.live) setInterval(() => { if (!document.hidden) this.reload(); }, 30000);
+  }
+
+  /** Nothing but a word, which nobody takes for data. */
+  wait(text) {
+    this.body.replaceChildren(h("p", { class: "empty loading", role: "status" }, text));
   }
 
   /** Draw the maps as wide as there is room. */
@@ -44,7 +61,7 @@ export class Page {
     this.kept = kept;
     this.runs = new Map(runs.map(({ run, entries }) => [run, entries]));
     if (runs.length) this.chosen ??= new Set([...this.runs.keys()].slice(0, AT_FIRST));
-    if (!this.quantities().some(({ name }) => name === this.quantity)) this.quantity = this.quantities()[0]?.name;
+    if (!this.quantities().some(({ name }) => name === this.quantity)) this.quantity = this.opening();
     this.bars();
     await this.show();
   }
@@ -63,8 +80,19 @@ export class Page {
 
   quantities() {
     const found = new Map();
-    for (const entries of this.runs.values()) for (const entry of entries) if (entry.kind === "vector") found.set(entry.name, entry);
+    for (const entries of this.runs.values()) for (const entry of entries) if (entry.kind === "vector" && !found.get(entry.name)?.source) found.set(entry.name, entry);
     return [...found.values()];
+  }
+
+  /** Those that stand for themselves: errors, chance and floors are drawn beside what they are of. */
+  choosable() {
+    const names = new Set(this.quantities().map(({ name }) => name));
+    return this.quantities().filter(({ name }) => !standsBeside(name, names));
+  }
+
+  opening() {
+    const names = this.choosable().map(({ name }) => name);
+    return FIRST.map((wanted) => names.find((name) => wanted.test(name))).find(Boolean) ?? names[0];
   }
 
   /** What is known of the quantity that is chosen. */
@@ -131,18 +159,27 @@ export class Page {
   }
 
   tools() {
-    const options = this.quantities().map(({ name, source, statistic }) => [name, (statistic || name).replaceAll("_", " "), source.replaceAll("_", " ")]);
+    const fits = ({ name }) => name === this.quantity || name.replaceAll("_", " ").toLowerCase().includes(this.search.toLowerCase().replaceAll("_", " "));
+    const options = () => this.choosable().filter(fits).map(({ name, source, statistic }) => [name, (statistic || name).replaceAll("_", " "), source.replaceAll("_", " ")]);
+    const pick = () => choice(of ? `Quantity (${of})` : "Quantity", options(), this.quantity, (quantity) => this.set({ quantity }), "quantity");
     const shades = Object.entries(SHADES).map(([key, { text }]) => [key, text]);
     const sorts = [["depth", "depth"], ["value", "latest value"], ["change", "change"]];
     const of = this.entry()?.source.replaceAll("_", " ") ?? "";
     const step = (label, key) => h("label", {}, label, h("input", { id: key, type: "number", value: this[key], onchange: (event) => this.set({ [key]: event.target.value }) }));
+    const says = this.entry()?.says;
     return h("div", { class: "tools" },
-      choice(of ? `Quantity (${of})` : "Quantity", options, this.quantity, (quantity) => this.set({ quantity }), "quantity"),
+      // While it is typed the bar stays as it is: a new one would move the caret.
+      h("label", {}, "Find", h("input", { id: "search", type: "search", value: this.search, oninput: (event) => {
+        this.search = event.target.value;
+        document.getElementById("quantity").parentElement.replaceWith(pick());
+      } })),
+      pick(),
+      choice("Rows", [["auto", "as they fit"], ["layers", "layers"], ["blocks", "blocks, medians"]], this.fold, (fold) => this.set({ fold, filter: "" }), "fold"),
       choice("Sort by", sorts, this.sort, (sort) => this.set({ sort }), "sort"),
       choice("Colour", shades, this.shade, (shade) => this.set({ shade }), "shade"),
-      // While it is typed the bar stays as it is: a new one would move the caret.
-      h("label", {}, "Name has", h("input", { id: "filter", type: "search", value: this.filter, oninput: (event) => { this.filter = event.target.value; this.show(); } })),
-      step("From step", "first"), step("To step", "last"));
+      h("label", {}, "Layer has", h("input", { id: "filter", type: "search", value: this.filter, oninput: (event) => { this.filter = event.target.value; this.show(); } })),
+      step("From step", "first"), step("To step", "last"),
+      says ? h("p", { class: "says", id: "says" }, says) : undefined);
   }
 
   /** Build the view; what was asked for meanwhile wins. */
@@ -150,9 +187,11 @@ export class Page {
     const turn = ++this.turn;
     const held = this.view === "map" ? this.maps?.find((map) => map.canvas === document.activeElement) : undefined;
     this.body.setAttribute("aria-busy", "true");
+    const late = setTimeout(() => { if (turn === this.turn && this.there !== this.view) this.wait("Loading …"); }, PATIENCE);
     const { content, rows } = await this.built();
+    clearTimeout(late);
     if (turn !== this.turn) return;
-    this.rows = rows;
+    [this.rows, this.there] = [rows, this.view];
     this.body.replaceChildren(...content);
     this.draw();
     if (held) this.maps.find((map) => map.run === held.run)?.take(held);
@@ -164,7 +203,7 @@ export class Page {
   /** What to show, and as which rows it can be taken along. */
   async built() {
     const only = (text, role) => ({ content: [h("p", { class: "empty", role }, text)], rows: () => [] });
-    if (this.runs.size === 0) return only("No run here has anything of lightning_lowrank's.");
+    if (this.runs.size === 0) return { content: [h("p", { class: "empty" }, "No run here has anything of lightning_lowrank's. Three lines make a first curve:"), h("pre", { id: "first-lines" }, LINES)], rows: () => [] };
     if (this.shown().length === 0) return only("No run is chosen: tick one above.");
     try {
       return await VIEWS[this.view].build(this);

@@ -4,7 +4,7 @@ Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,20 @@ class Reader:
             if array.shape[1:] == values.shape[2:]:
                 values[row[step], columns[part.tag]] = _plain(array)
         return Table(steps, sites, values)
+
+    def scalar(self, run: str, names: Sequence[str]) -> Table | None:
+        """The first of some scalars that the user has logged, as a series of the whole model; None without any."""
+        listed = self._provider.list_scalars(
+            **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(runs=[run])
+        ).get(run, {})
+        tag = next((name for name in names if name in listed), None)
+        if tag is None:
+            return None
+        asked = RunTagFilter(runs=[run], tags=[tag])
+        read = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=ALL, run_tag_filter=asked)
+        by_step = {datum.step: datum.value for datum in read[run][tag]}
+        steps = np.array(sorted(by_step), np.int64)
+        return Table(steps, ["whole model"], np.array([[by_step[step]] for step in steps.tolist()], np.float32))
 
     def texts(self, run: str) -> list[str]:
         """The tables of alerts that monitors have written, each as it was last."""

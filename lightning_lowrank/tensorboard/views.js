@@ -13,14 +13,18 @@ const LEVELS = [
 
 // Sites that are named as the worst.
 const WORST = 2;
+// What counts directions: above 0, so that falling by a share means something.
+const COUNTS = /(rank|participation_ratio|dimension)$/;
 
 export async function overview(page) {
   const levels = await Promise.all(LEVELS.map(async ([level, title, what]) => {
-    const names = page.quantities().filter((entry) => entry.level === level && !entry.name.endsWith("_error")).map(({ name }) => name);
-    return { level, title, what, quantities: (await Promise.all(names.map((name) => endsOf(page, name)))).filter((runs) => runs.length) };
+    const names = page.choosable().filter((entry) => entry.level === level).map(({ name }) => name);
+    const counted = names.filter((name) => COUNTS.test(name));
+    return { level, title, what, others: names.length - counted.length, quantities: (await Promise.all(counted.map((name) => endsOf(page, name)))).filter((runs) => runs.length) };
   }));
-  const content = levels.map(({ level, title, what, quantities }) => h("section", { id: `level-${level}` }, h("h2", {}, title), h("p", { class: "what" }, what),
-    quantities.length ? levelTable(page, quantities) : h("p", { class: "empty" }, "Nothing was watched here.")));
+  const content = levels.map(({ level, title, what, quantities, others }) => h("section", { id: `level-${level}` }, h("h2", {}, title), h("p", { class: "what" }, what),
+    quantities.length ? levelTable(page, quantities) : h("p", { class: "empty" }, others ? "Nothing here counts directions." : "Nothing was watched here."),
+    others ? h("p", { class: "what" }, `${others} more that count no directions are in the map.`) : undefined));
   return { content: [h("div", { class: "cards" }, levels.map((level) => card(page, level))), ...content], rows: () => overviewRows(levels) };
 }
 
@@ -31,8 +35,10 @@ async function endsOf(page, name) {
     const last = table.steps.length - 1;
     const sites = table.sites.map((site) => ({ name, run, site, step: table.steps[last], first: table.at(0, site), now: table.at(last, site) }));
     const known = sites.filter(({ now }) => Number.isFinite(now));
-    const fallen = known.filter(({ first, now }) => first > now).sort((a, b) => a.now / a.first - b.now / b.first);
-    return { name, run, sites, fallen, lowest: known.sort((a, b) => a.now - b.now), first: median(sites.map(({ first }) => first)), now: median(sites.map(({ now }) => now)) };
+    const null_ = page.has(run, "vector", `${name}_chance`) ? await page.table("matrix", { run, kind: "vector", name: `${name}_chance`, limit: 2 }) : undefined;
+    const chance = null_ && median(null_.sites.map((site) => null_.at(null_.steps.length - 1, site)));
+    const fallen = known.filter(({ first, now }) => first > now && now > 0).sort((a, b) => a.now / a.first - b.now / b.first);
+    return { name, run, sites, chance, fallen, lowest: known.sort((a, b) => a.now - b.now), first: median(sites.map(({ first }) => first)), now: median(sites.map(({ now }) => now)) };
   }));
 }
 
@@ -55,10 +61,10 @@ function percent({ first, now }) {
 }
 
 function levelTable(page, quantities) {
-  const headings = ["quantity", "run", "median, first", "latest", "lowest now", "fell most"].map((heading) => h("th", { scope: "col" }, heading));
-  const bodies = quantities.map((runs) => h("tbody", {}, runs.map(({ name, run, first, now, lowest, fallen }, i) => h("tr", {},
+  const headings = ["quantity", "run", "median, first", "latest", "by chance", "lowest now", "fell most"].map((heading) => h("th", { scope: "col" }, heading));
+  const bodies = quantities.map((runs) => h("tbody", {}, runs.map(({ name, run, first, now, chance, lowest, fallen }, i) => h("tr", {},
     i ? undefined : h("th", { scope: "rowgroup", rowspan: runs.length }, name),
-    h("td", {}, run), h("td", { class: "number" }, brief(first)), h("td", { class: "number" }, brief(now)),
+    h("td", {}, run), h("td", { class: "number" }, brief(first)), h("td", { class: "number" }, brief(now)), h("td", { class: "number" }, brief(chance)),
     h("td", {}, lowest.slice(0, WORST).map((site) => lead(page, site, `${site.site} ${brief(site.now)}`))),
     h("td", {}, fallen.length ? fallen.slice(0, WORST).map((site) => lead(page, site, `${site.site} ${percent(site)}`)) : "–")))));
   return h("div", { class: "wide" }, h("table", { class: "levels" }, h("thead", {}, h("tr", {}, headings)), bodies));

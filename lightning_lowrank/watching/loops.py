@@ -28,6 +28,7 @@ class LoopTraining(Training):
         loggers: Anything with `log_metrics(metrics, step)`.
         folder: Where files of this run belong.
         save: Writes a checkpoint at a path.
+        total_steps: How many there will be, where that is known.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LoopTraining(Training):
         loggers: Sequence[Any] = (),
         folder: str = "",
         save: Callable[[str], object] | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self.called, self.module = called, _plain(called)
         self.optimizers: list[Optimizer] = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
@@ -46,6 +48,7 @@ class LoopTraining(Training):
         self.team = Team(dist.get_rank(), dist.get_world_size()) if several else Team()
         # A step hook that is silent means that no step was made.
         self.may_skip = all(hasattr(optimizer, "register_step_post_hook") for optimizer in self.optimizers)
+        self.total_steps, self.may_save = total_steps, save is not None
         self.num_steps = 0
         self.should_stop = False
         self.metrics: dict[str, float] = {}
@@ -81,8 +84,7 @@ class LoopTraining(Training):
 
     def save_checkpoint(self, path: str) -> None:
         """By the function that was given."""
-        if self._save is None:
-            raise ValueError("an alert asks for a checkpoint: give watching(..., save_checkpoint=...) a function")
+        assert self._save is not None  # an alert that asks for one is refused before
         self._save(path)
 
     def refuse_rerun(self) -> None:
@@ -129,7 +131,8 @@ class Watching:
             for other in self.monitors[:i]:
                 monitor.refuse_double(other)
             monitor.watch.begins(self._training)
-            monitor.watch.starts(self._training)
+        for watch in self._watches:
+            watch.starts(self._training)
 
     @contextmanager
     def batch(self, batch: Any = None) -> Iterator[None]:
@@ -253,6 +256,7 @@ def watching(
     loggers: Sequence[Any] = (),
     folder: str = "",
     save_checkpoint: Callable[[str], object] | None = None,
+    max_steps: int | None = None,
 ) -> Iterator[Watching]:
     """Watch a training loop of your own, in plain torch or on Fabric.
 
@@ -264,9 +268,11 @@ def watching(
         loggers: Anything with `log_metrics(metrics, step)`: Lightning's loggers, those of Fabric.
         folder: Where alerts write checkpoints; that of the first logger unless given.
         save_checkpoint: Writes a checkpoint at a path, for alerts that ask for one.
+        max_steps: How many the loop will make, if that is known: monitors then say how many samples there will be.
 
     Raises:
-        ValueError: What a monitor asks for is not there, two monitors write the same tags, or an argument is none.
+        ValueError: What a monitor asks for is not there, two monitors write the same tags, an alert asks for a
+            checkpoint that nobody writes, or an argument is none.
 
     Examples:
         >>> from lightning_lowrank import RankMonitor
@@ -282,7 +288,7 @@ def watching(
     """
     _refuse_strangers(monitors, loggers)
     several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    watch = Watching(LoopTraining(model, several, loggers, folder, save_checkpoint), monitors)
+    watch = Watching(LoopTraining(model, several, loggers, folder, save_checkpoint, max_steps), monitors)
     try:
         watch.begins()
         yield watch

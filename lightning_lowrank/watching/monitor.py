@@ -129,6 +129,11 @@ class Monitor(Arguments, L.Callback):
         return self.watch.skipped
 
     @property
+    def no_number_since(self) -> int | None:
+        """Step from which on nothing can be read, as the weights are no numbers; None while they are."""
+        return self.watch.journal.no_number_since
+
+    @property
     def events(self) -> list[AlertEvent]:
         """Alerts so far."""
         return self.watch.events

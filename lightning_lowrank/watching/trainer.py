@@ -1,6 +1,7 @@
 """A training that Lightning's Trainer runs."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -74,6 +75,20 @@ class TrainerTraining(Training):
     def schedulers(self) -> list[Any]:  # type: ignore[override]
         """The Trainer's."""
         return [config.scheduler for config in self._trainer.lr_scheduler_configs]
+
+    @property
+    def total_steps(self) -> int | None:  # type: ignore[override]
+        """From the limits of the Trainer and the length of its loader, which is known when training starts.
+
+        Not `estimated_stepping_batches`, which sets what it asks. In manual optimization `max_steps` counts every
+        optimizer, and the x-axis does not.
+        """
+        trainer, automatic = self._trainer, self.module.automatic_optimization
+        batches = trainer.num_training_batches / (trainer.accumulate_grad_batches if automatic else 1)
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+        by_steps = trainer.max_steps if automatic and trainer.max_steps >= 0 else math.inf
+        total = min(math.ceil(batches) * epochs if math.isfinite(batches) else math.inf, by_steps)
+        return int(total) if math.isfinite(total) else None
 
     @property
     def loggers(self) -> list[Logger]:

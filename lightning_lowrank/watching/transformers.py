@@ -60,7 +60,7 @@ class WatchCallback(TrainerCallback):
                 raise ValueError(
                     f"{monitor!r}: transformers.Trainer shows no batch; give WatchCallback(..., batch=...)"
                 )
-        training = _HiddenLoss(model, [optimizer], loggers, folder)
+        training = _HiddenLoss(model, [optimizer], loggers, folder, total_steps=state.max_steps)
         self._watch = Watching(training, self.monitors)
         self._watch.begins()
         kept = _kept(args, state)

@@ -16,7 +16,7 @@ from lightning_lowrank.measuring.number_source import refuse_seed
 from lightning_lowrank.measuring.probe import Probe, due_at, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
-from lightning_lowrank.measuring.schedules import shared_budget
+from lightning_lowrank.measuring.schedules import rests, shared_budget
 from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports import loggers
@@ -145,27 +145,27 @@ class Watch:
         self._enabled = True
         if not self._resumed:
             self._checked, self._waiting = -1, {}
-            self.journal.begin()
+            self.journal.begin(training)
             for recorder in self.recorders:
                 recorder.begin()
         self.journal.count_errors(loggers.reopen(training.loggers))
         try:
             troubles, self._enabled = plan(self.recorders, training)
         except ValueError as error:
-            raise ValueError(f"{self.label}: {error}") from error
+            self._enabled = self.journal.refuse(error)
+            return
         for trouble in troubles:
             self.journal.warn_once(trouble)
-        known = {quantity: r.sites_of(quantity) for r in self.recorders for quantity in r.quantities}
-        self.journal.alerts.check(known)
-        self.journal.announce(self.recorders)
+        self.journal.prepare(self.recorders, training)
 
     def starts(self, training: Training) -> None:
-        """Start the clock."""
-        self.journal.start(on_device=training.device.type == "cuda")
+        """Say what will be measured, and start the clock."""
+        self.journal.start(training, self.recorders if self._enabled else ())
 
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
-        if not self._enabled:
+        idle = self._sampling is None and not self._waiting
+        if not self._enabled or (idle and rests(self.budget, training.step)):
             return
         with self._guard():
             step = training.step

@@ -52,7 +52,7 @@ def test_the_table_has_the_medians_of_all_quantities(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
-    main(["summary", str(run.parent)])
+    main(["summary", str(run.parent), "--all"])
 
     printed = capsys.readouterr().out
     median = np.median(written(run)[0]["lowrank_vector/weight_stable_rank"][20])
@@ -77,13 +77,39 @@ def test_names_with_brackets_are_no_markup(tmp_path: Path, capsys: pytest.Captur
     assert all(name in printed for name in ("[bold]run[", "[/red]", "[i]q"))
 
 
+def test_a_summary_fits_a_terminal_and_says_what_it_leaves_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a run whose name is longer than what is left of a line of eighty characters, all of it told"
+    for i in range(40):
+        write(tmp_path / f"{name} {i:02}", (0, {"a.very.long.site.of.a.deep.network.weight": 1.0}))
+
+    main(["summary", str(run)])
+    one = capsys.readouterr().out.splitlines()
+    main(["summary", str(tmp_path)])
+    many = capsys.readouterr().out.splitlines()
+
+    assert len(one) <= 25 and max(map(len, one)) <= 80
+    assert {"gradient", "weight", "update"} <= {line.split("_")[0] for line in one}
+    assert len(many) <= 25 and all(many[i].startswith(f"{name} {i:02}") for i in range(24))
+    assert "16 more runs: --all" in many[-1]
+
+
+def test_a_run_that_has_become_nan_says_since_when(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", (0, {"a": 1.0}), (5, {"a": math.nan}), (10, {"a": math.nan}))
+
+    main(["summary", str(tmp_path)])
+
+    assert "run; no number since step 5" in capsys.readouterr().out
+
+
 def test_a_report_has_the_answer_to_every_question(run: Path, tmp_path: Path) -> None:
     main(["report", str(run), "-o", str(tmp_path / "report.html")])
 
     found = answers(tmp_path / "report.html")
-    assert {answer["route"] for answer in found} == {"runs", "texts", "matrix", "spectra"}
+    assert {answer["route"] for answer in found} == {"runs", "diagnosis", "texts", "matrix", "spectra"}
     entries = found[0]["answer"]["runs"][0]["entries"]  # type: ignore[index]
-    assert len(entries) == len(found) - 2
+    assert len(entries) == len(found) - 3
 
 
 def test_a_report_is_thinned_as_asked(tmp_path: Path) -> None:

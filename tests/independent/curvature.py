@@ -153,7 +153,8 @@ def _edge(run: Run, here: Dense, i: int) -> Sums:
     along = float(g @ here.hessian @ g / (g @ g))
     limit, diagonal = _limit(run, here, run.steps[i - 1] if i else None, i)
     found = {"batch_sharpness": along, "sharpness_over_threshold": np.nan}
-    found["batch_sharpness_over_threshold"] = np.nan if diagonal is not None or limit is None else along / limit
+    if limit is not None and diagonal is None:
+        found["batch_sharpness_over_threshold"] = along / limit
     if limit is not None:
         root = np.ones(len(g)) if diagonal is None else diagonal**-0.5
         scaled = root[:, None] * here.hessian * root

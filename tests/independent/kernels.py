@@ -85,7 +85,7 @@ def _of_loss(run: Run, here: Dense, steps: int) -> dict[str, float]:
     group = CASES[run.name].optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     labels = ["", *(f"_{j}" for j in range(2, TOP + 1))]
     if "betas" in group:
-        return found | {f"ntk_time_constant{label}": np.nan for label in labels} | {"ntk_modes_learnt": np.nan}
+        return found
     rate = group["lr"] / (1 - group["momentum"])
     found |= {f"ntk_time_constant{label}": 1 / (rate * values[j]) for j, label in enumerate(labels)}
     return found | {"ntk_modes_learnt": (rate * steps * values >= 1).sum()}

@@ -116,7 +116,7 @@ def test_the_whole_model_is_announced_beside_its_sites(
     with caplog.at_level(logging.INFO):
         watched()
 
-    assert "loss at 4 sites and the whole model (every 2 steps)" in caplog.text
+    assert "loss at 4 sites and the whole model every 2 steps" in caplog.text
 
 
 def test_what_goes_wrong_in_a_number_source_is_counted_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

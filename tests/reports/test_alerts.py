@@ -511,7 +511,7 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         label="rank",
     )
 
-    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 sites"):
+    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 site"):
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 

@@ -85,7 +85,7 @@ def test_every_tag_of_the_layout_has_a_curve(tmp_path: Path) -> None:
 class Kept:
     """What a table needs of a monitor."""
 
-    label, overhead = "rank", 0.1234
+    label, overhead, no_number_since = "rank", 0.1234, None
 
     def __init__(self, first: Sample | None, latest: Sample | None) -> None:
         self.first, self.latest = first, latest

@@ -17,7 +17,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_lowrank import Alert, RankMonitor
+from lightning_lowrank import Alert, DormantUnitsMonitor, RankMonitor
 from lightning_lowrank.analysis.cli import main
 from tests.tab import (
     choose,
@@ -54,9 +54,18 @@ class Diverging(Classifier):
         return super().training_step(batch, batch_idx) * (float("nan") if self.global_step >= 10 else 1.0)
 
 
+class Dead(Classifier):
+    """Units that no digit reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.net[0].bias.fill_(-50.0)  # type: ignore[operator,union-attr]
+
+
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three real runs, and one whose names are scripts."""
+    """Four real runs, and one whose names are scripts."""
     folder = tmp_path_factory.mktemp("tab") / "logs"
     alerts = [
         Alert(
@@ -74,6 +83,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train(folder / "nan", RankMonitor(["gradients"], every_n_steps=1, detail="all"), Diverging())
     train(folder / "two", RankMonitor(["gradients"], every_n_steps=3, min_size=1, detail="all"), Adversaries(every=2))
+    train(folder / "dead", DormantUnitsMonitor(every_n_steps=4, alerts=None), Dead())
     write(
         folder / "zz" / EVIL.replace("/", ""),
         (0, {SCRIPT: 1.0, EVIL: 2.0}),
@@ -87,7 +97,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(logs: Path) -> Iterator[str]:
     """TensorBoard, with the loader that it has unless told otherwise."""
     with tensorboard(logs) as served:
-        wait_for_runs(served, 4)
+        wait_for_runs(served, 5)
         yield served
 
 
@@ -107,8 +117,9 @@ def opened(browser: WebDriver, address: str) -> WebDriver:
 
 @pytest.fixture
 def page(opened: WebDriver) -> WebDriver:
-    """The tab as it is at first."""
+    """The map as it is at first."""
     renew(opened)
+    view(opened, "map")
     return opened
 
 
@@ -118,13 +129,13 @@ def view(page: WebDriver, name: str) -> str:
     return page.find_element(By.ID, "view").text
 
 
-def only(page: WebDriver, run: str) -> None:
-    """One run, the others away."""
+def only(page: WebDriver, *runs: str) -> None:
+    """Some runs, the others away."""
     names = [label.text for label in page.find_elements(By.CSS_SELECTOR, ".runs label")]
-    assert run in names
+    assert set(runs) <= set(names)
     for i, name in enumerate(names):
         box = page.find_element(By.ID, f"run-{i}")
-        if box.is_selected() != (name == run):
+        if box.is_selected() != (name in runs):
             box.click()
             settled(page)
 
@@ -271,6 +282,7 @@ def test_a_range_of_steps_is_shown_alone(page: WebDriver) -> None:
 
 
 def test_runs_stand_side_by_side(page: WebDriver) -> None:
+    only(page, "calm", "nan", "two")
     choose(page, "quantity", "gradient_stable_rank")
 
     tops = [canvas.location["y"] for canvas in page.find_elements(By.CSS_SELECTOR, "canvas")]
@@ -303,6 +315,7 @@ def test_the_overview_has_the_four_levels_and_leads_to_the_worst_layers(page: We
         "Structure",
         "Subnetworks",
     ]
+    assert "gradient_spectral_norm" not in text and "by chance" in text
     row = next(r for r in page.find_elements(By.CSS_SELECTOR, "tbody tr") if r.text.startswith("weight_stable_rank"))
     ends = {site: value_at(logs / "calm", "weight_stable_rank", site, 23) for site in SITES}
     worst = row.find_element(By.CSS_SELECTOR, "button.link")
@@ -311,6 +324,85 @@ def test_the_overview_has_the_four_levels_and_leads_to_the_worst_layers(page: We
     worst.click()
     wait(page, lambda: page.find_elements(By.CSS_SELECTOR, "#details h2"))
     assert page.find_element(By.CSS_SELECTOR, "#details h2").text == f"{lowest} at step 23"
+
+
+def test_the_tab_opens_on_what_is_wrong_with_the_curve_beside_it(opened: WebDriver) -> None:
+    renew(opened)
+    only(opened, "calm", "nan", "zz/" + EVIL)
+
+    sections = {s.find_element(By.TAG_NAME, "h2").text: s for s in opened.find_elements(By.CSS_SELECTOR, ".diagnosis")}
+
+    assert "Nothing to report" in sections["calm"].text and "Not asked" in sections["calm"].text
+    assert "diverged · whole model: no number" in sections["nan"].text and "Since step 10" in sections["nan"].text
+    lines = sections["zz/" + EVIL].find_elements(By.CSS_SELECTOR, ".findings li")
+    assert [line.text.split()[0] for line in lines] == ["info"]
+
+
+def test_a_finding_leads_to_its_layer(page: WebDriver, logs: Path) -> None:
+    only(page, "dead")
+
+    text = view(page, "diagnosis")
+    curve = page.find_element(By.CSS_SELECTOR, ".findings svg polyline").get_attribute("points")
+    page.find_element(By.CSS_SELECTOR, ".findings button.link").click()
+    wait(page, lambda: page.find_elements(By.CSS_SELECTOR, "#details h2"))
+
+    assert "critical" in text and "dead units · net.1: a share of 1 of its units" in text
+    assert curve is not None and len(curve.split()) == 6
+    assert page.find_element(By.CSS_SELECTOR, "#details h2").text == "net.1 at step 20"
+
+
+def test_the_map_opens_on_effective_ranks_of_weights_as_multiples_of_the_first(page: WebDriver) -> None:
+    assert page.find_element(By.ID, "quantity").get_attribute("value") == "weight_effective_rank"
+    assert page.find_element(By.ID, "shade").get_attribute("value") == "change"
+    assert "times the layer's first; light: 1" in page.find_element(By.CSS_SELECTOR, "main > .legend").text
+
+
+def test_layers_are_folded_by_block_and_a_block_opens(page: WebDriver, logs: Path) -> None:
+    only(page, "calm")
+    choose(page, "quantity", "weight_stable_rank")
+
+    choose(page, "fold", "blocks")
+    folded = keys(page, Keys.END, Keys.PAGE_DOWN)
+    page.find_element(By.CSS_SELECTOR, "canvas").send_keys(Keys.ENTER)
+    settled(page)
+    wait(page, lambda: page.find_element(By.ID, "fold").get_attribute("value") == "layers")
+
+    ends = [value_at(logs / "calm", "weight_stable_rank", site, 23) for site in SITES]
+    assert folded.startswith("net.2 · step 23 · ") and number(folded) == pytest.approx(ends[1], rel=1e-6)
+    assert keys(page, Keys.END).split(" · ")[0] == "net.2.weight" and "1 layers" in label(page)
+
+
+def test_quantities_are_found_by_a_word_and_say_what_they_are(page: WebDriver) -> None:
+    page.find_element(By.ID, "search").send_keys("stable rank")
+
+    options = [o.get_attribute("value") for o in page.find_elements(By.CSS_SELECTOR, "#quantity option")]
+
+    assert set(options) == {f"{s}_stable_rank" for s in ("gradient", "weight", "feature")} | {"weight_effective_rank"}
+    assert "Exponential of the entropy of the singular values" in page.find_element(By.ID, "says").text
+
+
+CONTRAST = Path(__file__).with_name("contrast.js").read_text()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_word_can_be_read_and_nothing_overflows_at_any_size(theme: str, opened: WebDriver) -> None:
+    renew(opened)
+    only(opened, "calm", "dead", "nan")
+    if theme == "dark":
+        opened.execute_script("top.document.body.classList.add('dark-mode')")
+    faint, wide = {}, {}
+
+    for width, height in ((1400, 900), (800, 600), (390, 844)):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
+        for name in ("diagnosis", "overview", "alerts", "cost", "map"):
+            view(opened, name)
+            over = opened.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+            faint |= {(name, line): width for line in opened.execute_script(CONTRAST)}
+            wide |= {(name, width): over} if over > 0 else {}
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
+
+    assert faint == {} and wide == {}
 
 
 def test_what_watching_cost_is_shown(page: WebDriver, logs: Path) -> None:
@@ -358,7 +450,7 @@ def test_every_view_can_be_taken_along(page: WebDriver, logs: Path) -> None:
 
     curve, spectra = sheet(page, "#curve figcaption button"), sheet(page, "#spectrum figcaption button")
     others = {}
-    for name in ("overview", "alerts", "cost"):
+    for name in ("diagnosis", "overview", "alerts", "cost"):
         view(page, name)
         others[name] = sheet(page, "#csv")
 
@@ -368,6 +460,7 @@ def test_every_view_can_be_taken_along(page: WebDriver, logs: Path) -> None:
     assert [row[3] for row in spectra if row[:3] == ["calm", "20", "1"]] == [str(largest)]
     assert ["parameters", "weight_effective_rank", "calm", SITES[0], curve[1][2], curve[24][2]] in others["overview"]
     assert ["calm", "low", "pending", "0", "0"] in others["alerts"]
+    assert others["diagnosis"][0][:4] == ["run", "rule", "severity", "site"]
     assert [row[1] for row in others["cost"][1:25]] == ["overhead_percent"] * 24
 
 
@@ -447,7 +540,7 @@ def test_it_is_dark_where_tensorboard_is(page: WebDriver) -> None:
 def test_nothing_is_fetched_from_another_host_and_nothing_goes_wrong(page: WebDriver, address: str) -> None:
     page.get_log("browser")  # what was before
 
-    for name in ("overview", "alerts", "cost", "map"):
+    for name in ("diagnosis", "overview", "alerts", "cost", "map"):
         view(page, name)
 
     fetched = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
@@ -473,8 +566,9 @@ def test_names_that_are_scripts_are_only_shown(page: WebDriver) -> None:
 @pytest.mark.parametrize("fast", ["true", "false"], ids=["RustBoard", "Python"])
 def test_both_loaders_show_the_same(fast: str, browser: WebDriver, logs: Path) -> None:
     with tensorboard(logs, "--load_fast", fast) as served:
-        wait_for_runs(served, 4)
+        wait_for_runs(served, 5)
         open_tab(browser, served)
+        view(browser, "map")
         only(browser, "calm")
         choose(browser, "quantity", "weight_stable_rank")
         said = keys(browser, Keys.END, Keys.ARROW_DOWN)
@@ -511,6 +605,7 @@ def test_a_report_is_the_same_without_a_server(browser: WebDriver, logs: Path, t
     browser.switch_to.default_content()
     browser.get(f"file://{tmp_path}/report.html")
     settled(browser)
+    view(browser, "map")
     only(browser, "calm")
     choose(browser, "quantity", "weight_effective_rank")
     said = keys(browser, Keys.END, Keys.ENTER)
@@ -518,7 +613,7 @@ def test_a_report_is_the_same_without_a_server(browser: WebDriver, logs: Path, t
     wait(browser, lambda: browser.find_elements(By.ID, "spectrum"))
     assert torch.tensor(number(said)) == value_at(logs / "calm", "weight_effective_rank", SITES[0], 23)
     assert "step 20: largest" in browser.find_element(By.CSS_SELECTOR, "#spectrum .status").text
-    for name in ("overview", "alerts", "cost"):
+    for name in ("diagnosis", "overview", "alerts", "cost"):
         assert "cannot be shown" not in view(browser, name)
     assert browser.execute_script("return performance.getEntriesByType('resource').length + (window.owned ?? 0)") == 0
     assert json.dumps(EVIL)[1:-1] not in (tmp_path / "report.html").read_text()

@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from lightning_lowrank import CurvatureMonitor, Monitor, MultifractalMonitor
-from tests.tab import choose, chromium, keys, open_tab, tensorboard, train, wait, wait_for_runs
+from tests.tab import choose, chromium, keys, open_tab, settled, tensorboard, train, wait, wait_for_runs
 from tests.trainings import Classifier, mlp
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -26,6 +26,8 @@ def first_site(folder: Path, monitor: Monitor, module: L.LightningModule, quanti
     with tensorboard(folder / "logs") as address, chromium(folder / "profile") as page:
         wait_for_runs(address)
         open_tab(page, address)
+        page.find_element(By.ID, "view-map").click()
+        settled(page)
         choose(page, "quantity", quantity)
         keys(page, Keys.HOME, Keys.ENTER)
         wait(page, lambda: page.find_elements(By.CSS_SELECTOR, ".details figure + figure polyline"))

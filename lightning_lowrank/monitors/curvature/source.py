@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Num
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.double_backward import Choice, choose, hooked, look_together
@@ -138,6 +139,9 @@ class Curvature(NumberSource):
     def plan(self, training: Training) -> None:
         """Choose the parameters; those that are frozen now may be trained later."""
         self._named = chosen_parameters(training.module, self.match, self.exclude)
+        # Adaptive rates differ from weight to weight, so that no direction has an edge of its own.
+        is_descent = any(type(optimizer) is SGD for optimizer in training.optimizers)
+        self.absent = () if is_descent else ("batch_sharpness_over_threshold",)
         begins = self._training is None or self._training.module is not training.module
         self._training = training
         if begins:

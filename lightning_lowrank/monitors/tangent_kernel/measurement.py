@@ -312,13 +312,21 @@ def quantities(top_k: int) -> Iterator[Quantity]:
     of_a_kernel = [f"{name}_{label}" for name in ("ntk", "ntk_gauss_newton") for label in (*_labels(top_k), *sums)]
     of_change = ["ntk_condition", "ntk_label_alignment", "ntk_centred_label_alignment"]
     of_change += ["ntk_velocity", "ntk_distance_to_start"]
-    of_modes = ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
-    of_modes += ["ntk_label_energy_in_top", *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1))]
+    of_modes = [
+        *learnt_by_descent(top_k),
+        "ntk_label_energy_in_top",
+        *(f"ntk_label_energy_{i}" for i in range(1, top_k + 1)),
+    ]
     for name in (*of_a_kernel, *of_change, *of_modes):
         yield Quantity(name, estimated=True)
     yield Quantity("ntk_label_energy_in_top_chance")
     for name in ("ntk_layer_share", "ntk_layer_velocity"):
         yield Quantity(name, per_site=True, estimated=True)
+
+
+def learnt_by_descent(top_k: int) -> list[str]:
+    """What has a meaning for gradient descent alone."""
+    return ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
 
 
 def _of_labels(kernel: Kernel, modes: Modes, labels: Float[Tensor, "R C"], found: Found) -> None:

@@ -25,7 +25,13 @@ from lightning_lowrank.measuring.source import Batch
 from lightning_lowrank.models.names import chosen_parameters
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.monitors.tangent_kernel.kernels import FEWEST, KernelName
-from lightning_lowrank.monitors.tangent_kernel.measurement import KernelEffort, Reference, TangentKernels, quantities
+from lightning_lowrank.monitors.tangent_kernel.measurement import (
+    KernelEffort,
+    Reference,
+    TangentKernels,
+    learnt_by_descent,
+    quantities,
+)
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
 
 # Cadence unless one is given: a sample is so many times a step that this is a few percent of the time.
@@ -115,6 +121,8 @@ class TangentKernel(NumberSource):
             raise ValueError(
                 f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of"
             )
+        is_descent = all(type(optimizer) is SGD for optimizer in training.optimizers)
+        self.absent = [] if is_descent else learnt_by_descent(self.state.effort.top_k)
         if self._training is None or self._training.module is not training.module:
             self._begin(training)
         self._training = training

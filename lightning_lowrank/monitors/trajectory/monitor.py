@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_lowrank.measuring.number_source import Detail
+from lightning_lowrank.measuring.schedules import Every
 from lightning_lowrank.monitors.trajectory.source import Trajectory
 from lightning_lowrank.reports.alerts.rules import Alert
 from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
@@ -26,7 +27,8 @@ class TrajectorySubspace(Monitor):
     host would wait for the device.
 
     Args:
-        every_n_steps: Least number of optimizer steps between two snapshots, and the cadence of the curves.
+        every_n_steps: Least number of optimizer steps between two snapshots, and the cadence of the curves; 50 unless
+            given.
         max_snapshots: How many are kept, 8 at least. When there is one more, every second one goes, and from then on
             they are twice as far apart.
         match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained at the start unless given.
@@ -35,6 +37,7 @@ class TrajectorySubspace(Monitor):
         per_site: Without effect: there are no sites.
         name: Prefix of all tags.
         alerts: Rules that say when to warn; there are none by default.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits is
@@ -53,7 +56,7 @@ class TrajectorySubspace(Monitor):
 
     def __init__(
         self,
-        every_n_steps: int = 50,
+        every_n_steps: int | None = None,
         max_snapshots: int = 32,
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -62,9 +65,11 @@ class TrajectorySubspace(Monitor):
         name: str | None = None,
         *,
         alerts: Sequence[Alert] | Literal["default"] | None = "default",
+        max_overhead: float | None = None,
     ) -> None:
-        schedule = cadence(every_n_steps, None, every_n_steps)
-        source = Trajectory(every_n_steps, max_snapshots, match, exclude)
+        schedule = cadence(every_n_steps, max_overhead, 50)
+        # A budget chooses how far apart they are, too.
+        source = Trajectory(schedule.n if isinstance(schedule, Every) else 1, max_snapshots, match, exclude)
         super().__init__(probe_of(source, schedule), detail=detail, per_site=per_site, alerts=alerts, name=name)
 
     @staticmethod

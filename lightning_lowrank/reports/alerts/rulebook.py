@@ -9,6 +9,7 @@ from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.alerts import actions
 from lightning_lowrank.reports.alerts.rules import Alert, AlertError, AlertEvent, SiteAlert
 from lightning_lowrank.reports.alerts.states import RuleState
+from lightning_lowrank.reports.announcing import of_number
 
 # Events that are kept for the table and the file: what is older was told long ago.
 KEPT = 1000
@@ -73,6 +74,19 @@ class Rulebook:
         for state in self.states:
             state.begin()
 
+    def check_actions(self, training: Training) -> None:
+        """Refuse rules that ask for what nobody does.
+
+        Raises:
+            ValueError: A rule asks for a checkpoint that nobody can write.
+        """
+        for state in self.states:
+            if "checkpoint" in state.rule.actions and not training.may_save:
+                raise ValueError(
+                    f"alert {state.name!r} asks for a checkpoint: give watching(..., save_checkpoint=...) a function "
+                    "that writes one at a path"
+                )
+
     def check(self, sites: Mapping[str, Sequence[str]]) -> None:
         """Refuse rules that look at nothing.
 
@@ -94,9 +108,8 @@ class Rulebook:
                 )
             looked_at = sum(map(state.matches, known))
             if known and isinstance(state.rule.quorum, int) and state.rule.quorum > looked_at:
-                raise ValueError(
-                    f"alert {state.name!r}: quorum={state.rule.quorum} is never met: it looks at {looked_at} sites"
-                )
+                looks = f"it looks at {of_number(looked_at, 'site')}"
+                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: {looks}")
 
     def observe(self, step: int, values: Values) -> None:
         """Show a report to the rules."""

@@ -1,0 +1,53 @@
+"""`lightning-lowrank diagnose`: what someone who knows the field would say of a run."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning_lowrank.analysis.page import reader_of
+from lightning_lowrank.analysis.showing import print_json
+from lightning_lowrank.tensorboard.diagnosing.judging import SEVERITIES, Finding
+from lightning_lowrank.tensorboard.diagnosing.reading import findings_of
+from lightning_lowrank.tensorboard.diagnosing.rules import RULES
+
+# Of each run.
+LINES = 12
+
+
+def diagnose(
+    runs: list[str], *, json: bool = False, fail_on: Literal["critical", "warning", "info", "never"] = "never"
+) -> None:
+    """Print what the curves of runs say, worst first, in at most twelve lines each.
+
+    Args:
+        runs: Folders with event files, of one run or of several each.
+        json: Print a list of findings by run.
+        fail_on: Exit with 1 if there is a finding as bad as this.
+
+    Raises:
+        ValueError: There are no event files.
+    """
+    found: dict[str, tuple[list[Finding], list[str]]] = {}
+    for folder in runs:
+        reader = reader_of(Path(folder))
+        for name, series in reader.runs().items():
+            found[folder if name == "." else f"{folder.rstrip('/')}/{name}"] = findings_of(reader, name, series)
+    if json:
+        print_json({run: [finding.plain() for finding in findings] for run, (findings, _) in found.items()})
+    else:
+        sys.stdout.write("".join(f"{line}\n" for run, one in found.items() for line in lines_of(run, *one)))
+    bad = SEVERITIES[: SEVERITIES.index(fail_on) + 1] if fail_on != "never" else ()
+    if any(finding.severity in bad for findings, _ in found.values() for finding in findings):
+        sys.exit(1)
+
+
+def lines_of(run: str, findings: Sequence[Finding], idle: Sequence[str]) -> list[str]:
+    """A heading, a line for each finding, and what was not asked."""
+    asked = len(RULES) + 1 - len(idle)
+    heading = f"{run}: {len(findings) or 'nothing'} of {asked} rules to report"
+    told = [f"{finding.severity:8} {finding.rule}: {finding.message}" for finding in findings]
+    if len(told) > LINES - 2:
+        told = [*told[: LINES - 3], f"and {len(told) - LINES + 3} more: --json"]
+    rest = f"not asked, as nothing was measured for them: {', '.join(idle)} (watch_all() measures it)"
+    return [heading, *told, *([rest] if idle else [])]

@@ -1,0 +1,158 @@
+"""The first words of every monitor: what it watches, where, how often, in how many samples, and what one costs."""
+
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+from statistics import median
+
+from lightning_lowrank.measuring.allowances import FEWEST, Allowance
+from lightning_lowrank.measuring.clock import Clock
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL
+from lightning_lowrank.measuring.probe import Probe, due_at
+from lightning_lowrank.measuring.recorder import Recorder
+from lightning_lowrank.measuring.schedules import Budget, Every, Spent
+
+# Percent of the training time from which on the cost of a sample is told, and steps by which a step is known.
+WORTH_SAYING, IDLE_STEPS = 2.0, 10
+
+
+def start_line(recorders: Sequence[Recorder], total_steps: int | None) -> str:
+    """What a monitor will measure.
+
+    Args:
+        recorders: Its probes at work.
+        total_steps: How long the run will be, if that is known.
+    """
+    alike = groupby(recorders, lambda r: (places(r.expected), _when(r.probe, total_steps)))
+    return "; ".join(f"{listed(r.name for r in some)} at {where} {when}" for (where, when), some in alike)
+
+
+def num_samples(probes: Iterable[Probe], total_steps: int | None) -> int | None:
+    """The fewest that one of them will have in a whole run; None where nobody knows."""
+    counts = [_count(probe, total_steps) for probe in probes if probe.source.stage == "train"]
+    known = [count for count in counts if count is not None]
+    return min(known) if known and len(known) == len(counts) else None
+
+
+def too_few(count: int | None, total_steps: int | None) -> str:
+    """What to do if there will be no curve; nothing where there will."""
+    if count is None or count >= FEWEST:
+        return ""
+    return (
+        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve; more come with "
+        "a smaller every_n_steps, or with max_overhead=0.05, which takes what 5 % of the time allow"
+    )
+
+
+def left_out(budget: Budget, total_steps: int | None) -> str:
+    """Why a monitor that shares a budget with others takes no sample."""
+    assert isinstance(budget, Allowance) and total_steps
+    cost = budget.wish.cost
+    return (
+        f"left out of this run: a sample takes about {cost:g} step{'' if cost == 1 else 's'} of training, {FEWEST} of "
+        f"them {100 * FEWEST * cost / total_steps:.2g} % of {total_steps} steps, and all monitors together may take "
+        f"{100 * budget.purse.share:.3g} %"
+    )
+
+
+class FirstSample:
+    """What a sample takes, in steps of training: told once after the first, where the run will spend much on them.
+
+    Args:
+        probes: Of the monitor.
+    """
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        schedules = [due_at(probe) for probe in probes if probe.source.stage == "train"]
+        one = schedules[0] if schedules and all(schedule == schedules[0] for schedule in schedules) else None
+        # What a budget takes is told when it has chosen.
+        self._every = one if isinstance(one, Every) else None
+        self._samples: list[float] = []
+        self._steps: list[float] = []
+        self._before: Spent | None = None
+
+    def step_begins(self, step: int, clock: Clock, total_steps: int | None) -> str:
+        """What is to be said now; mostly nothing."""
+        if self._every is None:
+            return ""
+        before, self._before = self._before, Spent(step, clock.own, clock.total)
+        if before is None:
+            return ""
+        own, total = self._before.own - before.own, self._before.total - before.total
+        if self._every(before.step):
+            self._samples.append(own)
+        if self._samples:
+            self._steps.append(total - own)
+        if len(self._steps) <= IDLE_STEPS:
+            return ""
+        # The first sample and the first step also pay for what is made once.
+        later, several = self._samples[1:] or self._samples, len(self._samples) > 1
+        share = self._every.count(total_steps) / total_steps if total_steps else 1 / self._every.n
+        self._every = None
+        return _cost(median(later), max(median(self._steps[1:]), 1e-6), share, several=several)
+
+
+def _cost(sample: float, step: float, share: float, *, several: bool) -> str:
+    """What samples take at a share of the steps, where that is worth a sentence."""
+    whole = 100 * share * sample / step
+    if whole <= WORTH_SAYING:
+        return ""
+    took = "a sample takes" if several else "the first sample took"
+    longer = f"{whole:.2g}" if whole < 10 else f"{whole:.0f}"
+    return (
+        f"{took} {1000 * sample:.3g} ms, as long as {sample / step:.3g} steps of training; if all do, training takes "
+        f"{longer} % longer: every_n_steps or max_overhead=0.01 makes that less"
+    )
+
+
+def places(sites: Collection[str]) -> str:
+    """What a monitor has numbers of; the whole model is no site among others."""
+    parts = sum(site != WHOLE_MODEL for site in sites)
+    whole = [named(WHOLE_MODEL)] if WHOLE_MODEL in sites else []
+    return " and ".join([*([of_number(parts, "site")] if parts else []), *whole]) or "its sites"
+
+
+def named(site: str) -> str:
+    """A site in a sentence."""
+    return "the whole model" if site == WHOLE_MODEL else repr(site)
+
+
+def of_number(count: int, word: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def each(steps: int) -> str:
+    """`every step`, `every 2 steps`."""
+    return "every step" if steps == 1 else f"every {steps} steps"
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def percent(budget: Budget) -> str:
+    """What it allows."""
+    return f"{100 * budget.share:.3g} %"
+
+
+def _when(probe: Probe, total_steps: int | None) -> str:
+    if probe.source.stage == "validation":
+        return "at every validation"
+    count = _count(probe, total_steps)
+    samples = "" if count is None else f": {of_number(count, 'sample')} in {of_number(total_steps or 0, 'step')}"
+    match probe.schedule:
+        case Every(n=steps) | Budget(every=int(steps)):
+            return each(steps) + samples
+        case Budget() as budget:
+            return f"for at most {percent(budget)} more time, measured in the first {budget.warm_up} steps{samples}"
+    return "as scheduled"
+
+
+def _count(probe: Probe, total_steps: int | None) -> int | None:
+    """Samples in a whole run, where the schedule says so beforehand."""
+    schedule = due_at(probe)
+    if total_steps is None or not isinstance(schedule, Every | Budget) or probe.source.stage != "train":
+        return None
+    return schedule.count(total_steps)
