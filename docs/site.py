@@ -5,6 +5,7 @@
 A page, a link or a name that does not exist stops it. The site is in `site/`.
 """
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -49,7 +50,7 @@ def reference() -> dict[str, list[str]]:
             pages[page_of(name)].append(f"lightning_lowrank.{name}")
     pages["Statistics"] += [f"lightning_lowrank.statistics.{name}.{name}" for name in statistics.available()]
     pages["Commands"] = [
-        f"lightning_lowrank.analysis.{file}.{name.replace('-', '_')}" for name, (file, _) in COMMANDS.items()
+        f"lightning_lowrank.analysis.{file}.{re.sub('[ -]', '_', name)}" for name, (file, _) in COMMANDS.items()
     ]
     return pages
 

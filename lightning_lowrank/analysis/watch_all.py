@@ -93,7 +93,7 @@ def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monit
     Raises:
         ValueError: The share is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> [type(monitor).__name__ for monitor in watch_all()][:3]
         ['RankMonitor', 'LossMonitor', 'DormantUnitsMonitor']
     """

@@ -54,7 +54,7 @@ def shared_out(wishes: Sequence[Wish], share: float, total_steps: int | None) ->
         share: By which all together may make training longer.
         total_steps: Of the run, if that is known.
 
-    Example:
+    Examples:
         >>> cheap, dear = Wish(cost=0.1, least=10, trials=(0,)), Wish(cost=60, least=100, trials=(20,))
         >>> shared_out([cheap, dear], 0.05, total_steps=10_000)
         [0.01, 0.04]

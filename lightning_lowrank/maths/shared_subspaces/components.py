@@ -34,7 +34,7 @@ class Components:
 def centred(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
     """Inner products of the models less their mean.
 
-    Example:
+    Examples:
         >>> centred(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
         tensor([[ 1., -1.],
                 [-1.,  1.]])
@@ -74,7 +74,7 @@ def gaussian_share(rows: int, columns: int, ks: Sequence[int]) -> list[float]:
 
     Of N models of P parameters, centred: `gaussian_share(N - 1, P, ks)`, which is `k / (N - 1)` for P far above N.
 
-    Example:
+    Examples:
         >>> [round(share, 3) for share in gaussian_share(31, 10**9, [1, 16])]
         [0.032, 0.516]
     """

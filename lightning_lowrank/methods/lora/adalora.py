@@ -217,7 +217,7 @@ class AdaLoRA(LoRA):
     Raises:
         ValueError: As `LoRA`; the schedule has no room for an allocation.
 
-    Example:
+    Examples:
         >>> AdaLoRA(total_steps=1000, first_steps=100, last_steps=300)
         AdaLoRA(total_steps=1000, first_steps=100, last_steps=300)
 
