@@ -23,12 +23,12 @@ OVER_UNITS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.Mu
 
 
 class DormantUnits(NumberSource):
-    """Shares of units of each layer that are dormant, and that are inactive for every input of a due step.
+    """Shares of units of each layer that are dormant, and that are inactive for every input of a step.
 
     Args:
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all activation layers unless given.
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all activation layers by default.
         exclude: Patterns of what to leave out, as for `match`.
-        tau: Largest score of a dormant unit.
+        tau: A unit is dormant if its mean absolute activation is at most `tau` times the layer's mean.
 
     Raises:
         ValueError: `tau` is out of its range; in `plan`: a pattern matches nothing, there is no activation layer, or a

@@ -52,14 +52,15 @@ class Parts:
 
 
 class NoiseScale(NumberSource):
-    """Variance of the step's gradient from its parts: micro-batches and processes, or the two halves of a lone batch.
+    """Variance of the step's gradient, from its parts: micro-batches and processes, or two halves if one batch makes
+    the step.
 
     Args:
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
         exclude: Patterns of what to leave out, as for `match`.
         window: Number of samples in the running means.
-        replay: Run a batch again in two halves where it is the only part of its step.
-        loss_fn: `(module, batch) -> loss` in the place of `training_step`.
+        replay: Whether to run a batch again in two halves if it makes a whole step.
+        loss_fn: `(module, batch) -> loss`, used instead of `training_step`.
 
     Raises:
         ValueError: `window` is out of its range; in `plan`: a pattern matches nothing, a parameter is sharded, the step

@@ -36,13 +36,13 @@ UNITS = {"entropy": "nats", "experts": "experts", "tokens": "tokens"} | dict.fro
 
 
 class Routers(NumberSource):
-    """Loads and scores of routers over all tokens of a due step.
+    """Loads and scores of routers over all tokens of a step.
 
     Args:
-        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; those that are found unless given.
+        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; by default all that are recognised.
         exclude: Patterns of what to leave out, as for `match`.
-        top_k: How many experts a token takes, where routers do not say.
-        capacity: Most places of an expert, in parts of an even share, beyond which tokens count as dropped.
+        top_k: Number of experts per token, for routers that do not give it.
+        capacity: Largest load of an expert, in units of an even share; tokens beyond it count as dropped.
 
     Raises:
         ValueError: `top_k` or `capacity` is out of its range; in `plan`: a pattern matches nothing, there is no router,

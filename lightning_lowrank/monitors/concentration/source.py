@@ -63,7 +63,7 @@ class Concentration(NumberSource):
             when they are scaled).
         densities: Of the masks of the largest weights; none without.
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         heads: Number of heads by pattern of output projections that are not found.
         neurons: Layers whose inputs are neurons; pairs of layers unless given.
         reference: Checkpoint of another run that was watched so, with which importances are compared.

@@ -50,7 +50,7 @@ class NeuroMFA(Neurons):
     Args:
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices but those of embeddings
             unless given.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         max_neurons: Sampled per layer, the same at every sample, `num_repeats` times (published: 32); all neurons once
             unless given.
         num_repeats: How many such samples.

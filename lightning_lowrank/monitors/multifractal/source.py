@@ -107,7 +107,7 @@ class Multifractal(Neurons):
 
     Args:
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         max_neurons: Neurons that are looked at in each matrix, the same at every sample; all unless given. From 256 on
             numbers that sampling is known to tell come with an error.
         heads: Split attention weights by head.
