@@ -75,7 +75,7 @@ def feature_axis(layer: nn.Module, shape: Sequence[int], around: nn.Module | Non
     if len(found) == 1 or (not found and len(shape) == 3):
         return max(found, default=-1)
     raise ValueError(
-        f"which axis of an output of shape {tuple(shape)} has the features is not to be told of a "
+        f"cannot tell which axis has the features in an output of shape {tuple(shape)} of a "
         f"{type(layer).__name__}; match linear layers, convolutions or norms inside or beside it"
     )
 

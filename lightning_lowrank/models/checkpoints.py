@@ -141,7 +141,7 @@ def _parts(file: Path) -> dict[Path, set[str] | None]:
     try:
         index: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no index of shards: it has no 'weight_map'") from error
+        raise ValueError(f"{file} is not an index of shards: it has no 'weight_map'") from error
     parts: dict[Path, set[str] | None] = {}
     for name, part in index.items():
         names = parts.setdefault(file.parent / part, set())

@@ -46,7 +46,7 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
         raise ValueError(
-            f"{argument}={patterns!r}: patterns are words, one or a list of them: globs, 're:REGEX', 'type:LAYERCLASS'"
+            f"{argument}={patterns!r}: give one pattern or a list of patterns: globs, 're:REGEX', 'type:LAYERCLASS'"
         )
     for pattern in several:
         test = _test(argument, pattern)
@@ -98,7 +98,7 @@ def _test(argument: str, pattern: str) -> Callable[[str, nn.Module], bool]:
     try:
         search = re.compile(rest).search if kind == "re" else re.compile(translate(pattern)).match
     except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
     return lambda name, layer: search(name) is not None or search(tag(name)) is not None
 
 

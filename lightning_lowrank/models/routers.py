@@ -100,7 +100,7 @@ def routing(known: Router, output: Any) -> Routing:
     parts = [part.detach() for part in _tensors(output)]
     scores = [p for p in parts if p.is_floating_point() and p.ndim > 1 and p.shape[-1] == known.num_experts]
     if not scores:
-        raise ValueError(f"a {type(known.layer).__name__} puts out no logits of {known.num_experts} experts")
+        raise ValueError(f"a {type(known.layer).__name__} has no output with logits of {known.num_experts} experts")
     logits = scores[-1 if type(known.layer).__name__ in LOGITS_LAST else 0].flatten(0, -2)
     for part in (p for p in parts if not p.is_floating_point() and not p.is_complex() and p.ndim > 1):
         if part.shape[:-1].numel() == len(logits):
@@ -110,7 +110,7 @@ def routing(known: Router, output: Any) -> Routing:
             if known.top_k in (None, last):
                 return Routing(logits, _assigned(part.flatten(0, -2), logits), len(logits) * last)
     if known.top_k is None:
-        raise ValueError(f"how many experts a token takes is not said by {type(known.layer).__name__}: give top_k=...")
+        raise ValueError(f"{type(known.layer).__name__} does not give the number of experts per token: pass top_k=...")
     chosen = logits.topk(min(known.top_k, known.num_experts), -1).indices
     return Routing(logits, _assigned(chosen, logits), chosen.numel())
 

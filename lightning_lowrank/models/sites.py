@@ -101,21 +101,21 @@ def sites(
     heads: bool = False,
     views: Mapping[str, str | View] | None = None,
 ) -> list[Site]:
-    """The places of a module where matrices are: of each layer those that its type implies, each tensor once, in the
-    order of the module.
+    """The matrices of a module: for each layer those that its type implies, each tensor once, in the order of the
+    module.
 
     Args:
-        match: Only what one of these patterns fits: a glob on the full name (`*.attn.*`), `re:` and a regular
-            expression that is searched in it, or `type:` and the class of the layer or one of its bases
+        match: Keep only parameters that match one of these patterns: a glob on the full name (`*.attn.*`), `re:` and a
+            regular expression that is searched in it, or `type:` and the class of the layer or one of its bases
             (`type:Linear`).
-        exclude: Not what one of these patterns fits.
-        min_size: Shortest side of a matrix below which it is left out.
-        heads: One matrix per attention head, where the layer knows how many it has.
-        views: Patterns as above, with the view to take instead of the one that the layer's type implies; the last that
-            fits counts.
+        exclude: Leave out parameters that match one of these patterns.
+        min_size: Matrices with a side shorter than this are left out.
+        heads: Whether to use one matrix per attention head, if the layer knows its number of heads.
+        views: Patterns as above, each with a view that replaces the one implied by the layer's type; the last match
+            counts.
 
     Raises:
-        ValueError: A pattern fits nothing, or a view does not fit its tensor.
+        ValueError: A pattern matches nothing, or a view does not fit its tensor.
     """
     tensors = _tensors(module)
     own = _own_views(views or {}, tensors)

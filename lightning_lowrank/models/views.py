@@ -29,14 +29,14 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 
 @dataclass(frozen=True)
 class View:
-    """An einops pattern whose right side ends in `rows columns`; all before is a batch.
+    """An einops pattern whose right side ends in `rows columns`; the axes before these number the matrices.
 
     Attributes:
         pattern: For instance `(heads d) n -> heads d n`: one matrix per head.
-        sizes: Lengths of axes that the shape leaves open, as a mapping or pairs. Axes called `qkv`, `qvk`, `kv`,
-            `ifgo` and `rzn` know theirs.
-        parts: Names of the batch entries, appended to the name of the site with a dot. Unless given: `q`, `k`, `v` for
-            an axis called `qkv`, `h0`, `h1`, ... for one called `heads`.
+        sizes: Lengths of axes that the shape does not determine, as a mapping or pairs. Axes called `qkv`, `qvk`, `kv`,
+            `ifgo` and `rzn` have known lengths.
+        parts: Names of the matrices, appended to the name of the site with a dot. By default: `q`, `k`, `v` for an axis
+            called `qkv`, `h0`, `h1`, ... for one called `heads`.
 
     Examples:
         >>> View("(heads d) n -> heads d n", {"heads": 4})(torch.ones(32, 5)).shape

@@ -23,15 +23,15 @@ OVER_UNITS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.Mu
 
 
 class DormantUnits(NumberSource):
-    """Shares of units of each layer that are dormant, and that are inactive for every input of a due step.
+    """Shares of units of each layer that are dormant, and that are inactive for every input of a step.
 
     Args:
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all activation layers unless given.
-        exclude: The same, taken away.
-        tau: Largest score of a dormant unit.
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all activation layers by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        tau: A unit is dormant if its mean absolute activation is at most `tau` times the layer's mean.
 
     Raises:
-        ValueError: `tau` is out of its range; in `plan`: a pattern fits nothing, there is no activation layer, or a
+        ValueError: `tau` is out of its range; in `plan`: a pattern matches nothing, there is no activation layer, or a
             layer is inside a compiled module.
     """
 
@@ -115,30 +115,31 @@ class DormantUnits(NumberSource):
 class DormantUnitsMonitor(Monitor):
     """How many units of each activation layer are dormant: inactive, or far below the layer's mean.
 
-    Dormant units take part in no decision and receive next to no gradient: the layer is narrower than it looks. A ReLU
-    unit that is inactive on every input stays so, as no gradient reaches it. The share grows with too high learning
-    rates, and in reinforcement learning as targets move. Of activations without a zero (GELU, tanh, sigmoid) only
-    `dormant_share` says something.
+    Dormant units contribute almost nothing to the output and receive almost no gradient, so the layer is effectively
+    narrower than its nominal width. A ReLU unit that is inactive on every input stays inactive, because no gradient
+    reaches it. The share grows if the learning rate is too high, and in reinforcement learning as targets change. For
+    activations that are rarely exactly 0 (GELU, tanh, sigmoid), only `dormant_share` is meaningful.
 
     Writes `dormant/share_median` and `dormant/inactive_median` (at "standard" also minimum and maximum, and each
-    layer), between 0 and 1, over all rows of a due step. Units are along the layer's feature axis: channels of images.
+    layer), between 0 and 1, over all rows of a step. Units are counted along the layer's feature axis; for images these
+    are the channels.
 
-    Cost: three passes over the outputs of the chosen layers on due steps; two numbers per unit in float64.
+    Cost: three passes over the outputs of the chosen layers per sample, and memory for two numbers per unit in float64.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 50 unless given.
-        match: Layers whose outputs are units: globs, `re:REGEX`, `type:LAYERCLASS`; all activation layers unless given.
-        exclude: The same, taken away.
-        tau: Largest score, in parts of the layer's mean, of a dormant unit.
+        every_n_steps: Cadence in optimizer steps; default 50.
+        match: Layers whose outputs are units: globs, `re:REGEX`, `type:LAYERCLASS`; all activation layers by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        tau: A unit is dormant if its mean absolute activation is at most `tau` times the layer's mean.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single layers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single layers: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; "default" warns of a layer of which nine tenths are inactive.
+        alerts: Alert rules; "default" warns if nine tenths of a layer's units are inactive.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or there is no
-            activation layer to hear.
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
+            activation layer.
 
     Examples:
         >>> DormantUnitsMonitor(every_n_steps=10).recorders[0].quantities

@@ -85,17 +85,17 @@ class LossMonitor(Monitor):
     """The loss of each step and the norm of its gradient before clipping, with rules on their jumps and drifts.
 
     Writes `step/loss`, the mean over the backward passes of a step and over processes, and `step/gradient_norm`, of all
-    parameters together. These are the quantities that every other early warning has to beat, and for faults of labels
-    and of the schedule the earliest (docs/evidence/warnings.md).
+    parameters together. They are the baseline for every other early warning, and they detect faults of labels and of
+    the schedule first (docs/evidence/warnings.md).
 
-    Cost: one pass over the gradients per sample, and what every sample of a monitor costs.
+    Cost: one pass over the gradients per sample, in addition to the fixed cost of any monitor's sample.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 1 unless given, as the rules look for single steps.
+        every_n_steps: Cadence in optimizer steps; default 1, because the rules look for single steps.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Without effect: there are no sites.
+        per_site: Has no effect, because there are no sites.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; by default `usual_alerts`.
+        alerts: Alert rules; by default `usual_alerts`.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:

@@ -52,17 +52,18 @@ class Parts:
 
 
 class NoiseScale(NumberSource):
-    """Variance of the step's gradient from its parts: micro-batches and processes, or the two halves of a lone batch.
+    """Variance of the step's gradient, from its parts: micro-batches and processes, or two halves if one batch makes
+    the step.
 
     Args:
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
-        exclude: The same, taken away.
-        window: Samples of the running means.
-        replay: Run a batch again in two halves where it is the only part of its step.
-        loss_fn: `(module, batch) -> loss` in the place of `training_step`.
+        exclude: Patterns of what to leave out, as for `match`.
+        window: Number of samples in the running means.
+        replay: Whether to run a batch again in two halves if it makes a whole step.
+        loss_fn: `(module, batch) -> loss`, used instead of `training_step`.
 
     Raises:
-        ValueError: `window` is out of its range; in `plan`: a pattern fits nothing, a parameter is sharded, the step
+        ValueError: `window` is out of its range; in `plan`: a pattern matches nothing, a parameter is sharded, the step
             cannot be run again, or has several optimizers and no `loss_fn`, or several processes too.
     """
 
@@ -280,36 +281,36 @@ class NoiseScale(NumberSource):
 class NoiseScaleMonitor(Monitor):
     """The gradient noise scale: how noisy the gradient of a batch is, and up to which size larger batches are useful.
 
-    Below the noise scale a batch of twice the size makes nearly twice the progress per step; far above it, none. It is
-    taken from the gradients of parts of a step: of micro-batches under accumulation, of processes under data
-    parallelism, both together; a batch that is the only part of its step is run again in two halves, with everything
-    put back that it changes. It is the simple noise scale, which takes all directions for equally curved.
+    Below the noise scale a batch of twice the size makes nearly twice the progress per step; far above it, hardly any
+    more. It is estimated from gradients of several parts of a step: micro-batches under accumulation, processes under
+    data parallelism, or both. A batch that makes a whole step is run again in two halves, and all state that this
+    changes is restored. It is the simple noise scale, which assumes equal curvature in all directions.
 
-    Writes `noise/scale`, in examples, and `noise/signal_share`, up to 1: the true gradient's share of the energy of the
-    step's gradient, which is also the share of the greatest possible progress that a step of this size makes. Both are
-    ratios of means over the last `window` samples, with errors; NaN in `noise/scale`, and a share at most 0, say that
-    the window is too short to tell the gradient from its noise.
+    Writes `noise/scale`, in examples, and `noise/signal_share`, up to 1: the share of the true gradient in the squared
+    norm of the step's gradient. It is also the ratio of the progress of a step to the greatest possible progress. Both
+    are ratios of means over the last `window` samples, with errors. If `noise/scale` is NaN and the share at most 0,
+    the window is too short to distinguish the gradient from its noise.
 
-    Cost: with parts, three passes over gradients, and a copy of them under accumulation; without, about one training
-    step per sample, in plain torch, and twice the memory of the gradients while it takes.
+    Cost: if a step has several parts, three passes over gradients, and a copy of them under accumulation. Otherwise
+    about one training step per sample, without compilation, and temporarily twice the memory of the gradients.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 100 unless given.
-        match: Parameters whose gradient it is: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
-        exclude: The same, taken away.
-        window: Samples of the running means.
-        replay: Run a batch again in two halves where it is the only part of its step. Without, such steps have no
-            number; with it, steps that cannot be run again are refused.
-        loss_fn: `(module, batch) -> loss` in the place of `training_step`, for the halves.
+        every_n_steps: Cadence in optimizer steps; default 100.
+        match: Parameters whose gradient is used: globs, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        window: Number of samples in the running means.
+        replay: Whether to run a batch again in two halves if it makes a whole step. If False, such steps give no
+            number. If True, steps that cannot be run again raise an error.
+        loss_fn: `(module, batch) -> loss`, used instead of `training_step` for the halves.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Without effect: there are no sites.
+        per_site: Has no effect, because there are no sites.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, parameters are sharded,
-            or the step cannot be run again; the message says what to do.
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, parameters are
+            sharded, or the step cannot be run again; the message says what to do.
 
     Examples:
         >>> NoiseScaleMonitor(every_n_steps=10).recorders[0].quantities[:2]

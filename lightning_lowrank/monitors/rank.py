@@ -33,36 +33,35 @@ SOURCES = OF_PARAMETERS | OF_LAYERS
 
 
 class RankMonitor(Monitor):
-    """How many directions gradients, weights and updates really use: their effective ranks, at every layer.
+    """How many directions gradients, weights and updates use: their effective ranks, at every layer.
 
-    Cost: one eigensolver call per matrix and due step, on the default three sources; see the benchmark of overhead.
+    Cost: one eigensolver call per matrix and sample, for each of the three default sources; see docs/evidence.md.
 
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights),
             `optimizer_state`, `features`, `centred_features`, `validation_features`.
-        statistics: Names as in the concepts page; parameters stand in the name, `energy_rank_0.01`. What only some of
-            the sources offer (`weight_ratio`: changes; `subspace_overlap` and `spectrum_drift`: not features) is asked
-            of those.
-        every_n_steps: Cadence, in optimizer steps; 50 unless given.
+        statistics: Names of statistics; a parameter is part of the name, as in `energy_rank_0.01`. A statistic is only
+            measured for the sources that offer it (`weight_ratio`: changes; `subspace_overlap` and `spectrum_drift`:
+            all but features).
+        every_n_steps: Cadence in optimizer steps; default 50.
         match: Parameters (for features: layers) to watch: globs, `re:REGEX`, `type:LAYERCLASS`.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at
-            most 100.
-        histograms: Also the spectra, as TensorBoard histograms.
-        seed: Of the sketches of matrices above 1500 a side.
+        per_site: Curves of single sites: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
+        histograms: Whether to write spectra as TensorBoard histograms, too.
+        seed: Seed for sketches of matrices above 1500 a side.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; "default" warns of what is rarely healthy, None of nothing.
-        min_size: Shortest side of a matrix to watch.
+        alerts: Alert rules; "default" warns of events that are rarely healthy, None turns alerts off.
+        min_size: Smallest length of the shorter side of a matrix to watch.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as in `{"*.fused": "(heads d) n -> heads d n"}`.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
-        spread: Batches after the due one over which decompositions are spread, so that no step waits for all of them:
-            numbers of a step then come so many batches later.
+        spread: Number of later batches over which decompositions are spread, so that no step waits for all of them. The
+            numbers then arrive that many batches later.
 
     Raises:
-        ValueError: A source, a statistic or an option is unknown, there is both a cadence and a budget; when training
-            starts: a pattern matches nothing; an alert is on what is not measured.
+        ValueError: A source, a statistic or an option is unknown, or both a cadence and a budget are given; when
+            training starts: a pattern matches nothing, or an alert's quantity is not measured.
 
     Examples:
         >>> [recorder.name for recorder in RankMonitor(sources=["gradients", "optimizer_state"]).recorders]

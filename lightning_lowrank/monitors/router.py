@@ -36,17 +36,17 @@ UNITS = {"entropy": "nats", "experts": "experts", "tokens": "tokens"} | dict.fro
 
 
 class Routers(NumberSource):
-    """Loads and scores of routers over all tokens of a due step.
+    """Loads and scores of routers over all tokens of a step.
 
     Args:
-        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; those that are found unless given.
-        exclude: The same, taken away.
-        top_k: How many experts a token takes, where routers do not say.
-        capacity: Most places of an expert, in parts of an even share, beyond which tokens count as dropped.
+        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; by default all that are recognised.
+        exclude: Patterns of what to leave out, as for `match`.
+        top_k: Number of experts per token, for routers that do not give it.
+        capacity: Largest load of an expert, in units of an even share; tokens beyond it count as dropped.
 
     Raises:
-        ValueError: `top_k` or `capacity` is out of its range; in `plan`: a pattern fits nothing, there is no router, or
-            one does not say how many experts there are.
+        ValueError: `top_k` or `capacity` is out of its range; in `plan`: a pattern matches nothing, there is no router,
+            or one does not say how many experts there are.
     """
 
     name = "router"
@@ -202,33 +202,34 @@ class Routers(NumberSource):
 
 
 class RouterMonitor(Monitor):
-    """How evenly the routers of a mixture of experts share out the tokens, and how decided they are.
+    """How evenly the routers of a mixture of experts distribute tokens, and how certain their choices are.
 
-    A router that collapses sends everything to few experts: the others are paid for and learn nothing. Sums over all
-    tokens of the step, of its micro-batches and processes, come before any logarithm: the mean of entropies of parts is
+    A collapsed router sends all tokens to a few experts; the others cost memory and learn nothing. Counts of all
+    micro-batches and processes are added up before logarithms are taken, because the mean of the entropies of parts is
     not the entropy of the whole.
 
     Writes medians over routers of `router/effective_experts`, `router/load_variation` and `router/entropy`; from
     "standard" on single routers, shares of idle experts and of dropped places, and the stable rank of the gates.
 
-    Cost: on due steps a softmax over the logits, and a count; one Gram matrix of each gate.
+    Cost per sample: a softmax over the logits, a count, and one Gram matrix of each gate.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 50 unless given.
-        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given those that are found: by
-            their class, as transformers has them, or linear layers named as gates beside `experts`.
-        exclude: The same, taken away.
-        top_k: How many experts a token takes, where a router does not say.
-        capacity: Most places of an expert, in parts of an even share of a batch, beyond which tokens count as dropped;
-            without it only those that the router itself drops.
+        every_n_steps: Cadence in optimizer steps; default 50.
+        match: Routers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. By default those recognised by their
+            class, as in the transformers library, and linear layers named `gate` or `router` beside `experts`.
+        exclude: Patterns of what to leave out, as for `match`.
+        top_k: Number of experts per token, for routers that do not give it.
+        capacity: Largest load of an expert, in units of an even share of a batch; tokens beyond it count as dropped. By
+            default only tokens that the router itself drops are counted.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single routers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single routers: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or there is no router.
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
+            router.
 
     Examples:
         >>> RouterMonitor(every_n_steps=10).recorders[0].quantities[:3]

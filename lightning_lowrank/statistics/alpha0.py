@@ -19,8 +19,7 @@ def alpha0(scaling: Scaling) -> Float[Tensor, "*B"]:
     Args:
         scaling: Of any mode.
 
-    Returns:
-        NaN where there is no spectrum: see `valid`.
+    Returns: NaN if there is no spectrum: see `valid`.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

@@ -20,8 +20,8 @@ def asymmetry(scaling: Scaling) -> Float[Tensor, "*B"]:
         scaling: Of any mode.
 
     Returns:
-        Positive where the spectrum reaches further to the left: where neurons with large masses are the unusual ones.
-        NaN where there is no spectrum, or it has no width.
+        Positive if the spectrum extends further to the left, that is, if neurons with large masses are the unusual
+        ones. NaN if there is no spectrum, or if its width is 0.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

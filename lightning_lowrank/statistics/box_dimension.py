@@ -9,16 +9,16 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def box_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Generalised dimension of order 0, `-tau(-1)`: how fast the number of boxes falls that it takes to cover the
-    network.
+    """Generalised dimension of order 0, `-tau(-1)`: how fast the number of boxes needed to cover the network falls with
+    their size.
 
-    Neurons with the smallest masses rule it.
+    Neurons with the smallest masses dominate it.
 
     Args:
         scaling: Of any mode; in rank mode in units of the dimension of order 2.
 
     Returns:
-        At least `alpha0`. NaN where there is no spectrum: see `valid`.
+        At least `alpha0`. NaN if there is no spectrum: see `valid`.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

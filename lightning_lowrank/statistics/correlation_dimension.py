@@ -12,10 +12,10 @@ def correlation_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Generalised dimension of order 2, `tau(1)`: the exponent with which the mean mass grows.
 
     Args:
-        scaling: In rank mode it is 1, for there the mean mass itself is what radii are measured by.
+        scaling: In rank mode the result is 1, because radii are measured by the mean mass itself.
 
     Returns:
-        At most `alpha0`. NaN where there is no spectrum: see `valid`.
+        At most `alpha0`. NaN if there is no spectrum: see `valid`.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

@@ -9,17 +9,17 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def dispersion(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Variance of the logarithm of the mass over neurons, less that of counting noise, averaged over the radii: how
-    unlike they are.
+    """Variance of the logarithm of the mass over neurons, minus that of counting noise, averaged over the radii: how
+    much the neurons differ.
 
-    It needs no power law, so that it is a number also where tau is not concave. In rank mode it grows with the spread
-    of the rows' scales all the way. Above `dispersion_chance` it is not chance.
+    It assumes no power law, so it is also a number if tau is not concave. In rank mode it grows steadily with the
+    spread of the rows' scales. Above `dispersion_chance`, it cannot be explained by chance.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        About 0 for independent weights. NaN where there are too few radii.
+        About 0 for independent weights. NaN if there are too few radii.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

@@ -12,18 +12,18 @@ DEVIATIONS = 3.5
 
 @statistic(unit="1", comparable=False)
 def dispersion_chance(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Dispersion that fewer than one in a hundred networks exceed whose neurons are all alike.
+    """Dispersion that fewer than one in a hundred networks of identical neurons exceed.
 
-    Masses at one radius are part of those at a larger one, so that the covariance of their logarithms is the smaller of
-    the two variances. That gives the variance of the dispersion, which is taken to follow a chi-squared law, 3.5
-    standard deviations out: of independent weights of six shapes from 10 x 128 to 64 x 1024, 0.1 to 0.6 % of 2000 draws
-    each passed it.
+    Masses at one radius are part of those at a larger one, so the covariance of their logarithms is the smaller of the
+    two variances. This gives the variance of the dispersion. The dispersion is assumed to follow a chi-squared law, and
+    the result lies 3.5 standard deviations above its mean. Independent weights of six shapes from 10 x 128 to 64 x 1024
+    exceeded it in 0.1 to 0.6 % of 2000 draws each.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        Positive. NaN where there are too few radii.
+        Positive. NaN if there are too few radii.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

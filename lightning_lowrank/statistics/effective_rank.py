@@ -9,13 +9,13 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions")
 def effective_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Exponential of the entropy of the singular values over their sum.
+    """Exponential of the entropy of the singular values divided by their sum.
 
-    Weighs the tail: many tiny values count for much, also those that rounding to bfloat16 adds (1.33 for a rank-one
-    1024 x 1024 matrix).
+    It gives weight to the tail: many tiny values have a large effect, even those that rounding to bfloat16 adds (1.33
+    for a rank-one 1024 x 1024 matrix).
 
     Args:
-        spectrum: Whole or not.
+        spectrum: Whole or sketched.
 
     Returns:
         Between 1 and `min(M, N)`, at least `effective_rank_energy`; 0 for a zero matrix.

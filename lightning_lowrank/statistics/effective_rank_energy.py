@@ -9,10 +9,10 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions")
 def effective_rank_energy(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Exponential of the entropy of the squared singular values over their sum.
+    """Exponential of the entropy of the squared singular values divided by their sum.
 
     Args:
-        spectrum: Whole or not.
+        spectrum: Whole or sketched.
 
     Returns:
         Between 1 and `min(M, N)`, at least `participation_ratio` and at most `effective_rank`; 0 for a zero matrix.

@@ -9,16 +9,16 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions", counts=True, parameter="epsilon", domain=(0.0, 0.99))
 def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*B"]:
-    """Smallest number of directions that hold all but a share `epsilon` of the squared Frobenius norm.
+    """Smallest number of directions that contain all of the squared Frobenius norm except a share `epsilon`.
 
     Args:
-        spectrum: Whole or not; a value that stands for several is taken in part where that is enough, and the count
-            rounded up.
+        spectrum: Whole or sketched. If a value of a sketch stands for several, a part of it may suffice, and the count
+            is rounded up.
         epsilon: Share of the energy that may be left out. A tie within 1e-12 counts as enough.
 
     Returns:
-        A whole number between 1 and `min(M, N)`; 0 for a zero matrix. Jumps by one where another statistic moves
-        smoothly.
+        An integer between 1 and `min(M, N)`; 0 for a zero matrix. It changes in steps of one, whereas other ranks
+        change smoothly.
 
     Examples:
         >>> energy_rank(svd(torch.diag(torch.tensor([3.0, 1.0, 0.5]))), epsilon=0.1)

@@ -13,7 +13,7 @@ def frobenius_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     square.
 
     Args:
-        spectrum: Whole or not.
+        spectrum: Whole or sketched.
 
     Returns:
         At least the spectral norm; 0 for a zero matrix.

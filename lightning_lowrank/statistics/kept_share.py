@@ -10,7 +10,7 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def kept_share(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Share of the neurons that count: in rank mode those with any weight that is not 0, in "neuromfa" those with more
+    """Share of the neurons that are included: in rank mode those with a nonzero weight, in "neuromfa" those with more
     than 10 edges.
 
     Args:

@@ -14,21 +14,20 @@ DEVIATIONS = 6.0
 
 @statistic(unit="directions", counts=True, tail=True, reads_shape=True, comparable=False)
 def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Number of singular values above the largest that noise with the same median singular value would have.
+    """Number of singular values above the largest one that noise with the same median singular value would have.
 
-    The level of the noise is fitted through the median, which a few strong directions barely move: with r of them out
-    of n it rises as if the quantile r / 2n higher had been read, so that weak directions are missed, never invented.
-    What is not a Gaussian bulk (heavy-tailed entries, rows of unequal size, a spectrum that falls as a power) has
-    "outliers" without number: this counts deviations from one law, not meaning. WeightWatcher's `num_spikes` is another
-    number: it fits the law's width to a density of the whole spectrum, with a smaller margin.
+    The noise level is fitted to the median, which a few strong directions hardly change: r strong directions out of n
+    shift it by the quantile r / 2n. As a result, weak directions may be missed, but none is invented. If the bulk is
+    not Gaussian (heavy-tailed entries, rows of unequal size, a power-law spectrum), the number of "outliers" can be
+    large. This statistic counts deviations from one law, not meaningful directions. WeightWatcher's `num_spikes` is
+    different: it fits the law's width to a density of the whole spectrum, with a smaller margin.
 
     Args:
-        spectrum: Whole, else NaN.
+        spectrum: Must be whole; NaN for a sketch.
 
     Returns:
-        A whole number between 0 and `min(M, N)`; 0 for a zero matrix. Above 0 for 1 % of Gaussian 8 x 8 matrices, 0.2 %
-        at 16 x 16, under 0.1 % from
-            32 x 32 up.
+        An integer between 0 and `min(M, N)`; 0 for a zero matrix. It is above 0 for 1 % of Gaussian 8 x 8 matrices, for
+        0.2 % at 16 x 16, and for less than 0.1 % from 32 x 32 up.
 
     Examples:
         >>> noise = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))

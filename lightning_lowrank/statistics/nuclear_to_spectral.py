@@ -9,10 +9,10 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions")
 def nuclear_to_spectral(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Sum of the singular values over the largest one.
+    """Sum of the singular values divided by the largest one.
 
     Args:
-        spectrum: Whole or not.
+        spectrum: Whole or sketched.
 
     Returns:
         Between `stable_rank` and `min(M, N)`; 0 for a zero matrix.

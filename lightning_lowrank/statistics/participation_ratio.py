@@ -9,11 +9,11 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions", needs="moments")
 def participation_ratio(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Square of the sum of squared singular values over the sum of their squares: as many equal ones would be as spread
-    out.
+    """Squared sum of the squared singular values, divided by the sum of their fourth powers: the number of equal
+    singular values with the same concentration of energy.
 
     Args:
-        spectrum: Whole or not. Only the sums of second and fourth powers are used.
+        spectrum: Whole or sketched. Only the sums of second and fourth powers are used.
 
     Returns:
         Between 1 and `min(M, N)`, at least `stable_rank` and at most its square; 0 for a zero matrix.

@@ -9,14 +9,14 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def scaling_fit(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Smallest R squared of the lines through ln Z_q, over the orders of at least 0.5 in size: whether masses follow
-    power laws at all.
+    """Smallest R squared of the lines fitted to ln Z_q, over the orders q with an absolute value of at least 0.5:
+    whether masses follow power laws at all.
 
     Args:
-        scaling: Of any mode. Nearer to 0 the partition function hardly changes, and at q = 0 it is constant.
+        scaling: Of any mode. For q near 0 the partition function hardly changes, and at q = 0 it is constant.
 
     Returns:
-        At most 1. Below 0.95 the exponents are local slopes of a bent curve. NaN where there are too few radii.
+        At most 1. Below 0.95 the exponents are local slopes of a bent curve. NaN if there are too few radii.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

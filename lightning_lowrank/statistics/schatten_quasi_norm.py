@@ -11,13 +11,13 @@ from lightning_lowrank.statistics.registry import statistic
 def schatten_quasi_norm(spectrum: Spectrum, *, p: float = 0.5) -> Float[Tensor, "*B"]:
     """The `p`-th root of the sum of the singular values to the power `p`.
 
-    The nuclear norm at 1, the Frobenius norm at 2; a norm from 1 on. Of a product of k factors the least mean squared
-    Frobenius norm has `p = 2 / k`. Below 1 the smallest values count most: a singular value that is off by 1e-8 of the
-    largest (float64 Gram matrix) adds up to `1e-8 ** p` to a sum that is at least 1, for each of them. Below about 0.01
-    the root leaves the range of numbers and is Inf.
+    It is the nuclear norm for p = 1 and the Frobenius norm for p = 2, and it is a norm for p of at least 1. The minimal
+    mean squared Frobenius norm of k factors of a matrix has `p = 2 / k`. Below 1 the smallest values count most. Each
+    singular value with an error of 1e-8 of the largest (float64 Gram matrix) adds up to `1e-8 ** p` to a sum that is at
+    least 1. For p below about 0.01, the result overflows and is Inf.
 
     Args:
-        spectrum: Whole, else NaN, where `p` is below 1.
+        spectrum: Must be whole if `p` is below 1; otherwise the result is NaN.
         p: Above 0, up to 2.
 
     Returns:

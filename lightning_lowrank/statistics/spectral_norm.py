@@ -9,11 +9,11 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="entries", needs="top", scale_free=False)
 def spectral_norm(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Largest singular value: the most by which the matrix stretches a vector. WeightWatcher's `spectral_norm` is its
-    square.
+    """Largest singular value: the largest factor by which the matrix stretches a vector. WeightWatcher's
+    `spectral_norm` is its square.
 
     Args:
-        spectrum: Whole or not.
+        spectrum: Whole or sketched.
 
     Returns:
         Not negative; 0 for a zero matrix.

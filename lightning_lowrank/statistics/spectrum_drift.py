@@ -10,18 +10,18 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", tail=True, partner="previous", comparable=False)
 def spectrum_drift(now: Spectrum, before: Spectrum) -> Float[Tensor, "*B"]:
-    """Share of the energy that has moved from some ranks of the spectrum to others since the sample before.
+    """Share of the energy that has moved between the ranks of the spectrum since the previous sample.
 
     Half the sum of absolute differences between the shares of energy `s_i^2 / sum s^2`, largest first. Scale and
-    directions do not matter, so a spectrum that has settled has 0. Two Gaussian matrices have 0.019 at 64 by 64, 0.034
-    at 16 by 64 and 0.006 at 256 by 256: so much is chance in gradients of noise.
+    directions have no influence, so the drift of a settled spectrum is 0. For two Gaussian matrices it is 0.019 at 64
+    by 64, 0.034 at 16 by 64 and 0.006 at 256 by 256. Gradients of pure noise have this much drift by chance.
 
     Args:
         now: Whole.
-        before: The same for the sample before, with as many values.
+        before: Of the previous sample, with the same number of values.
 
     Returns:
-        Between 0 and 1. NaN where either is of a zero matrix, or only sketched.
+        Between 0 and 1. NaN if either belongs to a zero matrix or is a sketch.
 
     Examples:
         >>> before, after = svd(torch.eye(2)), svd(torch.diag(torch.tensor([3.0, 1.0])))

@@ -9,10 +9,10 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="directions", needs="top")
 def stable_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
-    """Squared Frobenius norm over squared spectral norm: how many directions rival the top one.
+    """Squared Frobenius norm divided by squared spectral norm: how many directions are comparable to the strongest one.
 
     Args:
-        spectrum: Whole or not. Only the largest value and the energy are used.
+        spectrum: Whole or sketched. Only the largest value and the energy are used.
 
     Returns:
         Between 1 and `min(M, N)`; 0 for a zero matrix.

@@ -14,10 +14,10 @@ def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
 
     Args:
         now: Top directions on the short side of the matrix.
-        before: The same for the sample before.
+        before: The same for the previous sample.
 
     Returns:
-        Between 0 and 1 (the same subspace); 0 where either is of a zero matrix. Beside it stands
+        Between 0 and 1 (the same subspace); 0 if either belongs to a zero matrix. Compare it with
         `subspace_overlap_chance`.
 
     Examples:

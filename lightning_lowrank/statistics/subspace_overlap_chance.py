@@ -9,15 +9,15 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", partner="previous", comparable=False)
 def subspace_overlap_chance(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
-    """What `subspace_overlap` is on average between random subspaces of these dimensions.
+    """Expected `subspace_overlap` of two random subspaces of these dimensions.
 
     Args:
         now: Top directions on the short side of the matrix.
-        before: The same for the sample before.
+        before: The same for the previous sample.
 
     Returns:
-        The larger dimension over that of the space: `k / min(M, N)` for two of dimension k. 0 where either is of a zero
-            matrix.
+        The larger dimension divided by that of the space: `k / min(M, N)` for two subspaces of dimension k. 0 if either
+        belongs to a zero matrix.
 
     Examples:
         >>> from lightning_lowrank.maths.spectra.subspaces import top_subspace

@@ -15,18 +15,17 @@ WORKSPACE = 2**21
 def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponent alpha of the power law `density(x) ~ x ** -alpha` that fits the largest squared singular values best.
 
-    Where the tail begins is chosen by the Kolmogorov-Smirnov distance, alpha by maximum likelihood above it. To be read
-    beside
-    `tail_exponent_fit`: every spectrum gets some exponent. It depends on the size of small matrices and on reshaping. A
-    Gaussian matrix has none to compare with: which tail is chosen there is chance, and the standard deviation over
-    draws is half the mean. WeightWatcher's `alpha` is the same from 20 eigenvalues on; below it takes a bias-corrected
-    estimator and another choice of the tail.
+    The start of the tail minimises the Kolmogorov-Smirnov distance, and alpha is the maximum-likelihood estimate above
+    it. Read it beside `tail_exponent_fit`, because every spectrum gets some exponent. For small matrices it depends on
+    their size, and it depends on reshaping. Values for Gaussian matrices are no useful comparison: the choice of the
+    tail is then random, and the standard deviation over draws is half the mean. WeightWatcher's `alpha` is the same
+    from 20 eigenvalues on. Below 20 it uses a bias-corrected estimator and chooses the tail differently.
 
     Args:
-        spectrum: Whole, else NaN.
+        spectrum: Must be whole; NaN for a sketch.
 
     Returns:
-        Above 1. NaN where fewer than 10 values are above the noise floor of `numerical_rank`, or all are equal.
+        Above 1. NaN if fewer than 10 values are above the noise floor of `numerical_rank`, or if all are equal.
 
     Examples:
         >>> tail_exponent(svd(torch.diag(torch.arange(1.0, 201.0) ** -0.5)))

@@ -13,10 +13,10 @@ def tail_exponent_fit(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Kolmogorov-Smirnov distance between the largest squared singular values and the power law of `tail_exponent`.
 
     Args:
-        spectrum: Whole, else NaN.
+        spectrum: Must be whole; NaN for a sketch.
 
     Returns:
-        Between 0 and 1, small where a power law describes the tail. NaN where `tail_exponent` is.
+        Between 0 and 1, small if a power law describes the tail. NaN if `tail_exponent` is NaN.
 
     Examples:
         >>> bool(tail_exponent_fit(svd(torch.diag(torch.arange(1.0, 201.0) ** -0.5))) < 0.05)

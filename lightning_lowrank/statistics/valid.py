@@ -12,14 +12,14 @@ def valid(scaling: Scaling) -> Float[Tensor, "*B"]:
     """1 where there is a spectrum: at least five radii, and a tau that is concave, as it is for every measure.
     Otherwise 0.
 
-    Where it is 0, all that is read off the spectrum is NaN.
+    If it is 0, all quantities computed from the spectrum are NaN.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        0 or 1; 0 for constant, zero and ternary matrices, in rank mode also for less than 32 weights per neuron and
-        where more than half of the weights are 0.
+        0 or 1; 0 for constant, zero and ternary matrices, in rank mode also for fewer than 32 weights per neuron, and
+        if more than half of the weights are 0.
 
     Examples:
         >>> valid(multifractal_spectrum(torch.ones(64, 64)))

@@ -10,22 +10,22 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", needs="top", partner="weight", comparable=False)
 def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
-    """Spectral norm of a change over that of the weight that it began from: of an update and a gradient the weight
-    before the step, of a displacement the weight at the start of the fit.
+    """Spectral norm of a change divided by that of the weight before it: for an update or gradient the weight before
+    the step, for a displacement the weight at the start of the fit.
 
     Args:
-        change: Whole or not.
+        change: Whole or sketched.
         weight: Of the same site.
 
     Returns:
-        Not negative. NaN where the weight is zero.
+        Not negative. NaN if the weight is zero.
 
     Examples:
         >>> weight_ratio(svd(0.01 * torch.eye(3)), svd(torch.eye(3)))
         tensor(0.0100, dtype=torch.float64)
 
     References:
-        Yang, Simon & Bernstein (2023), arXiv:2310.17813, Condition 1: feature learning needs an update's ratio that
-        does not depend on width.
+        Yang, Simon & Bernstein (2023), arXiv:2310.17813, Condition 1: for feature learning, the ratio of an update must
+        not depend on width.
     """
     return torch.where(weight.top == 0, torch.nan, ratio(change.top, weight.top))

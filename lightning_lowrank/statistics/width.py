@@ -9,17 +9,18 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def width(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Largest less smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise included.
+    """Largest minus smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise
+    included.
 
-    NeuroMFA calls it heterogeneity. A few extreme neurons set it, and with finitely many weights it is never 0: read it
-    beside `width_floor`. Independent weights have about that on average, and once in a thousand three times as much or
-    more.
+    NeuroMFA calls it heterogeneity. A few extreme neurons determine it, and with finitely many weights it is never 0,
+    so read it beside `width_floor`. Independent weights reach about this floor on average, and at least three times as
+    much in one of a thousand cases.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        Not negative. NaN where there is no spectrum: see `valid`.
+        Not negative. NaN if there is no spectrum: see `valid`.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

@@ -9,14 +9,14 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", comparable=False)
 def width_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Width that neurons which are all alike have from counting finitely many weights: the range of q times the size of
-    the floor of c2.
+    """Width that identical neurons have because only finitely many weights are counted: the range of q times the
+    absolute noise floor of c2.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        Not negative. NaN where there are too few radii.
+        Not negative. NaN if there are too few radii.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

@@ -12,16 +12,18 @@ from lightning_lowrank.statistics.width_floor import width_floor
 
 @statistic(unit="1", comparable=False)
 def width_over_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
-    """Width of the spectrum over that which counting finitely many weights gives to neurons that are all alike.
+    """Width of the spectrum divided by `width_floor`, the width that identical neurons have from counting finitely many
+    weights.
 
-    Unlike the width it can be held against that of a layer of another shape. A few extreme neurons set it all the same.
+    Unlike the width, it can be compared between layers of different shapes. Like the width, a few extreme neurons
+    determine it.
 
     Args:
         scaling: Of any mode.
 
     Returns:
-        About 1 for independent weights, with few of them per neuron now and then up to 5. NaN where there is no
-        spectrum (see `valid`) or no floor.
+        About 1 for independent weights; with few weights per neuron sometimes up to 5. NaN if there is no spectrum (see
+        `valid`) or no floor.
 
     Examples:
         >>> weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))

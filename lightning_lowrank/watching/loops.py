@@ -55,7 +55,7 @@ class LoopTraining(Training):
 
     @property
     def step(self) -> int:
-        """Batches so far in which an optimizer had its gradients."""
+        """Number of batches so far in which gradients reached an optimizer."""
         return self.num_steps
 
     @property
@@ -112,7 +112,7 @@ class Watching:
 
     @property
     def should_stop(self) -> bool:
-        """Whether an alert asks for the end of the training."""
+        """Whether an alert has asked to stop training."""
         return self._training.should_stop
 
     @property
@@ -136,10 +136,10 @@ class Watching:
 
     @contextmanager
     def batch(self, batch: Any = None) -> Iterator[None]:
-        """Context of everything that a training does with one batch.
+        """Context for everything that happens with one batch.
 
         Args:
-            batch: What monitors that run a batch again keep of it, `loss_fn(model, batch)`.
+            batch: The batch, for monitors that run it again with `loss_fn(model, batch)`.
         """
         self.batch_begins(batch)
         try:
@@ -164,20 +164,20 @@ class Watching:
             watch.batch_begins(self._training, batch, self._count)
 
     def loss(self, loss: Tensor) -> Tensor:
-        """Show the loss to monitors before its backward pass, and give it back; neither divided nor scaled."""
+        """Show the loss to monitors before its backward pass, and return it. Pass it undivided and unscaled."""
         for watch in self._watches:
             watch.loss_live(self._training, loss)
         return loss
 
     def backward_done(self) -> None:
-        """Show the gradients of one micro-batch, to monitors of gradient noise."""
+        """Show the gradients of one micro-batch to monitors of gradient noise."""
         for watch in self._watches:
             watch.backward_done()
 
     def gradients(self, *optimizers: Any) -> None:
-        """Show gradients before the loop clips them; unscaled, if there is a GradScaler.
+        """Show gradients to monitors before the loop clips them; with a GradScaler, unscale them first.
 
-        Without it they are read when the optimizer steps, as it is given them.
+        Without this call, gradients are read when the optimizer steps, after clipping.
 
         Args:
             optimizers: Whose gradients are final; all unless given.
@@ -195,7 +195,7 @@ class Watching:
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Context of a validation loop: its time is not counted, and features of validation are heard."""
+        """Context of a validation loop: its time is not counted, and validation features are measured."""
         for watch in self._watches:
             watch.validation_begins(self._training)
         try:
@@ -207,7 +207,7 @@ class Watching:
     def say_if_idle(self) -> None:
         """Warn if the loop has shown no batch."""
         for watch in self._watches if not self._count else ():
-            watch.journal.warn_once("no batch was seen: put each of the loop in `with watch.batch(batch):`")
+            watch.journal.warn_once("no batch was seen: enclose each batch of the loop in `with watch.batch(batch):`")
 
     def ends(self) -> None:
         """Leave no hook behind."""
@@ -218,14 +218,14 @@ class Watching:
             watch.forget_resumed()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, to be saved beside the model's; writes the curves to disk."""
+        """State as plain tensors and numbers, to be saved with that of the model. Also writes the curves to disk."""
         for watch in self._watches:
             watch.save(self._training)
         states = {monitor.place: monitor.state_dict() for monitor in self.monitors}
         return {"steps": self._training.num_steps, "batches": self._count, "monitors": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped; before the first batch."""
+        """Continue where a run was stopped; call it before the first batch."""
         self._training.num_steps, self._count = state["steps"], state["batches"]
         for monitor in self.monitors:
             if monitor.place in state["monitors"]:
@@ -300,7 +300,7 @@ def watching(
 def _refuse_strangers(monitors: Sequence[Any], loggers: Any) -> None:
     for monitor in monitors:
         if not isinstance(monitor, Monitor):
-            raise ValueError(f"{monitor!r} is no monitor: watching(model, optimizer, RankMonitor(), ...)")
+            raise ValueError(f"{monitor!r} is not a monitor: watching(model, optimizer, RankMonitor(), ...)")
     if isinstance(loggers, str) or not isinstance(loggers, Sequence):
         raise ValueError(f"loggers={loggers!r}: a list of loggers, as [CSVLogger('runs')]")
     for logger in loggers:

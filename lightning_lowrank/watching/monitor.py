@@ -22,25 +22,28 @@ from lightning_lowrank.watching.watch import Watch
 
 
 class Monitor(Arguments, L.Callback):
-    """Measure what probes ask for, at the steps at which they are due, without a bit of difference to the training.
+    """Measure what probes ask for, at the steps that their schedules choose, without changing the training by a single
+    bit.
 
-    Writes to every logger of the Trainer, at Lightning's own x-axis: `<label>/<quantity>_{min,median,max}` over sites
-    and `<label>/<quantity>` for the whole model (all of them also in `trainer.callback_metrics`), single sites as
-    `<quantity>/<site>`, its own cost as `lowrank/<label>_...`: docs/reference.md has all tags.
+    The monitor writes to every logger of the Trainer, with Lightning's own x-axis:
+    `<label>/<quantity>_{min,median,max}` over sites and `<label>/<quantity>` for the whole model (both also in
+    `trainer.callback_metrics`). Single sites are `<quantity>/<site>`, and its own cost is `lowrank/<label>_...`.
+    docs/reference.md lists all tags.
 
     Args:
         probes: What to measure.
         detail: What loggers get: "core", "standard" or "all"; TensorBoard's tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
-        histograms: Also the spectra, as histograms of log10 of the singular values (TensorBoard).
-        seed: Of the sketches of large matrices.
-        alerts: Rules that say when to warn, or "default".
-        name: Prefix of all tags; two monitors of one kind in one Trainer need different ones.
+        per_site: Curves of single sites: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
+        histograms: Whether to write spectra, too, as histograms of log10 of the singular values (TensorBoard).
+        seed: Seed for sketches of large matrices.
+        alerts: Alert rules, or "default".
+        name: Prefix of all tags; two monitors of the same kind in one Trainer need different ones.
         spread: Batches over which the decompositions of a sample are spread, so that no step waits for all of them.
 
     Raises:
-        ValueError: There is no probe, two have one name, an option is another word, or an alert is on what is not
-            measured; when training starts: what was asked for is not there, or another monitor writes the same tags.
+        ValueError: There is no probe, two probes have the same name, an option is unknown, or an alert's quantity is
+            not measured; when training starts: something to measure does not exist, or another monitor writes the same
+            tags.
     """
 
     # Word for this kind of monitor, in messages and as the group of its tags; one that measures in another way may say
@@ -62,7 +65,7 @@ class Monitor(Arguments, L.Callback):
         if name == "":
             raise ValueError("name='': a word, which begins all tags, or None")
         if spread < 0:
-            raise ValueError(f"spread={spread}: over how many batches decompositions are spread; 0 for none")
+            raise ValueError(f"spread={spread}: the number of batches over which decompositions are spread; 0 for none")
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
@@ -105,27 +108,27 @@ class Monitor(Arguments, L.Callback):
 
     @property
     def budget(self) -> Budget | None:
-        """What it keeps to, None for a fixed cadence."""
+        """The budget that chooses the cadence; None for a fixed cadence."""
         return self.watch.budget
 
     @property
     def first(self) -> Sample | None:
-        """The first number of everything measured, None before."""
+        """The first number of everything measured; None before the first sample."""
         return self.watch.first
 
     @property
     def latest(self) -> Sample | None:
-        """The latest number of everything measured, None before."""
+        """The latest number of everything measured; None before the first sample."""
         return self.watch.latest
 
     @property
     def failures(self) -> int:
-        """Numbers that are missing so far, each with a warning of its kind."""
+        """How many measurements have failed so far; the first failure of each kind gives a warning."""
         return self.watch.failures
 
     @property
     def skipped(self) -> int:
-        """Steps that a GradScaler skipped when a sample was due."""
+        """Number of steps that a GradScaler skipped when a sample was due."""
         return self.watch.skipped
 
     @property
@@ -145,7 +148,7 @@ class Monitor(Arguments, L.Callback):
 
     @property
     def overhead(self) -> float:
-        """How much longer training takes by this monitor, in percent: host time, validation not counted."""
+        """How much longer training takes because of this monitor, in percent of host time, without validation."""
         return self.watch.overhead
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +243,7 @@ class Monitor(Arguments, L.Callback):
         """Say so if the run that is resumed was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             self.watch.journal.info_once(
-                f"the checkpoint has no state of {self.place}: whatever its numbers are compared with begins anew"
+                f"the checkpoint has no state of {self.place}: comparisons with earlier samples start again"
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -272,7 +275,7 @@ def cadence(every_n_steps: int | None, max_overhead: float | None, default: int)
         return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:
         raise ValueError(
-            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give one, for the budget chooses the "
-            "cadence"
+            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give only one, because the budget "
+            "chooses the cadence"
         )
     return Budget(max_overhead)

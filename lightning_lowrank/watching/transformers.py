@@ -18,20 +18,20 @@ STATE = "lowrank.pt"
 class WatchCallback(TrainerCallback):
     """Watch a `transformers.Trainer`.
 
-    Gradients are read in `on_pre_optimizer_step`: accumulated, synchronised, unscaled, and clipped as the optimizer is
-    given them. The x-axis is the Trainer's global step. State lies in each checkpoint folder as `lowrank.pt`, and a
-    resumed run goes on with it.
+    Gradients are read in `on_pre_optimizer_step`: accumulated, synchronised, unscaled, and clipped, as the optimizer
+    gets them. The x-axis is the Trainer's global step. The state is saved in each checkpoint folder as `lowrank.pt`,
+    and a resumed run loads it.
 
-    The Trainer shows its callbacks neither the loss nor the batches. Monitors that look at a loss (`CurvatureMonitor`,
-    `NTKMonitor`) therefore take `loss_fn=` and run it on `batch`; without it they are refused when training starts.
+    The Trainer gives its callbacks neither the loss nor the batches. Monitors that need a loss (`CurvatureMonitor`,
+    `NTKMonitor`) therefore take `loss_fn=` and run it on `batch`. Without it they raise an error when training starts.
 
     Args:
         monitors: What to measure.
-        loggers: Anything with `log_metrics(metrics, step)`; a TensorBoard logger in `output_dir/lowrank` unless given.
+        loggers: Anything with `log_metrics(metrics, step)`; by default a TensorBoard logger in `output_dir/lowrank`.
         batch: A batch on the model's device, for monitors with `loss_fn`.
 
     Raises:
-        ValueError: When training starts: what a monitor asks for is not there, or it needs the live loss.
+        ValueError: When training starts: something to measure does not exist, or a monitor needs the live loss.
 
     Examples:
         >>> from lightning_lowrank import RankMonitor

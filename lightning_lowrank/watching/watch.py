@@ -126,8 +126,8 @@ class Watch:
         """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
         if state["quantities"] != self.quantities:
             self.journal.info_once(
-                "the checkpoint is of a run in which other quantities were measured: whatever numbers are compared "
-                "with begins anew"
+                "the checkpoint comes from a run that measured other quantities: comparisons with earlier samples "
+                "start again"
             )
             return
         self._resumed = True

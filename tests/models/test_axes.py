@@ -105,7 +105,10 @@ def test_an_activation_has_the_features_of_the_layers_beside_it() -> None:
 def test_what_may_be_either_axis_or_none_is_refused(shape: tuple[int, ...]) -> None:
     block = nn.Sequential(nn.Conv2d(FEATURES, FEATURES, 1), nn.Linear(FEATURES, FEATURES))
 
-    with pytest.raises(ValueError, match=r"which axis of an output of shape .* of a Sequential; match linear layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot tell which axis has the features in an output of shape .* of a Sequential; match linear layers",
+    ):
         feature_axis(block, shape)
 
 

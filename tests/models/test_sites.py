@@ -136,7 +136,7 @@ def test_a_type_that_is_not_there_is_refused_with_the_types() -> None:
 
 
 def test_a_broken_regular_expression_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"match: 're:\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"match: 're:\(' is not a regular expression"):
         sites(NET, match="re:(")
 
 

@@ -285,8 +285,8 @@ def test_a_batch_that_fails_is_no_sample_and_those_after_it_are() -> None:
 
 
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "is no monitor: watching": ((RankMonitor,), {}),
-    "is no monitor": (([RankMonitor()],), {}),
+    "is not a monitor: watching": ((RankMonitor,), {}),
+    "is not a monitor": (([RankMonitor()],), {}),
     "a list of loggers": ((RankMonitor(),), {"loggers": "runs"}),
     "a list of loggers, as": ((RankMonitor(),), {"loggers": MemoryLogger()}),
     "a logger has log_metrics": ((RankMonitor(),), {"loggers": ["runs"]}),

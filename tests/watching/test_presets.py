@@ -131,7 +131,7 @@ WRONG_TYPES = {
     "RankMonitor(match=5)": r"match=5.*a string or a sequence of \[a string\] or None",
     "RankMonitor(alerts=[3])": r"alerts=\[3\].*a sequence of \[Alert\] or 'default' or None",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
-    "Gradients(match=5).plan(LoopTraining(nn.Linear(2, 2)))": "match=5: patterns are words",
+    "Gradients(match=5).plan(LoopTraining(nn.Linear(2, 2)))": "match=5: give one pattern or a list",
     "ConcentrationMonitor(densities=0.5)": r"densities=0.5.*a sequence of \[a number\]",
     "CurvatureMonitor('heavy')": r"level='heavy'.*'light' or 'standard' or 'full'",
     "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live' or 'fixed'",
@@ -192,7 +192,7 @@ REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     ),
     "regular expression": (
         lambda: [RankMonitor(match="re:net.(", detail="all")],
-        r"match: 're:net\.\(' is no regular expression",
+        r"match: 're:net\.\(' is not a regular expression",
     ),
     "of features": (
         lambda: [RankMonitor(["features"], match="*.attn", detail="all")],

@@ -29,16 +29,17 @@ CHUNK = 2**22
 def standard_error(
     name: str, scaling: Scaling, *, generator: torch.Generator, num_resamples: int = 200
 ) -> Float[Tensor, "*B"]:
-    """Standard deviation of a statistic over resamples of the nodes: its error, where those are a sample of more.
+    """Standard error of a statistic if the nodes are a sample of a larger network: its standard deviation over
+    resamples of the nodes.
 
-    Only what resampling tells: NaN for other statistics, the width above all, for less than 256 nodes, and where there
-    is no spectrum.
+    NaN for statistics whose error resampling cannot estimate (above all the width), for fewer than 256 nodes, and if
+    there is no spectrum.
 
     Args:
-        name: Of a statistic of a `Scaling`.
-        scaling: Of sampled nodes. All nodes of a network have no sampling error.
+        name: Name of a statistic of a `Scaling`.
+        scaling: Scaling of sampled nodes. If all nodes of a network are used, there is no sampling error.
         generator: Draws the resamples.
-        num_resamples: How many; the error of the error is about `1 / sqrt(2 * num_resamples)`.
+        num_resamples: Number of resamples; the error of the error is about `1 / sqrt(2 * num_resamples)`.
     """
     nodes = scaling.masses.shape[-2]
     if name not in TRUSTED or nodes < FEWEST_NODES:

@@ -22,12 +22,12 @@ def box_counting(
     *,
     orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """How the numbers of nodes at most r away from each node scale with r, in any network whose distances are known.
+    """How the number of nodes within distance r of a node scales with r, in any network with known distances.
 
     Args:
-        distances: From each of S nodes to all N; 0 to itself, infinity where there is no way.
+        distances: From each of S nodes to all N nodes; 0 to itself, infinity if there is no path.
         radii: Ascending, in the unit of the distances; at least five.
-        orders: The q at which vectors are evaluated.
+        orders: Values of q at which vectors are evaluated.
 
     Examples:
         >>> steps = (torch.arange(64)[:, None] - torch.arange(64)).abs()
@@ -68,10 +68,12 @@ def magnitudes(weights: Shaped[Tensor, "*B"], dtype: torch.dtype) -> Float[Tenso
 
 
 def graph_distances(lengths: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B N N"]:
-    """Lengths of the shortest ways between all pairs of nodes of a network, by Floyd and Warshall: `N ** 3` steps.
+    """Lengths of the shortest paths between all pairs of nodes of a network, by the Floyd-Warshall algorithm in
+    `N ** 3` steps.
 
     Args:
-        lengths: Of the edges, not negative; infinity where there is none. Directed where they are not symmetric.
+        lengths: Lengths of the edges, not negative; infinity if there is no edge. If not symmetric, the network is
+            directed.
 
     Examples:
         >>> graph_distances(torch.tensor([[0.0, 1.0, 5.0], [1.0, 0.0, 1.0], [5.0, 1.0, 0.0]]))[0]

@@ -25,22 +25,22 @@ def multifractal_spectrum(
     num_repeats: int = 10,
     orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """How unlike each other the neurons of weight matrices are: the scaling of their masses, whose spectrum is
-    f(alpha).
+    """How much the neurons of weight matrices differ: the scaling of their masses (counts of strong connections), whose
+    spectrum is f(alpha).
 
     Args:
-        weights: For "rank" a matrix or a batch of them, for "neuromfa" the matrices of all layers in order; as
-            `nn.Linear` has them, rows are outputs. Kernels of a convolution enter by their norms:
+        weights: For "rank" a matrix or a batch of them, for "neuromfa" the matrices of all layers in order; rows are
+            outputs, as in `nn.Linear`. For a convolution, pass the norms of its kernels:
             `weight.flatten(2).norm(dim=-1)`.
-        mode: "rank": radii are quantiles of the entries, free of scale; see `rank_scaling`. "neuromfa": lengths `1 /
-            |w|` at integer radii, as published; see `neuromfa_scaling`.
-        direction: "out": nodes are columns, neurons with their outgoing weights, as published. "in": rows, neurons with
-            those coming in.
-        max_neurons: Nodes that are sampled, of each matrix or layer; None for all.
-        generator: Draws those; needed for them only.
-        threshold: Of "neuromfa": longest edge that is kept.
-        num_repeats: Of "neuromfa" with `max_neurons`: so many samples, along the leading axis of the result.
-        orders: The q at which vectors are evaluated.
+        mode: "rank": radii are quantiles of the entries, independent of scale; see `rank_scaling`. "neuromfa": lengths
+            `1 / |w|` at integer radii, as published; see `neuromfa_scaling`.
+        direction: "out": nodes are columns, that is, neurons with their outgoing weights, as published. "in": nodes are
+            rows, that is, neurons with their incoming weights.
+        max_neurons: Number of nodes to sample in each matrix or layer; None for all.
+        generator: Draws the sampled nodes; only needed with `max_neurons`.
+        threshold: For "neuromfa": longest edge that is kept.
+        num_repeats: For "neuromfa" with `max_neurons`: number of samples, along the leading axis of the result.
+        orders: Values of q at which vectors are evaluated.
 
     Raises:
         ValueError: There is no such mode or direction, or neurons are to be sampled without a generator.
@@ -71,7 +71,7 @@ def multifractal_spectrum(
         )
     if not isinstance(weights, Tensor):
         raise ValueError(
-            'mode="rank" takes one tensor, a matrix or a batch of them: layers differ, and are looked at one by one'
+            'mode="rank" takes one tensor, a matrix or a batch of them; call it once per layer if shapes differ'
         )
     rows = weights if direction == "in" else weights.mT
     if max_neurons is not None:

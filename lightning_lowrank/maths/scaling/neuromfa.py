@@ -153,12 +153,12 @@ def emergence(
     """Degree of emergence: how far a spectrum has widened and moved to the left, `width / first_width * ln(first_alpha0
     / alpha0)`.
 
-    To be read as the excess over that of shuffled weights. Growing weights alone raise it, and so does a larger sample
-    of the same network.
+    Interpret only the excess over the value for shuffled weights. Growing weights alone raise it, and so does a larger
+    sample of the same network.
 
     Returns:
-        Positive where the spectrum has moved to the left. NaN where an alpha0 is not positive, or the first width is
-        below 0.001.
+        Positive if the spectrum has moved to the left. NaN if an alpha0 is not positive, or the first width is below
+        0.001.
     """
     meaningful = (alpha0 > 0) & (first_alpha0 > 0) & (first_width >= 1e-3)
     return torch.where(meaningful, width / first_width * (first_alpha0 / alpha0).log(), torch.nan)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def shuffled(weight: Num[Tensor, "M N"], *, generator: torch.Generator) -> Num[Tensor, "M N"]:
-    """The same entries in random places: what is left is their distribution, norm growth included."""
+    """The same entries in random places: only their distribution remains, which includes growth of the norm."""
     order = torch.randperm(weight.numel(), generator=generator, device=generator.device).to(weight.device)
     return weight.reshape(-1)[order].view(weight.shape)
 
 
 def gaussian_like(weight: Float[Tensor, "M N"], *, generator: torch.Generator) -> Float[Tensor, "M N"]:
-    """Independent Gaussian entries of the same mean and variance."""
+    """Independent Gaussian entries with the same mean and variance."""
     noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=generator.device).to(
         weight.device
     )

@@ -20,23 +20,23 @@ from lightning_lowrank.maths.spectra.spectrum import full_precision, working_dty
 def path_distances(
     weights: Sequence[Num[Tensor, "_ _"]], sources: Int[Tensor, " S"], *, directed: bool = False
 ) -> Float[Tensor, "S V"]:
-    """Lengths of the shortest paths from some neurons of a chain of layers to all, where an edge has length `1 / |w|`:
-    exactly.
+    """Exact lengths of the shortest paths from some neurons of a chain of layers to all neurons, where an edge has
+    length `1 / |w|`.
 
-    Sweeps forth and back over the layers until nothing changes, four to seven on networks of dense layers; one sweep
-    for directed paths.
+    The algorithm sweeps forward and backward over the layers until nothing changes. Networks of dense layers need four
+    to seven sweeps, and directed paths one.
 
     Args:
         weights: Matrices of successive layers; rows are neurons of one layer, columns those of the next. A weight of 0
-            is no edge.
-        sources: Numbers of neurons, counted through all layers from the first.
-        directed: From layer to layer only; otherwise edges can be walked both ways.
+            means no edge.
+        sources: Indices of neurons, counted through all layers from the first.
+        directed: From layer to layer only; otherwise edges can be followed in both directions.
 
     Returns:
-        Infinity where there is no path.
+        Distances; infinity if there is no path.
 
     Raises:
-        ValueError: A matrix does not begin with as many neurons as the last one ended with.
+        ValueError: The number of rows of a matrix differs from the number of columns of the previous one.
 
     Examples:
         >>> path_distances([torch.tensor([[1.0, 0.5]]), torch.tensor([[0.1], [1.0]])], torch.tensor([0]))
@@ -88,19 +88,20 @@ def path_scaling(
     directed: bool = False,
     orders: Sequence[float] = ORDERS,
 ) -> Scaling:
-    """How masses within shortest paths of length r around sampled neurons of a chain of layers scale with r.
+    """How the number of neurons within shortest paths of length r scales with r, around sampled neurons of a chain of
+    layers.
 
-    Dense layers are a small world, whose distances span less than one decade: over that, any curve has a slope, and it
-    is warned of.
+    Dense layers form a small world, whose distances span less than one decade. Over such a range every curve seems to
+    have a slope, so a warning is given.
 
     Args:
         weights: As for `path_distances`.
         generator: Draws the sources.
-        num_sources: Boxes are grown around so many neurons of all layers.
-        num_radii: From that within which there are five neurons on average to that which holds half of all that can be
-            reached.
+        num_sources: Number of neurons, from all layers, around which boxes are grown.
+        num_radii: Number of radii. The smallest contains five neurons on average, the largest half of all reachable
+            neurons.
         directed: From layer to layer only.
-        orders: The q at which vectors are evaluated.
+        orders: Values of q at which vectors are evaluated.
     """
     neurons = weights[0].shape[0] + sum(weight.shape[1] for weight in weights)
     sources = torch.randperm(neurons, generator=generator, device=generator.device)[:num_sources].to(weights[0].device)
@@ -114,7 +115,7 @@ def path_scaling(
     decades = float((last / first).log10())
     if decades < 1:
         warnings.warn(
-            f"distances between neurons span {decades:.2f} decades: a slope over less than one is no dimension",
+            f"distances between neurons span {decades:.2f} decades: a slope over less than one is not a dimension",
             stacklevel=2,
         )
     radii = torch.exp(torch.linspace(0, 1, num_radii).to(ordered) * (last / first).log()) * first

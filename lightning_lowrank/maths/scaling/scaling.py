@@ -23,18 +23,19 @@ class Scaling:
     """Masses around the nodes of a batch of networks, and the exponents with which their moments grow.
 
     With shares `p_i(r) = N_i(r) / N_i(r_max)` the partition function is `Z_q(r) = sum_i p_i(r) ** q`, and `tau(q)` is
-    the slope of `ln Z_q` over `ln r` by least squares. That is a sum over nodes, each of which carries its measure, so
-    that this `tau(q)` is `tau(q + 1)` of the literature on sandboxes: `tau(0)` is 0, and the generalised dimension of
-    order q + 1 is `tau(q) / q`.
+    the slope of `ln Z_q` over `ln r` by least squares. This is a sum over nodes, each of which carries its measure, so
+    this `tau(q)` is `tau(q + 1)` of the literature on the sandbox method: `tau(0)` is 0, and the generalised dimension
+    of order q + 1 is `tau(q) / q`.
 
     Attributes:
-        masses: N_i(r): nodes, or weight, within the radius r of node i, itself included; radii ascending. 0 where a
-            node (or a box of a cover) does not count. NaN for a network that was not finite.
-        fit: 1 at the radii that the fits read, 0 at the others.
-        log_radii: ln r. None for rank mode: the logarithm of the mean mass at that radius takes its place.
-        noise: Variance of ln N_i(r) among nodes that are all alike; `1 / mean N` unless given, which is that of counts.
-        per_node: Shares are of each node's own mass at the largest radius, as published; otherwise of the mean one.
-        orders: The q at which vectors are evaluated, ascending.
+        masses: N_i(r): number of nodes, or weight, within the radius r of node i, including itself; radii ascending. 0
+            if a node (or a box of a cover) is not included. NaN for a network that was not finite.
+        fit: 1 at the radii that fits use, 0 at the others.
+        log_radii: ln r. None for rank mode, which uses the logarithm of the mean mass at that radius instead.
+        noise: Variance of ln N_i(r) among identical nodes; by default `1 / mean N`, the variance of counts.
+        per_node: Whether shares are relative to each node's own mass at the largest radius, as published; otherwise to
+            the mean.
+        orders: Values of q at which vectors are evaluated, ascending.
 
     References:
         Xiao, Chen & Bogdan (2021), Scientific Reports 11:22964, for the sum over nodes; Chhabra & Jensen (1989),

@@ -55,13 +55,13 @@ def decompose(
     generator: torch.Generator | None = None,
     sketch_above: int = SKETCH_ABOVE,
 ) -> Decomposition:
-    """Spectra of matrices of any shapes, dtypes and devices; those of one short side share the calls of the solver.
+    """Spectra of matrices of any shapes, dtypes and devices. Matrices with the same short side share solver calls.
 
     Args:
-        matrices: `[*B, M, N]` each. One that can't be decomposed gives NaN and does not harm the others.
-        needs: "moments" and "top" take no eigensolver, but for matrices that are sketched.
-        generator: Its seed makes those of the sketches, which are then the same whatever else is decomposed; 0 unless
-            given.
+        matrices: `[*B, M, N]` each. A matrix that cannot be decomposed gives NaN and does not affect the others.
+        needs: "moments" and "top" need no eigensolver, except for sketched matrices.
+        generator: The seeds of sketches are derived from its seed (default 0), so a sketch does not depend on what else
+            is decomposed.
         sketch_above: Matrices with a longer short side are sketched.
 
     Examples:

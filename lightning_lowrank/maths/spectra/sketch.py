@@ -42,18 +42,18 @@ ROUNDING = 1e-3
 def sketch(
     matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, width: int = 25, steps: int = 28, num_probes: int = 8
 ) -> Spectrum:
-    """An estimate of all singular values in O(M N) work: the strongest directions one by one, the rest by stochastic
-    Lanczos quadrature.
+    """An estimate of all singular values with O(M N) operations: the strongest directions one by one, the rest by
+    stochastic Lanczos quadrature.
 
-    The rest is the mean of Gauss and Gauss-Radau quadrature, which are too high and too low for sums of singular
-    values, reweighted so that the number of values and the energy are right.
+    The rest is the mean of Gauss and Gauss-Radau quadrature, which overestimate and underestimate sums of singular
+    values. It is reweighted so that the number of values and the energy are exact.
 
     Args:
         matrix: Best with both sides above 1500; below, `svd` is as fast.
-        generator: On the device of the matrix, and not seeded as the one that the matrix itself was drawn from: probes
-            that repeat its entries are not independent of it, and no error would tell.
-        width: Start vectors of the block Krylov space in which directions are looked for. Twice as many can be taken
-            out one by one; only those that have converged are.
+        generator: On the device of the matrix. Do not use the seed with which the matrix itself was drawn: probes that
+            repeat its entries are not independent of it, and the error would not show this.
+        width: Number of start vectors of the block Krylov space for the strongest directions. Up to twice as many
+            directions are taken one by one, but only converged ones.
         steps: Lanczos steps for the rest. `coarse` has half of them and a smaller trial space for the directions.
         num_probes: Independent start vectors.
 
@@ -80,11 +80,12 @@ def sketch(
 def estimate(
     statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum
 ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """A statistic of a spectrum and its error: 0 where the spectrum is exact, else a bound that the truth rarely
-    leaves.
+    """A statistic of a spectrum and its error: 0 if the spectrum is exact, otherwise a bound that the true error rarely
+    exceeds.
 
-    Three jackknife standard errors over the probes, what half the work changes, 1e-3 of the value for rounding to
-    float32, and one for a statistic that counts beyond the directions taken out one by one.
+    The bound is the sum of three jackknife standard errors over the probes, the difference to the result with half of
+    the work, and 1e-3 of the value for rounding to float32. One is added if a statistic counts beyond the directions
+    that were taken one by one.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equation 1.3.

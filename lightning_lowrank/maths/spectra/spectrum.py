@@ -30,13 +30,14 @@ class Spectrum:
     Attributes:
         values: Singular values; for symmetric operators `sign(lambda) * sqrt(|lambda|)`. Largest magnitude first:
             `descending` sorts so. NaN for a matrix that was not finite.
-        weights: How many singular values each stands for, fractions included; ones where the spectrum is whole.
+        weights: Number of singular values for which each value stands, possibly a fraction; ones if the spectrum is
+            whole.
         shape: Rows and columns of the matrix.
-        whole: Every singular value is there. An estimate or a summary by moments is not whole.
+        whole: Whether every singular value is included. An estimate or a summary by moments is not whole.
         num_probes: 0 when exact. Otherwise `values` and `weights` have a leading axis of this length, one independent
             estimate each.
-        coarse: The same estimate from half the work; what a statistic differs by between the two is the error that more
-            probes would not cure.
+        coarse: The same estimate from half the work. The difference of a statistic between the two is an error that
+            more probes would not reduce.
     """
 
     values: Float[Tensor, "*B K"]
@@ -157,18 +158,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> Spectrum:
     """All singular values, from the Gram matrix of the short side.
 
-    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). With
-    `dtype=torch.float32`, all that devices without float64 can do, each singular value below about `4e-4` of the
-    largest is noise: the ranks of energies stay within 1e-5, `effective_rank` and the nuclear norm are up to 20 % high
-    on steep spectra.
+    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). Devices without
+    float64 need `dtype=torch.float32`. Each singular value below about `4e-4` of the largest is then noise: ranks of
+    energies stay within 1e-5, but `effective_rank` and the nuclear norm are up to 20 % too high on steep spectra.
 
     Args:
         matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and leaves its
             batch alone.
-        dtype: What to work in. float64 where the device has it.
+        dtype: Dtype of the computation; float64 if the device supports it.
 
     Returns:
-        `min(M, N)` values; a single 0 where that is none.
+        `min(M, N)` values; a single 0 if `min(M, N)` is 0.
 
     Examples:
         >>> svd(torch.diag(torch.tensor([3.0, 4.0]))).values
@@ -276,9 +276,9 @@ def from_gram(
     """Spectrum of `scale * A`, given `A A^H` or `A^H A` for either side of A.
 
     Args:
-        gram: Symmetric or Hermitian, positive semi-definite up to rounding: what is negative counts as 0.
-        shape: Rows and columns of A; `(S, S)` unless given. Only the `min(shape)` largest values are kept.
-        scale: Factor on the singular values; 1 unless given.
+        gram: Symmetric or Hermitian, positive semi-definite up to rounding; negative eigenvalues count as 0.
+        shape: Rows and columns of A; default `(S, S)`. Only the `min(shape)` largest values are kept.
+        scale: Factor on the singular values; default 1.
 
     Examples:
         >>> from_gram(torch.tensor([[4.0, 0.0], [0.0, 9.0]])).values

@@ -20,8 +20,8 @@ class Subspace:
     """Top singular vectors of a batch of matrices on their short side, with the singular values.
 
     Attributes:
-        basis: Orthonormal columns, strongest first; left vectors where the matrix is wide or square, right ones where
-            it is tall. NaN for a matrix that was not finite.
+        basis: Orthonormal columns, strongest first; left vectors if the matrix is wide or square, right ones if it is
+            tall. NaN for a matrix that was not finite.
         values: The singular values, largest first.
     """
 
@@ -41,10 +41,10 @@ class Subspace:
 
 
 def top_subspace(matrix: Num[Tensor, "*B M N"], k: int) -> Subspace:
-    """The `k` strongest singular directions of the short side, or as many as there are.
+    """The `k` strongest singular directions of the short side, or all if there are fewer.
 
-    From the Gram matrix and all its eigenvectors, so that a batch is one call: three to four times the cost of the
-    values alone.
+    It computes all eigenvectors of the Gram matrix, so a batch needs only one call. The cost is three to four times
+    that of the values alone.
 
     Examples:
         >>> top_subspace(torch.diag(torch.tensor([3.0, 4.0])), 1).values

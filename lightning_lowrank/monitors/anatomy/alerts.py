@@ -7,11 +7,11 @@ from lightning_lowrank.reports.alerts.rules import EVENT, Alert
 
 
 def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An alert for a gradient that is not low-rank: too little energy in as many directions as the model has outputs,
-    and one more.
+    """An alert for a gradient that is not low-rank: too little of its energy is in the top directions, of which there
+    is one more than the model has outputs.
 
     Args:
-        below: Least share of the energy.
+        below: Smallest share of the energy that does not fire.
         sites: As in `Alert`, like all that follows.
         options: Others of `Alert`.
 
@@ -24,10 +24,10 @@ def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **opti
 
 
 def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An alert for a gradient in which the spike of the inputs takes the place of the residue.
+    """An alert for a gradient in which the spike of the inputs replaces the residue.
 
     Args:
-        above: Largest share of the spike in what both have.
+        above: Largest share of the spike in the energy of both that does not fire.
         sites: As in `Alert`, like all that follows.
         options: Others of `Alert`.
 
@@ -43,7 +43,7 @@ def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*",
 
 
 def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
-    """An event, not a warning: a gradient that the residue ruled is ruled by the spike of the inputs now.
+    """An event, not a warning: the spike of the inputs dominates a gradient that the residue dominated before.
 
     Args:
         sites: As in `Alert`, like all that follows.

@@ -11,36 +11,36 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class GradientAnatomyMonitor(Monitor):
-    """Where each layer's gradient comes from: residue or spike of the inputs, which side limits its rank, and how
-    stable it is.
+    """Where each layer's gradient comes from (residue of the loss or spike of the inputs), which factor limits its
+    rank, and how stable it is.
 
-    On due steps the inputs of linear layers and convolutions are heard, and the gradients of their outputs; of both the
-    same rows are kept. Their product is held against the gradient that the optimizer is given.
+    On steps with a sample, the monitor records inputs of linear layers and convolutions, and the gradients of their
+    outputs. It keeps the same rows of both. Their product is compared with the gradient that the optimizer gets.
 
-    Memory on due steps: of each layer `max_rows` rows of inputs and of signals, a little more until the backward pass
-    is over, 8 numbers for every row that there was, and a copy of the gradient. Two directions per layer stay, and are
-    in the checkpoint.
+    Memory on steps with a sample: for each layer `max_rows` rows of inputs and of output gradients (slightly more
+    during the backward pass), 8 numbers for every row of the batch, and a copy of the gradient. Between samples two
+    directions per layer are kept, also in checkpoints.
 
     Args:
-        match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; of all linear layers and convolutions without
-            groups unless given.
-        every_n_steps: Cadence, in optimizer steps; 1000 unless given.
-        max_rows: Rows that are kept of each layer.
-        num_outputs: Of the model, at most 10: as many directions of the signals are the residue's. The width of the
-            module's last linear layer unless given.
-        exclude: As `match`, taken away.
+        match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; by default those of all linear layers and
+            convolutions without groups.
+        every_n_steps: Cadence in optimizer steps; default 1000.
+        max_rows: Number of rows that are kept for each layer.
+        num_outputs: Number of outputs of the model, at most 10. As many directions of the output gradients count as
+            directions of the residue. By default the width of the module's last linear layer.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, all if they are at
-            most 100, else the four shares, the gradient's stable rank, `alignment` and `deviation` of up to 14 weights.
-        seed: Of the rows and probes.
+        per_site: Curves of single weights: `True`, `False`, or "auto". "auto" writes all from "standard" on if these
+            are at most 100; otherwise the four shares, the gradient's stable rank, `alignment` and `deviation` of up to
+            14 weights.
+        seed: Seed for the choice of rows and for random vectors.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; "default" tells, without a warning, when a layer goes from residue to
-            spike.
+        alerts: Alert rules; "default" reports, without a warning, when a layer changes from residue to spike.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer that cannot
-            be heard.
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+            measured.
 
     Examples:
         >>> GradientAnatomyMonitor().recorders[0].quantities[1:5]

@@ -47,18 +47,18 @@ RESIDUE, SPIKE = 0.4, 0.6
 
 
 class Anatomy(NumberSource):
-    """The gradient of each layer, split by where it comes from.
+    """The gradient of each layer, divided by its origin.
 
     Args:
-        match: Weights of linear layers and convolutions: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all unless
-            given.
-        exclude: The same, taken away.
+        match: Weights of linear layers and convolutions: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all by
+            default.
+        exclude: Patterns of what to leave out, as for `match`.
         max_rows: Rows that are kept of each layer's inputs and signals.
-        num_outputs: Of the model, so that as many directions of the signals are the residue's; the width of the
-            module's last linear layer unless given, and never more than 10.
+        num_outputs: Number of outputs of the model, at most 10. As many directions of the signals count as directions
+            of the residue. By default the width of the module's last linear layer.
 
     Raises:
-        ValueError: A number is out of its range; in `plan`: a pattern fits nothing, or a layer that cannot be heard.
+        ValueError: A number is out of its range; in `plan`: a pattern matches nothing, or a layer cannot be measured.
     """
 
     name = "anatomy"

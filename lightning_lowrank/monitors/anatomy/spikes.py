@@ -27,7 +27,7 @@ class SpikedData:
 
     Attributes:
         inputs: The rows.
-        bulk: What they are without the spike: independent Gaussian, the k-th coordinate of variance `k ** -alpha`.
+        bulk: The rows without the spike: independent Gaussian, where the k-th coordinate has variance `k ** -alpha`.
         coordinates: Of each row along the spike: standard normal.
         direction: Of the spike, of length 1.
         strength: `T ** nu`.
@@ -83,7 +83,7 @@ def spiked_data(
         width: N.
         nu: The spike has standard deviation `T ** nu`.
         alpha: Eigenvalues of the bulk are `k ** -alpha`.
-        generator: Of all that is drawn.
+        generator: Draws all random numbers.
         dtype: Of the rows.
 
     Raises:

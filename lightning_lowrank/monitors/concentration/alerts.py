@@ -10,11 +10,11 @@ def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> 
     (2020).
 
     Args:
-        density: Of the mask; one of those that the monitor has.
+        density: Density of the mask; one of the monitor's `densities`.
         below: Largest distance of the newest mask to those of the second half of the training so far, over its distance
-            to the first. A mask that moves steadily has 0.5 or a bit more at any cadence, one that has settled 0. You
-            et al. ask for a tenth of the weights between five epochs; masks of a few steps in a row are closer than
-            that from the first on.
+            to the first. A mask that moves steadily has 0.5 or slightly more at any cadence, and a settled one has 0.
+            You et al. require a distance below a tenth of the weights between five epochs; masks of consecutive steps
+            are closer than that from the start.
         options: Others of `Alert`.
 
     Examples:

@@ -11,39 +11,38 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class ConcentrationMonitor(Monitor):
-    """Who carries the learning: how unequally modules, attention heads and neurons share gradient, update and
-    importance.
+    """Who carries the learning: how unequally gradient, update and importance are distributed over modules, attention
+    heads and neurons.
 
-    Beside each number stands what it was at the start of training. Importance is the exact gradient of the loss by a
-    gate on a head or a neuron, from the weight that reads it and that weight's gradient: no hooks, no second pass. Also
-    masks of the largest weights: whether the ticket that the training would be pruned to still changes.
+    Each number comes with its value at the start of training. Importance is the exact gradient of the loss with respect
+    to a gate on a head or a neuron. It is computed from the weight that reads the unit and from that weight's gradient,
+    without hooks or a second pass. The monitor also compares masks of the largest weights: they show whether the
+    subnetwork to which the model would be pruned (the lottery ticket) still changes.
 
     Args:
-        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices; takes an
-            eigensolver). Unless given, the first three, as far as the model has them.
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices; needs an
+            eigensolver). By default the first three, if the model has them.
         signals: Any of `gradient` and `update` (energy per entry) and `gate` (importance, of heads and neurons).
-        every_n_steps: Cadence, in optimizer steps; 200 unless given.
-        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all unless given. Frozen ones are left out.
-        exclude: The same, taken away.
+        every_n_steps: Cadence in optimizer steps; default 200.
+        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all by default. Frozen ones are left out.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Importance of single heads: `True`, `False`, or "auto": from "standard" on, if there are at
-            most 100.
-        seed: Of the weights that are drawn for the masks of models with more than 262,144.
+        per_site: Curves of the importance of single heads: `True`, `False`, or "auto" (from "standard" on, if there are
+            at most 100).
+        seed: Seed for the choice of weights in masks, for models with more than 262,144 weights.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default. `EarlyBirdAlert()` tells when the ticket has
-            settled.
-        densities: Parts of the weights that the masks keep; none for no masks.
+        alerts: Alert rules; none by default. `EarlyBirdAlert()` reports when the mask has settled.
+        densities: Shares of the weights that the masks keep; an empty list for no masks.
         heads: Number of heads by pattern of layer, `{"*.attn.out": 8}`, for output projections of attention that are
             not found.
-        neurons: Layers whose inputs are neurons, by pattern, where those that are found are not what you mean.
-        reference: Checkpoint of another run that was watched by this monitor: whether the same heads and neurons
-            matter.
+        neurons: Patterns of layers whose inputs are neurons, if the automatic search finds the wrong ones.
+        reference: Checkpoint of another run with this monitor, to compare which heads and neurons matter.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word or out of its range, the reference cannot be read; when training starts: a
-            pattern fits nothing, units that were named are not there, the reference is of another model, parameters are
-            sharded.
+        ValueError: An option is unknown or out of its range, or the reference cannot be read; when training starts: a
+            pattern matches nothing, the model has no units of a requested kind, the reference belongs to another model,
+            or parameters are sharded.
 
     Examples:
         >>> ConcentrationMonitor(units=["head"], signals=["gate"]).recorders[0].quantities[1:4]

@@ -53,25 +53,25 @@ MOST_DENSITIES = 255
 
 
 class Concentration(NumberSource):
-    """Inequality between units in what the gradient, the update and gates say of them, with what it was at the start;
-    masks of weights.
+    """Inequality between units in gradient, update and importance (gates), with its value at the start; masks of the
+    largest weights.
 
     Args:
-        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which takes an
-            eigensolver); unless given, the first three as far as the model has them.
-        signals: Any of `gradient` and `update` (energy per entry), `gate` (of heads and neurons: what the loss does
-            when they are scaled).
-        densities: Of the masks of the largest weights; none without.
+        units: Any of `module`, `head`, `neuron`, `direction` (singular directions of all matrices, which needs an
+            eigensolver); by default the first three, if the model has them.
+        signals: Any of `gradient` and `update` (energy per entry), `gate` (importance of heads and neurons: how the
+            loss changes when they are scaled).
+        densities: Shares of the weights that the masks keep; an empty list for no masks.
         match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`.
-        exclude: The same, taken away.
-        heads: Number of heads by pattern of output projections that are not found.
-        neurons: Layers whose inputs are neurons; pairs of layers unless given.
-        reference: Checkpoint of another run that was watched so, with which importances are compared.
-        seed: Of the weights that are drawn for the masks of large models.
+        exclude: Patterns of what to leave out, as for `match`.
+        heads: Number of heads by pattern, for output projections that are not recognised.
+        neurons: Layers whose inputs are neurons; by default pairs of layers.
+        reference: Checkpoint of another run with this source, with which importances are compared.
+        seed: Seed for the choice of weights in the masks of large models.
 
     Raises:
-        ValueError: An option is another word or out of its range, the reference has no importances; in `plan`, a
-            pattern fits nothing, units that were named are not there, or parameters are sharded.
+        ValueError: An option is unknown or out of its range, or the reference has no importances; in `plan`: a pattern
+            matches nothing, the model has no units of a requested kind, or parameters are sharded.
     """
 
     name = "concentration"

@@ -14,37 +14,36 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class MultifractalMonitor(Monitor):
-    """How unlike each other the neurons of a model become: multifractal statistics of its weights, beside what chance
-    gives.
+    """How much the neurons of a model differ from each other: multifractal statistics of its weights, with their values
+    by chance.
 
-    It reads weights, before the step, and nothing else.
+    The monitor only reads weights, before the step.
 
     Args:
-        mode: "rank": every matrix in both directions, free of scale and of a choice of distance. "neuromfa": the whole
-            model as one network by the published recipe, beside shuffled and Gaussian weights, with the degree of
-            emergence.
-        every_n_steps: Cadence, in optimizer steps; 500 unless given.
-        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given, for "neuromfa" but
+        mode: "rank": every matrix in both directions, independent of scale and of a choice of distance. "neuromfa": the
+            whole model as one network by the published recipe, with the degree of emergence, and compared with shuffled
+            and Gaussian weights.
+        every_n_steps: Cadence in optimizer steps; default 500.
+        match: Parameters to watch: globs, `re:REGEX`, `type:LAYERCLASS`; by default all matrices, in "neuromfa" without
             embeddings.
-        exclude: The same, taken away.
-        max_neurons: Neurons that are looked at, per matrix or layer, the same at every sample; all unless given.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_neurons: Number of neurons to use per matrix or layer, the same ones at every sample; all by default.
             "neuromfa" was published with 32.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at
-            most 100.
-        seed: Of the neurons that are drawn, and of the nulls.
+        per_site: Curves of single sites: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
+        seed: Seed for the choice of neurons and for the nulls.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
-        heads: Of "rank": split attention weights by head.
+        alerts: Alert rules; none by default.
+        heads: For "rank": split attention weights by head.
         views: Your own einops patterns by parameter name (glob), as for `RankMonitor`.
-        threshold: Of "neuromfa": longest edge `1 / |w|` that is kept; None takes three over the root mean square of the
-            first weights seen.
-        num_repeats: Of "neuromfa" with `max_neurons`: samples of neurons that are averaged over.
+        threshold: For "neuromfa": longest edge `1 / |w|` that is kept; None uses three divided by the root mean square
+            of the first weights.
+        num_repeats: For "neuromfa" with `max_neurons`: number of random subsets of neurons to average over.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word, out of its range, or of the other mode; when training starts: a pattern
-            fits nothing.
+        ValueError: An option is unknown, out of its range, or belongs to the other mode; when training starts: a
+            pattern fits nothing.
 
     Examples:
         >>> MultifractalMonitor().recorders[0].quantities[:3]

@@ -41,26 +41,26 @@ CORE = ("neuromfa_alpha0", "neuromfa_width", "neuromfa_emergence", "neuromfa_eme
 
 
 class NeuroMFA(Neurons):
-    """Multifractal statistics of all layers as one network, as published, beside two nulls: shuffled entries, Gaussians
-    of equal variance.
+    """Multifractal statistics of all layers as one network, as published, with two nulls: shuffled entries, and
+    Gaussian entries of equal variance.
 
-    `neuromfa_emergence` holds width and position against those of the first sample of the run; that of a null against
-    the null's own.
+    `neuromfa_emergence` compares width and position with those of the first sample of the run; for a null, with the
+    null's own first sample.
 
     Args:
-        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices but those of embeddings
-            unless given.
-        exclude: The same, taken away.
-        max_neurons: Sampled per layer, the same at every sample, `num_repeats` times (published: 32); all neurons once
-            unless given.
-        num_repeats: How many such samples.
-        threshold: Longest edge `1 / |w|` that is kept. None: three over the root mean square of the weights at the
-            first sample of the run.
+        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; by default all matrices except
+            embeddings.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_neurons: Number of neurons to draw per layer, the same ones at every sample, `num_repeats` times (published:
+            32); all neurons once by default.
+        num_repeats: Number of such draws.
+        threshold: Longest edge `1 / |w|` that is kept. None uses three divided by the root mean square of the weights
+            at the first sample of the run.
         views: Your own einops patterns by parameter name.
-        seed: Of the neurons that are drawn.
+        seed: Seed for the choice of neurons.
 
     Raises:
-        ValueError: A number is out of its range; in `plan`, a pattern fits nothing.
+        ValueError: A number is out of its range; in `plan`: a pattern matches nothing.
     """
 
     name = "neuromfa"

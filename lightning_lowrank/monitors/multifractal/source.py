@@ -102,20 +102,20 @@ class Neurons(NumberSource):
 class Multifractal(Neurons):
     """Multifractal statistics of every matrix in both directions, by the ranks of its entries.
 
-    A matrix has two sites: `.in`, whose neurons are its rows with the weights that come in, and `.out`, its columns
-    with those that go out.
+    A matrix has two sites: `.in`, whose neurons are its rows with incoming weights, and `.out`, whose neurons are its
+    columns with outgoing weights.
 
     Args:
-        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices unless given.
-        exclude: The same, taken away.
-        max_neurons: Neurons that are looked at in each matrix, the same at every sample; all unless given. From 256 on
-            numbers that sampling is known to tell come with an error.
+        match: Parameters: globs on the full name, `re:REGEX`, `type:LAYERCLASS`; all matrices by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_neurons: Number of neurons to use in each matrix, the same ones at every sample; all by default. From 256
+            on, numbers whose sampling error can be estimated come with it.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name.
-        seed: Of the neurons that are drawn.
+        seed: Seed for the choice of neurons.
 
     Raises:
-        ValueError: `max_neurons` is below 2; in `plan`, a pattern fits nothing.
+        ValueError: `max_neurons` is below 2; in `plan`: a pattern matches nothing.
     """
 
     name = "multifractal"

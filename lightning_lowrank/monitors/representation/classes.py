@@ -36,18 +36,18 @@ NO_LABELS = "the batch has no whole number for each example in its second part: 
 class Classes(NumberSource):
     """Separation of the classes of a training batch: LiDAR of each block, neural collapse before the classifier.
 
-    An example is the mean over its positions.
+    The features of an example are averaged over its positions.
 
     Args:
-        classifier: Name of the linear layer that puts out a logit for each class.
+        classifier: Name of the linear layer that computes the logits of the classes.
         match: Layers, as of `Representations`.
-        exclude: The same, taken away.
-        max_width: Wider outputs are left out.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_width: Outputs wider than this are left out.
         labels: `batch -> labels`.
 
     Raises:
-        ValueError: In `plan`: the classifier is no linear layer of the module or is parametrised, a pattern fits
-            nothing, or a layer cannot be heard.
+        ValueError: In `plan`: the classifier is not a linear layer of the module or is parametrised, a pattern matches nothing,
+            or a layer cannot be measured.
     """
 
     name = "representation_classes"

@@ -13,41 +13,43 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class RepresentationMonitor(Monitor):
-    """How many directions the representation uses after each block, as it is and about its mean; how fast its
+    """How many directions the representation uses after each block, with and without its mean, and how fast its
     eigenvalues fall.
 
-    A representation that collapses uses few directions whatever the input, and later layers cannot get back what is
-    lost. Read all of these beside rows and width, which cap them, and beside what Gaussian rows of that shape give.
+    A collapsed representation uses few directions whatever the input, and later layers cannot restore the lost ones.
+    The numbers of rows and columns limit all ranks, so read them together, and compare with the values for Gaussian
+    rows of the same shape.
 
     Writes medians over blocks of `representation/effective_rank` (RankMe), `representation/centred_effective_rank` and
     `representation/alpha` (alpha-ReQ; 1 is the claimed optimum); single blocks from "standard" on, and in the tab.
 
-    With a `classifier`, also how far the classes of the training batch are apart, from "standard" on: LiDAR of each
-    block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`) of what comes into it.
+    With a `classifier`, the monitor also measures how well the classes of the training batch are separated, from
+    "standard" on: LiDAR of each block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`) of
+    the classifier's input.
 
-    Cost: one pass over the outputs of the blocks on due steps, width times rows for their Gram matrix in float64, and
-    two solves of it.
+    Cost per sample: one pass over the outputs of the blocks, rows times width squared for their Gram matrix in float64,
+    and two eigenvalue problems of it.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 100 unless given. Validation is read at each of its loops.
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given the blocks: what stands
-            in lists of layers of one class; linear, convolutional, embedding, attention and recurrent layers where
-            there are none.
-        exclude: The same, taken away.
+        every_n_steps: Cadence in optimizer steps; default 100. Validation is read at each of its loops.
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. By default the blocks, which are the
+            entries of lists of layers of one class; if there are none, linear, convolutional, embedding, attention and
+            recurrent layers.
+        exclude: Patterns of what to leave out, as for `match`.
         stages: "train", "validation", or both.
-        max_width: Wider outputs are left out.
-        classifier: Name of the linear layer that puts out a logit for each class.
-        labels: `batch -> labels`, one whole number for each example. Unless given the second part of a batch, or its
+        max_width: Outputs wider than this are left out.
+        classifier: Name of the linear layer that computes the logits of the classes.
+        labels: `batch -> labels`, one integer for each example. By default the second part of a batch, or its entry
             "labels", "label", "targets", "target" or "y".
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single blocks: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single blocks: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a layer cannot be
-            heard.
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+            measured.
 
     Examples:
         >>> RepresentationMonitor(every_n_steps=10).recorders[0].quantities[:3]

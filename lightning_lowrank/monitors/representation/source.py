@@ -30,14 +30,14 @@ UNITS = {"rows": "rows", "width": "columns"} | dict.fromkeys(
 
 
 class Representations(NumberSource):
-    """Spectra of what blocks put out, pooled over all rows of a due step, or of a validation loop.
+    """Spectra of the outputs of blocks, pooled over all rows of a step or of a validation loop.
 
     Args:
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given the blocks: what stands
-            in lists of layers of one class; all layers that `Features` reads where there are none.
-        exclude: The same, taken away.
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. By default the blocks, which are the
+            entries of lists of layers of one class; if there are none, all layers that `Features` reads.
+        exclude: Patterns of what to leave out, as for `match`.
         stage: "train" or "validation".
-        max_width: Wider outputs are left out.
+        max_width: Outputs wider than this are left out.
 
     Raises:
         ValueError: `stage` is another word, `max_width` no width; in `plan`: a pattern matches nothing, or a layer

@@ -13,47 +13,48 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class NTKMonitor(Monitor):
-    """The tangent kernel on a kept batch: its size and rank, what it shares with the labels, and how fast it turns.
+    """The neural tangent kernel on a kept batch: its size and rank, its alignment with the labels, and how fast it
+    changes.
 
-    The first batch seen that has a kernel is kept, and run through `training_step` again after due steps, in eval mode,
-    with everything put back that it changes; the Jacobian is never formed. A kernel that takes at most 128 pairs of
-    products with it (examples times outputs; examples alone for the sum of the outputs) is exact, others are estimated,
-    with errors.
+    The first batch that has a kernel is kept. After each step with a sample it is run through `training_step` again in
+    eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel that takes at most
+    128 pairs of products with it is exact (the number of pairs is examples times outputs, or the number of examples for
+    the sum of the outputs). Other kernels are estimated, with errors.
 
-    A sample is worth tens to hundreds of training steps, which is why the cadences are long.
+    A sample costs as much as tens to hundreds of training steps, so the default cadences are long.
 
-    Memory that stays: twice `num_projections` times the outputs looked at, twice `top_k` modes; all of it is in the
-    checkpoint, with the kept batch if that is a plain nest of tensors, numbers and words and there is one process.
-    Otherwise a run that is resumed begins with a new batch and a new start.
+    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes. Checkpoints contain
+    all of it. With a single process they also contain the kept batch, if that consists of tensors, numbers and strings
+    in plain containers. Otherwise a resumed run begins with a new batch and a new start.
 
     Args:
-        match: Parameters that the kernel is of: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless
-            given.
-        kernel: "class_summed": of examples, summed over the outputs; every product takes as many as there are outputs.
-            "full": of all outputs. "sum_of_logits": of examples, for the sum of the outputs over the root of their
-            number.
-        num_examples: First examples of the batch, on each process.
-        num_projections: For sums and comparisons, and random vectors for the parameters' own kernels; at least 4.
-        top_k: Modes that are followed.
-        every_n_steps: Cadence, in optimizer steps; 3000 unless given, 4000 for the class-summed kernel.
-        output_module: The layer whose output goes into the loss, where that is none of torch's; nothing is then known
-            of labels.
-        loss_fn: `(module, batch) -> loss` in the place of `training_step`.
-        exclude: As `match`, taken away.
+        match: Parameters for the kernel: globs, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        kernel: "class_summed": one row per example, summed over the outputs; every product takes as many products as
+            there are outputs. "full": one row per output of each example. "sum_of_logits": one row per example, for the
+            sum of the outputs divided by the square root of their number.
+        num_examples: Number of examples to keep, the first ones of the batch, on each process.
+        num_projections: Number of random projections for sums and comparisons, and of random vectors for the kernels of
+            single parameters; at least 4.
+        top_k: Number of modes to measure.
+        every_n_steps: Cadence in optimizer steps; default 3000, or 4000 for the class-summed kernel.
+        output_module: The layer whose output goes into the loss, if the loss is not one of torch's functions.
+            Quantities that need labels are then missing.
+        loss_fn: `(module, batch) -> loss`, used instead of `training_step`.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single parameters: `True`, `False`, or "auto": from "standard" on, if there are at
-            most 100.
-        seed: Of the random vectors.
+        per_site: Curves of single parameters: `True`, `False`, or "auto" (from "standard" on, if there are at most
+            100).
+        seed: Seed for the random vectors.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
-        num_outputs: Columns of the outputs to look at, drawn where there are more; 256 unless given, 10 of the
-            class-summed kernel.
-        train_mode: Run the module as in training instead.
+        num_outputs: Number of columns of the outputs to use, a random choice if there are more; default 256, or 10 for
+            the class-summed kernel.
+        train_mode: Whether to run the module in training mode instead.
 
     Raises:
-        ValueError: An option is another word or number; when training starts: a pattern fits nothing, or the step
-            cannot be run again; the message says what to do.
+        ValueError: An option is unknown or out of its range; when training starts: a pattern matches nothing, or the
+            step cannot be run again; the message says what to do.
 
     Examples:
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]

@@ -268,7 +268,7 @@ def test_layers_inside_a_compiled_module_are_refused(how: str) -> None:
     module = Classifier()
     (module if how == "module" else module.net).compile(backend="eager")
 
-    with pytest.raises(ValueError, match="cannot be heard: hooks inside a compiled module never run"):
+    with pytest.raises(ValueError, match="cannot be measured: hooks inside a compiled module never run"):
         watched(module)
 
 
