@@ -1,14 +1,18 @@
 """What `AttentionMonitor` costs: the update of all heads of GPT-2 medium's shape, beside dense decompositions; and the
-training of the demo's model, watched and not, on one thread.
+due steps of the demo's model beside the steps before and after, on one thread.
 
-    python -m benchmarks.attention --pairs 3
+    python -m benchmarks.attention
 """
 
 import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
+from statistics import mean, stdev
+from typing import Any
 
+import lightning as L
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -22,8 +26,10 @@ from lightning_lowrank.maths.attention_circuits import circuit_updates
 from lightning_lowrank.maths.spectra.spectrum import Spectrum
 
 LAYERS, HEADS, WIDTH, HEAD = 24, 16, 1024, 64
-# Dense matrices that are decomposed; all would take hours.
+# How often one head is decomposed densely; the faster counts.
 DENSE = 2
+# Steps from sample to sample: when it is timed, and in the default.
+EVERY, USUAL = 4, 50
 LAYOUTS = {"blocks.*.qkv.weight": "qkv heads d"}
 
 
@@ -70,43 +76,54 @@ def of_gpt2_medium() -> Table:
     heads = LAYERS * HEADS
     table = Table("D2 and D3 of 24 layers of 16 heads, width 1024, one thread", "seconds", "MiB beyond the weights")
     table.add_row("thin QR, one batch of eigenproblems", f"{ours:.1f}", f"{memory:.0f}")
-    table.add_row(f"dense, numpy's way, {DENSE} heads timed and times {heads}", f"{one * heads:.0f}", "")
+    table.add_row(f"dense SVDs of one head, the fastest of {DENSE} times, times {heads}", f"{one * heads:.0f}", "")
     return table
 
 
-def of_demo(pairs: int, steps: int = 200) -> Table:
-    """The monitor's own clock, and paired trainings."""
+class Begins(L.Callback):
+    """Processor time at which each step began, which other work on the machine does not touch."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Look at the clock."""
+        self.at.append(time.process_time())
+
+    def more(self) -> tuple[float, float]:
+        """Percent by which training takes longer at the usual cadence, and its standard error: each due step beside
+        the mean of its two neighbours.
+        """
+        taken = [end - begin for begin, end in pairwise(self.at)]
+        due = range(2 * EVERY, len(taken) - 1, EVERY)
+        extra = [taken[i] - (taken[i - 1] + taken[i + 1]) / 2 for i in due]
+        step = mean(taken[i - 1] for i in due)
+        return tuple(100 * seconds / (USUAL * step) for seconds in (mean(extra), stdev(extra) / len(extra) ** 0.5))  # type: ignore[return-value]
+
+
+def of_demo(steps: int) -> Table:
+    """What a sample adds, and what the monitor's own clock says."""
     windows = TensorDataset(standard_library())
     seconds(windows, 32, 10, AttentionMonitor(layouts=LAYOUTS))  # warms up, and makes the null of this shape
-    table = Table("demo, batch 32 x 64, every 50 steps", "own clock, %", "more, % (each pair)")
+    table = Table(f"demo, batch 32 x 64, at every {USUAL} steps", "more, %", "standard error", "own clock, %")
     for scores in (True, False):
-        clock, more = [], []
-        for pair in range(pairs):
-            monitor = AttentionMonitor(layouts=LAYOUTS, scores=scores)
-            turns = (None, monitor) if pair % 2 else (monitor, None)
-            times = {one is not None: seconds(windows, 32, steps, one) for one in turns}
-            clock.append(monitor.overhead)
-            more.append(100 * (times[True] / times[False] - 1))
-        table.add_row(
-            f"scores={scores}",
-            f"{sorted(clock)[len(clock) // 2]:.2f}",
-            ", ".join(f"{percent:+.1f}" for percent in more),
-        )
+        monitor, begins = AttentionMonitor(EVERY, layouts=LAYOUTS, scores=scores), Begins()
+        seconds(windows, 32, steps, monitor, begins)
+        figures = (*begins.more(), monitor.overhead * EVERY / USUAL)
+        table.add_row(f"scores={scores}", *(f"{figure:.3f}" for figure in figures))
     return table
 
 
-def main(pairs: int = 3, steps: int = 200) -> None:
+def main(steps: int = 480) -> None:
     """Print both tables.
 
     Args:
-        pairs: Trainings with and without, of each row.
-        steps: Of each training.
+        steps: Of each training of the demo.
     """
     quiet()
     console = Console(width=110)
     console.print(of_gpt2_medium())
-    if pairs:
-        console.print(of_demo(pairs, steps))
+    console.print(of_demo(steps))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def products(*, whole: bool) -> Iterator[None]:
 
 
 def seconds(
-    windows: TensorDataset, batch_size: int, steps: int, monitor: Monitor | None, watch: Steps | None = None
+    windows: TensorDataset, batch_size: int, steps: int, monitor: Monitor | None, watch: L.Callback | None = None
 ) -> float:
     """Time of one training of the demo's model, loggers included."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.faults.recording import by_quantity
 from benchmarks.faults.trainings import BEGIN, STEPS, Case
 from lightning_lowrank import Alert, CusumAlert, DepartureAlert, SpikeAlert
-from lightning_lowrank.reports.alerts.ready_made import rank_alerts
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.reports.alerts.states import RuleState
 
 # Steps in a row above the 99th percentile of healthy runs, of steps as near as this, at which a loss shows a fault.
@@ -26,6 +26,9 @@ QUORUMS: tuple[int | float, ...] = (1, 0.5)
 EVERY_STEP = ("loss", "gradient_norm")
 RIVALS = {"spike 6": SpikeAlert, "spike 16": SpikeAlert, "CUSUM 8": CusumAlert, "CUSUM 32": CusumAlert}
 KURTOSIS = "activation_kurtosis"
+# What monitors warn of by default; and what they call the quantities that are seen from outside.
+DEFAULT = "default"
+IN_MONITORS = {"loss": "step_loss", "gradient_norm": "step_gradient_norm"}
 # Quantities of which claims are made, as medians over sites: no rule that users have looks at these.
 CLAIMED = ("qk_update", "update_effective", "update_stable", "weight_stable")
 MEDIAN = "departure 6 of the median"
@@ -62,9 +65,10 @@ def columns(quantity: str, sites: Mapping[str, Mapping[int, float]]) -> Iterator
             rule = DepartureAlert(quantity, departure=level, quorum=quorum, warm_up_samples=samples, cooldown_steps=0)
             where = "half of the sites" if quorum != 1 else "any site" if len(sites) > 1 else ""
             yield Column(quantity, rule, f"departure {level:g} {where}".strip())
-    for rule in rank_alerts([quantity]):
-        if rule.of_sites and rule.departure is None:
-            yield Column(quantity, replace(rule, cooldown_steps=0), f"default, {rule.conditions[0]}")
+    for rule in default_alerts([IN_MONITORS.get(quantity, quantity)]):
+        if rule.of_sites:
+            judged = replace(rule, quantity=quantity, cooldown_steps=0)
+            yield Column(quantity, judged, f"{DEFAULT}, {rule.conditions[0]}")
 
 
 def alarms(curves: Curves) -> dict[str, list[int]]:

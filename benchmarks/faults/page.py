@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from benchmarks.faults.judging import LEVELS, MEDIAN, PROBE, Outcome, begin, first, level_of, quantity_of
+from benchmarks.faults.judging import DEFAULT, LEVELS, MEDIAN, PROBE, Outcome, begin, first, level_of, quantity_of
 from benchmarks.faults.trainings import CASES, Case
 
 # False alarms of all defaults together, in a thousand healthy steps.
@@ -84,17 +84,32 @@ def is_quiet(study: Study, name: str) -> bool:
 
 
 def chosen(study: Study) -> list[str]:
-    """Rules that are quiet on these seeds, and of which one is the earliest that sees all trainings of each fault that
-    harms; of two that are as early the one that was chosen before.
+    """For each fault that harms the earliest rule that foresees it in all trainings: of those that are quiet on these
+    seeds; where none of them does, of those with which all together stay within the false alarms that are allowed.
     """
-    quiet = [name for name in study.rules() if is_quiet(study, name)]
+    faults = [case for case in study.faulty if harms(study, case)]
+    rules = [name for name in study.rules() if level_of(name) != PROBE]
+    quiet = [name for name in rules if is_quiet(study, name)]
     found: list[str] = []
-    for case in study.faulty:
-        delays = {name: study.seen(case, [name]) for name in quiet}
-        known = {name: median(d) for name, d in delays.items() if all(step is not None for step in d)}  # type: ignore[type-var]
-        if harms(study, case) and known:
-            found.append(min(known, key=lambda name: (known[name], name not in found)))
+    for case in faults:
+        found += _earliest(study, case, quiet, found)
+    for case in faults:
+        if not _earliest(study, case, found, found):
+            affordable = [name for name in rules if study.false_alarms([*found, name]) <= ALLOWED]
+            found += _earliest(study, case, affordable, found)
     return list(dict.fromkeys(found))
+
+
+def _earliest(study: Study, case: Case, names: Sequence[str], found: Sequence[str]) -> list[str]:
+    """The first rule to foresee a fault, if any does; of two that are as early the one that was found before."""
+    delays = {name: study.seen(case, [name]) for name in names}
+    ends = [math.inf if one.shown is None else one.shown for one in study.outcomes[case.what]]
+    known = {
+        name: median(at for at in steps if at is not None)
+        for name, steps in delays.items()
+        if all(at is not None and at <= end for at, end in zip(steps, ends, strict=True))
+    }
+    return [min(known, key=lambda name: (known[name], name not in found))] if known else []
 
 
 def lead(study: Study, case: Case, names: Sequence[str]) -> str:
@@ -123,18 +138,18 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def of_faults(study: Study, defaults: Sequence[str]) -> str:
-    """What the loss, the held-out loss and the defaults say of each fault."""
+def of_faults(study: Study, names: Sequence[str]) -> str:
+    """What the loss, the held-out loss and some rules say of each fault."""
     rows = []
     for case in study.faulty:
-        outcomes, seen = study.outcomes[case.what], study.seen(case, defaults)
+        outcomes, seen = study.outcomes[case.what], study.seen(case, names)
         sides = [[getattr(one, side) for one in outcomes] for side in ("shown", "harmed")]
         steps = [", ".join("never" if s is None else str(s - begin(case)) for s in side) for side in sides]
-        by = min(defaults, key=lambda name: _middle(study.seen(case, [name])), default="")
+        by = min(names, key=lambda name: _middle(study.seen(case, [name])), default="")
         alarmed = ", ".join("never" if s is None else str(s - begin(case)) for s in seen)
         leads = [ahead(outcomes, seen, side) for side in ("shown", "harmed")]
         rows.append([case.what, *steps, alarmed, *leads, f"`{by}`" if any(s is not None for s in seen) else "nothing"])
-    headings = ["fault", "loss shows it after", "held-out harm after", "first default after"]
+    headings = ["fault", "loss shows it after", "held-out harm after", "first alarm after"]
     return table([*headings, "before the loss", "before the harm", "the earliest"], rows)
 
 
@@ -225,21 +240,24 @@ def of_claims(study: Study) -> Iterator[str]:
         )
 
 
-def page(choice: Study, report: Study, defaults: Sequence[str]) -> str:
+def page(choice: Study, report: Study, rules: Sequence[str]) -> str:
     """All tables."""
     seeds = [sorted({one.seed for all_ in study.outcomes.values() for one in all_}) for study in (choice, report)]
+    defaults = [name for name in report.rules() if name.split(": ")[1].startswith(DEFAULT)]
     unseen = [case.what for case in report.faulty if harms(report, case) and not _foreseen(report, case)]
     return "\n\n".join(
         [
             f"Rules were chosen on seeds {seeds[0]}; what follows is of seeds {seeds[1]}, "
             f"with {report.healthy_steps:,} healthy steps.",
-            "### Faults, and the chosen rules together",
+            "### Faults, and all defaults together",
             of_faults(report, defaults),
-            f"The chosen rules ({len(defaults)}): {', '.join(f'`{name}`' for name in defaults)}. Together "
-            f"{report.false_alarms(defaults):.2f} false alarms in a thousand healthy steps ({ALLOWED} allowed). "
-            f"Of all rules none that is quiet foresees: {', '.join(unseen) or '(there is no such fault that harms)'}.",
+            f"The defaults ({len(defaults)}): {_with_false_alarms(report, defaults)}",
+            "### The chosen rules alone",
+            of_faults(report, rules),
+            f"The chosen rules ({len(rules)}): {_with_false_alarms(report, rules)} Of all rules none that is quiet "
+            f"foresees: {', '.join(unseen) or '(there is no such fault that harms)'}.",
             "### The same on the seeds that they were chosen on",
-            of_faults(choice, defaults),
+            of_faults(choice, rules),
             "### Rivals",
             of_rivals(report),
             "### Every quantity",
@@ -251,6 +269,15 @@ def page(choice: Study, report: Study, defaults: Sequence[str]) -> str:
             "### Cost",
             table(["monitor", "ms a sample"], [[f"`{name}`", f"{ms:.0f}"] for name, ms in report.costs.items()]),
         ]
+    )
+
+
+def _with_false_alarms(study: Study, names: Sequence[str]) -> str:
+    """Rules, and how often they are wrong."""
+    told = [f"`{name}` ({rate:.2f})" if (rate := study.false_alarms([name])) else f"`{name}`" for name in names]
+    return (
+        f"{', '.join(told)}. Together {study.false_alarms(names):.2f} false alarms in a thousand healthy steps "
+        f"({ALLOWED} allowed)."
     )
 
 

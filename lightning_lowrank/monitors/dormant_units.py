@@ -167,12 +167,6 @@ class DormantUnitsMonitor(Monitor):
         probes = probe_of(DormantUnits(match, exclude, tau), cadence(every_n_steps, max_overhead, 50))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
 
-    @staticmethod
-    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """Nearly all units of a layer are inactive."""
-        cause = "a learning rate too high, a large negative bias, or inputs that are not normalised"
-        return [Alert("dormant_inactive", above=0.9, cause=cause)]
-
 
 def _is_activation(layer: nn.Module) -> bool:
     """Whether its class is one of torch's activations of single units, or is named as one, as those of transformers."""

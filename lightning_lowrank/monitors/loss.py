@@ -13,7 +13,6 @@ from lightning_lowrank.maths.spectra.spectrum import working_dtype
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL, Detail, Numbers, NumberSource, Quantity
 from lightning_lowrank.measuring.source import Step
 from lightning_lowrank.models.training import Training
-from lightning_lowrank.reports.alerts.ready_made import CusumAlert, SpikeAlert
 from lightning_lowrank.reports.alerts.rules import Alert
 from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
@@ -95,7 +94,7 @@ class LossMonitor(Monitor):
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Has no effect, because there are no sites.
         name: Prefix of all tags.
-        alerts: Alert rules; by default `usual_alerts`.
+        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
@@ -120,8 +119,3 @@ class LossMonitor(Monitor):
     ) -> None:
         probes = probe_of(StepLoss(), cadence(every_n_steps, max_overhead, 1))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
-
-    @staticmethod
-    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """Rules that were quiet in health, and the first to see a fault: a jump of the loss, and a drift upwards."""
-        return [SpikeAlert("step_loss"), CusumAlert("step_loss")]

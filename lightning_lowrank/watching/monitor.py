@@ -12,7 +12,7 @@ from lightning_lowrank.measuring.number_source import Detail, NumberSource
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.schedules import Budget, Every
-from lightning_lowrank.reports.alerts.ready_made import rank_alerts
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.report import Style
@@ -79,7 +79,7 @@ class Monitor(Arguments, L.Callback):
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
         """What `alerts="default"` stands for, by the quantities that are measured."""
-        return rank_alerts(quantities)
+        return default_alerts(quantities)
 
     @property
     def place(self) -> str:

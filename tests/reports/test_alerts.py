@@ -22,7 +22,7 @@ from lightning_lowrank import (
     RankMonitor,
     SpikeAlert,
 )
-from lightning_lowrank.reports.alerts.ready_made import rank_alerts
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.alerts.states import RuleState
 from tests.processes import together
@@ -375,7 +375,7 @@ def test_a_run_resumed_in_any_state_gives_the_events_of_one_that_never_stopped(
     options: dict[str, Any], stopped: int
 ) -> None:
     def watch() -> Rulebook:
-        return Rulebook([rule(**options, name="one")], [QUANTITY], usual=rank_alerts, prefix=None, label="rank")
+        return Rulebook([rule(**options, name="one")], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
     def show(watched: Rulebook, steps: range) -> Rulebook:
         for step in steps:
@@ -439,14 +439,14 @@ def test_a_rule_on_what_is_not_measured_is_refused_with_what_is() -> None:
         Rulebook(
             [Alert("weight_rank", below=1.0)],
             [QUANTITY, "gradient_energy_rank"],
-            usual=rank_alerts,
+            usual=default_alerts,
             prefix=None,
             label="rank",
         )
 
 
 def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
-    watch = Rulebook([rule(sites=["blocks.*", "head"])], [QUANTITY], usual=rank_alerts, prefix=None, label="rank")
+    watch = Rulebook([rule(sites=["blocks.*", "head"])], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
     with pytest.raises(ValueError, match=r"fits nothing; weight_stable_rank has \['net.0.weight'\]"):
         watch.check({QUANTITY: ["net.0.weight"]})
@@ -454,11 +454,11 @@ def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
 
 def test_two_rules_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="a name of its own"):
-        Rulebook([rule(), rule(below=0.5)], [QUANTITY], usual=rank_alerts, prefix=None, label="rank")
+        Rulebook([rule(), rule(below=0.5)], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
 
 def test_the_prefix_of_a_monitor_may_be_left_out() -> None:
-    watch = Rulebook([rule()], [f"encoder_{QUANTITY}"], usual=rank_alerts, prefix="encoder", label="encoder_rank")
+    watch = Rulebook([rule()], [f"encoder_{QUANTITY}"], usual=default_alerts, prefix="encoder", label="encoder_rank")
 
     assert [state.quantity for state in watch.states] == [f"encoder_{QUANTITY}"]
 
@@ -472,7 +472,7 @@ def test_a_collapse_is_judged_by_what_is_normal_for_its_source() -> None:
 
 def test_defaults_are_silent_in_the_first_steps_whatever_the_cadence() -> None:
     for every in (1, 5, 50):
-        for alert in rank_alerts([QUANTITY, "weight_effective_rank", "feature_participation_ratio"]):
+        for alert in default_alerts([QUANTITY, "weight_effective_rank", "feature_participation_ratio"]):
             state = at_work(alert)
             events = [
                 state.observe(step, {"a": 100.0 / (1 + sample)}, {}) for sample, step in enumerate(range(0, 500, every))
@@ -483,7 +483,7 @@ def test_defaults_are_silent_in_the_first_steps_whatever_the_cadence() -> None:
 def test_defaults_allow_what_is_normal_for_each_source() -> None:
     known = [QUANTITY, "weight_effective_rank", "gradient_stable_rank", "update_stable_rank"]
 
-    rules = {alert.quantity: alert for alert in rank_alerts(known) if alert.of_sites}
+    rules = {alert.quantity: alert for alert in default_alerts(known) if alert.of_sites}
 
     assert rules["gradient_stable_rank"].conditions == ["below"]
     assert rules[QUANTITY].drop == 0.35
@@ -492,12 +492,12 @@ def test_defaults_allow_what_is_normal_for_each_source() -> None:
 
 
 def test_defaults_are_on_what_is_measured() -> None:
-    rules = rank_alerts(["weight_stable_rank", "update_effective_rank"])
+    rules = default_alerts(["weight_stable_rank", "update_effective_rank"])
 
     assert [alert.quantity for alert in rules] == ["weight_stable_rank"]
     assert all(
         set(alert.actions) <= {"warn", "log", "wandb"}
-        for alert in rank_alerts(["weight_stable_rank", "gradient_stable_rank"])
+        for alert in default_alerts(["weight_stable_rank", "gradient_stable_rank"])
     )
 
 
@@ -506,7 +506,7 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
     watch = Rulebook(
         [Alert("weight_stable_rank", sites="net.0*", below=1.0, quorum=quorum)],
         ["weight_stable_rank"],
-        usual=rank_alerts,
+        usual=default_alerts,
         prefix=None,
         label="rank",
     )

@@ -34,7 +34,7 @@ class ActivationMonitor(Monitor):
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
@@ -62,13 +62,8 @@ class ActivationMonitor(Monitor):
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
         *,
-        alerts: Sequence[Alert] | Literal["default"] | None = None,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
         probes = probe_of(Activations(match, exclude, max_width), cadence(every_n_steps, max_overhead, 100))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
-
-    @staticmethod
-    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: what is large depends on the architecture."""
-        return []

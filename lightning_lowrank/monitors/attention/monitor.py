@@ -38,7 +38,7 @@ class AttentionMonitor(Monitor):
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single heads: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
@@ -71,14 +71,9 @@ class AttentionMonitor(Monitor):
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
         *,
-        alerts: Sequence[Alert] | Literal["default"] | None = None,
+        alerts: Sequence[Alert] | Literal["default"] | None = "default",
         max_overhead: float | None = None,
     ) -> None:
         source = AttentionHeads(match, exclude, layouts=layouts, heads=heads, scores=scores, num_rows=num_rows)
         probes = probe_of(source, cadence(every_n_steps, max_overhead, 50))
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
-
-    @staticmethod
-    def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: what these ranks are in a healthy run differs from run to run."""
-        return []
