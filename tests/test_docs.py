@@ -105,7 +105,8 @@ def test_the_tour_has_a_row_for_each_folder_of_the_package() -> None:
 
 
 def test_each_monitor_has_a_page_that_shows_it() -> None:
-    pages = {path: path.read_text() for path in (ROOT / "docs" / "monitors").glob("*.md")}
+    folders = ("monitors", "methods")
+    pages = {path: path.read_text() for folder in folders for path in (ROOT / "docs" / folder).glob("*.md")}
     monitors = {type(make()).__name__ for make in MONITORS.values()}
 
     assert {name for name in monitors if sum(f"`{name}` answers" in text for text in pages.values()) != 1} == set()

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -40,6 +40,18 @@ class Options:
     method: Method
     by: By
     least: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no question.
+
+        Raises:
+            ValueError: Something is out of its range.
+        """
+        numbers_of(self.budget, self.method)
+        if self.by not in get_args(By):
+            raise ValueError(f"by={self.by!r}: one of {list(get_args(By))}")
+        if type(self.least) is not int or self.least < 0:
+            raise ValueError(f"least={self.least!r}: a rank, from 0 on")
 
 
 class Directions(NumberSource):
@@ -224,9 +236,6 @@ class RankAdvisor(Monitor):
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
-        numbers_of(budget, method)
-        if type(least) is not int or least < 0:
-            raise ValueError(f"least={least!r}: a rank, from 0 on")
         self._asked = Options(budget, method, by, least)
         self._source = Directions(self._asked, match, exclude)
         self._rates: dict[str, float] = {}

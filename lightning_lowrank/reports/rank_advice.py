@@ -189,7 +189,7 @@ def numbers_of(budget: int | str, method: Method) -> float:
     Raises:
         ValueError: It is no whole number from 1 on, and no memory; or nobody takes ranks under that name.
     """
-    if method not in BYTES:
+    if method not in list(BYTES):
         raise ValueError(f"method={method!r}: one of {list(BYTES)}")
     if isinstance(budget, str):
         found = MEMORY.fullmatch(budget)

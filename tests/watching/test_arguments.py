@@ -40,13 +40,14 @@ class Model(L.LightningModule):
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 bad, tried = [], 0
 kind = getattr(ll, sys.argv[1])
+NEEDED = {"RankAdvisor": {"budget": 1000}}.get(sys.argv[1], {})
 for name in inspect.signature(kind.__init__).parameters:
     if name == "self":
         continue
     for i, value in enumerate(ODD):
         tried += 1
         try:
-            monitor = kind(**{name: value})
+            monitor = kind(**{**NEEDED, name: value})
         except ValueError as error:
             if name.split("_")[0].rstrip("s") not in str(error):
                 bad.append(f"{name}={value!r}: says only {error}")
@@ -70,7 +71,7 @@ KINDS = [
     *("NoiseScaleMonitor", "RepresentationMonitor", "AttentionMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "ActivationMonitor", "RouterMonitor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "LossMonitor"),
-    "CoordinateCheckMonitor",
+    *("CoordinateCheckMonitor", "RankAdvisor"),
     *("NoiseScaleMonitor", "RepresentationMonitor", "TrajectorySubspace"),
 ]
 
