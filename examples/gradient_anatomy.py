@@ -7,7 +7,8 @@ sentences, blindly.
 After Sonthalia, Murray & Montufar (2025), arXiv 2510.01303. Of f(x) = gamma a^T act(W x) on rows X = bulk + strength z
 q^T, with residuals r and with act'(w x) = mu + what is left, P, the gradient of W is the sum of a residue term, along
 bulk^T r; an interpolant and a spike term, along q; and an error. The second part knows nothing of spikes:
-`GradientAnatomyMonitor` estimates the same from what layers see.
+`GradientAnatomyMonitor` estimates the same from what layers see. What the paper leaves open is in
+`gradient_questions.py`.
 """
 
 import math
@@ -35,6 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "ReLU": torch.relu,
 }
+# Even ones, whose expected derivative is 0.
+EVEN: dict[str, Callable[[Tensor], Tensor]] = {"square": lambda x: x.square() / 2, "cosine": torch.cos}
 TERMS = ("S1", "S12", "S2", "E")
 Part = Literal["rank_two", "suppression", "scalings", "regularisers", "error_slopes", "heat_map", "real", "transformer"]
 
@@ -63,12 +66,12 @@ class Problem:
     @property
     def residual(self) -> Tensor:
         """Outputs less targets: the slope of half the squared error."""
-        return self.gamma * ACTIVATIONS[self.act](self.data.inputs @ self.W.mT) @ self.a - self.targets
+        return self.gamma * _activation(self.act)(self.data.inputs @ self.W.mT) @ self.a - self.targets
 
     def slopes(self) -> Tensor:
         """The activation's derivative, n x m."""
         before = (self.data.inputs @ self.W.mT).requires_grad_()
-        (found,) = torch.autograd.grad(ACTIVATIONS[self.act](before).sum(), before)
+        (found,) = torch.autograd.grad(_activation(self.act)(before).sum(), before)
         return found
 
     def gradient(self) -> Tensor:
@@ -76,6 +79,10 @@ class Problem:
         return (
             self.gamma / len(self.targets) * ((self.residual[:, None] * self.a) * self.slopes()).mT @ self.data.inputs
         )
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    return {**ACTIVATIONS, **EVEN}[name]
 
 
 def problem(n: int, act: str, *, nu: float, alpha: float = 0.0, seed: int = 0, mean_field: bool = False) -> Problem:
@@ -105,7 +112,7 @@ def terms(of: Problem) -> dict[str, Tensor]:
         "E": of.a[:, None] * (left.mT @ (r[:, None] * data.bulk)),
     }
     found = {name: of.gamma / n * term for name, term in found.items()}
-    return found | {"P": left, "u": F.normalize(of.a * mu, dim=0), "b": F.normalize(data.bulk.mT @ r, dim=0)}
+    return found | {"mu": mu, "P": left, "u": F.normalize(of.a * mu, dim=0), "b": F.normalize(data.bulk.mT @ r, dim=0)}
 
 
 def _mean_slopes(of: Problem) -> Tensor:
@@ -119,7 +126,7 @@ def _mean_slopes(of: Problem) -> Tensor:
     spectrum = of.data.bulk.new_tensor(range(1, d + 1)) ** -of.data.alpha
     scale = (of.W.square() @ spectrum + (of.data.strength * (of.W @ of.data.direction)).square()).sqrt()
     before = torch.outer(scale, nodes).requires_grad_()
-    (slopes,) = torch.autograd.grad(ACTIVATIONS[of.act](before).sum(), before)
+    (slopes,) = torch.autograd.grad(_activation(of.act)(before).sum(), before)
     return slopes @ weights / math.sqrt(2 * math.pi)
 
 
@@ -157,7 +164,7 @@ def jacobian_gradient(of: Problem) -> Tensor:
     """Of half the mean squared length of the Jacobian of f by W, by W."""
     W = of.W.clone().requires_grad_()
     before = of.data.inputs @ W.mT
-    (slopes,) = torch.autograd.grad(ACTIVATIONS[of.act](before).sum(), before, create_graph=True)
+    (slopes,) = torch.autograd.grad(_activation(of.act)(before).sum(), before, create_graph=True)
     lengths = of.gamma**2 * slopes.square().sum(1) * of.data.inputs.square().sum(1)
     (found,) = torch.autograd.grad(0.5 * lengths.mean(), W)
     return found

@@ -20,6 +20,11 @@ FEW_STEPS = {
         ["--n=40", "--steps=12", "--only=real"],
         ["residue", "every 1000 steps", "gradient_anatomy.png"],
     ),
+    "gradient_questions": (["--n=30", "--only=vanishing"], ["nu >= 1/2", "cosine", "v1.q"]),
+    "where_low_rank_comes_from": (
+        ["--only=digits", "--share=0.01", "--seeds=1"],
+        ["3 factors", "at the start", "Weyl"],
+    ),
     "grokking": (["--max_steps=30"], ["%"]),
     "lazy_or_rich": (["--share=0.01"], ["distance to start", "of the first 50 half learnt", "lazy_or_rich.png"]),
     "lora": (["--steps=1", "--every=1", "--batch_size=2"], ["rank 8: medians over pairs", "lora.png"]),

@@ -77,7 +77,10 @@ def _unread(module: nn.Module, group: Group) -> Bool[Tensor, " G"] | None:
     owners = Counter(id(p) for one in module.modules() for p in one._parameters.values() if p is not None)
     found = []
     for binding in group.bindings:
-        layer = module.get_submodule(binding.name.rpartition(".")[0])
+        path, _, local = binding.name.rpartition(".")
+        layer = module.get_submodule(path)
+        if binding.start + group.size * binding.inner > getattr(layer, local).shape[binding.dim]:
+            return None  # a part of it is gone with another group
         if isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
             return None
         if isinstance(layer, nn.MultiheadAttention) and (binding.dim or not can_lose_heads(layer)):

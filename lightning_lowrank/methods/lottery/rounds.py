@@ -160,7 +160,8 @@ class Rounds(Act):
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
         """Read them, then take out those of weights that are gone: clipping is by the norm of the rest."""
-        self.pruning.hear(self.weights, {id(p) for group in optimizer.param_groups for p in group["params"]})
+        if self.round < self.schedule.rounds - 1:
+            self.pruning.hear(self.weights, {id(p) for group in optimizer.param_groups for p in group["params"]})
         for parameter, mask in self._masked(optimizer):
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 parameter.grad.masked_fill_(~mask, 0)
