@@ -1,4 +1,5 @@
 from . import statistics as statistics
+from .analysis.publishing import PublishReport as PublishReport
 from .analysis.watch_all import watch_all as watch_all
 from .maths.scaling.bootstrap import standard_error as standard_error
 from .maths.scaling.boxes import box_counting as box_counting

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.diagnose import REPORT, judged
 from benchmarks.diagnoses.reading import tables
 from lightning_lowrank import DormantUnitsMonitor, RankMonitor
 from lightning_lowrank.analysis.cli import main
@@ -207,6 +208,17 @@ def test_at_most_twelve_lines_are_printed_for_a_run() -> None:
     many = [Finding(f"rule {i}", "warning", "a", "q", 0, "words", 1.0, "") for i in range(30)]
 
     assert len(lines_of("run", many, ["idle"])) == 12 and "and 21 more" in lines_of("run", many, ["idle"])[-2]
+
+
+@pytest.mark.evidence
+@pytest.mark.filterwarnings("ignore")
+def test_no_healthy_training_has_two_false_lines_and_four_fifths_of_causes_are_named_first() -> None:
+    """On the seeds that rules were chosen without; records are taken from `runs/alerts` where they are."""
+    said = [one for one in judged(Path("runs/alerts"), 2) if one.seed in REPORT]
+
+    failing = [one for one in said if not one.case.is_healthy]
+    assert max(len(one.findings) for one in said if one.case.is_healthy) <= 1
+    assert sum(one.is_named for one in failing) >= 0.8 * len(failing)
 
 
 def test_records_of_the_study_are_read_as_event_files_are() -> None:

@@ -65,6 +65,21 @@ def test_the_share_is_kept_after_the_warm_up_by_what_samples_really_take(sample_
     assert len(due) > 2 and allowance.every is not None and allowance.every >= 50
 
 
+def test_samples_that_become_dearer_become_fewer() -> None:
+    allowance = Purse(0.05).allowance(wish(2.0, 20, 0, 40))
+    allowance.plan(100_000)
+    spent(allowance, 0.01, 0.01, 100)
+    assert allowance.every is not None and allowance._mark is not None
+    first, own, total = allowance.every, allowance._mark.own, allowance._mark.total
+
+    for step in range(100, 100_000):
+        allowance.observe(step, own, total, Team())
+        dear = 0.1 if allowance(step) else 0.0
+        own, total = own + dear, total + dear + 0.01
+
+    assert allowance.every >= 4 * first and allowance.overhead <= 100 * allowance.share * 1.05
+
+
 def test_one_that_is_left_out_takes_nothing() -> None:
     purse = Purse(0.05)
     cheap, dear = purse.allowance(wish(0.1)), purse.allowance(wish(1000.0))

@@ -23,6 +23,7 @@ from lightning_lowrank import (
 )
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.reports.announcing import FirstSample, num_samples
+from tests.monitors import MONITORS
 from tests.trainings import QUIET, Classifier
 
 
@@ -135,6 +136,15 @@ def test_a_run_that_cannot_be_read_is_told_once_by_all_monitors_together() -> No
     assert len([line for line in ours if "no number since step 3 (weights are NaN)" in line]) == 1
     assert monitors[0].no_number_since == 3 and monitors[0].failures > 0
     assert not [line for line in ours if "no number for" in line]
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_every_monitor_takes_a_budget(name: str) -> None:
+    kind = type(MONITORS[name]())
+
+    monitor = kind(max_overhead=0.02)  # type: ignore[call-arg]
+
+    assert monitor.budget is not None and monitor.budget.share == 0.02
 
 
 def test_a_checkpoint_that_nobody_writes_is_refused_at_the_start() -> None:

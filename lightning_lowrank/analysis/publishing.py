@@ -1,0 +1,102 @@
+"""The report of a run for loggers that have no tab of ours: Weights & Biases and MLflow."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.reports.loggers import each
+
+PUBLISHED = "lowrank/report"
+
+
+class PublishReport(L.Callback):
+    """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow: at every checkpoint, and at the
+    end of the run. The diagnosis and the maps of all layers are then there without TensorBoard.
+
+    Monitors write the numbers of single layers to TensorBoard's event files. Where the Trainer has no logger for these,
+    one is added behind the others for the length of the run, in `lowrank` below the Trainer's root. To Weights & Biases
+    the page goes as `lowrank/report`, a medium of kind HTML; to MLflow as the artifact `lowrank/report.html`. Where
+    there is neither logger nothing is done.
+
+    Cost: reading the event files and writing the page, on the first process, while the others wait at the checkpoint.
+
+    Args:
+        samples: Most samples of each quantity, evenly spread.
+
+    Raises:
+        ValueError: `samples` is below 1.
+
+    Example:
+        >>> PublishReport(samples=200).samples
+        200
+    """
+
+    def __init__(self, samples: int = 512) -> None:
+        if samples < 1:
+            raise ValueError(f"samples={samples}: at least 1")
+        self.samples = samples
+        self._added: TensorBoardLogger | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have event files."""
+        published = any(map(_publish_of, trainer.loggers))
+        if stage == "fit" and published and not any(isinstance(one, TensorBoardLogger) for one in trainer.loggers):
+            self._added = TensorBoardLogger(Path(trainer.default_root_dir) / "lowrank", name="")
+            trainer.loggers = [*trainer.loggers, self._added]
+            rank_zero_info(f"lightning_lowrank: event files for the report are in {self._added.log_dir}")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Publish what there is so far."""
+        self._publish(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Publish all of it."""
+        self._publish(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the Trainer's loggers as they were."""
+        if self._added is not None:
+            self._added.experiment.close()
+            trainer.loggers = [logger for logger in trainer.loggers if logger is not self._added]
+            self._added = None
+
+    def _publish(self, trainer: L.Trainer) -> None:
+        targets = [logger for logger in trainer.loggers if _publish_of(logger)]
+        files = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+        if not trainer.is_global_zero or not targets or files is None:
+            return
+        for error in each([files], lambda logger: self._send(logger, targets)):
+            rank_zero_warn(f"lightning_lowrank: the report was not published ({type(error).__name__}: {error})")
+
+    def _send(self, files: TensorBoardLogger, targets: list[Any]) -> None:
+        files.experiment.flush()
+        folder = Path(files.log_dir)
+        page = folder / "report.html"
+        try:
+            reader = reader_of(folder)
+        except ValueError:  # no monitor has written anything yet
+            return
+        page.write_text(page_of(reader, folder.name, self.samples), encoding="utf-8")
+        errors = each(targets, lambda logger: _publish_of(logger)(logger, page))
+        if errors:
+            raise errors[0]
+
+
+def _publish_of(logger: Any) -> Any:
+    """How a logger takes a page, None where it takes none; by its name, for there are two packages of loggers."""
+    kinds = {"WandbLogger": _to_wandb, "MLFlowLogger": _to_mlflow}
+    return next((kinds[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in kinds), None)
+
+
+def _to_wandb(logger: Any, page: Path) -> None:
+    html = importlib.import_module("wandb").Html(str(page), inject=False)
+    logger.experiment.log({PUBLISHED: html})
+
+
+def _to_mlflow(logger: Any, page: Path) -> None:
+    logger.experiment.log_artifact(logger.run_id, str(page), "lowrank")
