@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_lowrank.analysis.connect.groups import Binding, Group
 from lightning_lowrank.analysis.connect.line import line
 from lightning_lowrank.analysis.connect.matching import matched
 from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.unit_groups import Binding, Group
 
 # Trained with backbones that were moved by 0.02, 0.10, 0.20 and 0.30 Angstrom.
 NOISES = "002,010,020,030"

@@ -31,7 +31,7 @@ class PublishReport(L.Callback):
     Raises:
         ValueError: `samples` is below 1.
 
-    Example:
+    Examples:
         >>> PublishReport(samples=200).samples
         200
     """

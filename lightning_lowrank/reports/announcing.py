@@ -49,7 +49,7 @@ def left_out(budget: Budget, total_steps: int | None) -> str:
     cost = budget.wish.cost
     return (
         f"left out of this run: a sample takes about {cost:g} step{'' if cost == 1 else 's'} of training, {FEWEST} of "
-        f"them {100 * FEWEST * cost / total_steps:.2g} % of {total_steps} steps, and all monitors together may take "
+        f"them {plain(100 * FEWEST * cost / total_steps)} % of {total_steps} steps, and all monitors together may take "
         f"{100 * budget.purse.share:.3g} %"
     )
 
@@ -97,11 +97,15 @@ def _cost(sample: float, step: float, share: float, *, several: bool) -> str:
     if whole <= WORTH_SAYING:
         return ""
     took = "a sample takes" if several else "the first sample took"
-    longer = f"{whole:.2g}" if whole < 10 else f"{whole:.0f}"
     return (
-        f"{took} {1000 * sample:.3g} ms, as long as {sample / step:.3g} steps of training; if all do, training takes "
-        f"{longer} % longer: every_n_steps or max_overhead=0.01 makes that less"
+        f"{took} {plain(1000 * sample)} ms, as long as {plain(sample / step)} steps of training; if all do, "
+        f"training takes {plain(whole)} % longer: every_n_steps or max_overhead=0.01 makes that less"
     )
+
+
+def plain(number: float) -> str:
+    """Two digits, or all before the point: `0.35`, `2.4`, `128`."""
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
 
 
 def places(sites: Collection[str]) -> str:

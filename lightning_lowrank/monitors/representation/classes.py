@@ -46,8 +46,8 @@ class Classes(NumberSource):
         labels: `batch -> labels`.
 
     Raises:
-        ValueError: In `plan`: the classifier is not a linear layer of the module or is parametrised, a pattern matches nothing,
-            or a layer cannot be measured.
+        ValueError: In `plan`: the classifier is not a linear layer of the module or is parametrised, a pattern matches
+            nothing, or a layer cannot be measured.
     """
 
     name = "representation_classes"
