@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import Select
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.char_transformer import CharTransformer, standard_library
-from lightning_lowrank import RankMonitor
+from lightning_lowrank import LossMonitor, RankMonitor
 from tests.tab import chromium, open_tab, settled, tensorboard, wait, wait_for_runs
 
 
@@ -38,15 +38,17 @@ def train(folder: Path, learning_rate: float, max_steps: int) -> None:
     """One run, watched."""
     L.seed_everything(0, verbose=False)
     batches = DataLoader(TensorDataset(standard_library()), 32, shuffle=True, drop_last=True)
-    monitor = RankMonitor(["gradients", "weights", "updates", "features"], every_n_steps=5)
+    statistics = ["effective_rank", "stable_rank", "participation_ratio", "spectral_norm"]
+    monitor = RankMonitor(["gradients", "weights", "updates", "features"], statistics, every_n_steps=5)
     logger = TensorBoardLogger(folder.parent, folder.name, version="")
-    L.Trainer(max_steps=max_steps, callbacks=[monitor], logger=logger, enable_checkpointing=False).fit(
+    L.Trainer(max_steps=max_steps, callbacks=[monitor, LossMonitor(5)], logger=logger, enable_checkpointing=False).fit(
         Transformer(learning_rate), batches
     )
 
 
 def photograph(page: WebDriver, picture: Path) -> None:
-    """The map of one quantity, with the curve and the spectra of one layer below."""
+    """The first view; and the map of one quantity, with the curve and the spectra of one layer below."""
+    page.save_screenshot(str(picture.with_name("diagnosis.png")))
     page.find_element(By.ID, "view-map").click()
     settled(page)
     Select(page.find_element(By.ID, "quantity")).select_by_value("weight_effective_rank")
@@ -58,12 +60,12 @@ def photograph(page: WebDriver, picture: Path) -> None:
     page.save_screenshot(str(picture))
 
 
-def main(runs: Path = Path("runs/tab"), output: Path = Path("docs/images/tab.png"), max_steps: int = 400) -> None:
+def main(runs: Path = Path("runs/tab"), output: Path = Path("docs/images/tab.png"), max_steps: int = 200) -> None:
     """Train where there is no run yet, then open the tab.
 
     Args:
         runs: Where the runs are.
-        output: The picture.
+        output: The picture of the map; that of the first view lies beside it.
         max_steps: Of each run.
     """
     for learning_rate in (1e-3, 1e-2, 3e-2):

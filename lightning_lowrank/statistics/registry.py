@@ -66,7 +66,7 @@ class Statistic:
         first, returns = _paragraphs(function.__doc__ or "")
         if self.name.startswith("relative_"):
             return f"{first.rstrip('.')}; here over what a Gaussian matrix of that shape gives, so that 1 is noise."
-        return f"{first} {returns}".strip()
+        return f"{first} {returns}".strip().replace("`", "")
 
     def __call__(self, *values: Any) -> Tensor:
         """The statistic of one value object, or of a pair."""
