@@ -206,10 +206,11 @@ class RankAdvisor(Monitor):
         least: Rank of each weight that moved at all; `GaLore` keeps full moments of what has none.
         match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all but embeddings and the last linear layer unless given.
         exclude: The same, taken away.
-        every_n_steps: Cadence, in optimizer steps.
+        every_n_steps: Cadence in optimizer steps; default 10.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
         name: Prefix of all tags.
+        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
         ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits
@@ -230,16 +231,17 @@ class RankAdvisor(Monitor):
         least: int = 1,
         match: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        every_n_steps: int = 10,
+        every_n_steps: int | None = None,
         *,
         detail: Detail = "core",
         per_site: bool | Literal["auto"] = "auto",
         name: str | None = None,
+        max_overhead: float | None = None,
     ) -> None:
         self._asked = Options(budget, method, by, least)
         self._source = Directions(self._asked, match, exclude)
         self._rates: dict[str, float] = {}
-        schedule = cadence(every_n_steps, None, every_n_steps)
+        schedule = cadence(every_n_steps, max_overhead, 10)
         super().__init__(probe_of(self._source, schedule), detail=detail, per_site=per_site, name=name)
 
     @property
