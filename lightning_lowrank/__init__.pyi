@@ -49,6 +49,7 @@ from .methods.regularisers import JacobianPenalty as JacobianPenalty
 from .methods.regularisers import input_noise as input_noise
 from .methods.regularisers import jacobian_penalty as jacobian_penalty
 from .methods.regularisers import weight_decay as weight_decay
+from .methods.subspace_training.callback import SubspaceTraining as SubspaceTraining
 from .models.views import View as View
 from .monitors.activation.monitor import ActivationMonitor as ActivationMonitor
 from .monitors.activation.source import Activations as Activations

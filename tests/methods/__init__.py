@@ -8,7 +8,7 @@ is then tested for free (`tests/promises/test_methods.py`).
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lowrank import AdaLoRA, GaLore, LoRA, LotteryTicket, LowRankFactorize, ReLoRA
+from lightning_lowrank import AdaLoRA, GaLore, LoRA, LotteryTicket, LowRankFactorize, ReLoRA, SubspaceTraining
 from lightning_lowrank.methods.method import Method
 
 # As small as each can be, with everything that happens seldom happening within a few steps.
@@ -19,6 +19,8 @@ _RELORA: dict[str, Any] = _LORA | {"every": 3, "rewarm": 2}
 
 _FACTORIZE: dict[str, Any] = {"rank": 3, "every_n_steps": 3, "match": "*weight*", "detail": "all"}
 
+_SUBSPACE: dict[str, Any] = {"basis": "random", "k": 3, "every_n_steps": 3, "detail": "all"}
+
 _TICKET: dict[str, Any] = {"rounds": 3, "steps_per_round": 3, "every_n_steps": 3, "detail": "all"}
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -28,6 +30,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     ),
     "galore, random, reset, fira": lambda **options: GaLore(
         **_GALORE | {"basis": "random", "on_refresh": "reset", "residual": "fira", "stagger": False} | options
+    ),
+    "subspace": lambda **options: SubspaceTraining(**_SUBSPACE | options),
+    "subspace, weights alone, biases whole": lambda **options: SubspaceTraining(
+        **_SUBSPACE | {"match": "*weight*", "train_also": "*bias*", "seed": 4} | options
     ),
     "lottery ticket": lambda **options: LotteryTicket(**_TICKET | options),
     "lottery ticket, by layer, rewound to step 2": lambda **options: LotteryTicket(
@@ -68,9 +74,11 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 # What takes the structure of a method out of a module again, of those that change it.
-GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = {
-    name: lambda method, module: method.merge(module) for name in METHODS if "lora" in name
-} | {name: lambda method, module: method.densify(module) for name in METHODS if name.startswith("factorize")}
+GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = (
+    {name: lambda method, module: method.merge(module) for name in METHODS if "lora" in name}
+    | {name: lambda method, module: method.merge(module) for name in METHODS if name.startswith("subspace")}
+    | {name: lambda method, module: method.densify(module) for name in METHODS if name.startswith("factorize")}
+)
 
 NOT_BY_ENTRY = "what works treats each entry by itself"
 # (method, case of `tests.trainings.CASES`) -> what it says before training.
@@ -111,6 +119,13 @@ REFUSED |= {
 REFUSED |= {
     (name, "tied weights"): "there is nothing to adapt" for name in METHODS if "by peft" in name or "adalora" in name
 }
+
+_OF_SUBSPACE = {
+    "spectral norm": "there is nothing that moves",
+    "backbone unfrozen": "both say what is frozen",
+    "LoRA": "the module has an adapter",
+}
+REFUSED |= {(name, case): why for name in METHODS if name.startswith("subspace") for case, why in _OF_SUBSPACE.items()}
 
 _FACTORIZED = [name for name in METHODS if name.startswith("factorize")]
 _OF_FACTORIZE = {

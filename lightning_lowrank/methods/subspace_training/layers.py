@@ -1,0 +1,117 @@
+"""Weights that move along given directions alone.
+
+Shape letters:  K directions
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_lowrank.models.effective_weights import hooked
+from lightning_lowrank.models.names import tag
+
+
+class AlongDirections(nn.Module):
+    """Parametrization of a weight: itself and a sum of directions, whose coefficients train.
+
+    Args:
+        directions: Orthonormal as flat vectors. They are no part of the state dict.
+    """
+
+    directions: Num[Tensor, "K *shape"]
+
+    def __init__(self, directions: Num[Tensor, "K *shape"]) -> None:
+        super().__init__()
+        dtype = torch.promote_types(directions.dtype, torch.float32)
+        self.coefficients = nn.Parameter(torch.zeros(len(directions), dtype=dtype, device=directions.device))
+        self.register_buffer("directions", directions, persistent=False)
+
+    def change(self) -> Num[Tensor, "*shape"]:
+        """What the coefficients add."""
+        flat = self.coefficients.to(self.directions) @ self.directions.flatten(1)
+        change: Tensor = flat.reshape(self.directions.shape[1:])
+        return change
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The sum, in the weight's own dtype."""
+        return weight + self.change().to(weight.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A weight that moves along directions.
+
+    Attributes:
+        name: Of the weight, clean.
+        key: Of the weight in the state dict of before.
+        layer: That has it.
+        local: The name that the layer knows it by.
+        holder: What adds the sum.
+    """
+
+    name: str
+    key: str
+    layer: nn.Module
+    local: str
+    holder: AlongDirections
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Without the sum."""
+        chain = cast(nn.ModuleDict, self.layer.parametrizations)[self.local]
+        return cast(nn.Parameter, chain.original)
+
+
+def places(module: nn.Module) -> list[Place]:
+    """Weights of a module that move along directions."""
+    return list(_places(module))
+
+
+def _places(module: nn.Module) -> Iterator[Place]:
+    for path, layer in module.named_modules():
+        for local, chain in getattr(layer, "parametrizations", {}).items():
+            for holder in chain:
+                if isinstance(holder, AlongDirections):
+                    key = f"{path}.{local}" if path else local
+                    yield Place(tag(key), key, layer, local, holder)
+
+
+def attach(layer: nn.Module, local: str, directions: Num[Tensor, "K *shape"]) -> None:
+    """Let a weight move along directions; its value stays."""
+    weight = getattr(layer, local)
+    holder = AlongDirections(directions.to(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+    parametrize.register_parametrization(layer, local, holder, unsafe=True)
+
+
+@torch.no_grad()
+def detach(place: Place) -> None:
+    """Put what the coefficients add into the weight, and let it be a plain parameter in its place again."""
+    weight = place.weight
+    change = place.holder.change().to(weight.dtype)
+    parametrize.remove_parametrizations(place.layer, place.local, leave_parametrized=False)
+    weight.data += change
+
+
+def trouble(layer: nn.Module, owners: int) -> str | None:
+    """Why a weight of a layer cannot move along directions."""
+    if isinstance(layer, ParametrizationList) or hooked(layer) or parametrize.is_parametrized(layer):
+        return "it is computed by a parametrization, a norm or a mask"
+    if isinstance(layer, nn.RNNBase):
+        return f"{type(layer).__name__} keeps its weights in one piece of memory"
+    return "it is shared by layers" if owners > 1 else None
+
+
+def random_directions(shape: torch.Size, k: int, seed: int, name: str) -> Float[Tensor, "K *shape"]:
+    """Orthonormal directions that are drawn uniformly, or as many as a small tensor has."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    size = shape.numel()
+    drawn = torch.randn(size, min(k, size), generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis.T.float().reshape(-1, *shape)

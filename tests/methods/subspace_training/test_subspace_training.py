@@ -1,0 +1,150 @@
+"""`SubspaceTraining` with bases of files. Oracle: plain torch, with the coefficients as parameters."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from lightning_lowrank import SubspaceTraining
+from lightning_lowrank.analysis.cli import main
+from lightning_lowrank.models.basis_files import Basis
+from tests.trainings import QUIET, Ordered, Resumable, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lightning_lowrank")
+
+
+class Deep(Ordered):
+    """Three matrices, the same start each time."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(16))
+
+
+@pytest.fixture
+def basis(tmp_path: Path) -> str:
+    """Of six models that moved away from the start of `Deep`."""
+    start, paths = Deep().state_dict(), []
+    for i in range(6):
+        torch.manual_seed(i)
+        paths.append(str(tmp_path / f"{i}.pt"))
+        torch.save({name: value + 0.05 * torch.randn_like(value) for name, value in start.items()}, paths[-1])
+    torch.save(start, tmp_path / "base.pt")
+    path = str(tmp_path / "basis.safetensors")
+    main(["subspace", "fit", *paths, "--base", str(tmp_path / "base.pt"), "--k", "3", "-o", path])
+    return path
+
+
+def fit(method: SubspaceTraining, module: L.LightningModule, **options: Any) -> L.Trainer:
+    trainer = L.Trainer(**QUIET | {"max_epochs": 1, "logger": False} | options, callbacks=[method])
+    trainer.fit(module)
+    return trainer
+
+
+def test_a_run_is_that_of_plain_torch_with_coefficients_as_parameters(basis: str) -> None:
+    module = Deep()
+    file, start = Basis(basis), {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(SubspaceTraining(basis, k=2), module)
+    SubspaceTraining.merge(module)
+
+    shares = {name: file.share(name) for name in file.shapes}
+    coefficients = {name: nn.Parameter(torch.zeros(2)) for name in start}
+
+    def weights() -> dict[str, Tensor]:
+        return {
+            name: start[name] + share.mean + torch.einsum("k,k...->...", coefficients[name], share.components[:2])
+            for name, share in shares.items()
+        }
+
+    plain = Deep()
+    plain_optimizer: Any = plain.configure_optimizers()
+    options = {key: value for key, value in plain_optimizer.defaults.items() if key != "decoupled_weight_decay"}
+    optimizer = type(plain_optimizer)(coefficients.values(), **options)
+    for images, labels in Resumable():
+        optimizer.zero_grad()
+        cross_entropy(functional_call(plain, weights(), (images,)), labels).backward()
+        optimizer.step()
+    assert_close(dict(module.named_parameters()), {n: w.detach() for n, w in weights().items()}, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_begins_at_the_mean_of_the_others(basis: str) -> None:
+    for include_mean in (True, False):
+        module, start = Deep(), Deep()
+
+        SubspaceTraining(basis, include_mean=include_mean).prepare(module)
+
+        for (name, before), place in zip(start.named_parameters(), Basis(basis).shapes, strict=True):
+            mean, (path, _, local) = Basis(basis).share(place).mean, name.rpartition(".")
+            found = module.get_parameter(f"{path}.parametrizations.{local}.original").detach()
+            assert_close(found, before.detach() + include_mean * mean, rtol=0, atol=1e-7)
+
+
+def test_weights_stay_in_the_span_and_only_coefficients_train(basis: str) -> None:
+    module, before = Deep(), Deep()
+    trainer = fit(SubspaceTraining(basis, include_mean=False), module)
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    (optimizer,) = trainer.optimizers
+    assert (
+        sum(p.numel() for p in trained)
+        == sum(Basis(basis).ks.values())
+        == sum(state["exp_avg"].numel() if "exp_avg" in state else p.numel() for p, state in optimizer.state.items())
+    )
+    SubspaceTraining.merge(module)
+    for name, p in module.named_parameters():
+        change = (p - before.get_parameter(name)).detach().flatten().double()
+        directions = Basis(basis).share(name).directions
+        left = change - directions.T @ directions @ change
+        assert change.norm() > 1e-4 and left.norm() < 1e-3 * change.norm()
+
+
+def test_names_may_have_a_prefix_in_the_module(basis: str) -> None:
+    module = nn.ModuleDict({"inner": Deep()})
+
+    SubspaceTraining(basis, k=1).prepare(module)
+
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+        f"inner.net.{i}.parametrizations.{kind}.0.coefficients" for i in (0, 2, 4) for kind in ("weight", "bias")
+    }
+
+
+def test_a_run_goes_on_with_the_same_basis_and_with_no_other(basis: str, tmp_path: Path) -> None:
+    whole, stopped = Deep(), Deep()
+    fit(SubspaceTraining(basis), whole, max_epochs=2)
+    trainer = fit(SubspaceTraining(basis), stopped)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    resumed = Deep()
+    again = L.Trainer(**QUIET | {"max_epochs": 2, "logger": False}, callbacks=[SubspaceTraining(basis)])
+    again.fit(resumed, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    other = copy.deepcopy(QUIET) | {"max_epochs": 2, "logger": False}
+    with pytest.raises(ValueError, match="along other directions"):
+        L.Trainer(**other, callbacks=[SubspaceTraining("random", k=3)]).fit(Deep(), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_bad_input_is_refused_by_name(basis: str, tmp_path: Path) -> None:
+    class Wider(Ordered):
+        def __init__(self) -> None:
+            super().__init__(mlp(20))
+
+    (tmp_path / "no.safetensors").write_text("words")
+    for make, message in (
+        (lambda: SubspaceTraining(basis, k=0), "k=0"),
+        (lambda: SubspaceTraining("nowhere.safetensors"), "there is no file nowhere"),
+        (lambda: SubspaceTraining(str(tmp_path / "no.safetensors")), "cannot be read"),
+        (lambda: fit(SubspaceTraining(basis), Wider()), "another architecture"),
+        (lambda: SubspaceTraining(basis).prepare(nn.Linear(3, 3)), "the module lacks"),
+        (lambda: fit(SubspaceTraining("random", match="nothing*"), Deep()), "fits nothing"),
+        (lambda: SubspaceTraining.merge(Deep()), "has no directions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
