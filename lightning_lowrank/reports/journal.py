@@ -130,6 +130,7 @@ class Journal:
 
     def step_begins(self, step: int, team: Team) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
+        self.clock.step_begins()
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"

@@ -125,10 +125,8 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
         if state["quantities"] != self.quantities:
-            self.journal.info_once(
-                "the checkpoint is of a run in which other quantities were measured: whatever numbers are compared "
-                "with begins anew"
-            )
+            why = "the checkpoint is of a run in which other quantities were measured"
+            self.journal.info_once(f"{why}: whatever numbers are compared with begins anew")
             return
         self._resumed = True
         self._checked, self._waiting = state["checked"], state["waiting"]
@@ -180,6 +178,7 @@ class Watch:
                 self._continue(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins(batch, index)
+                self.journal.clock.samples()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_live(self, training: Training, loss: Tensor) -> None:
@@ -234,6 +233,7 @@ class Watch:
     def epoch_over(self) -> None:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
         self._catch_up()
+        self.journal.clock.interrupt()
         if self._sampling is not None:
             with self._guard():
                 self._sampling.batch_over()
