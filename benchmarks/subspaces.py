@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from lightning_lowrank.models.tracing import traced
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -31,6 +30,7 @@ from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.shared_subspaces.modes import modes
 from lightning_lowrank.methods.subspace_training.act import Settings, Subspaces, merge
 from lightning_lowrank.models.basis_files import Basis
+from lightning_lowrank.models.tracing import traced
 
 State = dict[str, Tensor]
 TASKS = 32

@@ -4,9 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from lightning_lowrank.measuring.aftermath import Aftermath
 
 
 def cuda_event() -> Any:
@@ -19,18 +21,26 @@ class Clock:
 
     Ours are seconds of the host; on CUDA those between two events of the device, so that what the training step had
     queued before is not ours. They count once the device is past them: nothing waits. Where ours is a collective,
-    waiting for other processes is part of it.
+    waiting for other processes is part of it. On CPU the steps after a sample are slower, as caches fill again: how
+    much, the clock tells by comparison with steps far from samples, and that is ours too. Two monitors that sample at
+    the same steps both count it.
 
     Args:
         now: Seconds of the host.
         event: Makes what is recorded on a device.
     """
 
+    # Seconds that were any monitor's of this process.
+    _everyones: ClassVar[float] = 0.0
+
     def __init__(self, now: Callable[[], float] = time.perf_counter, event: Callable[[], Any] = cuda_event) -> None:
         self._now, self._event = now, event
         self._on_device = False
         self._own = self._sample = self._before = 0.0
         self._begun: float | None = None
+        self._lap: tuple[float, float] | None = None
+        self._sampled = False
+        self._aftermath = Aftermath()
         self._inside = False
         self._entered: Any = None
         # Pairs of events that the device may not be past yet, and whether they are in training.
@@ -45,17 +55,37 @@ class Clock:
         self._on_device = on_device
         self._own = self._sample = self._before = 0.0
         self._passing.clear()
+        self._lap, self._aftermath = None, Aftermath()
         self._begun = self._now()
 
     def pause(self) -> None:
         """Training is interrupted."""
         if self._begun is not None:
             self._before, self._begun = self.total, None
+        self.interrupt()
 
     def resume(self) -> None:
         """Training goes on."""
         if self._begun is None:
             self._begun = self._now()
+
+    def samples(self) -> None:
+        """There is a sample in this step."""
+        self._sampled = True
+
+    def step_begins(self) -> None:
+        """A step begins."""
+        sampled, self._sampled = self._sampled, False
+        if self._on_device:
+            return
+        self._settle()
+        before, self._lap = self._lap, (self.total, Clock._everyones)
+        taken = None if before is None else (self._lap[0] - before[0]) - (self._lap[1] - before[1])
+        self._aftermath.lap(taken, sampled=sampled)
+
+    def interrupt(self) -> None:
+        """The step has more in it than a step, such as the end of an epoch: it is no measure."""
+        self._lap = None
 
     @property
     def total(self) -> float:
@@ -64,9 +94,9 @@ class Clock:
 
     @property
     def own(self) -> float:
-        """Our seconds in training so far."""
+        """Our seconds in training so far, and what samples have cost the steps beside them."""
         self._settle()
-        return self._own
+        return self._own + self._aftermath.seconds
 
     @property
     def percent(self) -> float:
@@ -120,5 +150,6 @@ class Clock:
 
     def _add(self, seconds: float, training: bool) -> None:
         self._sample += seconds
+        Clock._everyones += seconds
         if training:
             self._own += seconds

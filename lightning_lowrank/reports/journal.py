@@ -186,6 +186,7 @@ class Journal:
 
     def step_begins(self, step: int, team: Team) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
+        self.clock.step_begins()
         told = self._first_sample.step_begins(step, self.clock, self._total_steps)
         if told:
             self.info_once(told)

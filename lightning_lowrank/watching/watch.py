@@ -180,6 +180,7 @@ class Watch:
                 self._continue(self._sampling, due)
             if self._sampling is not None:
                 self._sampling.batch_begins(batch, index)
+                self.journal.clock.samples()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_live(self, training: Training, loss: Tensor) -> None:
@@ -234,6 +235,7 @@ class Watch:
     def epoch_over(self) -> None:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
         self._catch_up()
+        self.journal.clock.interrupt()
         if self._sampling is not None:
             with self._guard():
                 self._sampling.batch_over()

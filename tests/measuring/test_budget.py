@@ -391,6 +391,56 @@ def test_what_is_nested_is_counted_once() -> None:
     assert (clock.own, clock.total, clock.percent) == (3, 9, 50)
 
 
+def steps(clock: Clock, time: Made, step: Callable[[int], float], *, sample: float = 5, every: int = 10) -> None:
+    """A hundred of them, with a sample in every tenth."""
+    for i in range(100):
+        clock.step_begins()
+        if i % every == 0:
+            clock.samples()
+            with clock.timed():
+                time.now += sample
+        time.now += step(i)
+    clock.step_begins()
+
+
+def test_steps_that_are_slower_after_a_sample_are_ours() -> None:
+    """Eight samples of ten are counted: the first is no measure, the last not over. Each makes its own step and the
+    next slower.
+    """
+    clock = Clock(now=(time := Made()))
+    clock.start()
+    steps(clock, time, lambda i: 1 + {0: 0.25, 1: 0.5}.get(i % 10, 0))
+
+    assert clock.own == 10 * 5 + 8 * 0.75
+    assert clock.take_sample() == 50
+
+
+def test_steps_that_are_slower_for_another_reason_are_not_ours() -> None:
+    """Long steps at other times, ends of epochs, other monitors; and no step is far from a sample
+    every other step.
+    """
+    clock, other = Clock(now=(time := Made())), Clock(now=time)
+    clock.start()
+    other.start()
+
+    def step(i: int) -> float:
+        if i % 10 == 0:
+            with other.timed():
+                time.now += 7
+        if i % 10 == 1:
+            clock.interrupt()
+            return 1 + 3
+        return 1 + 20 * (i in (5, 33, 41))
+
+    steps(clock, time, step)
+    often = Clock(now=time)
+    often.start()
+    steps(often, time, lambda i: 1 + 0.5 * (i % 2), every=2)
+
+    assert clock.own == 50
+    assert often.own == 50 * 5
+
+
 class Event:
     """Made on a device that is a second late for each event."""
 
