@@ -67,8 +67,7 @@ def columns(quantity: str, sites: Mapping[str, Mapping[int, float]]) -> Iterator
             yield Column(quantity, rule, f"departure {level:g} {where}".strip())
     for rule in default_alerts([IN_MONITORS.get(quantity, quantity)]):
         if rule.of_sites:
-            judged = replace(rule, quantity=quantity, cooldown_steps=0)
-            yield Column(quantity, judged, f"{DEFAULT}, {rule.conditions[0]}")
+            yield Column(quantity, replace(rule, quantity=quantity), f"{DEFAULT}, {rule.conditions[0]}")
 
 
 def alarms(curves: Curves) -> dict[str, list[int]]:

@@ -17,6 +17,8 @@ SAME = 20
 UPDATES = ("qk_update", "qk_update_second_order")
 CLAIMED = ("effective_rank_energy", "effective_rank", "stable_rank")
 RIVALS = ("loss", "gradient_norm", "activation_kurtosis")
+# Of the defaults, those that are among the columns of their quantity too.
+TWICE = tuple(f"{DEFAULT}, {condition}" for condition in ("departure", "spike", "cusum"))
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def chosen(study: Study) -> list[str]:
     seeds; where none of them does, of those with which all together stay within the false alarms that are allowed.
     """
     faults = [case for case in study.faulty if harms(study, case)]
-    rules = [name for name in study.rules() if level_of(name) != PROBE]
+    rules = _judged(study)
     quiet = [name for name in rules if is_quiet(study, name)]
     found: list[str] = []
     for case in faults:
@@ -98,6 +100,11 @@ def chosen(study: Study) -> list[str]:
             affordable = [name for name in rules if study.false_alarms([*found, name]) <= ALLOWED]
             found += _earliest(study, case, affordable, found)
     return list(dict.fromkeys(found))
+
+
+def _judged(study: Study) -> list[str]:
+    """Names of all rules that are for use, each once."""
+    return [name for name in study.rules() if level_of(name) != PROBE and not name.endswith(TWICE)]
 
 
 def _earliest(study: Study, case: Case, names: Sequence[str], found: Sequence[str]) -> list[str]:
@@ -161,7 +168,7 @@ def of_columns(choice: Study, report: Study) -> str:
     """Each quantity's best rule of those that were quiet on the seeds that rules were chosen on, on the others."""
     rows = []
     for quantity in dict.fromkeys(map(quantity_of, report.rules())):
-        own = [name for name in report.rules() if quantity_of(name) == quantity and level_of(name) != PROBE]
+        own = [name for name in _judged(report) if quantity_of(name) == quantity]
         if quantity in RIVALS or not own:
             continue
         best = min(own, key=lambda name: (choice.false_alarms([name]), _total(choice, name)))
@@ -174,7 +181,7 @@ def of_columns(choice: Study, report: Study) -> str:
 
 def of_rivals(report: Study) -> str:
     """Loss, gradient norm and kurtosis."""
-    names = [name for name in report.rules() if quantity_of(name) in RIVALS and level_of(name) != PROBE]
+    names = [name for name in _judged(report) if quantity_of(name) in RIVALS]
     rows = [
         [name, *(lead(report, c, [name]) for c in report.faulty), f"{report.false_alarms([name]):.2f}"]
         for name in names

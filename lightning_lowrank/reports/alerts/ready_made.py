@@ -126,9 +126,9 @@ def ChangePointAlert(
 def DepartureAlert(quantity: str, sites: str | Sequence[str] = "*", departure: float = 12.0, **options: Any) -> Alert:
     """An alert for a quantity that leaves the distribution that it had in this run so far, up or down.
 
-    False alarms in 1,000 samples of healthy trainings, as means over 84 quantities of sites and 101 of whole models
-    (docs/evidence/warnings.md): at 6 spreads 3.8 at any site, 0.5 at half of the sites, 0.7 of the whole model; at
-    12 spreads 1.5, 0.2 and 0.7; at 24 spreads 1.0, 0.2 and 0.4. Most quantities have none; a few have most of them.
+    False alarms in 1,000 samples of healthy trainings, as means over 85 quantities of sites and 105 of whole models
+    (docs/evidence/warnings.md): at 6 spreads 4.0 at any site, 0.5 at half of the sites, 1.0 of the whole model; at
+    12 spreads 1.4, 0.2 and 0.7; at 24 spreads 0.7, 0.1 and 0.6. Most quantities have none; a few have most of them.
 
     Args:
         quantity: As in `Alert`, like all others.
