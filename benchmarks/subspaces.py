@@ -332,7 +332,7 @@ def of_curvature(steps: int, seeds: Sequence[int]) -> Table:
         "Jaccard",
         "chance",
     )
-    table = Table(*headings, title="same pretrained start, hidden layer, loss of the first new task")
+    table = Table(*headings, title="same pretrained start, hidden layer, the loss of its pretraining")
     for seed in seeds:
         begun, made = ends("same pretrained", seed, steps)
         with TemporaryDirectory() as name:
