@@ -133,7 +133,7 @@ class Cost:
         memory: MiB that its process held at the peak.
         step: Median milliseconds of a step.
         scalars: That a sample wrote.
-        failures: Numbers that could not be had.
+        failures: Failed measurements.
     """
 
     memory: float
