@@ -33,7 +33,7 @@ class AlongDirections(nn.Module):
         self.coefficients = nn.Parameter(torch.zeros(len(directions), dtype=dtype, device=directions.device))
         self.register_buffer("directions", directions, persistent=False)
 
-    def change(self) -> Num[Tensor, "*shape"]:
+    def change(self) -> Tensor:
         """What the coefficients add."""
         flat = self.coefficients.to(self.directions) @ self.directions.flatten(1)
         change: Tensor = flat.reshape(self.directions.shape[1:])
