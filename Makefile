@@ -35,7 +35,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs lightning_lowrank
-	$(BIN)/proselint check README.md CONTRIBUTING.md CHANGELOG.md docs
+	$(BIN)/proselint check README.md CONTRIBUTING.md CHANGELOG.md $$(find docs -name "*.md")
 
 # The site, in site/; a link or a name that leads nowhere stops it.
 docs: .venv/installed

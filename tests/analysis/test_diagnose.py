@@ -14,7 +14,7 @@ from benchmarks.diagnose import REPORT, judged
 from benchmarks.diagnoses.reading import tables
 from lightning_lowrank import DormantUnitsMonitor, RankMonitor
 from lightning_lowrank.analysis.cli import main
-from lightning_lowrank.reports.alerts.ready_made import rank_alerts
+from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.tensorboard.diagnosing.judging import SEVERITIES, Finding, diagnose
 from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 from lightning_lowrank.tensorboard.series import Table
@@ -130,7 +130,7 @@ def test_thresholds_are_those_of_the_alerts_where_both_look_at_one_number() -> N
         return condition.above if math.isfinite(condition.above) else condition.below
 
     (inactive,) = DormantUnitsMonitor.usual_alerts(["dormant_inactive"])
-    (zero,) = (rule for rule in rank_alerts(["gradient_stable_rank"]) if rule.below is not None)
+    (zero,) = (rule for rule in default_alerts(["gradient_stable_rank"]) if rule.below is not None)
     assert threshold("dead-units") == inactive.above and threshold("no-gradient") == zero.below
 
 
