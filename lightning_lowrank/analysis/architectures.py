@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib import import_module, util
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ def call(place: str) -> Any:
     """What `module:function` returns, called with the "meta" device as torch's default.
 
     Raises:
-        ValueError: There is no such function, or it takes arguments.
+        ValueError: There is no such function, it takes arguments, or it raises.
     """
     function = imported(place)
+    try:
+        signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{place} cannot be called without arguments: {error}") from error
     with torch.device("meta"):
         try:
             return function()
-        except TypeError as error:
-            raise ValueError(f"{place} could not be called without arguments: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
 
 
 def imported(place: str) -> Any:

@@ -44,6 +44,16 @@ def number() -> int:
     return 3
 
 
+def broken() -> nn.Module:
+    """Whose author forgot an argument."""
+    return nn.Linear(4)  # type: ignore[call-arg]
+
+
+def misfit() -> tuple[nn.Module, torch.Tensor]:
+    """Inputs of another width."""
+    return nn.Linear(4, 3), torch.zeros(2, 5)
+
+
 def needs_more(width: int) -> nn.Module:
     return nn.Linear(width, width)
 
@@ -194,6 +204,11 @@ REFUSED = {
     "no function": ([named("gpt")], "there are"),
     "no nn.Module": ([named("number")], "gives a int"),
     "arguments": ([named("needs_more")], "without arguments"),
+    "its own TypeError": ([named("broken")], "broken raised TypeError: Linear.__init__.. missing"),
+    "inputs of another shape": (
+        [named("misfit")],
+        r"Linear cannot take the inputs \[\[2, 5\]\]: RuntimeError: .*5",
+    ),
     "no matrix": ([named("vectors")], "no matrix"),
     "source": ([named("transformer"), "--sources", "features"], "optimizer_state"),
 }

@@ -161,7 +161,14 @@ def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) ->
     if inputs:
         on_meta = [value.to(META) if isinstance(value, Tensor) else value for value in inputs]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*on_meta)
+            try:
+                module(*on_meta)
+            except Exception as error:
+                shapes = [list(value.shape) if isinstance(value, Tensor) else value for value in inputs]
+                why = next(iter(str(error).splitlines()), "")
+                raise ValueError(
+                    f"{type(module).__name__} cannot take the inputs {shapes}: {type(error).__name__}: {why}"
+                ) from error
         return float(PASSES * counter.get_total_flops())
     if tokens is None:
         return None

@@ -96,6 +96,7 @@ class Curvatures:
         self.sines: dict[str, Float[Tensor, " _"]] = {}
         self.valid: Tensor | None = None
         self.resolved: Tensor | None = None
+        self._lead: Float[Tensor, "_ P"] | None = None
 
     def measure(self, loss: LossOperators, generator: torch.Generator) -> Found:
         """All that is asked for."""
@@ -114,6 +115,7 @@ class Curvatures:
                 sums[name] = self._of_operator(name, operator, loss, found, generator)
         if sums.keys() >= RESIDUAL:
             _residual(sums["hessian"], sums["gauss_newton"], found)
+        self._lead = None
         return found
 
     def hold(self, found: Found, defect: Estimate) -> None:
@@ -158,11 +160,14 @@ class Curvatures:
         k = max(1, min(self.top_k, operator.size - effort.lowest))
         leads = name == next(iter(loss.operators))
         # Curvatures of one loss have much of their top in common.
-        start = before if leads else self.before(next(iter(loss.operators)), operator.size)
+        start = before if leads else self._lead
         options: dict[str, Any] = {"lowest": effort.lowest, "start": start, "further": loss.gradient[None]}
         products = k + effort.lowest + (effort.further if leads else effort.following)
         pairs = top_eigenpairs(operator, k, **options, num_products=products, generator=generator)
-        # The pairs are found without a look at the random vectors, for the sums to have no bias. The rest of the space
+        if leads:
+            self._lead = pairs.vectors[:k]
+        # The pairs are found without a look at the random vectors, for the sums to have no bias: those of the other
+        # operators, too, which have the same random vectors and begin where the first ended. The rest of the space
         # is another one next time: with it taken out, sums of a batch that stays would not compare.
         sums = self._sums(name, operator, pairs, loss.layout, found, generator)
         pairs = widened(operator, pairs, sums.images, lowest=effort.lowest, num_products=effort.wider)
