@@ -274,7 +274,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_rank_mode_takes_one_layer():
-    with pytest.raises(ValueError, match="one by one"):
+    with pytest.raises(ValueError, match="once per layer"):
         multifractal_spectrum([gaussian(64, 64)])
 
 

@@ -38,6 +38,7 @@ def fitted(
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as seen:
         warnings.filterwarnings("always", message="lightning_lowrank")
+        warnings.filterwarnings("ignore", message=".* no curve")
         L.Trainer(**silent, **options, accelerator="cpu", logger=logger, callbacks=[monitor] if monitor else []).fit(
             module
         )

@@ -221,6 +221,7 @@ def left(
     raised = ""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message=".* no curve")
         try:
             trainer.fit(module)
         except RuntimeError as error:

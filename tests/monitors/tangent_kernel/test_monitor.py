@@ -206,7 +206,7 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
         ({"num_projections": 3}, "num_projections=3: a whole number, at least 4"),
         ({"top_k": 0}, "top_k=0: a whole number, at least 1"),
         ({"num_outputs": 0}, "num_outputs=0: a whole number, at least 1"),
-        ({"every_n_steps": 10, "max_overhead": 0.01}, "give one"),
+        ({"every_n_steps": 10, "max_overhead": 0.01}, "give only one"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any], message: str) -> None:
