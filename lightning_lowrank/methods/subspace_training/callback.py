@@ -56,7 +56,7 @@ class SubspaceTraining(Method):
             architecture, a pattern fits nothing, nothing is left that moves, coefficients are in no optimizer, or
             the run that is resumed had another basis.
 
-    Example:
+    Examples:
         >>> SubspaceTraining(basis="random", k=4, train_also="head*")
         SubspaceTraining(basis='random', k=4, train_also='head*')
 
