@@ -83,7 +83,7 @@ def test_a_number_that_is_off_by_a_hundredth_is_found(tag: str) -> None:
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_every_number_of_heads_of_attention_is_that_of_a_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Watched alone, in a run of its own."""
-    monitor = AttentionMonitor(every_n_steps=1, detail="all", per_site=True)
+    monitor = AttentionMonitor(every_n_steps=1, detail="all", per_site=True, alerts=None)
     monkeypatch.setattr(trainings, "monitors", lambda case: [monitor])
     watched = trainings.run.__wrapped__(name)
     monkeypatch.setattr("tests.independent.comparison.references", lambda name: attention.expected(watched))

@@ -55,7 +55,7 @@ def shared_out(wishes: Sequence[Wish], share: float, total_steps: int | None) ->
         total_steps: Of the run, if that is known.
 
     Examples:
-        >>> cheap, dear = Wish(cost=0.1, least=10, trials=(0,)), Wish(cost=60, least=100, trials=(20,))
+        >>> cheap, dear = Wish(cost=0.1, least=10, trials=(0,)), Wish(cost=60.0, least=100, trials=(20,))
         >>> shared_out([cheap, dear], 0.05, total_steps=10_000)
         [0.01, 0.04]
         >>> shared_out([cheap, dear], 0.05, total_steps=1000)

@@ -125,10 +125,7 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
         if state["quantities"] != self.quantities:
-            self.journal.info_once(
-                "the checkpoint comes from a run that measured other quantities: comparisons with earlier samples "
-                "start again"
-            )
+            self.journal.info_once("the checkpoint has other quantities: comparisons over samples start again")
             return
         self._resumed = True
         self._checked, self._waiting = state["checked"], state["waiting"]

@@ -62,7 +62,14 @@ MONITORS: dict[str, Callable[..., Monitor]] = {
     "coordinate check": lambda **options: CoordinateCheckMonitor(**_USUAL | options),
     "router": lambda **options: RouterMonitor(**_USUAL | {"match": "type:Linear", "top_k": 1} | options),
     "advisor": lambda **options: RankAdvisor(
-        **{"budget": 100_000, "least": 0, "match": "*weight*", "every_n_steps": 5, "per_site": True, "detail": "all"}
+        **{
+            "budget": 100_000,
+            "least": 0,
+            "match": "re:.*(weight|lora)",
+            "every_n_steps": 5,
+            "per_site": True,
+            "detail": "all",
+        }
         | options
     ),
     "trajectory": lambda **options: TrajectorySubspace(**_USUAL | {"every_n_steps": 2, "max_snapshots": 8} | options),

@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a cadence and a budget": (
         lambda: RankMonitor(every_n_steps=20, max_overhead=0.01, detail="all"),
-        "every_n_steps=20 and max_overhead=0.01: give one",
+        "every_n_steps=20 and max_overhead=0.01: give only one",
     ),
     "a budget for one of two probes": (
         lambda: Monitor(
