@@ -56,7 +56,7 @@ def shared_out(wishes: Sequence[Wish], share: float, total_steps: int | None) ->
 
     Examples:
         >>> cheap, dear = Wish(cost=0.1, least=10, trials=(0,)), Wish(cost=60.0, least=100, trials=(20,))
-        >>> shared_out([cheap, dear], 0.05, total_steps=10_000)
+        >>> [round(share, 3) for share in shared_out([cheap, dear], 0.05, total_steps=10_000)]
         [0.01, 0.04]
         >>> shared_out([cheap, dear], 0.05, total_steps=1000)
         [0.01, 0.0]
