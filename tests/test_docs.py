@@ -92,7 +92,7 @@ def test_the_readme_fits_on_two_screens() -> None:
 
 
 def test_pages_that_messages_send_to_exist() -> None:
-    page = ROOT / PAGE
+    page = ROOT / "docs" / re.sub("/$", ".md", PAGE.removeprefix(SITE))
 
     assert "when-one-fires" in anchors(page)
 

@@ -15,6 +15,7 @@ from lightning_lowrank.measuring.number_source import Curve
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.source import MatrixSource, Source
 from lightning_lowrank.statistics import find
+from lightning_lowrank.tensorboard.site import page
 
 # The name under which the tab finds them; `lightning_lowrank.tensorboard` has it too, for neither imports the other.
 PLUGIN = "lowrank"
@@ -182,13 +183,11 @@ def _of_recorder(
 def _says(source: Source, statistic: str) -> str:
     """One sentence of what a quantity is, and where it is explained."""
     if isinstance(source, MatrixSource):
-        return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: docs/monitors/rank.md"
+        where = page("monitors/rank")
+        return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
     _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
-    return (
-        f"What it is and when it misleads: docs/monitors/{feature.split('.')[0].replace('_', '-')}.md"
-        if feature
-        else ""
-    )
+    where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
+    return f"What it is and when it misleads: {where}" if feature else ""
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ async function findingItem(page, run, finding) {
   const where = curve?.site ? h("button", { type: "button", class: "link", onclick: () => page.go(quantity, curve.site, curve.xs.at(-1)) }, site) : site;
   const said = h("div", {}, h("p", { class: "says" }, h("span", { class: `severity ${severity}` }, severity), " ", h("b", {}, rule.replaceAll("-", " ")), " · ", where, `${more}: ${says}`),
     h("p", { class: "what" }, [`Since step ${since}`, band && `healthy: ${band}`, cause && `usual cause: ${cause}`].filter(Boolean).join("; ")),
-    h("p", { class: "what" }, `Try: ${advice}. More: ${finding.page}`));
+    h("p", { class: "what" }, `Try: ${advice}. `, h("a", { href: finding.page, target: "_blank" }, "More")));
   return h("li", {}, said, curve ? chart([{ name: curve.name, xs: curve.xs, ys: curve.ys, colour: page.colour(run) }],
     { title: `${quantity} of ${curve.name}, ${run}`, x: "step", marker: since, width: 260, height: 120 }) : undefined);
 }

@@ -60,6 +60,10 @@ PLANTED: dict[str, tuple[Mapping[str, Table], tuple[str, str, int]]] = {
         {"update_spectral_norm": curve(a=FLAT * 1e-5), "weight_spectral_norm": curve(a=FLAT)},
         ("does-not-learn", "whole model", 0),
     ),
+    "behind dead units": (
+        {"update_weight_ratio": curve(a=FLAT * 1e-7, b=FLAT * 1e-7, c=FLAT * 1e-3)},
+        ("does-not-learn", "whole model", 0),
+    ),
     "loss": ({"step_loss": curve(model=broken(3, 2))}, ("loss-rises", "model", 100)),
     "labels": (
         {"step_loss": curve(model=broken(1.5, 2)), "noise_signal_share": curve(model=FLAT * 0.01)},
@@ -87,7 +91,7 @@ def test_each_fault_is_told_alone_with_its_place_and_the_step_at_which_it_began(
     (found,) = diagnose(curves, RULES)
 
     assert (found.rule, found.site, found.since) == (rule, site, since)
-    assert "docs/how-to/diagnose.md#" in found.message and "Try: " in found.message
+    assert "/how-to/diagnose/#" in found.message and "Try: " in found.message
 
 
 def test_every_rule_has_a_planted_fault_and_a_heading_on_the_page() -> None:

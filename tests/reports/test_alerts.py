@@ -353,7 +353,12 @@ def test_a_message_says_what_where_how_much_against_what_since_when_why_and_wher
     (event,) = shown(at_work(rule(drop=0.5)), [10.0] * 4 + [2.0] * 3)
 
     what_where_how_much = (QUANTITY, "a 2", "-80 %", "baseline 10", "below 5")
-    for part in (*what_where_how_much, "since step 4", "Usual cause: a learning rate", "docs/how-to/get-alerts.md"):
+    for part in (
+        *what_where_how_much,
+        "since step 4",
+        "Usual cause: a learning rate",
+        "/how-to/get-alerts/#when-one-fires",
+    ):
         assert part in event.message, part
     assert len(event.title) <= 63
 

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent, SiteAlert
+from lightning_lowrank.tensorboard.site import page
 
-PAGE = "docs/how-to/get-alerts.md"
+PAGE = page("how-to/get-alerts")
 
 # By the word in the quantity's name; the first that is in it.
 CAUSES = {

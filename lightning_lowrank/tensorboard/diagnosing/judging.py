@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lowrank.tensorboard.series import Table
+from lightning_lowrank.tensorboard.site import page
 
 Severity = Literal["critical", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "info")
@@ -20,7 +21,7 @@ Array = NDArray[np.float64]
 LASTING = 3
 # What the tab shows in the place of a site for numbers of the whole model.
 WHOLE_MODEL = "whole model"
-DOCS = "docs/how-to/diagnose.md"
+DOCS = page("how-to/diagnose")
 # As `LossMonitor` calls it.
 LOSS = "step_loss"
 # Ends of the names of what is a number whatever becomes of the run.

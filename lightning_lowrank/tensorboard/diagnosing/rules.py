@@ -30,7 +30,8 @@ RULES = (
     Rule(
         "update-outlier",
         "critical",
-        (Condition(UPDATE, above=20, relative_to="sites"),),
+        # Where the others hardly move, as behind dead units, any layer is far from them.
+        (Condition(UPDATE, above=20, relative_to="sites"), Condition(UPDATE_SHARE, above=1e-4, pooled=True)),
         "its updates are {value} times the median of layers",
         "in health at most 4, with a corrupted state of the optimizer 100 and more",
         "a corrupted or reset optimizer state, or a parameter group with a learning rate of its own",
