@@ -150,7 +150,8 @@ export function brief(value) {
   if (value === undefined) return "–";
   if (!Number.isFinite(value)) return String(value);
   const short = Number(value.toPrecision(4));
-  return Math.abs(short) >= 1e6 ? short.toExponential().replace("e+", "e") : String(short);
+  const size = Math.abs(short);
+  return size >= 1e6 || (size > 0 && size < 1e-3) ? short.toExponential().replace("e+", "e") : String(short);
 }
 
 export function median(values) {
