@@ -98,7 +98,8 @@ class Begins(L.Callback):
         due = range(2 * EVERY, len(taken) - 1, EVERY)
         extra = [taken[i] - (taken[i - 1] + taken[i + 1]) / 2 for i in due]
         step = mean(taken[i - 1] for i in due)
-        return tuple(100 * seconds / (USUAL * step) for seconds in (mean(extra), stdev(extra) / len(extra) ** 0.5))  # type: ignore[return-value]
+        percent = 100 / (USUAL * step)
+        return percent * mean(extra), percent * stdev(extra) / len(extra) ** 0.5
 
 
 def of_demo(steps: int) -> Table:

@@ -192,7 +192,7 @@ def by_width(widths: Sequence[int], seeds: Sequence[int]) -> Table:
     shares = densities(LONGER)
     table = Table("width", "weights", "whole net", "sparsest within 0.01", "its weights", *map(_percent, shares))
     for width in widths:
-        runs = [tickets(lambda width=width: mlp(width), seed, LONGER).accuracies for seed in seeds]  # type: ignore[misc]
+        runs = [tickets(partial(mlp, width), seed, LONGER).accuracies for seed in seeds]
         means = [mean(column) for column in zip(*runs, strict=True)]
         total = sum(p.numel() for p in mlp(width).parameters() if p.ndim > 1)
         kept = [accuracy >= means[0] - 0.01 for accuracy in means]

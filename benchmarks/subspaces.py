@@ -6,7 +6,7 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -127,7 +127,11 @@ def permuted(begun: Sequence[State], made: Sequence[State]) -> tuple[list[State]
     module, groups, probe = network(), traced(network()), digits()[0][:64]
     rows = []
     for before, after in zip(begun, made, strict=True):
-        outputs = lambda state: functional_call(module, dict(state), (probe,)).detach()  # noqa: E731
+
+        def outputs(state: Mapping[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(module, dict(state), (probe,)).detach()
+            return found
+
         rows.append((before, matched(made[0], after, groups, outputs).state))
     return [r[0] for r in rows], [r[1] for r in rows]
 

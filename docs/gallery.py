@@ -28,10 +28,10 @@ class DigitsMLP(L.LightningModule):
 
     def __init__(self, bias: float) -> None:
         super().__init__()
-        layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128), torch.nn.ReLU()]
-        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(128, 10))
-        with torch.no_grad():
-            layers[0].bias.fill_(bias)  # type: ignore[union-attr]
+        first = torch.nn.Linear(64, 128)
+        torch.nn.init.constant_(first.bias, bias)
+        hidden = [torch.nn.ReLU(), torch.nn.Linear(128, 128), torch.nn.ReLU()]
+        self.net = torch.nn.Sequential(first, *hidden, torch.nn.Linear(128, 10))
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from inspect import getmodule
 from pathlib import Path
 
 import lightning_lowrank
@@ -33,7 +32,7 @@ PAGES = {
 def page_of(name: str) -> str:
     """Where the reference explains a public name."""
     value = getattr(lightning_lowrank, name)
-    folder = getmodule(value).__name__.removeprefix("lightning_lowrank.")  # type: ignore[union-attr]
+    folder = str(value.__module__).removeprefix("lightning_lowrank.")
     for beginning, page in PAGES.items():
         if folder.startswith(beginning):
             return page

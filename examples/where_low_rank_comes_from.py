@@ -185,8 +185,8 @@ class Stream(nn.Module):
 
 def _block(arm: Arm) -> Block:
     block = Block(WIDTH, heads=2)
-    block.qkv = Product(WIDTH, 3 * WIDTH, arm.factors)  # type: ignore[assignment]
-    block.out = nn.Sequential(Product(WIDTH, WIDTH, arm.factors), nn.Dropout(arm.dropout))  # type: ignore[assignment]
+    block.register_module("qkv", Product(WIDTH, 3 * WIDTH, arm.factors))
+    block.register_module("out", nn.Sequential(Product(WIDTH, WIDTH, arm.factors), nn.Dropout(arm.dropout)))
     up, down = Product(WIDTH, 4 * WIDTH, arm.factors), Product(4 * WIDTH, WIDTH, arm.factors)
     block.mlp = nn.Sequential(up, nn.GELU(), nn.Dropout(arm.dropout), down, nn.Dropout(arm.dropout))
     return block

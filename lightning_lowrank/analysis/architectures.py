@@ -48,7 +48,7 @@ def call(place: str) -> Any:
     with torch.device("meta"):
         try:
             return function()
-        except Exception as error:
+        except Exception as error:  # the user's own code
             raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,6 +18,23 @@ from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 from lightning_lowrank.watching.trainer import HIDING, TrainerTraining
 from lightning_lowrank.watching.watch import Watch
+
+
+def beside(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks of a Trainer, ours among them."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # it sets it, but not in its class
+    return callbacks
+
+
+def refuse_finetuning(trainer: L.Trainer, name: str, instead: str) -> None:
+    """Refuse callbacks that freeze and unfreeze, for methods that do so too.
+
+    Raises:
+        ValueError: There is one, named; the message ends with what to do instead.
+    """
+    for callback in beside(trainer):
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(f"{name} and {type(callback).__name__} both say what is frozen: take one, and {instead}")
 
 
 class Act(ABC):

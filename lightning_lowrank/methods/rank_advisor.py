@@ -23,6 +23,7 @@ from lightning_lowrank.measuring.parameter_source import change
 from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.measuring.sources.gradients import gradient
 from lightning_lowrank.methods.matrices import Patterns, matrices
+from lightning_lowrank.methods.method import beside
 from lightning_lowrank.models.sites import Site, sites
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.rank_advice import Energies, Method, RankAdvice, added, advise, numbers_of
@@ -271,7 +272,7 @@ class RankAdvisor(Monitor):
         if trainer.barebones:
             return
         self._source.look()
-        found = [_sharpness(one) for one in trainer.callbacks if isinstance(one, Monitor)]  # type: ignore[attr-defined]
+        found = [_sharpness(one) for one in beside(trainer) if isinstance(one, Monitor)]
         known = [value for value in found if value > 0]
         if known and self._asked.method == "lora":
             self._rates["gradient_descent_below"] = stable_rate(max(known), self.advice)

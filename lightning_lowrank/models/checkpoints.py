@@ -162,7 +162,7 @@ def _of_safetensors(file: Path) -> dict[str, tuple[Read, torch.Size]]:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, for it is no mapping
             known = {name: (part.get_dtype(), torch.Size(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error

@@ -163,7 +163,7 @@ def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) ->
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             try:
                 module(*on_meta)
-            except Exception as error:
+            except Exception as error:  # the user's own code
                 shapes = [list(value.shape) if isinstance(value, Tensor) else value for value in inputs]
                 why = next(iter(str(error).splitlines()), "")
                 raise ValueError(

@@ -16,7 +16,7 @@ from lightning_lowrank.methods.factorize.factors import Init
 from lightning_lowrank.methods.factorize.orthogonality import Orthogonality, OrthogonalSteps
 from lightning_lowrank.methods.factorize.waiting import Waiting
 from lightning_lowrank.methods.matrices import Patterns
-from lightning_lowrank.methods.method import Method
+from lightning_lowrank.methods.method import Method, beside
 
 
 class LowRankFactorize(Method):
@@ -114,7 +114,7 @@ class LowRankFactorize(Method):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the factors, before `configure_optimizers`; refuse what would not follow a change in mid-run."""
         if self._settings.is_deferred and stage == "fit":
-            averaging = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            averaging = any(isinstance(c, WeightAveraging) for c in beside(trainer))
             trouble = "WeightAveraging, which has a dense copy" if averaging else "barebones=True, which calls nobody"
             if averaging or trainer.barebones:
                 raise ValueError(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_lowrank.measuring.number_source import Detail, refuse_seed
@@ -16,7 +15,7 @@ from lightning_lowrank.methods.lora.curves import LoRANumbers
 from lightning_lowrank.methods.lora.exchange import export, fill
 from lightning_lowrank.methods.lora.inits import refuse_init
 from lightning_lowrank.methods.lora.prepared import frozen_keys, merge, merged_state, prepared
-from lightning_lowrank.methods.method import Method
+from lightning_lowrank.methods.method import Method, beside, refuse_finetuning
 from lightning_lowrank.monitors.curvature.monitor import CurvatureMonitor
 
 Patterns = str | Sequence[str] | None
@@ -134,12 +133,7 @@ class LoRA(Method):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the pairs, before `configure_optimizers`; refuse callbacks that would unfreeze the base."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BaseFinetuning):
-                raise ValueError(
-                    f"{type(self).__name__} and {type(callback).__name__} both say what is frozen: take one, and name "
-                    "what trains beside the pairs by train_also"
-                )
+        refuse_finetuning(trainer, type(self).__name__, "name what trains beside the pairs by train_also")
         if stage == "fit" and self._needs_curvature:
             self._numbers.curvature = _curvature(trainer)
         super().setup(trainer, pl_module, stage)
@@ -218,7 +212,7 @@ class LoRA(Method):
 
 def _curvature(trainer: L.Trainer) -> CurvatureMonitor:
     """The monitor that follows directions of the Hessian."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in beside(trainer):
         if isinstance(callback, CurvatureMonitor):
             callback.top_directions()  # refused where none are followed
             return callback

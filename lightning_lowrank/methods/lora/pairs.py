@@ -155,7 +155,8 @@ def factors(holder: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
 
 def gains(holder: nn.Module) -> list[nn.Parameter]:
     """What AdaLoRA has between both factors of its one pair: a number for each direction."""
-    return [holder.lora_E[ADAPTER]] if hasattr(holder, "lora_E") else []  # type: ignore[list-item, index]
+    between: Any = getattr(holder, "lora_E", None)
+    return [] if between is None else [between[ADAPTER]]
 
 
 def learned(holder: nn.Module) -> list[nn.Parameter]:

@@ -126,8 +126,8 @@ def copied(holder: nn.Module) -> Factors:
 @torch.no_grad()
 def put(place: Place, values: Factors | None) -> None:
     """Give a weight other factors, if there are any."""
-    for part, pair in factors(place.holder).items() if values else ():
-        for parameter, value in zip((*pair, *gains(place.holder)), values[part], strict=True):  # type: ignore[index]
+    for part, kept in (values or {}).items():
+        for parameter, value in zip((*factors(place.holder)[part], *gains(place.holder)), kept, strict=True):
             parameter.copy_(value)
 
 

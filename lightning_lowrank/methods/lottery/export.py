@@ -38,7 +38,7 @@ def export(module: nn.Module, inputs: Any, counts: Mapping[str, int]) -> nn.Modu
     """
     try:
         expected = _outputs(module, inputs)
-    except Exception as error:
+    except Exception as error:  # the user's own code
         raise ValueError(f"export: {type(module).__name__} does not compute on the inputs: {error}") from error
     smaller, left = module, []
     for group in [*heads(module, counts), *_features(module)]:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_lowrank.measuring.number_source import Detail, refuse_seed
 from lightning_lowrank.methods.matrices import Patterns
-from lightning_lowrank.methods.method import Method
+from lightning_lowrank.methods.method import Method, refuse_finetuning
 from lightning_lowrank.methods.subspace_training.act import Settings, Subspaces, merge
 from lightning_lowrank.methods.subspace_training.curves import SubspaceNumbers
 from lightning_lowrank.models.basis_files import Basis
@@ -98,12 +97,7 @@ class SubspaceTraining(Method):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the coefficients, before `configure_optimizers`; refuse callbacks that would unfreeze the weights."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BaseFinetuning):
-                raise ValueError(
-                    f"SubspaceTraining and {type(callback).__name__} both say what is frozen: take one, and name what "
-                    "trains beside the coefficients by train_also"
-                )
+        refuse_finetuning(trainer, "SubspaceTraining", "name what trains beside the coefficients by train_also")
         super().setup(trainer, pl_module, stage)
 
     def __getstate__(self) -> dict[str, Any]:
