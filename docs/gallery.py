@@ -1,12 +1,12 @@
-"""Train what the gallery shows, and write the report: `docs/gallery/runs.html`.
+"""Train what the gallery shows: event files in `docs/gallery/runs`, of which `docs.site` makes the report.
 
     python -m docs.gallery
 
 Two trainings of the demo's transformer and one of a digits MLP, about two minutes on one processor.
 """
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import lightning as L
 import torch
@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from docs.images.draw_tab import Transformer
 from examples.char_transformer import standard_library
 from lightning_lowrank import watch_all
-from lightning_lowrank.analysis.runs import report
 
-GALLERY = Path(__file__).parent / "gallery" / "runs.html"
+RUNS = Path(__file__).parent / "gallery" / "runs"
 
 
 class DigitsMLP(L.LightningModule):
@@ -50,7 +49,7 @@ def text() -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(TensorDataset(standard_library()), 16, shuffle=True, drop_last=True)
 
 
-RUNS = {
+TRAININGS = {
     "healthy": (lambda: Transformer(3e-3), text),
     "diverged": (lambda: Transformer(1.0), text),
     "dead-units": (lambda: DigitsMLP(-3.0), digits),
@@ -58,16 +57,13 @@ RUNS = {
 
 
 def main(max_steps: int = 300) -> None:
-    """Train each, watched by all monitors under one budget, and write one report of all."""
-    GALLERY.parent.mkdir(exist_ok=True)
-    with TemporaryDirectory() as folder:
-        for name, (model, batches) in RUNS.items():
-            L.seed_everything(0, verbose=False)
-            logger = TensorBoardLogger(folder, name, version="")
-            options = {"max_steps": max_steps, "logger": logger, "enable_checkpointing": False}
-            L.Trainer(accelerator="cpu", callbacks=[*watch_all()], **options).fit(model(), batches())
-            logger.finalize("success")
-        report(folder, output=str(GALLERY), samples=20)
+    """Train each, watched by all monitors under one budget."""
+    shutil.rmtree(RUNS, ignore_errors=True)
+    for name, (model, batches) in TRAININGS.items():
+        L.seed_everything(0, verbose=False)
+        logger = TensorBoardLogger(RUNS.parent, RUNS.name, version=name)
+        options = {"max_steps": max_steps, "logger": logger, "enable_checkpointing": False}
+        L.Trainer(accelerator="cpu", callbacks=[*watch_all()], **options).fit(model(), batches())
 
 
 if __name__ == "__main__":

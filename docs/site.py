@@ -1,4 +1,5 @@
-"""Build the site: the pages of `docs/`, and a reference made from the public names and their docstrings.
+"""Build the site: the pages of `docs/`, a reference made from the public names and their docstrings, and the gallery's
+report.
 
     python -m docs.site
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import lightning_lowrank
 from lightning_lowrank import Monitor, statistics
 from lightning_lowrank.analysis.cli import COMMANDS
+from lightning_lowrank.analysis.runs import report
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api"
@@ -72,6 +74,8 @@ def write_reference() -> None:
 
 def main() -> None:
     write_reference()
+    gallery = ROOT / "docs" / "gallery"
+    report(str(gallery / "runs"), output=str(gallery / "runs.html"), samples=20)
     sys.exit(subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT).returncode)
 
 
