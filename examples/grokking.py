@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_lowrank import AlertEvent, ChangePointAlert, RankMonitor
+from lightning_lowrank import AlertEvent, ChangePointAlert, MultifractalMonitor, RankMonitor
 
 STATISTICS = ("participation_ratio", "effective_rank")
+# Whose change points are told, with what the picture draws them as.
+QUANTITIES = {"weight_participation_ratio": "--", "weight_effective_rank": ":", "multifractal_dispersion": "-."}
 
 
 class Adder(L.LightningModule):
@@ -85,9 +87,9 @@ def first(curve: dict[int, float], level: float) -> str:
     return next((str(step) for step, value in curve.items() if value >= level), "never")
 
 
-def told(events: list[AlertEvent], statistic: str) -> list[int]:
+def told(events: list[AlertEvent], quantity: str) -> list[int]:
     """Steps at which a change point was told."""
-    return [event.step for event in events if event.state == "firing" and event.quantity == f"weight_{statistic}"]
+    return [event.step for event in events if event.state == "firing" and event.quantity == quantity]
 
 
 def draw(model: Adder, events: list[AlertEvent], output: Path) -> None:
@@ -97,13 +99,13 @@ def draw(model: Adder, events: list[AlertEvent], output: Path) -> None:
     figure, panel = plt.subplots(figsize=(7, 3.4))
     for name, curve in (("training", model.train_accuracy), ("validation", model.val_accuracy)):
         panel.plot(list(curve), list(curve.values()), label=f"{name} accuracy")
-    for statistic, style in zip(STATISTICS, ("--", ":"), strict=True):
-        for i, step in enumerate(told(events, statistic)):
+    for quantity, style in QUANTITIES.items():
+        for i, step in enumerate(told(events, quantity)):
             panel.axvline(
                 step,
                 color="black",
                 linestyle=style,
-                label=None if i else f"change point: {statistic.replace('_', ' ')}",
+                label=None if i else f"change point: {quantity.replace('_', ' ')}",
             )
     panel.set(xlabel="optimizer step", ylabel="accuracy")
     panel.legend()
@@ -136,13 +138,18 @@ def main(
     model = Adder(prime, weight_decay)
     shown, asked = additions(prime, share, seed)
 
-    alerts = [ChangePointAlert(f"weight_{statistic}") for statistic in STATISTICS]
-    monitor = RankMonitor(["weights"], STATISTICS, every_n_steps=10, alerts=alerts)
+    ranks, dispersion = (
+        [ChangePointAlert(name) for name in QUANTITIES if name.startswith(of)] for of in ("weight", "multi")
+    )
+    monitors = [
+        RankMonitor(["weights"], STATISTICS, every_n_steps=10, alerts=ranks),
+        MultifractalMonitor(every_n_steps=10, alerts=dispersion),
+    ]
     trainer = L.Trainer(
         max_steps=max_steps,
         val_check_interval=10,
         num_sanity_val_steps=0,
-        callbacks=[monitor],
+        callbacks=[*monitors],
         logger=TensorBoardLogger(log_dir, "grokking"),
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -155,12 +162,13 @@ def main(
         f"other sums known to 50 % at step {first(model.val_accuracy, 0.5)}, to 99 % at step "
         f"{first(model.val_accuracy, 0.99)}"
     )
-    for statistic in STATISTICS:
-        steps = told(monitor.events, statistic)
+    events = [event for monitor in monitors for event in monitor.events]
+    for quantity in QUANTITIES:
+        steps = told(events, quantity)
         words = ", ".join(f"{step} (other sums known to {100 * model.val_accuracy[step]:.0f} %)" for step in steps)
-        print(f"change points of the {statistic.replace('_', ' ')} of weights told at steps: {words or 'none'}")
+        print(f"change points of {quantity} told at steps: {words or 'none'}")
     if find_spec("matplotlib"):
-        draw(model, monitor.events, Path(trainer.log_dir or log_dir) / "grokking.png")
+        draw(model, events, Path(trainer.log_dir or log_dir) / "grokking.png")
 
 
 if __name__ == "__main__":
