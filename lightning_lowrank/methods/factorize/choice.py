@@ -120,7 +120,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     adapter = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if adapter is not None:
         raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}: merge it first")
-    owners, layers = owners_of(module, all_names=True), dict(module.named_modules())
+    owners, layers = owners_of(module, all_names=True), dict(module.named_modules(remove_duplicate=False))
     explicit = settings.match is not None or settings.ranks[0][0] is not None
     patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
     found = matrices(module, patterns, settings.exclude)

@@ -210,7 +210,7 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
     """Before values are loaded: weights of before are taken, with coefficients of zero."""
     state = prepared(module)
     assert state is not None
-    for place in places(module):
+    for place in places(module, all_names=True):
         path, dot, local = place.key.rpartition(".")
         within = f"{prefix}{path}{dot}parametrizations.{local}"
         if f"{within}.0.coefficients" in state_dict:

@@ -115,6 +115,17 @@ def test_names_may_have_a_prefix_in_the_module(basis: str) -> None:
     }
 
 
+def test_weights_of_before_are_loaded_into_a_layer_that_is_called_twice() -> None:
+    layer = nn.Linear(64, 64)
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    SubspaceTraining("random", k=2).prepare(net)
+
+    net.load_state_dict({name: value + 1 for name, value in state.items()})
+
+    assert_close(SubspaceTraining.merge(net).state_dict(), {name: value + 1 for name, value in state.items()})
+
+
 def test_a_run_goes_on_with_the_same_basis_and_with_no_other(basis: str, tmp_path: Path) -> None:
     whole, stopped = Deep(), Deep()
     fit(SubspaceTraining(basis), whole, max_epochs=2)
