@@ -72,7 +72,7 @@ def test_an_attention_that_has_two_names_is_read_as_under_one() -> None:
     net = nn.ModuleDict({"one": nn.MultiheadAttention(8, 2)})
     net["other"] = nn.ModuleDict({"same": net["one"]})
 
-    with pytest.raises(ValueError, match="'one.out_proj.weight': NonDynamicallyQuantizableLinear reads it directly"):
+    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear reads it directly"):
         factorized(net, match="one.out_proj.weight")
 
 
