@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from jaxtyping import Num
 from torch import Tensor, nn
@@ -138,8 +138,17 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
         else:
             left_out[name] = trouble
     if not some:
-        raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {left_out}: {PLAIN}")
+        refuse_nothing(left_out)
     return Choice(some, left_out)
+
+
+def refuse_nothing(left_out: Mapping[str, str]) -> NoReturn:
+    """All is left alone.
+
+    Raises:
+        ValueError: With the reasons.
+    """
+    raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {dict(left_out)}")
 
 
 def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, Rank | None]:
@@ -154,10 +163,11 @@ def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[
 def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module], settings: Settings) -> tuple[Kind | None, str]:
     """How a weight is read, None with the reason if it cannot be factorized."""
     kinds = [_kind_of(owner, layers, settings) for owner in owners]
-    layers_of = {id(owner.layer) for owner in owners}
-    if len({kind for kind, _ in kinds}) > 1 or (len(layers_of) > 1 and kinds[0][0] == "direct"):
-        where = [owner.path for owner in owners]
-        return None, f"it is shared by layers, {where}, that would each need factors of their own"
+    where = list({id(owner.layer): owner.path for owner in reversed(owners)}.values())[::-1]
+    if len({kind for kind, _ in kinds}) > 1:
+        return None, f"it is shared by layers, {where}, that read it in several ways"
+    if len(where) > 1 and kinds[0][0] == "direct":
+        return None, f"it is shared by layers, {where}; mode='module' lets layers of one kind share factors"
     return kinds[0]
 
 
