@@ -221,6 +221,31 @@ def test_a_layer_that_is_called_twice_is_given_back(name: str) -> None:
     assert module.net[0] is module.net[2] and type(module.net[0]) is torch.nn.Linear
 
 
+LEAVES_FROZEN = [name for name in METHODS if name.startswith(("subspace", "lottery", "factorize"))]
+
+
+@pytest.mark.parametrize("name", LEAVES_FROZEN)
+def test_what_the_user_froze_is_left_alone_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    method, module = METHODS[name](), Deep()
+    before = module.net[2].weight.requires_grad_(False).detach().clone()
+
+    with caplog.at_level("INFO"):
+        L.Trainer(**QUIET, max_steps=10, logger=False, callbacks=[method]).fit(module)
+
+    assert any("net.2.weight (frozen)" in record.message for record in caplog.records)
+    assert_close(module.net[2].weight.detach(), before, rtol=0, atol=0)
+    GIVE_BACK.get(name, lambda method, module: None)(method, module)
+    assert {key for key, p in module.named_parameters() if not p.requires_grad} == {"net.2.weight"}
+
+
+@pytest.mark.parametrize("name", LEAVES_FROZEN)
+def test_a_module_that_is_all_frozen_is_refused(name: str) -> None:
+    module = Deep().requires_grad_(False)
+
+    with pytest.raises(ValueError, match="frozen"):
+        L.Trainer(**QUIET, max_steps=2, logger=False, callbacks=[METHODS[name]()]).fit(module)
+
+
 @every_method
 def test_a_step_that_fails_leaves_weights_as_they_were(name: str) -> None:
     class Broken(Deep):

@@ -99,11 +99,16 @@ class Choice:
 
     Attributes:
         chosen: Weights that may be factorized.
-        left_out: Tags of matrices that are left alone, each with the reason.
+        left_out: Tags of matrices that are left alone, each with the reason; of those that are frozen, too.
     """
 
     chosen: Sequence[Chosen]
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> list[Chosen]:
+        """Weights that are to be factorized; a checkpoint may have factors of the others too."""
+        return [one for one in self.chosen if one.name not in self.left_out]
 
 
 def share_of(rank: str) -> float:
@@ -131,6 +136,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
         kind, trouble = _kind(owners[id(parameter)], layers, settings)
         if kind is not None:
             some.append(Chosen(name, owners[id(parameter)], kind, ranks[name], sides(parameter)))
+            left_out |= {} if parameter.requires_grad else {name: "frozen"}
         elif explicit:
             raise ValueError(
                 f"LowRankFactorize cannot factorize {name!r}: {trouble}; give exclude={name!r}, or another match"
