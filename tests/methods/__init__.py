@@ -98,6 +98,8 @@ REFUSED |= {
     )
 }
 
+REFUSED["lottery ticket, neurons", "backbone unfrozen"] = "all that it could prune is frozen"
+
 _OF_LORA = {
     "two optimizers by hand": "has frozen parameters alone|all matrices are embeddings or the head",
     "two optimizers in turn": "has frozen parameters alone|all matrices are embeddings or the head",

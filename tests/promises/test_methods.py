@@ -195,6 +195,57 @@ def test_after_a_training_parameters_and_optimizer_are_the_users(name: str) -> N
     assert [{**g, "ids": 0} for g in groups(optimizer)] == [{**g, "ids": 0} for g in groups(plain)]
 
 
+class Twice(Ordered):
+    """A layer that is called twice, and a head."""
+
+    def __init__(self) -> None:
+        layer = torch.nn.Linear(64, 64)
+        super().__init__(torch.nn.Sequential(layer, torch.nn.Tanh(), layer, torch.nn.Tanh(), torch.nn.Linear(64, 10)))
+
+
+@pytest.mark.parametrize("name", GIVE_BACK)
+def test_a_layer_that_is_called_twice_is_given_back(name: str) -> None:
+    method, module, x = METHODS[name](), Twice(), torch.rand(5, 64)
+    trainer = L.Trainer(**QUIET, max_steps=6, logger=False, callbacks=[method])
+    if "by peft" in name or "adalora" in name:
+        with pytest.raises(ValueError, match=r"it is shared, \['net.0', 'net.2'\]"):
+            trainer.fit(module)
+        return
+    trainer.fit(module)
+    before = module.eval()(x)
+
+    GIVE_BACK[name](method, module)
+
+    assert_close(module(x), before, rtol=1e-4, atol=1e-5)
+    assert list(module.state_dict()) == list(Twice().state_dict())
+    assert module.net[0] is module.net[2] and type(module.net[0]) is torch.nn.Linear
+
+
+LEAVES_FROZEN = [name for name in METHODS if name.startswith(("subspace", "lottery", "factorize"))]
+
+
+@pytest.mark.parametrize("name", LEAVES_FROZEN)
+def test_what_the_user_froze_is_left_alone_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    method, module = METHODS[name](), Deep()
+    before = module.net[2].weight.requires_grad_(False).detach().clone()
+
+    with caplog.at_level("INFO"):
+        L.Trainer(**QUIET, max_steps=10, logger=False, callbacks=[method]).fit(module)
+
+    assert any("net.2.weight (frozen)" in record.message for record in caplog.records)
+    assert_close(module.net[2].weight.detach(), before, rtol=0, atol=0)
+    GIVE_BACK.get(name, lambda method, module: None)(method, module)
+    assert {key for key, p in module.named_parameters() if not p.requires_grad} == {"net.2.weight"}
+
+
+@pytest.mark.parametrize("name", LEAVES_FROZEN)
+def test_a_module_that_is_all_frozen_is_refused(name: str) -> None:
+    module = Deep().requires_grad_(False)
+
+    with pytest.raises(ValueError, match="frozen"):
+        L.Trainer(**QUIET, max_steps=2, logger=False, callbacks=[METHODS[name]()]).fit(module)
+
+
 @every_method
 def test_a_step_that_fails_leaves_weights_as_they_were(name: str) -> None:
     class Broken(Deep):

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lowrank.methods.factorize.choice import Settings, chosen
+from lightning_lowrank.methods.factorize.choice import Settings, chosen, refuse_nothing
 from lightning_lowrank.methods.factorize.conversion import Prepared, Replaced, prepared, restructure, size
 from lightning_lowrank.methods.factorize.layers import Place, places
 from lightning_lowrank.methods.factorize.orthogonality import OrthogonalSteps
@@ -63,10 +63,13 @@ class Factorization(Act):
             self._convert(state)
 
     def _convert(self, state: Prepared) -> None:
+        wanted = state.choice.wanted
+        if not wanted:
+            refuse_nothing(state.choice.left_out)
         if self.settings.is_deferred:
             return
-        ranks = {one.name: one.settled_rank(one.matrix()) for one in state.choice.chosen}
-        if not any(one.saves(ranks[one.name]) for one in state.choice.chosen):
+        ranks = {one.name: one.settled_rank(one.matrix()) for one in wanted}
+        if not any(one.saves(ranks[one.name]) for one in wanted):
             raise ValueError(f"{self.name}: factors of {ranks} would be no smaller than the weights: lower rank")
         state.convert(ranks)
 
@@ -90,11 +93,11 @@ class Factorization(Act):
             )
         refuse_idle(self.name, training.optimizers, found)
         dtypes = {place.name: place.parameters[0].dtype for place in found}
-        dense = {one.name: one.matrix().dtype for one in state.choice.chosen} if not found else {}
+        dense = {one.name: one.matrix().dtype for one in state.choice.wanted} if not found else {}
         self.steps.refuse(self.name, training.optimizers, dtypes | dense)
         self.steps.begin(training.optimizers, found)
         is_dense = self.settings.is_deferred and not found
-        self.waiting.begin(state.choice.chosen if is_dense else (), self._loaded is not None)
+        self.waiting.begin(state.choice.wanted if is_dense else (), self._loaded is not None)
         return table(training.module, state, found)
 
     def batch_over(self, training: Training) -> None:
@@ -174,7 +177,7 @@ def refuse_idle(name: str, optimizers: Sequence[Optimizer], found: Sequence[Plac
 def table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
     """What is factorized, and what that saves."""
     if not found:
-        names = [one.name for one in state.choice.chosen if one.name not in state.choice.left_out]
+        names = [one.name for one in state.choice.wanted]
         left_out = ", ".join(f"{name} ({why})" for name, why in state.choice.left_out.items())
         return f"{len(names)} weights are to be factorized: {', '.join(names[:10])}; left alone: {left_out or 'none'}"
     (number, num_bytes), (number_before, bytes_before) = size(module), state.num_before

@@ -24,7 +24,7 @@ class LowRankFactorize(Method):
 
     Of a weight of m x n numbers, r (m + n + 1) are left, and so of gradients, optimizer state and multiply-adds. The
     model does not begin as it was: what the rank leaves out of the weight is gone, and the table at the start says how
-    much energy is kept.
+    much energy is kept. Frozen weights are left alone.
 
     Factors are made in `setup`, before `configure_optimizers`; in a loop of your own call `prepare(model)` before its
     optimizer is made. Layers keep their class as a base and all else that they have: the factors of `net.0.weight` are

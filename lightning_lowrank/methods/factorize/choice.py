@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from jaxtyping import Num
 from torch import Tensor, nn
@@ -99,11 +99,16 @@ class Choice:
 
     Attributes:
         chosen: Weights that may be factorized.
-        left_out: Tags of matrices that are left alone, each with the reason.
+        left_out: Tags of matrices that are left alone, each with the reason; of those that are frozen, too.
     """
 
     chosen: Sequence[Chosen]
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> list[Chosen]:
+        """Weights that are to be factorized; a checkpoint may have factors of the others too."""
+        return [one for one in self.chosen if one.name not in self.left_out]
 
 
 def share_of(rank: str) -> float:
@@ -120,7 +125,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
     adapter = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if adapter is not None:
         raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}: merge it first")
-    owners, layers = owners_of(module, all_names=True), dict(module.named_modules())
+    owners, layers = owners_of(module, all_names=True), dict(module.named_modules(remove_duplicate=False))
     explicit = settings.match is not None or settings.ranks[0][0] is not None
     patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
     found = matrices(module, patterns, settings.exclude)
@@ -131,6 +136,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
         kind, trouble = _kind(owners[id(parameter)], layers, settings)
         if kind is not None:
             some.append(Chosen(name, owners[id(parameter)], kind, ranks[name], sides(parameter)))
+            left_out |= {} if parameter.requires_grad else {name: "frozen"}
         elif explicit:
             raise ValueError(
                 f"LowRankFactorize cannot factorize {name!r}: {trouble}; give exclude={name!r}, or another match"
@@ -138,8 +144,17 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
         else:
             left_out[name] = trouble
     if not some:
-        raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {left_out}: {PLAIN}")
+        refuse_nothing(left_out)
     return Choice(some, left_out)
+
+
+def refuse_nothing(left_out: Mapping[str, str]) -> NoReturn:
+    """All is left alone.
+
+    Raises:
+        ValueError: With the reasons.
+    """
+    raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {dict(left_out)}")
 
 
 def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, Rank | None]:
@@ -154,10 +169,11 @@ def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[
 def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module], settings: Settings) -> tuple[Kind | None, str]:
     """How a weight is read, None with the reason if it cannot be factorized."""
     kinds = [_kind_of(owner, layers, settings) for owner in owners]
-    layers_of = {id(owner.layer) for owner in owners}
-    if len({kind for kind, _ in kinds}) > 1 or (len(layers_of) > 1 and kinds[0][0] == "direct"):
-        where = [owner.path for owner in owners]
-        return None, f"it is shared by layers, {where}, that would each need factors of their own"
+    where = list({id(owner.layer): owner.path for owner in reversed(owners)}.values())[::-1]
+    if len({kind for kind, _ in kinds}) > 1:
+        return None, f"it is shared by layers, {where}, that read it in several ways"
+    if len(where) > 1 and kinds[0][0] == "direct":
+        return None, f"it is shared by layers, {where}; mode='module' lets layers of one kind share factors"
     return kinds[0]
 
 

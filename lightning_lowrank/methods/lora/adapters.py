@@ -178,6 +178,7 @@ class Adapters(Act):
             "is_whole": self.saved == "whole",
             "initial": state.initial,
             "norms": state.norms,
+            "scalings": {place.name: place.recipe.scaling for place in found},
             "waiting": {place.name: bool(place.holder.lora_waits) for place in found},
         }
         return kept | ({"factors": {p.name: copied(p.holder) for p in found}} if self.saved == "merged" else {})
@@ -194,6 +195,7 @@ class Adapters(Act):
                 f"{self.name}: the run that is resumed had adapted {sorted(state['norms'])[:10]}, and this one "
                 f"{sorted(found)[:10]}: give the same match and exclude"
             )
+        self._refuse_scalings(found, state.get("scalings", {}))
         if not state["is_whole"]:
             self._refuse_base(own.norms, state["norms"])
             for name, place in found.items():
@@ -226,6 +228,14 @@ class Adapters(Act):
                 f"lightning_lowrank {self.name}: no gradient reaches the pairs of {idle[:10]}, whose layers were not "
                 "called: exclude them. Under DDP they need strategy='ddp_find_unused_parameters_true'."
             )
+
+    def _refuse_scalings(self, found: Mapping[str, Place], given: Mapping[str, float]) -> None:
+        for name, scaling in given.items():
+            if found[name].recipe.scaling != scaling:
+                raise ValueError(
+                    f"{self.name}: the pairs of {name!r} were trained with a scaling of {scaling:.6g}, and here it is "
+                    f"{found[name].recipe.scaling:.6g}, of another function: give the same alpha, r and rslora"
+                )
 
     def _refuse_base(self, own: Mapping[str, float], given: Mapping[str, float]) -> None:
         for name, norm in own.items():

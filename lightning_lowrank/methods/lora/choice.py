@@ -193,14 +193,14 @@ def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None
 
 def _not_by_peft(kind: Kind, owners: Sequence[Owner], module: nn.Module, settings: Settings) -> str:
     """Why peft cannot adapt a weight here, if it cannot."""
-    first = owners[0]
+    first, instead = owners[0], "LoRA adapts it" if settings.is_allocated else "backend='parametrize'"
     if settings.is_allocated and kind not in ("linear", "transposed"):
         return "AdaLoRA adapts linear layers"
     if kind not in ("linear", "transposed") and (kind, settings.init) != ("embedding", "default"):
         return f"backend='peft' with init={settings.init!r} adapts linear layers (with 'default' embeddings too)"
     paths = [path for path, layer in module.named_modules(remove_duplicate=False) if layer is first.layer]
     if len(paths) > 1 or len(owners) > 1:
-        return f"it is shared, {[*paths, *(owner.path for owner in owners[1:])]}: backend='parametrize'"
+        return f"it is shared, {[*paths, *(owner.path for owner in owners[1:])]}: {instead}"
     if not first.path:
         return "it is the module itself, around which peft cannot put a layer"
     if kind == "transposed" and settings.init in ("olora", "orthogonal"):

@@ -58,9 +58,14 @@ class Recipe:
 
 
 class LowRankSum(nn.Module):
-    """Parametrization of a weight that is read directly: the weight with the product added to it."""
+    """Parametrization of a weight that is read directly: the weight with the product added to it.
+
+    Attributes:
+        order: Names of the layer's parameters.
+    """
 
     lora: Recipe
+    order: tuple[str, ...]
 
     def forward(self, weight: Tensor) -> Tensor:
         """The sum, in the weight's own dtype."""
@@ -290,7 +295,8 @@ def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -
     if order is not None:
         holder.register_buffer("lora_order", order.to(weight.device), persistent=False)
     holder.lora, holder.lora_waits = recipe, False  # type: ignore[assignment]
-    if recipe.kind == "direct":
+    if isinstance(holder, LowRankSum):
+        holder.order = tuple(layer._parameters)
         parametrize.register_parametrization(layer, local, holder)
     else:
         layer.register_forward_hook(add_branch, with_kwargs=True)
@@ -310,6 +316,8 @@ def detach(place: Place) -> None:
         flag = place.weight.requires_grad
         parametrize.remove_parametrizations(place.layer, place.local, leave_parametrized=False)
         getattr(place.layer, place.local).requires_grad_(flag)
+        known, order = place.layer._parameters, cast(LowRankSum, place.holder).order
+        place.layer._parameters = {name: known[name] for name in (*order, *known) if name in known}
         return
     hooks = place.layer._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is add_branch]:

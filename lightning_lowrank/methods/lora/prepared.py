@@ -55,11 +55,12 @@ def merge(module: nn.Module) -> nn.Module:
     found = places(module)
     for place in found:
         place.add()
-    for place in places(module, all_names=True):
+    layers = {(id(place.layer), place.local): place for place in places(module, all_names=True)}
+    for place in layers.values():  # one that is called in several places is there under each name
         if place.recipe.by_peft:
             parent, _, name = place.path.rpartition(".")
             setattr(module.get_submodule(parent), name, place.holder.base_layer)
-        elif "lora" in place.holder.__dict__:
+        else:
             detach(place)
     module.__dict__.pop("peft_config", None)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):

@@ -72,8 +72,10 @@ class ReLoRA(LoRA):
     Args:
         every: Optimizer steps between two restarts.
         rewarm: Steps in which learning rates rise after a restart; 0 for none.
-        reset: "zero" begins the state anew, its count of steps too; "magnitude:0.9" sets the smallest 90 % of the
-            entries of each moment to zero; "random:0.999" as many at random; "none".
+        reset: "zero" begins the state anew, its count of steps too; "magnitude:0.9" sets the entries of the smallest
+            90 % of the first moment to zero, in all moments; "random:0.999" as many at random; "none". The authors'
+            code chooses entries of each moment by itself, which leaves first moments over second ones of 0: steps of
+            `lr m / eps`.
         warm_start_steps: Steps before, in which the weights train and the pairs do not. Not with several processes.
         r: Rank of all pairs, or one for each pattern.
         alpha: The scaling is alpha over r; that of r itself unless given.

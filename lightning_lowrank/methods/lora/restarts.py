@@ -29,6 +29,9 @@ class Reset:
     Attributes:
         way: "zero" all, the "magnitude" smallest, "random" ones, or "none".
         share: Of the entries that become 0.
+
+    All moments of a parameter lose the same entries: the authors' code chooses those of each moment by itself. An entry
+    whose first moment stays while its second moment is 0 makes a step of `lr m / eps`.
     """
 
     way: str
@@ -52,16 +55,20 @@ class Reset:
 
     @torch.no_grad()
     def __call__(self, state: dict[str, Any], parameter: Tensor, generator: torch.Generator) -> tuple[int, int]:
-        """How many entries of the moments of a parameter were set to 0, and of how many."""
+        """How many entries of the moments of a parameter were set to 0, and of how many; magnitudes are those of the
+        moment that the optimizer names first, of Adam and its like the mean of gradients.
+        """
         moments = [t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape and t.ndim > 0]
         if self.way == "zero" and "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
         count = round(self.share * parameter.numel())
-        for moment in moments if count else ():
-            if self.way == "random":
-                chosen = torch.randperm(moment.numel(), generator=generator)[:count].to(moment.device)
-            else:  # of equal ones the first, so that the share is as asked
-                chosen = moment.abs().flatten().argsort(stable=True)[:count]
+        if not moments or not count:
+            return 0, parameter.numel() * len(moments)
+        if self.way == "random":
+            chosen = torch.randperm(parameter.numel(), generator=generator)[:count].to(parameter.device)
+        else:  # of equal ones the first, so that the share is as asked
+            chosen = moments[0].abs().flatten().argsort(stable=True)[:count]
+        for moment in moments:
             moment.view(-1)[chosen] = 0
         return count * len(moments), parameter.numel() * len(moments)
 

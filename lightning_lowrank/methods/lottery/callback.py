@@ -24,7 +24,8 @@ class LotteryTicket(Method):
 
     Pruned weights are zeros of the module's own parameters: keys, classes and parameters stay, and a checkpoint loads
     without this callback. Masks are in the callback's state: a run that is resumed is equal to one that never stopped
-    to the bit, and a second `fit` of the same module keeps them. Biases, norms and embeddings are not pruned.
+    to the bit, and a second `fit` of the same module keeps them. Biases, norms, embeddings and what is frozen at the
+    start are not pruned.
 
     With `units=("neuron", "head")` whole hidden neurons, channels of convolutions and attention heads go: those on
     which a gate has the smallest mean gradient over the steps of the round, exactly as `ConcentrationMonitor` reads it.
@@ -60,8 +61,8 @@ class LotteryTicket(Method):
 
     Raises:
         ValueError: An option is out of its range. When training starts: a pattern fits nothing, there are no such
-            units, parameters are sharded, there is a second `LotteryTicket`, a loop has no epochs, or the run that is
-            resumed pruned other weights.
+            units or all are frozen, parameters are sharded, there is a second `LotteryTicket`, a loop has no epochs, or
+            the run that is resumed pruned other weights.
 
     Examples:
         >>> LotteryTicket(rounds=10, epochs_per_round=5)

@@ -203,7 +203,8 @@ class Gates(Pruning):
 
     def pools(self, weights: Weights) -> list[dict[str, int]]:
         """Each kind by itself."""
-        return [{tag: self._lie[tag][1] for tag in self._tags[kind]} for kind in self.kinds]
+        pools = [{tag: self._lie[tag][1] for tag in self._tags[kind] if tag in weights} for kind in self.kinds]
+        return [pool for pool in pools if pool]
 
     def hear(self, weights: Weights, parameters: Collection[int]) -> None:
         """Read the gates. Of a step that is not finite, as a GradScaler skips, nothing is kept."""

@@ -87,6 +87,7 @@ class Rounds(Act):
         weights: Those that get masks, by tag.
         masks: Which of their entries stay, by tag; none before the first pruning.
         round: Number of the round, from 0 on.
+        frozen: Tags of weights that did not train when the first round began; they are left alone.
     """
 
     pruning: Pruning
@@ -95,6 +96,7 @@ class Rounds(Act):
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     round: int = 0
+    frozen: list[str] = field(default_factory=list)
     _steps: Count = field(default_factory=Count)
     _epochs: Count = field(default_factory=Count)
     # Steps and epochs that there were when the round began.
@@ -116,12 +118,20 @@ class Rounds(Act):
                 had other weights.
         """
         self.end()
-        found, left_out = self.pruning.find(training.module)
+        every, left_out = self.pruning.find(training.module)
         if self.schedule.in_epochs and training.epoch is None:
             raise ValueError(
                 f"{self.name}(epochs_per_round=...): a loop of your own has no epochs; use steps_per_round"
             )
-        is_known = found.keys() == self.weights.keys() and all(found[tag] is self.weights[tag] for tag in found)
+        known = {tag: p for tag, p in every.items() if tag not in self.frozen}
+        is_known = known.keys() == self.weights.keys() and all(known[tag] is self.weights[tag] for tag in known)
+        if self._loaded is not None:
+            self.frozen = list(self._loaded.get("frozen", ()))
+        elif not is_known:
+            self.frozen = [tag for tag, p in every.items() if not p.requires_grad]
+        found = {tag: p for tag, p in every.items() if tag not in self.frozen}
+        if not found:
+            raise ValueError(f"{self.name}: all that it could prune is frozen, {self.frozen[:10]}: match what trains")
         if self._loaded is not None:
             self._resume(found, self._loaded)
         elif is_known:
@@ -133,7 +143,7 @@ class Rounds(Act):
             self.pruning.forget()
         self.weights, self._loaded = found, None
         self._hooks = [o.register_step_post_hook(self._after_step) for o in training.optimizers]
-        return self._table(training.module, left_out)
+        return self._table(training.module, {**left_out, **dict.fromkeys(self.frozen, "frozen")})
 
     def batch_begins(self, training: Training) -> None:
         """Keep what rounds go back to; prune and rewind when a round is over.
@@ -183,6 +193,7 @@ class Rounds(Act):
         return {
             "masks": dict(self.masks),
             "round": self.round,
+            "frozen": list(self.frozen),
             "steps": [self._steps.seen, self._steps.num],
             "epochs": [self._epochs.seen, self._epochs.num],
             "began": list(self._began),

@@ -33,7 +33,7 @@ class Settings:
         include_mean: Begin at the weights and the mean of the basis.
         match: Patterns of weights that move.
         exclude: Of weights that do not.
-        train_also: Of parameters that train whole.
+        train_also: Of parameters that train whole; those of "*" are all that do not move.
         seed: Of what is drawn.
     """
 
@@ -97,10 +97,11 @@ class Subspaces(Act):
         found, left_out, means = chosen(module, self.settings)
         flags = {name: p.requires_grad for name, p in module.named_parameters()}
         orders = {path: list(layer._parameters) for path, layer in module.named_modules()}
-        also = chosen_parameters(module, self.settings.train_also, None) if self.settings.train_also else {}
-        trained = {id(p) for p in also.values()} - {id(getattr(o.layer, o.local)) for o, _ in found.values()}
-        for parameter in module.parameters():
+        along = {id(getattr(owner.layer, owner.local)) for owner, _ in found.values()}
+        trained = whole(module, self.settings) - along
+        for name, parameter in module.named_parameters():
             parameter.requires_grad_(id(parameter) in trained)
+            left_out |= {name: "trains whole"} if id(parameter) in trained else {}
         for owner, directions in found.values():
             attach(owner.layer, owner.local, directions)
         state = module.__dict__["subspace_prepared"] = Prepared(self.settings, flags, orders, means, left_out)
@@ -210,7 +211,7 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
     """Before values are loaded: weights of before are taken, with coefficients of zero."""
     state = prepared(module)
     assert state is not None
-    for place in places(module):
+    for place in places(module, all_names=True):
         path, dot, local = place.key.rpartition(".")
         within = f"{prefix}{path}{dot}parametrizations.{local}"
         if f"{within}.0.coefficients" in state_dict:
@@ -219,6 +220,14 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
             state.bare = True
             state_dict[f"{within}.original"] = state_dict.pop(prefix + place.key)
             state_dict[f"{within}.0.coefficients"] = torch.zeros_like(place.holder.coefficients)
+
+
+def whole(module: nn.Module, settings: Settings) -> set[int]:
+    """Ids of parameters that `train_also` fits: frozen ones too, unless all are meant."""
+    if not settings.train_also:
+        return set()
+    also = chosen_parameters(module, settings.train_also, None).values()
+    return {id(p) for p in also if p.requires_grad or "*" not in settings.train_also}
 
 
 def chosen(
@@ -234,12 +243,14 @@ def chosen(
     owners = owners_of(module)
     named = {id(p): name for name, p in module.named_parameters()}
     wanted = {named[id(p)] for p in chosen_parameters(module, settings.match, settings.exclude).values()}
+    trained = set() if "*" in settings.train_also else whole(module, settings)
     basis = None if settings.basis == "random" else Basis(settings.basis)
     prefix = "" if basis is None else _prefix(basis, module)
     found, left_out, means = {}, {}, {}
     for name, parameter in module.named_parameters():
         several = owners[id(parameter)]
         why = "not asked for" if name not in wanted else trouble(several[0].layer, len(several))
+        why = "trains whole" if id(parameter) in trained else why if parameter.requires_grad else "frozen"
         own = name.removeprefix(prefix)
         if why is None and basis is not None and not (name.startswith(prefix) and own in basis.shapes):
             why = "not in the basis"
@@ -320,7 +331,7 @@ def _table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
     ]
     rows += [f"  {place.name}  {tuple(place.weight.shape)}  {counts[place.name]} directions" for place in found]
     left = ", ".join(f"{name} ({why})" for name, why in state.left_out.items())
-    return "\n".join([*rows, *([f"  left alone: {left}"] if left else [])])
+    return "\n".join([*rows, *([f"  not along directions: {left}"] if left else [])])
 
 
 def _mark(directions: Tensor) -> Float[Tensor, " K"]:

@@ -43,7 +43,8 @@ class SubspaceTraining(Method):
         include_mean: Begin at W0 and the mean of the basis.
         match: Only weights whose name fits one of these globs, `re:REGEX` or `type:LAYERCLASS`.
         exclude: Not these.
-        train_also: Patterns of parameters that train whole beside the coefficients, such as a new head.
+        train_also: Patterns of parameters that train whole and have no directions, such as a new head; "*" means all
+            that have none. What you froze before (`requires_grad=False`) stays as it is unless it is named here.
         seed: Of what is drawn.
         every_n_steps: Cadence of the curves, in optimizer steps.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.

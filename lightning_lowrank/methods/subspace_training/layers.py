@@ -69,13 +69,17 @@ class Place:
         return cast(nn.Parameter, chain.original)
 
 
-def places(module: nn.Module) -> list[Place]:
-    """Weights of a module that move along directions."""
-    return list(_places(module))
+def places(module: nn.Module, *, all_names: bool = False) -> list[Place]:
+    """Weights of a module that move along directions.
+
+    Args:
+        all_names: A layer that has several names stands under each of them.
+    """
+    return list(_places(module, all_names))
 
 
-def _places(module: nn.Module) -> Iterator[Place]:
-    for path, layer in module.named_modules():
+def _places(module: nn.Module, all_names: bool) -> Iterator[Place]:
+    for path, layer in module.named_modules(remove_duplicate=not all_names):
         for local, chain in getattr(layer, "parametrizations", {}).items():
             for holder in chain:
                 if isinstance(holder, AlongDirections):

@@ -68,6 +68,22 @@ def test_thin_layers_do_what_a_layer_of_their_product_does() -> None:
         assert_close(own.weight_s.grad, (a.T @ g @ b.T).diagonal(), rtol=1e-4, atol=1e-5)
 
 
+def test_tied_weights_are_told_the_mode_that_takes_them() -> None:
+    with pytest.raises(ValueError, match=r"\['first', 'second'\]; mode='module' lets layers of one kind share") as told:
+        factorized(Tied(), match=None, rank=0.5, mode="parametrize")
+    assert "mode='parametrize'" not in str(told.value)
+
+    assert factorized(Tied(), match="first.weight", rank=2).first.weight_A.shape[1] == 2
+
+
+def test_an_attention_that_has_two_names_is_read_as_under_one() -> None:
+    net = nn.ModuleDict({"one": nn.MultiheadAttention(8, 2)})
+    net["other"] = nn.ModuleDict({"same": net["one"]})
+
+    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear reads it directly"):
+        factorized(net, match="one.out_proj.weight")
+
+
 @pytest.mark.parametrize("mode", ["module", "parametrize"])
 def test_the_best_approximation_is_what_factors_begin_as(mode: str) -> None:
     net = mlp(32)

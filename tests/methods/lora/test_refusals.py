@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank import LoRA, watching
+from lightning_lowrank import AdaLoRA, LoRA, ReLoRA, watching
 from tests.processes import together
-from tests.trainings import QUIET, Classifier, gpt2, mlp
+from tests.trainings import QUIET, Classifier, Validated, gpt2, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning_lowrank lora")
 
@@ -135,6 +135,35 @@ def test_another_lora_on_an_adapted_module_is_refused_and_the_same_goes_on() -> 
     assert not torch.equal(module.state_dict()["net.0.lora_B"], before["net.0.lora_B"])
     with pytest.raises(ValueError, match="adapted already"):
         fit(module, LoRA(r=3))
+
+
+SCALED: dict[str, tuple[Callable[..., LoRA], dict[str, Any]]] = {
+    "LoRA": (lambda **options: LoRA(r=4, **options), {"alpha": 8}),
+    "LoRA, rslora": (lambda **options: LoRA(r=4, **options), {"rslora": True}),
+    "LoRA, adapters alone": (lambda **options: LoRA(r=4, adapter_only=True, **options), {"alpha": 8}),
+    "LoRA, merged on save": (lambda **options: LoRA(r=4, merge_on_save=True, **options), {"alpha": 8}),
+    "LoRA, by peft": (lambda **options: LoRA(r=4, backend="peft", **options), {"alpha": 8}),
+    "ReLoRA": (lambda **options: ReLoRA(r=4, **options), {"alpha": 8}),
+    "AdaLoRA": (lambda **options: AdaLoRA(total_steps=8, r=2, initial_r=4, **options), {"alpha": 8}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("case", SCALED)
+def test_a_checkpoint_of_another_scaling_is_refused(case: str, stage: str, tmp_path: Path) -> None:
+    make, others = SCALED[case]
+    torch.manual_seed(0)
+    trainer = L.Trainer(**QUIET, max_steps=2, logger=False, callbacks=[make()])
+    trainer.fit(Validated(mlp(32)))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    torch.manual_seed(0)
+    module = Validated(mlp(32))
+
+    other = L.Trainer(**QUIET, max_steps=4, logger=False, callbacks=[make(**others)])
+    with pytest.raises(ValueError, match=r"'net.0.weight' were trained with a scaling of (1|0.99).* and here it is 2"):
+        getattr(other, stage)(module, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert module.losses == []
 
 
 def test_a_pair_that_no_gradient_reaches_is_named_and_a_frozen_head_too() -> None:

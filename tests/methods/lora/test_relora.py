@@ -82,6 +82,23 @@ def test_the_share_that_is_reset_is_as_asked(words: str, share: float) -> None:
         assert before["exp_avg"][left].min() >= before["exp_avg"][~left].max()
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adamax, torch.optim.RMSprop])
+@pytest.mark.parametrize("words", ["magnitude:0.9", "magnitude:0.5", "random:0.5", "zero"])
+def test_no_moment_is_left_over_one_that_was_reset(words: str, kind: type[torch.optim.Optimizer]) -> None:
+    net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    loop = Loop(net, every=4, reset=words, match="0.weight")
+    loop.optimizer = kind(net.parameters(), lr=1e-3, **({"momentum": 0.9} if kind is torch.optim.RMSprop else {}))
+    pair, largest = (net[0].lora_A, net[0].lora_B), []
+
+    loop.run(4)
+    for p in pair:
+        first, *others = [t == 0 for t in loop.optimizer.state[p].values() if t.ndim]
+        assert others and all(torch.equal(first, other) for other in others)
+    loop.run(3, lambda i: largest.append(max(float(p.detach().abs().max()) for p in pair)))
+
+    assert max(largest) < 1  # a learning rate of 1e-3 moves nothing further
+
+
 def test_moments_that_are_equal_are_reset_by_share_too() -> None:
     state = {"exp_avg": torch.zeros(10, 10)}
 

@@ -115,6 +115,53 @@ def test_names_may_have_a_prefix_in_the_module(basis: str) -> None:
     }
 
 
+def test_what_train_also_names_trains_whole_and_without_the_mean(basis: str) -> None:
+    for match, also in ((basis, "net.4.weight"), ("random", ["net.4.weight", "net.0.bias"]), (basis, ["*.4.*"])):
+        module, start = Deep(), Deep()
+        module.net[4].requires_grad_(False)  # named, so that it trains
+        method = SubspaceTraining(match, k=1, train_also=also)
+        method.prepare(module)
+
+        assert torch.equal(module.net[4].weight, start.net[4].weight) and module.net[4].weight.requires_grad
+        fit(method, module)
+
+        change = (module.net[4].weight - start.net[4].weight).detach()
+        assert torch.linalg.matrix_rank(change) > 1
+        SubspaceTraining.merge(module)
+        assert not module.net[4].weight.requires_grad and module.net[0].bias.requires_grad
+
+
+def test_a_new_head_of_another_shape_trains_whole_beside_a_basis(basis: str) -> None:
+    module = Deep()
+    module.net[4] = nn.Linear(module.net[4].in_features, 3)
+
+    SubspaceTraining(basis, train_also="net.4.*").prepare(module)
+
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {"net.4.weight", "net.4.bias"} < trained and len(trained) == 6
+
+
+def test_all_that_has_no_directions_is_what_a_star_means() -> None:
+    module = Deep()
+    module.net[0].bias.requires_grad_(False)
+
+    SubspaceTraining("random", match="*weight", train_also="*").prepare(module)
+
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.endswith("bias")} == {"net.2.bias", "net.4.bias"} and len(trained) == 5
+
+
+def test_weights_of_before_are_loaded_into_a_layer_that_is_called_twice() -> None:
+    layer = nn.Linear(64, 64)
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    SubspaceTraining("random", k=2).prepare(net)
+
+    net.load_state_dict({name: value + 1 for name, value in state.items()})
+
+    assert_close(SubspaceTraining.merge(net).state_dict(), {name: value + 1 for name, value in state.items()})
+
+
 def test_a_run_goes_on_with_the_same_basis_and_with_no_other(basis: str, tmp_path: Path) -> None:
     whole, stopped = Deep(), Deep()
     fit(SubspaceTraining(basis), whole, max_epochs=2)
