@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.checkpoints import Checkpoint, is_finite
 
 # Directions whose overlap is measured.
 TOP = 10
@@ -134,6 +134,9 @@ def merged(
     for name in base.shapes:
         start = base.tensor(name)
         changes = changes_of(start, [model.tensor(name) for model in models])
+        if not is_finite(changes):  # a mask of minus infinity
+            yield name, start
+            continue
         yield name, (start.double() + do(changes, factor, share, generator).reshape(start.shape)).to(start.dtype)
 
 
@@ -192,6 +195,8 @@ def conflicts(
     refuse_strangers(base, models)
     for name in names:
         changes = changes_of(base.tensor(name), [model.tensor(name) for model in models])
+        if not is_finite(changes):
+            continue
         _, rows, columns = changes.shape
         k = min(TOP, rows, columns)
         left, _, right = torch.linalg.svd(changes, full_matrices=False)
