@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.merging import Conflict, conflicts, merged, refuse_strangers
-from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.models.checkpoints import Checkpoint
 
 
@@ -55,9 +55,7 @@ def merge_models(
     if page is not None:
         draw(page, {pair: {0: numbers("conflict", rows)} for pair, rows in _by_pair(found, models).items()})
     if json:
-        print_json(
-            {pair: {n: finite(values) for n, values in rows.items()} for pair, rows in _by_pair(found, models).items()}
-        )
+        print_json(_by_pair(found, models))
     else:
         show(_table(found, models))
         show(f"{escape(output)}: {len(tensors)} tensors by {method}")

@@ -1,6 +1,5 @@
 """What event files have of us: `report` as a page, `summary` as a table."""
 
-import json as json_
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich
 from rich.markup import escape
 
 from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
 from lightning_lowrank.tensorboard import answers
 from lightning_lowrank.tensorboard.diagnosing.judging import CONSTANT, silent_since
@@ -146,7 +145,7 @@ def _sample(tables: Mapping[str, Any], end: int) -> Sample:
 
 
 def _print_json(runs: Sequence[Run]) -> None:
-    sys.stdout.write(json_.dumps({run.label: _plain(run) for run in runs}, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(as_json({run.label: _plain(run) for run in runs}, 2) + "\n")
 
 
 def _print_tables(runs: Sequence[Run]) -> None:
@@ -169,13 +168,6 @@ def _escaped(run: Run) -> Run:
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    """Numbers as JSON has them: null where there is none."""
     ends = {"first": run.first or Sample(0, {}), "latest": run.latest or Sample(0, {})}
-    said = {end: {"step": sample.step, "values": _finite(sample.values)} for end, sample in ends.items()}
-    return {"overhead_percent": _finite(run.overhead), "alerts": _finite(run.alerts), **said}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return value if np.isfinite(value) else None
+    said = {end: {"step": sample.step, "values": sample.values} for end, sample in ends.items()}
+    return {"overhead_percent": run.overhead, "alerts": run.alerts, **said}
