@@ -12,6 +12,7 @@ from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.low_rank import Extracted, change_energies, extracted, moved, with_adapter
 from lightning_lowrank.analysis.matrices import first, places
+from lightning_lowrank.analysis.merging import refuse_strangers
 from lightning_lowrank.analysis.showing import print_json, save, show, tell
 from lightning_lowrank.models.adapter_folders import AdapterFolder, read_adapter, write_adapter
 from lightning_lowrank.models.checkpoints import Checkpoint
@@ -112,6 +113,7 @@ def extract_lora(
     changed, others = moved(one, other, module)
     names = [name for name in changed if name in chosen and name.startswith(prefix)]
     if not names:
+        refuse_strangers(one, [other])
         raise ValueError(f"no weight of {a} that is asked for changed in {b}; those that did are {first(changed)}")
     told = None if ranks is None else _ranks(Path(ranks), set(chosen) - set(names))
     for file in (one, other):

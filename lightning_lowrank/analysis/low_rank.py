@@ -103,11 +103,11 @@ def extracted(
 
 
 def moved(a: Checkpoint, b: Checkpoint, module: nn.Module | None = None) -> tuple[list[str], list[str]]:
-    """Names of tensors that differ: weights that a pair can be for, and others."""
+    """Names of tensors that differ: weights that a pair can be for, and others, those of another shape in B too."""
     common = [name for name, shape in a.shapes.items() if b.shapes.get(name) == shape]
     changed = [name for name in common if not torch.equal(a.tensor(name), b.tensor(name))]
     pairs = [name for name in changed if _may_have_pair(name, a.shapes[name], module)]
-    return pairs, [name for name in changed if name not in pairs]
+    return pairs, [name for name in a.shapes if name not in pairs and (name in changed or name not in common)]
 
 
 def with_adapter(

@@ -166,9 +166,10 @@ class Conflict:
     Attributes:
         name: Of the matrix.
         pair: Numbers of the models.
-        cosine: Of the changes as vectors; random ones have 0 with a standard deviation of `1 / sqrt(M N)`.
+        cosine: Of the changes as vectors, NaN where a model did not change; random ones have 0 with a standard
+            deviation of `1 / sqrt(M N)`.
         overlap: Mean squared cosine of the principal angles between their top left, and their top right, singular
-            directions; the mean of both.
+            directions; the mean of both. NaN as the cosine.
         chance: The same of random directions.
     """
 
@@ -202,11 +203,12 @@ def conflicts(
         left, _, right = torch.linalg.svd(changes, full_matrices=False)
         for i, j in combinations(range(len(models)), 2):
             norms = changes[i].norm() * changes[j].norm()
+            moved = bool(norms > 0)
             shared = (left[i, :, :k].T @ left[j, :, :k]).square().sum() + (right[i, :k] @ right[j, :k].T).square().sum()
             yield Conflict(
                 name,
                 (i, j),
-                float((changes[i] * changes[j]).sum() / norms) if norms > 0 else math.nan,
-                float(shared / (2 * k)),
+                float((changes[i] * changes[j]).sum() / norms) if moved else math.nan,
+                float(shared / (2 * k)) if moved else math.nan,
                 (k / rows + k / columns) / 2,
             )
