@@ -2,15 +2,24 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from lightning_lowrank.analysis.cli import main
-from tests.analysis.test_cli_networks import DATA
-from tests.trainings import mlp
+from tests.trainings import digits, mlp
+
+DATA = f"{__name__}:task"
+
+
+def task() -> Any:
+    """A network with its data."""
+    return mlp(16), {"test": [digits(64).tensors]}, lambda net, batch: {"loss": cross_entropy(net(batch[0]), batch[1])}
+
 
 COMMANDS = {
     "merge-models": "merge-models 1.pt BAD --base 0.pt -o out",
