@@ -12,11 +12,14 @@ from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.low_rank import Extracted, change_energies, extracted, moved, with_adapter
 from lightning_lowrank.analysis.matrices import first, places
+from lightning_lowrank.analysis.merging import refuse_strangers
 from lightning_lowrank.analysis.showing import print_json, save, show, tell
 from lightning_lowrank.models.adapter_folders import AdapterFolder, read_adapter, write_adapter
 from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.reports.rank_advice import advise
 
+# What works with weights that are not finite.
+WITHOUT = "leave them out by exclude"
 SHOWN = {"rank": "rank", "error": "error / change", "error_over_weight": "error / weight"}
 
 
@@ -55,6 +58,8 @@ def advise_ranks(
     one, other = Checkpoint(a), Checkpoint(b)
     found = places(one, module_of(one, model), match=match, exclude=exclude)
     watched = track(found, escape(b), console=Console(stderr=True), transient=True)
+    for file in (one, other):
+        file.refuse_infinite((n for place in found for n in place.names if n in file.shapes), WITHOUT)
     energies = dict(change_energies(one, other, watched))
     if not energies:
         raise ValueError(f"{a} and {b} have no matrix in common by name and shape")
@@ -108,8 +113,11 @@ def extract_lora(
     changed, others = moved(one, other, module)
     names = [name for name in changed if name in chosen and name.startswith(prefix)]
     if not names:
+        refuse_strangers(one, [other])
         raise ValueError(f"no weight of {a} that is asked for changed in {b}; those that did are {first(changed)}")
     told = None if ranks is None else _ranks(Path(ranks), set(chosen) - set(names))
+    for file in (one, other):
+        file.refuse_infinite(names, WITHOUT)
     found = list(extracted(one, other, names, energy=energy, ranks=told, module=module))
     pairs = {row.path.removeprefix(prefix): row.pair for row in found if row.pair is not None}
     if not pairs:
@@ -139,9 +147,10 @@ def merge(adapter: str, base: str, *, within: str = "", model: str | None = None
         output: The safetensors file to write.
 
     Raises:
-        ValueError: A file cannot be read or written, or the adapter is not for this base.
+        ValueError: A file cannot be read or written, the adapter is not for this base, or weights are not finite.
     """
     start, pairs = Checkpoint(base), read_adapter(adapter)
+    start.refuse_infinite()
     tensors = dict(with_adapter(start, pairs, within, module_of(start, model)))
     save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
     show(f"{escape(output)}: {len(tensors)} tensors, {len(pairs.pairs)} of them with what a pair adds")

@@ -13,7 +13,7 @@ from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.diff import TOP, Difference, differences
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.matrices import Place, places
-from lightning_lowrank.analysis.showing import finite, print_json, save, show, tell
+from lightning_lowrank.analysis.showing import print_json, save, show, tell
 from lightning_lowrank.analysis.spectra import STATISTICS, Row
 from lightning_lowrank.analysis.spectra import spectra as spectra_of
 from lightning_lowrank.maths.spectra.decompose import SKETCH_ABOVE
@@ -137,7 +137,7 @@ def diff(
 
 def _told(one: Difference) -> dict[str, Any]:
     dtypes = {"dtypes": one.dtypes} if one.dtypes else {}
-    return {"shape": one.shape, "verdict": one.verdict, **dtypes, **finite(one.values)}
+    return {"shape": one.shape, "verdict": one.verdict, **dtypes, **one.values}
 
 
 def _places(file: Checkpoint, model: str | None, **chosen: Any) -> list[Place]:
@@ -152,7 +152,7 @@ def _watched(rows: Iterable[Any], there: Sequence[Place], path: str) -> Iterator
 
 def _numbers(row: Row) -> dict[str, Any]:
     errors = {f"{name}_error": error for name, error in row.errors.items() if error}
-    return {"shape": row.shape, **finite(row.values | errors)}
+    return {"shape": row.shape, **row.values, **errors}
 
 
 def _save(found: Mapping[str, Sequence[Row]], file: Path) -> None:

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -44,20 +45,24 @@ COMMANDS = {
 GROUPS = {"subspace": "what many models share: fit, extend, project, compress, reconstruct, merge"}
 
 
+# The beginning of an option is none: --rank is not --ranks.
+Parser = partial(ArgumentParser, allow_abbrev=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """What `lightning-lowrank` does: a function per command, whose arguments are those of the command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     asked = next((name for name in COMMANDS if name.split() == words[: len(name.split())]), None)
-    whole = ArgumentParser(prog="lightning-lowrank", description="Ask runs and checkpoints which directions they use.")
+    whole = Parser(prog="lightning-lowrank", description="Ask runs and checkpoints which directions they use.")
     commands = whole.add_subcommands()
     within = {"": commands}
     for name, does in GROUPS.items():  # before its own commands: jsonargparse wants levels in order
-        group = ArgumentParser(description=does)
+        group = Parser(description=does)
         commands.add_subcommand(name, group, help=does)
         within[name] = group.add_subcommands()
     for name, (_, does) in COMMANDS.items():
         group_name, _, local = name.rpartition(" ")
-        within[group_name].add_subcommand(local, _parser(name) if name == asked else ArgumentParser(), help=does)
+        within[group_name].add_subcommand(local, _parser(name) if name == asked else Parser(), help=does)
     found, name = whole.parse_args(words), ""
     while "subcommand" in found:
         name, found = f"{name} {found.subcommand}".strip(), found[found.subcommand]
@@ -78,7 +83,7 @@ def _command(name: str) -> Callable[..., None]:
 def _parser(name: str) -> ArgumentParser:
     """Arguments as the function has them: those without a default by their place, switches without a value."""
     command = _command(name)
-    parser = ArgumentParser(description=COMMANDS[name][1])
+    parser = Parser(description=COMMANDS[name][1])
     words = {one.arg_name: one.description for one in docstring_parser.parse(command.__doc__ or "").params}
     for key, one in inspect.signature(command, eval_str=True).parameters.items():
         known: dict[str, Any] = {"help": words[key]}

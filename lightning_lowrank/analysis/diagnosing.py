@@ -13,6 +13,8 @@ from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 
 # Of each run.
 LINES = 12
+# What to do where nothing was measured, for a run with `watch_all` too.
+LEFT_OUT = "watch_all() has what its budget and the model allow; ask for a monitor that it left out itself"
 
 
 def diagnose(
@@ -49,5 +51,5 @@ def lines_of(run: str, findings: Sequence[Finding], idle: Sequence[str]) -> list
     told = [f"{finding.severity:8} {finding.rule}: {finding.message}" for finding in findings]
     if len(told) > LINES - 2:
         told = [*told[: LINES - 3], f"and {len(told) - LINES + 3} more: --json"]
-    rest = f"not asked, as nothing was measured for them: {', '.join(idle)} (watch_all() measures it)"
+    rest = f"not asked, as nothing was measured for them: {', '.join(idle)}. {LEFT_OUT}"
     return [heading, *told, *([rest] if idle else [])]

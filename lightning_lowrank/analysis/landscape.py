@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.flatness import Flatness, flatness
-from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.analysis.tasks import inputs, task_of
 from lightning_lowrank.maths.operators.flat_directions import FlatDirections
 from lightning_lowrank.maths.operators.flat_directions import flat_directions as unchanged
@@ -79,7 +79,9 @@ def _told(found: Flatness, causes: FlatDirections | None) -> dict[str, Any]:
         "flat": found.flat.shape[1],
         "negative": found.negative,
         "below": {f"{part:g}": found.below(part) for part in PARTS},
-        **finite({"gap": found.gap, "gradient_norm": found.gradient, **walked}),
+        "gap": found.gap,
+        "gradient_norm": found.gradient,
+        **walked,
         "shares": found.shares,
         "outputs_unchanged": None if causes is None else {name: int(getattr(causes, name)) for name in CAUSES},
     }

@@ -50,19 +50,12 @@ class Extracted:
 
 
 def change_energies(a: Checkpoint, b: Checkpoint, found: Iterable[Place]) -> Iterator[tuple[str, Energies]]:
-    """Energies of the directions in which training moved each weight, those of parts that share a rank added.
-
-    Raises:
-        ValueError: A change is not finite.
-    """
+    """Energies of the directions in which training moved each weight, those of parts that share a rank added."""
     for place in found:
         if any(b.shapes.get(name) != a.shapes[name] for name in place.names):
             continue
         pairs = zip(place.matrices(a), place.matrices(b), strict=True)
         moved = [(label, after.double() - before.double()) for (label, before), (_, after) in pairs]
-        lost = next((label for label, matrix in moved if not torch.isfinite(matrix).all()), None)
-        if lost is not None:
-            raise ValueError(f"{lost!r} is not finite in {a.path} or {b.path}: exclude it")
         spectra = decompose([matrix for _, matrix in moved], "values", sketch_above=sys.maxsize).spectra
         shapes = tuple((matrix.shape[0], matrix.shape[1]) for _, matrix in moved)
         yield place.site.name, Energies(shapes, added([one.values.square().tolist() for one in spectra]))
@@ -86,7 +79,7 @@ def extracted(
         module: Whose classes say which weights have their inputs as rows.
 
     Raises:
-        ValueError: The energy is out of its range, a name of a rank is none of these, or a change is not finite.
+        ValueError: The energy is out of its range, or a name of a rank is none of these.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} is above 0 and up to 1")
@@ -96,8 +89,6 @@ def extracted(
         flip = has_inputs_as_rows(name, module)
         before, after = (_wide(c.tensor(name), flip) for c in (a, b))
         change = after - before
-        if not torch.isfinite(change).all():
-            raise ValueError(f"{name!r} is not finite in {a.path} or {b.path}: exclude it")
         left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
         kept = values.square().cumsum(0) / values.square().sum()
         enough = int((kept < energy).sum()) + 1 if float(values[0]) else 0
@@ -112,11 +103,11 @@ def extracted(
 
 
 def moved(a: Checkpoint, b: Checkpoint, module: nn.Module | None = None) -> tuple[list[str], list[str]]:
-    """Names of tensors that differ: weights that a pair can be for, and others."""
+    """Names of tensors that differ: weights that a pair can be for, and others, those of another shape in B too."""
     common = [name for name, shape in a.shapes.items() if b.shapes.get(name) == shape]
     changed = [name for name in common if not torch.equal(a.tensor(name), b.tensor(name))]
     pairs = [name for name in changed if _may_have_pair(name, a.shapes[name], module)]
-    return pairs, [name for name in changed if name not in pairs]
+    return pairs, [name for name in a.shapes if name not in pairs and (name in changed or name not in common)]
 
 
 def with_adapter(

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_lowrank.analysis.drawing import draw, numbers
-from lightning_lowrank.analysis.merging import Conflict, conflicts, merged
-from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.merging import Conflict, conflicts, merged, refuse_strangers
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.models.checkpoints import Checkpoint
 
 
@@ -41,19 +41,21 @@ def merge_models(
         json: Print cosines and overlaps of all pairs and matrices.
 
     Raises:
-        ValueError: A file cannot be read or written, or the models are not of one architecture.
+        ValueError: A file cannot be read or written, the models are not of one architecture, or weights are not
+            finite.
     """
     start, ends = Checkpoint(base), [Checkpoint(path) for path in models]
+    refuse_strangers(start, ends)
+    for file in (start, *ends):
+        file.refuse_infinite(start.shapes)
     tensors = dict(merged(start, ends, method, scale=scale, density=density, seed=seed))
-    save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
     matrices = [name for name, shape in start.shapes.items() if len(shape) > 1 and min(shape) > 1]
     found = list(conflicts(start, ends, matrices))
+    save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
     if page is not None:
         draw(page, {pair: {0: numbers("conflict", rows)} for pair, rows in _by_pair(found, models).items()})
     if json:
-        print_json(
-            {pair: {n: finite(values) for n, values in rows.items()} for pair, rows in _by_pair(found, models).items()}
-        )
+        print_json(_by_pair(found, models))
     else:
         show(_table(found, models))
         show(f"{escape(output)}: {len(tensors)} tensors by {method}")

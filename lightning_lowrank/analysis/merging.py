@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.checkpoints import Checkpoint, is_finite
 
 # Directions whose overlap is measured.
 TOP = 10
@@ -134,6 +134,9 @@ def merged(
     for name in base.shapes:
         start = base.tensor(name)
         changes = changes_of(start, [model.tensor(name) for model in models])
+        if not is_finite(changes):  # a mask of minus infinity
+            yield name, start
+            continue
         yield name, (start.double() + do(changes, factor, share, generator).reshape(start.shape)).to(start.dtype)
 
 
@@ -163,9 +166,10 @@ class Conflict:
     Attributes:
         name: Of the matrix.
         pair: Numbers of the models.
-        cosine: Of the changes as vectors; random ones have 0 with a standard deviation of `1 / sqrt(M N)`.
+        cosine: Of the changes as vectors, NaN where a model did not change; random ones have 0 with a standard
+            deviation of `1 / sqrt(M N)`.
         overlap: Mean squared cosine of the principal angles between their top left, and their top right, singular
-            directions; the mean of both.
+            directions; the mean of both. NaN as the cosine.
         chance: The same of random directions.
     """
 
@@ -192,16 +196,19 @@ def conflicts(
     refuse_strangers(base, models)
     for name in names:
         changes = changes_of(base.tensor(name), [model.tensor(name) for model in models])
+        if not is_finite(changes):
+            continue
         _, rows, columns = changes.shape
         k = min(TOP, rows, columns)
         left, _, right = torch.linalg.svd(changes, full_matrices=False)
         for i, j in combinations(range(len(models)), 2):
             norms = changes[i].norm() * changes[j].norm()
+            moved = bool(norms > 0)
             shared = (left[i, :, :k].T @ left[j, :, :k]).square().sum() + (right[i, :k] @ right[j, :k].T).square().sum()
             yield Conflict(
                 name,
                 (i, j),
-                float((changes[i] * changes[j]).sum() / norms) if norms > 0 else math.nan,
-                float(shared / (2 * k)),
+                float((changes[i] * changes[j]).sum() / norms) if moved else math.nan,
+                float(shared / (2 * k)) if moved else math.nan,
                 (k / rows + k / columns) / 2,
             )

@@ -23,7 +23,7 @@ from lightning_lowrank.analysis.importance import Importance
 from lightning_lowrank.analysis.importance import importance as importance_of
 from lightning_lowrank.analysis.matrices import places
 from lightning_lowrank.analysis.overlaps import Overlap, overlaps
-from lightning_lowrank.analysis.showing import cell, finite, print_json, save, show
+from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.models.tracing import traced
@@ -81,7 +81,7 @@ def connect(
     if json:
         print_json(
             {"places": next(iter(lines.values())).places}
-            | {name: {"values": one.values, "barriers": finite(one.barriers)} for name, one in lines.items()}
+            | {name: {"values": one.values, "barriers": one.barriers} for name, one in lines.items()}
             | ({} if found is None else {"used": found.used, "dropped": found.dropped, "deviation": found.deviation})
         )
     else:

@@ -52,7 +52,7 @@ def overlaps(
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density={density}: above 0 and up to 1")
     for checkpoint in (a, b):
-        _refuse_infinite(checkpoint, found)
+        checkpoint.refuse_infinite((n for place in found.values() for n in place.names), "leave them out by exclude")
     everywhere = [_threshold(c, found, density) if density and scope == "global" else None for c in (a, b)]
     for name, place in found.items():
         one, other = (
@@ -69,13 +69,6 @@ def overlaps(
             (one ^ other).double().mean().item(),
             p + q - 2 * p * q,
         )
-
-
-def _refuse_infinite(checkpoint: Checkpoint, found: Mapping[str, Place]) -> None:
-    """NaN is neither large nor small."""
-    lost = [n for n, place in found.items() if not all(bool(m.isfinite().all()) for _, m in place.matrices(checkpoint))]
-    if lost:
-        raise ValueError(f"{checkpoint.path} has weights that are not finite, in {lost[:5]}: leave them out by exclude")
 
 
 def _threshold(checkpoint: Checkpoint, found: Mapping[str, Place], density: float) -> float:

@@ -1,7 +1,6 @@
 """The tab of TensorBoard as one file that needs no server, and other pages of its charts."""
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 
+from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.tensorboard import answers
 from lightning_lowrank.tensorboard.series import Reader
 
@@ -68,7 +68,7 @@ def page_of(reader: Reader, title: str, samples: int) -> str:
 def called(function: str, known: Any, title: str) -> str:
     """A page that hands a function of our scripts what is known."""
     # A site or a run may have any name: without "<" nothing in it can end the script element.
-    content = json.dumps(known, allow_nan=False).replace("<", "\\u003c")
+    content = as_json(known).replace("<", "\\u003c")
     return PAGE.format(title=html.escape(title), content=content, module=answers.script(), call=function)
 
 

@@ -1,6 +1,5 @@
 """What event files have of us: `report` as a page, `summary` as a table."""
 
-import json as json_
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich
 from rich.markup import escape
 
 from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
 from lightning_lowrank.tensorboard import answers
 from lightning_lowrank.tensorboard.diagnosing.judging import CONSTANT, silent_since
-from lightning_lowrank.tensorboard.series import Reader
+from lightning_lowrank.tensorboard.series import Reader, Table
 
 # What a terminal shows at once.
 LINES, WIDTH = 25, 80
@@ -28,7 +27,7 @@ class Run:
 
     Attributes:
         label: Its name.
-        overhead: Percent by which training took longer.
+        overhead: Percent by which training took longer until its last sample of any monitor.
         alerts: Rule -> 0, 1 or 2, at the latest sample.
         no_number_since: Step from which on every number is NaN, None where there are some.
     """
@@ -116,17 +115,10 @@ def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Ru
         _sample({quantity: table for (kind, quantity), table in tables.items() if kind == "vector"}, end)
         for end in (0, -1)
     )
-    costs = _sample({key[1]: table for key, table in tables.items() if key[0] == "cost"}, -1)
     alerts = _sample({key[1]: table for key, table in tables.items() if key[0] == "alert"}, -1)
-    # Several monitors of one run: what they take adds up.
-    overhead = (
-        math.fsum(cost.get("overhead_percent", math.nan) for cost in costs.values.values())
-        if costs.values
-        else math.nan
-    )
     return Run(
         name,
-        overhead,
+        _overhead([table for (kind, _), table in tables.items() if kind == "cost"]),
         first,
         latest,
         {rule: state for states in alerts.values.values() for rule, state in states.items()},
@@ -134,6 +126,22 @@ def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Ru
             [table for (kind, name), table in tables.items() if kind == "vector" and not name.endswith(CONSTANT)]
         ),
     )
+
+
+def _overhead(costs: Sequence[Table]) -> float:
+    """Percent by which all monitors of a run have made it longer, until the last sample of any.
+
+    What a monitor says at its last sample is of the time until then: of one that has long stopped it is no share of the
+    run. Files of earlier versions have no times; their steps stand for them.
+    """
+    own, longest = 0.0, 0.0
+    for table in costs:
+        last = dict(zip(table.sites, table.values[-1].tolist(), strict=True))
+        so_far = last.get("training_time_ms", float(table.steps[-1] + 1))
+        percent = last.get("overhead_percent", math.nan)
+        own += so_far * percent / (100 + percent)
+        longest = max(longest, so_far)
+    return 100 * own / (longest - own) if longest > own else math.nan
 
 
 def _sample(tables: Mapping[str, Any], end: int) -> Sample:
@@ -146,7 +154,7 @@ def _sample(tables: Mapping[str, Any], end: int) -> Sample:
 
 
 def _print_json(runs: Sequence[Run]) -> None:
-    sys.stdout.write(json_.dumps({run.label: _plain(run) for run in runs}, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(as_json({run.label: _plain(run) for run in runs}, 2) + "\n")
 
 
 def _print_tables(runs: Sequence[Run]) -> None:
@@ -169,13 +177,6 @@ def _escaped(run: Run) -> Run:
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    """Numbers as JSON has them: null where there is none."""
     ends = {"first": run.first or Sample(0, {}), "latest": run.latest or Sample(0, {})}
-    said = {end: {"step": sample.step, "values": _finite(sample.values)} for end, sample in ends.items()}
-    return {"overhead_percent": _finite(run.overhead), "alerts": _finite(run.alerts), **said}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return value if np.isfinite(value) else None
+    said = {end: {"step": sample.step, "values": sample.values} for end, sample in ends.items()}
+    return {"overhead_percent": run.overhead, "alerts": run.alerts, **said}

@@ -1,6 +1,5 @@
 """What commands print and write: tables on a terminal, JSON, safetensors."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_lowrank.analysis.plain_json import as_json
+
 # What a pipe gets is as wide as it needs.
 WIDTH = 140
 
 
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON has them: null where there is none."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
 def print_json(found: Mapping[str, Any]) -> None:
-    """One object, on standard output."""
-    sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    """One object, on standard output; null in the place of numbers that do not exist."""
+    sys.stdout.write(as_json(found, 2) + "\n")
 
 
 def tell(

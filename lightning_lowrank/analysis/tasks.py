@@ -39,7 +39,7 @@ class Task:
         """Weights and buffers of a checkpoint, in the module's names; buffers that it lacks are the module's own.
 
         Raises:
-            ValueError: A parameter is missing, or has another shape.
+            ValueError: A parameter is missing, has another shape, or is not finite.
         """
         own = self.module.state_dict()
         there = {n: next((o for o in (n, *self._tied.get(n, ())) if o in checkpoint.shapes), n) for n in own}
@@ -50,6 +50,7 @@ class Task:
             raise ValueError(
                 f"{checkpoint.path} is not of this network: it lacks {missing[:5]}, and has other shapes of {wrong[:5]}"
             )
+        checkpoint.refuse_infinite(o for o in there.values() if o in checkpoint.shapes)
         return {
             n: checkpoint.tensor(o).to(own[n].dtype) if o in checkpoint.shapes else own[n] for n, o in there.items()
         }

@@ -78,10 +78,10 @@ def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monit
     """Every monitor that needs to be told nothing, for those who do not want to choose: `callbacks=[*watch_all()]`.
 
     All share one budget. What is cheap comes as often as anybody would look, what is dear as seldom as it must. In the
-    warm-up each takes one to three samples, by which its cadence is chosen; after it they make training longer by at
-    most `max_overhead` together. A monitor of which three samples do not fit in beside cheaper ones, by what they took
-    in other trainings, is left out and says so, as one that finds nothing to watch. `RankMonitor` has samples at steps
-    0, 50 and 100 whatever they take.
+    warm-up each takes one to three samples, by which its cadence is chosen, and three where the cadence has no room for
+    more; after it they make training longer by at most `max_overhead` together. A monitor of which three samples do not
+    fit in beside cheaper ones, by what they took in other trainings, is left out and says so, as one that finds nothing
+    to watch. `RankMonitor` has samples at steps 0, 50 and 100 whatever they take.
 
     Args:
         max_overhead: Largest increase of training time by all together, 0.05 for 5 %.

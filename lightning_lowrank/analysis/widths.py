@@ -12,7 +12,7 @@ from lightning_lowrank.analysis.architectures import imported
 from lightning_lowrank.analysis.coordinates import QUANTITIES, Layers, Power, powers, run, task_of
 from lightning_lowrank.analysis.page import called
 from lightning_lowrank.analysis.runs import write
-from lightning_lowrank.analysis.showing import cell, finite, print_json, show
+from lightning_lowrank.analysis.showing import cell, print_json, show
 
 HEADINGS = dict(
     zip(QUANTITIES, ("own", "inherited", "share", "size", "norm of W", "norm of dW", "gradient"), strict=True)
@@ -103,14 +103,13 @@ def table_of(known: Mapping[str, Mapping[str, Power]], title: str) -> Table:
 def _plain(rows: Mapping[str, Power], name: str, found: Mapping[int, Sequence[Layers]]) -> dict[str, object]:
     """Powers with their errors, and means over seeds at each width."""
     return {"verdict": rows["own"].verdict} | {
-        quantity: finite({"power": one.exponent, "error": one.error})
-        | {
-            "means": finite(
-                {
-                    str(width): sum(layers[name][quantity] for layers in several) / len(several)
-                    for width, several in found.items()
-                }
-            )
+        quantity: {
+            "power": one.exponent,
+            "error": one.error,
+            "means": {
+                str(width): sum(layers[name][quantity] for layers in several) / len(several)
+                for width, several in found.items()
+            },
         }
         for quantity, one in rows.items()
     }

@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import median
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.schedules import COLD, Budget, cadence
+from lightning_lowrank.measuring.schedules import COLD, Budget, Spent, cadence
 
 # Fewer samples are no curve: a monitor that could not have so many is left out.
 FEWEST = 3
@@ -110,11 +110,14 @@ class Allowance(Budget):
 
     Attributes:
         is_idle: There is nothing to watch in this model.
+        trials: Steps of the samples of the warm-up: those that were wished, and as many more, as far apart, as make
+            three where the cadence leaves no room for them.
     """
 
     def __init__(self, purse: Purse, wish: Wish) -> None:
         self.purse, self.wish, self.is_idle = purse, wish, False
         self.spacing = wish.least
+        self._total_steps: int | None = None
         super().__init__(purse.share)
 
     @property
@@ -124,7 +127,13 @@ class Allowance(Budget):
 
     def plan(self, total_steps: int | None) -> None:
         """Training starts."""
+        self._total_steps = total_steps
         self.purse.share_out(total_steps)
+
+    def begin(self) -> None:
+        """Training begins, or goes on in another process."""
+        super().begin()
+        self.trials = self.wish.trials
 
     def __call__(self, step: int) -> bool:
         """Whether this step is due."""
@@ -132,13 +141,13 @@ class Allowance(Budget):
             return False
         if self.every is not None:
             return super().__call__(step)
-        return step - (self._begun.step if self._begun else 0) in self.wish.trials
+        return step - (self._begun.step if self._begun else 0) in self.trials
 
     def count(self, total_steps: int) -> int | None:
         """Samples in a run of so many steps, as far as they are known."""
         if self.every is not None or self.is_left_out:
             return super().count(total_steps) if self.every is not None else 0
-        return sum(step < total_steps for step in self.wish.trials) if total_steps <= self._end else None
+        return sum(step < total_steps for step in self.trials) if total_steps <= self._end else None
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
         """Take note of the seconds spent before a step begins, unless it is left out; from then on half as often, where
@@ -169,17 +178,35 @@ class Allowance(Budget):
 
     @property
     def _end(self) -> int:
-        return max(COLD, *self.wish.trials) + SETTLING
+        return max(COLD, *self.trials) + SETTLING
+
+    def _warm_up(self, now: Spent, team: Team) -> bool:
+        seen = self._seen
+        chosen = super()._warm_up(now, team)
+        more = self._missing_trial() if chosen else None
+        if more is None:
+            return chosen
+        self.trials, self.every, self._mark, self._seen = (*self.trials, more), None, None, seen
+        return False
+
+    def _missing_trial(self) -> int | None:
+        """One more, as far from the last as that from the one before, where the run would have fewer than three."""
+        assert self._begun is not None
+        if self._total_steps is None or len(self.trials) + (super().count(self._total_steps) or 0) >= FEWEST:
+            return None
+        *_, before, last = 0, *self.trials
+        more = min(2 * last - before, self._total_steps - 1 - self._begun.step)
+        return more if more > self._decided - self._begun.step else None
 
     def _wanted(self) -> int:
         """The cadence by what trials took, save the first, which pays for what is made once."""
         start = self._begun.step if self._begun else 0
-        measured = self.wish.trials[1:] or self.wish.trials
+        measured = self.trials[1:] or self.trials
         parts = [(a.step - start, b.own - a.own, b.total - a.total - b.own + a.own) for a, b in pairwise(self._seen)]
         if not parts:
             return self.spacing
         self.step = median(rest for _, _, rest in parts)
-        idle = median([own for age, own, _ in parts if age not in self.wish.trials] or [0.0])
+        idle = median([own for age, own, _ in parts if age not in self.trials] or [0.0])
         # On a device what a sample took may be known steps later.
         since = [own for age, own, _ in parts if age >= measured[0]]
         self.sample = (sum(since) - idle * (len(since) - len(measured))) / len(measured)

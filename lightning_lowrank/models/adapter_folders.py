@@ -15,6 +15,8 @@ from jaxtyping import Num
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_lowrank.models.checkpoints import refuse_infinite
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<path>.*)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(?:\.weight)?")
@@ -76,7 +78,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     """Read a folder that peft, or `write_adapter`, has written.
 
     Raises:
-        ValueError: It is no folder of a LoRA adapter.
+        ValueError: It is no folder of a LoRA adapter, or a tensor is not finite.
     """
     folder = Path(folder)
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
@@ -88,7 +90,9 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         )
     found: dict[str, dict[str, Any]] = {}
     whole = {}
-    for key, tensor in load_file(folder / WEIGHTS).items():
+    tensors = load_file(folder / WEIGHTS)
+    refuse_infinite(folder, tensors.items())
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = KEY.fullmatch(name)
         if match is None:

@@ -1,7 +1,8 @@
 """Checkpoints on disk: names and shapes at once, tensors one at a time, as a module without values."""
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ class Checkpoint:
             raise ValueError(f"{self.path} has no tensor {name!r}; it has {_some(self.shapes)}")
         return self._reads[name]()
 
+    def refuse_infinite(self, names: Iterable[str] | None = None, advice: str = "") -> None:
+        """Refuse weights that are NaN or infinite; masks, of zeros and minus infinity alone, are none.
+
+        Cost: each tensor is read once.
+
+        Args:
+            names: Of tensors, all unless given.
+            advice: What works instead.
+
+        Raises:
+            ValueError: With the file and the tensors.
+        """
+        refuse_infinite(
+            self.path, ((name, self.tensor(name)) for name in (self.shapes if names is None else names)), advice
+        )
+
     def skeleton(self) -> nn.Module:
         """Modules and parameters of these names and shapes, without values (on the "meta" device)."""
         root = nn.Module()
@@ -99,6 +116,25 @@ class Checkpoint:
             raise ValueError(f"{file} lacks {_some(missing)}, which the index says it has: load the file again")
         for name, (read, shape) in found.items():
             self._reads[name], self.shapes[name] = read, shape
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: what is not spoils the sum. Types of 8 bits know no `isfinite`."""
+    return bool(tensor.sum(dtype=torch.float64).isfinite())
+
+
+def refuse_infinite(path: str | Path, tensors: Iterable[tuple[str, Tensor]], advice: str = "") -> None:
+    """Refuse tensors of a file that are NaN or infinite, save masks.
+
+    Raises:
+        ValueError: With their names.
+    """
+    if lost := [name for name, tensor in tensors if not is_finite(tensor) and not _is_mask(tensor)]:
+        raise ValueError(f"{path} has weights that are not finite, in {_some(lost)}{advice and ': '}{advice}")
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == -math.inf)).all())
 
 
 class _Held:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lowrank.models.axes import is_transposed
 from lightning_lowrank.models.unit_groups import Binding, Group
-from lightning_lowrank.models.units import ALL_THREE, PROJECTION, Units, heads_of, linear_layers, neurons_of
+from lightning_lowrank.models.units import Units, heads_of, is_projection, linear_layers, neurons_of
 
 Places = list[tuple[str, int, int]]
 
@@ -40,15 +40,10 @@ def _before(name: str, layers: Mapping[str, nn.Module]) -> list[str]:
     while "." in parent:
         parent = parent.rpartition(".")[0]
         inside = [other for other in layers if other.startswith(f"{parent}.") and other != name]
-        found = [other for other in inside if _is_projection(other)]
+        found = [other for other in inside if is_projection(other)]
         if found:
             return found
     return []
-
-
-def _is_projection(name: str) -> bool:
-    local = name.rpartition(".")[2]
-    return bool(PROJECTION.fullmatch(local) or ALL_THREE.fullmatch(local))
 
 
 def _giving(name: str, layers: Mapping[str, nn.Module], read: Mapping[str, list[str]]) -> list[str]:

@@ -34,6 +34,12 @@ DOWN = re.compile(
 )
 
 
+def is_projection(name: str) -> bool:
+    """Whether queries, keys or values come out of a layer, by the last part of its name."""
+    local = name.rpartition(".")[2]
+    return bool(PROJECTION.fullmatch(local) or ALL_THREE.fullmatch(local))
+
+
 @dataclass(frozen=True, eq=False)
 class Units:
     """One or several units, and the parameters that they have a share of.

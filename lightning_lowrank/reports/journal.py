@@ -332,6 +332,7 @@ class Journal:
         """Our own cost and failure counts, by name."""
         numbers = {
             "time_ms": 1000 * self.clock.take_sample(),
+            "training_time_ms": 1000 * self.clock.total,
             "overhead_percent": self.clock.percent,
             "failures": float(self.failures),
             "skipped_steps": float(self.skipped),

@@ -142,6 +142,7 @@ function markdownTable(text) {
 const COSTS = {
   overhead_percent: ["Increase of the training time so far", "%"],
   time_ms: ["Time of each sample", "ms"],
+  training_time_ms: ["Time of the training so far", "ms"],
   failures: ["Failed measurements", "in all"],
   skipped_steps: ["Due samples that were skipped with their step", "in all"],
   solver_calls: ["Calls of eigensolvers", "per sample"],

@@ -224,3 +224,33 @@ def test_bad_input_is_refused_in_words(
 
     with pytest.raises(SystemExit, match=why):
         main([dict(zip("AB", two, strict=True)).get(word, word) for word in words])
+
+
+def test_another_architecture_is_named_and_no_change_is_not(two: tuple[str, str], tmp_path: Path) -> None:
+    wider = {n: torch.ones([size + 1 for size in t.shape]) for n, t in mlp(16).state_dict().items()}
+    torch.save(wider, tmp_path / "other.pt")
+    words = ["-o", str(tmp_path / "lora")]
+
+    with pytest.raises(SystemExit, match=r"other\.pt is not of the architecture of .*'0\.weight': \(17, 65\)"):
+        main(["extract-lora", two[0], str(tmp_path / "other.pt"), *words])
+    with pytest.raises(SystemExit, match=r"no weight of .* changed"):
+        main(["extract-lora", two[0], two[0], *words])
+
+
+def test_a_weight_of_another_shape_is_told_to_be_left_out(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.load(two[1], weights_only=True) | {"4.weight": torch.ones(12, 16)}, tmp_path / "wider.pt")
+
+    main(["extract-lora", two[0], str(tmp_path / "wider.pt"), "-o", str(tmp_path / "lora"), "--json"])
+
+    assert json.loads(capsys.readouterr().out)["left_out"] == ["4.weight"]
+
+
+def test_the_beginning_of_an_option_is_none(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["extract-lora", *two, "--rank", "ranks.json", "-o", str(tmp_path / "lora")])
+
+    assert "--rank " in capsys.readouterr().err

@@ -168,6 +168,24 @@ def test_importance_is_the_gradient_by_a_gate(
     assert "neuron_importance_largest" in (tmp_path / "units.html").read_text()
 
 
+def overflowing() -> Any:
+    """A measure that some network breaks."""
+    module, data, _ = task()
+    return module, data, lambda module, batch: {"loss": module(batch[0]).sum() * torch.inf}
+
+
+@pytest.mark.parametrize("command", ["connect A B", "importance A"])
+def test_a_number_that_does_not_exist_is_null(
+    command: str, two: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [{"A": two[0], "B": two[1]}.get(word, word) for word in command.split()]
+
+    main([*given, f"{__name__}:overflowing", "--json"])
+
+    told = capsys.readouterr().out
+    assert "null" in told and "NaN" not in told and json.loads(told)
+
+
 REFUSED = {
     ("connect", "A", "B", "nothing"): "give module:function",
     ("connect", "A", "B", f"{__name__}:another"): r"gave a Sequential; what is expected is \(module, data, measure\)",

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_lowrank import RankMonitor
+from lightning_lowrank import LossMonitor, Monitor, Probe, RankMonitor, Weights
 from lightning_lowrank.analysis.cli import main
 from tests.tab import forge, train, write, written
+from tests.trainings import QUIET, Classifier
 
 SCRIPT = "</script><script>owned=1</script>"
 
@@ -45,6 +48,23 @@ def test_the_numbers_are_those_of_the_event_file(run: Path, capsys: pytest.Captu
                 np.float32(list(values.values())), vectors[f"lowrank_vector/{quantity}"][step]
             )
     assert set(told["alerts"].values()) == {0.0} and told["overhead_percent"] > 0
+
+
+def test_what_a_monitor_took_that_has_long_stopped_is_no_share_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = Monitor([Probe("weight", Weights(), ("effective_rank",), lambda step: step < 10)], name="early")
+    late = LossMonitor(every_n_steps=20)
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    L.Trainer(**QUIET, logger=logger, callbacks=[early, late], max_steps=301).fit(Classifier())
+    main(["summary", str(tmp_path / "run"), "--json"])
+
+    told = json.loads(capsys.readouterr().out)["."]["overhead_percent"]
+    vectors, known = written(tmp_path / "run")
+    costs = [(known[tag]["sites"], list(rows.values())[-1]) for tag, rows in vectors.items() if "_cost/" in tag]
+    own, total = sum(one.watch.journal.clock.own for one in (early, late)), late.watch.journal.clock.total
+    assert told == pytest.approx(100 * own / (total - own), rel=0.3)
+    assert len(costs) == 2 and told < 0.5 * sum(row[sites.index("overhead_percent")] for sites, row in costs)
 
 
 def test_the_table_has_the_medians_of_all_quantities(

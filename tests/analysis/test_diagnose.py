@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
+import lightning_lowrank
 from benchmarks.diagnose import REPORT, judged
 from benchmarks.diagnoses.reading import tables
-from lightning_lowrank import DormantUnitsMonitor, RankMonitor
+from lightning_lowrank import DormantUnitsMonitor, LossMonitor, RankMonitor
 from lightning_lowrank.analysis.cli import main
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from lightning_lowrank.tensorboard.diagnosing.judging import SEVERITIES, Finding, diagnose
+from lightning_lowrank.tensorboard.diagnosing.reading import loss_of
 from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 from lightning_lowrank.tensorboard.series import Table
 from tests.tab import train, write
@@ -182,6 +185,47 @@ def test_the_loss_that_the_user_logged_is_judged(tmp_path: Path, capsys: pytest.
     main(["diagnose", str(tmp_path / "run")])
 
     assert "loss-rises" not in capsys.readouterr().out
+
+
+class Exploding(Classifier):
+    """A loss that jumps after the first step."""
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = cross_entropy(self(batch[0]), batch[1]) * (1.0 if self.global_step == 0 else 300.0)
+        self.log("train_loss", loss)
+        return loss
+
+
+def test_a_loss_that_explodes_before_anything_is_logged_rises_from_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seldom = LossMonitor(every_n_steps=10)
+    train(tmp_path / "run", seldom, Exploding(), log_every_n_steps=2)
+
+    main(["diagnose", str(tmp_path / "run")])
+
+    assert "critical loss-rises: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scale", "since"), [(1.0, 0), (1000.0, 5)])
+def test_a_loss_of_another_scale_is_not_begun_by_ours(scale: float, since: int) -> None:
+    own = Table(np.array([0, 40]), ["a"], np.array([[2.0], [3.0]], np.float32))
+    logged = Table(np.arange(5, 60, 10), ["b"], np.full((6, 1), 3.0 * scale, np.float32))
+
+    found = loss_of(own, logged)
+
+    assert found is not None and found.steps[0] == since and len(found.steps) == 6 + (since == 0)
+    assert loss_of(logged, own) is logged and loss_of(None, own) is own and loss_of(own, None) is own
+
+
+def test_what_was_not_asked_names_the_monitor_that_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", RankMonitor(every_n_steps=4))
+
+    main(["diagnose", str(tmp_path / "run")])
+
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "edge-of-stability (CurvatureMonitor)" in last and "(watch_all() measures it)" not in last
+    assert all(hasattr(lightning_lowrank, rule.monitor.partition("(")[0]) for rule in RULES)
 
 
 def test_a_run_of_nan_is_told_first_with_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

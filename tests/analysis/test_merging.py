@@ -119,6 +119,16 @@ def test_conflicts_are_told_from_chance(tmp_path: Path) -> None:
     assert found[0, 3].overlap == pytest.approx(found[0, 3].chance, abs=0.1)
 
 
+def test_models_that_did_not_change_have_no_overlap(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = {"w": torch.randn(40, 60)}
+    models = [saved(one, tmp_path / f"{i}.pt") for i, one in enumerate([base, base, {"w": torch.randn(40, 60)}])]
+
+    found = list(conflicts(saved(base, tmp_path / "base.pt"), models, ["w"]))
+
+    assert all(np.isnan(one.overlap) and np.isnan(one.cosine) for one in found) and len(found) == 3
+
+
 def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
     base, models, _ = three(tmp_path)
     other = saved({"w": torch.ones(6, 8), "x": torch.ones(2)}, tmp_path / "other.pt")

@@ -48,6 +48,13 @@ def test_ranks_have_three_samples_in_200_steps_and_who_is_left_out_says_what_it_
     assert not logger.tags() & {"ntk/velocity"}
 
 
+def test_each_that_is_not_left_out_has_three_samples() -> None:
+    _, logger = watched(watch_all(), 300)
+
+    numbers = {tag: len(logger.curve(tag)) for tag in logger.tags() if tag.endswith("_overhead_percent")}
+    assert len(numbers) >= 5 and min(numbers.values()) >= 3, numbers
+
+
 def test_a_training_is_the_same_with_all_of_them() -> None:
     with_all, _ = watched(watch_all(), 60)
     without, _ = watched([], 60)

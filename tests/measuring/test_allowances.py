@@ -1,6 +1,7 @@
 """A budget that several monitors share."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -63,6 +64,21 @@ def test_the_share_is_kept_after_the_warm_up_by_what_samples_really_take(sample_
 
     assert due[:2] == [0, 40] and share <= allowance.share <= 0.05
     assert len(due) > 2 and allowance.every is not None and allowance.every >= 50
+
+
+@pytest.mark.parametrize("trials", [(0, 40), (20,), (26, 106)])
+@pytest.mark.parametrize("num_steps", [130, 600])
+def test_where_samples_are_dearer_than_was_thought_three_come_in_the_warm_up(
+    trials: tuple[int, ...], num_steps: int
+) -> None:
+    allowance = Purse(0.05).allowance(wish(0.5, 50, *trials))
+    allowance.plan(num_steps)
+
+    due, share = spent(allowance, 0.01, 0.5, num_steps)
+
+    assert len(due) == 3 and due[: len(trials)] == list(trials)
+    assert num_steps == 130 or share == 0
+    assert num_steps == 130 or len({b - a for a, b in pairwise([0] * (len(trials) < 2) + due)}) == 1
 
 
 def test_samples_that_become_dearer_become_fewer() -> None:

@@ -121,28 +121,17 @@ def _json(
     found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], dropped: Sequence[int], warnings: Sequence[str]
 ) -> Any:
     size = len(checkpoints)
-    return plain(
-        {
-            "models": list(checkpoints),
-            "num_models": size,
-            "k": list(ks),
-            "dropped_k": list(dropped),
-            "warnings": list(warnings),
-            "whole": found.whole,
-            "layers": found.layers,
-            "cosines": cosines(found.gram[:size, :size]).tolist(),
-            "clusters": [list(join) for join in found.clusters],
-        }
-    )
-
-
-def plain(value: Any) -> Any:
-    """Numbers that do not exist as None, in whatever holds them."""
-    if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+    return {
+        "models": list(checkpoints),
+        "num_models": size,
+        "k": list(ks),
+        "dropped_k": list(dropped),
+        "warnings": list(warnings),
+        "whole": found.whole,
+        "layers": found.layers,
+        "cosines": cosines(found.gram[:size, :size]).tolist(),
+        "clusters": [list(join) for join in found.clusters],
+    }
 
 
 def _tell(found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], warnings: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.analysis.showing import print_json
-from lightning_lowrank.analysis.subspaces.command import plain
 from lightning_lowrank.analysis.subspaces.models import Models
 from lightning_lowrank.analysis.subspaces.states import Located, located, show_rows, worth
 from lightning_lowrank.analysis.subspaces.writer import Writer
@@ -65,7 +64,7 @@ def subspace_extend(
     size = len(rows)
     rows |= {path: _held(place, after, found, i, path, data, size + i) for i, path in enumerate(models)}
     if json:
-        print_json(plain({"k": count, "num_models": size + len(models), "from_files": there, "models": rows}))
+        print_json({"k": count, "num_models": size + len(models), "from_files": there, "models": rows})
         return
     how = "" if there else "; the old ones, whose files are gone, from their coefficients"
     show_rows(f"part of the energy that {basis} and {output} hold{how}", rows)

@@ -42,7 +42,7 @@ class Located:
         """Models on disk, as the basis takes them.
 
         Raises:
-            ValueError: One is of another architecture.
+            ValueError: One is of another architecture, or not finite.
         """
         bases = [None if is_adapter(Path(path)) else self.base_path for path in paths]
         shapes = shapes_of(paths[0])
@@ -52,7 +52,9 @@ class Located:
                 f"{self.basis.path} is not a basis of models such as {paths[0]}, which lack, or have in other shapes, "
                 f"{first(list(wrong.items()), 4)}"
             )
-        return models_of(paths, bases, [f"re:^{re.escape(name)}$" for name in self.basis.shapes])
+        found = models_of(paths, bases, [f"re:^{re.escape(name)}$" for name in self.basis.shapes])
+        found.refuse_infinite()
+        return found
 
     def state(self, coefficients: Coefficients, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the model that has these coefficients; those that are not in the basis are the base's."""
@@ -85,7 +87,7 @@ def located(basis: str, base: str | None) -> Located:
         base: Instead of the one that the basis names.
 
     Raises:
-        ValueError: A file cannot be read, or the base is of another architecture.
+        ValueError: A file cannot be read, or the base is of another architecture or not finite.
     """
     found = Basis(basis)
     if not found.is_of_updates:
@@ -98,6 +100,7 @@ def located(basis: str, base: str | None) -> Located:
     if not Path(path).exists():
         raise ValueError(f"{basis} is of updates from {path}, which is not there: give it as --base")
     start = Checkpoint(path)
+    start.refuse_infinite()
     wrong = {n: tuple(start.shapes.get(n, ())) for n, shape in found.shapes.items() if start.shapes.get(n) != shape}
     if wrong:
         raise ValueError(f"{path} is of another architecture than {basis}: {first(list(wrong.items()), 4)}")

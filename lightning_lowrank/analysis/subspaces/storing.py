@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
-from lightning_lowrank.analysis.subspaces.command import plain
 from lightning_lowrank.analysis.subspaces.models import Models, size_on_disk
 from lightning_lowrank.analysis.subspaces.states import (
     Coefficients,
@@ -53,7 +52,7 @@ def subspace_project(
             path: row | {"coefficients": {name: c[i].tolist() for name, c in coefficients.items()}}
             for i, (path, row) in enumerate(rows.items())
         }
-        print_json(plain({"k": count, "models": told}))
+        print_json({"k": count, "models": told})
     else:
         show_rows(f"part of the energy that {basis} holds, k={count}", rows)
 
@@ -115,7 +114,7 @@ def subspace_compress(
                 f"{key}, {when}": v for when, of in (("whole", before), ("rebuilt", after)) for key, v in of.items()
             }
     if json:
-        print_json(plain({"k": count, "bytes": sizes, "models": rows}))
+        print_json({"k": count, "bytes": sizes, "models": rows})
         return
     show_rows(f"part of the energy that {basis} holds, k={count}", rows)
     show(
@@ -221,7 +220,7 @@ def subspace_merge(
         for key, weights in (("mean", nothing), ("coefficients", means)):
             numbers[f"measured_{key}"] = worth(task, iter(_state(place, weights, 0, count).items()), "")
     if json:
-        print_json(plain(numbers))
+        print_json(numbers)
         return
     same = "they are the same merge" if moved < 1e-6 else f"they differ by {moved:.3g}"
     show(f"{escape(output)}: {len(known)} models by the {of}; the merge of the mean and that of coefficients: {same}")

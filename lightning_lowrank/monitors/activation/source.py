@@ -29,6 +29,7 @@ from lightning_lowrank.models.blocks import blocks
 from lightning_lowrank.models.names import fitting, tags
 from lightning_lowrank.models.sites import Site
 from lightning_lowrank.models.training import Training
+from lightning_lowrank.models.units import is_projection
 from lightning_lowrank.monitors.activation.streams import Flow, Streams
 
 CORE = ("activation_rms", "activation_growth", "activation_massive_ratio", "activation_gradient_gain")
@@ -84,7 +85,7 @@ class Activations(NumberSource):
             f"{name}.{local}": name
             for name in chosen
             for local, part in layers[name].named_children()
-            if _may_write(layers[name], part) and f"{name}.{local}" not in chosen
+            if _may_write(layers[name], local, part) and f"{name}.{local}" not in chosen
         }
         self._streams.plan(training.module, chosen, branches)
         self._lists = {tag: name.rpartition(".")[0] for name, tag in chosen.items()}
@@ -203,9 +204,13 @@ def _matrices(whole: Gathered) -> Iterator[tuple[str, Tensor]]:
     yield from zip(whole.labels, value.reshape(-1, *value.shape[-2:]).to(working_dtype(value.device)), strict=True)
 
 
-def _may_write(block: nn.Module, part: nn.Module) -> bool:
-    """Whether a part of a block may add to the stream: one with matrices, where parts do not feed one another."""
-    return not isinstance(block, nn.Sequential) and any(parameter.ndim > 1 for parameter in part.parameters())
+def _may_write(block: nn.Module, local: str, part: nn.Module) -> bool:
+    """Whether a part of a block may add to the stream: one with matrices, where parts do not feed one another. Queries,
+    keys and values that lie in the block itself go into its attention.
+    """
+    if isinstance(block, nn.Sequential) or (is_projection(local) and not any(part.children())):
+        return False
+    return any(parameter.ndim > 1 for parameter in part.parameters())
 
 
 def _rms(energy: Tensor, count: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class Rule:
         cause: What usually causes it.
         advice: What to try.
         page: Where it is explained.
+        monitor: Who measures what it looks at.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Rule:
     cause: str
     advice: str
     page: str
+    monitor: str = "RankMonitor"
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,6 @@ FEW = Rule(
     "",
     "two numbers are no curve",
     "a run shorter than a few cadences",
-    "a smaller every_n_steps, or max_overhead=0.05",
+    "a smaller every_n_steps, a larger max_overhead (watch_all(0.1)), or a longer run",
     f"{DOCS}#too-few-samples",
 )

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning_lowrank.tensorboard.diagnosing.judging import LOSS, Finding, diagnose, judge
+import numpy as np
+
+from lightning_lowrank.tensorboard.diagnosing.judging import LASTING, LOSS, Finding, diagnose, judge
 from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 from lightning_lowrank.tensorboard.series import Reader, Table
 
@@ -24,9 +26,9 @@ class RunCurves(Mapping[str, Table]):
         self._reader, self._run = reader, run
         self._parts = {name: parts for (kind, name), parts in series.items() if kind == "vector"}
         self._read: dict[str, Table] = {}
-        if not any(name.endswith(LOSS) for name in self._parts):
-            loss = reader.scalar(run, LOSSES)
-            self._read |= {} if loss is None else {LOSS: loss}
+        own = min((name for name in self._parts if name.endswith(LOSS)), key=len, default=LOSS)
+        loss = loss_of(self[own] if own in self._parts else None, reader.scalar(run, LOSSES))
+        self._read |= {} if loss is None else {own: loss}
 
     def __getitem__(self, name: str) -> Table:
         if name not in self._read:
@@ -40,8 +42,39 @@ class RunCurves(Mapping[str, Table]):
         return len({**self._parts, **self._read})
 
 
+def loss_of(own: Table | None, logged: Table | None) -> Table | None:
+    """The loss of a run: what `LossMonitor` wrote, or what the user logged where that has more samples.
+
+    Loggers begin late, and a loss that explodes at once has no start there: samples of `LossMonitor` before the first
+    one that was logged go ahead, if both are the same loss.
+    """
+    if own is None or logged is None or len(own.steps) >= len(logged.steps):
+        return logged if own is None else own
+    if not _are_one(own, logged):
+        return own if len(own.steps) >= LASTING else logged
+    early = own.steps < logged.steps[0]
+    steps, values = ((one[early], two) for one, two in ((own.steps, logged.steps), (own.values, logged.values)))
+    return Table(np.concatenate([*steps]), logged.sites, np.concatenate([*values]))
+
+
+def _are_one(own: Table, logged: Table) -> bool:
+    """Whether two curves are within a factor of 2, in the median of the steps that both have been at."""
+    common = (own.steps >= logged.steps[0]) & (own.steps <= logged.steps[-1])
+    if not common.any():
+        return False
+    beside = np.interp(own.steps[common], logged.steps, logged.values[:, 0])
+    with np.errstate(all="ignore"):
+        return bool(0.5 < np.median(own.values[common, 0] / beside) < 2)
+
+
 def findings_of(reader: Reader, run: str, series: Mapping[tuple[str, str], Any]) -> tuple[list[Finding], list[str]]:
-    """What the rules say of a run, and the names of those that have nothing to look at."""
+    """What the rules say of a run, and the names of those that have nothing to look at,
+    with who measures it.
+    """
     curves = RunCurves(reader, run, series)
-    idle = [rule.name for rule in RULES if any(judge(condition, curves) is None for condition in rule.conditions)]
+    idle = [
+        f"{rule.name} ({rule.monitor})"
+        for rule in RULES
+        if any(judge(condition, curves) is None for condition in rule.conditions)
+    ]
     return diagnose(curves, RULES), idle

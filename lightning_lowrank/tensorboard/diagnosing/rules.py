@@ -16,6 +16,7 @@ RULES = (
         "attention logits that grow without bound",
         "normalised queries and keys (QK-norm), a smaller learning rate, weight decay on their weights",
         f"{DOCS}#attention-collapse",
+        "AttentionMonitor",
     ),
     Rule(
         "weights-outgrow",
@@ -47,6 +48,7 @@ RULES = (
         "a router that has collapsed on a few experts",
         "a load-balancing loss, noise in the router, the router's bias",
         f"{DOCS}#idle-experts",
+        "RouterMonitor",
     ),
     Rule(
         "dead-units",
@@ -57,6 +59,7 @@ RULES = (
         "a learning rate too high, a large negative bias, or inputs that are not normalised",
         "a smaller learning rate, biases that start at 0, leaky activations, normalisation before them",
         f"{DOCS}#dead-units",
+        "DormantUnitsMonitor",
     ),
     Rule(
         "feature-collapse",
@@ -70,6 +73,7 @@ RULES = (
         "outputs that no longer tell inputs apart: a loss that a constant satisfies, dead units, no normalisation",
         "stop-gradient or a variance term (self-supervised), normalisation, a smaller learning rate",
         f"{DOCS}#feature-collapse",
+        'RankMonitor(["features"])',
     ),
     Rule(
         "weight-collapse",
@@ -100,6 +104,7 @@ RULES = (
         "labels or data that have changed, or a learning rate that is too high",
         "the batches since then, and the schedule of the learning rate",
         f"{DOCS}#loss-rises",
+        "LossMonitor",
     ),
     Rule(
         "label-noise",
@@ -113,6 +118,7 @@ RULES = (
         "labels that contradict each other, or a batch that is too small for this task",
         "a look at the examples with the largest loss; a larger batch",
         f"{DOCS}#label-noise",
+        "NoiseScaleMonitor",
     ),
     Rule(
         "no-gradient",
@@ -136,6 +142,7 @@ RULES = (
         "inputs that are not centred, or one feature far larger than all others",
         "centred or normalised inputs of this layer",
         f"{DOCS}#one-direction",
+        "GradientAnatomyMonitor",
     ),
     Rule(
         "edge-of-stability",
@@ -146,6 +153,7 @@ RULES = (
         "a learning rate as high as this loss allows",
         "nothing while the loss falls; a smaller learning rate or warm-up if it spikes",
         f"{DOCS}#edge-of-stability",
+        "CurvatureMonitor",
     ),
     Rule(
         "lazy-training",
@@ -156,5 +164,6 @@ RULES = (
         "a wide network or a large scale of its outputs, or a learning rate that is too small",
         "a smaller initial scale of the outputs, or a larger learning rate",
         f"{DOCS}#lazy-training",
+        "NTKMonitor",
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowrank import ActivationMonitor, Monitor
@@ -194,6 +194,30 @@ def test_branches_that_are_not_what_is_added_are_told_by_the_defect() -> None:
     assert monitor.first is not None
     defects = monitor.first.values["activation_write_defect"]
     assert defects["net.blocks.0"] > 0.5 and np.nanmin(list(defects.values())) > 0.05
+
+
+class Attending(Block):
+    """Queries, keys and values in the block itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)[:, None]
+        mixed = scaled_dot_product_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y))[:, 0]
+        x = x + self.mix(mixed)
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def test_queries_keys_and_values_in_the_block_itself_are_no_branches() -> None:
+    monitor = ActivationMonitor()
+    watched(InOrder(0, 1, Residual(Attending)), monitor)
+
+    assert monitor.first is not None
+    assert max(monitor.first.values["activation_write_defect"].values()) < 1e-3
+    branches = {site for site, ratio in monitor.first.values["activation_branch_ratio"].items() if ratio == ratio}
+    assert branches == {f"net.blocks.{i}.{part}" for i in range(DEPTH) for part in ("mix", "down")}
 
 
 def test_chance_is_what_random_weights_have() -> None:

@@ -1,0 +1,92 @@
+"""Weights that are NaN or infinite: each command that would compute with them names the file and writes nothing."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from lightning_lowrank.analysis.cli import main
+from tests.trainings import digits, mlp
+
+DATA = f"{__name__}:task"
+
+
+def task() -> Any:
+    """A network with its data."""
+    return mlp(16), {"test": [digits(64).tensors]}, lambda net, batch: {"loss": cross_entropy(net(batch[0]), batch[1])}
+
+
+COMMANDS = {
+    "merge-models": "merge-models 1.pt BAD --base 0.pt -o out",
+    "merge-models, base": "merge-models 1.pt 2.pt --base BAD -o out",
+    "merge": "merge lora BAD -o out",
+    "merge, adapter": "merge broken 0.pt -o out",
+    "extract-lora": "extract-lora 0.pt BAD -o out",
+    "advise-ranks": "advise-ranks 0.pt BAD --budget 1000 -o out",
+    "masks": "masks 0.pt BAD --density 0.2",
+    "connect": f"connect 0.pt BAD {DATA}",
+    "importance": f"importance BAD {DATA}",
+    "flat-directions": f"flat-directions BAD {DATA}",
+    "subspace fit": "subspace fit 1.pt 2.pt BAD --base 0.pt -o out",
+    "subspace project": "subspace project basis BAD",
+    "subspace compress": "subspace compress basis BAD -o out",
+    "subspace extend": "subspace extend basis BAD -o out",
+    "subspace merge": "subspace merge basis --base BAD -o out",
+    "subspace reconstruct": "subspace reconstruct basis --base BAD -o out",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks, a basis and an adapter of them, and what is broken."""
+    folder = tmp_path_factory.mktemp("nets")
+    torch.manual_seed(0)
+    states = [mlp(16).state_dict() for _ in range(4)]
+    for i, state in enumerate(states):
+        torch.save(state, folder / f"{i}.pt")
+    for name, value in (("nan", torch.nan), ("inf", torch.inf)):
+        broken = states[3]["2.weight"].clone()
+        broken[0, 0] = value
+        torch.save(states[3] | {"2.weight": broken}, folder / f"{name}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["subspace", "fit", "1.pt", "2.pt", "3.pt", "--base", "0.pt", "-o", "basis"])
+        for name in ("lora", "broken"):
+            main(["extract-lora", "0.pt", "1.pt", "-o", name])
+    file = folder / "broken" / "adapter_model.safetensors"
+    save_file({key: tensor / 0 if "2.lora_A" in key else tensor for key, tensor in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_and_a_tensor_are_named_and_nothing_is_written(
+    command: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    there = "broken" if "broken" in COMMANDS[command] else f"{value}.pt"
+
+    with pytest.raises(SystemExit) as refused:
+        main(COMMANDS[command].replace("BAD", there).split())
+
+    assert re.search(rf"(?s)(?=.*{re.escape(there)})(?=.*2\.(weight|lora_A)).*not finite", str(refused.value))
+    assert not (folder / "out").exists()
+
+
+def test_a_mask_of_minus_infinity_is_no_weight_and_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    for name in "012":
+        torch.save({"mask": mask, **torch.load(f"{name}.pt", weights_only=True)}, f"masked{name}.pt")
+
+    main(["merge-models", "masked1.pt", "masked2.pt", "--base", "masked0.pt", "-o", "merged.safetensors"])
+
+    merged = load_file("merged.safetensors")
+    assert torch.equal(merged["mask"], mask)
+    both = [torch.load(f"{name}.pt", weights_only=True)["0.weight"] for name in "12"]
+    assert_close(merged["0.weight"], (both[0] + both[1]) / 2)
