@@ -12,7 +12,7 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 class AttentionMonitor(Monitor):
     """How each step changes what the heads of attention compare, and how they attend.
 
-    A head compares queries with keys by `x' Wq' Wk x`. One step adds `dWq' Wk + Wq' dWk` to that product, and
+    A head compares queries with keys by `x' Wq' Wk y`. One step adds `dWq' Wk + Wq' dWk` to that product, and
     `dWq' dWk` to second order. Few directions in these say that the step serves few comparisons. Read them against the
     run's own healthy past and beside what random matrices of that shape give. From calls of attention, on a drawn
     sample of queries: the largest score, the entropy of the shares, and the share of the first key, the usual sink.
