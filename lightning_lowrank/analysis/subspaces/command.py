@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def subspace_fit(
         k: How many components, as 1,2,4; 1,2,4,8,16 unless given, those that so many models allow.
         match: Only tensors whose name fits one of these globs or `re:REGEX`.
         exclude: Not these.
-        modes: Also what models share along each axis of each tensor (higher-order SVD).
+        modes: Also what models share along each axis of each tensor, and along all axes at once (higher-order SVD).
         output: A safetensors file for the basis: the mean and the largest k of components of each tensor.
         json: Print all numbers.
 
@@ -63,7 +64,9 @@ def subspace_fit(
     with processes() as team:
         found = fit(models, ks, len(checkpoints), team, modes=modes)
         if output is not None:
-            write_basis(Path(output), models, ks[-1], len(checkpoints), base or _base(checkpoints), team)
+            if isnan(found.whole["explained"][str(ks[0])]):
+                raise ValueError("the models are equal: they have no components, and there is no basis to write")
+            write_basis(Path(output), models, found.parts, base or _base(checkpoints), team)
         if team.rank:
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
