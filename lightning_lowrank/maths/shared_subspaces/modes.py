@@ -140,10 +140,10 @@ def _energies(x: Tensor, bases: Mapping[int, Float[Tensor, "D D"]]) -> Tensor:
 
 def _directions(scatter: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     """Columns, strongest first."""
-    return torch.linalg.eigh(scatter)[1].flip(1)
+    vectors: Tensor = torch.linalg.eigh(scatter)[1]
+    return vectors.flip(1)
 
 
 def _scatter(x: Tensor, axis: int) -> Float[Tensor, "D D"]:
     unfolded = x.movedim(axis, 0).flatten(1)
-    scatter: Tensor = unfolded @ unfolded.T
-    return scatter
+    return unfolded @ unfolded.T
