@@ -101,14 +101,13 @@ def ways(shared: Shared) -> dict[str, tuple[Callable[[], nn.Module], tuple[float
     start, made = shared.start, {}
     for k in (1, 4, 16, 23):
         made[f"basis of 24 tasks, k={k}"] = partial(inside, shared.basis, k, start)
-    for k in (4, 16, 64, 128):
+    for k in (16, 64, 128, 256):
         made[f"random directions, k={k}"] = partial(inside, "random", k, start)
     made["LoRA of rank 1, hidden layer"] = partial(with_lora, start, 1, MATRICES[1:2])
-    for r in (1, 2):
+    for r in (1, 2, 4):
         made[f"LoRA of rank {r}, all layers"] = partial(with_lora, start, r, MATRICES)
-    rates = {key: (1e-2, 3e-2, 1e-1) if key.startswith("LoRA") else (3e-2, 1e-1, 3e-1) for key in made}
     found: dict[str, tuple[Callable[[], nn.Module], tuple[float, ...]]] = {
-        key: (make, rates[key]) for key, make in made.items()
+        key: (make, (1e-2, 3e-2, 1e-1)) for key, make in made.items()
     }
     return found | {"everything": (partial(started, 0, start), (1e-3, 3e-3, 1e-2))}
 

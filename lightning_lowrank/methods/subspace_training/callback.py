@@ -20,7 +20,8 @@ class SubspaceTraining(Method):
 
     The basis is a file of `lightning-lowrank subspace fit`; W0 is what the module has at the start, which should be
     what the models of the basis began from. Each tensor has coefficients of its own, at most `k`; all else is frozen.
-    The coefficients begin at 0, so that the model begins at the mean of the others.
+    The coefficients begin at 0, so that the model begins at the mean of the others. Directions have unit length:
+    coefficients need a learning rate far above that of weights, such as 0.1 in Adam.
 
     With `basis="random"` directions are drawn for each tensor, and there is no mean: what any subspace of the same size
     does (Li et al. 2018), beside which a fitted one is to be read.
