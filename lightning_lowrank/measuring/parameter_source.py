@@ -23,7 +23,7 @@ class ParameterSource(MatrixSource):
     Args:
         match: Parameters to read: globs on the full name, `re:REGEX`, `type:LAYERCLASS`, one or several; all matrices
             unless given.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         min_size: Shortest side of a matrix to read.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob); the right side ends in `rows columns`.

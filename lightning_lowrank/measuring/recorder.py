@@ -145,7 +145,7 @@ class Recorder(ABC):
         self._results = self._fresh()
 
     def abandon(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._staged, self.error = {}, None
         self._results.drop()
         try:

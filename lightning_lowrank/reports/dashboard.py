@@ -12,7 +12,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Sample:
-    """What one report said: quantity -> site -> value, at a step of Lightning's x-axis."""
+    """One report: quantity -> site -> value, at a step of Lightning's x-axis."""
 
     step: int
     values: Mapping[str, Mapping[str, float]]
@@ -75,7 +75,7 @@ def summary_table(monitor: Watched) -> Table:
     standard error.
 
     Args:
-        monitor: One that has watched a run; without a sample the table is empty.
+        monitor: A monitor that has watched a run; without a sample the table is empty.
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(title=title_of(monitor), caption="medians over sites, and the lowest now")

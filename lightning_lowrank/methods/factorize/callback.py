@@ -65,9 +65,8 @@ class LowRankFactorize(Method):
         max_update: Bound on `factorize_update_norm`; a larger step is shortened.
         seed: Seed for random factors.
         every_n_steps: Optimizer steps between points of the curves, and between samples of the dense run.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single weights: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 weights.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

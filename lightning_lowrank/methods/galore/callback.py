@@ -65,9 +65,8 @@ class GaLore(Method):
         stagger: Refresh the matrices at different steps, so that no single step refreshes all.
         seed: Seed for random bases.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single matrices: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 matrices.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single matrices: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

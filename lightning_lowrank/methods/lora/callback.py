@@ -74,9 +74,8 @@ class LoRA(Method):
             `CurvatureMonitor("standard")` in the same Trainer.
         seed: Seed for random factors.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single pairs: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 pairs.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single pairs: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

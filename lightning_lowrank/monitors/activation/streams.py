@@ -161,7 +161,7 @@ class Streams:
         return self._entries.take_error() or self._exits.take_error() or self._error
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self.batch_over()
         self._error, self._flows, self._lost = None, {}, set()
 

@@ -162,7 +162,7 @@ class PairTap:
         return torch.randn(weight.shape[1], PROBES, generator=draws, dtype=torch.float32, device=weight.device)
 
     def drop(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self.detach()
         self._begin(0)
 

@@ -28,10 +28,10 @@ class SpikedData:
     Attributes:
         inputs: The rows.
         bulk: The rows without the spike: independent Gaussian, where the k-th coordinate has variance `k ** -alpha`.
-        coordinates: Of each row along the spike: standard normal.
-        direction: Of the spike, of length 1.
+        coordinates: Coordinate of each row along the spike; standard normal.
+        direction: Direction of the spike, of length 1.
         strength: `T ** nu`.
-        alpha: Of the bulk.
+        alpha: Exponent of the bulk.
     """
 
     inputs: Float[Tensor, "T N"]
@@ -79,15 +79,15 @@ def spiked_data(
     """Draw rows of the spiked covariance model.
 
     Args:
-        num_rows: T.
-        width: N.
+        num_rows: T, the number of rows.
+        width: N, the length of a row.
         nu: The spike has standard deviation `T ** nu`.
         alpha: Eigenvalues of the bulk are `k ** -alpha`.
         generator: Draws all random numbers.
-        dtype: Of the rows.
+        dtype: Dtype of the rows.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of range.
 
     Examples:
         >>> spiked_data(100, 20, nu=0.25, generator=torch.Generator().manual_seed(0)).inputs.shape
@@ -120,9 +120,9 @@ def spiked_data(
 def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_examples: int) -> Outlier:
     """Tell spike and bulk from the eigenvalues of the covariance of a sample of rows.
 
-    The overlap is that of the spiked covariance model with any bulk: with m the mean of `1 / (l_j - l_1)` over the
-    others of the T eigenvalues of the Gram matrix of the rows, the spike's own eigenvalue is `-1 / m`, and the squared
-    cosine `-m / (l_1 m')`.
+    The overlap is that of the spiked covariance model with any bulk. Let m be the mean of `1 / (l_j - l_1)` over the
+    other ones of the T eigenvalues of the Gram matrix of the rows. The spike's own eigenvalue is then `-1 / m`, and the
+    squared cosine is `-m / (l_1 m')`.
 
     Args:
         eigenvalues: Largest first, zeros at the end.

@@ -91,7 +91,7 @@ class Neurons(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._found = None
 
     def _drawn(self, device: torch.device) -> torch.Generator:

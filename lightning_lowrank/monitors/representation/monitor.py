@@ -48,7 +48,7 @@ class RepresentationMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or a layer cannot be
             measured.
 
     Examples:
@@ -93,5 +93,5 @@ class RepresentationMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: the rank of a representation dips in healthy warm-up."""
+        """None, since the rank of a representation dips in healthy warm-up."""
         return []
