@@ -1,5 +1,5 @@
-"""Draw an example for the page of each monitor that no script in `examples/` draws, from real trainings: most beside one
-with a fault of `benchmarks.faults`, which begins at the dotted line.
+"""Draw an example for the page of each monitor that no script in `examples/` draws, from real trainings: most beside
+one with a fault of `benchmarks.faults`, which begins at the dotted line.
 
     python -m docs.images.draw_monitors
 
