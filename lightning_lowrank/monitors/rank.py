@@ -35,7 +35,7 @@ SOURCES = OF_PARAMETERS | OF_LAYERS
 class RankMonitor(Monitor):
     """How many directions gradients, weights and updates use: their effective ranks, at every layer.
 
-    Cost: one eigensolver call per matrix and sample, for each of the three default sources; see docs/evidence.md.
+    Cost: one eigensolver call per matrix and sample, for each of the three default sources; see docs/evidence/cost.md.
 
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights),
