@@ -123,8 +123,8 @@ class Replay:
         )
         if snapshot.spent and self.loss_fn is None:
             raise ValueError(
-                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue, "
-                f"and a replay would consume data from it; {INSTEAD} that reads nothing from it"
+                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue. A "
+                f"replay would consume data from it; {INSTEAD} that reads nothing from it"
             )
         with ExitStack() as stack:
             stack.callback(snapshot.restore)

@@ -28,20 +28,21 @@ OPAQUE = (type, ModuleType, BuiltinFunctionType, *SCALARS)
 
 
 class Snapshot:
-    """Everything that is reached from a module, as it is: entries of containers, attributes and slots, parameters,
-    buffers, generators, containers in the bodies of the user's classes, variables from around functions.
+    """The state of everything that can be reached from a module: entries of containers, attributes and slots,
+    parameters, buffers and generators. Also containers in the bodies of the user's classes, and variables of enclosing
+    functions.
 
-    Objects stay the same, what is in them is put back. Out of reach: global variables that are not given.
+    Objects stay the same; their content is restored. Global variables are out of reach unless they are given.
 
     Args:
         variables: Global variables.
-        roots: Where to begin, by name.
+        roots: Objects where the search begins, by name.
 
     Raises:
-        ValueError: More is reached than can be kept in a second.
+        ValueError: There are more objects than can be kept within a second.
 
     Attributes:
-        spent: Names of what cannot be put back: iterators, files, sockets, queues.
+        spent: Names of objects that cannot be restored: iterators, files, sockets, queues.
     """
 
     def __init__(self, *, variables: Sequence[Variable] = (), **roots: Any) -> None:

@@ -150,8 +150,8 @@ class Allowance(Budget):
         return sum(step < total_steps for step in self.trials) if total_steps <= self._end else None
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
-        """Take note of the seconds spent before a step begins, unless it is left out; from then on half as often, where
-        samples have come to take more than the share. Several processes keep to the first cadence.
+        """Note the seconds spent before a step begins, unless it is left out. If samples have come to take more than
+        the share, sample half as often from then on. Several processes keep the first cadence.
         """
         if self.is_left_out:
             return False

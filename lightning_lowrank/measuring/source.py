@@ -130,7 +130,7 @@ class Source(ABC):
         """The gradient of one micro-batch has been added; the first one is alone."""
 
     def gradients_final(self, step: Step) -> list[Reading]:
-        """Gradients are synchronised, unscaled and accumulated, but not yet clipped; weights are those before the step."""
+        """Gradients are synchronised, unscaled and accumulated, not yet clipped; weights are from before the step."""
         return []
 
     def step_done(self, step: Step) -> list[Reading]:

@@ -38,7 +38,7 @@ def too_few(count: int | None, total_steps: int | None) -> str:
     if count is None or count >= FEWEST:
         return ""
     return (
-        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve; for more, "
+        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve. For more, "
         "use a smaller every_n_steps, or max_overhead=0.05, which samples as often as 5 % of the time allow"
     )
 
@@ -48,9 +48,9 @@ def left_out(budget: Budget, total_steps: int | None) -> str:
     assert isinstance(budget, Allowance) and total_steps
     cost = budget.wish.cost
     return (
-        f"left out of this run: a sample takes about {cost:g} step{'' if cost == 1 else 's'} of training, {FEWEST} of "
-        f"them {plain(100 * FEWEST * cost / total_steps)} % of {total_steps} steps, and all monitors together may take "
-        f"{100 * budget.purse.share:.3g} %"
+        f"left out of this run: a sample takes about {cost:g} step{'' if cost == 1 else 's'} of training. {FEWEST} "
+        f"samples take {plain(100 * FEWEST * cost / total_steps)} % of {total_steps} steps, and all monitors "
+        f"together may take {100 * budget.purse.share:.3g} %"
     )
 
 

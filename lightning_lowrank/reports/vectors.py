@@ -75,11 +75,11 @@ class Measured(Protocol):
 
 
 class Vectors:
-    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are left alone.
+    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are ignored.
 
-    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from
-    its first event only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them,
-    the curve goes on under another tag.
+    Sites are written once per event file, with the first vector of a tag. TensorBoard reads the metadata of a tag only
+    from its first event, so the tag ends in a digest of the sites. If the sites change, or if an optimizer has only
+    some of them, the curve continues under another tag.
     """
 
     def __init__(self) -> None:

@@ -191,15 +191,15 @@ REFUSED = {
     ("connect", "A", "B", f"{__name__}:another"): r"returned a Sequential; expected \(module, data, measure\)",
     ("connect", "A", "B", DATA, "--points", "2"): "points=2",
     ("connect", "A", "B", DATA, "--calibrate", "valid"): r"--calibrate=valid: .* has \['train', 'test'\]",
-    ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "nowhere.json is no JSON of groups",
+    ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "is not a JSON file of groups",
     ("connect", "A", "C", DATA): r"c\.pt does not fit this network: it lacks \['2\.weight'",
     ("masks", "A", "C"): "no tensor has the same name and shape in both",
     ("masks", "A", "B", "--density", "0"): "density=0.0: above 0",
     ("masks", "A", "B"): "no weight is zero in either file; .* --density",
     ("masks", "A", "D", "--density", "0.2"): r"d\.pt has weights that are not finite, in \['0\.weight'\]",
     ("connect", "A", "B", f"{__name__}:without_batches"): "the data set 'test' has no examples",
-    ("connect", "A", "B", f"{__name__}:a_number"): "the measure gave a Tensor",
-    ("importance", "A", f"{__name__}:a_number"): "the measure gave a Tensor",
+    ("connect", "A", "B", f"{__name__}:a_number"): "the measure returned a Tensor",
+    ("importance", "A", f"{__name__}:a_number"): "the measure returned a Tensor",
     ("importance", "A", f"{__name__}:no_loss"): r"the measure returned \['error'\]",
 }
 

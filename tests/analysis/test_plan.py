@@ -207,7 +207,7 @@ REFUSED = {
     "its own TypeError": ([named("broken")], "broken raised TypeError: Linear.__init__.. missing"),
     "inputs of another shape": (
         [named("misfit")],
-        r"Linear cannot take the inputs \[\[2, 5\]\]: RuntimeError: .*5",
+        r"Linear fails on the inputs \[\[2, 5\]\]: RuntimeError: .*5",
     ),
     "no matrix": ([named("vectors")], "no matrix"),
     "source": ([named("transformer"), "--sources", "features"], "optimizer_state"),

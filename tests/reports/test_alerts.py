@@ -516,7 +516,7 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         label="rank",
     )
 
-    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 site"):
+    with pytest.raises(ValueError, match=f"quorum={quorum} can never be met: it watches 1 site"):
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 

@@ -81,7 +81,7 @@ class Checkpoints(Models):
         exclude: Not these.
 
     Raises:
-        ValueError: A file cannot be read, or a model is of another architecture than the first.
+        ValueError: A file cannot be read, or a model has another architecture than the first.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Checkpoints(Models):
         if not bool(total.isfinite().all()):
             lost = [self.paths[i] for i in (~total.diagonal().isfinite()).nonzero().flatten().tolist()]
             raise ValueError(
-                f"{name!r} is not finite in {first(lost)}: leave the models or, by exclude, the tensor out"
+                f"{name!r} is not finite in {first(lost)}; leave out the models, or the tensors with --exclude"
             )
         return total
 
@@ -178,7 +178,8 @@ class Adapters(Models):
             wrong = [name for name, shape in self.shapes.items() if others.get(name) != shape]
             if wrong or set(others) - set(shapes[0]):
                 raise ValueError(
-                    f"{path} and {paths[0]} adapt other weights: {first(wrong or sorted(set(others) - set(shapes[0])))}"
+                    f"{path} and {paths[0]} adapt different weights, such as "
+                    f"{first(wrong or sorted(set(others) - set(shapes[0])))}"
                 )
         self.left_out = sorted({name for folder in self._folders for name in folder.whole})
 
@@ -233,15 +234,15 @@ def models_of(
     """
     twice = [path for i, path in enumerate(paths) if Path(path).resolve() in {Path(p).resolve() for p in paths[:i]}]
     if twice:
-        raise ValueError(f"{twice[0]} is given twice: a model counts once")
+        raise ValueError(f"{twice[0]} is given twice; give each model once")
     adapters = [path for path in paths if is_adapter(Path(path))]
     if not adapters:
         return Checkpoints(paths, bases, match, exclude)
     if len(adapters) < len(paths):
         others = [path for path in paths if path not in adapters]
-        raise ValueError(f"{first(adapters)} are LoRA adapters and {first(others)} are not: give one kind")
+        raise ValueError(f"{first(adapters)} are LoRA adapters and {first(others)} are not; give only one kind")
     if any(base is not None for base in bases):
-        raise ValueError("adapters are updates already: leave out --base and --control-base")
+        raise ValueError("adapters are already updates; leave out --base and --control-base")
     return Adapters(paths, match, exclude)
 
 
@@ -280,8 +281,8 @@ def _refuse_stranger(file: Checkpoint, model: Checkpoint, shapes: Mapping[str, t
     }
     if wrong:
         raise ValueError(
-            f"{file.path} is not of the architecture of {model.path}: {first(list(wrong.items()), 4)}; leave out what "
-            "differs by exclude"
+            f"{file.path} has another architecture than {model.path}: {first(list(wrong.items()), 4)}; leave "
+            "out the differing tensors with --exclude"
         )
 
 

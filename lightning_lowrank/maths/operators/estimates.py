@@ -11,12 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that chance, or work that ended too early, had a part in.
+    """A number with an error from chance, or from work that ended early.
 
     Attributes:
-        value: Free of bias, up to second order where it is no mean.
-        error: Half width of a two-sided interval about the value, of 68 % at least: the truth is within one error of
-            the value in two of three samples or more, and within two errors in nine of ten or more.
+        value: Unbiased, up to second order if it is not a mean.
+        error: Half width of a two-sided interval around the value, with a coverage of at least 68 %. The truth is
+            within one error of the value in at least two of three samples. It is within two errors in at least nine of
+            ten.
     """
 
     value: Float[Tensor, "*B"]

@@ -64,19 +64,19 @@ class Pairs:
 
 
 class PairTap:
-    """Hears all layers that share a weight, from the first batch of a sample until its gradient is final.
+    """Observes all layers that share a weight, from the first batch of a sample until its gradient is final.
 
-    Rows are drawn in the forward pass, with keys from a generator on the host: nothing waits for the device. A call
-    counts once the backward pass has come by its output; so the second run of a layer under activation checkpointing
-    counts where the first one had no graph, and only there.
+    Rows are drawn in the forward pass, with keys from a generator on the host, so nothing waits for the device. A call
+    counts once the backward pass has passed its output. Under activation checkpointing, the second run of a layer
+    therefore counts exactly if the first one had no graph.
 
-    Where a hook computes the layer's weight before each call (pruning, the older weight and spectral norm), the
-    gradient is that of the computed weight, summed over the calls: the two sides make that one, and what the optimizer
-    gets is made from it.
+    Sometimes a hook computes the layer's weight before each call (pruning, the older weight and spectral norm). Then
+    the gradient is that of the computed weight, summed over the calls. The two sides form this gradient, and the
+    optimizer's gradient is derived from it.
 
     Args:
-        weight: That the optimizer steps.
-        layers: All that multiply by it, or by what is computed from it.
+        weight: The weight that the optimizer steps.
+        layers: All layers that multiply by it, or by a weight computed from it.
     """
 
     def __init__(
