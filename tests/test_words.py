@@ -13,7 +13,9 @@ MOST_WORDS = 30
 # Where one paragraph, item, entry or row ends and the next begins.
 NEXT = re.compile(r"\n\s*\n|\n(?=\s*- )|\n(?=\|)|\n(?= *[\w*`]+: )|\n(?= *(?:Args|Attributes|Raises|Returns):\n)")
 END = re.compile(r"(?<=[.!?])(?<!\bal\.)(?<!\bvs\.)[)\"*_]*\s+|(?<=:)\n")
-LEFT_OUT = re.compile(r"^ *(?:>>> |\.\.\. ).*$|^Shape letters: .*(?:\n.+)*|^Examples:\n(?: .*\n?|\n)*", re.M)
+# Code, legends and citations are no sentences, and neither are lists of names.
+LEFT_OUT = re.compile(r"^Shape letters: .*(?:\n.+)*|^(?:Examples|References):\n(?: .*\n?|\n)*", re.M)
+PROSE = re.compile(r"\b[a-z]+ [a-z]+\b")
 
 
 def sentences(text: str) -> list[str]:
@@ -25,7 +27,8 @@ def sentences(text: str) -> list[str]:
 
 
 def too_long(text: str) -> list[str]:
-    return [sentence for sentence in sentences(text) if len(re.findall(r"\S*\w\S*", sentence)) > MOST_WORDS]
+    long = [sentence for sentence in sentences(text) if len(re.findall(r"\S*\w\S*", sentence)) > MOST_WORDS]
+    return [sentence for sentence in long if PROSE.search(sentence)]
 
 
 def documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:

@@ -89,8 +89,8 @@ class Fused:
         return self.heads if "q" in self.parts else self.key_heads
 
     def pattern(self, *, heads: bool) -> tuple[str, dict[str, int]] | None:
-        """Axes that come out, as an einops pattern to the parts (and the heads) that they are, and lengths of axes;
-        None where the parts cannot be told or have several sizes.
+        """An einops pattern from the outputs to their parts (and heads), and lengths of axes. None if the parts are
+        unknown or have several sizes.
         """
         sizes, axes = {"blocks": NUM_BLOCKS, "heads": self._heads_in_a_block}, self.order.split()
         if "q" in self.parts and self.heads != self.key_heads:

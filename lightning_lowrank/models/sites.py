@@ -106,8 +106,8 @@ def sites(
 
     Args:
         match: Keep only parameters that match one of these patterns. A pattern is a glob on the full name (`*.attn.*`),
-            `re:` with a regular expression that is searched in it, or `type:` with the class of the layer or one of its
-            bases (`type:Linear`).
+            a regular expression to search in it (`re:attn`), or the class of the layer or one of its bases
+            (`type:Linear`).
         exclude: Leave out parameters that match one of these patterns.
         min_size: Matrices with a side shorter than this are left out.
         heads: Whether to use one matrix per attention head, if the layer knows its number of heads.

@@ -90,8 +90,8 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
 
     Args:
         module: Anything.
-        patterns: Names of the layers. Default: the second of two linear layers (or convolutions) that belong together,
-            if its inputs are as many as the outputs of the first, and neither is part of an attention.
+        patterns: Names of the layers. Default: the second of two linear layers (or convolutions) that belong together
+            and are not part of an attention. It must have as many inputs as the first has outputs.
         projections: Output projections of attention layers.
 
     Raises:

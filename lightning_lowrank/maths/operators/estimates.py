@@ -25,12 +25,12 @@ class Estimate:
 
 
 def student(num_samples: int) -> float:
-    """Error of a mean in its standard errors, where these were estimated from the same samples: half the half width of
+    """Error of a mean in its standard errors, which were estimated from the same samples: half the half width of
     Student's two-sided 95 % interval.
 
-    That is 1.59 for four samples, 1.07 for 16 and 0.98 for infinitely many. Few samples of a skewed quantity, as traces
-    and squares are, often miss the large ones: with the half width of 68 % the truth was beyond two errors in one of
-    eight trials.
+    That is 1.59 for four samples, 1.07 for 16 and 0.98 for infinitely many. Few samples of a skewed quantity, such as
+    traces and squares, often miss the large ones. With the half width of 68 %, the truth was beyond two errors in one
+    of eight trials.
 
     Raises:
         ValueError: There are fewer than two samples.

@@ -23,8 +23,8 @@ class Scaling:
     """Masses around the nodes of a batch of networks, and the exponents with which their moments grow.
 
     With shares `p_i(r) = N_i(r) / N_i(r_max)` the partition function is `Z_q(r) = sum_i p_i(r) ** q`, and `tau(q)` is
-    the slope of `ln Z_q` over `ln r` by least squares. This is a sum over nodes, each of which carries its measure, so
-    this `tau(q)` is `tau(q + 1)` of the literature on the sandbox method: `tau(0)` is 0, and the generalised dimension
+    the slope of `ln Z_q` over `ln r` by least squares. This is a sum over nodes, each of which has its own measure. So
+    this `tau(q)` is `tau(q + 1)` of the literature on the sandbox method. `tau(0)` is 0, and the generalised dimension
     of order q + 1 is `tau(q) / q`.
 
     Attributes:

@@ -38,8 +38,8 @@ class LoRA(Method):
     continues with existing pairs.
 
     Curves of each pair: `lora_stable_rank`, `lora_effective_rank` and `lora_utilisation` (stable rank over r) of the
-    product; `lora_schatten_gap` of its factors; `lora_update_rank` and `lora_update_norm` of the change of the
-    pretrained weight; and `lora_intruders` on request.
+    product, and `lora_schatten_gap` of its factors. Also `lora_update_rank` and `lora_update_norm` of the change of the
+    pretrained weight, and `lora_intruders` on request.
 
     With `hessian=True`, `lora_product_in_top` is the share of a product's energy along the changes that top
     eigenvectors of the Hessian cause. It uses the eigenvectors that `CurvatureMonitor` found last for the factors.

@@ -17,9 +17,9 @@ class GradientAnatomyMonitor(Monitor):
     On steps with a sample, the monitor records inputs of linear layers and convolutions, and the gradients of their
     outputs. It keeps the same rows of both. Their product is compared with the gradient that the optimizer gets.
 
-    Memory on steps with a sample: for each layer, `max_rows` rows of inputs and output gradients (slightly more in the
-    backward pass), 8 numbers per row of the batch, and a copy of the gradient. Between samples two directions per layer
-    are kept, also in checkpoints.
+    Memory on steps with a sample: for each layer, `max_rows` rows of inputs and output gradients, 8 numbers per row of
+    the batch, and a copy of the gradient. The backward pass needs slightly more. Between samples two directions per
+    layer are kept, also in checkpoints.
 
     Args:
         match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; by default those of all linear layers and

@@ -22,8 +22,8 @@ class AttentionMonitor(Monitor):
     `qk_update_stable_rank/<attention>.h<k>`, from "standard" on and in the tab. Biases are left out; with rotary
     positions the product is that at relative position 0.
 
-    Cost: during a due step, a copy of the weights of queries and keys, two thin QR factorisations per head of twice its
-    width, and `num_rows` rows of scores per call and head.
+    Cost: during a due step, a copy of the weights of queries and keys, and two thin QR factorisations per head of twice
+    its width. In addition, `num_rows` rows of scores per call and head.
 
     Args:
         every_n_steps: Cadence in optimizer steps; default 50.

@@ -164,8 +164,8 @@ def label_energies(modes: Eigenpairs, targets: Float[Tensor, "R C"], top_k: int)
 
 
 def time_constants(modes: Eigenpairs, rate: float | Float[Tensor, ""]) -> Float[Tensor, " s"]:
-    """Number of steps in which the remaining error of a mode falls by a factor of e while the kernel stays as it is;
-    infinite for a mode that is never learnt.
+    """Number of steps in which the remaining error of a mode falls by a factor of e, if the kernel stays as it is.
+    Infinite for a mode that is never learnt.
 
     Args:
         rate: Learning rate times the second derivative of the loss with respect to an output. That is 2 / (R C) for
@@ -230,10 +230,10 @@ def jackknife(replicates: Float[Tensor, "k1 *B"]) -> Estimate:
 
 
 def blurred(found: Estimate, rounding: float) -> Estimate:
-    """With what the rounding of the outputs may change a velocity by, in its error.
+    """A velocity whose error includes the possible effect of rounding in the outputs.
 
-    A quarter of the rounding unit. In half precision activations near a kink fall on its other side as soon as the
-    weights move: kernels that differ by less than 1e-4 then seem to differ by up to 0.003.
+    This is a quarter of the rounding unit. In half precision, activations near a kink change sides as soon as the
+    weights move. Kernels that differ by less than 1e-4 then seem to differ by up to 0.003.
     """
     return replace(found, error=found.error + rounding / 4)
 
