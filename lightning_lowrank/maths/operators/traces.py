@@ -103,7 +103,7 @@ def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Est
     """A statistic of a spectrum, corrected for its mean bias from random probes by the jackknife over the probes.
 
     An exact spectrum needs no correction and has no error. The error has three parts: the variation over the probes,
-    the difference to a quadrature with half of the steps, and one step of a statistic that counts beyond known values.
+    the difference to a quadrature with half of the steps, and one step of a counting statistic.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.

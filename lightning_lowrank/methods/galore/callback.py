@@ -36,7 +36,7 @@ class GaLore(Method):
     callback. You can also resume one of its own checkpoints without it after `drop_state`; the moments of the matrices
     then start from zero.
 
-    Curves of the captured share of the gradient's energy: `galore/captured_median` for the subspace in use,
+    Curves of the captured share of gradient energy: `galore/captured_median` for the subspace in use,
     `galore/captured_best_median` for the best one of that size, and `galore/captured_random_median` for a random one,
     on average. Also `galore/state_bytes`. Captured energy does not measure usefulness: see docs/methods/galore.md.
 

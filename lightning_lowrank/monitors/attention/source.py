@@ -38,7 +38,8 @@ LARGEST = "attention_largest_logit"
 PLAIN = View("m n -> m n")
 HOW = (
     "name its weights: layouts={'*.qkv.weight': 'qkv heads d'} for a fused layer, or layouts={'*.theta.weight': "
-    "'q heads d', '*.phi.weight': 'k heads d'} for two. If the number of heads is unknown, give heads={'*.qkv.weight': 8}"
+    "'q heads d', '*.phi.weight': 'k heads d'} for two. If the number of heads is unknown, give "
+    "heads={'*.qkv.weight': 8}"
 )
 UNHEARD = (
     "no call of scaled_dot_product_attention and no softmax over scores of this number of heads was seen there. A "
