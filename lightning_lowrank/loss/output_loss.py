@@ -49,7 +49,7 @@ class OutputLoss(ABC):
         """Product with H, the Hessian of the loss in the outputs."""
 
     def labels(self) -> Float[Tensor, "R C"] | None:
-        """What each row is to become: shares of the classes, or values; None where the loss does not say."""
+        """The target of each row: shares of the classes, or values; None if the loss does not tell."""
         return None
 
     @property

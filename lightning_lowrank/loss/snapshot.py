@@ -1,4 +1,4 @@
-"""What a training step may change besides gradients, put back bit for bit."""
+"""State that a training step may change besides gradients, restored bit for bit."""
 
 import gc
 from collections import OrderedDict, deque
@@ -73,7 +73,7 @@ class Snapshot:
             waiting += [((name, key), part) for key, part in self._keep(value, name)]
 
     def guard(self) -> "WriteGuard":
-        """What saves tensors from being written to while it is entered."""
+        """A context that saves tensors before they are written to."""
         return WriteGuard(self._tensors, self._undo)
 
     def attributes_of(self, thing: object) -> None:

@@ -18,7 +18,7 @@ SETTLING = 10
 
 @dataclass(frozen=True)
 class Wish:
-    """What a monitor would have.
+    """The request of a monitor.
 
     Attributes:
         cost: Of a sample in steps of training, estimated beforehand.
@@ -34,7 +34,7 @@ class Wish:
     needed: bool = False
 
     def share(self, total_steps: int | None) -> tuple[float, float]:
-        """Of the training time, for three samples, and for as many as anybody would look at."""
+        """Share of the training time, for three samples and for the most useful number of samples."""
         fewest = FEWEST * self.cost / total_steps if total_steps else 0.0
         return fewest, max(fewest, self.cost / self.spacing(total_steps))
 
@@ -78,7 +78,7 @@ def shared_out(wishes: Sequence[Wish], share: float, total_steps: int | None) ->
 
 
 class Purse:
-    """What the monitors of a run may take together.
+    """The time that the monitors of a run may take together.
 
     Args:
         share: By which they may make training longer.

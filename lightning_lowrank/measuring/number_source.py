@@ -1,4 +1,4 @@
-"""Sources of finished numbers: what they measure is not the spectrum of one matrix."""
+"""Sources of finished numbers, which are not statistics of the spectrum of one matrix."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -87,7 +87,7 @@ class Numbers:
 
 
 def refuse_seed(seed: object) -> None:
-    """Of what is drawn at random.
+    """Refuse a seed that is out of range.
 
     Raises:
         ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32
@@ -98,7 +98,7 @@ def refuse_seed(seed: object) -> None:
 
 
 def refuse_top_k(top_k: object) -> None:
-    """Of directions that are followed.
+    """Refuse a number of directions that is out of range.
 
     Raises:
         ValueError: There are none, or more than anyone reads: each has curves of its own.

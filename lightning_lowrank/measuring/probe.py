@@ -67,7 +67,7 @@ def due_at(probe: Probe) -> Schedule:
 
 
 def refuse_namesakes(probes: Sequence[Probe]) -> None:
-    """Of one monitor.
+    """Refuse probes of one monitor with the same name.
 
     Raises:
         ValueError: There is no probe, or two of them have one name.

@@ -1,4 +1,4 @@
-"""What every source has, the moments of a step at which it reads; and what sources of matrices have besides."""
+"""The base of every source: the moments of a step at which it reads; and additions for sources of matrices."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

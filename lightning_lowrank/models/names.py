@@ -21,7 +21,7 @@ def tag(name: str) -> str:
 
 
 def tags(names: Iterable[str]) -> dict[str, str]:
-    """By name its tag; those after the first that would have the same one are numbered: `a_b`, `a_b_2`."""
+    """Tags by name. Names with the same tag are numbered from the second on: `a_b`, `a_b_2`."""
     given: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:

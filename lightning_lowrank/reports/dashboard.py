@@ -52,7 +52,7 @@ def write_layout(writer: Any, added: Layout) -> None:
 
 @runtime_checkable
 class Watched(Protocol):
-    """What a monitor remembers of its run."""
+    """The memory of a monitor about its run."""
 
     @property
     def label(self) -> str: ...
@@ -100,14 +100,14 @@ def summary_table(monitor: Watched) -> Table:
 
 
 def title_of(monitor: Watched) -> str:
-    """What watching costs, and since when it sees nothing."""
+    """The cost of watching, and the step from which nothing can be read."""
     silent = "" if monitor.no_number_since is None else f"; no number since step {monitor.no_number_since}"
     cost = "" if np.isnan(monitor.overhead) else f": training takes {monitor.overhead:.2f} % longer"
     return f"{monitor.label}{cost}{silent}"
 
 
 def lines_of(monitor: Watched, most: int, width: int) -> list[str]:
-    """The same in few lines: of each source its first quantities, as many as there is room for.
+    """The same in few lines: the first quantities of each source, as many as fit.
 
     Args:
         monitor: As for the table.

@@ -189,7 +189,7 @@ def advise(
 
 
 def numbers_of(budget: int | str, method: Method) -> float:
-    """What a budget is in numbers.
+    """A budget as a number of parameters.
 
     Raises:
         ValueError: It is no whole number from 1 on, and no memory; or nobody takes ranks under that name.

@@ -51,7 +51,7 @@ class Row:
 
 @runtime_checkable
 class Measured(Protocol):
-    """What rows are made of: a probe at work."""
+    """The source of the rows: a probe at work."""
 
     probe: Probe
     name: str
@@ -87,7 +87,7 @@ class Vectors:
         self._samples: dict[str, int] = {}
 
     def draw(self, rows: Sequence[Row], step: int) -> Callable[[Any], None]:
-        """What writes a sample to a writer of PyTorch's TensorBoard, and nothing to others."""
+        """A function that writes a sample to a writer of PyTorch's TensorBoard, and ignores other loggers."""
         tagged = [(*self._content(row), row) for row in rows if row.values]
         due = [(tag, content, _packed(row)) for tag, content, row in tagged if self._is_due(tag, row)]
 

@@ -65,12 +65,12 @@ class LoopTraining(Training):
 
     @property
     def folder(self) -> str:
-        """Of the first logger, unless one was given."""
+        """The given folder, or that of the first logger."""
         known = (getattr(logger, name, None) for logger in self._loggers for name in ("log_dir", "save_dir"))
         return self._folder or str(next((path for path in known if path), "."))
 
     def gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
-        """What a GradScaler has handed to an optimizer that unscales inside its step."""
+        """The scale that a GradScaler has passed to an optimizer that unscales inside its step."""
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         return scale
 
@@ -83,7 +83,7 @@ class LoopTraining(Training):
         self.should_stop = True
 
     def save_checkpoint(self, path: str) -> None:
-        """By the function that was given."""
+        """Call the given function."""
         assert self._save is not None  # an alert that asks for one is refused before
         self._save(path)
 

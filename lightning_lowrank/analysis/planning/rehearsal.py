@@ -32,7 +32,7 @@ GRAM, SKETCH = "Gram", "sketch"
 
 @dataclass(frozen=True)
 class Solved:
-    """What decomposing matrices of one shape takes.
+    """Cost of decomposing matrices of one shape.
 
     Attributes:
         route: How.
@@ -47,7 +47,7 @@ class Solved:
 
 @dataclass
 class Costs:
-    """What a sample takes.
+    """Cost of a sample.
 
     Attributes:
         size: How many processes there are.
@@ -95,7 +95,7 @@ class Rehearsed(Team):
     costs: Costs
 
     def gather(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
-        """What is this process's, whole."""
+        """The whole tensors of this process."""
         routes = [Route(t, owner) for group, owner in zip(groups, owners, strict=True) for t in group if is_sharded(t)]
         self.costs.collectives += bool(routes)
         for rank in range(self.size):

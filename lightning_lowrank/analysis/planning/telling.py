@@ -27,7 +27,7 @@ def table_of(plan: Plan) -> Table:
 
 
 def rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What it says, line by line."""
+    """The rows of the table."""
     costs = plan.costs
     for route, number in costs.matrices.items():
         yield f"matrices by {route}", str(number)

@@ -31,7 +31,7 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What several models share.
+    """The subspace that several models share.
 
     Attributes:
         whole: Numbers of all tensors together, by name; each is by k where it depends on k.

@@ -35,7 +35,7 @@ class Models(ABC):
 
     @property
     def num_bytes(self) -> list[int]:
-        """Of each model on disk."""
+        """Bytes of each model on disk."""
         return [size_on_disk(Path(path)) for path in self.paths]
 
     @property
@@ -72,7 +72,7 @@ class Models(ABC):
 
 
 class Checkpoints(Models):
-    """Whole models; updates are what they have over a base, or the weights themselves.
+    """Whole models; their updates are differences to a base, or the weights themselves.
 
     Args:
         paths: Files or folders.
@@ -185,7 +185,7 @@ class Adapters(Models):
 
     @property
     def are_updates(self) -> bool:
-        """By what they are."""
+        """Adapters always are."""
         return True
 
     def gram(self, name: str) -> Float[Tensor, "N N"]:
@@ -252,7 +252,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(path: Path) -> str | None:
-    """What an adapter says that it is for."""
+    """The base that an adapter names."""
     found = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     return None if found is None else str(found)
 
@@ -287,7 +287,7 @@ def _refuse_stranger(file: Checkpoint, model: Checkpoint, shapes: Mapping[str, t
 
 
 def shapes_of(path: str) -> Mapping[str, torch.Size]:
-    """Of the tensors of a model, or of the weights that an adapter is for.
+    """Shapes of the tensors of a model, or of the weights of an adapter.
 
     Raises:
         ValueError: It cannot be read.

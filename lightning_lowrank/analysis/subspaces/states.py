@@ -35,7 +35,7 @@ class Located:
 
     @property
     def base_path(self) -> str | None:
-        """Of the base."""
+        """Path of the base."""
         return None if self.base is None else str(self.base.path)
 
     def models(self, paths: Sequence[str]) -> Models:
@@ -134,7 +134,7 @@ def chosen_k(basis: Basis, k: int | None) -> int:
 
 
 def worth(task: Task, state: Iterator[tuple[str, Tensor]], model: str) -> dict[str, float]:
-    """What is measured of a model: on the data that has its name, or on all.
+    """The measures of a model: on the data with its name, or on all.
 
     Raises:
         ValueError: The model is not of this network.

@@ -127,7 +127,7 @@ def subspace_compress(
 
 
 def bytes_of(basis: Basis, models: Models, output: Path, k: int) -> dict[str, int | float]:
-    """What models take as they are and in the basis, in bytes on disk and as ratios."""
+    """Size of models on disk and in the basis, in bytes and as ratios."""
     size = len(models.paths)
     whole, part, shared = sum(models.num_bytes), size_on_disk(output), size_on_disk(basis.path)
     num_parameters = sum(shape.numel() for shape in basis.shapes.values())

@@ -38,7 +38,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter stands in a vector that holds all of them, one after the other.
+    """Where each parameter is in a vector of all parameters.
 
     Attributes:
         names: Of the parameters, in order.
@@ -52,7 +52,7 @@ class Layout:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> "Layout":
-        """That of named parameters."""
+        """The layout of named parameters."""
         return cls(tuple(named), tuple(tuple(p.shape) for p in named.values()), _dtype(list(named.values())))
 
     @cached_property
@@ -111,7 +111,7 @@ class Jacobian:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the vectors on both sides."""
+        """Dtype of the vectors on both sides."""
         return _dtype(self.params)
 
     @cached_property

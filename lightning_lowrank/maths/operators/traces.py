@@ -31,7 +31,7 @@ from lightning_lowrank.maths.spectra.spectrum import (
 
 @dataclass(frozen=True)
 class SpectralEstimate:
-    """What random vectors, and known eigenpairs, tell of an operator.
+    """Estimates about an operator from random vectors and known eigenpairs.
 
     Attributes:
         spectrum: Signed roots of its eigenvalues, one estimate per probe: `trace`, `negative_mass` and the statistics

@@ -77,7 +77,8 @@ def rank_scaling_in_parts(
     shape: tuple[int, int],
     all_reduce: Callable[[Tensor], Tensor],
 ) -> Scaling:
-    """The same of a matrix of which several processes have parts, and exactly the same: what they add up is counts.
+    """The same for a matrix that is distributed over several processes. The result is exactly the same, since counts
+    are summed.
 
     Each adds up two histograms, of 1 MB and 0.8 MB, and the table of the masses; no process ever has more of the matrix
     than before.

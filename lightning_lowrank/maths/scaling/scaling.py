@@ -87,7 +87,7 @@ class Scaling:
 
     @cached_property
     def abscissa(self) -> Float[Tensor, "*B R"]:
-        """What is fitted against: ln r, or the logarithm of the mean mass; 0 at radii that no fit reads."""
+        """The abscissa of fits: ln r, or the logarithm of the mean mass; 0 at radii that no fit uses."""
         x = self.mean_masses.log() if self.log_radii is None else self.log_radii
         return torch.where(self.fit > 0, x, 0.0)
 

@@ -125,7 +125,7 @@ def perplexity(masses: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) ->
 def descending(
     values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]
 ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
-    """The same values, largest magnitude first, and their weights: the order that a `Spectrum` is in."""
+    """The same values, largest magnitude first, with their weights: the order of a `Spectrum`."""
     order = values.abs().argsort(-1, descending=True)
     return values.gather(-1, order), weights.gather(-1, order)
 

@@ -44,7 +44,7 @@ class SpikedData:
 
 @dataclass(frozen=True)
 class Outlier:
-    """What the eigenvalues of a sample covariance tell of a spike and of the bulk below it.
+    """Spike and bulk, from the eigenvalues of a sample covariance.
 
     Attributes:
         gap: First eigenvalue over the second.

@@ -59,7 +59,7 @@ UNSEEN = (
 
 @dataclass
 class Held:
-    """What is held from the first batch of a sample to its end.
+    """State that is kept from the first batch of a sample to its end.
 
     Attributes:
         batch: The latest batch.

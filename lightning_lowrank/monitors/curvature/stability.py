@@ -1,4 +1,4 @@
-"""Where an optimizer stops being stable: the largest curvature along which its steps do not grow.
+"""The edge of stability of an optimizer: the largest curvature along which its steps do not grow.
 
 Shape letters:  P entries of all parameters
 """

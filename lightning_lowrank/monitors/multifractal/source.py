@@ -70,7 +70,7 @@ class Neurons(NumberSource):
 
     @abstractmethod
     def measured(self, batch: Batch) -> Sequence[Numbers]:
-        """What this process finds."""
+        """The results of this process."""
 
     def plan(self, training: Training) -> None:
         """Choose the sites."""
@@ -86,7 +86,7 @@ class Neurons(NumberSource):
             self._found = self.measured(batch)
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found."""
+        """The results."""
         found, self._found = self._found or [], None
         return found
 

@@ -62,7 +62,7 @@ class Known:
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """What random vectors in output space tell of the kernel of each parameter.
+    """Estimates of the kernel of each parameter, from random vectors in output space.
 
     Attributes:
         products: u_i^T K_l u_j for vectors of signs; 0 where the pair was not looked at.

@@ -1,4 +1,4 @@
-"""Where `TrajectorySubspace` reads: parameters before the step, on due steps."""
+"""The source of `TrajectorySubspace`: parameters before the step, on due steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -178,7 +178,7 @@ def CusumAlert(quantity: str, sites: str | Sequence[str] = "*", cusum: float = 8
 
 
 def default_alerts(quantities: Iterable[str]) -> list[Alert]:
-    """What warns of faults and is quiet in health, as far as it is measured: what all monitors have by default.
+    """The default rules for the measured quantities: they warn of faults and are quiet in healthy trainings.
 
     The second half was chosen on one seed of many trainings and reported on three others: docs/evidence/warnings.md.
     """

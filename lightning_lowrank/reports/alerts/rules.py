@@ -1,4 +1,4 @@
-"""What an alert is: which numbers it looks at, what it compares them with, what follows."""
+"""Alert rules: the numbers that they watch, what they compare them with, and the actions."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -55,13 +55,13 @@ class Condition:
 
     @property
     def band(self) -> str:
-        """What is healthy."""
+        """The healthy range."""
         return f"at least {self.below:g}" if np.isfinite(self.below) else f"at most {self.above:g}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What someone who knows the field would say of some curves.
+    """What an expert would say about some curves.
 
     Attributes:
         name: For programs.
@@ -148,7 +148,7 @@ Curves = Mapping[str, Table]
 
 
 def diagnose(curves: Curves, rules: Sequence[Rule]) -> list[Finding]:
-    """What the curves of a run say, worst first: by severity, then in the order of the rules.
+    """Findings for the curves of a run, worst first: by severity, then in the order of the rules.
 
     Args:
         curves: By quantity.
