@@ -194,7 +194,7 @@ REFUSED = {
     ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "is not a JSON file of groups",
     ("connect", "A", "C", DATA): r"c\.pt does not fit this network: it lacks \['2\.weight'",
     ("masks", "A", "C"): "no tensor has the same name and shape in both",
-    ("masks", "A", "B", "--density", "0"): "density=0.0: above 0",
+    ("masks", "A", "B", "--density", "0"): "density=0.0 must be above 0",
     ("masks", "A", "B"): "no weight is zero in either file; .* --density",
     ("masks", "A", "D", "--density", "0.2"): r"d\.pt has weights that are not finite, in \['0\.weight'\]",
     ("connect", "A", "B", f"{__name__}:without_batches"): "the data set 'test' has no examples",

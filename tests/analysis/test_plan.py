@@ -201,8 +201,8 @@ def test_a_program_gets_numbers_and_null(capsys: pytest.CaptureFixture[str]) -> 
 REFUSED = {
     "transformer": (["no_colon"], "module:function"),
     "no module": (["nowhere.at_all:gpt"], "cannot be imported"),
-    "no function": ([named("gpt")], "there are"),
-    "no nn.Module": ([named("number")], "gives a int"),
+    "no function": ([named("gpt")], "has no function 'gpt'; it has"),
+    "no nn.Module": ([named("number")], "returned a int"),
     "arguments": ([named("needs_more")], "without arguments"),
     "its own TypeError": ([named("broken")], "broken raised TypeError: Linear.__init__.. missing"),
     "inputs of another shape": (

@@ -216,7 +216,7 @@ class Alert:
                 for name, x in given.items()
                 if name in SHARES
             },
-            **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
+            **{f"{name}={x!r} must be above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
             f"hysteresis={self.hysteresis!r} must be at least 0 and below 1": not 0 <= self.hysteresis < 1,
             (
                 f"quorum={self.quorum!r} must be a number of sites of at least 1, or a share above 0 and at most 1.0"
