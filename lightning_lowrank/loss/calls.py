@@ -57,7 +57,9 @@ class LossCall:
                 f"{self.name} was called with targets that depend on the parameters, or with outputs that do not"
             )
         if {"size_average", "reduce"} & self.options.keys():
-            raise ValueError(f"{self.name} was called with size_average or reduce, which torch gave up for reduction")
+            raise ValueError(
+                f"{self.name} was called with size_average or reduce, which torch has replaced by reduction"
+            )
         with torch.enable_grad():  # for the outputs as rows
             return FORMS[self.function](self.inputs, self.target, slope.detach(), **self.options)
 
@@ -96,7 +98,7 @@ def _nll(inputs: Tensor, target: Tensor, slope: Tensor, **options: Any) -> Cross
     """
     sums = inputs.detach().to(_wide(inputs)).logsumexp(1 if inputs.ndim > 1 else 0)
     if not bool((sums.abs() < torch.finfo(inputs.dtype).eps ** 0.5).all()):
-        raise ValueError("F.nll_loss was called with what are no logarithms of probabilities")
+        raise ValueError("the inputs of F.nll_loss were not logarithms of probabilities")
     return _cross_entropy(inputs, target, slope, **options)
 
 

@@ -66,8 +66,8 @@ class Snapshot:
             seen.add(id(value))
             if len(seen) > MOST:
                 raise ValueError(
-                    f"more than {MOST:,} Python objects are reached from the module, the last in {_path(name)}: too "
-                    "many to put back; keep data in tensors or arrays, or outside of the module"
+                    f"more than {MOST:,} Python objects can be reached from the module, the last in {_path(name)}, "
+                    "which is too many to restore. Keep data in tensors or arrays, or outside of the module"
                 )
             waiting += [((name, key), part) for key, part in self._keep(value, name)]
 

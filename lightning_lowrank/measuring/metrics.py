@@ -63,13 +63,13 @@ class SpectralStatistic(Metric):
         """
         if len(matrices) != len(self.statistic.takes):
             raise ValueError(
-                f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
+                f"{self.statistic.name} needs {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
             )
         for matrix in matrices:
             if isinstance(matrix, Tensor) and matrix.ndim < 2:
                 shape = tuple(matrix.shape)
                 raise ValueError(
-                    f"{self.statistic.name} takes matrices, [..., rows, columns]; this is of shape {shape}"
+                    f"{self.statistic.name} needs matrices [..., rows, columns]; this tensor has the shape {shape}"
                 )
         pairs = zip(self.statistic.takes, matrices, strict=True)
         values = self.statistic(*(self._value(kind, m.detach()) if isinstance(m, Tensor) else m for kind, m in pairs))

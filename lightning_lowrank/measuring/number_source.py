@@ -93,7 +93,7 @@ def refuse_seed(seed: object) -> None:
             bits.
     """
     if type(seed) is not int or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**31 - 1")
 
 
 def refuse_top_k(top_k: object) -> None:
@@ -103,7 +103,7 @@ def refuse_top_k(top_k: object) -> None:
         ValueError: There are none, or more than anyone reads: each has curves of its own.
     """
     if type(top_k) is not int or not 1 <= top_k <= MOST_DIRECTIONS:
-        raise ValueError(f"top_k={top_k!r}: a whole number, at least 1 and at most {MOST_DIRECTIONS}")
+        raise ValueError(f"top_k={top_k!r} must be a whole number from 1 to {MOST_DIRECTIONS}")
 
 
 class NumberSource(Source):

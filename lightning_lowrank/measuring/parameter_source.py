@@ -108,5 +108,5 @@ def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
 def difference(now: Tensor, before: Tensor) -> Tensor:
     """What changed, in float32 at least: in half precision the difference would be rounded once more."""
     if now.shape != before.shape:  # a single row would be subtracted from each
-        raise ValueError(f"a tensor of shape {tuple(before.shape)} has become one of {tuple(now.shape)}")
+        raise ValueError(f"a tensor of shape {tuple(before.shape)} now has the shape {tuple(now.shape)}")
     return now.to(torch.promote_types(now.dtype, torch.float32)) - before

@@ -34,15 +34,18 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            raise ValueError(f"Probe(name={self.name!r}): a word of letters, digits and _.-, which begins its tags")
+            raise ValueError(
+                f"Probe(name={self.name!r}): the name begins its tags and may contain only letters, digits and _.-"
+            )
         if not isinstance(self.source, Source):
             made = f"{self.source.__name__}(...)" if isinstance(self.source, type) else "Gradients()"
-            raise ValueError(f"probe {self.name!r}: source={self.source!r} is no source; make one, as {made}")
+            raise ValueError(f"probe {self.name!r}: source={self.source!r} is not a source; create one, such as {made}")
         if type(self.schedule) is int:
             object.__setattr__(self, "schedule", Every(self.schedule))
         if not callable(self.schedule):
             raise ValueError(
-                f"probe {self.name!r}: schedule={self.schedule!r}; Every(50), Budget(0.01) or a function of the step"
+                f"probe {self.name!r}: schedule={self.schedule!r} must be Every(50), Budget(0.01) or a function of "
+                "the step"
             )
         if not isinstance(self.source, NumberSource):
             try:
@@ -53,7 +56,7 @@ class Probe:
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
             raise ValueError(
-                f"probe {self.name!r} asks for the statistics {wrong}; for {type(self.source).__name__} there are "
+                f"probe {self.name!r} has unknown statistics {wrong}; {type(self.source).__name__} offers "
                 f"{_offered(self.source)}"
             )
 
@@ -72,7 +75,7 @@ def refuse_namesakes(probes: Sequence[Probe]) -> None:
     """
     names = [probe.name for probe in probes]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"a monitor takes at least one probe, each with a name of its own; these are {names}")
+        raise ValueError(f"a monitor needs at least one probe, and all probes must have different names, not {names}")
 
 
 def offers(source: Source, name: str) -> bool:

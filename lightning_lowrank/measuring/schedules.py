@@ -41,8 +41,8 @@ class Every:
         whole = type(self.n) is int and type(self.start) is int
         if not whole or self.n < 1 or self.start < 0:
             raise ValueError(
-                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 "
-                "and start at least 0"
+                f"Every(n={self.n!r}, start={self.start!r}): expected whole numbers of optimizer steps, n at least "
+                "1 and start at least 0"
             )
 
     def __call__(self, step: int) -> bool:
@@ -93,8 +93,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not isinstance(self.share, float) or not 0 < self.share < 1:
             raise ValueError(
-                f"max_overhead, Budget(share={self.share!r}): a share of the training time above 0 and below 1, "
-                "0.01 for 1 %"
+                f"max_overhead, Budget(share={self.share!r}) must be a share of the training time above 0 and below "
+                "1, such as 0.01 for 1 %"
             )
         self.forget()
 
@@ -237,6 +237,6 @@ def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:
     budgets = [schedule for schedule in schedules if isinstance(schedule, Budget)]
     if budgets and any(schedule is not budgets[0] for schedule in schedules):
         raise ValueError(
-            "a Budget is for all that a monitor does in training: give all of its probes one and the same Budget object"
+            "a Budget limits everything that a monitor does in training; give all its probes the same Budget object"
         )
     return budgets[0] if budgets else None

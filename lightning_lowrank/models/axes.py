@@ -75,8 +75,8 @@ def feature_axis(layer: nn.Module, shape: Sequence[int], around: nn.Module | Non
     if len(found) == 1 or (not found and len(shape) == 3):
         return max(found, default=-1)
     raise ValueError(
-        f"cannot tell which axis has the features in an output of shape {tuple(shape)} of a "
-        f"{type(layer).__name__}; match linear layers, convolutions or norms inside or beside it"
+        f"cannot tell which axis has the features in an output of shape {tuple(shape)} of a {type(layer).__name__}; "
+        "match linear layers, convolutions or norms inside of it or next to it"
     )
 
 

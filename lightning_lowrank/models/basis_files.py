@@ -72,14 +72,14 @@ class Basis:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"there is no file {path}: lightning-lowrank subspace fit ... --output writes one")
+            raise ValueError(f"there is no file {path}; lightning-lowrank subspace fit ... --output writes one")
         try:
             self._file: Any = _opened(self.path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
         known: dict[str, str] = self._file.metadata() or {}
         if known.get("format") != FORMAT:
-            raise ValueError(f"{path} is no basis: lightning-lowrank subspace fit ... --output writes one")
+            raise ValueError(f"{path} is not a basis; lightning-lowrank subspace fit ... --output writes one")
         self.models: list[str] = json.loads(known["models"])
         self.base: str | None = json.loads(known["base"])
         self.is_of_updates: bool = json.loads(known["is_of_updates"])

@@ -40,19 +40,19 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
         layers: For each name the layer behind it.
 
     Raises:
-        ValueError: A pattern fits none; the message has the nearest names and some of what there is.
+        ValueError: A pattern matches nothing; the message has the nearest names and some of what there is.
     """
     found: set[str] = set()
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
         raise ValueError(
-            f"{argument}={patterns!r}: give one pattern or a list of patterns: globs, 're:REGEX', 'type:LAYERCLASS'"
+            f"{argument}={patterns!r} must be a pattern or a list of patterns: globs, 're:REGEX' or 'type:LAYERCLASS'"
         )
     for pattern in several:
         test = _test(argument, pattern)
         hits = {name for name, layer in layers.items() if test(name, layer)}
         if not hits:
-            raise ValueError(f"{argument}: {pattern!r} fits nothing; {_what_there_is(pattern, layers)}")
+            raise ValueError(f"{argument}: {pattern!r} matches nothing; {_what_there_is(pattern, layers)}")
         found |= hits
     return found
 
@@ -66,7 +66,7 @@ def chosen_parameters(
     the original of a pruned one goes by it: pruning in mid-run changes no name.
 
     Raises:
-        ValueError: A pattern fits none.
+        ValueError: A pattern matches nothing.
     """
     named = dict(module.named_parameters())
     layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
@@ -111,4 +111,4 @@ def _what_there_is(pattern: str, layers: Mapping[str, nn.Module]) -> str:
         return "there is nothing to choose from"
     nearest = get_close_matches(rest.strip("*"), names, 3, cutoff=0)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"nearest: {nearest}; there are {names[:10]}{more}"
+    return f"nearest: {nearest}; available: {names[:10]}{more}"

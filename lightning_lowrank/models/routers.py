@@ -110,7 +110,7 @@ def routing(known: Router, output: Any) -> Routing:
             if known.top_k in (None, last):
                 return Routing(logits, _assigned(part.flatten(0, -2), logits), len(logits) * last)
     if known.top_k is None:
-        raise ValueError(f"{type(known.layer).__name__} does not give the number of experts per token: pass top_k=...")
+        raise ValueError(f"{type(known.layer).__name__} does not tell the number of experts per token; give top_k=...")
     chosen = logits.topk(min(known.top_k, known.num_experts), -1).indices
     return Routing(logits, _assigned(chosen, logits), chosen.numel())
 

@@ -162,8 +162,8 @@ def features(module: nn.Module) -> list[Group]:
         graph = _Tracer().trace(module)
     except Exception as error:  # the user's own code runs on proxies
         raise ValueError(
-            f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}): say which units may "
-            "change places with --specification FILE, JSON of {group: [[tensor, axis], ...]}"
+            f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}). List the units that "
+            "can be permuted with --specification FILE, a JSON file of {group: [[tensor, axis], ...]}"
         ) from error
     reader = _Reader(module)
     for node in graph.nodes:

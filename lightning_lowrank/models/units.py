@@ -73,7 +73,7 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Units]:
         counts: Heads by patterns of names of output projections, for those that are not found.
 
     Raises:
-        ValueError: A pattern fits nothing that can be read, or a count does not divide the inputs.
+        ValueError: A pattern matches nothing that can be read, or a count does not divide the inputs.
     """
     layers, weights = linear_layers(module), _weights(module)
     found = dict(_projections(module, layers))
@@ -94,7 +94,7 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
         projections: Output projections of attentions.
 
     Raises:
-        ValueError: A pattern fits nothing that can be read.
+        ValueError: A pattern matches nothing that can be read.
     """
     layers, weights = linear_layers(module), _weights(module)
     names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
@@ -197,9 +197,10 @@ def _chosen(
     """The layers that a user names."""
     names = sorted(fitting(argument, patterns, layers))
     if names and weights.keys().isdisjoint(names) and not any(_is_lazy(layers[name]) for name in names):
-        why = "computed (a parametrization), shared with another layer, packed, or in groups"
+        why = "computed (by a parametrization), shared with another layer, packed, or grouped"
         raise ValueError(
-            f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}"
+            f"{argument}: {patterns!r} matches {names[:5]}, whose weights have no separate part for each input, "
+            f"since they are {why}"
         )
     return names
 

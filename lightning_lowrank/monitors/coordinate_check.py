@@ -35,7 +35,7 @@ class Coordinates(NumberSource):
         num_rows: Rows of inputs, of each call of a layer, that are looked at.
 
     Raises:
-        ValueError: `num_rows` is out of its range; in `plan`: a pattern fits nothing, there is no linear layer, a
+        ValueError: `num_rows` is out of its range; in `plan`: a pattern matches nothing, there is no linear layer, a
             weight is sharded, or a layer is inside a compiled module or in an `nn.TransformerEncoderLayer` in eval
             mode.
     """
@@ -52,7 +52,7 @@ class Coordinates(NumberSource):
         self, match: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, num_rows: int = 256
     ) -> None:
         if type(num_rows) is not int or not 1 <= num_rows <= 1_000_000:
-            raise ValueError(f"num_rows={num_rows!r}: a number of rows, at least 1 and at most 1,000,000")
+            raise ValueError(f"num_rows={num_rows!r} must be a number of rows from 1 to 1,000,000")
         self._match, self._exclude, self._num_rows = match, exclude, num_rows
         self._listener = Listener(self._add)
         self._updates = Updates(min_size=1)
@@ -65,14 +65,14 @@ class Coordinates(NumberSource):
         layers = linear_layers(training.module)
         if not layers:
             raise ValueError(
-                "CoordinateCheckMonitor finds no linear layer with a weight of its own: there are nn.Linear and "
-                f"transformers' Conv1D, not among {list(dict(training.module.named_modules()))[1:11]}"
+                "CoordinateCheckMonitor finds no linear layer (nn.Linear or transformers' Conv1D) with an untied "
+                f"weight among {list(dict(training.module.named_modules()))[1:11]}"
             )
         chosen = set(layers) if self._match is None else fitting("match", self._match, layers)
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         sharded = next((name for name in layers if name in chosen and is_sharded(_weight(layers[name]))), None)
         if sharded is not None:
-            raise ValueError(f"CoordinateCheckMonitor: {sharded!r} is sharded, and weights are read whole; use DDP")
+            raise ValueError(f"CoordinateCheckMonitor: {sharded!r} is sharded, but weights must be read whole; use DDP")
         for name in sorted(chosen):
             refuse_fast_path(training.module, name, "inputs")
         names = tags(layers)
@@ -163,7 +163,7 @@ class CoordinateCheckMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, there is no linear
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, there is no linear
             layer to hear, or a weight is sharded.
 
     Examples:

@@ -42,7 +42,7 @@ class DormantUnits(NumberSource):
         self, match: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, tau: float = TAU
     ) -> None:
         if not isinstance(tau, float) or not 0 <= tau < 1:
-            raise ValueError(f"tau={tau!r}: a share of the layer's mean activation, at least 0 and below 1")
+            raise ValueError(f"tau={tau!r} must be a share of the layer's mean activation, at least 0 and below 1")
         self._match, self._exclude, self._tau = match, exclude, tau
         self.quantities = [Quantity(f"dormant_{name}", per_site=True, detail="core") for name in ("share", "inactive")]
         self._listener = Listener(self._add)
@@ -60,8 +60,8 @@ class DormantUnits(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                "DormantUnitsMonitor finds no activation layer: activations that are called as functions have no "
-                f"module; match the layers whose outputs are units, out of {list(layers)[:10]}"
+                "DormantUnitsMonitor finds no activation layer, since activations that are called as functions "
+                f"have no module. Match the layers whose outputs are units. Layers: {list(layers)[:10]}"
             )
         names = tags(layers)
         heard = {names[name]: layer for name, layer in layers.items() if name in chosen}

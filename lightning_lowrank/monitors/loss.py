@@ -38,7 +38,7 @@ class StepLoss(NumberSource):
         named = dict(training.module.named_parameters())
         sharded = next((name for name, parameter in named.items() if is_sharded(parameter)), None)
         if sharded is not None:
-            raise ValueError(f"LossMonitor: {sharded!r} is sharded, and gradients are read whole; use DDP")
+            raise ValueError(f"LossMonitor: {sharded!r} is sharded, but gradients must be read whole; use DDP")
         self._parameters = {id(p): p for p in named.values() if not is_lazy(p)}
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:

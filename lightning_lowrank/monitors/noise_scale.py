@@ -25,9 +25,9 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 # Samples that the running means are of.
 WINDOW = 20
-LONE = "a step of one batch on one process has no parts: accumulate batches, or leave replay=True"
-ONCE = "more than one backward pass of a micro-batch adds to one gradient"
-UNHEARD = "the gradients of micro-batches were not shown: call backward_done() after each backward pass"
+LONE = "a step of one batch on one process has no parts; accumulate batches, or keep replay=True"
+ONCE = "several backward passes of a micro-batch add to one gradient"
+UNHEARD = "the gradients of micro-batches were not seen; call backward_done() after each backward pass"
 
 
 @dataclass
@@ -88,7 +88,7 @@ class NoiseScale(NumberSource):
         loss_fn: LossFunction | None = None,
     ) -> None:
         if type(window) is not int or not 1 <= window <= 10_000:
-            raise ValueError(f"window={window!r}: a number of samples, at least 1 and at most 10,000")
+            raise ValueError(f"window={window!r} must be a number of samples from 1 to 10,000")
         self._match, self._exclude, self._window = match, exclude, window
         self._replays, self._loss_fn = replay, loss_fn
         self._parameters: list[nn.Parameter] = []
@@ -104,12 +104,12 @@ class NoiseScale(NumberSource):
         chosen = chosen_parameters(training.module, self._match, self._exclude)
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
-            raise ValueError(f"NoiseScaleMonitor: {sharded!r} is sharded, and gradients are read whole; use DDP")
+            raise ValueError(f"NoiseScaleMonitor: {sharded!r} is sharded, but gradients must be read whole; use DDP")
         several = len(training.optimizers) > 1
         if several and (training.team.size > 1 or not self._replays):
             raise ValueError(
-                "NoiseScaleMonitor: a step of several optimizers is of several losses, and is only split by a replay "
-                "(replay=True, loss_fn=...) in one process"
+                "NoiseScaleMonitor: with several optimizers, a step has several losses. Only a replay "
+                "(replay=True, loss_fn=...) in one process can split it"
             )
         if self._replays and training.team.size == 1:
             refuse_replay(training, self._loss_fn)
@@ -181,7 +181,7 @@ class NoiseScale(NumberSource):
 
     def note(self) -> str:
         """What its parts are."""
-        halved = "; a batch that is the only part of its step is run again in two halves"
+        halved = "; if a step has only one batch, it is run again in two halves"
         return f"of the parts of a step{halved if self._replays else ''}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class RankMonitor(Monitor):
         sources, statistics = _sequence(sources), _sequence(statistics)
         unknown = [source for source in sources if source not in SOURCES]
         if unknown or not sources:
-            raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
+            raise ValueError(f"RankMonitor(sources={list(sources)}): {unknown} is unknown; choose from {list(SOURCES)}")
         of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
         of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
         built = [

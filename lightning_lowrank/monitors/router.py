@@ -60,9 +60,11 @@ class Routers(NumberSource):
         capacity: float | None = None,
     ) -> None:
         if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise ValueError(f"top_k={top_k!r}: a number of experts, at least 1")
+            raise ValueError(f"top_k={top_k!r} must be a number of experts of at least 1")
         if capacity is not None and not 0 < capacity < float("inf"):
-            raise ValueError(f"capacity={capacity!r}: a factor above 0, 1.25 for a quarter more than an even share")
+            raise ValueError(
+                f"capacity={capacity!r} must be a number above 0, such as 1.25 for a quarter more than an even share"
+            )
         self._match, self._exclude, self._top_k, self._capacity = match, exclude, top_k, capacity
         self.quantities = [
             Quantity(f"router_{name}", UNITS.get(name, "1"), per_site=True, detail=detail)
@@ -83,7 +85,7 @@ class Routers(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                "RouterMonitor finds no router: match the layers that put out logits of experts, of "
+                "RouterMonitor finds no router; match the layers that return logits of experts. Layers: "
                 f"{list(layers)[:10]}"
             )
         names = tags(layers)
@@ -91,7 +93,7 @@ class Routers(NumberSource):
         for name in (name for name in layers if name in chosen and id(layers[name]) not in inner):
             known = router(name, training.module, self._top_k)
             if known is None or (known.top_k is None and isinstance(known.layer, nn.Linear)):
-                missing = "experts there are" if known is None else "experts a token takes: give top_k=..."
+                missing = "experts there are" if known is None else "experts a token uses; give top_k=..."
                 raise ValueError(
                     f"RouterMonitor: {name!r}, a {type(layers[name]).__name__}, does not say how many {missing}"
                 )

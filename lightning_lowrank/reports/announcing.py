@@ -38,8 +38,8 @@ def too_few(count: int | None, total_steps: int | None) -> str:
     if count is None or count >= FEWEST:
         return ""
     return (
-        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve; more come with "
-        "a smaller every_n_steps, or with max_overhead=0.05, which takes what 5 % of the time allow"
+        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve; for more, "
+        "use a smaller every_n_steps, or max_overhead=0.05, which samples as often as 5 % of the time allow"
     )
 
 
@@ -98,8 +98,8 @@ def _cost(sample: float, step: float, share: float, *, several: bool) -> str:
         return ""
     took = "a sample takes" if several else "the first sample took"
     return (
-        f"{took} {plain(1000 * sample)} ms, as long as {plain(sample / step)} steps of training; if all do, "
-        f"training takes {plain(whole)} % longer: every_n_steps or max_overhead=0.01 makes that less"
+        f"{took} {plain(1000 * sample)} ms, as long as {plain(sample / step)} steps of training. If all samples do, "
+        f"training takes {plain(whole)} % longer; reduce it with every_n_steps or max_overhead=0.01"
     )
 
 

@@ -215,7 +215,7 @@ class Journal:
         self.failures += count
         kind = message.partition(":")[0]
         self._warn(
-            kind, f"{message}. Training goes on; counted in lowrank/{self.label}_failures.", everywhere=everywhere
+            kind, f"{message}. Training continues; counted in lowrank/{self.label}_failures.", everywhere=everywhere
         )
 
     def _warn(self, kind: str, message: str, *, everywhere: bool = False) -> None:
@@ -346,8 +346,8 @@ class Journal:
         if budget is None or budget.every is None:
             return {}
         if budget.exceeded:
-            spent = f"it took {budget.overhead:.2g} % more time since the warm-up, {percent(budget)} were allowed"
-            self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)}, so that curves stay comparable.")
+            spent = f"it took {budget.overhead:.2g} % more time since the warm-up; {percent(budget)} was allowed"
+            self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)} to keep curves comparable.")
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}
 

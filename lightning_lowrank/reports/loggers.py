@@ -48,7 +48,7 @@ def write(
 
     def hand(logger: Any) -> None:
         if _closed(logger):
-            raise OSError("its file could not be written; it is tried again when a checkpoint is saved")
+            raise OSError("its file could not be written; it will be tried again when a checkpoint is saved")
         logger.log_metrics(dict(scalars), step=step)
         for draw in draws:
             draw(_experiment(logger))

@@ -148,7 +148,10 @@ class RankAdvice:
 
     def _title(self) -> str:
         advised, even = self.captured(self.ranks), self.captured(self.uniform)
-        title = f"{self.spent} of {self.budget:g} numbers capture {advised:.3f} of the energy, uniform ranks {even:.3f}"
+        title = (
+            f"{self.spent} of {self.budget:g} parameters capture {advised:.3f} of the energy; uniform ranks "
+            f"capture {even:.3f}"
+        )
         rates = ", ".join(f"{rule} {rate:.3g}" for rule, rate in self.rates.items())
         return f"{title}\nlearning rates: {rates}" if rates else title
 
@@ -190,14 +193,16 @@ def numbers_of(budget: int | str, method: Method) -> float:
         ValueError: It is no whole number from 1 on, and no memory; or nobody takes ranks under that name.
     """
     if method not in list(BYTES):
-        raise ValueError(f"method={method!r}: one of {list(BYTES)}")
+        raise ValueError(f"method={method!r} must be one of {list(BYTES)}")
     if isinstance(budget, str):
         found = MEMORY.fullmatch(budget)
         if found is not None:
             return float(found["size"]) * UNITS[found["unit"]] / BYTES[method]
         budget = int(budget) if budget.isdecimal() else budget
     if type(budget) is not int or budget < 1:
-        raise ValueError(f"budget={budget!r}: a whole number of parameters, as 200000, or memory, as '8 MB'")
+        raise ValueError(
+            f"budget={budget!r} must be a whole number of parameters, such as 200000, or memory, such as '8 MB'"
+        )
     return float(budget)
 
 

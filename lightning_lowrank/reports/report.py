@@ -49,11 +49,13 @@ class Style:
 
     def __post_init__(self) -> None:
         if not fullmatch(r"[A-Za-z0-9_.-]+", self.label):
-            raise ValueError(f"name={self.prefix[:-1]!r}: a word of letters, digits and _.-, which begins all tags")
+            raise ValueError(
+                f"name={self.prefix[:-1]!r}: the name begins all tags and may contain only letters, digits and _.-"
+            )
         if self.detail not in DETAILS:
-            raise ValueError(f"detail={self.detail!r}: one of {list(DETAILS)}")
+            raise ValueError(f"detail={self.detail!r} must be one of {list(DETAILS)}")
         if not (isinstance(self.per_site, bool) or self.per_site == "auto"):
-            raise ValueError(f"per_site={self.per_site!r}: it is True, False or 'auto'")
+            raise ValueError(f"per_site={self.per_site!r} must be True, False or 'auto'")
 
     def shows(self, detail: Detail) -> bool:
         """Whether loggers get what needs so much detail."""

@@ -65,7 +65,10 @@ class Statistic:
             function = function.args[0].function if function.func is _over_null else function.func
         first, returns = _paragraphs(function.__doc__ or "")
         if self.name.startswith("relative_"):
-            return f"{first.rstrip('.')}; here over what a Gaussian matrix of that shape gives, so that 1 is noise."
+            return (
+                f"{first.rstrip('.')}; here divided by the value for a Gaussian matrix of the same shape, so "
+                "that 1 is noise."
+            )
         return f"{first} {returns}".strip().replace("`", "")
 
     def __call__(self, *values: Any) -> Tensor:
@@ -167,7 +170,7 @@ def find(name: str) -> Statistic:
     match = re.fullmatch(r"(\w+?)_(\d+\.?\d*(?:e-?\d+)?)", plain)
     found = REGISTERED.get(plain) or (REGISTERED.get(match[1]) if match else None)
     if found is None or (relative and not found.comparable):
-        raise ValueError(f"there is no statistic {name!r}{_nearest(name)}; there are {available()}")
+        raise ValueError(f"there is no statistic {name!r}{_nearest(name)}; available: {available()}")
     if plain != found.name:
         assert match is not None
         found = _with_parameter(found, name, float(match[2]))
@@ -188,7 +191,7 @@ def _nearest(name: str) -> str:
 def _with_parameter(found: Statistic, name: str, value: float) -> Statistic:
     low, high = found.domain
     if found.parameter is None or not low < value <= high:
-        takes = f"{found.parameter} above {low:g} and up to {high:g}" if found.parameter else "no parameter"
+        takes = f"{found.parameter} above {low:g} and at most {high:g}" if found.parameter else "no parameter"
         raise ValueError(f"statistic {name!r}: {found.name} takes {takes}")
     tail = found.function.reads_tail(value)  # type: ignore[attr-defined]
     return replace(found, function=partial(found.function, **{found.parameter: value}), tail=tail)

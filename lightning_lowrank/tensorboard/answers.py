@@ -120,7 +120,7 @@ def _kind(arguments: Arguments) -> str:
     """Of what has a number per site."""
     kind = _needed(arguments, "kind")
     if kind in ("spectrum", "curve"):
-        raise ValueError("spectra and curves have answers of their own")
+        raise ValueError("spectra and curves are answered separately")
     return kind
 
 
@@ -154,4 +154,4 @@ def _number(arguments: Arguments, key: str, default: Any) -> Any:
     try:
         return int(arguments[key]) if arguments.get(key) else default
     except ValueError as error:
-        raise ValueError(f"{key}={arguments[key]!r} is no whole number") from error
+        raise ValueError(f"{key}={arguments[key]!r} is not a whole number") from error

@@ -93,7 +93,7 @@ class LoopTraining(Training):
         Raises:
             ValueError: With the way out.
         """
-        raise ValueError("a loop of your own has no training_step to run again")
+        raise ValueError("your own loop has no training_step to run again")
 
 
 class Watching:
@@ -207,7 +207,7 @@ class Watching:
     def say_if_idle(self) -> None:
         """Warn if the loop has shown no batch."""
         for watch in self._watches if not self._count else ():
-            watch.journal.warn_once("no batch was seen: enclose each batch of the loop in `with watch.batch(batch):`")
+            watch.journal.warn_once("no batch was seen; enclose each batch of the loop in `with watch.batch(batch):`")
 
     def ends(self) -> None:
         """Leave no hook behind."""
@@ -300,12 +300,12 @@ def watching(
 def _refuse_strangers(monitors: Sequence[Any], loggers: Any) -> None:
     for monitor in monitors:
         if not isinstance(monitor, Monitor):
-            raise ValueError(f"{monitor!r} is not a monitor: watching(model, optimizer, RankMonitor(), ...)")
+            raise ValueError(f"{monitor!r} is not a monitor; expected watching(model, optimizer, RankMonitor(), ...)")
     if isinstance(loggers, str) or not isinstance(loggers, Sequence):
-        raise ValueError(f"loggers={loggers!r}: a list of loggers, as [CSVLogger('runs')]")
+        raise ValueError(f"loggers={loggers!r} must be a list of loggers, such as [CSVLogger('runs')]")
     for logger in loggers:
         if not hasattr(logger, "log_metrics"):
-            raise ValueError(f"loggers=[{logger!r}]: a logger has log_metrics(metrics, step)")
+            raise ValueError(f"loggers=[{logger!r}]: a logger needs a method log_metrics(metrics, step)")
 
 
 def _plain(module: Any) -> nn.Module:

@@ -63,9 +63,11 @@ class Monitor(Arguments, L.Callback):
         spread: int = 0,
     ) -> None:
         if name == "":
-            raise ValueError("name='': a word, which begins all tags, or None")
+            raise ValueError("name='' must be a word, which begins all tags, or None")
         if spread < 0:
-            raise ValueError(f"spread={spread}: the number of batches over which decompositions are spread; 0 for none")
+            raise ValueError(
+                f"spread={spread} must be the number of batches over which decompositions are spread; 0 for none"
+            )
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
@@ -176,7 +178,7 @@ class Monitor(Arguments, L.Callback):
         if other.place == self.place:
             kind = type(self).__name__
             raise ValueError(
-                f"two {kind} in one training, {self!r} and {other!r}: tell them apart by {kind}(..., name='...')"
+                f"two {kind} in one training, {self!r} and {other!r}; distinguish them with {kind}(..., name='...')"
             )
         self.watch.refuse_double(other.watch)
 
@@ -231,7 +233,7 @@ class Monitor(Arguments, L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever seen; the last of the alerts may end the run."""
-        advice = "in manual optimization, step the optimizers that `self.optimizers()` gives"
+        advice = "in manual optimization, step the optimizers that `self.optimizers()` returns"
         self.watch.stops(advice="" if pl_module.automatic_optimization else advice)
         self.watch.journal.alerts.raise_if_asked()
 
@@ -243,7 +245,7 @@ class Monitor(Arguments, L.Callback):
         """Say so if the run that is resumed was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             self.watch.journal.info_once(
-                f"the checkpoint has no state of {self.place}: comparisons with earlier samples start again"
+                f"the checkpoint has no state of {self.place}, so comparisons with earlier samples start again"
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -270,12 +272,12 @@ def cadence(every_n_steps: int | None, max_overhead: float | None, default: int)
         ValueError: Both are given, or one is out of its range.
     """
     if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps={every_n_steps}: at least 1 optimizer step")
+        raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 optimizer step")
     if max_overhead is None:
         return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:
         raise ValueError(
-            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give only one, because the budget "
+            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give only one of them, since a budget "
             "chooses the cadence"
         )
     return Budget(max_overhead)

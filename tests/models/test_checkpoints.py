@@ -195,7 +195,7 @@ REFUSED: dict[Callable[[Path], Path], str] = {
     no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
     several: r"give one of its files, \['a\.pt', 'b\.pt'\]",
-    another_kind: r"kinds of files that can be read are \['\.safetensors'",
+    another_kind: r"only \['\.safetensors'",
     of_many_processes: "consolidate_checkpoint",
     lambda folder: folder / "nothing": "there is no file or folder .*nothing",
 }

@@ -103,7 +103,7 @@ def top_eigenpairs(
     """
     if num_products < min(k + lowest, operator.size):
         raise ValueError(
-            f"{k} largest and {lowest} smallest eigenvalues take at least {k + lowest} products, not {num_products}"
+            f"{k} largest and {lowest} smallest eigenvalues need at least {k + lowest} products, not {num_products}"
         )
     with full_precision(operator.device):
         random = torch.randn(operator.size, generator=generator, device=operator.device, dtype=operator.dtype)

@@ -38,7 +38,7 @@ def student(num_samples: int) -> float:
         Abramowitz & Stegun (1964), equation 26.7.5: within 1 % from four samples on.
     """
     if num_samples < 2:
-        raise ValueError(f"an estimate with an error takes at least 2 samples, not {num_samples}")
+        raise ValueError(f"an estimate with an error needs at least 2 samples, not {num_samples}")
     z, freedom = 1.96, num_samples - 1
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

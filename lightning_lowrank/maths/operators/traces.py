@@ -77,7 +77,7 @@ def spectral_estimate(
         SOSA, Algorithm 1.
     """
     if num_probes < 2:
-        raise ValueError(f"an estimate with an error takes at least 2 probes, not {num_probes}")
+        raise ValueError(f"an estimate with an error needs at least 2 probes, not {num_probes}")
     with full_precision(operator.device):
         known = known or _nothing(operator)
         found = [_probe(operator, known, min(steps, operator.size), generator, layout) for _ in range(num_probes)]

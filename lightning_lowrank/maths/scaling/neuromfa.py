@@ -62,7 +62,8 @@ def neuromfa_scaling(
             return _scaling(_edge_counts(weights, threshold), orders)
         if generator is None:
             raise ValueError(
-                f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)"
+                f"max_neurons={max_neurons} are drawn at random; give a generator, such as "
+                "torch.Generator().manual_seed(0)"
             )
         samples = [sample_neurons(weights, max_neurons, generator=generator) for _ in range(num_repeats)]
         return _scaling(torch.stack([_edge_counts(sample, threshold) for sample in samples]), orders)

@@ -178,7 +178,7 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
         given = (
             f"a tensor of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else f"a {type(matrix).__name__}"
         )
-        raise ValueError(f"svd takes a tensor [..., rows, columns], as torch.as_tensor(matrix) gives; this is {given}")
+        raise ValueError(f"svd needs a tensor [..., rows, columns], such as torch.as_tensor(matrix); this is {given}")
     rows, columns = matrix.shape[-2:]
     if min(rows, columns) == 0:
         return _empty(matrix, (rows, columns))

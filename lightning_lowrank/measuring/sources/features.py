@@ -54,7 +54,7 @@ class Features(MatrixSource):
 
     def __post_init__(self) -> None:
         if self.stage not in ("train", "validation"):
-            raise ValueError(f"Features(stage={self.stage!r}): it is 'train' or 'validation'")
+            raise ValueError(f"Features(stage={self.stage!r}): stage must be 'train' or 'validation'")
         self.of_parameters = False
         self.level = "functions"
         self.name = (

@@ -48,8 +48,8 @@ class Updates(ParameterSource):
         self._before = [(site, attempt(partial(_copied, site, step))) for site in moving if site not in gone]
         if gone:
             raise ValueError(
-                f"{gone[0].name!r} was changed before its optimizer stepped, as by an optimizer inside the backward "
-                "pass: that update is not known"
+                f"{gone[0].name!r} changed before its optimizer stepped, for example by an optimizer inside the "
+                "backward pass, so its update is unknown"
             )
         return []
 

@@ -38,7 +38,7 @@ class ActivationMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a block cannot be
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a block cannot be
             heard.
 
     Examples:

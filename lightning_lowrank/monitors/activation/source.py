@@ -52,7 +52,7 @@ class Activations(NumberSource):
         max_width: Weights whose shorter side is longer have no singular vectors; 0 for none.
 
     Raises:
-        ValueError: `max_width` is below 0; in `plan`: a pattern fits nothing, there is nothing to hear, or a layer
+        ValueError: `max_width` is below 0; in `plan`: a pattern matches nothing, there is nothing to hear, or a layer
             cannot be heard.
     """
 
@@ -66,7 +66,7 @@ class Activations(NumberSource):
         max_width: int = 2048,
     ) -> None:
         if type(max_width) is not int or max_width < 0:
-            raise ValueError(f"max_width={max_width!r}: a number of columns, or 0 for no singular vectors")
+            raise ValueError(f"max_width={max_width!r} must be a number of columns, or 0 for no singular vectors")
         self._match, self._exclude, self._max_width = match, exclude, max_width
         quantities = (Quantity(f"activation_{name}", UNITS.get(name, "1"), per_site=True) for name in NAMES)
         self.quantities = led_by(CORE, quantities, LOOKED_UP)
@@ -140,7 +140,8 @@ class Activations(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                f"ActivationMonitor finds no block: match layers whose outputs are to be read, of {list(layers)[:10]}"
+                "ActivationMonitor finds no block; match layers whose outputs should be read. Layers: "
+                f"{list(layers)[:10]}"
             )
         return chosen
 

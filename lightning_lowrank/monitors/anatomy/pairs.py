@@ -180,7 +180,7 @@ class PairTap:
         self._outside |= not recomputes()
         if not inputs:
             raise ValueError(
-                f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is heard"
+                f"a {type(layer).__name__} is called with keyword arguments; pass its input by position, as in layer(x)"
             )
         with full_precision(output.device):
             call = self._call(layer, inputs[0].detach(), output)
@@ -198,7 +198,7 @@ class PairTap:
         # Before any place is looked up: an index out of range ends a run on a GPU.
         if len(probed) * as_matrix(layer, self.weight).shape[0] != output.numel():
             raise ValueError(
-                f"a {type(layer).__name__} has other outputs than a layer of its kind: a forward of its own"
+                f"a {type(layer).__name__} has a custom forward, whose outputs differ from those of such a layer"
             )
         keys = torch.rand(len(probed), generator=self._draws, dtype=torch.float64, device="cpu")
         together = torch.cat([self._top, keys])

@@ -75,10 +75,11 @@ class Anatomy(NumberSource):
         num_outputs: int | None = None,
     ) -> None:
         if type(max_rows) is not int or max_rows < FEWEST_ROWS:
-            raise ValueError(f"max_rows={max_rows!r}: a whole number, {FEWEST_ROWS} at least")
+            raise ValueError(f"max_rows={max_rows!r} must be a whole number of at least {FEWEST_ROWS}")
         if num_outputs is not None and (type(num_outputs) is not int or not 1 <= num_outputs <= MOST_OUTPUTS):
             raise ValueError(
-                f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer"
+                f"num_outputs={num_outputs!r} must be from 1 to {MOST_OUTPUTS}, or None for the width of the last "
+                "linear layer"
             )
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
         per_site = [
@@ -214,10 +215,10 @@ class Anatomy(NumberSource):
         try:
             if pooled is None:
                 why = (
-                    "there was none, or the layer was called in a compiled or mapped function, or its weight "
-                    "used without it"
+                    "the batch had none, the layer was called in a compiled or mapped function, or its weight was "
+                    "used without the layer"
                 )
-                raise ValueError(f"no row of {name!r} was heard: {why}")
+                raise ValueError(f"no row of {name!r} was seen: {why}")
             return self._numbers(name, pooled, gradient)
         except Exception as error:  # one layer, which does no harm to others
             self.trouble = self.trouble or error

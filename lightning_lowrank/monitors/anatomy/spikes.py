@@ -98,13 +98,14 @@ def spiked_data(
     """
     for name, count in {"num_rows": num_rows, "width": width}.items():
         if type(count) is not int or count < 1:
-            raise ValueError(f"spiked_data({name}={count!r}): a whole number, 1 at least")
+            raise ValueError(f"spiked_data({name}={count!r}): expected a whole number of at least 1")
     for name, exponent in {"nu": nu, "alpha": alpha}.items():
         if not isinstance(exponent, int | float) or not isfinite(exponent):
-            raise ValueError(f"spiked_data({name}={exponent!r}): a finite number")
+            raise ValueError(f"spiked_data({name}={exponent!r}): expected a finite number")
     if not isinstance(generator, torch.Generator) or not dtype.is_floating_point:
         raise ValueError(
-            f"spiked_data(generator={generator!r}, dtype={dtype}): a torch.Generator, and a dtype of real numbers"
+            f"spiked_data(generator={generator!r}, dtype={dtype}): expected a torch.Generator and a real "
+            "floating-point dtype"
         )
     drawn: dict[str, Any] = {"dtype": dtype, "device": generator.device}
     scales = torch.arange(1, width + 1, dtype=dtype, device=generator.device) ** (-alpha / 2)

@@ -43,7 +43,7 @@ class AttentionMonitor(Monitor):
 
     Raises:
         ValueError: An option is out of its range; when training starts: there is no attention whose queries and keys
-            can be told, a pattern fits nothing, heads do not divide, or attention is inside a compiled module; the
+            can be told, a pattern matches nothing, heads do not divide, or attention is inside a compiled module; the
             message says what was found and how to name it.
 
     Examples:

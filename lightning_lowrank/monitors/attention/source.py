@@ -38,11 +38,12 @@ LARGEST = "attention_largest_logit"
 PLAIN = View("m n -> m n")
 HOW = (
     "name its weights: layouts={'*.qkv.weight': 'qkv heads d'} for a fused layer, or layouts={'*.theta.weight': "
-    "'q heads d', '*.phi.weight': 'k heads d'} for two; heads={'*.qkv.weight': 8} where nothing says how many"
+    "'q heads d', '*.phi.weight': 'k heads d'} for two; heads={'*.qkv.weight': 8} if the number of heads is "
+    "unknown"
 )
 UNHEARD = (
-    "no call of scaled_dot_product_attention and no softmax over scores of as many heads is heard there: a fast path, "
-    "a compiled function or a kernel of its own hides it"
+    "no call of scaled_dot_product_attention and no softmax over scores of this number of heads was seen there. A "
+    "fast path, a compiled function or a custom kernel hides it"
 )
 
 
@@ -59,7 +60,7 @@ class AttentionHeads(NumberSource):
 
     Raises:
         ValueError: An option is out of its range; in `plan`: there is no attention whose queries and keys can be told,
-            a pattern fits nothing, heads do not divide, or attention is inside a compiled module.
+            a pattern matches nothing, heads do not divide, or attention is inside a compiled module.
     """
 
     name = "attention"
@@ -84,9 +85,11 @@ class AttentionHeads(NumberSource):
         num_rows: int = 64,
     ) -> None:
         if type(num_rows) is not int or not 1 <= num_rows <= 1_000_000:
-            raise ValueError(f"num_rows={num_rows!r}: a number of rows, at least 1 and at most 1,000,000")
+            raise ValueError(f"num_rows={num_rows!r} must be a number of rows from 1 to 1,000,000")
         if any(type(count) is not int or count < 1 for count in (heads or {}).values()):
-            raise ValueError(f"heads={heads!r}: numbers of heads, each at least 1, by pattern of weight")
+            raise ValueError(
+                f"heads={heads!r}: expected a mapping from patterns of weights to numbers of heads, each at least 1"
+            )
         self._match, self._exclude = match, exclude
         self._layouts, self._heads = dict(layouts or {}), dict(heads or {})
         self._updates, self._calls = Updates(min_size=1), Calls(num_rows) if scores else None
@@ -190,13 +193,13 @@ class AttentionHeads(NumberSource):
         found = finder.found()
         if not found and not any(map(is_lazy, finder.module.parameters())):  # those may still turn out to be anything
             why = "; ".join(f"of {name!r}, {reason}" for name, reason in list(finder.untold.items())[:3])
-            there = f"whose queries and keys can be told: {why}" if why else f"among {list(finder.weights)[:10]}"
+            there = f"with known queries and keys: {why}" if why else f"among {list(finder.weights)[:10]}"
             raise ValueError(f"AttentionMonitor finds no attention {there}; {HOW}")
         layers = {one.name: finder.modules[one.path] for one in found}
         names = set(layers) if self._match is None or not found else fitting("match", self._match, layers)
         names -= set() if self._exclude is None or not found else fitting("exclude", self._exclude, layers)
         if found and not names:
-            raise ValueError(f"exclude={self._exclude!r} leaves none of the attentions {list(layers)[:10]}")
+            raise ValueError(f"exclude={self._exclude!r} leaves out all attention layers: {list(layers)[:10]}")
         return [one for one in found if one.name in names]
 
     def _parts(self, team: Team, owners: Mapping[Attention, int]) -> dict[Attention, Parts]:
@@ -225,7 +228,7 @@ class AttentionHeads(NumberSource):
         heard, self.trouble = self._calls.take()
         silent = next((one.name for one in self._attentions if one.name not in heard), None)
         if silent is not None and self.trouble is None and self._attentions:
-            self.trouble = ValueError(f"scores of {silent!r} are not known: {UNHEARD}")
+            self.trouble = ValueError(f"scores of {silent!r} are unknown: {UNHEARD}")
         dtype = working_dtype(self._device)
         nothing = {one.name: torch.zeros(6, one.heads, dtype=dtype, device=self._device) for one in self._attentions}
         own = torch.cat([heard.get(name, zeros) for name, zeros in nothing.items()], -1)

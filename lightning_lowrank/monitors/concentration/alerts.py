@@ -21,6 +21,6 @@ def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> 
         >>> EarlyBirdAlert().quantity
         'concentration_mask_early_bird_0.5'
     """
-    cause = "the ticket has emerged: pruned to this mask now, training would keep nearly the same weights"
+    cause = "the mask has settled: pruning now would keep nearly the same weights as pruning later"
     told = {**EVENT, "below": below, "actions": ("warn", "log", "wandb"), "cause": cause, **options}
     return Alert(f"concentration_mask_early_bird_{density:g}", **told)

@@ -124,9 +124,9 @@ def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
         if found:
             return found
     if watched:
-        raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
+        raise ValueError(f"reference={str(path)!r}: its ConcentrationMonitor had no gates of heads or neurons")
     raise ValueError(
-        f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}"
+        f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint contains {list(callbacks)}"
     )
 
 

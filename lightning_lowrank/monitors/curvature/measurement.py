@@ -283,14 +283,13 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
     unknown = [name for name in operators if name not in OPERATORS]
     if isinstance(operators, str) or unknown:
         raise ValueError(
-            f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for "
-            "critical sharpness alone"
+            f"operators={operators!r} must be a list of some of {list(OPERATORS)}, or empty for critical sharpness only"
         )
     if detail not in EFFORTS:
-        raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
+        raise ValueError(f"level={detail!r} must be one of {list(EFFORTS)}")
     if detail == "light" and operators and "hessian" not in operators:
         raise ValueError(
-            f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take "
+            f"level='light' measures only the Hessian, which operators={list(operators)!r} does not include; use "
             "level='standard'"
         )
     refuse_top_k(top_k)

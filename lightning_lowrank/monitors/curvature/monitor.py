@@ -13,8 +13,8 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 # Said where curvature is not believed.
 WRONG = (
-    "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others "
-    "by match"
+    "a layer whose backward pass cannot be differentiated, such as a custom autograd function that detaches; "
+    "choose other layers with match"
 )
 
 
@@ -51,7 +51,7 @@ class CurvatureMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen;
+        ValueError: An option is another word; when training starts: a pattern matches nothing, or the loss cannot be seen;
             the message says what to do.
 
     Examples:
@@ -109,5 +109,8 @@ class CurvatureMonitor(Monitor):
             ValueError: None are followed: `level="light"`, or operators without the Hessian.
         """
         if "hessian" not in self._source.operators or not self._source.effort.probes:
-            raise ValueError(f"{self!r} follows no directions of the Hessian: level='standard', operators=['hessian']")
+            raise ValueError(
+                f"{self!r} does not track directions of the Hessian; it needs level='standard' and "
+                "operators=['hessian']"
+            )
         return self._source.top_directions()

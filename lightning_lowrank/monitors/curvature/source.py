@@ -50,10 +50,10 @@ CORE = (
 )
 
 # How a loss is seen, in words.
-HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
+HOW = {"inline": "seen on", "replay": "the step is run again to see the loss, because of"}
 UNSEEN = (
-    "the loss was not seen: in a loop of your own call watch.loss(loss) before its backward pass, in manual "
-    "optimization self.manual_backward(loss)"
+    "the loss was not seen. In your own loop, call watch.loss(loss) before its backward pass; in manual "
+    "optimization, call self.manual_backward(loss)"
 )
 
 
@@ -92,7 +92,7 @@ class Curvature(NumberSource):
         exclude: The same, taken away.
 
     Raises:
-        ValueError: An option is another word; in `plan`, a pattern fits nothing.
+        ValueError: An option is another word; in `plan`, a pattern matches nothing.
     """
 
     name = "curvature"
@@ -111,7 +111,7 @@ class Curvature(NumberSource):
     ) -> None:
         refuse(level, operators, top_k)
         if batch not in get_args(WhichBatch):
-            raise ValueError(f"batch={batch!r}: one of {list(get_args(WhichBatch))}")
+            raise ValueError(f"batch={batch!r} must be one of {list(get_args(WhichBatch))}")
         self.batch, self.loss_fn, self.output_module, self.match, self.exclude = (
             batch,
             loss_fn,

@@ -78,11 +78,11 @@ def why_unknown(optimizer: Optimizer) -> str | None:
         )
     for key in ("maximize", "momentum", "betas", "nesterov"):
         if any(group.get(key) != optimizer.param_groups[0].get(key) for group in optimizer.param_groups):
-            return f"no edge of stability is known where {key!r} differs between parameter groups"
+            return f"no edge of stability is known if {key!r} differs between parameter groups"
     if "betas" in optimizer.defaults and not optimizer.state:
         return f"{type(optimizer).__name__} has no preconditioner before its first step"
     if any(_of_another_shape(p, state) for p, state in optimizer.state.items()):
-        return "no edge of stability is known where moments are not of the shape of the weights, as in low rank"
+        return "no edge of stability is known if moments have another shape than the weights, as in low rank"
     return None
 
 

@@ -78,10 +78,11 @@ class NeuroMFA(Neurons):
     ) -> None:
         super().__init__(Weights(match=match, exclude=exclude, views=views), max_neurons=max_neurons, seed=seed)
         if type(num_repeats) is not int or num_repeats < 1:
-            raise ValueError(f"num_repeats={num_repeats!r}: a whole number, at least 1")
+            raise ValueError(f"num_repeats={num_repeats!r} must be a whole number of at least 1")
         if threshold is not None and not (isinstance(threshold, float | int) and 2 <= threshold <= LONGEST):
             why = (
-                f"the longest edge 1 / |w| that is kept, at least 2 and at most {LONGEST:g}; published is {THRESHOLD:g}"
+                f"expected the largest length 1 / |w| of a kept edge, from 2 to {LONGEST:g}; the published value is "
+                f"{THRESHOLD:g}"
             )
             raise ValueError(f"threshold={threshold!r}: {why}")
         self._num_repeats, self._threshold = num_repeats, threshold

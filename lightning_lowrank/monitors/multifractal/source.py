@@ -63,7 +63,7 @@ class Neurons(NumberSource):
 
     def __init__(self, weights: Weights, *, max_neurons: int | None, seed: int) -> None:
         if max_neurons is not None and (type(max_neurons) is not int or max_neurons < 2):
-            raise ValueError(f"max_neurons={max_neurons!r}: a whole number, at least 2, or None for all")
+            raise ValueError(f"max_neurons={max_neurons!r} must be a whole number of at least 2, or None for all")
         refuse_seed(seed)
         self._weights, self._max_neurons, self._seed = weights, max_neurons, seed
         self._found: Sequence[Numbers] | None = None

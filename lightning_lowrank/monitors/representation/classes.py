@@ -30,7 +30,7 @@ from lightning_lowrank.models.training import Training
 Labels = Callable[[Any], Tensor]
 # Where a batch that is a mapping has its labels.
 KEYS = ("labels", "label", "targets", "target", "y")
-NO_LABELS = "the batch has no whole number for each example in its second part: give labels=batch -> labels"
+NO_LABELS = "the second part of the batch has no whole number for each example; give a function labels=batch -> labels"
 
 
 class Classes(NumberSource):
@@ -86,11 +86,13 @@ class Classes(NumberSource):
         if not isinstance(head, nn.Linear):
             linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
             raise ValueError(
-                f"classifier={self._classifier!r} is no linear layer of the module; there are {linear[-10:]}"
+                f"classifier={self._classifier!r} is not a linear layer of the module; its linear layers are "
+                f"{linear[-10:]}"
             )
         if is_parametrized(head, "weight"):
             raise ValueError(
-                f"classifier={self._classifier!r} has a parametrised weight, which reading may change; nothing is read"
+                f"classifier={self._classifier!r} has a parametrised weight, which may change when it is read, so "
+                "it is not measured"
             )
         found = [f"re:^{re.escape(name)}$" for name in blocks(training.module)]
         self._features.match = self._match if self._match is not None else found or None

@@ -79,7 +79,7 @@ class RepresentationMonitor(Monitor):
         max_overhead: float | None = None,
     ) -> None:
         if not stages or set(stages) - set(get_args(Stage)):
-            raise ValueError(f"stages={list(stages)}: any of {list(get_args(Stage))}")
+            raise ValueError(f"stages={list(stages)} must contain some of {list(get_args(Stage))}")
         schedule = cadence(every_n_steps, max_overhead, 100)
         sources: list[NumberSource] = [
             Representations(match, exclude, stage, max_width) for stage in get_args(Stage) if stage in stages
@@ -87,7 +87,7 @@ class RepresentationMonitor(Monitor):
         if classifier is not None:
             sources.append(Classes(classifier, match, exclude, max_width, labels))
         elif labels is not None:
-            raise ValueError("labels are of use with a classifier: give classifier='head', the name of a linear layer")
+            raise ValueError("labels need a classifier; give the name of a linear layer, such as classifier='head'")
         probes = [probe for source in sources for probe in probe_of(source, schedule)]
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
 

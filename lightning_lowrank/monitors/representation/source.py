@@ -55,7 +55,7 @@ class Representations(NumberSource):
         max_width: int = 2048,
     ) -> None:
         if type(max_width) is not int or max_width < 1:
-            raise ValueError(f"max_width={max_width!r}: a number of columns, at least 1")
+            raise ValueError(f"max_width={max_width!r} must be a number of columns of at least 1")
         self._match = match
         self._features = Features(exclude=exclude, stage=stage, max_width=max_width)
         self.stage, self.name = stage, "representation" if stage == "train" else f"{stage}_representation"

@@ -102,7 +102,7 @@ def projections(jacobian: Jacobian, *, num: int, seed: int) -> Float[Tensor, "k 
         num: At least 4, for there to be an error.
     """
     if num < FEWEST:
-        raise ValueError(f"an estimate with an error takes at least {FEWEST} projections, not {num}")
+        raise ValueError(f"an estimate with an error needs at least {FEWEST} projections, not {num}")
     device = jacobian.outputs.device
     with full_precision(device):
         return torch.stack([jacobian.forward(_signs(jacobian.size, seed, i, jacobian)) for i in range(num)])
@@ -204,7 +204,7 @@ def layer_kernels(
     """
     if num_probes < FEWEST or held < 2:
         raise ValueError(
-            f"the layers' kernels take at least {FEWEST} probes and 2 gradients held, not {num_probes} and {held}"
+            f"the layers' kernels need at least {FEWEST} probes and 2 stored gradients, not {num_probes} and {held}"
         )
     with full_precision(jacobian.outputs.device):
         device = jacobian.outputs.device

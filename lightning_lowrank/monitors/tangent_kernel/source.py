@@ -67,7 +67,7 @@ class TangentKernel(NumberSource):
         seed: Of the projections, and of what the module draws.
 
     Raises:
-        ValueError: An option is another word or number; in `plan`, a pattern fits nothing or the step cannot be run
+        ValueError: An option is another word or number; in `plan`, a pattern matches nothing or the step cannot be run
             again.
     """
 
@@ -90,7 +90,7 @@ class TangentKernel(NumberSource):
         seed: int = 0,
     ) -> None:
         if kernel not in get_args(KernelName):
-            raise ValueError(f"kernel={kernel!r}: one of {list(get_args(KernelName))}")
+            raise ValueError(f"kernel={kernel!r} must be one of {list(get_args(KernelName))}")
         _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST))
         refuse_top_k(top_k)
         self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
@@ -119,7 +119,7 @@ class TangentKernel(NumberSource):
         self._named = chosen_parameters(training.module, self.match, self.exclude)
         if not self._named:
             raise ValueError(
-                f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of"
+                f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for the kernel"
             )
         is_descent = all(type(optimizer) is SGD for optimizer in training.optimizers)
         self.absent = [] if is_descent else learnt_by_descent(self.state.effort.top_k)
@@ -214,19 +214,20 @@ class TangentKernel(NumberSource):
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
                 why = (
-                    "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' "
-                    "or on one device"
+                    "the graph of the outputs is lost when its shards are freed; train with strategy='ddp' or on "
+                    "one device"
                 )
-                raise ValueError(f"{name!r} is sharded, and a tangent kernel cannot be seen: {why}")
+                raise ValueError(f"{name!r} is sharded, so the tangent kernel cannot be computed: {why}")
         for name, parameter in self._named.items():
             if parameter.is_complex() and parameter.requires_grad:
                 raise ValueError(
-                    f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match"
+                    f"{name!r} is complex, but the tangent kernel needs real parameters; leave it out with exclude "
+                    "or match"
                 )
         for path, part in module.named_modules():
             if self.train_mode and isinstance(part, nn.SyncBatchNorm) and training.team.size > 1:
                 raise ValueError(
-                    f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False"
+                    f"{path!r}: the exchange of SyncBatchNorm has no second derivative; use train_mode=False"
                 )
         refuse_replay(training, self.loss_fn)
 
@@ -254,8 +255,8 @@ class TangentKernel(NumberSource):
         if outputs is None or not len(outputs.jacobian.outputs):
             if self.state.first is None:  # of another batch there may be a kernel
                 self._replay.batch = None
-            alone = "another process has no outputs, or of another kind"
-            raise error or RuntimeError(alone if outputs is None else "no row of the outputs has a share in the loss")
+            alone = "another process has no outputs, or outputs of another kind"
+            raise error or RuntimeError(alone if outputs is None else "no row of the outputs contributes to the loss")
         return outputs
 
 
@@ -287,13 +288,14 @@ def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
 def _refuse_small(**numbers: tuple[int, int]) -> None:
     for name, (number, least) in numbers.items():
         if type(number) is not int or number < least:
-            raise ValueError(f"{name}={number!r}: a whole number, at least {least}")
+            raise ValueError(f"{name}={number!r} must be a whole number of at least {least}")
 
 
 def _refuse_odd(loss_fn: object, train_mode: object) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(
-            f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step"
+            f"loss_fn={loss_fn!r} must be a function (module, batch) -> loss, or None for the module's own training "
+            "step"
         )
     if type(train_mode) is not bool:
-        raise ValueError(f"train_mode={train_mode!r}: True or False")
+        raise ValueError(f"train_mode={train_mode!r} must be True or False")

@@ -40,7 +40,7 @@ class TrajectorySubspace(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits is
+        ValueError: An option is out of its range; when training starts: a pattern matches nothing, nothing that it fits is
             trained, or parameters are sharded.
 
     Examples:

@@ -33,7 +33,7 @@ class Trajectory(NumberSource):
         exclude: The same, taken away.
 
     Raises:
-        ValueError: `max_snapshots` is out of its range; in `plan`: a pattern fits nothing, nothing is trained, or
+        ValueError: `max_snapshots` is out of its range; in `plan`: a pattern matches nothing, nothing is trained, or
             parameters are sharded.
     """
 
@@ -48,7 +48,7 @@ class Trajectory(NumberSource):
         exclude: str | Sequence[str] | None = None,
     ) -> None:
         if type(max_snapshots) is not int or max_snapshots < FEWEST:
-            raise ValueError(f"max_snapshots={max_snapshots!r}: a whole number, at least {FEWEST}")
+            raise ValueError(f"max_snapshots={max_snapshots!r} must be a whole number of at least {FEWEST}")
         self._match, self._exclude = match, exclude
         both = [name + end for name in NAMES for end in ("", "_random_walk")]
         quantities = [
@@ -65,11 +65,11 @@ class Trajectory(NumberSource):
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
             raise ValueError(
-                f"TrajectorySubspace: {sharded!r} is sharded, and no process has the whole of its path; use DDP, or "
-                "name others by match"
+                f"TrajectorySubspace: {sharded!r} is sharded, so no process has its whole path; use DDP, or choose "
+                "other parameters with match"
             )
         if not any(parameter.requires_grad for parameter in chosen.values()):
-            raise ValueError(f"TrajectorySubspace: nothing is trained of {list(chosen)[:10]}")
+            raise ValueError(f"TrajectorySubspace: none of the chosen parameters is trained: {list(chosen)[:10]}")
 
     def labels(self) -> list[str]:
         """The whole model."""

@@ -24,7 +24,7 @@ LARGEST_DROP = 0.9
 
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
-INACTIVE = "a learning rate too high, a large negative bias, or inputs that are not normalised"
+INACTIVE = "a learning rate that is too high, a large negative bias, or inputs that are not normalised"
 
 
 def RankCollapseAlert(

@@ -208,43 +208,44 @@ class Alert:
         learnt = self.warm_up_samples if self.baseline == "warm-up" else min(self.warm_up_samples, self.window)
         wrong = {
             f"give at least one of {CONDITIONS}": not given,
-            **{f"{name}={x!r}: a finite number": not math.isfinite(x) for name, x in given.items()},
+            **{f"{name}={x!r} must be a finite number": not math.isfinite(x) for name, x in given.items()},
             **{
-                f"{name}={x!r}: a share above 0 and below 1": not 0 < x < 1
+                f"{name}={x!r} must be a share above 0 and below 1": not 0 < x < 1
                 for name, x in given.items()
                 if name in SHARES
             },
             **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
-            f"hysteresis={self.hysteresis!r}: from 0 on and below 1": not 0 <= self.hysteresis < 1,
+            f"hysteresis={self.hysteresis!r} must be at least 0 and below 1": not 0 <= self.hysteresis < 1,
             (
-                f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0"
+                f"quorum={self.quorum!r} must be a number of sites of at least 1, or a share above 0 and at most 1.0"
             ): not self._has_quorum(),
-            f"name={self.name!r}: letters, digits, '_', '.' and '-' only": not fullmatch(
+            f"name={self.name!r} may contain only letters, digits, '_', '.' and '-'": not fullmatch(
                 r"[\w.-]+", self.name or "x", ASCII
             ),
-            f"call={self.call!r}: a function that takes an AlertEvent (a dotted path only in YAML)": not callable(
+            f"call={self.call!r} must be a function of an AlertEvent (a dotted path works only in YAML)": not callable(
                 self.call or print
             ),
-            f"call_timeout={self.call_timeout!r}: seconds above 0": not self.call_timeout > 0,
-            f"{needed} samples at least to learn from (warm_up_samples, window), for {list(given)}": learnt < needed,
+            f"call_timeout={self.call_timeout!r} must be a number of seconds above 0": not self.call_timeout > 0,
+            f"{needed} samples or more are needed to learn from (warm_up_samples, window), for {list(given)}": learnt
+            < needed,
         }
         return [*self._wrong_words(), *self._wrong_counts(), *(words for words, is_wrong in wrong.items() if is_wrong)]
 
     def _wrong_words(self) -> list[str]:
         one_of = {"baseline": get_args(Baseline), "severity": get_args(Severity)}
         wrong = [
-            f"{name}={getattr(self, name)!r}: one of {words}"
+            f"{name}={getattr(self, name)!r} must be one of {words}"
             for name, words in one_of.items()
             if getattr(self, name) not in words
         ]
         if isinstance(self.actions, str) or not set(self.actions) <= set(get_args(Action)):
-            wrong.append(f"actions={self.actions!r}: a list of {get_args(Action)}")
+            wrong.append(f"actions={self.actions!r} must be a list with some of {get_args(Action)}")
         return wrong
 
     def _wrong_counts(self) -> list[str]:
         values = {name: getattr(self, name) for name in COUNTS}
         return [
-            f"{name}={x!r}: a whole number from {COUNTS[name]} on"
+            f"{name}={x!r} must be a whole number of at least {COUNTS[name]}"
             for name, x in values.items()
             if not _counts(x, COUNTS[name])
         ]

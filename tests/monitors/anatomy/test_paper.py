@@ -262,7 +262,7 @@ def test_a_penalty_leaves_modes_and_statistics_as_they_are() -> None:
 
 
 def test_a_penalty_of_no_linear_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="fits no weight of a linear layer"):
+    with pytest.raises(ValueError, match="matches no trained weight of a linear layer"):
         jacobian_penalty(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), torch.rand(2, 3), "1.*")
 
 

@@ -251,9 +251,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         r"finds no attention among \['net.0.weight'.*name its weights: layouts",
     ),
     "an order that nothing tells": (Attending, {}, r"'net.qkv.weight', no class that is known says.*name its weights"),
-    "a pattern": (Fused, {"match": "*.encoder"}, r"match: '\*.encoder' fits nothing; nearest: .*net.layer.layers.0"),
-    "all excluded": (Fused, {"exclude": "*"}, "leaves none of the attentions"),
-    "heads": (Attending, TOLD | {"heads": {"*qkv.weight": 5}}, "24 rows are not those of 5 heads"),
+    "a pattern": (Fused, {"match": "*.encoder"}, r"match: '\*.encoder' matches nothing; nearest: .*net.layer.layers.0"),
+    "all excluded": (Fused, {"exclude": "*"}, "leaves out all attention layers"),
+    "heads": (Attending, TOLD | {"heads": {"*qkv.weight": 5}}, "24 rows do not divide into 5 heads"),
     "compiled": (compiled, {}, "'net.0.*self_attn'.*inside a compiled module never run.*scores=False"),
     "compiled in place": (
         compiled_in_place,

@@ -283,7 +283,7 @@ def test_what_is_not_said_is_asked_for() -> None:
 
 
 def test_a_model_without_routers_says_what_to_match() -> None:
-    with pytest.raises(ValueError, match=r"finds no router: match the layers .* of \['net', 'net.0'"):
+    with pytest.raises(ValueError, match=r"finds no router; match the layers .* Layers: \['net', 'net.0'"):
         watched(Classifier(), RouterMonitor())
 
 
