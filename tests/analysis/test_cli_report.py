@@ -154,7 +154,7 @@ def test_a_report_asks_for_nothing_and_no_name_breaks_out_of_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("command", ["report", "summary"])
 def test_a_folder_without_a_run_is_refused_in_words(command: str, tmp_path: Path) -> None:
-    for folder, words in ((tmp_path, "has no event files"), (tmp_path / "nothing", "is no folder")):
+    for folder, words in ((tmp_path, "has no event files"), (tmp_path / "nothing", "is not a folder")):
         with pytest.raises(SystemExit, match=words):
             main([command, str(folder)])
 

@@ -44,8 +44,8 @@ def modes(
 ) -> list[Mode]:
     """Every axis of a tensor that has at least two places, and at most 4096; then all of them at once, if several.
 
-    One axis of one model has up to D directions, and N models share at most D of them: these are not capped by the
-    number of models, as components over models are.
+    One axis of one model has up to D directions, and N models share at most D of them. Unlike components over models,
+    they are therefore not limited by the number of models.
 
     Cost: each model is read twice, with two products of D x P per axis, and as much for models that are drawn; an
     eigendecomposition of D x D per axis and model that is left out.
