@@ -412,7 +412,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"below": NAN}, "finite"),
     ({"drop": 1.5}, "drop=1.5 must be a share"),
     ({"slope": 0.0}, "slope=0.0 must be a share"),
-    ({"rise": -1.0}, "rise=-1.0: above 0"),
+    ({"rise": -1.0}, "rise=-1.0 must be above 0"),
     ({"non_finite": 2.0}, "non_finite=2.0"),
     ({"window": 1}, "window=1"),
     ({"for_samples": 0}, "for_samples=0"),
@@ -422,9 +422,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"drop": 0.5, "warm_up_samples": 0}, "1 samples or more are needed to learn from"),
     ({"change": 5.0}, "5 samples or more are needed to learn from"),
     ({"departure": 5.0, "baseline": "healthy"}, "10 samples or more are needed to learn from"),
-    ({"departure": 0.0}, "departure=0.0: above 0"),
-    ({"spike": -6.0}, "spike=-6.0: above 0"),
-    ({"cusum": NAN}, "cusum=nan: a finite number"),
+    ({"departure": 0.0}, "departure=0.0 must be above 0"),
+    ({"spike": -6.0}, "spike=-6.0 must be above 0"),
+    ({"cusum": NAN}, "cusum=nan must be a finite number"),
     ({"hysteresis": 1.0}, "hysteresis=1.0"),
     ({"quorum": 0}, "quorum=0"),
     ({"quorum": 1.5}, "quorum=1.5"),
@@ -516,7 +516,7 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         label="rank",
     )
 
-    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 site"):
+    with pytest.raises(ValueError, match=f"quorum={quorum} can never be met: it watches 1 site"):
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 
