@@ -88,7 +88,7 @@ class AlertEvent:
         message: What, where, how much against what, since when, why, and where it is explained.
         num_firing: Sites at which it fires.
         num_sites: Sites that it looks at.
-        worst: The worst of them, at most five.
+        worst: The worst of them, at most five; once it is over, some at which it fired.
     """
 
     rule: str
