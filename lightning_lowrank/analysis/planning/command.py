@@ -22,14 +22,14 @@ def plan(
     """Print what `RankMonitor` will cost a model, on tensors without entries, without a step.
 
     Args:
-        function: `module:function` that gives an nn.Module, or a tuple of one and its inputs.
-        devices: That FSDP2 shards it over.
-        dtype: Of weights and gradients.
-        tokens_per_step: Of each device.
-        step_ms: Of a training step, if known.
-        device_class: Times are of those that were measured.
-        every_n_steps: Cadence.
-        sources: Of `RankMonitor`; its own unless given.
+        function: `module:function`, which returns an nn.Module, or a tuple of one and its inputs.
+        devices: The number of devices over which FSDP2 shards the model.
+        dtype: The dtype of weights and gradients.
+        tokens_per_step: The number of tokens of each device in a training step.
+        step_ms: The duration of a training step in milliseconds, if you know it.
+        device_class: The class of devices to predict times for. Only "cpu" was measured.
+        every_n_steps: The number of steps between two samples.
+        sources: The sources to measure; by default those of `RankMonitor()`.
         json: Print all numbers, null where nothing was measured.
 
     Raises:
