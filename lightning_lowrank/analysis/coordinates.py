@@ -129,7 +129,7 @@ def run(task: Task, steps: int, seed: int) -> Layers:
 
 
 def power(points: Mapping[int, Sequence[float]]) -> Power:
-    """Of what was measured at each width, by several seeds."""
+    """The power of a quantity at each width, over several seeds."""
     x = np.log([width for width, values in points.items() for _ in values])
     values = np.array(list(chain.from_iterable(points.values())))
     if not (np.isfinite(values).all() and (values > 0).all()):
@@ -140,7 +140,7 @@ def power(points: Mapping[int, Sequence[float]]) -> Power:
 
 
 def powers(runs: Mapping[int, Sequence[Layers]]) -> dict[str, dict[str, Power]]:
-    """Of each layer and quantity.
+    """Powers of each layer and quantity.
 
     Raises:
         ValueError: Layers of one width are not those of another.

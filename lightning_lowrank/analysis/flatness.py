@@ -36,9 +36,9 @@ class Flatness:
             it is not large, the number of flat directions depends on the tolerance.
         gradient: Norm of the gradient. The loss is flat to first order, too, only if this is small.
         shares: For each parameter, the share of its directions that is flat, from 0 to 1.
-        walked: Mean absolute change of the loss after a step of a tenth of the parameters' norm along random flat
-            directions; the same along random directions of the whole space; and the loss. Flat to second order does not
-            mean flat further away.
+        walked: Mean absolute change of the loss after a step of a tenth of the parameters' norm: along random flat
+            directions, and along random directions of the whole space. Then the loss itself. Flat to second order does
+            not mean flat further away.
     """
 
     eigenvalues: Float[Tensor, " P"]

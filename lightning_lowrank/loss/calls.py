@@ -40,11 +40,11 @@ class LossCall:
 
     @property
     def name(self) -> str:
-        """Of the function, as users know it."""
+        """Name of the function, as users know it."""
         return f"F.{self.function.__name__}"
 
     def as_output_loss(self, slope: Tensor) -> ClosedForm:
-        """What the loss of a training step is as a function of the outputs that this call was handed.
+        """The loss of a training step as a function of the outputs in this call.
 
         Args:
             slope: Derivative of the step's loss by what this call gave: of its shape, and constant.

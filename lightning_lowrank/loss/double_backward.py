@@ -58,7 +58,7 @@ def choose(
     batch: Literal["live", "fixed"] = "live",
     loss_fn: LossFunction | None = None,
 ) -> Choice:
-    """What can be known before training, once strategy and parameters are set up (`on_fit_start`).
+    """Choose before training, once strategy and parameters are set up (`on_fit_start`).
 
     Raises:
         ValueError: The loss cannot be differentiated twice; the message says what to do.
@@ -77,7 +77,7 @@ def choose(
 
 
 def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
-    """What only the graph of a loss can tell, looked at in each sample: the choice as it was, or a replay.
+    """Inspect the graph of a loss in each sample: returns the same choice, or a replay.
 
     Args:
         choice: So far.
@@ -112,7 +112,7 @@ def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
 
 
 def look_together(choice: Choice, loss: Tensor, team: Team, hooked: str | None = None) -> Choice:
-    """The same for several processes, whose graphs may differ: a replay where one of them needs it.
+    """The same for several processes with possibly different graphs: a replay if one of them needs it.
 
     Raises:
         ValueError: One of them has no second derivative; the message says what to do.

@@ -37,7 +37,7 @@ PLAIN = "let the loader return tensors and plain containers"
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay saw.
+    """The result of a replay.
 
     Attributes:
         loss: Of the kept batch, as the step returned it, alive: not divided for accumulation, not scaled.
@@ -97,7 +97,7 @@ class Replay:
         return {"batch": self.batch, "batch_idx": self.batch_idx} if kept else {}
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on with a batch that another run kept."""
+        """Continue with a batch that another run has kept."""
         self.batch = apply_to_collection(state["batch"], Tensor, lambda tensor: tensor.to(device))
         self.batch_idx = state["batch_idx"]
 
@@ -123,8 +123,8 @@ class Replay:
         )
         if snapshot.spent and self.loss_fn is None:
             raise ValueError(
-                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue, "
-                f"and a replay would consume data from it; {INSTEAD} that reads nothing from it"
+                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue. A "
+                f"replay would consume data from it; {INSTEAD} that reads nothing from it"
             )
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
@@ -151,7 +151,7 @@ class Replay:
 
     @contextmanager
     def together(self, training: Training) -> Iterator[Replayed]:
-        """The same on several processes: what one of them cannot do, none does, for the others would wait for it."""
+        """The same on several processes. If one of them fails, none continues, since the others would wait for it."""
         with ExitStack() as stack:
             trouble: Exception | None = None
             try:

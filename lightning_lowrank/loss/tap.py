@@ -58,7 +58,7 @@ class LossTap:
         _take_off(self._mode)
 
     def clear(self) -> None:
-        """Let go of what was heard, and of its graphs."""
+        """Drop everything that was recorded, and its graphs."""
         self.calls, self.outputs, self.is_hooked = [], [], False
 
     def __enter__(self) -> "LossTap":

@@ -14,17 +14,16 @@ from lightning_lowrank.statistics import available, find
 
 @dataclass(frozen=True)
 class Probe:
-    """What to measure, of what, and when.
+    """What to measure, from which source, and when.
 
     Args:
         name: First part of the tags, as in `gradient_stable_rank`.
-        source: Where matrices come from.
-        statistics: Names of statistics; of a `NumberSource` those of its quantities.
+        source: Source of the matrices or numbers.
+        statistics: Names of statistics; for a `NumberSource`, those of its quantities.
         schedule: `step -> bool`; a number n is `Every(n)`.
 
     Raises:
-        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would
-            work.
+        ValueError: There is no such statistic, or the source cannot offer it; the message lists what would work.
     """
 
     name: str
@@ -68,7 +67,7 @@ def due_at(probe: Probe) -> Schedule:
 
 
 def refuse_namesakes(probes: Sequence[Probe]) -> None:
-    """Of one monitor.
+    """Refuse probes of one monitor with the same name.
 
     Raises:
         ValueError: There is no probe, or two of them have one name.

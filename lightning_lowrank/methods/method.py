@@ -165,7 +165,7 @@ class Method(Monitor):
         source: The source of its reports.
         every_n_steps: Optimizer steps between two reports.
         detail: What loggers get: "core", "standard" or "all".
-        per_site: Whether loggers get scalars of single matrices: `True`, `False`, or "auto".
+        per_site: Curves of single matrices: `True`, `False`, or "auto".
         seed: Seed of random draws.
         name: Prefix of all tags.
     """

@@ -209,9 +209,8 @@ class RankAdvisor(Monitor):
             layer.
         exclude: Patterns of weights to leave out.
         every_n_steps: Optimizer steps between two samples; default 10.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single weights: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 weights.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
         max_overhead: Largest increase of training time, 0.01 for 1 %. A `Budget` then chooses the cadence.
 

@@ -46,7 +46,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class AdapterFolder:
-    """What a folder has.
+    """Content of a folder.
 
     Attributes:
         pairs: By the path of the layer.

@@ -90,7 +90,7 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """Of queries."""
+        """Number of heads of queries."""
         return self.queries.heads
 
     @property

@@ -23,7 +23,7 @@ FORMAT = "lightning-lowrank subspace 1"
 
 @dataclass(frozen=True)
 class Share:
-    """What a basis has of one tensor.
+    """The part of a basis that belongs to one tensor.
 
     Attributes:
         mean: Of the updates.
@@ -90,7 +90,7 @@ class Basis:
             self.shapes[name], self.ks[name] = torch.Size(shape), k
 
     def share(self, name: str) -> Share:
-        """What it has of one tensor."""
+        """The part that belongs to one tensor."""
         parts = ("mean", "components", "values", "coefficients", "energies")
         return Share(*(self._file.get_tensor(f"{part}/{name}") for part in parts))
 

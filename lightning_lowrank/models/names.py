@@ -21,7 +21,7 @@ def tag(name: str) -> str:
 
 
 def tags(names: Iterable[str]) -> dict[str, str]:
-    """By name its tag; those after the first that would have the same one are numbered: `a_b`, `a_b_2`."""
+    """Tags by name. Names with the same tag are numbered from the second on: `a_b`, `a_b_2`."""
     given: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
@@ -60,10 +60,10 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
 def chosen_parameters(
     module: nn.Module, match: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    """By tag the parameters that `match` fits, all unless given, without those that `exclude` fits.
+    """The parameters that `match` matches (all by default), without those that `exclude` matches, by tag.
 
-    What a hooked weight (pruned, or under the older norms) is computed from answers to the name of that weight too, and
-    the original of a pruned one goes by it: pruning in mid-run changes no name.
+    A pattern for a hooked weight (pruned, or with the older norms) also matches the parameter from which it is
+    computed. The original of a pruned weight has the name of the weight, so pruning in mid-run changes no name.
 
     Raises:
         ValueError: A pattern matches nothing.

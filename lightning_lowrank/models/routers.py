@@ -46,7 +46,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router said of some tokens.
+    """Decisions of a router for some tokens.
 
     Attributes:
         logits: As they are.
@@ -68,7 +68,7 @@ def routers(module: nn.Module) -> list[str]:
 
 
 def router(name: str, module: nn.Module, top_k: int | None = None) -> Router | None:
-    """What is to be known of a router before it runs; None for a layer that cannot be one.
+    """Properties of a router before it runs; None for a layer that cannot be one.
 
     Args:
         name: Of the layer.
@@ -92,7 +92,7 @@ def router(name: str, module: nn.Module, top_k: int | None = None) -> Router | N
 
 
 def routing(known: Router, output: Any) -> Routing:
-    """What it said, from its output.
+    """Its decisions, from its output.
 
     Raises:
         ValueError: There are no logits, or nothing says how many experts a token takes.

@@ -122,7 +122,7 @@ class Listener:
         self._hooks = []
 
     def take_error(self) -> Exception | None:
-        """What `hear` raised first since this was last asked."""
+        """The first error of `hear` since the last query."""
         error, self._error = self._error, None
         return error
 

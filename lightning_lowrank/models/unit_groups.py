@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binding:
-    """Where a group's units lie in a tensor: unit `u` at `start + u * inner` up to the next one.
+    """The place of a group's units in a tensor: unit `u` from `start + u * inner` up to the next one.
 
     Attributes:
         name: Of the tensor.

@@ -1,7 +1,8 @@
 """The parts of a model that may share the learning unequally: modules, attention heads, neurons.
 
-Heads and neurons are found where they are read: a head is a block of the inputs of its attention's output projection, a
-neuron an input of the layer after its activation. There a gate on it has an exact gradient (`gates.py`).
+Heads and neurons are found in the layers that read them. A head is a block of inputs of its attention's output
+projection; a neuron is an input of the layer after its activation. A gate on it has an exact gradient there
+(`gates.py`).
 """
 
 import re
@@ -89,12 +90,12 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
 
     Args:
         module: Anything.
-        patterns: Names of the layers. Unless given, the second of two linear layers (or of two convolutions) that
-            belong together, where the first gives as much as the second takes, and neither is part of an attention.
-        projections: Output projections of attentions.
+        patterns: Names of the layers. Default: the second of two linear layers (or convolutions) that belong together
+            and are not part of an attention. It must have as many inputs as the first has outputs.
+        projections: Output projections of attention layers.
 
     Raises:
-        ValueError: A pattern matches nothing that can be read.
+        ValueError: A pattern matches nothing that reads units.
     """
     layers, weights = linear_layers(module), _weights(module)
     names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)

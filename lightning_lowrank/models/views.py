@@ -60,7 +60,7 @@ class View:
         return rearrange(tensor, self.pattern, **dict(self.sizes))
 
     def fitted(self, name: str, shape: Sequence[int]) -> "View":
-        """The same with a name for each matrix that it makes of this shape.
+        """The same view with a name for each matrix that it makes of this shape.
 
         Raises:
             ValueError: The pattern does not fit the shape, or has another number of matrices than of `parts`.

@@ -31,7 +31,7 @@ class DormantUnits(NumberSource):
         tau: A unit is dormant if its mean absolute activation is at most `tau` times the layer's mean.
 
     Raises:
-        ValueError: `tau` is out of its range; in `plan`: a pattern matches nothing, there is no activation layer, or a
+        ValueError: `tau` is out of range; in `plan`: a pattern matches nothing, there is no activation layer, or a
             layer is inside a compiled module.
     """
 
@@ -74,7 +74,7 @@ class DormantUnits(NumberSource):
         return list(self._listener.layers)
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
@@ -91,7 +91,7 @@ class DormantUnits(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._listener.detach()
         self._sums, self._tops, self._rows = {}, {}, {}
 
@@ -138,7 +138,7 @@ class DormantUnitsMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or there is no
             activation layer.
 
     Examples:

@@ -63,8 +63,8 @@ class NoiseScale(NumberSource):
         loss_fn: `(module, batch) -> loss`, used instead of `training_step`.
 
     Raises:
-        ValueError: `window` is out of its range; in `plan`: a pattern matches nothing, a parameter is sharded, the step
-            cannot be run again, or has several optimizers and no `loss_fn`, or several processes too.
+        ValueError: `window` is out of range. In `plan`: a pattern matches nothing, a parameter is sharded, or the step
+            cannot be run again. Also if there are several optimizers without `loss_fn`, or with several processes.
     """
 
     name = "noise"
@@ -100,7 +100,7 @@ class NoiseScale(NumberSource):
         self._samples = torch.empty(0, 3, dtype=torch.float64)
 
     def plan(self, training: Training) -> None:
-        """Choose the parameters, and refuse what has no parts."""
+        """Choose the parameters, and refuse steps without parts."""
         chosen = chosen_parameters(training.module, self._match, self._exclude)
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
@@ -129,12 +129,12 @@ class NoiseScale(NumberSource):
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters]
 
     def backward_done(self) -> None:
-        """Add up what has been summed over processes so far."""
+        """Add what has been summed over processes so far."""
         if self._parts.seen and not self._parts.over:
             self._parts.total = self._energy(p.grad for p in self._parameters)
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """The last micro-batch has come, and the weights are still those of its gradient."""
+        """The last micro-batch is over, and the weights are still those of its gradient."""
         parts, self._parts = self._parts, Parts(over=True)
         if parts.over or self._kept is None:
             return []
@@ -151,7 +151,7 @@ class NoiseScale(NumberSource):
         return []
 
     def batch_over(self) -> None:
-        """Stop waiting; a batch without a backward pass is no part."""
+        """Stop waiting; a batch without a backward pass is not a part."""
         self._unhook()
         if not self._parts.seen and self._parts.examples and not self._parts.over:
             self._parts.examples.pop()
@@ -167,7 +167,7 @@ class NoiseScale(NumberSource):
         return [self._numbers(sample)]
 
     def detach(self) -> None:
-        """Stop waiting, and forget the sample in the making."""
+        """Stop waiting, and drop the unfinished sample."""
         self._unhook()
         self._kept, self._parts, self._found = None, Parts(), None
 
@@ -176,11 +176,11 @@ class NoiseScale(NumberSource):
         return {"samples": self._samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self._samples = state.get("samples", torch.empty(0, 3, dtype=torch.float64))
 
     def note(self) -> str:
-        """What its parts are."""
+        """The parts of a step."""
         halved = "; if a step has only one batch, it is run again in two halves"
         return f"of the parts of a step{halved if self._replays else ''}"
 
@@ -309,8 +309,8 @@ class NoiseScaleMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, parameters are
-            sharded, or the step cannot be run again; the message says what to do.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, parameters are sharded,
+            or the step cannot be run again; the message says what to do.
 
     Examples:
         >>> NoiseScaleMonitor(every_n_steps=10).recorders[0].quantities[:2]
@@ -344,5 +344,5 @@ class NoiseScaleMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: a noisy gradient is a matter of the batch size."""
+        """None, since noise of the gradient depends on the batch size."""
         return []

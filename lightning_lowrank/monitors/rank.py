@@ -60,7 +60,7 @@ class RankMonitor(Monitor):
             numbers then arrive that many batches later.
 
     Raises:
-        ValueError: A source, a statistic or an option is unknown, or both a cadence and a budget are given; when
+        ValueError: A source, a statistic or an option is unknown, or both a cadence and a budget are given. When
             training starts: a pattern matches nothing, or an alert's quantity is not measured.
 
     Examples:

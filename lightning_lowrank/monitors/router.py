@@ -45,8 +45,8 @@ class Routers(NumberSource):
         capacity: Largest load of an expert, in units of an even share; tokens beyond it count as dropped.
 
     Raises:
-        ValueError: `top_k` or `capacity` is out of its range; in `plan`: a pattern matches nothing, there is no router,
-            or one does not say how many experts there are.
+        ValueError: `top_k` or `capacity` is out of range; in `plan`: a pattern matches nothing, there is no router, or
+            the number of experts is unknown.
     """
 
     name = "router"
@@ -110,7 +110,7 @@ class Routers(NumberSource):
         return list(self._routers)
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
@@ -132,7 +132,7 @@ class Routers(NumberSource):
         return [self._numbers(name, part, ranks) for name, part in zip(names, pooled, strict=True)]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._listener.detach()
         self._sums = {}
 
@@ -210,8 +210,8 @@ class RouterMonitor(Monitor):
     micro-batches and processes are added up before logarithms are taken, because the mean of the entropies of parts is
     not the entropy of the whole.
 
-    Writes medians over routers of `router/effective_experts`, `router/load_variation` and `router/entropy`; from
-    "standard" on single routers, shares of idle experts and of dropped places, and the stable rank of the gates.
+    Writes medians over routers of `router/effective_experts`, `router/load_variation` and `router/entropy`. From
+    "standard" on, also single routers, shares of idle experts and of dropped tokens, and the stable rank of the gates.
 
     Cost per sample: a softmax over the logits, a count, and one Gram matrix of each gate.
 
@@ -230,8 +230,7 @@ class RouterMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
-            router.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or there is no router.
 
     Examples:
         >>> RouterMonitor(every_n_steps=10).recorders[0].quantities[:3]
@@ -263,7 +262,7 @@ class RouterMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: which load is even depends on the number of experts."""
+        """None, since an even load depends on the number of experts."""
         return []
 
 

@@ -1,4 +1,4 @@
-"""What a monitor writes: its numbers to all loggers, each kind of failure to the console once."""
+"""Output of a monitor: numbers to all loggers, each kind of failure to the console once."""
 
 import math
 import warnings
@@ -154,7 +154,7 @@ class Journal:
         return counts | {"alerts": self.alerts.state_dict(), "budget": budget}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self.failures, self.skipped = state["failures"], state["skipped"]
         self.alerts.load_state_dict(state["alerts"])
         if self.budget is not None:

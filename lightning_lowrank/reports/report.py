@@ -1,4 +1,4 @@
-"""What of a sample is a number of its own, and what of it loggers get."""
+"""Which parts of a sample are numbers of their own, and which of them loggers get."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Values = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Style:
-    """What of a monitor's numbers its loggers get; the tab and reports have everything.
+    """Which numbers of a monitor its loggers get; the tab and reports have everything.
 
     Attributes:
         label: Word for the monitor in messages, the group of its tags, and its cost tags.

@@ -69,14 +69,14 @@ def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 
 
 def diagnosis(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """What rules say of a run, worst first, and which of them have nothing to look at."""
+    """The findings of the rules for a run, worst first, and the rules without data."""
     run = _needed(arguments, "run")
     findings, idle = findings_of(reader, run, reader.runs(run).get(run, {}))
     return {"findings": [finding.plain() for finding in findings], "idle": idle}
 
 
 def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """What alerts have said."""
+    """Messages of the alerts."""
     return {"texts": reader.texts(_needed(arguments, "run"))}
 
 

@@ -43,7 +43,7 @@ class TrainerTraining(Training):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the module is."""
+        """The device of the module."""
         return self.module.device  # type: ignore[return-value]
 
     @property
@@ -97,7 +97,7 @@ class TrainerTraining(Training):
 
     @property
     def folder(self) -> str:
-        """Of the first logger, or the Trainer's root."""
+        """The folder of the first logger, or the Trainer's root."""
         return str(self._trainer.log_dir or self._trainer.default_root_dir)
 
     @property
@@ -159,7 +159,7 @@ class TrainerTraining(Training):
             raise ValueError("training_step(dataloader_iter) cannot be run again: it takes its own batches")
 
     def rerun(self, batch: Any, index: int) -> Any:
-        """What `training_step` returns."""
+        """The result of `training_step`."""
         return self.step_function(*[batch, index][: _num_arguments(self.step_function)])
 
     def precision(self) -> AbstractContextManager[Any]:

@@ -123,7 +123,7 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
+        """Continue a stopped run, or begin again if other quantities were measured."""
         if state["quantities"] != self.quantities:
             self.journal.info_once("the checkpoint has other quantities, so comparisons over samples start again")
             return

@@ -135,7 +135,7 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"method='slerp' is unknown; choose one of \['mean'"):
         dict(merged(base, models, "slerp"))
-    with pytest.raises(ValueError, match=r"other\.pt is not of the architecture .*'w': \(6, 8\), 'b': 'missing'"):
+    with pytest.raises(ValueError, match=r"other\.pt has another architecture .*'w': \(6, 8\), 'b': 'missing'"):
         dict(merged(base, [models[0], other], "mean"))
     with pytest.raises(ValueError, match="1 models given; a merge needs at least two"):
         dict(merged(base, models[:1], "mean"))

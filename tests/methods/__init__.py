@@ -104,7 +104,7 @@ _OF_LORA = {
     "two optimizers by hand": "has only frozen parameters|all matrices are embeddings or the head",
     "two optimizers in turn": "has only frozen parameters|all matrices are embeddings or the head",
     "spectral norm": "a parametrization, a norm or a mask computes it|all matrices are",
-    "LSTM": "LSTM keeps its weights in one piece of memory",
+    "LSTM": "LSTM stores its weights in one block of memory",
     "backbone unfrozen": "both decide what is frozen",
     "LoRA": "the module already has an adapter",
 }
@@ -132,7 +132,7 @@ REFUSED |= {(name, case): why for name in METHODS if name.startswith("subspace")
 _FACTORIZED = [name for name in METHODS if name.startswith("factorize")]
 _OF_FACTORIZE = {
     "spectral norm": "a parametrization, a norm or a mask computes it",
-    "LSTM": "LSTM keeps its weights in one piece of memory",
+    "LSTM": "LSTM stores its weights in one block of memory",
     "LoRA": "the module has an adapter",
 }
 REFUSED |= {(name, case): why for name in _FACTORIZED for case, why in _OF_FACTORIZE.items()}

@@ -116,8 +116,8 @@ class Gives(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "several": (lambda y: (y, y), "gave a tuple of 5 examples"),
-    "a sum": (lambda y: y.sum(), r"gave shape \(\) of 5 examples"),
+    "several": (lambda y: (y, y), "returned a tuple for 5 examples"),
+    "a sum": (lambda y: y.sum(), r"returned shape \(\) for 5 examples"),
     "constants": (lambda y: y.detach(), "runs without a graph"),
 }
 

@@ -214,10 +214,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "layouts: .*matches nothing.*qkv.weight",
     ),
     "no order": ({"layouts": {"qkv.weight": "qkv d"}}, "layouts: 'qkv d' is not an order of axes"),
-    "no keys": ({"layouts": {"qkv.weight": "q heads d"}}, "'qkv.weight' cannot be told: it has 0 layers of keys"),
+    "no keys": ({"layouts": {"qkv.weight": "q heads d"}}, "'qkv.weight' are unknown: it has 0 layers of keys"),
     "heads": (
         {"layouts": {"qkv.weight": "qkv heads d"}, "heads": {"qkv.weight": 5}},
-        "'qkv.weight' cannot be told: its",
+        "'qkv.weight' are unknown: its",
     ),
 }
 

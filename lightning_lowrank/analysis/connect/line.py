@@ -20,7 +20,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured along a line.
+    """Measures along a line.
 
     Attributes:
         places: From 0 (A) to 1 (B).

@@ -128,11 +128,11 @@ def published_summary(
     """Position of the spectrum's maximum and its width by forward differences of tau, as published; statistics use
     exact derivatives.
 
-    The steps before and after q = 0 share the maximum of these differences, and their alpha are some per cent apart: in
-    the published code rounding decides between them, here it is the first.
+    The steps before and after q = 0 share the maximum of these differences, but their alpha differ by some per cent. In
+    the published code, rounding decides between them; here it is the first.
 
     Args:
-        scaling: With a leading axis of samples, say; the authors average over it.
+        scaling: Scaling with a leading axis of samples, for example; the authors average over it.
         drop_hooks: NaN for spectra with f above 0.
         drop_non_monotone: NaN for spectra whose alpha rises by more than 0.01 above its first value.
     """

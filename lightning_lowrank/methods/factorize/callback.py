@@ -37,10 +37,9 @@ class LowRankFactorize(Method):
     With `rank="measured"` or `when="stable_rank_converged"`, the run begins with dense weights. Later its optimizer
     continues with the factors in the same parameter groups and with new moments.
 
-    Curves of each weight: `factorize_update_norm`, the spectral norm of the change of the product in one step;
-    `factorize_orthogonality_gap`, the larger spectral norm of A'A - I and B B' - I; `factorize_rank`; and
-    `factorize_stable_rank` and `factorize_effective_rank` of the product. One curve of the module:
-    `factorize/num_parameters`.
+    Curves of each weight: `factorize_update_norm`, the spectral norm of the product's change in one step;
+    `factorize_orthogonality_gap`, the larger spectral norm of A'A - I and B B' - I; and `factorize_rank`. Also
+    `factorize_stable_rank` and `factorize_effective_rank` of the product, and `factorize/num_parameters` of the module.
 
     Cost: one SVD of each weight at the start. For each weight, a Stiefel step takes two QR decompositions of thin
     factors. A bound or a report takes four and an SVD of 2r x 2r.
@@ -65,9 +64,8 @@ class LowRankFactorize(Method):
         max_update: Bound on `factorize_update_norm`; a larger step is shortened.
         seed: Seed for random factors.
         every_n_steps: Optimizer steps between points of the curves, and between samples of the dense run.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single weights: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 weights.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

@@ -36,9 +36,9 @@ class GaLore(Method):
     callback. You can also resume one of its own checkpoints without it after `drop_state`; the moments of the matrices
     then start from zero.
 
-    Curves: `galore/captured_median`, the share of the gradient's energy in the subspace; `galore/captured_best_median`,
-    the share in the best subspace of that size; `galore/captured_random_median`, the mean share in a random one; and
-    `galore/state_bytes`. Captured energy does not measure usefulness: see docs/methods/galore.md.
+    Curves of the captured share of gradient energy: `galore/captured_median` for the subspace in use,
+    `galore/captured_best_median` for the best one of that size, and `galore/captured_random_median` for a random one,
+    on average. Also `galore/state_bytes`. Captured energy does not measure usefulness: see docs/methods/galore.md.
 
     Cost: two products of a matrix with its basis at each step. A refresh takes two such products and a QR decomposition
     of the basis ("subspace"), or a full SVD ("svd"). A report takes an eigendecomposition of each matrix.
@@ -66,9 +66,8 @@ class GaLore(Method):
         stagger: Refresh the matrices at different steps, so that no single step refreshes all.
         seed: Seed for random bases.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single matrices: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 matrices.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single matrices: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

@@ -211,7 +211,7 @@ class AdaLoRA(LoRA):
         seed: Seed for random factors.
         every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all".
-        per_site: Whether loggers get scalars of single pairs: `True`, `False`, or "auto".
+        per_site: Curves of single pairs: `True`, `False`, or "auto".
         name: Prefix of all tags.
 
     Raises:

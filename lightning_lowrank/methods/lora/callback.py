@@ -38,8 +38,8 @@ class LoRA(Method):
     continues with existing pairs.
 
     Curves of each pair: `lora_stable_rank`, `lora_effective_rank` and `lora_utilisation` (stable rank over r) of the
-    product; `lora_schatten_gap` of its factors; `lora_update_rank` and `lora_update_norm` of the change of the
-    pretrained weight; and `lora_intruders` on request.
+    product, and `lora_schatten_gap` of its factors. Also `lora_update_rank` and `lora_update_norm` of the change of the
+    pretrained weight, and `lora_intruders` on request.
 
     With `hessian=True`, `lora_product_in_top` is the share of a product's energy along the changes that top
     eigenvectors of the Hessian cause. It uses the eigenvectors that `CurvatureMonitor` found last for the factors.
@@ -74,9 +74,8 @@ class LoRA(Method):
             `CurvatureMonitor("standard")` in the same Trainer.
         seed: Seed for random factors.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single pairs: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 pairs.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single pairs: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

@@ -55,9 +55,8 @@ class LotteryTicket(Method):
         heads: Number of heads by pattern of attention output projections, for attention that is not recognised.
         neurons: Layers whose inputs are neurons. Default: pairs of layers.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single layers: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 layers.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single layers: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

@@ -48,9 +48,8 @@ class SubspaceTraining(Method):
             they are named here.
         seed: Seed for random directions.
         every_n_steps: Optimizer steps between points of the curves.
-        detail: What loggers get: "core", "standard" or "all"; the tab and reports always have everything.
-        per_site: Whether loggers get scalars of single weights: `True`, `False`, or "auto": from "standard" on, for at
-            most 100 weights.
+        detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:

@@ -13,7 +13,7 @@ def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **opti
     Args:
         below: Smallest share of the energy that does not fire.
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> NotLowRankAlert().quantity
@@ -29,7 +29,7 @@ def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*",
     Args:
         above: Largest share of the spike in the energy of both that does not fire.
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> ResidueSuppressedAlert(sites="net.0.*").sites
@@ -47,7 +47,7 @@ def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
 
     Args:
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> PhaseShiftAlert().severity

@@ -1,4 +1,4 @@
-"""What a call of attention does with some of its queries: statistics of rows of its scores, head by head.
+"""Statistics of rows of the scores in a call of attention, for some of its queries and each head.
 
 Shape letters:  B sequences   H heads of queries   G heads of keys   L queries   S keys   D columns that a head compares
 b, l sequences and queries that are drawn

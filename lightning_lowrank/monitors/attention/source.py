@@ -38,8 +38,8 @@ LARGEST = "attention_largest_logit"
 PLAIN = View("m n -> m n")
 HOW = (
     "name its weights: layouts={'*.qkv.weight': 'qkv heads d'} for a fused layer, or layouts={'*.theta.weight': "
-    "'q heads d', '*.phi.weight': 'k heads d'} for two; heads={'*.qkv.weight': 8} if the number of heads is "
-    "unknown"
+    "'q heads d', '*.phi.weight': 'k heads d'} for two. If the number of heads is unknown, give "
+    "heads={'*.qkv.weight': 8}"
 )
 UNHEARD = (
     "no call of scaled_dot_product_attention and no softmax over scores of this number of heads was seen there. A "
@@ -51,16 +51,16 @@ class AttentionHeads(NumberSource):
     """Ranks of one step's update of `Wq' Wk`, and statistics of rows of attention scores, for each head.
 
     Args:
-        match: Attentions: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
-        exclude: The same, taken away.
-        layouts: By pattern of weight the axes of what its layer puts out, where that cannot be told.
-        heads: By pattern of weight the number of heads, likewise.
-        scores: Also hear calls of attention.
-        num_rows: Rows of scores that are looked at, for each call and head.
+        match: Attention layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        layouts: Axes of a layer's output by pattern of its weight, if they are unknown.
+        heads: Number of heads by pattern of weight, if it is unknown.
+        scores: Whether to observe calls of attention, too.
+        num_rows: Number of rows of scores to use for each call and head.
 
     Raises:
-        ValueError: An option is out of its range; in `plan`: there is no attention whose queries and keys can be told,
-            a pattern matches nothing, heads do not divide, or attention is inside a compiled module.
+        ValueError: An option is out of range. In `plan`: there is no attention with known queries and keys, a pattern
+            matches nothing, heads do not divide, or attention is inside a compiled module.
     """
 
     name = "attention"
@@ -101,7 +101,7 @@ class AttentionHeads(NumberSource):
         self._forget()
 
     def plan(self, training: Training) -> None:
-        """Choose the heads, anew only when parameters came, went, froze or thawed."""
+        """Choose the heads; choose again only if parameters were added, removed, frozen or unfrozen."""
         module = training.module
         seen = tuple((name, id(p), p.requires_grad, is_lazy(p)) for name, p in module.named_parameters())
         if seen == self._seen:
@@ -122,7 +122,7 @@ class AttentionHeads(NumberSource):
         return [*(label for one in self._attentions for label in one.labels), *([WHOLE_MODEL] if self._calls else [])]
 
     def note(self) -> str:
-        """Of how many, and what is left out."""
+        """Number of heads, and what is left out."""
         count = sum(one.heads for one in self._attentions)
         left = [f"{name!r} ({why})" for name, why in self._left_out.items()]
         return f"of {count} heads of {len(self._attentions)} attentions" * bool(count) + (
@@ -130,13 +130,13 @@ class AttentionHeads(NumberSource):
         )
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._updates.batch_begins(batch)
         if self._calls is not None:
             self._calls.attach(self.timed, batch.seed + batch.index)
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Keep the weights; those that are frozen change by nothing."""
+        """Keep the weights; frozen ones do not change."""
         for site in self._updates.sites:
             if not self._updates.reads(site) and site.name not in self._read:
                 self._read[site.name] = _lasting(change(site, [value.clone() for value in site.values()]))
@@ -144,7 +144,7 @@ class AttentionHeads(NumberSource):
         return []
 
     def step_done(self, step: Step) -> list[Any]:
-        """The change."""
+        """Compute the change."""
         self._read |= {reading.labels[0]: _lasting(reading) for reading in self._updates.step_done(step)}
         return []
 
@@ -154,7 +154,7 @@ class AttentionHeads(NumberSource):
             self._calls.detach()
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of this process's share of the attentions; rows of scores are those of all processes."""
+        """Numbers of this process's share of the attention layers; rows of scores come from all processes."""
         costs = [float(one.heads * one.queries.parameter.numel()) for one in self._attentions]
         owners = dict(zip(self._attentions, team.assign(costs), strict=True))
         values, largest = self._scores(team)
@@ -166,7 +166,7 @@ class AttentionHeads(NumberSource):
         return [*(Numbers(label, ranks.get(label, {}) | values.get(label, {})) for label in labels), *of_model]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._read = {}
         self._updates.detach()
         if self._calls is not None:
@@ -174,7 +174,7 @@ class AttentionHeads(NumberSource):
             self._calls.take()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing lasts; look for heads anew."""
+        """There is no lasting state; search for heads again."""
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from lightning_lowrank.reports.alerts.rules import EVENT, Alert
 
 
 def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> Alert:
-    """An event for the moment at which the mask of the largest weights has settled: the early-bird ticket of You et al.
-    (2020).
+    """An event when the mask of the largest weights has settled: the early-bird ticket of You et al. (2020).
 
     Args:
         density: Density of the mask; one of the monitor's `densities`.
@@ -15,7 +14,7 @@ def EarlyBirdAlert(density: float = 0.5, below: float = 0.2, **options: Any) -> 
             to the first. A mask that moves steadily has 0.5 or slightly more at any cadence, and a settled one has 0.
             You et al. require a distance below a tenth of the weights between five epochs; masks of consecutive steps
             are closer than that from the start.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> EarlyBirdAlert().quantity

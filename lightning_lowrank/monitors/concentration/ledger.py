@@ -1,4 +1,4 @@
-"""What units got so far, sample by sample, and how unequally."""
+"""Sums of the signals of units, sample by sample, and their inequality."""
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -84,7 +84,7 @@ class Ledger:
         return {"sums": dict(self.sums), "start": dict(self.start), "recent": dict(self.recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self.sums, self.start, self.recent = (dict(state.get(name, {})) for name in ("sums", "start", "recent"))
 
     def _enter(self, name: str, row: Tensor) -> None:

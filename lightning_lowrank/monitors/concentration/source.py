@@ -70,7 +70,7 @@ class Concentration(NumberSource):
         seed: Seed for the choice of weights in the masks of large models.
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the reference has no importances; in `plan`: a pattern
+        ValueError: An option is unknown or out of range, or the reference has no importances. In `plan`: a pattern
             matches nothing, the model has no units of a requested kind, or parameters are sharded.
     """
 
@@ -119,7 +119,7 @@ class Concentration(NumberSource):
         self._weights: dict[str, Tensor] | None = None
 
     def plan(self, training: Training) -> None:
-        """Choose what is trained, anew only when parameters came, went, froze or thawed."""
+        """Choose the trained parameters; choose again only if parameters were added, removed, frozen or unfrozen."""
         module = training.module
         chosen = chosen_parameters(module, self._match, self._exclude)
         self._in_use = InUse(module)
@@ -154,13 +154,13 @@ class Concentration(NumberSource):
         return [WHOLE_MODEL, *(label for part in self._headed for label in _labels(part))]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Look at the weights, once in a sample."""
+        """Read the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
             found = self._tickets.compared([self._in_use(p, p.detach()) for p in self._matrices])
             self._weights = {f"concentration_{name}": value for name, value in found.items()}
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Read gradients and gates; keep the weights from which the update is reckoned."""
+        """Read gradients and gates; keep the weights to compute the update."""
         for unit, part in self._stepping(step):
             found = [(p, p.grad) for p in part.parameters if p.grad is not None]
             gradients = [self._in_use(p, grad.to_dense() if grad.is_sparse else grad) for p, grad in found]
@@ -184,7 +184,7 @@ class Concentration(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found, the same on every process."""
+        """The results, the same on every process."""
         counts = {unit: sum(part.count for part in self._parts.get(unit, ())) for unit in self._units}
         values = {f"concentration_{unit}_count": torch.tensor(float(count)) for unit, count in counts.items()} | (
             self._weights or {}
@@ -205,11 +205,11 @@ class Concentration(NumberSource):
         return [Numbers(WHOLE_MODEL, values), *heads]
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._drop()
 
     def facts(self) -> dict[str, float]:
-        """Memory that masks and accounts take, once there are some."""
+        """Memory of masks and sums, once there are some."""
         kept = [
             row for ledger in self._ledgers.values() for rows in ledger.state_dict().values() for row in rows.values()
         ]
@@ -217,17 +217,17 @@ class Concentration(NumberSource):
         return {"bytes": float(num_bytes)} if num_bytes else {}
 
     def note(self) -> str:
-        """What it is of."""
+        """What it measures."""
         counts = {unit: sum(part.count for part in parts) for unit, parts in self._parts.items()}
         return "of " + ", ".join(f"{count:,} {unit}s" for unit, count in counts.items()) if counts else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """The accounts and the masks."""
+        """The sums and the masks."""
         ledgers = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
         return {"ledgers": ledgers, "tickets": self._tickets.state_dict() if self._tickets else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back; what there is to read is looked for again."""
+        """Load them; the units are searched again."""
         self._look_again()
         for name, ledger in self._ledgers.items():
             ledger.load_state_dict(state.get("ledgers", {}).get(name, {}))

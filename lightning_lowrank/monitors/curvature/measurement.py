@@ -76,7 +76,7 @@ EFFORTS = {
 
 
 class Curvatures:
-    """What is followed from one measurement to the next.
+    """State that is kept from one measurement to the next.
 
     Args:
         effort: How much work goes into each operator.
@@ -275,7 +275,7 @@ def quantities(operators: Sequence[str], effort: CurvatureEffort, top_k: int) ->
 
 
 def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
-    """What cannot be measured.
+    """Refuse options that cannot be measured.
 
     Raises:
         ValueError: An option is another word, or operators do not go with the detail.

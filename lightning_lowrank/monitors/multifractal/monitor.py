@@ -42,8 +42,8 @@ class MultifractalMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is unknown, out of its range, or belongs to the other mode; when training starts: a
-            pattern matches nothing.
+        ValueError: An option is unknown, out of range, or belongs to the other mode; when training starts: a pattern
+            matches nothing.
 
     Examples:
         >>> MultifractalMonitor().recorders[0].quantities[:3]

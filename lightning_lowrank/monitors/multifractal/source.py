@@ -70,7 +70,7 @@ class Neurons(NumberSource):
 
     @abstractmethod
     def measured(self, batch: Batch) -> Sequence[Numbers]:
-        """What this process finds."""
+        """The results of this process."""
 
     def plan(self, training: Training) -> None:
         """Choose the sites."""
@@ -86,12 +86,12 @@ class Neurons(NumberSource):
             self._found = self.measured(batch)
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found."""
+        """The results."""
         found, self._found = self._found or [], None
         return found
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._found = None
 
     def _drawn(self, device: torch.device) -> torch.Generator:

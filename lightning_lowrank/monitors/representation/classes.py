@@ -108,11 +108,11 @@ class Classes(NumberSource):
         self._head = head
 
     def labels(self) -> list[str]:
-        """The layers, what comes into the classifier, the whole model."""
+        """The layers, the input of the classifier, and the whole model."""
         return [*self._outputs.layers, *self._inputs.layers, WHOLE_MODEL]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen, with the labels of this batch and the same in another order."""
+        """Start listening, with the labels of this batch and the same in another order."""
         labels = self._read(batch.data)
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(NO_LABELS)
@@ -130,7 +130,7 @@ class Classes(NumberSource):
         self._labels = None
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Over all examples of the step, of all processes."""
+        """Numbers over all examples of the step, of all processes."""
         heard = team.all_gather_object({name: tuple(pair[0].sums.shape) for name, pair in self._sums.items()})
         names = [name for name in self.labels() if all(one.get(name) == heard[0].get(name, ()) for one in heard)]
         pooled = {name: _pooled(self._sums[name], team) for name in names}
@@ -143,7 +143,7 @@ class Classes(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._outputs.detach()
         self._inputs.detach()
         self._sums, self._labels, self._weight = {}, None, None

@@ -23,9 +23,9 @@ class RepresentationMonitor(Monitor):
     Writes medians over blocks of `representation/effective_rank` (RankMe), `representation/centred_effective_rank` and
     `representation/alpha` (alpha-ReQ; 1 is the claimed optimum); single blocks from "standard" on, and in the tab.
 
-    With a `classifier`, the monitor also measures how well the classes of the training batch are separated, from
-    "standard" on: LiDAR of each block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`) of
-    the classifier's input.
+    With a `classifier`, the monitor also measures from "standard" on how well the classes of the training batch are
+    separated. This is LiDAR of each block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`)
+    of the classifier's input.
 
     Cost per sample: one pass over the outputs of the blocks, rows times width squared for their Gram matrix in float64,
     and two eigenvalue problems of it.
@@ -48,7 +48,7 @@ class RepresentationMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or a layer cannot be
             measured.
 
     Examples:
@@ -93,5 +93,5 @@ class RepresentationMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: the rank of a representation dips in healthy warm-up."""
+        """None, since the rank of a representation dips in healthy warm-up."""
         return []

@@ -49,25 +49,27 @@ CORE = (
 
 
 class TangentKernel(NumberSource):
-    """The empirical neural tangent kernel in the chosen parameters, on the first examples of the first batch seen.
+    """The empirical neural tangent kernel of the chosen parameters, on the first examples of the first batch seen.
 
     Args:
-        kernel: "full": of all outputs. "class_summed": of examples, summed over the outputs. "sum_of_logits": of
-            examples, for the sum of the outputs.
-        num_examples: Of the kept batch, on each process.
-        num_projections: For sums and comparisons; the memory that stays is twice so many times the outputs.
-        top_k: Modes that are followed.
-        output_module: The layer whose output is looked at, where the loss is none of torch's.
-        loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
-        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
-        exclude: The same, taken away.
-        num_outputs: Columns of the outputs to look at, drawn once; all up to 256, and up to 10 of the class-summed
-            kernel, unless given.
-        train_mode: Run the module as in training: with batch normalisation that is no kernel of examples any more.
-        seed: Of the projections, and of what the module draws.
+        kernel: "full": one row per output of each example. "class_summed": one row per example, summed over the
+            outputs. "sum_of_logits": one row per example, for the sum of the outputs.
+        num_examples: Number of examples to keep, on each process.
+        num_projections: Number of projections for sums and comparisons; it keeps twice this number times the outputs in
+            memory.
+        top_k: Number of modes to track.
+        output_module: The layer whose output is used, if the loss is not one of torch's functions.
+        loss_fn: `(module, batch) -> loss`, used instead of the module's own training step.
+        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        num_outputs: Number of columns of the outputs to use, drawn once. By default at most 256, and at most 10 for the
+            class-summed kernel.
+        train_mode: Whether to run the module as in training. With batch normalisation, it is then not a kernel of
+            single examples.
+        seed: Seed for the projections and for random numbers of the module.
 
     Raises:
-        ValueError: An option is another word or number; in `plan`, a pattern matches nothing or the step cannot be run
+        ValueError: An option is unknown or out of range; in `plan`, a pattern matches nothing or the step cannot be run
             again.
     """
 
@@ -111,11 +113,11 @@ class TangentKernel(NumberSource):
 
     @property
     def every(self) -> int:
-        """Cadence unless one is given."""
+        """Default cadence."""
         return EVERY[self.state.kernel]
 
     def plan(self, training: Training) -> None:
-        """Choose the parameters; those that are frozen now may be trained later."""
+        """Choose the parameters; frozen ones may be trained later."""
         self._named = chosen_parameters(training.module, self.match, self.exclude)
         if not self._named:
             raise ValueError(
@@ -146,7 +148,7 @@ class TangentKernel(NumberSource):
         self._waiting = {}
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Everything about the kernel as it is after the step."""
+        """All numbers of the kernel after the step."""
         batch, self._batch = self._batch, None
         assert batch is not None
         with ExitStack() as stack:
@@ -158,20 +160,20 @@ class TangentKernel(NumberSource):
         return list(_numbers(found, list(self._trained)))
 
     def detach(self) -> None:
-        """There is nothing to let go of but the batch of the step."""
+        """Drop the batch of the step."""
         self._batch = None
 
     def facts(self) -> dict[str, float]:
-        """What it is a kernel of, and how it was found."""
+        """Properties of the kernel, and how it was computed."""
         if self.state.exact is None:
             return {}
         return {"exact": float(self.state.exact), "train_mode": float(self.train_mode), "rows": float(self._num_rows)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept batch, with the kernels that later ones are compared with.
+        """The kept batch, and the kernels with which later ones are compared.
 
-        Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a
-        run that is resumed then begins anew, as it does with other options.
+        Empty if the batch is not a plain nest of tensors, numbers and strings, or if several processes have different
+        ones. A resumed run then begins again, as it does with other options.
         """
         if self._waiting:
             return dict(self._waiting)
@@ -184,7 +186,7 @@ class TangentKernel(NumberSource):
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back, once it is known where to."""
+        """Load them, once their device is known."""
         self._training = None  # another run
         self._replay, self._waiting = self._new_replay(), state
         self.state.forget()

@@ -1,4 +1,4 @@
-"""What an alert says: what, where, how much against what, since when, why, and where it is explained."""
+"""Messages of alerts: what happened and where, the value and its threshold, since when, the cause, and a link."""
 
 import math
 from collections.abc import Sequence

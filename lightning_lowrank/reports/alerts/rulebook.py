@@ -164,7 +164,7 @@ class Rulebook:
         return {"rules": {state.name: state.state_dict() for state in self.states}, "events": events}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self.events = [
             AlertEvent(**{**event, "worst": tuple(SiteAlert(**site) for site in event["worst"])})
             for event in saved.get("events", ())

@@ -143,7 +143,7 @@ def test_what_cannot_be_traced_is_refused_with_the_way_out() -> None:
 
 SHAPES = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5)}
 REFUSED: dict[str, tuple[list[list[object]], str]] = {
-    "unknown tensor": ([["1.weight", 0]], r"no tensor '1\.weight'; there are \['0\.weight'"),
+    "unknown tensor": ([["1.weight", 0]], r"no tensor '1\.weight'; the tensors are \['0\.weight'"),
     "no such axis": ([["0.bias", 1]], r"is not \[tensor, axis\]"),
     "too few numbers": ([["0.bias", 0, 1]], r"is not \[tensor, axis\]"),
     "beyond the end": ([["0.bias", 0, 1, 1, 5]], "exceeds axis 0"),

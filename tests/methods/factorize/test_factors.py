@@ -82,7 +82,7 @@ def test_an_attention_that_has_two_names_is_read_as_under_one() -> None:
     net = nn.ModuleDict({"one": nn.MultiheadAttention(8, 2)})
     net["other"] = nn.ModuleDict({"same": net["one"]})
 
-    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear reads it directly"):
+    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear uses the weight"):
         factorized(net, match="one.out_proj.weight")
 
 
@@ -228,7 +228,7 @@ def embedding() -> nn.Module:
 IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nothing fits": (lambda: mlp(32), {"match": "*wieght"}, "matches nothing"),
     "saves nothing": (lambda: mlp(32), {"rank": 0.9}, "would not be smaller"),
-    "attention": (Fused, {"match": "*in_proj_weight"}, "reads it directly; mode='parametrize'"),
+    "attention": (Fused, {"match": "*in_proj_weight"}, "uses the weight without calling the layer; mode='parametrize'"),
     "groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), {"match": "weight"}, "a grouped convolution"),
     "padding": (Kinds, {"match": "table.weight", "init": "spectral"}, "an embedding with padding_idx"),
     "max_norm": (embedding, {"match": "0.weight"}, "an embedding with max_norm"),

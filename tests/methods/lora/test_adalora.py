@@ -112,7 +112,7 @@ BAD: dict[str, dict[str, Any]] = {
     "leave no step in between of total_steps=12": {"first_steps": 6, "last_steps": 6},
     "every=0": {"every": 0},
     "orthogonality=-1": {"orthogonality": -1.0},
-    "give one": {"merge_on_save": True, "adapter_only": True},
+    "give only one": {"merge_on_save": True, "adapter_only": True},
 }
 
 

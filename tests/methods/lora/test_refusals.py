@@ -67,7 +67,7 @@ BAD: dict[str, dict[str, Any]] = {
     "r=3 is odd": {"init": "orthogonal", "r": 3},
     "dropout=1": {"dropout": 1.0},
     "learning_rate_ratio=0": {"learning_rate_ratio": 0.0},
-    "give one": {"merge_on_save": True, "adapter_only": True},
+    "give only one": {"merge_on_save": True, "adapter_only": True},
     "match must not be given": {"r": {"*": 2}, "match": "*"},
     "intruders=-1": {"intruders": -1},
 }
@@ -93,7 +93,7 @@ def zeroed(module: nn.Module) -> None:
 
 
 IDLE: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "the base trains": (lambda m: m.requires_grad_(True), "the base 'net.0.weight' is not frozen"),
+    "the base trains": (lambda m: m.requires_grad_(True), "the base weight 'net.0.weight' is not frozen"),
     "all is frozen": (lambda m: m.requires_grad_(False), "the pairs of 'net.0.weight' are frozen"),
     "both are zero": (zeroed, "both factors of 'net.0.weight' are zero"),
 }

@@ -288,7 +288,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: LotteryTicket(2, 1, units=()), "units=()"),
     (lambda: LotteryTicket(2, 1, units=("weight", "head")), "one or both of 'neuron' and 'head'"),
     (lambda: LotteryTicket(2, 1, heads={"*": 2}), "to prune these"),
-    (lambda: fit(Ordered(mlp(32)), LotteryTicket(2, 1, units="head"), 1), "no heads are found; name the output"),
+    (lambda: fit(Ordered(mlp(32)), LotteryTicket(2, 1, units="head"), 1), "found no heads; name the output"),
     (lambda: fit(Ordered(mlp(32)), LotteryTicket(2, 1, units="neuron", neurons="none"), 1), "none"),
 ]
 

@@ -170,7 +170,7 @@ DURING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a fused kernel and no other": (Flash, f"twice through its fused attention, in a replay either; {REMAINS}"),
     "a function that is marked": (
         lambda: Body(lambda body, x: Sine.apply(body(x))),  # type: ignore[no-any-return]
-        f"twice through Sine, whose backward is marked @once_differentiable; write one of operations .*{REMAINS}",
+        f"twice through Sine, whose backward is marked @once_differentiable; write it with .*{REMAINS}",
     ),
     "reentrant checkpoints": (
         lambda: Body(reentrant),
@@ -236,9 +236,9 @@ class OfItsOwn(Classifier):
 
 
 UNKNOWN = {
-    Regularised: "more than F.cross_entropy: something is added",
+    Regularised: "more than F.cross_entropy: another term is added",
     TwoLosses: "consists of 2 calls: F.cross_entropy, F.mse_loss",
-    OfItsOwn: "comes from none of F.cross_entropy",
+    OfItsOwn: "does not come from one of F.cross_entropy",
 }
 
 
