@@ -27,6 +27,9 @@ PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
 # What is never healthy is compared with nothing, so there is nothing to learn first: `for_samples` is all its patience.
 AT_ONCE: dict[str, Any] = {"warm_up_samples": 0}
 INACTIVE = "a learning rate that is too high, a large negative bias, or inputs that are not normalised"
+NO_GRADIENT = (
+    "a layer that the loss does not reach: dead units after it or before it, an expert without tokens, or detach()"
+)
 
 
 def RankCollapseAlert(
@@ -189,7 +192,7 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     rules = [
         RankCollapseAlert("weight", "stable_rank", drop=0.35, **PATIENT),
         RankCollapseAlert("weight", "effective_rank", drop=0.06, **PATIENT),
-        RankCollapseAlert("gradient", "stable_rank", floor=0.5, **AT_ONCE),
+        Alert("gradient_stable_rank", below=0.5, cause=NO_GRADIENT, **AT_ONCE),
         RankCollapseAlert("feature", "participation_ratio", drop=0.5, **PATIENT),
         # There is a sample for each validation, not for some steps: twenty would be too long.
         RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
