@@ -16,14 +16,15 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-# Where each command is and what it does. Only the one that was asked for is imported: some take torch.
+# Where each command is and what it does, the most used first. Only the one that was asked for is imported: some take
+# torch.
 COMMANDS = {
-    "plan": ("planning.command", "print what RankMonitor will cost for a model, without training it"),
     "diagnose": ("diagnosing", "print what is wrong in runs, worst first, and what to try"),
     "report": ("runs", "write the logged curves of a run as one HTML file"),
     "summary": ("runs", "print the logged numbers of a run as a table"),
     "spectra": ("checkpoints", "print ranks, tails and outliers of the matrices in checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
+    "plan": ("planning.command", "print what RankMonitor will cost for a model, without training it"),
     "advise-ranks": ("adapters", "print which LoRA or GaLore rank each matrix should get under a budget"),
     "extract-lora": ("adapters", "write what training changed as a LoRA adapter that peft loads"),
     "merge": ("adapters", "merge a LoRA adapter into the weights of its base"),
