@@ -1,6 +1,8 @@
 """The report of a run for loggers that have no tab of ours: Weights & Biases and MLflow."""
 
 import importlib
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.analysis.pictures import pictures
 from lightning_lowrank.reports.loggers import each
 
-PUBLISHED = "lowrank/report"
+# The group of everything that is published.
+GROUP = "lowrank"
 
 
 class PublishReport(L.Callback):
@@ -23,23 +27,32 @@ class PublishReport(L.Callback):
     the page goes as `lowrank/report`, a medium of kind HTML; to MLflow as the artifact `lowrank/report.html`. Where
     there is neither logger nothing is done.
 
+    With `media=True` images go along: `lowrank/diagnosis`, and of each source that has ranks a map of its layers over
+    steps (`lowrank/map_weight_effective_rank`), as multiples of each layer's first value.
+
     Cost: reading the event files and writing the page, on the first process, while the others wait at the checkpoint.
 
     Args:
         samples: Most samples of each quantity, evenly spread.
+        media: Also the diagnosis and the maps as images, drawn with matplotlib.
 
     Raises:
-        ValueError: `samples` is below 1.
+        ValueError: `samples` is below 1, or there is no matplotlib to draw `media`.
 
     Examples:
         >>> PublishReport(samples=200).samples
         200
     """
 
-    def __init__(self, samples: int = 512) -> None:
+    def __init__(self, samples: int = 512, media: bool = False) -> None:
         if samples < 1:
             raise ValueError(f"samples={samples}: at least 1")
-        self.samples = samples
+        if media and find_spec("matplotlib") is None:
+            raise ValueError(
+                "media=True draws with matplotlib, which is not installed: pip install 'lightning-lowrank[plots]', or "
+                "leave media out and publish the page alone"
+            )
+        self.samples, self.media = samples, media
         self._added: TensorBoardLogger | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -82,7 +95,8 @@ class PublishReport(L.Callback):
         except ValueError:  # no monitor has written anything yet
             return
         page.write_text(page_of(reader, folder.name, self.samples), encoding="utf-8")
-        errors = each(targets, lambda logger: _publish_of(logger)(logger, page))
+        images = pictures(reader, folder) if self.media else {}
+        errors = each(targets, lambda logger: _publish_of(logger)(logger, page, images))
         if errors:
             raise errors[0]
 
@@ -93,10 +107,13 @@ def _publish_of(logger: Any) -> Any:
     return next((kinds[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in kinds), None)
 
 
-def _to_wandb(logger: Any, page: Path) -> None:
-    html = importlib.import_module("wandb").Html(str(page), inject=False)
-    logger.experiment.log({PUBLISHED: html})
+def _to_wandb(logger: Any, page: Path, images: Mapping[str, Path]) -> None:
+    wandb = importlib.import_module("wandb")
+    media = {name: wandb.Image(str(file)) for name, file in images.items()}
+    media["report"] = wandb.Html(str(page), inject=False)
+    logger.experiment.log({f"{GROUP}/{name}": medium for name, medium in media.items()})
 
 
-def _to_mlflow(logger: Any, page: Path) -> None:
-    logger.experiment.log_artifact(logger.run_id, str(page), "lowrank")
+def _to_mlflow(logger: Any, page: Path, images: Mapping[str, Path]) -> None:
+    for file in (page, *images.values()):
+        logger.experiment.log_artifact(logger.run_id, str(file), GROUP)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -39,7 +40,7 @@ class Row:
         name: Of the quantity, of the source, or of who speaks.
         values: Site -> number(s), in the order in which they are shown.
         known: What else the tab shows of it.
-        shapes: Of spectra: rows and columns of each matrix.
+        shapes: Rows and columns of each matrix, of spectra and of statistics that have a null.
     """
 
     kind: str
@@ -107,9 +108,11 @@ class Vectors:
 
     def _content(self, row: Row) -> tuple[str, bytes]:
         """The tag of a row, and what belongs to it; made once."""
-        key = (row.kind, row.name, *row.values, *row.shapes)
+        # Features have as many rows as a batch: their null is that of the first, or each sample would begin a curve.
+        key = (row.kind, row.name, *row.values, *(row.shapes if row.kind == "spectrum" else ()))
         if key not in self._contents:
-            known = {"kind": row.kind, "name": row.name, "sites": list(row.values), **row.known, **_noise(row.shapes)}
+            null = _noise(row.shapes) if row.kind == "spectrum" else _null(row)
+            known = {"kind": row.kind, "name": row.name, "sites": list(row.values), **row.known, **null}
             content = json.dumps(known, separators=(",", ":"), allow_nan=False).encode()
             digest = hashlib.sha256(content).hexdigest()[:8]
             self._contents[key] = f"{PLUGIN}_{row.kind}/{row.name}/{digest}", content
@@ -161,12 +164,15 @@ def _of_recorder(
 ) -> list[Row]:
     known = {"source": recorder.name, "level": recorder.probe.source.level}
     found, sites = [], list(recorder.sites)
+    of_matrices = isinstance(recorder.probe.source, MatrixSource)
     for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             statistic = name.removeprefix(f"{recorder.name}_")
             more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
-            found.append(Row("vector", name, row, {**known, **more}))
+            read = [recorder.shape(site) for site in row] if of_matrices and name == quantity else []
+            shapes = [shape for shape in read if shape is not None]
+            found.append(Row("vector", name, row, {**known, **more}, shapes if len(shapes) == len(row) else ()))
     if recorder.orders in host:
         shapes = {
             site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None
@@ -188,6 +194,14 @@ def _says(source: Source, statistic: str) -> str:
     _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
     return f"What it is and when it misleads: {where}" if feature else ""
+
+
+def _null(row: Row) -> dict[str, Any]:
+    """What a Gaussian matrix of each site's shape gives, where the statistic compares with it."""
+    if not row.shapes:
+        return {}
+    nulls = [find(str(row.known["statistic"])).null(shape) for shape in row.shapes]
+    return {"null": [float(f"{value:.4g}") for value in nulls]} if all(map(math.isfinite, nulls)) else {}
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Registration of statistics: one decorator makes a formula known to probes, metrics and tests by its name."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Statistic:
         reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative
             form.
         comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
+        misleads: Where it is not what it seems, as a sentence.
     """
 
     name: str
@@ -56,17 +58,18 @@ class Statistic:
     counts: bool = False
     reads_shape: bool = False
     comparable: bool = True
+    misleads: str = ""
 
     @property
     def says(self) -> str:
-        """What it is and between which bounds, in the words of its docstring."""
+        """What it is, between which bounds, and where it misleads."""
         function = self.function
         while isinstance(function, partial):
             function = function.args[0].function if function.func is _over_null else function.func
         first, returns = _paragraphs(function.__doc__ or "")
         if self.name.startswith("relative_"):
             return f"{first.rstrip('.')}; here over what a Gaussian matrix of that shape gives, so that 1 is noise."
-        return f"{first} {returns}".strip().replace("`", "")
+        return " ".join(filter(None, (first, returns, self.misleads))).replace("`", "")
 
     def __call__(self, *values: Any) -> Tensor:
         """The statistic of one value object, or of a pair."""
@@ -77,6 +80,14 @@ class Statistic:
         if not self.counts:
             return 0.0
         return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
+
+    def null(self, shape: tuple[int, int]) -> float:
+        """What a Gaussian matrix of that shape gives, 1 for relative forms; NaN where that does not compare, or depends
+        on the size of the entries.
+        """
+        if self.name.startswith("relative_"):
+            return 1.0
+        return _expected(self.name, shape) if self.comparable and self.scale_free and not self.partner else math.nan
 
 
 @lru_cache

@@ -49,6 +49,21 @@ def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
     assert known["lowrank_vector/gradient_energy_rank_0.01"]["level"] == "parameters"
 
 
+def test_ranks_are_written_with_those_of_gaussian_matrices(tmp_path: Path) -> None:
+    statistics = ["effective_rank", "spectral_norm", "relative_stable_rank"]
+    train(tmp_path / "run", RankMonitor(["weights", "features"], statistics, detail="all"), max_steps=1)
+
+    known = written(tmp_path / "run")[1]
+    noise = torch.randn(len(SITES), 20, 32, 64, generator=torch.Generator().manual_seed(0)).double()
+    values = torch.linalg.svdvals(noise[0])
+    shares = values / values.sum(-1, keepdim=True)
+    expected = shares.log().mul(-shares).sum(-1).exp().mean()
+    assert known["lowrank_vector/weight_effective_rank"]["null"][0] == pytest.approx(float(expected), rel=0.02)
+    assert known["lowrank_vector/weight_relative_stable_rank"]["null"] == [1, 1]
+    assert len(known["lowrank_vector/feature_effective_rank"]["null"]) == 2
+    assert "null" not in known["lowrank_vector/weight_spectral_norm"]
+
+
 def test_sites_are_written_once_per_event_file(tmp_path: Path) -> None:
     train(tmp_path / "run", RankMonitor(every_n_steps=1, detail="all"))
 
