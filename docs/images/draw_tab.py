@@ -92,9 +92,9 @@ LOOKS: dict[str, Training] = {
 }
 
 
-def train(folder: Path, trainings: dict[str, Training], batch_size: int) -> None:
+def train(folder: Path, trainings: dict[str, Training]) -> None:
     """Those runs that are not there yet."""
-    batches = DataLoader(TensorDataset(standard_library()), batch_size, shuffle=True, drop_last=True)
+    batches = DataLoader(TensorDataset(standard_library()), 8, shuffle=True, drop_last=True)
     for name, (model, callbacks, max_steps) in trainings.items():
         if not (folder / name).exists():
             L.seed_everything(0, verbose=False)
@@ -161,10 +161,10 @@ def main(runs: Path = Path("runs"), output: Path = Path("docs/images"), looks: P
         looks: Where the pictures of everything are written, instead of those.
     """
     if looks is None:
-        train(runs / "tab", DOCS, batch_size=32)
+        train(runs / "tab", DOCS)
         shown(runs / "tab", len(DOCS), photograph, output)
     else:
-        train(runs / "looks", LOOKS, batch_size=8)
+        train(runs / "looks", LOOKS)
         shown(runs / "looks", len(LOOKS), look, looks)
 
 

@@ -22,8 +22,8 @@ SEVERITIES = {"critical": ("#b3122d", "#ffffff"), "warning": ("#ffd98a", "#3b2a0
 INK, SOFT = "#212121", "#616161"
 # A multiple that is nearer to 1 than this is drawn as if nothing had changed much.
 LEAST_CHANGE = np.log2(1.1)
-# Samples and names of layers that can be told apart.
-COLUMNS, NAMES = 512, 60
+# Samples, names of layers and steps that can be told apart.
+COLUMNS, NAMES, MARKS = 512, 60, 10
 # Names are shown as they are written: a dollar begins no formula.
 PLAIN: dict[str, Any] = {"parse_math": False}
 
@@ -141,7 +141,7 @@ def _name_rows(axes: Any, table: Table) -> None:
     """Layers at the left, steps below."""
     rows = np.arange(0, len(table.sites), max(1, -(-len(table.sites) // NAMES)))
     axes.set_yticks(rows, [table.sites[row] for row in rows], fontsize=8 if len(table.sites) <= 40 else 6, **PLAIN)
-    columns = np.unique(np.linspace(0, len(table.steps) - 1, min(len(table.steps), 8)).round().astype(int))
+    columns = np.arange(0, len(table.steps), max(1, -(-len(table.steps) // MARKS)))
     axes.set_xticks(columns, [str(table.steps[column]) for column in columns], fontsize=8)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(length=2, colors=INK)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import cleandoc
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -187,13 +188,16 @@ def _of_recorder(
 
 
 def _says(source: Source, statistic: str) -> str:
-    """One sentence of what a quantity is, and where it is explained."""
+    """What a quantity is, and where it is explained: a statistic in its own words, other numbers in those of their
+    source.
+    """
     if isinstance(source, MatrixSource):
         where = page("monitors/rank")
         return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
+    what = " ".join(cleandoc(type(source).__doc__ or "").partition("\n\n")[0].split()).replace("`", "")
     _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
-    return f"What it is and when it misleads: {where}" if feature else ""
+    return f"{what} This number, and when it misleads: {where}" if feature else what
 
 
 def _null(row: Row) -> dict[str, Any]:

@@ -24,7 +24,7 @@ button { cursor: pointer; } button.title { min-height: 24px; } button[aria-press
 button.link { border: 0; background: none; height: auto; padding: 0 10px 0 0; color: var(--accent); text-align: left; overflow-wrap: anywhere; }
 a { color: var(--accent); } button.link:hover { text-decoration: underline; } button:not(.link):hover { border-color: var(--soft); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-.maps, .costs { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 16px; }
+.maps, .costs { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 16px; }
 .details { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, var(--spectra)); gap: 16px; }
 .spectra { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; } .run { font-size: 12px; margin: 2px 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 12px; margin-top: 12px; }
@@ -40,7 +40,7 @@ figcaption { font-size: 13px; color: var(--soft); overflow-wrap: anywhere; } fig
 .findings { list-style: none; margin: 0; padding: 0; } .findings li { display: grid; grid-template-columns: minmax(0, 1fr) 280px; gap: 4px 24px; border-bottom: 1px solid var(--line); padding: 10px 0; align-items: center; }
 .says { margin: 0 0 4px; overflow-wrap: anywhere; } .severity { display: inline-block; min-width: 58px; margin-right: 8px; padding: 1px 6px; border-radius: 3px; font-size: 12px; text-align: center; }
 .severity.critical { background: #b3122d; color: #fff; } .severity.warning { background: #ffd98a; color: #3b2a00; } .severity.info { background: #d6e4f5; color: #10304f; }
-.says button.link { padding: 0; font-size: 14px; } summary { cursor: pointer; } #words { margin-top: 12px; } .tools .says { flex-basis: 100%; font-size: 12px; color: var(--soft); } .band { opacity: 0.18; } pre { background: var(--card); padding: 8px 12px; border-radius: 4px; overflow-x: auto; }
+.says button.link { padding: 0; font-size: 14px; } summary { cursor: pointer; } .diagnosis details { margin-top: 8px; } #words { margin-top: 12px; } .tools .says { flex-basis: 100%; font-size: 12px; color: var(--soft); } .band { opacity: 0.18; } pre { background: var(--card); padding: 8px 12px; border-radius: 4px; overflow-x: auto; }
 .swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid var(--line); margin-right: 4px; vertical-align: middle; }
 .key { display: inline-block; width: 20px; border-top: 2px solid; margin-right: 5px; vertical-align: middle; } svg.dash { width: 24px; height: 4px; margin-right: 5px; vertical-align: middle; } .key-of-bars { margin-top: 12px; }
 svg.chart { width: 100%; display: block; } svg text { fill: var(--soft); font-size: 11px; } svg .rule { stroke: var(--line); fill: var(--line); }

@@ -98,8 +98,10 @@ function asTable(page, tables, ordered, pick) {
 async function detail(page, details, whole) {
   const { site, step } = page.picked;
   const tables = await curvesOf(page, site, whole);
-  const spectra = await spectraOf(page, site);
-  const pictures = await picturesOf(page, site);
+  const lacking = new Set(page.maps.filter((_, i) => !whole[i].index.has(site)).map(({ run }) => run));
+  const runs = page.shown().filter((run) => !lacking.has(run));
+  const spectra = await spectraOf(page, runs, site);
+  const pictures = await picturesOf(page, runs, site);
   if (page.picked?.site !== site || page.picked.step !== step) return undefined;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
   // Several pictures stand in two columns, with the curve.
@@ -121,9 +123,9 @@ async function curvesOf(page, site, whole) {
   return Promise.all(runs.map(async (run) => [run, await page.table("matrix", { run, ...args })]));
 }
 
-async function spectraOf(page, site) {
+async function spectraOf(page, shown, site) {
   const name = page.entry().source;
-  const runs = page.shown().filter((run) => page.has(run, "spectrum", name));
+  const runs = shown.filter((run) => page.has(run, "spectrum", name));
   // A report has all sites in one answer.
   const args = { name, site: page.source.live ? site : undefined, limit: SPECTRA };
   // A run may have spectra of this source and none of this layer: the server says so.
@@ -152,10 +154,10 @@ function pairsOf(page) {
 }
 
 /** Pictures that the chosen runs have of the layer, each with run, x, y and fit of each. */
-async function picturesOf(page, site) {
+async function picturesOf(page, shown, site) {
   const of = (run, name) => page.table("curves", { run, name, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
   const pictures = await Promise.all(pairsOf(page).map(async (pair) => {
-    const runs = page.shown().filter((run) => page.has(run, "curve", pair.y));
+    const runs = shown.filter((run) => page.has(run, "curve", pair.y));
     const names = [pair.x, pair.y, pair.fit].filter(Boolean);
     const found = await Promise.all(runs.map(async (run) => [run, ...await Promise.all(names.map((name) => of(run, name)))]));
     return { ...pair, found: found.filter(([, ...tables]) => tables.every((table) => table?.index.has(site) && table.steps.length)) };

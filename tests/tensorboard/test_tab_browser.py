@@ -402,7 +402,10 @@ def test_quantities_are_found_by_a_word_and_say_what_they_are(page: WebDriver) -
     options = [o.get_attribute("value") for o in page.find_elements(By.CSS_SELECTOR, "#quantity option")]
 
     assert set(options) == {f"{s}_stable_rank" for s in ("gradient", "weight", "feature")} | {"weight_effective_rank"}
-    assert "Exponential of the entropy of the singular values" in page.find_element(By.ID, "says").text
+    says = page.find_element(By.ID, "says")
+    assert "Exponential of the entropy of the singular values" in says.text and "Rounding raises it" in says.text
+    link = says.find_element(By.TAG_NAME, "a").get_attribute("href") or ""
+    assert link.endswith("/monitors/rank/")
 
 
 # axe-core does not look at the words of charts, this does.
@@ -513,7 +516,7 @@ def test_pointing_at_a_curve_reads_it_out(page: WebDriver, logs: Path) -> None:
 
     ActionChains(page).move_to_element(page.find_element(By.CSS_SELECTOR, "#curve svg")).perform()
 
-    step, said = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
+    step, said, *_ = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
     value = value_at(logs / "calm", "weight_stable_rank", SITES[0], int(step.removeprefix("step ")))
     assert 8 < int(step.removeprefix("step ")) < 15 and float(said.removeprefix("calm: ")) == pytest.approx(
         value, rel=1e-3
