@@ -1,4 +1,4 @@
-"""The report of a run for loggers that have no tab of ours: Weights & Biases and MLflow."""
+"""The report of a run for loggers without our tab: Weights & Biases and MLflow."""
 
 import importlib
 from collections.abc import Mapping
@@ -19,23 +19,23 @@ GROUP = "lowrank"
 
 
 class PublishReport(L.Callback):
-    """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow: at every checkpoint, and at the
-    end of the run. The diagnosis and the maps of all layers are then there without TensorBoard.
+    """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow, at every checkpoint and at the
+    end of the run. They then show the diagnosis and the maps of all layers without TensorBoard.
 
-    Monitors write the numbers of single layers to TensorBoard's event files. Where the Trainer has no logger for these,
-    one is added behind the others for the length of the run, in `lowrank` below the Trainer's root. To Weights & Biases
-    the page goes as `lowrank/report`, a medium of kind HTML; to MLflow as the artifact `lowrank/report.html`. Where
-    there is neither logger nothing is done.
+    Monitors write the numbers of single layers to TensorBoard's event files. If the Trainer has no logger for these,
+    one is added after the others for the run, in `lowrank` below the Trainer's root. Weights & Biases gets the page as
+    the HTML medium `lowrank/report`, MLflow as the artifact `lowrank/report.html`. Without either logger nothing
+    happens.
 
-    With `media=True` images go along: `lowrank/diagnosis`, and of each source that has ranks a map of its layers over
-    steps (`lowrank/map_weight_effective_rank`), as multiples of each layer's first value.
+    With `media=True` they also get images: the diagnosis, and for each source with ranks a map of its layers over
+    steps. A map shows multiples of each layer's first value, as in `lowrank/map_weight_effective_rank`.
 
-    Cost: reading the event files and writing the page, on the first process, while the others wait at the checkpoint.
-    Images take one to three seconds more on one core.
+    Cost: the first process reads the event files and writes the page, while the others wait at the checkpoint.
+    Images take one to three more seconds on one core.
 
     Args:
-        samples: Most samples of each quantity, evenly spread.
-        media: Also the diagnosis and the maps as images, drawn with matplotlib.
+        samples: Largest number of samples of each quantity, evenly spread.
+        media: Whether to publish images too, drawn with matplotlib.
 
     Raises:
         ValueError: `samples` is below 1, or there is no matplotlib to draw `media`.
@@ -47,33 +47,33 @@ class PublishReport(L.Callback):
 
     def __init__(self, samples: int = 512, media: bool = False) -> None:
         if samples < 1:
-            raise ValueError(f"samples={samples}: at least 1")
+            raise ValueError(f"samples={samples} must be at least 1")
         if media and find_spec("matplotlib") is None:
             raise ValueError(
-                "media=True draws with matplotlib, which is not installed: pip install 'lightning-lowrank[plots]', or "
-                "leave media out and publish the page alone"
+                "media=True needs matplotlib, which is not installed: run pip install 'lightning-lowrank[plots]', or "
+                "leave media out"
             )
         self.samples, self.media = samples, media
         self._added: TensorBoardLogger | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have event files."""
+        """Add a logger for event files if there is none."""
         published = any(map(_publish_of, trainer.loggers))
         if stage == "fit" and published and not any(isinstance(one, TensorBoardLogger) for one in trainer.loggers):
             self._added = TensorBoardLogger(Path(trainer.default_root_dir) / "lowrank", name="")
             trainer.loggers = [*trainer.loggers, self._added]
-            rank_zero_info(f"lightning_lowrank: event files for the report are in {self._added.log_dir}")
+            rank_zero_info(f"lightning_lowrank: the event files for the report are in {self._added.log_dir}")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Publish what there is so far."""
+        """Publish the report so far."""
         self._publish(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Publish all of it."""
+        """Publish the whole report."""
         self._publish(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the Trainer's loggers as they were."""
+        """Restore the Trainer's loggers."""
         if self._added is not None:
             self._added.experiment.close()
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._added]

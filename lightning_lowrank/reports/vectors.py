@@ -53,7 +53,7 @@ class Row:
 
 @runtime_checkable
 class Measured(Protocol):
-    """What rows are made of: a probe at work."""
+    """The source of the rows: a probe at work."""
 
     probe: Probe
     name: str
@@ -77,11 +77,11 @@ class Measured(Protocol):
 
 
 class Vectors:
-    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are left alone.
+    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are ignored.
 
-    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from
-    its first event only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them,
-    the curve goes on under another tag.
+    Sites are written once per event file, with the first vector of a tag. TensorBoard reads the metadata of a tag only
+    from its first event, so the tag ends in a digest of the sites. If the sites change, or if an optimizer has only
+    some of them, the curve continues under another tag.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Vectors:
         self._samples: dict[str, int] = {}
 
     def draw(self, rows: Sequence[Row], step: int) -> Callable[[Any], None]:
-        """What writes a sample to a writer of PyTorch's TensorBoard, and nothing to others."""
+        """A function that writes a sample to a writer of PyTorch's TensorBoard, and ignores other loggers."""
         tagged = [(*self._content(row), row) for row in rows if row.values]
         due = [(tag, content, _packed(row)) for tag, content, row in tagged if self._is_due(tag, row)]
 
@@ -171,9 +171,8 @@ def _of_recorder(
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             statistic = name.removeprefix(f"{recorder.name}_")
             more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
-            read = [recorder.shape(site) for site in row] if of_matrices and name == quantity else []
-            shapes = [shape for shape in read if shape is not None]
-            found.append(Row("vector", name, row, {**known, **more}, shapes if len(shapes) == len(row) else ()))
+            compared = _shapes(recorder, row) if of_matrices and name == quantity else ()
+            found.append(Row("vector", name, row, {**known, **more}, compared))
     if recorder.orders in host:
         shapes = {
             site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None
@@ -185,6 +184,12 @@ def _of_recorder(
         read = {site: row for site, row in there.items() if site in found[0].values}
         found.append(Row("curve", curve.name, read, {**known, "axis": curve.axis}))
     return found
+
+
+def _shapes(recorder: Measured, sites: Iterable[str]) -> Sequence[tuple[int, int]]:
+    """Those of the matrices at all sites; none where one is not known."""
+    shapes = [recorder.shape(site) for site in sites]
+    return [shape for shape in shapes if shape is not None] if None not in shapes else ()
 
 
 def _says(source: Source, statistic: str) -> str:

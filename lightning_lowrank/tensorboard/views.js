@@ -29,9 +29,9 @@ export async function overview(page) {
     return { level, title, what, others: names.length - counted.length, quantities: (await Promise.all(counted.map((name) => endsOf(page, name)))).filter((runs) => runs.length) };
   }));
   const content = levels.map(({ level, title, what, quantities, others }) => h("section", { id: `level-${level}` }, h("h2", {}, title), h("p", { class: "what" }, what),
-    quantities.length ? levelTable(page, title, quantities) : h("p", { class: "empty" }, others ? "Nothing here counts directions." : "Nothing was watched here."),
-    others ? h("p", { class: "what" }, `${others} more that count no directions are in the map.`) : undefined));
-  const key = h("p", { class: "what key-of-bars" }, "Medians over layers. Bar: latest; dot: first; dashed: null, which is what Gaussian matrices of the layers' shapes have, or what a monitor measured by chance.");
+    quantities.length ? levelTable(page, title, quantities) : h("p", { class: "empty" }, others ? "No quantity here counts directions." : "Nothing was watched here."),
+    others ? h("p", { class: "what" }, `${others} more quantities, which do not count directions, are in the map.`) : undefined));
+  const key = h("p", { class: "what key-of-bars" }, "Medians over layers. Bar: latest; dot: first; dashed: null, the value of Gaussian matrices of the layers' shapes or a chance level that a monitor measured.");
   return { content: [h("div", { class: "cards" }, levels.map((level) => card(page, level))), key, ...content], rows: () => overviewRows(levels) };
 }
 
@@ -61,7 +61,7 @@ function card(page, { level, title, quantities, others }) {
   const worst = quantities.flatMap((runs) => runs.flatMap(({ fallen }) => fallen.slice(0, 1))).sort((a, b) => a.now / a.first - b.now / b.first)[0];
   const count = quantities.length === 1 ? "1 quantity" : `${quantities.length} quantities`;
   const said = worst ? [h("span", { class: "what" }, "fell most: "), lead(page, worst, `${worst.site} ${percent(worst)}`), h("div", { class: "what" }, `${worst.name.replaceAll("_", " ")}, ${worst.run}`)]
-    : [h("span", { class: "what" }, quantities.length ? "nothing fell" : others ? "nothing here counts directions" : "nothing was watched here")];
+    : [h("span", { class: "what" }, quantities.length ? "nothing fell" : others ? "no quantity here counts directions" : "nothing was watched here")];
   const jump = () => document.getElementById(`level-${level}`).scrollIntoView();
   return h("div", { class: "card" }, h("button", { type: "button", class: "title", onclick: jump }, `${title} · ${quantities.length ? count : "none"}`), h("div", {}, said));
 }
@@ -161,7 +161,7 @@ function timeLine(steps, [low, high]) {
 /** A table in Markdown as a table, any other text as it is. */
 function markdownTable(text) {
   const rows = text.split("\n").filter((line) => line.startsWith("|") && !/^[|\s:-]+$/.test(line)).map((line) => line.split("|").slice(1, -1).map((cell) => cell.trim()));
-  return rows.length ? grid(rows[0], rows.slice(1), "What they said") : h("pre", {}, text);
+  return rows.length ? grid(rows[0], rows.slice(1), "Messages of the alerts") : h("pre", {}, text);
 }
 
 // What costs are called, most telling first; others follow under the name that they were written with.
@@ -192,12 +192,12 @@ export async function cost(page) {
     }
   }
   const known = [...lines].filter(([, of]) => of.length);
-  if (!known.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has written what watching cost.")], rows: () => [] };
+  if (!known.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has written the cost of watching.")], rows: () => [] };
   const rows = known.flatMap(([key, of]) => of.flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, key, x, ys[i] === undefined ? "" : exact(ys[i])])));
-  const isNothing = ([, of]) => of.every(({ ys }) => ys.every((value) => !value));
+  const isNothing = ([, of]) => of.every(({ ys }) => ys.every((value) => value === undefined || value === 0));
   const nothing = known.filter(isNothing).map(([key]) => titleOf(key)[0]);
   const figures = known.filter((one) => !isNothing(one)).map(([key, of]) => costFigure(key, of));
-  return { content: [h("p", {}, `What watching cost.${nothing.length ? ` None: ${nothing.join(", ").toLowerCase()}.` : ""}`), h("div", { class: "costs" }, figures)],
+  return { content: [h("p", {}, `Cost of watching.${nothing.length ? ` Zero throughout: ${nothing.join(", ").toLowerCase()}.` : ""}`), h("div", { class: "costs" }, figures)],
     rows: () => [["run", "cost", "step", "value"], ...rows] };
 }
 

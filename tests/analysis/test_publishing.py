@@ -156,5 +156,5 @@ def test_images_without_matplotlib_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples=0: at least 1"):
+    with pytest.raises(ValueError, match="samples=0 must be at least 1"):
         PublishReport(samples=0)
