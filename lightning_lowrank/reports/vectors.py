@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from inspect import cleandoc
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -199,8 +200,13 @@ def _says(source: Source, statistic: str) -> str:
     if isinstance(source, MatrixSource):
         where = page("monitors/rank")
         return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
-    what = " ".join(cleandoc(type(source).__doc__ or "").partition("\n\n")[0].split()).replace("`", "")
-    _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
+    return _says_of(type(source))
+
+
+@lru_cache
+def _says_of(kind: type[Source]) -> str:
+    what = " ".join(cleandoc(kind.__doc__ or "").partition("\n\n")[0].split()).replace("`", "")
+    _, _, feature = kind.__module__.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
     return f"{what} This number, and when it misleads: {where}" if feature else what
 
