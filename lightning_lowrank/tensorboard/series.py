@@ -4,6 +4,7 @@ Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,12 @@ class Reader:
     def __init__(self, provider: Any, context: Any, experiment: str) -> None:
         self._provider = provider
         self._where = {"ctx": context, "experiment_id": experiment}
+
+    def started(self) -> list[str]:
+        """All runs, ours or not, as TensorBoard orders them: by the time at which they began."""
+        listed = self._provider.list_runs(**self._where)
+        begins = {run.run_name: math.inf if run.start_time is None else run.start_time for run in listed}
+        return sorted(begins, key=lambda run: (begins[run], run))
 
     def runs(self, only: str | None = None) -> Runs:
         """Run -> kind and name -> parts, of all runs or of one; what is not as we write it is left out."""
@@ -200,6 +207,8 @@ def _known(content: bytes) -> dict[str, Any] | None:
         return None
     sites = known.get("sites")
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites) or len(set(sites)) < len(sites):
+        return None
+    if "null" in known and not _numbers(known["null"]):
         return None
     if known["kind"] == "curve":
         return known if _numbers(known.get("axis")) else None
