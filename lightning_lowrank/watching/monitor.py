@@ -198,15 +198,18 @@ class Monitor(Arguments, L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Show the live loss."""
-        self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
+        if self.watch.sampling is not None:
+            self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the gradients of one micro-batch."""
-        self.watch.backward_done()
+        if self.watch.sampling is not None:
+            self.watch.backward_done()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Show gradients: synchronised, unscaled and accumulated, not yet clipped."""
-        self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
+        if self.watch.sampling is not None:
+            self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -42,6 +42,9 @@ class Watch:
         usual: What "default" stands for.
         spread: Batches over which decompositions are spread.
 
+    Attributes:
+        sampling: The sample in the making; None where there is nothing to look at in this batch.
+
     Raises:
         ValueError: There is no probe, two have one name, or an alert is on what is not measured.
     """
@@ -54,13 +57,14 @@ class Watch:
         self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
-        self.budget = shared_budget([due_at(probe) for probe in probes if probe.source.stage == "train"])
+        self._schedules = [(recorder, due_at(recorder.probe)) for recorder in self._of_stage("train")]
+        self.budget = shared_budget([schedule for _, schedule in self._schedules])
         rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
         self.journal = Journal(style, alerts=rulebook, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.timed = self.journal.clock.timed
         self._checked, self._enabled, self._resumed = -1, False, False
-        self._sampling: Sampling | None = None
+        self.sampling: Sampling | None = None
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
         self._late: Late | None = None
@@ -161,53 +165,74 @@ class Watch:
 
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
-        idle = self._sampling is None and not self._waiting
-        if not self._enabled or (idle and rests(self.budget, training.step)):
+        idle = self.sampling is None and not self._waiting
+        if not self._enabled or (self.budget is not None and idle and rests(self.budget, training.step)):
+            return
+        due = self._due(training)
+        if idle and not due:
             return
         with self._guard():
-            step = training.step
-            if step != self._checked:
-                self.journal.step_begins(step, training.team)
-            due = [r for r in self._of_stage("train") if step != self._checked and due_at(r.probe)(step)]
-            self._checked = step
             if due or self._waiting:
                 self._catch_up()
-                self._sampling = self._sampling or self._sampled(training)
+                self.sampling = self.sampling or self._sampled(training)
                 put_off(due, self._spread, training, self.budget)
-                self._continue(self._sampling, due)
-            if self._sampling is not None:
-                self._sampling.batch_begins(batch, index)
+                self._continue(self.sampling, due)
+            if self.sampling is not None:
+                self.sampling.batch_begins(batch, index)
                 self.journal.clock.samples()
+
+    def _due(self, training: Training) -> list[Recorder]:
+        """What has become due with this batch.
+
+        Asked at every step, so without the guard: it would take longer than all there is to do.
+        """
+        clock = self.journal.clock
+        begun = clock.now()
+        try:
+            step = training.step
+            if step == self._checked:
+                return []
+            self.journal.step_begins(step, training)
+            due = [recorder for recorder, is_due in self._schedules if is_due(step)]
+            self._checked = step
+        except Exception as error:  # a schedule of the user's
+            self._lose(error)
+            return []
+        finally:
+            clock.since(begun)
+        return due
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_live(self, training: Training, loss: Tensor) -> None:
         """Let sources look at the live loss."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.loss_live(loss, training.loss_scale())
+                self.sampling.loss_live(loss, training.loss_scale())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward_done(self) -> None:
         """Let sources look at the gradients of one micro-batch."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.backward_done()
+                self.sampling.backward_done()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
         """Read gradients and weights; uncompiled also where the user compiles the whole step."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.gradients_final(optimizer, training.gradient_scale(optimizer))
+                self.sampling.gradients_final(optimizer, training.gradient_scale(optimizer))
 
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
+        if not (self._hooks or self.sampling or self._late or self._untold):
+            return
         self._unhook()
         if self._late is not None:
             with self._guard():
                 if self._late.work():
                     self._catch_up()
-        sampling = self._sampling
+        sampling = self.sampling
         if sampling is not None:
             with self._guard():
                 stepped = sampling.batch_over()
@@ -218,7 +243,7 @@ class Watch:
                     if not sampling.is_late:
                         self._catch_up()
             if sampling.complete:
-                self._sampling = None
+                self.sampling = None
         self._alert()
 
     def batch_failed(self) -> None:
@@ -233,9 +258,9 @@ class Watch:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
         self._catch_up()
         self.journal.clock.interrupt()
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.batch_over()
+                self.sampling.batch_over()
 
     def validation_begins(self, training: Training) -> None:
         """Stop the training clock; hook what is watched in validation."""
@@ -276,7 +301,7 @@ class Watch:
         """
         self._catch_up()
         self._answer()
-        if self._enabled and self.latest is None and self._sampling is not None and advice:
+        if self._enabled and self.latest is None and self.sampling is not None and advice:
             self.journal.warn_once(f"no optimizer step was seen: {advice}")
         self._stop()
         self.journal.clock.pause()
@@ -324,9 +349,9 @@ class Watch:
             if host.pop("finite", np.array(1.0)):
                 with self._guard(loses=False):
                     self.journal.write(read.training, read.step, read.recorders, host, complete=read.sampling.complete)
-            elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
+            elif self.sampling is not None:  # a fused optimizer skipped its step inside: take the next
                 self.journal.skipped += 1
-                self._sampling.join(read.recorders)
+                self.sampling.join(read.recorders)
 
     def _alert(self) -> None:
         """Do what alerts ask for after a report; only what the user wants to end the run leaves here."""
@@ -341,7 +366,7 @@ class Watch:
 
     def _unfinished(self) -> dict[str, Any]:
         """State of the sample in the making: a run that is resumed goes on with it."""
-        return self._waiting if self._sampling is None else self._sampling.state_dict(self.journal.given)
+        return self._waiting if self.sampling is None else self.sampling.state_dict(self.journal.given)
 
     def _continue(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
         """Resume the sample that was unfinished when the run was stopped, and add what has become due."""
@@ -375,20 +400,24 @@ class Watch:
             try:
                 yield
             except Exception as error:
-                lost = "; this sample is lost" if loses else ""
-                self.journal.warn_once(f"{type(error).__name__}: {error}{lost}", everywhere=True)
-                if loses:
-                    self._abandon()
+                self._lose(error, loses=loses)
+
+    def _lose(self, error: Exception, *, loses: bool = True) -> None:
+        """Say what went wrong, and give up the sample where that is what it costs."""
+        lost = "; this sample is lost" if loses else ""
+        self.journal.warn_once(f"{type(error).__name__}: {error}{lost}", everywhere=True)
+        if loses:
+            self._abandon()
 
     def _abandon(self, *, for_good: bool = False) -> None:
         """Give up what was found so far. Other processes may still wait for this one in the next report."""
         self.journal.forget()
         self._late = None
-        samplings = [s for s in (self._sampling, self._validation) if s is not None]
+        samplings = [s for s in (self.sampling, self._validation) if s is not None]
         for sampling in samplings:
             sampling.abandon()
         if for_good or not any(sampling.awaited for sampling in samplings):
-            self._sampling = self._validation = None
+            self.sampling = self._validation = None
         for recorder in self.recorders:
             recorder.abandon()
 
