@@ -19,11 +19,13 @@ class NTKMonitor(Monitor):
     The first batch that has a kernel is kept. After each step with a sample it is run through `training_step` again in
     eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel that takes at most
     128 pairs of products with it is exact (the number of pairs is examples times outputs, or the number of examples for
-    the sum of the outputs). Other kernels are estimated, with errors.
+    the sum of the outputs). So is the class-summed kernel of at most 512 rows, where each depends on one example and
+    layers are linear, convolutions or normalisations. Other kernels are estimated, with errors.
 
     A sample costs as much as tens to hundreds of training steps, so the default cadences are long.
 
-    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes. Checkpoints contain
+    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes; of an exact kernel
+    instead of the projections four times the square of its rows. Checkpoints contain
     all of it. With a single process they also contain the kept batch, if that consists of tensors, numbers and strings
     in plain containers. Otherwise a resumed run begins with a new batch and a new start.
 
