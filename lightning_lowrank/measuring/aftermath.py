@@ -41,7 +41,6 @@ class Aftermath:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._near = [deque[float](maxlen=KEPT) for _ in range(NEAR)]
-        self._counts = [0] * NEAR
         self._far = deque[float](maxlen=KEPT)
         self._num_samples = 0
         # Since the last sample, its own step included: the first ones, the latest ones, and how many there were.
@@ -77,18 +76,17 @@ class Aftermath:
         for place, step in enumerate(_steps(self._first[: half + 1])):
             if step is not None:
                 self._near[place].append(step)
-                self._counts[place] += 1
         far = min(self._num_steps - half, KEPT)
         latest = islice(self._latest, len(self._latest) - far - 1, None)
         self._far.extend(step for step in _steps([*latest]) if step is not None)
         self.seconds = self._more()
 
     def _more(self) -> float:
-        if min(len(self._far), self._counts[0]) < FEW:
+        """Of all samples, as if those that were no measure had cost as much."""
+        if min(len(self._far), len(self._near[0])) < FEW:
             return 0.0
         usual = median(self._far)
-        more = (n * (median(of) - usual) for n, of in zip(self._counts, self._near, strict=True) if of)
-        return max(0.0, sum(more))
+        return max(0.0, self._num_samples * sum(median(of) - usual for of in self._near if of))
 
 
 def _steps(begins: Sequence[Begin]) -> list[float | None]:

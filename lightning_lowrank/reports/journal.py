@@ -186,9 +186,10 @@ class Journal:
     def step_begins(self, step: int, training: Training) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
         self.clock.step_begins()
-        told = self._first_sample.step_begins(step, self.clock, self._total_steps)
-        if told:
-            self.info_once(told)
+        if self._first_sample.waits:
+            told = self._first_sample.step_begins(step, self.clock, self._total_steps)
+            if told:
+                self.info_once(told)
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, training.team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"

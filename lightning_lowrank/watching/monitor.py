@@ -20,6 +20,15 @@ from lightning_lowrank.watching.arguments import Arguments
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
+# Hooks that have nothing to do between samples.
+IDLE = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
 
 class Monitor(Arguments, L.Callback):
     """Measure what probes ask for, at the steps that their schedules choose, without changing the training by a single
@@ -39,6 +48,9 @@ class Monitor(Arguments, L.Callback):
         alerts: Alert rules, or "default".
         name: Prefix of all tags; two monitors of the same kind in one Trainer need different ones.
         spread: Batches over which the decompositions of a sample are spread, so that no step waits for all of them.
+
+    Attributes:
+        place: Its place in a checkpoint: the class, with the label where that is not the usual one.
 
     Raises:
         ValueError: There is no probe, two probes have the same name, an option is unknown, or an alert's quantity is
@@ -70,7 +82,9 @@ class Monitor(Arguments, L.Callback):
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
         self.watch = self._watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts, spread=spread)
-        self._is_set_up = False
+        kind = type(self)
+        self.place = kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
+        self._is_set_up = self._rests = False
 
     def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
         """What leads it through a training."""
@@ -82,17 +96,11 @@ class Monitor(Arguments, L.Callback):
         return default_alerts(quantities)
 
     @property
-    def place(self) -> str:
-        """Its place in a checkpoint: the class, with the label where that is not the usual one."""
-        kind = type(self)
-        return kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
-
-    @property
     def state_key(self) -> str:
         """Its place in a Trainer's checkpoint.
 
         Another until `setup`, which refuses a second monitor of one place by a message of ours: Lightning would refuse
-        it before, by one that does not say what to do.
+        it before, by one that does not say what to do. Lightning asks for it at every call of the callback.
         """
         return self.place if self._is_set_up else f"{self.place} {id(self)}"
 
@@ -195,6 +203,8 @@ class Monitor(Arguments, L.Callback):
     ) -> None:
         """Ask whether a sample is due."""
         self.watch.batch_begins(TrainerTraining(trainer, pl_module), batch, batch_idx)
+        if self._rests is not self.watch.rests:
+            self._rest(self.watch.rests)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Show the live loss."""
@@ -256,9 +266,21 @@ class Monitor(Arguments, L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Be ready for another run."""
         self.watch.ends()
+        self._rest(False)
         TrainerTraining(trainer, pl_module).forget(f"{self.label}/")
         # Not after an exception: a checkpoint may be written after that.
         self.watch.forget_resumed()
+
+    def _rest(self, rests: bool) -> None:
+        """Between samples Lightning passes over hooks that would do nothing, as they are no functions then: its calls
+        of them would take longer than all that we do at such a step. Hooks of a subclass stay.
+        """
+        self._rests = rests
+        for name in IDLE:
+            if rests and getattr(type(self), name) is getattr(Monitor, name):
+                vars(self).setdefault(name, None)
+            elif vars(self).get(name, self) is None:
+                del vars(self)[name]
 
 
 def probe_of(source: NumberSource, schedule: Every | Budget) -> list[Probe]:

@@ -73,6 +73,11 @@ class Watch:
         self._waiting: dict[str, Any] = {}
 
     @property
+    def rests(self) -> bool:
+        """Whether there is nothing to do in this batch, nor after it."""
+        return not (self._hooks or self.sampling or self._late or self._untold)
+
+    @property
     def first(self) -> Sample | None:
         """The first number of everything measured, None before."""
         self._catch_up()
@@ -225,7 +230,7 @@ class Watch:
 
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
-        if not (self._hooks or self.sampling or self._late or self._untold):
+        if self.rests:
             return
         self._unhook()
         if self._late is not None:
