@@ -1,4 +1,4 @@
-"""All monitors that need to be told nothing, under one budget."""
+"""All monitors that need no options, under one budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ OF_LAYERS: dict[str, Any] = {"sources": ["features"], "statistics": STATISTICS[:
 
 @dataclass(frozen=True)
 class Entry:
-    """A monitor, and what it wishes.
+    """A monitor with its cost and its preferred cadence.
 
     Attributes:
-        kind: Its class, or what makes it.
-        cost: Steps of training that a sample takes (docs/how-to/choose-cadence.md).
-        least: Fewest steps between two samples.
+        kind: Its class, or a function that creates it.
+        cost: Cost of a sample in steps of training (docs/how-to/choose-cadence.md).
+        least: Smallest number of steps between two samples.
     """
 
     kind: Callable[..., Monitor]
@@ -43,13 +43,13 @@ class Entry:
     least: int
 
     def wish(self, i: int) -> Wish:
-        """Dear ones have their trials one after the other."""
+        """Its request to the budget; expensive monitors have their trials one after the other."""
         if self.kind is RANKS:
             return Wish(self.cost, self.least, (0, 50, 100), needed=True)
         return Wish(self.cost, self.least, CHEAP if self.cost < 3 else (DEAR[0] + i, DEAR[1] + i))
 
     def made(self, share: float, detail: Detail) -> Monitor:
-        """With its usual options."""
+        """The monitor with its default options."""
         options: dict[str, Any] = {"max_overhead": share, "detail": detail}
         return self.kind(**options)
 
@@ -75,20 +75,21 @@ ENTRIES = (
 
 
 def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monitor]:
-    """Every monitor that needs to be told nothing, for those who do not want to choose: `callbacks=[*watch_all()]`.
+    """All monitors that need no options, for users who do not want to choose: `callbacks=[*watch_all()]`.
 
-    All share one budget. What is cheap comes as often as anybody would look, what is dear as seldom as it must. In the
-    warm-up each takes one to three samples, by which its cadence is chosen, and three where the cadence has no room for
-    more; after it they make training longer by at most `max_overhead` together. A monitor of which three samples do not
-    fit in beside cheaper ones, by what they took in other trainings, is left out and says so, as one that finds nothing
-    to watch. `RankMonitor` has samples at steps 0, 50 and 100 whatever they take.
+    All share one budget. Cheap monitors sample as often as is useful, expensive ones as seldom as needed. In the
+    warm-up each takes one to three samples, from which its cadence is chosen. It takes three if its cadence leaves no
+    room for more. After the warm-up, all together make training longer by at most `max_overhead`. A monitor is left
+    out, with a message, if three of its samples do not fit beside cheaper ones by their costs in other trainings. The
+    same holds for a monitor that finds nothing to watch. `RankMonitor` has samples at steps 0, 50 and 100 whatever they
+    cost.
 
     Args:
         max_overhead: Largest increase of training time by all together, 0.05 for 5 %.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
 
     Returns:
-        Monitors of one run: a second run takes a second call.
+        Monitors for one run; create new ones for a second run.
 
     Raises:
         ValueError: The share is not between 0 and 1.

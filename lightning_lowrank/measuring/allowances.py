@@ -18,7 +18,7 @@ SETTLING = 10
 
 @dataclass(frozen=True)
 class Wish:
-    """What a monitor would have.
+    """The request of a monitor.
 
     Attributes:
         cost: Of a sample in steps of training, estimated beforehand.
@@ -34,7 +34,7 @@ class Wish:
     needed: bool = False
 
     def share(self, total_steps: int | None) -> tuple[float, float]:
-        """Of the training time, for three samples, and for as many as anybody would look at."""
+        """Share of the training time, for three samples and for the most useful number of samples."""
         fewest = FEWEST * self.cost / total_steps if total_steps else 0.0
         return fewest, max(fewest, self.cost / self.spacing(total_steps))
 
@@ -78,7 +78,7 @@ def shared_out(wishes: Sequence[Wish], share: float, total_steps: int | None) ->
 
 
 class Purse:
-    """What the monitors of a run may take together.
+    """The time that the monitors of a run may take together.
 
     Args:
         share: By which they may make training longer.
@@ -150,8 +150,8 @@ class Allowance(Budget):
         return sum(step < total_steps for step in self.trials) if total_steps <= self._end else None
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
-        """Take note of the seconds spent before a step begins, unless it is left out; from then on half as often, where
-        samples have come to take more than the share. Several processes keep to the first cadence.
+        """Note the seconds spent before a step begins, unless it is left out. If samples have come to take more than
+        the share, sample half as often from then on. Several processes keep the first cadence.
         """
         if self.is_left_out:
             return False

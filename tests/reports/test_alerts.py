@@ -363,6 +363,54 @@ def test_a_message_says_what_where_how_much_against_what_since_when_why_and_wher
     assert len(event.title) <= 63
 
 
+def test_what_is_over_names_the_sites_and_the_steps_of_its_beginning_and_of_its_report() -> None:
+    firing, resolved = shown(at_work(rule()), [2.0] * 3 + [0.5] * 4 + [2.0] * 3)
+
+    assert (firing.since, firing.step, resolved.since, resolved.step) == (3, 5, 3, 8)
+    for part in (f"{QUANTITY} of a has recovered at step 8", "since step 3", "reported at step 5"):
+        assert part in resolved.message, part
+    assert [site.site for site in resolved.worst] == ["a"] and resolved.num_firing == 0
+
+
+def test_what_is_over_of_the_whole_model_names_no_site() -> None:
+    state = at_work(rule())
+
+    events = [state.observe(step, {"": 2.0 if step < 3 or step > 6 else 0.5}, {}) for step in range(10)]
+
+    assert f"{QUANTITY} has recovered at step 8" in next(e.message for e in events if e and e.state == "resolved")
+
+
+NEVER_HEALTHY = {
+    "gradient_stable_rank": 0.0,
+    "dormant_inactive": 1.0,
+    "gradient_effective_rank": NAN,
+}
+
+
+@pytest.mark.parametrize("quantity", NEVER_HEALTHY)
+def test_what_is_never_healthy_is_told_at_the_third_sample_from_the_first_on(quantity: str) -> None:
+    book = Rulebook("default", [quantity], usual=default_alerts, prefix=None, label="rank")
+
+    for step in (0, 50, 100):
+        book.observe(step, {quantity: {"a": NEVER_HEALTHY[quantity]}})
+
+    assert [(event.state, event.step, event.since) for event in book.events] == [("firing", 100, 0)]
+
+
+def test_a_run_within_the_warm_up_of_all_rules_says_so_and_how_much_was_missing() -> None:
+    def after(num_samples: int, *rules: Alert) -> str:
+        book = Rulebook(rules, [QUANTITY], usual=default_alerts, prefix=None, label="rank")
+        for step in range(num_samples):
+            book.observe(step, {QUANTITY: {"a": 2.0}})
+        return book.too_short()
+
+    slow, quick = Alert(QUANTITY, drop=0.5, warm_up_steps=500), Alert(QUANTITY, below=1.0, warm_up_samples=4)
+
+    assert after(5, slow, quick).endswith(f"{QUANTITY}_below needs 7 samples, and had 5")
+    assert after(5, slow).endswith(f"{QUANTITY}_drop needs 13 samples and step 500, and had 5")
+    assert after(7, slow, quick) == after(0, slow) == after(5) == ""
+
+
 LONG: dict[str, Any] = {"warm_up_samples": 10, "window": 10, "for_samples": 1, "keep_samples": 1}
 STORY = [2.0] * 4 + [0.5, NAN, 0.5, 0.5, 0.5, NAN, 1.05, 2.0, 2.0, 2.0, 0.5, 0.5, 2.0, 0.5, 0.5, 0.5, 0.5]
 
@@ -410,21 +458,21 @@ def test_a_rule_that_was_changed_begins_anew_in_a_run_that_is_resumed() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"below": None}, "at least one of"),
     ({"below": NAN}, "finite"),
-    ({"drop": 1.5}, "drop=1.5: a share"),
-    ({"slope": 0.0}, "slope=0.0: a share"),
-    ({"rise": -1.0}, "rise=-1.0: above 0"),
+    ({"drop": 1.5}, "drop=1.5 must be a share"),
+    ({"slope": 0.0}, "slope=0.0 must be a share"),
+    ({"rise": -1.0}, "rise=-1.0 must be above 0"),
     ({"non_finite": 2.0}, "non_finite=2.0"),
     ({"window": 1}, "window=1"),
     ({"for_samples": 0}, "for_samples=0"),
     ({"keep_samples": 0}, "keep_samples=0"),
     ({"cooldown_steps": -1}, "cooldown_steps=-1"),
     ({"warm_up_samples": -1}, "warm_up_samples=-1"),
-    ({"drop": 0.5, "warm_up_samples": 0}, "1 samples at least to learn from"),
-    ({"change": 5.0}, "5 samples at least to learn from"),
-    ({"departure": 5.0, "baseline": "healthy"}, "10 samples at least to learn from"),
-    ({"departure": 0.0}, "departure=0.0: above 0"),
-    ({"spike": -6.0}, "spike=-6.0: above 0"),
-    ({"cusum": NAN}, "cusum=nan: a finite number"),
+    ({"drop": 0.5, "warm_up_samples": 0}, "1 samples or more are needed to learn from"),
+    ({"change": 5.0}, "5 samples or more are needed to learn from"),
+    ({"departure": 5.0, "baseline": "healthy"}, "10 samples or more are needed to learn from"),
+    ({"departure": 0.0}, "departure=0.0 must be above 0"),
+    ({"spike": -6.0}, "spike=-6.0 must be above 0"),
+    ({"cusum": NAN}, "cusum=nan must be a finite number"),
     ({"hysteresis": 1.0}, "hysteresis=1.0"),
     ({"quorum": 0}, "quorum=0"),
     ({"quorum": 1.5}, "quorum=1.5"),
@@ -453,12 +501,12 @@ def test_a_rule_on_what_is_not_measured_is_refused_with_what_is() -> None:
 def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
     watch = Rulebook([rule(sites=["blocks.*", "head"])], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
-    with pytest.raises(ValueError, match=r"fits nothing; weight_stable_rank has \['net.0.weight'\]"):
+    with pytest.raises(ValueError, match=r"matches nothing; weight_stable_rank has \['net.0.weight'\]"):
         watch.check({QUANTITY: ["net.0.weight"]})
 
 
 def test_two_rules_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="must have different names"):
         Rulebook([rule(), rule(below=0.5)], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
 
@@ -516,14 +564,14 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         label="rank",
     )
 
-    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 site"):
+    with pytest.raises(ValueError, match=f"quorum={quorum} can never be met: it watches 1 site"):
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 
 WRONG_TYPES = {
     "Alert('weight_stable_rank', below=1.0)": r"alerts.*a sequence of \[Alert\]",
     "[{'quantity': 'weight_stable_rank', 'drop': 0.5}]": r"alerts.*a sequence of \[Alert\]",
-    "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function': a function",
+    "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function' must be a function",
 }
 
 

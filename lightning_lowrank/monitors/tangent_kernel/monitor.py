@@ -17,17 +17,17 @@ class NTKMonitor(Monitor):
     changes.
 
     The first batch that has a kernel is kept. After each step with a sample it is run through `training_step` again in
-    eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel that takes at most
-    128 pairs of products with it is exact (the number of pairs is examples times outputs, or the number of examples for
-    the sum of the outputs). So is the class-summed kernel of at most 512 rows, where each depends on one example and
-    layers are linear, convolutions or normalisations. Other kernels are estimated, with errors.
+    eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel is exact if it needs
+    at most 128 pairs of products: one for each example and output, or one for each example for the sum of the outputs.
+    The class-summed kernel is also exact if it has at most 512 rows, each row depends on one example, and all layers
+    are linear, convolutions or normalisations. Other kernels are estimated, with errors.
 
     A sample costs as much as tens to hundreds of training steps, so the default cadences are long.
 
-    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes; of an exact kernel
-    instead of the projections four times the square of its rows. Checkpoints contain
-    all of it. With a single process they also contain the kept batch, if that consists of tensors, numbers and strings
-    in plain containers. Otherwise a resumed run begins with a new batch and a new start.
+    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes. An exact kernel
+    keeps four times the square of its rows instead of the projections. Checkpoints contain all of it. With a single
+    process they also contain the kept batch, if that consists of tensors, numbers and strings in plain containers.
+    Otherwise a resumed run begins with a new batch and a new start.
 
     Args:
         match: Parameters for the kernel: globs, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
@@ -55,8 +55,8 @@ class NTKMonitor(Monitor):
         train_mode: Whether to run the module in training mode instead.
 
     Raises:
-        ValueError: An option is unknown or out of its range; when training starts: a pattern matches nothing, or the
-            step cannot be run again; the message says what to do.
+        ValueError: An option is unknown or out of range; when training starts: a pattern matches nothing, or the step
+            cannot be run again; the message says what to do.
 
     Examples:
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]

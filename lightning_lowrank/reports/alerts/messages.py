@@ -1,35 +1,40 @@
-"""What an alert says: what, where, how much against what, since when, why, and where it is explained."""
+"""Messages of alerts: what happened and where, the value and its threshold, since when, the cause, and a link."""
 
 import math
 from collections.abc import Sequence
 
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent, SiteAlert
 from lightning_lowrank.tensorboard.site import page
 
 PAGE = page("how-to/get-alerts")
+# Stands for the share of sites without a number. No tag may have brackets.
+SHARE = "(share of sites without a number)"
+# Sites that a message names.
+NAMED = 5
 
 # By the word in the quantity's name; the first that is in it.
 CAUSES = {
     "second_moment": "an optimizer state that was reset or overflowed",
-    "first_moment": "gradients that have come to point one way: a learning rate too high, repeated batches",
+    "first_moment": "gradients that all have the same direction: a learning rate that is too high, or repeated batches",
     "displacement": (
-        "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples"
+        "weights that move along few directions: a learning rate that is too high, or a loss dominated by few examples"
     ),
     "feature": (
-        "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or "
-        "with too little variance, dead units, a normalisation that is missing"
+        "outputs that no longer distinguish inputs: a self-supervised loss without stop-gradient or with too "
+        "little variance, dead units, or a missing normalisation"
     ),
     "gradient": (
-        "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, "
-        "dead units or a saturated loss"
+        "one dominant direction of the batch, a layer without a gradient, or, at 0, dead units or a saturated loss"
     ),
-    "update": "a learning rate too high, momentum on few directions, or clipping at every step",
+    "update": "a learning rate that is too high, momentum on few directions, or clipping at every step",
     "weight": (
-        "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others"
+        "a learning rate that is too high for this depth, or a missing normalisation, so that one direction "
+        "outgrows all others"
     ),
 }
 NO_NUMBER = (
-    "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero"
+    "a NaN or infinite loss: a learning rate that is too high, an overflow in half precision, or a division by zero"
 )
 
 
@@ -39,9 +44,7 @@ def title_of(event: AlertEvent) -> str:
 
 
 def message_of(event: AlertEvent, rule: Alert) -> str:
-    """The whole story, on one line."""
-    if event.state == "resolved":
-        return f"{event.quantity} is well again at step {event.step}; rule {event.rule}, told at step {event.since}."
+    """The whole story of an alert that fires, on one line."""
     named = "; ".join(_of_site(site) for site in event.worst)
     more = event.num_firing - len(event.worst)
     where = (
@@ -53,6 +56,23 @@ def message_of(event: AlertEvent, rule: Alert) -> str:
     return (
         f"rule {event.rule}, {event.quantity} at {where} since step {event.since}: "
         f"{named}{also}.{because} See {PAGE}#when-one-fires."
+    )
+
+
+def recovery_of(event: AlertEvent, sites: Sequence[str], reported: int) -> str:
+    """What is over, on one line.
+
+    Args:
+        event: It.
+        sites: All that were in a message.
+        reported: Step of the first message.
+    """
+    places = [site for site in sites if site not in (WHOLE_MODEL, SHARE)]
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    where = f" of {', '.join(places[:NAMED])}{more}" if places else ""
+    return (
+        f"rule {event.rule}, {event.quantity}{where} has recovered at step {event.step}; it was unhealthy since step "
+        f"{event.since}, and reported at step {reported}."
     )
 
 
@@ -74,9 +94,9 @@ def _of_site(site: SiteAlert) -> str:
         case "change":
             return f"{value}, another level{against}, allowed to {site.threshold:.4g}"
         case "departure":
-            return f"{value}, not as it was in this run{against}, allowed to {site.threshold:.4g}"
+            return f"{value}, unlike before in this run{against}, allowed to {site.threshold:.4g}"
         case "cusum":
-            return f"{value}, drifts upwards{against}, in all by more than {site.threshold:.3g} spreads"
+            return f"{value}, drifts upwards{against}, in total by more than {site.threshold:.3g} spreads"
     upper = site.condition in ("above", "rise", "spike")
     return f"{value}{against}, alert {'above' if upper else 'below'} {site.threshold:.4g}"
 
