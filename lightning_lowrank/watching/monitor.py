@@ -17,6 +17,7 @@ from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.arguments import Arguments
+from lightning_lowrank.watching.doubles import refuse_double
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
@@ -188,7 +189,7 @@ class Monitor(Arguments, L.Callback):
             raise ValueError(
                 f"two {kind} in one training, {self!r} and {other!r}; distinguish them with {kind}(..., name='...')"
             )
-        self.watch.refuse_double(other.watch)
+        refuse_double(self.watch, other.watch)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites. Patterns that match nothing are refused here, before training."""

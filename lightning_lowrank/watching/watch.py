@@ -13,10 +13,9 @@ from torchmetrics import Metric
 
 from lightning_lowrank.measuring.number_recorder import recorder_of
 from lightning_lowrank.measuring.number_source import refuse_seed
-from lightning_lowrank.measuring.probe import Probe, due_at, refuse_namesakes
+from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
-from lightning_lowrank.measuring.schedules import rests, shared_budget
 from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports import loggers
@@ -25,6 +24,7 @@ from lightning_lowrank.reports.alerts.rules import AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.reports.report import Style
+from lightning_lowrank.watching.asking import Asking
 from lightning_lowrank.watching.late import Late, put_off
 
 
@@ -42,9 +42,6 @@ class Watch:
         usual: What "default" stands for.
         spread: Batches over which decompositions are spread.
 
-    Attributes:
-        sampling: The sample in the making; None where there is nothing to look at in this batch.
-
     Raises:
         ValueError: There is no probe, two have one name, or an alert is on what is not measured.
     """
@@ -57,14 +54,14 @@ class Watch:
         self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
-        self._schedules = [(recorder, due_at(recorder.probe)) for recorder in self._of_stage("train")]
-        self.budget = shared_budget([schedule for _, schedule in self._schedules])
+        self._asking = Asking(self._of_stage("train"))
+        self.budget = self._asking.budget
         rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
         self.journal = Journal(style, alerts=rulebook, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.timed = self.journal.clock.timed
-        self._checked, self._enabled, self._resumed = -1, False, False
-        self.sampling: Sampling | None = None
+        self._enabled = self._resumed = False
+        self.sampling: Sampling | None = None  # in the making
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
         self._late: Late | None = None
@@ -125,7 +122,7 @@ class Watch:
         self._catch_up()
         return {
             "quantities": self.quantities,
-            "checked": self._checked,
+            "checked": self._asking.checked,
             "journal": self.journal.state_dict(),
             "waiting": self._unfinished(),
             "probes": {recorder.name: recorder.state_dict() for recorder in self.recorders},
@@ -137,7 +134,7 @@ class Watch:
             self.journal.info_once("the checkpoint has other quantities, so comparisons over samples start again")
             return
         self._resumed = True
-        self._checked, self._waiting = state["checked"], state["waiting"]
+        self._asking.checked, self._waiting = state["checked"], state["waiting"]
         self.journal.load_state_dict(state["journal"])
         for recorder in self.recorders:
             recorder.load_state_dict(state["probes"][recorder.name])
@@ -150,7 +147,7 @@ class Watch:
         """
         self._enabled = True
         if not self._resumed:
-            self._checked, self._waiting = -1, {}
+            self._asking.checked, self._waiting = -1, {}
             self.journal.begin(training)
             for recorder in self.recorders:
                 recorder.begin()
@@ -171,7 +168,7 @@ class Watch:
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
         idle = self.sampling is None and not self._waiting
-        if not self._enabled or (self.budget is not None and idle and rests(self.budget, training.step)):
+        if not self._enabled or (idle and self._asking.rests(training.step)):
             return
         due = self._due(training)
         if idle and not due:
@@ -187,25 +184,12 @@ class Watch:
                 self.journal.clock.samples()
 
     def _due(self, training: Training) -> list[Recorder]:
-        """What has become due with this batch.
-
-        Asked at every step, so without the guard: it would take longer than all there is to do.
-        """
-        clock = self.journal.clock
-        begun = clock.now()
+        """What has become due with this batch. Without the guard, which would take longer than to ask."""
         try:
-            step = training.step
-            if step == self._checked:
-                return []
-            self.journal.step_begins(step, training)
-            due = [recorder for recorder, is_due in self._schedules if is_due(step)]
-            self._checked = step
+            return self._asking.due(training, self.journal)
         except Exception as error:  # a schedule of the user's
             self._lose(error)
             return []
-        finally:
-            clock.since(begun)
-        return due
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_live(self, training: Training, loss: Tensor) -> None:
@@ -322,23 +306,6 @@ class Watch:
     def forget_resumed(self) -> None:
         """Another run after this one is no continuation."""
         self._resumed = False
-
-    def refuse_double(self, other: "Watch") -> None:
-        """Refuse a second monitor that would write the same tags.
-
-        Raises:
-            ValueError: With what both would write.
-        """
-        both = self._words() & other._words()
-        if both:
-            names = f"monitors {self.label!r} and {other.label!r}"
-            raise ValueError(f"{names} would both write {sorted(both)}; give one of them name='...'")
-        if self.budget is not None and self.budget is other.budget:
-            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object; give each its own")
-
-    def _words(self) -> set[str]:
-        """What stands in the tags that only this monitor may write."""
-        return {self.label, *self.quantities, *(state.name for state in self.journal.alerts.states)}
 
     def _of_stage(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
