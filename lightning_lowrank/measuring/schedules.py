@@ -221,10 +221,10 @@ def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
     return max(1, math.ceil(sample / max(allowed - idle, allowed / 10)))
 
 
-def rests(budget: Budget | None, step: int) -> bool:
+def rests(budget: Budget, step: int) -> bool:
     """Whether nobody has to look at a step, not even at the clock: neither it nor the one before is due, for good."""
-    if budget is None or budget.is_left_out:
-        return budget is not None
+    if budget.is_left_out:
+        return True
     return budget.every is not None and not budget(step) and not budget(step - 1)
 
 

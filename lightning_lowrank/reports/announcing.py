@@ -59,6 +59,9 @@ class FirstSample:
 
     Args:
         probes: Of the monitor.
+
+    Attributes:
+        waits: There is still something to be told.
     """
 
     def __init__(self, probes: Sequence[Probe]) -> None:
@@ -66,6 +69,7 @@ class FirstSample:
         one = schedules[0] if schedules and all(schedule == schedules[0] for schedule in schedules) else None
         # What a budget takes is told when it has chosen.
         self._every = one if isinstance(one, Every) else None
+        self.waits = self._every is not None
         self._samples: list[float] = []
         self._steps: list[float] = []
         self._before: Spent | None = None
@@ -87,7 +91,7 @@ class FirstSample:
         # The first sample and the first step also pay for what is made once.
         later, several = self._samples[1:] or self._samples, len(self._samples) > 1
         share = self._every.count(total_steps) / total_steps if total_steps else 1 / self._every.n
-        self._every = None
+        self._every, self.waits = None, False
         return _cost(median(later), max(median(self._steps[1:]), 1e-6), share, several=several)
 
 

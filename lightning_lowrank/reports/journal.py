@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.allowances import Allowance
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.measuring.recorder import Recorder
@@ -184,14 +183,15 @@ class Journal:
         if self.budget is not None:
             self.budget.begin()
 
-    def step_begins(self, step: int, team: Team) -> None:
+    def step_begins(self, step: int, training: Training) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
         self.clock.step_begins()
-        told = self._first_sample.step_begins(step, self.clock, self._total_steps)
-        if told:
-            self.info_once(told)
+        if self._first_sample.waits:
+            told = self._first_sample.step_begins(step, self.clock, self._total_steps)
+            if told:
+                self.info_once(told)
         budget = self.budget
-        if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
+        if budget is not None and budget.observe(step, self.clock.own, self.clock.total, training.team):
             times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
             self.info_once(f"{each(budget.every or 1)} from now on: {times}, {percent(budget)} more time is allowed")
 

@@ -493,4 +493,3 @@ def test_steps_far_from_a_sample_are_not_looked_at_once_the_cadence_is_fixed() -
     looked_at = [step for step in range(100, 300) if not rests(budget, step)]
 
     assert before == [] and looked_at == [150, 151, 200, 201, 250, 251]
-    assert not rests(None, 0)
