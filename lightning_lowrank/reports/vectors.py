@@ -14,6 +14,7 @@ from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
 from lightning_lowrank.measuring.number_source import Curve
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.source import MatrixSource, Source
+from lightning_lowrank.reports.sentences import sentence
 from lightning_lowrank.statistics import find
 from lightning_lowrank.tensorboard.site import page
 
@@ -165,7 +166,7 @@ def _of_recorder(
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             statistic = name.removeprefix(f"{recorder.name}_")
-            more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
+            more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, name, statistic)}
             found.append(Row("vector", name, row, {**known, **more}))
     if recorder.orders in host:
         shapes = {
@@ -180,14 +181,16 @@ def _of_recorder(
     return found
 
 
-def _says(source: Source, statistic: str) -> str:
+def _says(source: Source, name: str, statistic: str) -> str:
     """One sentence of what a quantity is, and where it is explained."""
     if isinstance(source, MatrixSource):
         where = page("monitors/rank")
         return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
     _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
-    return f"What it is and when it misleads: {where}" if feature else ""
+    # Without the prefix that the user gave the monitor.
+    own = max((q.name for q in source.quantities if f"_{name}".endswith(f"_{q.name}")), key=len, default=name)
+    return " ".join(filter(None, [sentence(own), f"More: {where}" if feature else ""]))
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_lowrank.measuring.number_source import refuse_seed
 from lightning_lowrank.measuring.probe import Probe, due_at, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
-from lightning_lowrank.measuring.schedules import rests, shared_budget
+from lightning_lowrank.measuring.schedules import shared_budget
 from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports import loggers
@@ -162,7 +162,7 @@ class Watch:
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
         idle = self._sampling is None and not self._waiting
-        if not self._enabled or (idle and rests(self.budget, training.step)):
+        if not self._enabled or (idle and self.budget is not None and self.budget.rests(training.step)):
             return
         with self._guard():
             step = training.step

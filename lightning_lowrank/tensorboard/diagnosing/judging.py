@@ -24,6 +24,8 @@ WHOLE_MODEL = "whole model"
 DOCS = page("how-to/diagnose")
 # As `LossMonitor` calls it.
 LOSS = "step_loss"
+# Of examples that are not trained on: what users log.
+HELD_OUT = "held_out_loss"
 # Ends of the names of what is a number whatever becomes of the run.
 CONSTANT = (
     *("_chance", "_floor", "_start", "_random_walk", "_rows", "_width", "_valid", "_count", "_examples", "_samples"),
@@ -41,17 +43,19 @@ class Condition:
         below: It holds below this,
         above: or above it.
         relative_to: "first": multiples of the site's first number; "lowest": of its lowest so far; "sites": of the
-            median over sites.
+            median over sites; "before": of its own median in the window before.
         pooled: The median over sites instead of each.
         window: Share of the run's samples whose trailing median is looked at; single samples where it is 0.
+        ever: It holds from the sample on at which the number was there, whatever it was later.
     """
 
     quantity: str | tuple[str, ...]
     below: int | float = np.nan
     above: int | float = np.nan
-    relative_to: Literal["", "first", "lowest", "sites"] = ""
+    relative_to: Literal["", "first", "lowest", "sites", "before"] = ""
     pooled: bool = False
     window: int | float = 0
+    ever: bool = False
 
     @property
     def band(self) -> str:
@@ -208,7 +212,12 @@ def judge(condition: Condition, curves: Curves) -> Judged | None:
         sites: Sequence[str] = table.sites
         if condition.pooled:
             values, sites = np.nanmedian(values, 1, keepdims=True), [WHOLE_MODEL]
-        values = _relative(_smooth(values, condition.window), condition.relative_to)
+        if condition.relative_to == "before":
+            values = values / _before(values, condition.window)
+        else:
+            values = _relative(_smooth(values, condition.window), condition.relative_to)
+        if condition.ever:
+            values = (np.fmax if np.isfinite(condition.above) else np.fmin).accumulate(values)
         holds = values < condition.below if np.isfinite(condition.below) else values > condition.above
     return Judged(quantity, table.steps, sites, values, holds)
 
@@ -256,6 +265,14 @@ def _smooth(values: Array, window: int | float) -> Array:
     if width == 1:
         return values
     return np.stack([np.nanmedian(values[max(0, i + 1 - width) : i + 1], 0) for i in range(len(values))])
+
+
+def _before(values: Array, window: int | float) -> Array:
+    """Medians of the samples before each, NaN for those that have not so many before them."""
+    width = max(LASTING, round(window * len(values)))
+    medians = [np.nanmedian(values[i - width : i], 0) for i in range(width, len(values))]
+    unknown = np.full((min(width, len(values)), values.shape[1]), np.nan)
+    return np.concatenate([unknown, *([np.stack(medians)] if medians else [])])
 
 
 def _relative(values: Array, to: str) -> Array:
