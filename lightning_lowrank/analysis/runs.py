@@ -14,7 +14,7 @@ from lightning_lowrank.analysis.page import page_of, reader_of
 from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
 from lightning_lowrank.tensorboard import answers
-from lightning_lowrank.tensorboard.diagnosing.judging import CONSTANT, silent_since
+from lightning_lowrank.tensorboard.diagnosing.judging import silent_since
 from lightning_lowrank.tensorboard.series import Reader, Table
 
 # What a terminal shows at once.
@@ -122,9 +122,7 @@ def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Ru
         first,
         latest,
         {rule: state for states in alerts.values.values() for rule, state in states.items()},
-        silent_since(
-            [table for (kind, name), table in tables.items() if kind == "vector" and not name.endswith(CONSTANT)]
-        ),
+        silent_since({name: table for (kind, name), table in tables.items() if kind == "vector"}),
     )
 
 

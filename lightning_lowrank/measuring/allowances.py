@@ -22,6 +22,8 @@ STEADY, RECENT = 5, 8
 NEAR = 1.33
 # First samples are taken one after the other, at so many times the share.
 HASTE = 2
+# Who has begun has three samples, unless they take so many times what was thought.
+SURPRISE = 4
 # Where more is spent than there is, it is shared out again, but not before so many times the steps.
 SOON = 1.25
 # What is aimed at, of the budget, and what part of that is for monitors without a sample.
@@ -59,7 +61,7 @@ class Ask(NamedTuple):
         fewest: Samples that it lacks for a curve.
         most: Samples that anybody would look at.
         needed: It is never left out.
-        begun: It had one.
+        begun: It had one, and takes about what was thought: it has its three.
         weight: Its part of what is left.
     """
 
@@ -73,8 +75,8 @@ class Ask(NamedTuple):
 
 def shared_out(asks: Sequence[Ask], seconds: float) -> list[float]:
     """The seconds of each: three samples for as many as there is room for, those that have begun before the others and
-    the cheapest first; what is left in parts by weight, but to nobody more than it wishes. Half is not for who has
-    not begun.
+    the cheapest first; what is left in parts by weight, to those whom it buys a sample, but to nobody more than it
+    wishes. Half is not for who has not begun.
 
     Those that have no room for three samples are left out and have 0. The three of what is needed count for nothing
     here: what is shared out later pays for them.
@@ -93,10 +95,16 @@ def shared_out(asks: Sequence[Ask], seconds: float) -> list[float]:
     least = [ask.fewest * ask.sample for ask in asks]
     given, left = [0.0] * len(asks), seconds
     for i in sorted(range(len(asks)), key=lambda i: (not asks[i].begun, least[i])):
-        if asks[i].needed or least[i] <= left - (0.0 if asks[i].begun else (1 - BREADTH) * seconds):
+        if asks[i].needed or asks[i].begun or least[i] <= left - (1 - BREADTH) * seconds:
             given[i], left = least[i], left - (0.0 if asks[i].needed else least[i])
-    wished = {i: max(0.0, ask.most * ask.sample - given[i]) for i, ask in enumerate(asks) if given[i] >= least[i]}
-    inside = sorted(wished, key=lambda i: wished[i] / asks[i].weight)
+    left = max(0.0, left)
+    inside = [i for i, ask in enumerate(asks) if given[i] >= least[i]]
+    # What buys nobody a sample is of no use to him.
+    for i in sorted(inside, key=lambda i: -asks[i].sample / asks[i].weight):
+        if left * asks[i].weight < asks[i].sample * sum(asks[j].weight for j in inside):
+            inside.remove(i)
+    wished = {i: max(0.0, asks[i].most * asks[i].sample - given[i]) for i in inside}
+    inside.sort(key=lambda i: wished[i] / asks[i].weight)
     for n, i in enumerate(inside):
         more = min(wished[i], left * asks[i].weight / sum(asks[j].weight for j in inside[n:]))
         given[i], left = given[i] + more, left - more
@@ -166,11 +174,11 @@ class Purse:
         rest = max(1, (self.total_steps or 2 * now.step - begun.step) - now.step)
         later = self.share * step * rest
         room = AIM * min(later, max(later / 2, self.share * without + later - own))
-        asks = [member.ask(rest, cost) for member, cost in zip(asking, costs, strict=True)]
+        asks = [member.ask(rest, cost, step) for member, cost in zip(asking, costs, strict=True)]
         given = shared_out(asks, room)
         waiting = 0.0
         for i in sorted(range(len(asking)), key=costs.__getitem__):
-            waiting += costs[i] if asking[i].taken == 0 and given[i] else 0.0
+            waiting += costs[i] if asking[i].taken == 0 and (given[i] or not asks[i].fewest) else 0.0
             first = now.step + 1 + i + math.ceil(waiting / (HASTE * self.share * step))
             latest = now.step + 1 + rest // 4 if self.total_steps else first
             asking[i].grant(Grant(now.step, rest, given[i], costs[i], step, min(first, latest)))
@@ -298,17 +306,18 @@ class Allowance(Budget):
             return self._after[0] / 2 if self._after else self.wish.fixed + self.wish.cost * step
         return fmean(b - a for a, b in pairwise(self._after))
 
-    def ask(self, rest: int, sample: float) -> Ask:
-        """What it would have of the rest of a run."""
-        wish, begun = self.wish, self.taken > 0
+    def ask(self, rest: int, sample: float, step: float) -> Ask:
+        """What it would have of the rest of a run, in which a step takes so many seconds."""
+        wish = self.wish
+        begun = self.taken > 0 and sample <= SURPRISE * (wish.fixed + wish.cost * step)
         return Ask(sample, self._lacks, rest / self._spacing, wish.needed, begun=begun, weight=wish.weight)
 
     def grant(self, given: Grant) -> None:
         """Keep to what it gets."""
         self.sample, self.step = given.sample, given.step
         self.share = given.seconds / (given.step * given.rest)
-        if not given.seconds:
-            self._is_out = self._has_news = self._lacks > 0
+        if not given.seconds and self._lacks:
+            self._is_out = self._has_news = True
         elif self.taken:
             self._keep_to(given)
         else:
@@ -316,7 +325,8 @@ class Allowance(Budget):
 
     def _keep_to(self, given: Grant) -> None:
         ahead = given.now + given.rest - self._last
-        every = max(self._spacing, math.ceil(ahead * given.sample / given.seconds))
+        # The last one is half a spacing before the end; where nothing is left the next one is beyond it.
+        every = max(self._spacing, math.ceil(ahead * given.sample / (given.seconds + given.sample / 2)))
         if self._lacks:
             every = max(1, min(every, (self._end - 1 - self._last) // self._lacks))
         if self.every is None:

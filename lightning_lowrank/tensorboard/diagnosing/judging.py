@@ -4,7 +4,7 @@ Shape letters:  T samples   S sites
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -297,17 +297,36 @@ def _aligned(other: Judged, first: Judged) -> NDArray[np.bool_]:
 
 def _without_numbers(curves: Curves) -> Finding | None:
     """All is NaN from a step on, or the loss is."""
-    since = silent_since(curves[name] for name in curves if not name.endswith(CONSTANT))
-    loss = _named(LOSS, curves)
-    if since is None and loss is not None and len(curves[loss].steps) >= LASTING:
-        since = silent_since([curves[loss]]) if not np.isfinite(curves[loss].values[-LASTING:]).any() else None
+    since, loss = silent_since(curves), _loss(curves)
+    if (
+        since is None
+        and loss is not None
+        and len(loss.steps) >= LASTING
+        and not np.isfinite(loss.values[-LASTING:]).any()
+    ):
+        since = _ends({LOSS: loss})
     return None if since is None else finding_of(NO_NUMBER, "", WHOLE_MODEL, np.nan, since, 1)
 
 
-def silent_since(tables: Iterable[Table]) -> int | None:
+def silent_since(curves: Curves) -> int | None:
+    """The step from which on a run has no number, None where the last sample of any quantity has one.
+
+    By the loss where there is one: weights that are NaN in one layer leave the others until the next step.
+    """
+    since, loss = _ends({name: curves[name] for name in curves if not name.endswith(CONSTANT)}), _loss(curves)
+    lost = None if since is None or loss is None else _ends({LOSS: loss})
+    return since if since is None or lost is None else min(since, lost)
+
+
+def _loss(curves: Curves) -> Table | None:
+    name = _named(LOSS, curves)
+    return None if name is None else curves[name]
+
+
+def _ends(tables: Curves) -> int | None:
     """The first step from which on nothing is finite, in no table; None where the last sample of one is."""
     read = []
-    for table in tables:
+    for table in tables.values():
         if len(table.steps) and np.isfinite(table.values[-1]).any():
             return None
         read += [table] if len(table.steps) else []
