@@ -22,7 +22,7 @@ STEADY, RECENT = 5, 8
 NEAR = 1.33
 # First samples are taken one after the other, at so many times the share.
 HASTE = 2
-# Who has begun has three samples, unless they take so many times what was thought.
+# Who was given a place has three samples, unless they take so many times what was thought.
 SURPRISE = 4
 # Where more is spent than there is, it is shared out again, but not before so many times the steps.
 SOON = 1.25
@@ -61,7 +61,7 @@ class Ask(NamedTuple):
         fewest: Samples that it lacks for a curve.
         most: Samples that anybody would look at.
         needed: It is never left out.
-        begun: It had one, and takes about what was thought: it has its three.
+        begun: It has been given a place, and takes about what was thought: it has its three.
         weight: Its part of what is left.
     """
 
@@ -309,7 +309,7 @@ class Allowance(Budget):
     def ask(self, rest: int, sample: float, step: float) -> Ask:
         """What it would have of the rest of a run, in which a step takes so many seconds."""
         wish = self.wish
-        begun = self.taken > 0 and sample <= SURPRISE * (wish.fixed + wish.cost * step)
+        begun = self.first is not None and sample <= SURPRISE * (wish.fixed + wish.cost * step)
         return Ask(sample, self._lacks, rest / self._spacing, wish.needed, begun=begun, weight=wish.weight)
 
     def grant(self, given: Grant) -> None:
