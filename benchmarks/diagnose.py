@@ -73,9 +73,9 @@ def page(all_: Sequence[Said]) -> str:
     chosen, reported = ([one for one in all_ if one.seed in seeds] for seeds in (CHOICE, REPORT))
     return "\n\n".join(
         [
-            f"### On the seeds that rules were chosen without: {', '.join(map(str, REPORT))}",
+            f"### Seeds on which no rule was chosen: {', '.join(map(str, REPORT))}",
             *_tables(reported),
-            f"### On the seed that they were chosen on: {', '.join(map(str, CHOICE))}",
+            f"### The seed on which rules were chosen: {', '.join(map(str, CHOICE))}",
             *_tables(chosen),
         ]
     )
@@ -85,9 +85,10 @@ def _tables(all_: Sequence[Said]) -> Iterator[str]:
     healthy, failing = ([one for one in all_ if one.case.is_healthy is is_healthy] for is_healthy in (True, False))
     false = [len(one.findings) for one in healthy]
     named = sum(one.is_named for one in failing)
+    share = f"{named} of {len(failing)} failing ones ({100 * named / len(failing):.0f} %)"
     yield (
-        f"{len(healthy)} healthy trainings: {sum(false)} false lines, at most {max(false, default=0)} in one. "
-        f"{len(failing)} failing ones: what was planted is named first in {named} ({100 * named / len(failing):.0f} %)."
+        f"{len(healthy)} healthy trainings have {sum(false)} false lines, at most {max(false, default=0)} in one. "
+        f"The planted fault is named first in {share}."
     )
     rows = []
     for case in dict.fromkeys(one.case for one in failing):

@@ -208,7 +208,8 @@ def _cell(value: Any) -> str:
 def page(found: dict[str, Any]) -> str:
     """The page of the evidence."""
     parts = [f"## {name}\n\n{table(rows)}" for name, rows in found.items() if isinstance(rows, list)]
-    return "\n\n".join([f"# On a GPU\n\n{found['device']}. Written by `python3 -m benchmarks.gpu`.", *parts]) + "\n"
+    words = f"# On a GPU\n\n`python3 -m benchmarks.gpu` measured these figures on {found['device']}."
+    return "\n\n".join([words, *parts]) + "\n"
 
 
 def main() -> None:

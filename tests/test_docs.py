@@ -23,6 +23,10 @@ NOT_RUN = "# not run"
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
 SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["site_url"]
 HEADING = re.compile(r"^#+ (.*)$", re.M)
+# Where one paragraph, item, row or heading ends and the next begins.
+NEXT = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*#>]|\d+\.)\s)|\n(?=\|)")
+END = re.compile(r"(?<=[.!?])(?<!\bal\.)[)\"*_]*\s+")
+MOST_WORDS = 30
 
 
 def blocks() -> list[tuple[str, int, str]]:
@@ -40,6 +44,19 @@ def blocks() -> list[tuple[str, int, str]]:
 def prose(document: Path) -> str:
     """Its text without blocks of code, in which brackets are no links and `#` begins a comment."""
     return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+
+
+def sentences(text: str) -> list[str]:
+    """Those of Markdown: each cell of a table on its own, code in a line as one word, links by their words."""
+    text = re.sub(r"<!--.*?-->", "", re.sub(r"`[^`]+`", "code", text), flags=re.S)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    blocks = [re.sub(r"^([-*#>]+|\d+\.)\s", "", block.strip()) for block in NEXT.split(text)]
+    parts = [part for block in blocks for part in (block.split("|") if block.startswith("|") else [block])]
+    return [" ".join(sentence.split()) for part in parts for sentence in END.split(part)]
+
+
+def too_long(text: str) -> list[str]:
+    return [sentence for sentence in sentences(text) if len(sentence.split()) > MOST_WORDS]
 
 
 def anchors(document: Path) -> set[str]:
@@ -85,6 +102,24 @@ def test_links_of_the_readme_lead_to_pages_of_the_site() -> None:
 
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / "docs" / re.sub("/$", ".md", path)).exists()] == []
+
+
+def test_no_sentence_is_too_long_to_read_once() -> None:
+    written = [document for document in LINKED if document.parent.name != "api"]
+    long = {str(document.relative_to(ROOT)): too_long(prose(document)) for document in written}
+
+    assert sum(len(sentences(prose(document))) for document in written) > 5000
+    assert {name: found for name, found in long.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "place", ["{}", "- One.\n- {}\n- Two.", "| a | {} |\n|---|---|", "One (two). {} Three.", "# {}"]
+)
+def test_a_sentence_that_is_too_long_is_found_wherever_it_stands(place: str) -> None:
+    words = " ".join(["word"] * MOST_WORDS)
+
+    assert too_long(place.format(f"{words}.")) == []
+    assert len(too_long(place.format(f"{words} more."))) == 1
 
 
 def test_the_readme_fits_on_two_screens() -> None:

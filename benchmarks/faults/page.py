@@ -222,7 +222,7 @@ def of_claims(study: Study) -> Iterator[str]:
             "D2": [f"{UPDATES[0]}_{rank}" for rank in CLAIMED],
             "D3": [f"{UPDATES[1]}_{rank}" for rank in CLAIMED],
             "dW": ["update_effective_rank", "update_stable_rank"],
-            "stable rank of weights": ["weight_stable_rank"],
+            "The stable rank of weights": ["weight_stable_rank"],
         }.items()
     }
     runs = [(case, i) for case in cases for i in range(len(study.outcomes[case.what]))]
@@ -230,20 +230,21 @@ def of_claims(study: Study) -> Iterator[str]:
     loss = [study.outcomes[case.what][i].shown or math.inf for case, i in runs]
     if names["D2"]:
         order = sum(a < b < c < d for a, b, c, d in zip(at["D2"], at["D3"], at["dW"], loss, strict=True))
-        yield f"- D2, then D3, then dW, then the loss: in {order} of {len(runs)} trainings of the GPT with a fault."
+        of = f"{order} of {len(runs)} trainings of the GPT with a fault"
+        yield f"- D2, D3, dW and the loss change in this order in {of}."
         for one, other in (("D2", "D3"), ("D2", "dW")):
             pairs = list(zip(at[one], at[other], strict=True))
             before, after = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-            yield f"- {one} before {other}: in {before}; after it: in {after}."
+            yield f"- {one} changes before {other} in {before} of them, and after it in {after}."
     else:
-        yield "- D2 and D3 are not there: this version had no `AttentionMonitor` when the tables were written."
+        yield "- D2 and D3 were not measured: the trainings were recorded without `AttentionMonitor`."
     for what, steps in at.items():
         before = sum(a < b for a, b in zip(steps, loss, strict=True) if b < math.inf)
         alarmed = sum(a < math.inf for a in steps)
         shown = sum(b < math.inf for b in loss)
         yield (
-            f"- {what} leaves its healthy baseline in {alarmed} of {len(runs)}; before the loss in {before} of the "
-            f"{shown} in which that shows anything."
+            f"- {what} leaves its healthy baseline in {alarmed} of {len(runs)}. "
+            f"It does so before the loss in {before} of the {shown} in which the loss shows the fault."
         )
 
 
@@ -254,24 +255,24 @@ def page(choice: Study, report: Study, rules: Sequence[str]) -> str:
     unseen = [case.what for case in report.faulty if harms(report, case) and not _foreseen(report, case)]
     return "\n\n".join(
         [
-            f"Rules were chosen on seeds {seeds[0]}; what follows is of seeds {seeds[1]}, "
-            f"with {report.healthy_steps:,} healthy steps.",
+            f"Rules were chosen on {_seeds(seeds[0])}. Unless a heading says otherwise, "
+            f"the tables show {_seeds(seeds[1])}, with {report.healthy_steps:,} healthy steps.",
             "### Faults, and all defaults together",
             of_faults(report, defaults),
-            f"The defaults ({len(defaults)}): {_with_false_alarms(report, defaults)}",
+            _with_false_alarms(report, f"All {len(defaults)} defaults", defaults),
             "### The chosen rules alone",
             of_faults(report, rules),
-            f"The chosen rules ({len(rules)}): {_with_false_alarms(report, rules)} Of all rules none that is quiet "
-            f"foresees: {', '.join(unseen) or '(there is no such fault that harms)'}.",
-            "### The same on the seeds that they were chosen on",
+            _with_false_alarms(report, f"The {len(rules)} chosen rules", rules),
+            f"No quiet rule foresees these faults: {'; '.join(unseen) or 'none'}.",
+            "### The chosen rules on the seed on which they were chosen",
             of_faults(choice, rules),
             "### Rivals",
             of_rivals(report),
             "### Every quantity",
             of_columns(choice, report),
-            "### Departures from a healthy baseline in health: false alarms in a thousand samples",
+            "### False alarms of departures, in a thousand healthy samples",
             of_departures(report),
-            "### What is claimed elsewhere",
+            "### Published claims",
             "\n".join(of_claims(report)),
             "### Cost",
             table(["monitor", "ms a sample"], [[f"`{name}`", f"{ms:.0f}"] for name, ms in report.costs.items()]),
@@ -279,13 +280,17 @@ def page(choice: Study, report: Study, rules: Sequence[str]) -> str:
     )
 
 
-def _with_false_alarms(study: Study, names: Sequence[str]) -> str:
+def _with_false_alarms(study: Study, what: str, names: Sequence[str]) -> str:
     """Rules, and how often they are wrong."""
-    told = [f"`{name}` ({rate:.2f})" if (rate := study.false_alarms([name])) else f"`{name}`" for name in names]
-    return (
-        f"{', '.join(told)}. Together {study.false_alarms(names):.2f} false alarms in a thousand healthy steps "
-        f"({ALLOWED} allowed)."
+    told = [f"- `{name}`" + (f" ({rate:.2f})" if (rate := study.false_alarms([name])) else "") for name in names]
+    together = f"{what} together have {study.false_alarms(names):.2f} false alarms in a thousand healthy steps"
+    return "\n".join(
+        [f"{together} ({ALLOWED} allowed). Brackets give those of a single rule, if there are any:\n", *told]
     )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]}"
 
 
 def _foreseen(study: Study, case: Case) -> bool:

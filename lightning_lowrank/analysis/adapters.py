@@ -1,4 +1,4 @@
-"""Adapters of checkpoints: `advise-ranks`, `extract-lora` and `merge`."""
+"""Commands for adapters of checkpoints: `advise-ranks`, `extract-lora` and `merge`."""
 
 import json as json_
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_lowrank.models.checkpoints import Checkpoint
 from lightning_lowrank.reports.rank_advice import advise
 
 # What works with weights that are not finite.
-WITHOUT = "leave them out by exclude"
+WITHOUT = "leave them out with --exclude"
 SHOWN = {"rank": "rank", "error": "error / change", "error_over_weight": "error / weight"}
 
 
@@ -37,23 +37,24 @@ def advise_ranks(
     page: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print a rank for each matrix, that together capture the most of what training changed, under a budget.
+    """Print a rank for each matrix. Within the budget, these ranks capture the largest possible share of what training
+    changed.
 
     Args:
-        a: A file or folder, before training.
-        b: Another one, after it.
-        budget: Numbers that all ranks together may take, as 200000; or memory, as "8 MB".
-        method: Who takes the ranks, lora or galore.
-        least: Rank of every matrix that moved at all.
-        match: Only matrices whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
-        model: `module:function` that makes the module, whose classes say how fused weights divide.
-        output: A JSON file for the ranks, which extract-lora reads.
-        page: An HTML file for all numbers.
+        a: Checkpoint before training: a file or folder.
+        b: Checkpoint after training.
+        budget: Budget for all ranks together: a count of numbers, such as 200000, or memory, such as "8 MB".
+        method: The method that will use the ranks, lora or galore.
+        least: Smallest rank of a matrix that changed.
+        match: Only matrices whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
+        model: `module:function` that makes the module, whose classes tell how fused weights are split.
+        output: JSON file for the ranks; extract-lora reads it.
+        page: HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, an argument fits nothing, or the budget is too small.
+        ValueError: A file cannot be read, a pattern matches nothing, or the budget is too small.
     """
     one, other = Checkpoint(a), Checkpoint(b)
     found = places(one, module_of(one, model), match=match, exclude=exclude)
@@ -62,7 +63,7 @@ def advise_ranks(
         file.refuse_infinite((n for place in found for n in place.names if n in file.shapes), WITHOUT)
     energies = dict(change_energies(one, other, watched))
     if not energies:
-        raise ValueError(f"{a} and {b} have no matrix in common by name and shape")
+        raise ValueError(f"{a} and {b} have no matrix of the same name and shape")
     advice = advise(energies, budget, method=method, least=least)
     if output is not None:
         advice.save(output)
@@ -89,23 +90,24 @@ def extract_lora(
     page: str | None = None,
     json: bool = False,
 ) -> None:
-    """Write what training changed as a LoRA adapter that peft loads onto A, and print what it leaves of each change.
+    """Write what training changed as a LoRA adapter that peft loads onto A, and print which part of each change it
+    lacks.
 
     Args:
-        a: A file or folder, the base.
-        b: Another one, fine-tuned.
+        a: The base: a file or folder.
+        b: The fine-tuned checkpoint.
         energy: Share of the energy of each change that its pair keeps.
-        ranks: A JSON file with ranks by name, as advise-ranks writes it, instead.
-        match: Only weights whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
-        within: The part of the model that peft gets, such as "model": the beginning of names.
-        model: `module:function` that makes the module, whose classes say which weights have their inputs as rows.
-        output: The folder to write.
-        page: An HTML file for all numbers.
+        ranks: JSON file with a rank for each name, as advise-ranks writes it. It replaces the energy.
+        match: Only weights whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
+        within: Prefix of the names of the part that peft gets, such as "model".
+        model: `module:function` that makes the module, whose classes tell which weights have their inputs as rows.
+        output: Folder to write.
+        page: HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, an argument fits nothing, or no weight changed.
+        ValueError: A file cannot be read, a pattern matches nothing, or no weight changed.
     """
     one, other = Checkpoint(a), Checkpoint(b)
     module, prefix = module_of(one, model), f"{within}." if within else ""
@@ -114,14 +116,14 @@ def extract_lora(
     names = [name for name in changed if name in chosen and name.startswith(prefix)]
     if not names:
         refuse_strangers(one, [other])
-        raise ValueError(f"no weight of {a} that is asked for changed in {b}; those that did are {first(changed)}")
+        raise ValueError(f"none of the chosen weights of {a} changed in {b}; these did: {first(changed)}")
     told = None if ranks is None else _ranks(Path(ranks), set(chosen) - set(names))
     for file in (one, other):
         file.refuse_infinite(names, WITHOUT)
     found = list(extracted(one, other, names, energy=energy, ranks=told, module=module))
     pairs = {row.path.removeprefix(prefix): row.pair for row in found if row.pair is not None}
     if not pairs:
-        raise ValueError(f"{ranks} has no rank above 0")
+        raise ValueError(f"{ranks} contains no rank above 0")
     write_adapter(output, AdapterFolder(pairs, base=a))
     left = [*others, *(name for name in changed if name not in names)]
     if page is not None:
@@ -133,18 +135,18 @@ def extract_lora(
         size = sum(pair.a.numel() + pair.b.numel() for pair in pairs.values())
         show(f"{escape(output)}: {len(pairs)} pairs, {size} numbers")
         if left:
-            show(f"changed, and not in the adapter: {escape(first(left))}")
+            show(f"changed, but not in the adapter: {escape(first(left))}")
 
 
 def merge(adapter: str, base: str, *, within: str = "", model: str | None = None, output: str) -> None:
-    """Write a checkpoint with what a LoRA adapter of peft adds put into its weights.
+    """Write the base checkpoint with peft's LoRA adapter merged into its weights.
 
     Args:
         adapter: The folder of the adapter.
-        base: A file or folder that it was trained on.
-        within: The part of the model that the adapter is for, such as "model": the beginning of names.
-        model: `module:function` that makes the module, whose classes say which weights have their inputs as rows.
-        output: The safetensors file to write.
+        base: The checkpoint on which it was trained: a file or folder.
+        within: Prefix of the names of the part that the adapter is for, such as "model".
+        model: `module:function` that makes the module, whose classes tell which weights have their inputs as rows.
+        output: Safetensors file to write.
 
     Raises:
         ValueError: A file cannot be read or written, the adapter is not for this base, or weights are not finite.
@@ -153,7 +155,7 @@ def merge(adapter: str, base: str, *, within: str = "", model: str | None = None
     start.refuse_infinite()
     tensors = dict(with_adapter(start, pairs, within, module_of(start, model)))
     save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
-    show(f"{escape(output)}: {len(tensors)} tensors, {len(pairs.pairs)} of them with what a pair adds")
+    show(f"{escape(output)}: {len(tensors)} tensors, the adapter changes {len(pairs.pairs)} of them")
 
 
 def _ranks(file: Path, unmoved: set[str]) -> dict[str, int]:
@@ -164,7 +166,9 @@ def _ranks(file: Path, unmoved: set[str]) -> dict[str, int]:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     ranks = found.get("ranks", found) if isinstance(found, dict) else None
     if not isinstance(ranks, dict) or any(type(rank) is not int or rank < 0 for rank in ranks.values()):
-        raise ValueError(f"{file} has no ranks: a whole number by name of each weight, or these under 'ranks'")
+        raise ValueError(
+            f"{file} contains no ranks. Expected: weight names with whole numbers, at the top level or under 'ranks'"
+        )
     return {name: rank for name, rank in ranks.items() if name not in unmoved}
 
 

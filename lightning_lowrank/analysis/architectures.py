@@ -1,4 +1,4 @@
-"""The module that a checkpoint is of, without values: the user's own, or what a Hugging Face folder says."""
+"""The module that belongs to a checkpoint, without values: from the user's function, or from a Hugging Face folder."""
 
 import json
 import sys
@@ -14,22 +14,22 @@ from lightning_lowrank.models.checkpoints import Checkpoint
 
 
 def module_of(checkpoint: Checkpoint, model: str | None) -> nn.Module | None:
-    """The module on the "meta" device, so that its classes say how fused weights divide.
+    """The module on the "meta" device; its classes tell how fused weights are split.
 
     Args:
-        model: `module:function`, which is called without arguments; without it the `config.json` of a Hugging Face
-            folder is read, if transformers is installed.
+        model: `module:function`, called without arguments. Without it, the `config.json` of a Hugging Face folder is
+            read if transformers is installed.
 
     Returns:
-        None where neither says; names and shapes have to do.
+        None if there is neither; then only names and shapes are known.
 
     Raises:
-        ValueError: There is no such function, or it makes no module.
+        ValueError: There is no such function, or it returns no module.
     """
     if model is not None:
         made = call(model)
         if not isinstance(made, nn.Module):
-            raise ValueError(f"{model} made a {type(made).__name__}; a torch.nn.Module was expected")
+            raise ValueError(f"{model} returned a {type(made).__name__}; expected a torch.nn.Module")
         return made
     return _of_config(checkpoint)
 
@@ -56,11 +56,11 @@ def imported(place: str) -> Any:
     """The function `module:function`; modules of the working directory count.
 
     Raises:
-        ValueError: There is none; the message lists what there is.
+        ValueError: There is no such function; the message lists those that exist.
     """
     path, colon, name = place.partition(":")
     if not (path and colon and name):
-        raise ValueError(f"{place!r}: give module:function, as in my_package.models:gpt2")
+        raise ValueError(f"{place!r}: expected module:function, such as my_package.models:gpt2")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` has it
         sys.path.insert(0, here)
@@ -71,7 +71,7 @@ def imported(place: str) -> Any:
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{path} has no function {name!r}; there are {there[:20]}")
+        raise ValueError(f"{path} has no function {name!r}; it has {there[:20]}")
     return function
 
 

@@ -1,4 +1,4 @@
-"""What checkpoints have: `spectra` of one or several, `diff` of two."""
+"""Commands for checkpoints: `spectra` of one or several, `diff` of two."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,22 +52,22 @@ def spectra(
     exact: bool = False,
     json: bool = False,
 ) -> None:
-    """Print ranks, tails and outliers of every matrix of checkpoints.
+    """Print ranks, tails and outliers of the matrices in checkpoints.
 
     Args:
         checkpoints: Files or folders.
-        statistics: Names as in the concepts page; ranks, tails and outliers unless given.
-        match: Only matrices whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
-        model: `module:function` that makes the module, whose classes say how fused weights divide.
-        output: A safetensors file for the singular values.
-        page: An HTML file for all numbers and spectra.
+        statistics: Names of statistics, as on the concepts page. Default: ranks, tails and outliers.
+        match: Only matrices whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
+        model: `module:function` that makes the module, whose classes tell how fused weights are split.
+        output: Safetensors file for the singular values.
+        page: HTML file for all numbers and spectra.
         heads: Split attention weights by head.
-        exact: Decompose matrices above 1500 a side exactly, which takes long, instead of sketching them.
+        exact: Decompose matrices larger than 1500 x 1500 exactly instead of sketching them. This is slow.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, or an argument fits nothing.
+        ValueError: A file cannot be read or written, or a pattern matches nothing.
     """
     found: dict[str, list[Row]] = {}
     for path in checkpoints:
@@ -103,19 +103,19 @@ def diff(
     """Print what training changed from checkpoint A to checkpoint B, matrix by matrix.
 
     Args:
-        a: A file or folder.
-        b: Another one.
-        top: Singular directions of A and B that are compared.
+        a: Checkpoint A: a file or folder.
+        b: Checkpoint B.
+        top: Number of top singular directions of A and B to compare.
         energy: Share of the energy of the change that the suggested LoRA rank keeps.
-        match: Only matrices whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
-        model: `module:function` that makes the module, whose classes say how fused weights divide.
-        page: An HTML file for all numbers and the spectra of changes.
+        match: Only matrices whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
+        model: `module:function` that makes the module, whose classes tell how fused weights are split.
+        page: HTML file for all numbers and the spectra of changes.
         heads: Split attention weights by head.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, an argument fits nothing, or no matrix is in both files.
+        ValueError: A file cannot be read or written, a pattern matches nothing, or no matrix is in both files.
     """
     files = Checkpoint(a), Checkpoint(b)
     in_a, in_b = (_places(file, model, match=match, exclude=exclude, heads=heads) for file in files)
@@ -132,7 +132,7 @@ def diff(
         show("; ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items()))
         for dtypes in dict.fromkeys(d.dtypes for d in found if d.dtypes):
             count = sum(d.dtypes == dtypes for d in found)
-            show(f"{count} matrices are {dtypes[0]} in A and {dtypes[1]} in B: rounding alone changes entries")
+            show(f"{count} matrices are {dtypes[0]} in A and {dtypes[1]} in B, so rounding alone changes entries")
 
 
 def _told(one: Difference) -> dict[str, Any]:

@@ -17,32 +17,41 @@ from jsonargparse import ArgumentParser
 
 # Where each command is and what it does. Only the one that was asked for is imported: some take torch.
 COMMANDS = {
-    "plan": ("planning.command", "print what RankMonitor will cost a model, without a step"),
-    "diagnose": ("diagnosing", "print what the curves of runs say, worst first, and what to try"),
-    "report": ("runs", "write what a run has logged as one HTML file"),
-    "summary": ("runs", "print what a run has logged as a table"),
-    "spectra": ("checkpoints", "print ranks, tails and outliers of every matrix of checkpoints"),
+    "plan": ("planning.command", "print what RankMonitor will cost for a model, without training it"),
+    "diagnose": ("diagnosing", "print what is wrong in runs, worst first, and what to try"),
+    "report": ("runs", "write the logged curves of a run as one HTML file"),
+    "summary": ("runs", "print the logged numbers of a run as a table"),
+    "spectra": ("checkpoints", "print ranks, tails and outliers of the matrices in checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
-    "advise-ranks": ("adapters", "print which LoRA or GaLore rank each matrix is worth under a budget"),
+    "advise-ranks": ("adapters", "print which LoRA or GaLore rank each matrix should get under a budget"),
     "extract-lora": ("adapters", "write what training changed as a LoRA adapter that peft loads"),
-    "merge": ("adapters", "put a LoRA adapter into the weights of its base"),
+    "merge": ("adapters", "merge a LoRA adapter into the weights of its base"),
     "merge-models": ("merges", "merge fine-tuned models into one, and print which of them conflict"),
-    "coordinate-check": ("widths", "print how what each layer learns depends on the width of a network"),
+    "coordinate-check": (
+        "widths",
+        "print how the changes of each layer depend on the width of a network (a check of muP)",
+    ),
     "connect": ("networks", "print loss and accuracy along the line between two checkpoints"),
     "masks": ("networks", "print how alike the largest weights of two checkpoints are"),
-    "importance": ("networks", "print what attention heads and neurons matter"),
+    "importance": ("networks", "print how important attention heads and neurons are"),
     "flat-directions": ("landscape", "print where the loss of a small network has no curvature, and why"),
     "subspace fit": (
         "subspaces.command",
-        "print what many models share, beside what noise has, and write it as a basis",
+        "print which subspace many models share, compared with noise, and write it as a basis",
     ),
-    "subspace extend": ("subspaces.extension", "make a basis hold models that came later"),
-    "subspace project": ("subspaces.storing", "print where models lie in a basis, and what it leaves of them"),
-    "subspace compress": ("subspaces.storing", "write models as coefficients in a basis, and print what that saves"),
-    "subspace reconstruct": ("subspaces.storing", "write models back as checkpoints"),
+    "subspace extend": ("subspaces.extension", "extend a basis to hold later models"),
+    "subspace project": (
+        "subspaces.storing",
+        "print the coefficients of models in a basis, and the part that it does not capture",
+    ),
+    "subspace compress": (
+        "subspaces.storing",
+        "write models as coefficients in a basis, and print how much smaller they are",
+    ),
+    "subspace reconstruct": ("subspaces.storing", "write models from coefficients back as checkpoints"),
     "subspace merge": ("subspaces.storing", "merge models by their mean, or by their coefficients"),
 }
-GROUPS = {"subspace": "what many models share: fit, extend, project, compress, reconstruct, merge"}
+GROUPS = {"subspace": "subspaces that many models share: fit, extend, project, compress, reconstruct, merge"}
 
 
 # The beginning of an option is none: --rank is not --ranks.
@@ -50,10 +59,10 @@ Parser = partial(ArgumentParser, allow_abbrev=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What `lightning-lowrank` does: a function per command, whose arguments are those of the command line."""
+    """Run `lightning-lowrank`: each command is a function with the same arguments."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     asked = next((name for name in COMMANDS if name.split() == words[: len(name.split())]), None)
-    whole = Parser(prog="lightning-lowrank", description="Ask runs and checkpoints which directions they use.")
+    whole = Parser(prog="lightning-lowrank", description="Measure low rank in runs and checkpoints.")
     commands = whole.add_subcommands()
     within = {"": commands}
     for name, does in GROUPS.items():  # before its own commands: jsonargparse wants levels in order

@@ -1,4 +1,4 @@
-"""How what each linear layer learns depends on the width: a short run repeated over widths, and the powers.
+"""How the changes of each linear layer scale with the width: a short run at several widths, and fitted powers.
 
 Shape letters:  R rows of inputs   M outputs, N inputs of a layer
 """
@@ -22,8 +22,8 @@ from lightning_lowrank.models.names import tag
 from lightning_lowrank.statistics.nuclear_to_spectral import nuclear_to_spectral
 
 EXPECTED = (
-    "(module, optimizer, batches, loss): the network, the optimizer that steps it, batches that can be gone through, "
-    "and loss(module, batch) -> scalar"
+    "(module, optimizer, batches, loss): the network, its optimizer, an iterable of batches, and loss(module, "
+    "batch) -> scalar"
 )
 # Half of the least power of the width that theory knows, which is 1/2.
 TOLERANCE = 0.25
@@ -54,11 +54,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Power:
-    """A power of the width, by least squares of logarithms.
+    """A power of the width, fitted by least squares to logarithms.
 
     Attributes:
-        exponent: The slope; NaN where a value is 0 or not finite.
-        error: Its standard error, of seeds and of what is no power.
+        exponent: The slope; NaN if a value is 0 or not finite.
+        error: Its standard error, which covers seeds and deviations from a power.
     """
 
     exponent: float
@@ -66,7 +66,7 @@ class Power:
 
     @property
     def verdict(self) -> str:
-        """Whether it grows, shrinks or is flat, where two errors to both sides agree."""
+        """Whether the quantity grows, shrinks or is flat with width, within two errors to both sides."""
         low, high = self.exponent - 2 * self.error, self.exponent + 2 * self.error
         if math.isnan(self.exponent):
             return "no power"
@@ -76,14 +76,14 @@ class Power:
 
 
 def task_of(place: str, function: Callable[[int], Any], width: int) -> Task:
-    """What the user's function gives.
+    """What the user's function returns.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It returns something else.
     """
     given = function(width)
     if not (isinstance(given, tuple) and len(given) == 4):
-        raise ValueError(f"{place}({width}) gave a {type(given).__name__}; what is expected is {EXPECTED}")
+        raise ValueError(f"{place}({width}) returned a {type(given).__name__}; expected {EXPECTED}")
     module, optimizer, batches, loss = given
     if not (
         isinstance(module, nn.Module)
@@ -92,7 +92,7 @@ def task_of(place: str, function: Callable[[int], Any], width: int) -> Task:
         and callable(loss)
     ):
         kinds = ", ".join(type(one).__name__ for one in given)
-        raise ValueError(f"{place}({width}) gave ({kinds}); what is expected is {EXPECTED}")
+        raise ValueError(f"{place}({width}) returned ({kinds}); expected {EXPECTED}")
     return Task(module, optimizer, batches, loss)  # type: ignore[arg-type]
 
 
@@ -120,7 +120,8 @@ def run(task: Task, steps: int, seed: int) -> Layers:
     known = [name for name in layers if name in start and name in gradients]
     if not known:
         raise ValueError(
-            f"there is no linear layer with a weight of its own that takes part, among {list(layers)[:10]}"
+            "no linear layer with an untied weight takes part in the forward pass; the linear layers are "
+            f"{list(layers)[:10]}"
         )
     return {
         name: _measured(start[name], end[name], weights[name], _weight(layers[name]), gradients[name]) for name in known
@@ -128,7 +129,7 @@ def run(task: Task, steps: int, seed: int) -> Layers:
 
 
 def power(points: Mapping[int, Sequence[float]]) -> Power:
-    """Of what was measured at each width, by several seeds."""
+    """The power of a quantity at each width, over several seeds."""
     x = np.log([width for width, values in points.items() for _ in values])
     values = np.array(list(chain.from_iterable(points.values())))
     if not (np.isfinite(values).all() and (values > 0).all()):
@@ -139,7 +140,7 @@ def power(points: Mapping[int, Sequence[float]]) -> Power:
 
 
 def powers(runs: Mapping[int, Sequence[Layers]]) -> dict[str, dict[str, Power]]:
-    """Of each layer and quantity.
+    """Powers of each layer and quantity.
 
     Raises:
         ValueError: Layers of one width are not those of another.
@@ -148,7 +149,9 @@ def powers(runs: Mapping[int, Sequence[Layers]]) -> dict[str, dict[str, Power]]:
     first = next(iter(names.values()))
     for width, others in names.items():
         if others != first:
-            raise ValueError(f"width {width} has the linear layers {others[:10]}, another has {first[:10]}")
+            raise ValueError(
+                f"width {width} has other linear layers than the first width: {others[:10]} instead of {first[:10]}"
+            )
     return {
         name: {
             quantity: power({width: [layers[name][quantity] for layers in several] for width, several in runs.items()})

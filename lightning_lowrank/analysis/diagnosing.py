@@ -1,4 +1,4 @@
-"""`lightning-lowrank diagnose`: what someone who knows the field would say of a run."""
+"""`lightning-lowrank diagnose`: what an expert would say about a run."""
 
 import sys
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 # Of each run.
 LINES = 12
 # What to do where nothing was measured, for a run with `watch_all` too.
-LEFT_OUT = "watch_all() has what its budget and the model allow; ask for a monitor that it left out itself"
+LEFT_OUT = "watch_all() includes what its budget and the model allow; add a monitor that it left out by hand"
 
 
 def diagnose(
     runs: list[str], *, json: bool = False, fail_on: Literal["critical", "warning", "info", "never"] = "never"
 ) -> None:
-    """Print what the curves of runs say, worst first, in at most twelve lines each.
+    """Print what is wrong in runs, worst first, in at most twelve lines for each run.
 
     Args:
-        runs: Folders with event files, of one run or of several each.
+        runs: Folders with event files; each may contain one run or several.
         json: Print a list of findings by run.
         fail_on: Exit with 1 if there is a finding as bad as this.
 
@@ -45,11 +45,11 @@ def diagnose(
 
 
 def lines_of(run: str, findings: Sequence[Finding], idle: Sequence[str]) -> list[str]:
-    """A heading, a line for each finding, and what was not asked."""
+    """A heading, a line for each finding, and the rules that were not checked."""
     asked = len(RULES) + 1 - len(idle)
-    heading = f"{run}: {len(findings) or 'nothing'} of {asked} rules to report"
+    heading = f"{run}: {len(findings) or 'none'} of {asked} rules reported something"
     told = [f"{finding.severity:8} {finding.rule}: {finding.message}" for finding in findings]
     if len(told) > LINES - 2:
         told = [*told[: LINES - 3], f"and {len(told) - LINES + 3} more: --json"]
-    rest = f"not asked, as nothing was measured for them: {', '.join(idle)}. {LEFT_OUT}"
+    rest = f"not checked, because nothing was measured for them: {', '.join(idle)}. {LEFT_OUT}"
     return [heading, *told, *([rest] if idle else [])]

@@ -37,13 +37,13 @@ class Difference:
     """How one matrix of B differs from that of A.
 
     Attributes:
-        name: Of the matrix, in A; in B where A lacks it.
+        name: Name of the matrix in A, or in B if A lacks it.
         shape: Rows and columns.
         verdict: "not moved", "moved", "re-initialised", "rounded", "not finite", "reshaped", "renamed NAME", "only in
             A", "only in B".
         values: What was measured, by name; see `differences`.
-        orders: Frobenius norm and order statistics of the singular values of the change, as the tab draws spectra.
-        dtypes: Of A and B, where they differ.
+        orders: Frobenius norm and order statistics of the singular values of the change, for the spectrum in the tab.
+        dtypes: Those of A and B if they differ.
     """
 
     name: str
@@ -72,51 +72,53 @@ def differences(
     top: int = TOP,
     energy: float = 0.9,
 ) -> Iterator[Difference]:
-    """Every matrix of two checkpoints, those of both in the order of A.
+    """Compare every matrix of two checkpoints, in the order of A.
 
-    `values` has, of the change `D = B - A`:
+    `values` contains these quantities of the change `D = B - A`:
 
-    - `change_norm` and `change_over_weight`, its Frobenius norm, and that over the norm of A;
-    - `change_stable_rank` and `change_effective_rank`, and both over what a Gaussian matrix of the shape gives
+    - `change_norm` and `change_over_weight`: its Frobenius norm, absolute and relative to that of A;
+    - `change_stable_rank` and `change_effective_rank`, and both relative to a Gaussian matrix of the same shape
       (`change_relative_...`);
-    - `change_in_top_left` and `change_in_top_right`, the share of its energy in the `top` left (right) singular
-      directions of A, with `..._chance`, what a random change gives: `top / M` and `top / N`, and `..._over_chance`;
-    - `top_left_overlap` and `top_right_overlap`, the mean squared cosine of the principal angles between the `top`
-      directions of A and of B, with the same chance;
-    - `intruders`, how many of the `top` left directions of B have a cosine below 0.5 to every left direction of A; NaN
-      above 1500 a side, where not all directions are computed and ranks are estimates, each beside its `..._error`;
+    - `change_in_top_left` and `change_in_top_right`: the share of its energy in the `top` left (right) singular
+      directions of A. `..._chance` is the value for a random change, `top / M` and `top / N`; `..._over_chance` is the
+      ratio;
+    - `top_left_overlap` and `top_right_overlap`: the mean squared cosine of the principal angles between the `top`
+      directions of A and of B, with the same chance values;
+    - `intruders`: how many of the `top` left directions of B have a cosine below 0.5 to every left direction of A. NaN
+      for matrices larger than 1500 x 1500, where only some directions are computed and ranks are estimates with an
+      `..._error`;
     - `cosine` of A and B as vectors;
-    - `lora_rank`, the least rank that holds the share `energy` of the energy of D;
-    - `rounding_over_weight`, where A and B have different dtypes: what rounding the finer one to the dtype of the other
-      changes by itself, over its norm.
+    - `lora_rank`: the smallest rank that holds the share `energy` of the energy of D;
+    - `rounding_over_weight`, if A and B have different dtypes: the change by rounding the finer one to the other dtype,
+      relative to its norm.
 
-    Where the directions of a side are no more than `top`, they hold everything: its overlap and `..._over_chance` are
-    NaN. The verdict is "rounded" where one matrix is the other in a coarser dtype, and "re-initialised" where the
-    cosine lies within six standard deviations `1 / sqrt(M N)` of 0, as that of independent matrices does.
+    If a side has at most `top` directions, they hold everything: overlap and `..._over_chance` are NaN. The verdict is
+    "rounded" if one matrix equals the other in a coarser dtype. It is "re-initialised" if the cosine is within six
+    standard deviations, `1 / sqrt(M N)` each, of 0, like that of independent matrices.
 
-    Cost: three singular value decompositions per matrix up to 1500 a side, sketches above.
+    Cost: three singular value decompositions per matrix up to 1500 x 1500; sketches for larger ones.
 
     Args:
-        in_a: `places` of A.
-        in_b: `places` of B.
-        top: Directions that are compared.
+        in_a: The `places` of A.
+        in_b: The `places` of B.
+        top: Number of directions to compare.
         energy: Share that `lora_rank` keeps, above 0 and up to 1.
 
     Raises:
-        ValueError: No matrix of one has the name and shape of one of the other, or an argument is out of range.
+        ValueError: The checkpoints have no matrix of the same name and shape, or an argument is out of range.
 
     References:
         Shuttleworth et al. (2024), "LoRA vs full fine-tuning: an illusion of equivalence", Algorithm 1, for intruders.
     """
     if top < 1 or not 0 < energy <= 1:
-        raise ValueError(f"top={top} is at least 1, energy={energy} above 0 and up to 1")
+        raise ValueError(f"top={top} must be at least 1, and energy={energy} above 0 and at most 1")
     first, second = ({place.site.name: place for place in found} for found in (in_a, in_b))
     renamed = _renamed(a, b, first, second)
     common = [name for name in first if name in second and first[name].site.shape == second[name].site.shape]
     if not common and not renamed:
         raise ValueError(
-            f"{a.path} and {b.path} have no matrix in common by name and shape: the first has {_shapes(first)}, the "
-            f"second {_shapes(second)}"
+            f"{a.path} and {b.path} have no matrix of the same name and shape: the first has {_shapes(first)}, the "
+            f"second has {_shapes(second)}"
         )
     for name, place in first.items():
         if name in common:

@@ -1,4 +1,4 @@
-"""What commands draw: the report's page, of numbers that were never in an event file of a training."""
+"""HTML pages of commands: the page of the report, with numbers that do not come from event files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def draw(file: str, runs: Mapping[str, Samples]) -> None:
 
     Args:
         file: To write.
-        runs: What the page calls runs, by name: checkpoints, or lines between them.
+        runs: What the page shows as runs, by name: checkpoints, or lines between them.
 
     Raises:
         ValueError: It cannot be written.
@@ -38,12 +38,12 @@ def draw(file: str, runs: Mapping[str, Samples]) -> None:
 
 
 def numbers(source: str, rows: Mapping[str, Mapping[str, float]], units: Mapping[str, str] | None = None) -> list[Row]:
-    """What the page has of numbers.
+    """Numbers in the form that the page reads.
 
     Args:
-        source: What they are of, as the page calls it.
-        rows: Name of a matrix, or of what else has the numbers -> quantity -> number.
-        units: Of quantities; those that are not there have none.
+        source: Name of their source on the page.
+        rows: Name of a matrix (or of another object) -> quantity -> number.
+        units: Units of quantities; the others have none.
     """
     names = dict.fromkeys(name for values in rows.values() for name in values)
     known = {"source": source, "level": "weights"}

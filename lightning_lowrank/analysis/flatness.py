@@ -1,4 +1,4 @@
-"""Directions of the loss landscape without curvature at a checkpoint, by the whole Hessian of a small network.
+"""Directions without curvature in the loss landscape at a checkpoint, from the full Hessian of a small network.
 
 Shape letters:  P entries of all parameters that are looked at   F flat directions
 """
@@ -29,15 +29,16 @@ class Flatness:
     """The curvature of a loss along all directions.
 
     Attributes:
-        eigenvalues: Of the Hessian of the mean loss, rising, in float64.
+        eigenvalues: Eigenvalues of the Hessian of the mean loss, ascending, in float64.
         flat: Orthonormal directions whose eigenvalues count as 0.
         negative: How many eigenvalues are below 0 and do not count as 0.
-        gap: Smallest magnitude that does not count as 0, over the largest that does, or over float64's rounding. Where
-            it is not large, the number of flat directions is a matter of the tolerance.
-        gradient: Norm of the gradient. Only where it is small is the loss flat to first order, too.
-        shares: By parameter: which part of its own directions is flat, from 0 to 1.
-        walked: Mean absolute change of the loss a tenth of the parameters' length along random flat directions, along
-            random ones of all, and the loss. What is flat to second order may be curved further on.
+        gap: Smallest magnitude that does not count as 0, divided by the largest that does, or by float64's rounding. If
+            it is not large, the number of flat directions depends on the tolerance.
+        gradient: Norm of the gradient. The loss is flat to first order, too, only if this is small.
+        shares: For each parameter, the share of its directions that is flat, from 0 to 1.
+        walked: Mean absolute change of the loss after a step of a tenth of the parameters' norm: along random flat
+            directions, and along random directions of the whole space. Then the loss itself. Flat to second order does
+            not mean flat further away.
     """
 
     eigenvalues: Float[Tensor, " P"]
@@ -49,7 +50,7 @@ class Flatness:
     walked: tuple[float, float, float]
 
     def below(self, part: float) -> int:
-        """How many eigenvalues are no larger in magnitude than this part of the largest."""
+        """The number of eigenvalues whose magnitude is at most this fraction of the largest."""
         sizes = self.eigenvalues.abs()
         return int((sizes <= part * sizes.max()).sum())
 
@@ -63,40 +64,41 @@ def flatness(
     tolerance: float = 1e-10,
     seed: int = 0,
 ) -> Flatness:
-    """Eigenvalues of the Hessian of the mean loss over batches, and the directions in which it is 0, in float64.
+    """Eigenvalues of the Hessian of the mean loss over batches, and the directions where it is 0, in float64.
 
-    Cost: a backward pass through a gradient per parameter entry and batch, and an eigendecomposition of P x P.
+    Cost: for each parameter entry and batch, a backward pass through the gradient; one eigendecomposition of a P x P
+    matrix.
 
     Args:
-        module: With its weights; a copy of it in evaluation mode is used.
+        module: Network with its weights; a copy in evaluation mode is used.
         batches: At least one.
         measure: Gives a "loss".
-        match: Parameters that are looked at; all unless given.
-        tolerance: Eigenvalues of at most this part of the largest in magnitude count as 0.
-        seed: Of the random directions.
+        match: Patterns of parameters to use. Default: all.
+        tolerance: Eigenvalues count as 0 if their magnitude is at most this fraction of the largest.
+        seed: Seed for the random directions.
 
     Raises:
-        ValueError: There are too many parameters, no batches, no "loss", or no curvature that is finite.
+        ValueError: There are too many parameters, no batches or no "loss", or the Hessian is not finite or entirely 0.
 
     References:
         Sagun et al. (2018), "Empirical analysis of the Hessian of over-parametrized neural networks", Section 3.
     """
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: above 0 and below 1")
+        raise ValueError(f"tolerance={tolerance} must be above 0 and below 1")
     module = deepcopy(module).double().eval()
     named = chosen_parameters(module.requires_grad_(True), match, None)
     layout, size = Layout.of(named), sum(p.numel() for p in named.values())
     if size > MOST:
         raise ValueError(
-            f"{size:,} parameters are too many for a Hessian that is whole, which has {MOST:,} at most: name some by "
-            "match, or let CurvatureMonitor estimate its spectrum in training"
+            f"{size:,} parameters are too many for a full Hessian; the limit is {MOST:,}. Choose some with match, "
+            "or let CurvatureMonitor estimate the spectrum in training"
         )
     several = [_wide(batch) for batch in batches]
     loss = _mean_loss(module, several, measure)
     with sdpa_kernel(SDPBackend.MATH):
         gradient, hessian = _derivatives(loss, list(named.values()), layout)
     if not torch.isfinite(hessian).all() or not hessian.any():
-        raise ValueError("the loss has no curvature that is finite, or none at all")
+        raise ValueError("the Hessian of the loss is not finite or entirely 0")
     values, vectors = torch.linalg.eigh(hessian)
     floor = tolerance * values.abs().max()
     counted = values.abs() > floor
@@ -134,7 +136,7 @@ def _mean_loss(module: nn.Module, batches: list[Any], measure: Measure) -> Loss:
         for batch in batches:
             found = measured(measure, module, batch)
             if "loss" not in found:
-                raise ValueError(f'the measure gave {list(found)}; what is expected is a "loss" among them')
+                raise ValueError(f'the measure returned {list(found)}; "loss" is missing')
             yield found["loss"] * (len(inputs(batch)) / total)
 
     return parts

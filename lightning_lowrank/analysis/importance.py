@@ -1,4 +1,4 @@
-"""What heads and neurons of a trained network matter, by exact gates on real data."""
+"""Importance of the heads and neurons of a trained network, from exact gates on real data."""
 
 import math
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ from lightning_lowrank.monitors.concentration.gates import gate_gradients
 
 @dataclass(frozen=True)
 class Importance:
-    """What the units of one layer matter.
+    """Importance of the units of one layer.
 
     Attributes:
-        name: Of the layer that reads the units.
+        name: Name of the layer that reads the units.
         kind: "head" or "neuron".
-        values: Mean over batches of `|dL / d gate|`, of each unit: to first order, what the mean loss of a batch
-            changes by when the unit is left out. Gradients of a batch are summed over its examples before the absolute
-            value is taken, so that examples of opposite sign cancel.
+        values: Mean over batches of `|dL / d gate|` for each unit: to first order, the change of a batch's mean loss
+            without the unit. Gradients are summed over the examples of a batch before the absolute value, so examples
+            of opposite sign cancel.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Importance:
 
     @property
     def top_share(self) -> float:
-        """What the largest tenth of the units has of the sum; NaN where that is 0."""
+        """Share of the sum that the largest tenth of the units has; NaN if the sum is 0."""
         top = self.values.sort(descending=True).values[: max(1, len(self.values) // 10)]
         return float(top.sum() / self.values.sum()) if self.values.sum() > 0 else math.nan
 
 
 def importance(module: nn.Module, batches: Iterable[Any], measure: Measure) -> list[Importance]:
-    """Heads and neurons of a network, with what they matter on average.
+    """Mean importance of the heads and neurons of a network.
 
     Cost: a forward and a backward pass per batch.
 
     Args:
-        module: With its weights; it is left in evaluation mode, without gradients.
+        module: Network with its weights. It is left in evaluation mode, without gradients.
         batches: At least one.
         measure: Gives a "loss".
 
     Raises:
-        ValueError: There are neither heads nor neurons, no batches, or no "loss".
+        ValueError: There are no heads or neurons, no batches, or no "loss".
 
     References:
         Michel, Levy & Neubig (2019), "Are sixteen heads really better than one?", equation 2.
@@ -65,7 +65,7 @@ def importance(module: nn.Module, batches: Iterable[Any], measure: Measure) -> l
         module.zero_grad()
         found_here = measured(measure, module, batch)
         if "loss" not in found_here:
-            raise ValueError(f'the measure gave {list(found_here)}; what is expected is a "loss" among them')
+            raise ValueError(f'the measure returned {list(found_here)}; "loss" is missing')
         found_here["loss"].backward()
         count += 1
         for kind, layers in found.items():

@@ -1,4 +1,4 @@
-"""`flat-directions`: where the loss of a small network has no curvature, and why."""
+"""`flat-directions`: directions of a small network's loss without curvature, and their causes."""
 
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,20 @@ def flat_directions(
     page: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print how many directions of a small network's loss landscape have no curvature, and where they lie.
+    """Print how many directions of a small network's loss landscape have no curvature, and in which parameters.
 
     Args:
         checkpoint: A file or folder.
-        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
+        data: `module:function` that returns (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
             first data set is used.
-        tolerance: Eigenvalues of the Hessian of at most this part of the largest count as 0.
-        match: Only parameters whose name fits one of these globs or `re:REGEX`.
-        output: A safetensors file for all eigenvalues and the flat directions.
-        page: An HTML file for which part of each parameter's directions is flat.
+        tolerance: Eigenvalues of the Hessian count as 0 if they are at most this fraction of the largest.
+        match: Only parameters whose name matches one of these globs or `re:REGEX`.
+        output: Safetensors file for all eigenvalues and the flat directions.
+        page: HTML file for the share of flat directions in each parameter.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, the data cannot be had, or the network has too many parameters.
+        ValueError: A file cannot be read or written, the data function fails, or the network has too many parameters.
     """
     task = task_of(data)
     task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
@@ -90,26 +90,26 @@ def _told(found: Flatness, causes: FlatDirections | None) -> dict[str, Any]:
 def _print(found: Flatness, causes: FlatDirections | None, tolerance: float) -> None:
     size, flat = len(found.eigenvalues), found.flat.shape[1]
     show(
-        f"{flat} of {size} directions are flat: |eigenvalue| at most {tolerance:g} of the largest, "
-        f"{cell(float(found.eigenvalues.abs().max()))}; {found.negative} are negative"
+        f"{flat} of {size} directions are flat: |eigenvalue| at most {tolerance:g} times the largest, "
+        f"{cell(float(found.eigenvalues.abs().max()))}. {found.negative} eigenvalues are negative"
     )
     if found.gap < 100:
-        show(f"the number is a matter of the tolerance: the next eigenvalue is {cell(found.gap)} times as large")
+        show(f"the number depends on the tolerance: the next eigenvalue is only {cell(found.gap)} times as large")
     show("; ".join(f"{found.below(part)} below {part:g}" for part in PARTS))
     show(f"norm of the gradient: {cell(found.gradient)}")
     along, anywhere, loss = map(cell, found.walked)
     show(
-        f"a tenth of the weights' length along flat directions changes the loss of {loss} by {along}, along random "
-        f"ones by {anywhere}"
+        f"a step of a tenth of the weights' norm changes the loss of {loss} by {along} along flat directions, by "
+        f"{anywhere} along random ones"
     )
     if causes is not None:
         total, *parts = (int(getattr(causes, name)) for name in CAUSES)
         show(
-            f"outputs on these data do not change along {total}: {parts[0]} by duplicate or unread neurons, {parts[1]} "
-            f"by scales, {parts[2]} otherwise"
+            f"outputs on these data do not change along {total} directions: {parts[0]} from duplicate or unread "
+            f"neurons, {parts[1]} from scales, {parts[2]} others"
         )
     table = Table(box=None)
-    for heading in ("parameter", "directions that are flat"):
+    for heading in ("parameter", "share of flat directions"):
         table.add_column(heading, justify="left" if heading == "parameter" else "right")
     for name, share in found.shares.items():
         table.add_row(escape(name), f"{100 * share:.1f} %")

@@ -1,4 +1,4 @@
-"""What one checkpoint has over another, as pairs of low rank; and pairs put back into a checkpoint.
+"""The difference of two checkpoints as pairs of low rank, and pairs added to a checkpoint.
 
 Shape letters:  M outputs, N inputs of a layer   R rank of a pair
 """
@@ -30,11 +30,11 @@ class Extracted:
     """The change of one weight as a pair.
 
     Attributes:
-        name: Of the weight.
+        name: Name of the weight.
         shape: Outputs and inputs.
         pair: None at rank 0.
-        error: Norm of what the pair leaves of the change, over that of the change.
-        error_over_weight: The same over the norm of the weight.
+        error: Norm of the part of the change that the pair lacks, relative to the change.
+        error_over_weight: The same, relative to the norm of the weight.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Extracted:
 
     @property
     def path(self) -> str:
-        """Of the layer."""
+        """Path of the layer."""
         return self.name.removesuffix(".weight")
 
 
 def change_energies(a: Checkpoint, b: Checkpoint, found: Iterable[Place]) -> Iterator[tuple[str, Energies]]:
-    """Energies of the directions in which training moved each weight, those of parts that share a rank added."""
+    """Energies of the directions in which training moved each weight; parts that share a rank are added."""
     for place in found:
         if any(b.shapes.get(name) != a.shapes[name] for name in place.names):
             continue
@@ -73,18 +73,20 @@ def extracted(
     """The best pair of each weight, by its singular value decomposition.
 
     Args:
-        names: Of weights of both.
-        energy: Share of the energy of each change that its pair keeps, unless ranks are given.
-        ranks: By name of the weight; those that are not there get none.
-        module: Whose classes say which weights have their inputs as rows.
+        names: Names of weights that both have.
+        energy: Share of the energy of each change that its pair keeps. Ignored if ranks are given.
+        ranks: Rank for each name of a weight; the others get no pair.
+        module: Its classes tell which weights have their inputs as rows.
 
     Raises:
-        ValueError: The energy is out of its range, or a name of a rank is none of these.
+        ValueError: The energy is out of range, or the ranks name a weight that is not in `names`.
     """
     if not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} is above 0 and up to 1")
+        raise ValueError(f"energy={energy} must be above 0 and at most 1")
     if unknown := sorted(set(ranks or {}) - set(names)):
-        raise ValueError(f"there are ranks for {first(unknown)}, which do not change; weights are {first(list(names))}")
+        raise ValueError(
+            f"the ranks name {first(unknown)}, which did not change; the changed weights are {first(list(names))}"
+        )
     for name in names:
         flip = has_inputs_as_rows(name, module)
         before, after = (_wide(c.tensor(name), flip) for c in (a, b))
@@ -103,7 +105,7 @@ def extracted(
 
 
 def moved(a: Checkpoint, b: Checkpoint, module: nn.Module | None = None) -> tuple[list[str], list[str]]:
-    """Names of tensors that differ: weights that a pair can be for, and others, those of another shape in B too."""
+    """Names of tensors that differ: weights that can have a pair, and all others, including those of another shape."""
     common = [name for name, shape in a.shapes.items() if b.shapes.get(name) == shape]
     changed = [name for name in common if not torch.equal(a.tensor(name), b.tensor(name))]
     pairs = [name for name in changed if _may_have_pair(name, a.shapes[name], module)]
@@ -113,26 +115,26 @@ def moved(a: Checkpoint, b: Checkpoint, module: nn.Module | None = None) -> tupl
 def with_adapter(
     base: Checkpoint, adapter: AdapterFolder, within: str = "", module: nn.Module | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, with what an adapter adds put into them, each in its own dtype.
+    """The tensors of a checkpoint with an adapter merged into them, each in its own dtype.
 
     Args:
         within: The part of the model that the adapter is for.
-        module: Whose classes say which weights have their inputs as rows; otherwise shapes do.
+        module: Its classes tell which weights have their inputs as rows; without it, shapes decide.
 
     Raises:
-        ValueError: The adapter is for weights that the checkpoint lacks, or has in another shape.
+        ValueError: The checkpoint lacks a weight of the adapter, or has it in another shape.
     """
     prefix = f"{within}." if within else ""
     pairs = {f"{prefix}{path}.weight": pair for path, pair in adapter.pairs.items()}
     whole = {prefix + name: tensor for name, tensor in adapter.whole.items()}
     if missing := [name for name in (*pairs, *whole) if name not in base.shapes]:
         raise ValueError(
-            f"the adapter is for {first(missing)}, which {base.path} lacks; it has {first(list(base.shapes))}: is the "
-            "adapter for a part of the model, --within?"
+            f"the adapter is for {first(missing)}, which {base.path} lacks; it has {first(list(base.shapes))}. If "
+            "the adapter is for a part of the model, give --within"
         )
     fit = {name: _fits(base.shapes[name], pair) for name, pair in pairs.items()}
     if wrong := [name for name, ways in fit.items() if not ways]:
-        raise ValueError(f"the adapter is for other shapes than {base.path} has: {first(wrong)}")
+        raise ValueError(f"the shapes of the adapter do not fit {base.path}: {first(wrong)}")
     # A square weight fits both ways: it lies as others do whose shapes tell.
     flipped = any(ways == {True} and not pairs[name].of_embedding for name, ways in fit.items())
     for name in base.shapes:
@@ -145,7 +147,7 @@ def with_adapter(
 
 
 def has_inputs_as_rows(name: str, module: nn.Module | None) -> bool:
-    """Whether a weight is that of an embedding, or of transformers' `Conv1D`."""
+    """Whether a weight belongs to an embedding or to transformers' `Conv1D`."""
     return _is_embedding(name, module) or (module is not None and is_transposed(_owner(name, module)))
 
 

@@ -1,4 +1,4 @@
-"""The matrices of a checkpoint: those that a monitor would find in the module, read from the file one at a time.
+"""The matrices of a checkpoint, the same that a monitor finds in the module, read one at a time.
 
 Shape letters:  M rows, N columns of a matrix
 """
@@ -22,11 +22,11 @@ _RECURRENT = re.compile(r"(?P<layer>.*)weight_[ih]h(?P<rest>(_l\d+(_reverse)?)?)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint has matrices.
+    """The place of some matrices in a checkpoint.
 
     Attributes:
-        site: Their names and the view that makes them.
-        names: Of the tensors that they are made of, in the file.
+        site: Their names, and the view that builds them.
+        names: Names of the tensors in the file that they are built from.
     """
 
     site: Site
@@ -48,14 +48,14 @@ def places(
     """The places of a checkpoint's matrices.
 
     Args:
-        module: What the checkpoint is of, on any device, "meta" included: its classes say how fused weights divide.
-            Without one, views follow names and shapes: packed attention of torch and gates of recurrent layers are
+        module: The module of the checkpoint, on any device, "meta" included; its classes tell how fused weights are
+            split. Without it, names and shapes decide: torch's packed attention and gates of recurrent layers are
             split, other fused weights stay whole.
-        views: The user's own, which win.
+        views: The user's own views, which take precedence.
         chosen: `match`, `exclude`, `min_size` and `heads`, as `RankMonitor` takes them.
 
     Raises:
-        ValueError: A pattern fits nothing, there is no matrix, or the module has other parameters than the file.
+        ValueError: A pattern matches nothing, there is no matrix, or the module has other parameters than the file.
     """
     implied = {} if module is not None else _implied(checkpoint.shapes)
     if module is None:
@@ -68,15 +68,17 @@ def places(
             known.setdefault(id(parameter), name)
     found = sites(module, views={**implied, **(views or {})}, **chosen)
     if not found:
-        raise ValueError(f"{checkpoint.path} has no matrix: its tensors are {first(list(checkpoint.shapes.items()))}")
+        raise ValueError(
+            f"{checkpoint.path} contains no matrix; its tensors are {first(list(checkpoint.shapes.items()))}"
+        )
     return [Place(site, tuple(known[id(parameter)] for parameter in site.parameters)) for site in found]
 
 
 def refuse_another(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Refuse a module that the checkpoint is not of.
+    """Raise an error if the checkpoint does not fit the module.
 
     Raises:
-        ValueError: With the names of what is missing and the shapes of what differs.
+        ValueError: The message has the missing names and the shapes that differ.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     missing = [name for name in shapes if name not in checkpoint.shapes]
@@ -87,14 +89,14 @@ def refuse_another(module: nn.Module, checkpoint: Checkpoint) -> None:
     }
     if missing or other:
         raise ValueError(
-            f"{checkpoint.path} is not of this model: it lacks {first(missing)}"
+            f"{checkpoint.path} does not fit this model: it lacks {first(missing)}"
             + (f"; shapes in the file and in the model are {first(list(other.items()))}" if other else "")
             + f"; the file has {first(list(checkpoint.shapes))}"
         )
 
 
 def first(names: Sequence[Any], most: int = 5) -> str:
-    """The first few of many, as messages list them."""
+    """The first few of many names, for messages."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{list(names[:most])}{more}"
 

@@ -31,17 +31,17 @@ def merge_models(
 
     Args:
         models: Files or folders, at least two.
-        base: What they were fine-tuned from.
+        base: The checkpoint that they were fine-tuned from.
         method: One of mean, task-arithmetic, ties, dare, tsv, iso-c.
-        scale: Of the merged change; 0.3 for task-arithmetic and dare, else 1.
-        density: Share of the entries that ties (0.2) and dare (0.1) keep.
-        seed: Of what dare draws.
+        scale: Factor of the merged change. Default: 0.3 for task-arithmetic and dare, 1 for the others.
+        density: Share of the entries to keep, for ties (default 0.2) and dare (default 0.1).
+        seed: Seed of the random choice of dare.
         output: The safetensors file to write.
-        page: An HTML file for cosines and overlaps of all pairs and matrices.
+        page: HTML file for cosines and overlaps of all pairs and matrices.
         json: Print cosines and overlaps of all pairs and matrices.
 
     Raises:
-        ValueError: A file cannot be read or written, the models are not of one architecture, or weights are not
+        ValueError: A file cannot be read or written, the models have different architectures, or weights are not
             finite.
     """
     start, ends = Checkpoint(base), [Checkpoint(path) for path in models]
@@ -58,7 +58,7 @@ def merge_models(
         print_json(_by_pair(found, models))
     else:
         show(_table(found, models))
-        show(f"{escape(output)}: {len(tensors)} tensors by {method}")
+        show(f"{escape(output)}: {len(tensors)} tensors, merged by {method}")
 
 
 def _by_pair(found: Sequence[Conflict], models: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -83,7 +83,7 @@ def _table(found: Sequence[Conflict], models: Sequence[str]) -> Table:
         )
         for (i, j), several in pairs.items()
     ]
-    table = Table(title="changes of pairs, means over matrices", box=None)
+    table = Table(title="changes of pairs of models, means over matrices", box=None)
     for heading in ("pair", "cosine", "overlap of top directions / chance"):
         table.add_column(heading, justify="left" if heading == "pair" else "right", overflow="fold")
     for cosine, overlap, pair in sorted(rows):

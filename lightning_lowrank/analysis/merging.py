@@ -1,4 +1,4 @@
-"""One set of weights from several fine-tuned ones, and what says beforehand which of them conflict.
+"""Merging of several fine-tuned models, and measures of their conflicts beforehand.
 
 Shape letters:  M rows, N columns of a matrix   T models
 """
@@ -91,41 +91,41 @@ def merged(
     density: float | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merged weights, tensor by tensor: the base and what the method makes of the changes of the models.
+    """Merged weights, tensor by tensor: the base plus the changes of the models, combined by a method.
 
     - `mean`: their mean.
     - `task-arithmetic`: `scale` (0.3) times their sum (Ilharco et al. 2023, equation 1).
-    - `ties`: the share `density` (0.2) of largest magnitude of each tensor; per entry the mean of those that have the
-      sign of the sum (Yadav et al. 2023, Algorithm 1; there the share is of all tensors together).
-    - `dare`: entries kept at random with probability `density` (0.1) and divided by it, then task arithmetic (Yu et al.
+    - `ties`: keeps the share `density` (0.2) of largest magnitude of each tensor. Each entry is the mean of those that
+      have the sign of the sum (Yadav et al. 2023, Algorithm 1, where the share is of all tensors together).
+    - `dare`: keeps each entry with probability `density` (0.1) and divides it by this; then task arithmetic (Yu et al.
       2024, equation 3).
-    - `tsv`: the top `min(M, N) / T` singular directions of each, made orthonormal together (Gargiulo et al. 2025,
-      Algorithm 1); the mean of what is no matrix.
-    - `iso-c`: their sum with all singular values at their mean (Marczak et al. 2025, equation 4); the mean of what is
-      no matrix.
+    - `tsv`: the top `min(M, N) / T` singular directions of each change, orthogonalised jointly (Gargiulo et al. 2025,
+      Algorithm 1); the mean for all other tensors.
+    - `iso-c`: their sum, with each singular value replaced by the mean of all (Marczak et al. 2025, equation 4); the
+      mean for all other tensors.
 
-    Convolutions are matrices of outputs against inputs times taps.
+    Convolutions count as matrices with outputs as rows and inputs times taps as columns.
 
-    Cost: the tensors of all models that have one name in memory; a singular value decomposition of each matrix for
-    `tsv` and `iso-c`.
+    Cost: memory for one tensor of all models at a time; for `tsv` and `iso-c`, a singular value decomposition of each
+    matrix.
 
     Args:
-        base: What the models were fine-tuned from.
+        base: The checkpoint that the models were fine-tuned from.
         models: At least two.
         method: One of the above.
-        scale: Of the merged change.
-        density: Of `ties` and `dare`, above 0 and up to 1.
-        seed: Of what `dare` draws.
+        scale: Factor of the merged change.
+        density: Share of entries that `ties` and `dare` keep, above 0 and at most 1.
+        seed: Seed of the random choice of `dare`.
 
     Raises:
         ValueError: The method is unknown, an argument is out of range, or a model lacks a tensor of the base.
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r}; there are {list(METHODS)}")
+        raise ValueError(f"method={method!r} is unknown; choose one of {list(METHODS)}")
     if density is not None and (method not in ("ties", "dare") or not 0 < density <= 1):
-        raise ValueError(f"density={density}: above 0 and up to 1, and only of ties and dare")
+        raise ValueError(f"density={density} must be above 0 and at most 1; only ties and dare use it")
     if len(models) < 2:
-        raise ValueError(f"{len(models)} models: at least two are merged")
+        raise ValueError(f"{len(models)} models given; a merge needs at least two")
     refuse_strangers(base, models)
     do, usual = METHODS[method]
     factor = usual if scale is None else scale
@@ -141,22 +141,22 @@ def merged(
 
 
 def changes_of(start: Tensor, ends: Sequence[Tensor]) -> Tensor:
-    """`[T, M, N]` of matrices and convolutions, `[T, n]` of vectors, in float64."""
+    """`[T, M, N]` for matrices and convolutions, `[T, n]` for vectors, in float64."""
     changes = torch.stack([end.double() - start.double() for end in ends])
     return changes.flatten(2) if changes.ndim > 2 else changes.reshape(len(ends), -1)
 
 
 def refuse_strangers(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Refuse models of another architecture.
+    """Raise an error if a model has another architecture.
 
     Raises:
-        ValueError: With what differs, by name.
+        ValueError: The message has the tensors that differ, by name.
     """
     for model in models:
         wrong = [name for name, shape in base.shapes.items() if model.shapes.get(name) != shape]
         if wrong:
             there = {name: tuple(model.shapes[name]) if name in model.shapes else "missing" for name in wrong[:4]}
-            raise ValueError(f"{model.path} is not of the architecture of {base.path}: {there}")
+            raise ValueError(f"{model.path} has another architecture than {base.path}: {there}")
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,13 @@ class Conflict:
     """How the changes of two models relate in one matrix.
 
     Attributes:
-        name: Of the matrix.
+        name: Name of the matrix.
         pair: Numbers of the models.
-        cosine: Of the changes as vectors, NaN where a model did not change; random ones have 0 with a standard
-            deviation of `1 / sqrt(M N)`.
-        overlap: Mean squared cosine of the principal angles between their top left, and their top right, singular
-            directions; the mean of both. NaN as the cosine.
-        chance: The same of random directions.
+        cosine: Cosine of the changes as vectors; NaN if a model did not change. For random changes it is 0 with a
+            standard deviation of `1 / sqrt(M N)`.
+        overlap: Mean squared cosine of the principal angles between their top singular directions, averaged over left
+            and right. NaN if the cosine is.
+        chance: The overlap of random directions.
     """
 
     name: str
@@ -183,12 +183,12 @@ class Conflict:
 def conflicts(
     base: Checkpoint, models: Sequence[Checkpoint], names: Mapping[str, object] | Sequence[str]
 ) -> Iterator[Conflict]:
-    """Of every pair of models in every matrix.
+    """Conflicts of every pair of models in every matrix.
 
     Cost: a singular value decomposition per model and matrix.
 
     Args:
-        names: Of the matrices.
+        names: Names of the matrices.
 
     Raises:
         ValueError: A model lacks a tensor of the base.

@@ -1,4 +1,4 @@
-"""What takes a network and its data: `connect`, `masks` and `importance` of checkpoints."""
+"""Commands for a network and its data: `connect`, `masks` and `importance`."""
 
 import json as json_
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,21 +47,20 @@ def connect(
     """Print loss and accuracy along the straight line between two checkpoints, and the barrier.
 
     Args:
-        a: A file or folder.
-        b: Another one, of the same architecture.
-        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {name: mean}).
-        points: Places along the line, both ends included.
-        specification: A JSON file of units that may change places, {group: [[tensor, axis], ...]}; torch.fx is asked
-            unless given.
-        calibrate: Name of the data that batch norms take their statistics from at each place.
-        output: A safetensors file for B with its units rearranged.
-        page: An HTML file for the curves along the line, whose steps are percent of the way.
-        match: Rearrange the units of B so that they resemble those of A before; refused unless B still computes the
-            same.
+        a: Checkpoint A: a file or folder.
+        b: Checkpoint B, of the same architecture.
+        data: `module:function` that returns (module, {name: batches}, measure(module, batch) -> {name: mean}).
+        points: Number of places along the line, both ends included.
+        specification: JSON file of the units that can be permuted, {group: [[tensor, axis], ...]}. Default: found by
+            torch.fx.
+        calibrate: Name of the data from which batch norms recompute their statistics at each place.
+        output: Safetensors file for B with its units permuted.
+        page: HTML file for the curves along the line; its steps are percent of the way.
+        match: First permute the units of B to match those of A. It is an error if B then computes something else.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, the data cannot be had, or no units may change places.
+        ValueError: A file cannot be read, the data function fails, or no units can be permuted.
     """
     task = task_of(data)
     if calibrate is not None and calibrate not in task.data:
@@ -100,22 +99,22 @@ def masks(
     page: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print how alike the masks of two checkpoints are, beside what chance gives.
+    """Print how similar the masks of two checkpoints are, compared with chance.
 
     Args:
-        a: A file or folder.
-        b: Another one.
-        density: The masks keep this part of the weights, the largest; unless given, those that are not zero.
-        scope: Whether that part is of all weights together ("global") or of each tensor ("layer").
-        match: Only matrices whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
+        a: Checkpoint A: a file or folder.
+        b: Checkpoint B.
+        density: Share of the weights that the masks keep, the largest ones. Default: all weights that are not zero.
+        scope: Whether the share is taken of all weights together ("global") or of each tensor ("layer").
+        match: Only matrices whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
         model: `module:function` that makes the module.
-        page: An HTML file for all numbers.
+        page: HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, nothing is in both, the density is out of range, or it is missing where no
-            weight is zero.
+        ValueError: A file cannot be read, the files have no tensor in common, the density is out of range, or it is
+            missing and no weight is zero.
     """
     files = Checkpoint(a), Checkpoint(b)
     first, second = (
@@ -124,10 +123,14 @@ def masks(
     )
     common = {n: p for n, p in first.items() if n in second and second[n].site.shape == p.site.shape}
     if not common:
-        raise ValueError(f"{a} has {list(first)[:4]} and {b} has {list(second)[:4]}: nothing of one name and shape")
+        raise ValueError(
+            f"{a} has {list(first)[:4]} and {b} has {list(second)[:4]}: no tensor has the same name and shape in both"
+        )
     found = list(overlaps(*files, common, density, scope))
     if density is None and all(one.densities == (1.0, 1.0) for one in found):
-        raise ValueError("no weight is zero in either file: say which part of them is compared, as --density 0.2")
+        raise ValueError(
+            "no weight is zero in either file; choose the share of weights that the masks keep, such as --density 0.2"
+        )
     if page is not None:
         draw(page, {f"{Path(a).stem} and {Path(b).name}": {0: numbers("mask", {o.name: _of_masks(o) for o in found})}})
     if json:
@@ -142,18 +145,18 @@ def masks(
 
 
 def importance(checkpoint: str, data: str, *, top: int = 5, page: str | None = None, json: bool = False) -> None:
-    """Print what attention heads and neurons matter, by the gradient of the loss by a gate on each.
+    """Print how important attention heads and neurons are: the gradient of the loss with respect to a gate on each.
 
     Args:
         checkpoint: A file or folder.
-        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
+        data: `module:function` that returns (module, {name: batches}, measure(module, batch) -> {"loss": mean}); the
             first data set is used.
-        top: How many units of each layer the table names.
-        page: An HTML file for all numbers.
+        top: Number of units that the table names in each layer.
+        page: HTML file for all numbers.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read, the data cannot be had, or there are no heads and neurons.
+        ValueError: A file cannot be read, the data function fails, or there are no heads and neurons.
     """
     task = task_of(data)
     task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
@@ -232,7 +235,7 @@ def _output(module: nn.Module, batch: torch.Tensor, state: Mapping[str, torch.Te
     result = functional_call(module, dict(state), (batch,))
     first = result if isinstance(result, torch.Tensor) else next(iter(_several(result)), None)
     if not isinstance(first, torch.Tensor):
-        raise ValueError(f"{type(module).__name__} puts out a {type(result).__name__}; a tensor is compared")
+        raise ValueError(f"{type(module).__name__} returns a {type(result).__name__}; expected a tensor")
     return first
 
 
@@ -246,7 +249,7 @@ def _groups(task: Task, state: dict[str, Any], specification: str | None) -> lis
     try:
         given = json_.loads(Path(specification).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{specification} is no JSON of groups: {error}") from error
+        raise ValueError(f"{specification} is not a JSON file of groups: {error}") from error
     return groups_of(given, {name: tensor.shape for name, tensor in state.items()})
 
 
@@ -260,6 +263,6 @@ def _draw(lines: dict[str, Line], found: Matched | None) -> None:
         table.add_row("barrier", *(cell(one.barriers[name]) for name in one.values), style="bold")
         show(table)
     if found is not None:
-        dropped = f"; {found.dropped} may not" if found.dropped else ""
-        units = f"{len(found.used)} group(s) of units may change places{dropped}"
+        dropped = f"; {found.dropped} cannot be permuted" if found.dropped else ""
+        units = f"{len(found.used)} group(s) of units permuted{dropped}"
         show(escape(f"{units}; outputs of B before and after differ by {found.deviation:.1e}"))

@@ -1,4 +1,4 @@
-"""Masks of two checkpoints: which weights are the largest in both, beside what chance gives."""
+"""Masks of two checkpoints: which weights are the largest in both, compared with chance."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from lightning_lowrank.models.checkpoints import Checkpoint
 
 @dataclass(frozen=True)
 class Overlap:
-    """How alike the masks of one tensor are.
+    """Similarity of the masks of one tensor.
 
     Attributes:
-        name: Of the tensor.
-        densities: Part of its weights that the mask of A, and of B, keeps.
-        jaccard: Weights of both masks over those of either; 1 where both keep nothing.
-        chance: The same of independent masks of these densities.
-        hamming: Part of the weights that are in just one mask.
-        hamming_chance: The same of independent masks.
+        name: Name of the tensor.
+        densities: Shares of its weights that the masks of A and B keep.
+        jaccard: Number of weights in both masks divided by that in either; 1 if both are empty.
+        chance: The expected value of `jaccard` for independent masks of these densities.
+        hamming: Share of the weights that are in exactly one mask.
+        hamming_chance: Its expected value for independent masks.
     """
 
     name: str
@@ -42,17 +42,20 @@ def overlaps(
     """The masks of two checkpoints, tensor by tensor.
 
     Args:
-        found: Places that both have, by name.
+        found: Places that both checkpoints have, by name.
         density: The masks keep this part of the weights, the largest; unless given, those that are not zero.
-        scope: Whether that part is of all weights together (a magnitude each is held in memory) or of each tensor.
+        scope: Whether the share is taken of all weights together, which holds all magnitudes in memory, or of each
+            tensor.
 
     Raises:
         ValueError: The density is out of range, or weights are not finite.
     """
     if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density={density}: above 0 and up to 1")
+        raise ValueError(f"density={density} must be above 0 and at most 1")
     for checkpoint in (a, b):
-        checkpoint.refuse_infinite((n for place in found.values() for n in place.names), "leave them out by exclude")
+        checkpoint.refuse_infinite(
+            (n for place in found.values() for n in place.names), "leave them out with --exclude"
+        )
     everywhere = [_threshold(c, found, density) if density and scope == "global" else None for c in (a, b)]
     for name, place in found.items():
         one, other = (

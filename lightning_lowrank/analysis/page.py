@@ -1,4 +1,4 @@
-"""The tab of TensorBoard as one file that needs no server, and other pages of its charts."""
+"""TensorBoard's tab as a single HTML file that needs no server, and other pages with its charts."""
 
 import html
 from pathlib import Path
@@ -39,10 +39,10 @@ def reader_of(folder: Path) -> Reader:
     """All series below a folder.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no event files.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give that of a run, or of several, in which the event files are")
+        raise ValueError(f"{folder} is not a folder; give a folder with the event files of a run or of several")
     multiplexer = EventMultiplexer(tensor_size_guidance={"lowrank": 0})
     multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
@@ -51,22 +51,22 @@ def reader_of(folder: Path) -> Reader:
         there = [str(file.relative_to(folder)) for file in sorted(folder.rglob("events.out.tfevents.*"))[:3]]
         if not there:
             raise ValueError(
-                f"{folder} has no event files: give the folder that TensorBoardLogger wrote to, or one above it"
+                f"{folder} has no event files; give the folder that TensorBoardLogger wrote to, or a folder above it"
             )
         raise ValueError(
-            f"{folder} has event files, {there}, none with vectors of a monitor: was it trained with "
-            "one and TensorBoardLogger?"
+            f"{folder} has event files, {there}, but none with vectors of a monitor. Did the training have a "
+            "monitor and a TensorBoardLogger?"
         )
     return reader
 
 
 def page_of(reader: Reader, title: str, samples: int) -> str:
-    """The tab as one file that needs no server and no other host."""
+    """The tab as a single file that needs neither a server nor another host."""
     return called("report", _all_answers(reader, samples), title)
 
 
 def called(function: str, known: Any, title: str) -> str:
-    """A page that hands a function of our scripts what is known."""
+    """A page that calls a function of our scripts with the given content."""
     # A site or a run may have any name: without "<" nothing in it can end the script element.
     content = as_json(known).replace("<", "\\u003c")
     return PAGE.format(title=html.escape(title), content=content, module=answers.script(), call=function)

@@ -1,4 +1,4 @@
-"""JSON that any program reads: what does not exist is null, as JSON has no NaN."""
+"""JSON that any program reads: NaN and infinity become null, since JSON has neither."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def as_json(found: Any, indent: int | None = None) -> str:
-    """What is found, with null in the place of numbers that are NaN or infinite.
+    """JSON text, with null instead of NaN and infinity.
 
     Examples:
         >>> as_json({"loss": [1.0, math.nan]})

@@ -1,4 +1,4 @@
-"""The report of a run for loggers that have no tab of ours: Weights & Biases and MLflow."""
+"""The report of a run for loggers without our tab: Weights & Biases and MLflow."""
 
 import importlib
 from pathlib import Path
@@ -15,18 +15,18 @@ PUBLISHED = "lowrank/report"
 
 
 class PublishReport(L.Callback):
-    """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow: at every checkpoint, and at the
-    end of the run. The diagnosis and the maps of all layers are then there without TensorBoard.
+    """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow, at every checkpoint and at the
+    end of the run. They then show the diagnosis and the maps of all layers without TensorBoard.
 
-    Monitors write the numbers of single layers to TensorBoard's event files. Where the Trainer has no logger for these,
-    one is added behind the others for the length of the run, in `lowrank` below the Trainer's root. To Weights & Biases
-    the page goes as `lowrank/report`, a medium of kind HTML; to MLflow as the artifact `lowrank/report.html`. Where
-    there is neither logger nothing is done.
+    Monitors write the numbers of single layers to TensorBoard's event files. If the Trainer has no logger for these,
+    one is added after the others for the run, in `lowrank` below the Trainer's root. Weights & Biases gets the page as
+    the HTML medium `lowrank/report`, MLflow as the artifact `lowrank/report.html`. Without either logger nothing
+    happens.
 
-    Cost: reading the event files and writing the page, on the first process, while the others wait at the checkpoint.
+    Cost: the first process reads the event files and writes the page, while the others wait at the checkpoint.
 
     Args:
-        samples: Most samples of each quantity, evenly spread.
+        samples: Largest number of samples of each quantity, evenly spread.
 
     Raises:
         ValueError: `samples` is below 1.
@@ -38,28 +38,28 @@ class PublishReport(L.Callback):
 
     def __init__(self, samples: int = 512) -> None:
         if samples < 1:
-            raise ValueError(f"samples={samples}: at least 1")
+            raise ValueError(f"samples={samples} must be at least 1")
         self.samples = samples
         self._added: TensorBoardLogger | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have event files."""
+        """Add a logger for event files if there is none."""
         published = any(map(_publish_of, trainer.loggers))
         if stage == "fit" and published and not any(isinstance(one, TensorBoardLogger) for one in trainer.loggers):
             self._added = TensorBoardLogger(Path(trainer.default_root_dir) / "lowrank", name="")
             trainer.loggers = [*trainer.loggers, self._added]
-            rank_zero_info(f"lightning_lowrank: event files for the report are in {self._added.log_dir}")
+            rank_zero_info(f"lightning_lowrank: the event files for the report are in {self._added.log_dir}")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Publish what there is so far."""
+        """Publish the report so far."""
         self._publish(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Publish all of it."""
+        """Publish the whole report."""
         self._publish(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the Trainer's loggers as they were."""
+        """Restore the Trainer's loggers."""
         if self._added is not None:
             self._added.experiment.close()
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._added]

@@ -1,4 +1,4 @@
-"""What event files have of us: `report` as a page, `summary` as a table."""
+"""Our numbers in event files: `report` as a page, `summary` as a table."""
 
 import math
 import sys
@@ -23,13 +23,13 @@ LINES, WIDTH = 25, 80
 
 @dataclass(frozen=True)
 class Run:
-    """What a table needs of a run.
+    """The data of a run that a table shows.
 
     Attributes:
         label: Its name.
-        overhead: Percent by which all monitors together made training longer.
+        overhead: Increase of training time in percent, by all monitors together.
         alerts: Rule -> 0, 1 or 2, at the latest sample.
-        no_number_since: Step from which on every number is NaN, None where there are some.
+        no_number_since: Step from which on all numbers are NaN; None if some are not.
     """
 
     label: str
@@ -45,26 +45,26 @@ def report(run_dir: str, output: str = "report.html", samples: int = answers.LIM
 
     Args:
         run_dir: A folder with event files, of one run or of several.
-        output: The file to write.
-        samples: Most samples of each quantity, evenly spread.
+        output: File to write.
+        samples: Largest number of samples of each quantity, evenly spread.
 
     Raises:
         ValueError: There are no event files, `samples` is below 1, or the file cannot be written.
     """
     if samples < 1:
-        raise ValueError(f"--samples={samples}: at least 1")
+        raise ValueError(f"--samples={samples} must be at least 1")
     reader = reader_of(Path(run_dir))
     write(Path(output), page_of(reader, Path(run_dir).resolve().name, samples))
     rich.print(f"{escape(output)}: {len(reader.runs())} runs, {Path(output).stat().st_size / 2**20:.1f} MiB")
 
 
 def summary(run_dir: str, *, all: bool = False, json: bool = False) -> None:
-    """Print medians and the lowest sites: at most 25 lines, of each source its first quantities.
+    """Print medians and the lowest sites, in at most 25 lines: the first quantities of each source.
 
     Args:
         run_dir: A folder with event files, of one run or of several.
         all: Print a table of every quantity of every run.
-        json: Print numbers of all sites, null where there is none.
+        json: Print the numbers of all sites, null for missing ones.
 
     Raises:
         ValueError: There are no event files.
@@ -80,7 +80,7 @@ def summary(run_dir: str, *, all: bool = False, json: bool = False) -> None:
 
 
 def brief(runs: Sequence[Run], most: int = LINES, width: int = WIDTH) -> list[str]:
-    """All runs in few lines: each with as many as all have, or with its title alone where they are many."""
+    """All runs in few lines, shared evenly; if there are many runs, each has its title only."""
     shown = runs[: most - 1]
     each = (most - 1) // max(1, len(shown))
     lines = [line for run in shown for line in [*lines_of(run, each - bool(_firing(run)), width), *_firing(run)][:each]]
@@ -100,7 +100,7 @@ def write(file: Path, text: str) -> None:
     """Write a file.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The file cannot be written.
     """
     try:
         file.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What commands print and write: tables on a terminal, JSON, safetensors."""
+"""Output of commands: tables on a terminal, JSON, safetensors."""
 
 import math
 import sys

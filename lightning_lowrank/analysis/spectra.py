@@ -1,4 +1,4 @@
-"""Ranks of every matrix of a checkpoint, by the names and formulas of `RankMonitor`.
+"""Ranks of every matrix of a checkpoint, with the names and formulas of `RankMonitor`.
 
 Shape letters:  K singular values
 """
@@ -41,15 +41,15 @@ STATISTICS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one matrix.
+    """Results for one matrix.
 
     Attributes:
-        name: Of the matrix.
+        name: Name of the matrix.
         shape: Rows and columns.
-        values: Statistic -> value; NaN where the matrix is not finite, and of tails where it was sketched.
-        errors: The same of their errors; 0 where the spectrum is exact.
-        singular: Singular values, largest first; none where the matrix was sketched.
-        orders: Frobenius norm and order statistics of the singular values, as the tab draws spectra.
+        values: Statistic -> value; NaN if the matrix is not finite. Tails are NaN, too, if it was sketched.
+        errors: Statistic -> error; 0 if the spectrum is exact.
+        singular: Singular values, largest first; empty if the matrix was sketched.
+        orders: Frobenius norm and order statistics of the singular values, for the spectrum in the tab.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def finite(self) -> bool:
-        """Whether all entries of the matrix were."""
+        """Whether all entries of the matrix are finite."""
         return math.isfinite(next(iter(self.values.values())))
 
 
@@ -75,16 +75,16 @@ def spectra(
 ) -> Iterator[Row]:
     """Statistics of the spectra of a checkpoint's matrices, one tensor in memory at a time.
 
-    Cost: a Gram matrix and its eigenvalues per matrix; above `sketch_above` products with a block of vectors.
+    Cost: a Gram matrix and its eigenvalues per matrix; above `sketch_above`, products with a block of vectors.
 
     Args:
-        found: Of `places`.
-        statistics: Names as in the concepts page.
-        sketch_above: Longest short side of matrices that are decomposed exactly.
-        seed: Of the sketches.
+        found: The result of `places`.
+        statistics: Names of statistics, as on the concepts page.
+        sketch_above: Matrices are decomposed exactly if their short side is at most this.
+        seed: Seed of the sketches.
 
     Raises:
-        ValueError: There is no such statistic.
+        ValueError: A statistic is unknown.
     """
     asked = [find(name) for name in statistics]
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a network is for: data and a measure, as the user's own function gives them to a command."""
+"""A network with its data and a measure, from the user's function for a command."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Task:
-    """A network with what it is measured by.
+    """A network with its data and its measure.
 
     Attributes:
         module: The architecture; its weights do not matter.
-        data: Name -> batches, which can be gone through several times. A batch is a tensor of inputs, or a list or
-            tuple that begins with it.
-        measure: `(module, batch) -> {name: mean over the batch}`; of what is called "loss" less is better, of all else
-            more.
+        data: Name -> batches, which can be iterated several times. A batch is a tensor of inputs, or a list or tuple
+            that begins with one.
+        measure: `(module, batch) -> {name: mean over the batch}`; smaller is better for "loss", larger for everything
+            else.
     """
 
     module: nn.Module
@@ -36,7 +36,7 @@ class Task:
     measure: Measure
 
     def state(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Weights and buffers of a checkpoint, in the module's names; buffers that it lacks are the module's own.
+        """Weights and buffers of a checkpoint, by the module's names. Missing buffers come from the module.
 
         Raises:
             ValueError: A parameter is missing, has another shape, or is not finite.
@@ -48,7 +48,8 @@ class Task:
         missing = [n for n, o in there.items() if n in needed and o not in checkpoint.shapes]
         if wrong or missing:
             raise ValueError(
-                f"{checkpoint.path} is not of this network: it lacks {missing[:5]}, and has other shapes of {wrong[:5]}"
+                f"{checkpoint.path} does not fit this network: it lacks {missing[:5]} and has other shapes for "
+                f"{wrong[:5]}"
             )
         checkpoint.refuse_infinite(o for o in there.values() if o in checkpoint.shapes)
         return {
@@ -75,23 +76,23 @@ class Task:
 
 
 def task_of(place: str) -> Task:
-    """What `module:function` gives.
+    """The task that `module:function` returns.
 
     Raises:
-        ValueError: There is no such function, or it gives something else.
+        ValueError: There is no such function, or it returns something else.
     """
     given = imported(place)()
     if not (isinstance(given, tuple) and len(given) == 3):
-        raise ValueError(f"{place} gave a {type(given).__name__}; what is expected is {EXPECTED}")
+        raise ValueError(f"{place} returned a {type(given).__name__}; expected {EXPECTED}")
     module, data, measure = given
     if not (isinstance(module, nn.Module) and isinstance(data, Mapping) and data and callable(measure)):
         kinds = ", ".join(type(one).__name__ for one in given)
-        raise ValueError(f"{place} gave ({kinds}); what is expected is {EXPECTED}")
+        raise ValueError(f"{place} returned ({kinds}); expected {EXPECTED}")
     return Task(module, data, measure)
 
 
 def inputs(batch: Any) -> Tensor:
-    """What the network is called with.
+    """The inputs of the network in a batch.
 
     Raises:
         ValueError: The batch does not begin with a tensor.
@@ -99,29 +100,29 @@ def inputs(batch: Any) -> Tensor:
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise ValueError(
-            f"a batch is a {type(batch).__name__}; a tensor of inputs, or a list that begins with it, is expected"
+            f"a batch is a {type(batch).__name__}; expected a tensor of inputs, or a list that begins with one"
         )
     return first
 
 
 def measured(measure: Measure, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-    """What is measured of a batch.
+    """The measures of a batch.
 
     Raises:
-        ValueError: It is no mapping.
+        ValueError: The measure returns no mapping.
     """
     found = measure(module, batch)
     if not isinstance(found, Mapping):
-        raise ValueError(f"the measure gave a {type(found).__name__}; what is expected is {EXPECTED}")
+        raise ValueError(f"the measure returned a {type(found).__name__}; expected {EXPECTED}")
     return found
 
 
 @torch.no_grad()
 def means(module: nn.Module, data: Mapping[str, Iterable[Any]], measure: Measure) -> dict[str, float]:
-    """What is measured, as means over the examples of each data set, in evaluation mode: "test/loss" and so on.
+    """The measures in evaluation mode, as means over the examples of each data set: "test/loss" and so on.
 
     Raises:
-        ValueError: A data set has no examples, or the measure gives no mapping.
+        ValueError: A data set has no examples, or the measure returns no mapping.
     """
     module.eval()
     found: dict[str, float] = {}
@@ -134,6 +135,6 @@ def means(module: nn.Module, data: Mapping[str, Iterable[Any]], measure: Measure
                 totals[key] = totals.get(key, 0.0) + size * float(value)
             count += size
         if not count:
-            raise ValueError(f"the data set {name!r} has no examples: give batches that can be gone through again")
+            raise ValueError(f"the data set {name!r} has no examples; give batches that can be iterated more than once")
         found |= {f"{name}/{key}": total / count for key, total in totals.items()}
     return found

@@ -1,4 +1,4 @@
-"""All monitors that need to be told nothing, under one budget."""
+"""All monitors that need no options, under one budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,19 +28,18 @@ OF_LAYERS: dict[str, Any] = {"sources": ["features"], "statistics": STATISTICS[:
 
 @dataclass(frozen=True)
 class Entry:
-    """A monitor, and what it wishes.
+    """A monitor with its cost and its preferred cadence.
 
     Attributes:
-        kind: Its class, or what makes it.
-        wish: What a sample takes, in steps of training and in seconds besides (docs/how-to/choose-cadence.md), and how
-            many steps there are between two at least.
+        kind: Its class, or a function that creates it.
+        wish: The cost of a sample (docs/how-to/choose-cadence.md), and how often it is useful.
     """
 
     kind: Callable[..., Monitor]
     wish: Wish
 
     def made(self, share: float, detail: Detail) -> Monitor:
-        """With its usual options."""
+        """The monitor with its default options."""
         options: dict[str, Any] = {"max_overhead": share, "detail": detail}
         return self.kind(**options)
 
@@ -66,20 +65,20 @@ ENTRIES = (
 
 
 def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monitor]:
-    """Every monitor that needs to be told nothing, for those who do not want to choose: `callbacks=[*watch_all()]`.
+    """All monitors that need no options, for users who do not want to choose: `callbacks=[*watch_all()]`.
 
-    All share one budget, by which they make training longer, the first samples included. What is cheap comes as often
-    as anybody would look, what is dear as seldom as it must; who gets how much follows what samples have taken. A
-    monitor of which three samples do not fit in beside cheaper ones is left out and says so, as one that finds nothing
-    to watch. `RankMonitor` and `LossMonitor` have three samples in a run of 200 steps or more whatever they take: what
-    that is beyond the budget is paid by later steps.
+    All share one budget, which covers the first samples too. Cheap monitors sample as often as is useful, expensive
+    ones as seldom as needed. Shares follow the measured costs of samples. A monitor is left out, with a message, if
+    three of its samples do not fit beside cheaper ones. The same holds for a monitor that finds nothing to watch.
+    `RankMonitor` and `LossMonitor` have three samples in every run of 200 steps or more, whatever they cost. If that
+    exceeds the budget, later samples are fewer.
 
     Args:
         max_overhead: Largest increase of training time by all together, 0.05 for 5 %.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
 
     Returns:
-        Monitors of one run: a second run takes a second call.
+        Monitors for one run; create new ones for a second run.
 
     Raises:
         ValueError: The share is not between 0 and 1.

@@ -28,19 +28,19 @@ def coordinate_check(
     output: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print how what each linear layer learns in a short run depends on the width of the network.
+    """Print how the changes of each linear layer in a short run depend on the width of the network.
 
     Args:
-        function: `module:function` that takes a width and gives (module, optimizer, batches, loss(module, batch) ->
+        function: `module:function` that takes a width and returns (module, optimizer, batches, loss(module, batch) ->
             scalar).
-        widths: At least three, with commas between.
-        steps: Of each run.
-        seeds: Runs of each width.
-        output: An HTML file for a chart of each quantity over the widths.
+        widths: At least three widths, separated by commas.
+        steps: Steps of each run.
+        seeds: Number of runs for each width.
+        output: HTML file for a chart of each quantity over the widths.
         json: Print all numbers.
 
     Raises:
-        ValueError: The function cannot be had or gives something else, an argument is out of range, or the file cannot
+        ValueError: The function is missing or returns something else, an argument is out of range, or the file cannot
             be written.
     """
     found = runs(function, widths_of(widths), steps=steps, seeds=seeds)
@@ -59,26 +59,26 @@ def coordinate_check(
 
 
 def widths_of(text: str) -> list[int]:
-    """Whole numbers, rising.
+    """The widths as ascending whole numbers.
 
     Raises:
-        ValueError: There are fewer than three, or what is there is no width.
+        ValueError: There are fewer than three widths, or one is invalid.
     """
     words = [word.strip() for word in text.split(",")]
     found = sorted({int(word) for word in words if word.isdecimal()})
     if not all(word.isdecimal() for word in words) or len(found) < 3 or found[0] < 1:
-        raise ValueError(f"--widths {text}: at least three different whole numbers, as in 64,128,256")
+        raise ValueError(f"--widths {text}: expected at least three different whole numbers, such as 64,128,256")
     return found
 
 
 def runs(function: str, widths: Sequence[int], *, steps: int, seeds: int) -> dict[int, list[Layers]]:
-    """What each linear layer has, at each width by each seed.
+    """The measures of each linear layer, for each width and seed.
 
     Raises:
         ValueError: As `coordinate_check`.
     """
     if steps < 1 or seeds < 1:
-        raise ValueError(f"--steps {steps} --seeds {seeds}: at least 1 each")
+        raise ValueError(f"--steps {steps} and --seeds {seeds} must be at least 1")
     make = imported(function)
     found: dict[int, list[Layers]] = {}
     with torch.random.fork_rng():
@@ -90,7 +90,7 @@ def runs(function: str, widths: Sequence[int], *, steps: int, seeds: int) -> dic
 
 
 def table_of(known: Mapping[str, Mapping[str, Power]], title: str) -> Table:
-    """A row for each layer, each power with its standard error."""
+    """A row for each layer; each power has its standard error."""
     table = Table(title=escape(title), title_justify="left", box=None)
     for heading in ("layer", "verdict", *HEADINGS.values()):
         table.add_column(heading, justify="left" if heading in ("layer", "verdict") else "right", overflow="fold")

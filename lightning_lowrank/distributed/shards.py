@@ -1,7 +1,7 @@
-"""Where the pieces of a sharded tensor are, and the tensor put together from them.
+"""Where the pieces of a sharded tensor are, and how to assemble the tensor.
 
-A tensor of several processes is a `DTensor`: on each axis of a mesh of processes it is sharded along one of its own
-axes, replicated, or there only in part, as a summand.
+A tensor of several processes is a `DTensor` on a mesh of processes. Along each axis of the mesh, it is sharded along
+one of its own axes, replicated, or partial (a summand).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,24 +21,24 @@ Stretches = list[range]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether no process has all of it."""
+    """Whether no process has the whole tensor."""
     return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of it."""
+    """The part of this process."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process. Communicates if it is sharded."""
+    """The whole tensor, on every process. Communicates if it is sharded."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
 
 
 def unspent(tensor: Tensor) -> Tensor:
-    """The same tensor, still to be summed by its owner: summing a row-sharded embedding consumes its mask."""
+    """The same tensor, still to be summed by its owner; summing a row-sharded embedding would consume its mask."""
     for placement in getattr(tensor, "placements", ()):
         mask = getattr(placement, "mask_buffer", None)
         if mask is not None and mask.data is not None:
@@ -47,7 +47,7 @@ def unspent(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The same tensor sharded as another one of its shape, from what every process has of it."""
+    """The tensor sharded like another one of its shape; every process has the whole value."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
         return tensor.to(other.device)
     mesh = other.device_mesh
@@ -59,7 +59,7 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def sharded_axes(tensor: Tensor) -> tuple[set[int], int]:
-    """Axes that it is sharded along, -1 for a sum that is still to be made; and over how many processes."""
+    """Axes along which it is sharded, -1 for an outstanding sum; and the number of processes."""
     assert isinstance(tensor, DTensor)
     split = [
         (p, n) for p, n in zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True) if not p.is_replicate()
@@ -68,7 +68,7 @@ def sharded_axes(tensor: Tensor) -> tuple[set[int], int]:
 
 
 def held(tensor: Tensor) -> list[Stretches]:
-    """Slice of each axis of a sharded tensor that this process holds; empty where it holds a copy of another's."""
+    """Slice of each axis of a sharded tensor that this process holds; empty if it holds a copy of another's."""
     assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     at = mesh.get_coordinate()
@@ -78,25 +78,23 @@ def held(tensor: Tensor) -> list[Stretches]:
 
 
 def of_local(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor of which this process has that part, and the others theirs, to be added up where the other tensor is
-    sharded.
-    """
+    """A tensor of which each process has a part; the parts are summed where the other tensor is sharded."""
     assert isinstance(other, DTensor)
     placements = [p if p.is_replicate() else Partial() for p in other.placements]
     return DTensor.from_local(tensor, other.device_mesh, placements, run_check=False)
 
 
 def of_everyone(tensor: Tensor) -> Tensor:
-    """The same, to be added up over all processes."""
+    """The same, summed over all processes."""
     return DTensor.from_local(tensor, _everyone(dist.group.WORLD, tensor.device.type), [Partial()], run_check=False)
 
 
 class Route:
-    """How a sharded tensor comes to its owner: who sends, and where each piece belongs.
+    """How a sharded tensor reaches its owner: which processes send, and where each piece belongs.
 
     Attributes:
-        senders: Those that send, with the stretches that they have. Of what is replicated one copy moves, out of the
-            owner's own slice of the mesh.
+        senders: Processes that send, with their stretches of the tensor. Of a replicated tensor one copy is sent, from
+            the owner's own slice of the mesh.
     """
 
     def __init__(self, tensor: Tensor, owner: int) -> None:
@@ -111,7 +109,7 @@ def size_on(sender: int, route: Route) -> int:
 
 
 def assembled(route: Route, pieces: Mapping[int, Tensor]) -> Tensor:
-    """The whole tensor from the flat pieces of its senders; summands are added up."""
+    """The whole tensor from the flat pieces of its senders; summands are added."""
     result: Tensor | None = None
     for sender, stretches in route.senders.items():
         piece = pieces[sender].view([sum(map(len, axis)) for axis in stretches])
@@ -169,7 +167,7 @@ def _stretches(
             parts = [_chunk(axes[placement.dim], first, i) for i in range(first)]
             axes[placement.dim] = [stretch for part in parts for stretch in _chunk(part, count, place)]
         elif not (placement.is_replicate() or getattr(placement, "reduce_op", "") in ("sum", "avg")):
-            raise ValueError(f"a tensor placed as {placement} cannot be put together")
+            raise ValueError(f"a tensor with the placement {placement} cannot be assembled")
     return axes
 
 

@@ -1,4 +1,4 @@
-"""Processes that share the work: who measures what, and how it gets there whole.
+"""Processes that share the work: which one measures what, and how it gets whole tensors.
 
 Shape letters:  B any batch axes   M rows, N columns of a matrix
 """
@@ -24,16 +24,15 @@ ROUND = 2**26
 
 @dataclass
 class Team:
-    """The processes of a training, as one of them sees it.
+    """The processes of a training, from the view of one of them.
 
-    What communicates is called by all of them in the same order, whatever the data.
+    All of them must call methods that communicate in the same order, whatever the data.
 
     Attributes:
         rank: Number of this process.
-        size: How many there are; where there is one, nothing is communicated.
-        sees_data: The batches of this process are not those of another one, as they are where tensors are processed in
-            parallel.
-        loads: Work that each has been given so far.
+        size: Number of processes; with one, nothing is communicated.
+        sees_data: Whether this process has its own batches. With tensor parallelism, several processes have the same.
+        loads: Work that each process has got so far.
     """
 
     rank: int = 0
@@ -42,7 +41,7 @@ class Team:
     loads: list[float] = field(default_factory=list)
 
     def assign(self, costs: Sequence[float]) -> list[int]:
-        """Who does which of several pieces of work: the largest first, each to whom has least to do."""
+        """Which process does which of several pieces of work: the largest first, each to the process with the least."""
         self.loads = self.loads or [0.0] * self.size
         owners = [0] * len(costs)
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -57,25 +56,25 @@ class Team:
         return tensor
 
     def all_gather_object(self, word: Word) -> list[Word]:
-        """What each process says: small things only, for which the device has to be waited for."""
+        """What each process sends. For small objects only, since this waits for the device."""
         words = [word] * self.size
         if self.size > 1:
             dist.all_gather_object(words, word)
         return words
 
     def summand(self, tensor: Tensor) -> Tensor:
-        """What this process adds to a sum that only the owner shall have."""
+        """What this process adds to a sum that only the owner gets."""
         return tensor if self.size == 1 else of_everyone(tensor)
 
     def gather(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
-        """Groups of tensors, whole on their owner, None elsewhere; all that is sharded moves in one collective.
+        """Groups of tensors, whole on their owner and None elsewhere; all shards are sent in one collective.
 
-        Each process sends its shards once, to their owners. With the work shared out evenly it sends, and receives, at
-        most the bytes of all tensors over the number of processes that a tensor is sharded over.
+        Each process sends its shards once, to their owners. If the work is evenly shared, it sends and receives at most
+        the bytes of all tensors divided by the number of processes that share a tensor.
 
         Args:
-            groups: The same on every process but for the values.
-            owners: Of each group.
+            groups: The same on every process except for the values.
+            owners: Owner of each group.
         """
         routes = [Route(t, owner) for group, owner in zip(groups, owners, strict=True) for t in group if is_sharded(t)]
         arrived = iter(
@@ -115,7 +114,7 @@ class Team:
 
 
 def traffic(routes: Sequence[Route], rank: int, size: int) -> tuple[list[int], list[int]]:
-    """Bytes that one of the processes sends to each, and receives from each, itself included."""
+    """Bytes that one of the processes sends to each process and receives from each, itself included."""
     outgoing, incoming = [0] * size, [0] * size
     for route in routes:
         if rank in route.senders:
@@ -127,12 +126,12 @@ def traffic(routes: Sequence[Route], rank: int, size: int) -> tuple[list[int], l
 
 
 def in_rounds(sizes: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
-    """Numbers of things that are moved together, so that no owner gets more at once than the largest of all, or `ROUND`
+    """Indices of items that are sent together, so that no owner gets more at once than the largest item or `ROUND`
     bytes.
 
     Args:
-        sizes: Bytes of each, whole; 0 where nothing is to be moved.
-        owners: Who gets each.
+        sizes: Bytes of each whole item; 0 if nothing is sent.
+        owners: Which process gets each item.
     """
     limit = max([ROUND, *sizes])
     rounds: list[list[int]] = [[]]

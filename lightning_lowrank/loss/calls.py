@@ -40,11 +40,11 @@ class LossCall:
 
     @property
     def name(self) -> str:
-        """Of the function, as users know it."""
+        """Name of the function, as users know it."""
         return f"F.{self.function.__name__}"
 
     def as_output_loss(self, slope: Tensor) -> ClosedForm:
-        """What the loss of a training step is as a function of the outputs that this call was handed.
+        """The loss of a training step as a function of the outputs in this call.
 
         Args:
             slope: Derivative of the step's loss by what this call gave: of its shape, and constant.
@@ -57,7 +57,9 @@ class LossCall:
                 f"{self.name} was called with targets that depend on the parameters, or with outputs that do not"
             )
         if {"size_average", "reduce"} & self.options.keys():
-            raise ValueError(f"{self.name} was called with size_average or reduce, which torch gave up for reduction")
+            raise ValueError(
+                f"{self.name} was called with size_average or reduce, which torch has replaced by reduction"
+            )
         with torch.enable_grad():  # for the outputs as rows
             return FORMS[self.function](self.inputs, self.target, slope.detach(), **self.options)
 
@@ -96,7 +98,7 @@ def _nll(inputs: Tensor, target: Tensor, slope: Tensor, **options: Any) -> Cross
     """
     sums = inputs.detach().to(_wide(inputs)).logsumexp(1 if inputs.ndim > 1 else 0)
     if not bool((sums.abs() < torch.finfo(inputs.dtype).eps ** 0.5).all()):
-        raise ValueError("F.nll_loss was called with what are no logarithms of probabilities")
+        raise ValueError("the inputs of F.nll_loss were not logarithms of probabilities")
     return _cross_entropy(inputs, target, slope, **options)
 
 

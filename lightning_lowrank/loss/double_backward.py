@@ -22,8 +22,8 @@ REPLACEABLE = {
     "ScaledDotProductEfficient": "its fused attention",
     "ScaledDotProductCudnn": "its fused attention",
     "ScaledDotProductFused": "its fused attention",
-    "CompiledFunction": "a compiled function in it",
-    "CudnnRnn": "a recurrent layer by cuDNN",
+    "CompiledFunction": "a compiled function",
+    "CudnnRnn": "a recurrent layer that cuDNN runs",
 }
 FINAL = {
     "CheckpointFunctionBackward": "reentrant checkpointing; call checkpoint(..., use_reentrant=False)",
@@ -58,7 +58,7 @@ def choose(
     batch: Literal["live", "fixed"] = "live",
     loss_fn: LossFunction | None = None,
 ) -> Choice:
-    """What can be known before training, once strategy and parameters are set up (`on_fit_start`).
+    """Choose before training, once strategy and parameters are set up (`on_fit_start`).
 
     Raises:
         ValueError: The loss cannot be differentiated twice; the message says what to do.
@@ -77,7 +77,7 @@ def choose(
 
 
 def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
-    """What only the graph of a loss can tell, looked at in each sample: the choice as it was, or a replay.
+    """Inspect the graph of a loss in each sample: returns the same choice, or a replay.
 
     Args:
         choice: So far.
@@ -93,9 +93,7 @@ def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
         if any(name.startswith(start) for name in names):
             raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     if (once := _differentiable_once(nodes)) is not None:
-        what = (
-            f"{once}, whose backward is marked @once_differentiable; write one of operations that can be differentiated"
-        )
+        what = f"{once}, whose backward is marked @once_differentiable; write it with differentiable operations"
         raise ValueError(f"the loss cannot be differentiated twice through {what}{FORWARD_ONLY}")
     found = [what for start, what in REPLACEABLE.items() if any(name.startswith(start) for name in names)]
     if choice.mode == "inline" and hooked is not None and not found:
@@ -106,7 +104,7 @@ def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
         return choice
     if choice.mode == "replay":
         raise ValueError(
-            f"the loss cannot be differentiated twice through {found[0]}, in a replay either{FORWARD_ONLY}"
+            f"the loss cannot be differentiated twice through {found[0]}, not even in a replay{FORWARD_ONLY}"
         )
     if choice.only is not None:
         raise ValueError(f"the loss cannot be differentiated twice through {found[0]}; {choice.only}")
@@ -114,7 +112,7 @@ def look(choice: Choice, loss: Tensor, hooked: str | None = None) -> Choice:
 
 
 def look_together(choice: Choice, loss: Tensor, team: Team, hooked: str | None = None) -> Choice:
-    """The same for several processes, whose graphs may differ: a replay where one of them needs it.
+    """The same for several processes with possibly different graphs: a replay if one of them needs it.
 
     Raises:
         ValueError: One of them has no second derivative; the message says what to do.
@@ -133,7 +131,7 @@ def look_together(choice: Choice, loss: Tensor, team: Team, hooked: str | None =
 def _refuse(training: Training) -> None:
     for name, parameter in training.module.named_parameters():
         if isinstance(parameter, DTensor):
-            why = "its shards come and go, and a second derivative with them"
+            why = "second derivatives are lost when its shards are freed"
             raise ValueError(f"{name!r} is sharded: the loss cannot be differentiated twice, {why}{FORWARD_ONLY}")
     for path, part in training.module.named_modules():
         if isinstance(part, nn.SyncBatchNorm) and training.team.size > 1:
@@ -154,7 +152,7 @@ def _needs_replay(training: Training) -> str | None:
     if (why := training.no_live_graph()) is not None:
         return why
     if (path := first_compiled(module)) is not None:
-        return f"{path!r}, which is compiled"
+        return f"the compiled module {path!r}"
     if (hooks := hooked(module)) is not None:
         return hooks
     recurrent = (path for path, part in module.named_modules() if isinstance(part, nn.RNNBase) and _on_cuda(part))
@@ -165,9 +163,9 @@ def hooked(module: nn.Module) -> str | None:
     """Hooks of modules and parameters that a backward pass of our own would call; None where there are none."""
     for path, part in module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
-            return f"the backward hooks of {path!r}, which would hear of it"
+            return f"the backward hooks of {path!r}, which would also run"
     names = (name for name, parameter in module.named_parameters() if parameter._backward_hooks)
-    return next((f"the hooks of {name!r}, which would hear of it" for name in names), None)
+    return next((f"the hooks of {name!r}, which would also run" for name in names), None)
 
 
 def _on_cuda(part: nn.Module) -> bool:

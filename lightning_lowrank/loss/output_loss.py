@@ -49,7 +49,7 @@ class OutputLoss(ABC):
         """Product with H, the Hessian of the loss in the outputs."""
 
     def labels(self) -> Float[Tensor, "R C"] | None:
-        """What each row is to become: shares of the classes, or values; None where the loss does not say."""
+        """The target of each row: shares of the classes, or values; None if the loss does not tell."""
         return None
 
     @property
@@ -99,7 +99,7 @@ class ClosedForm(OutputLoss, ABC):
     def row_gradients(self) -> Float[Tensor, "R C"]:
         """Gradients of the rows' own losses at the targets that were given, times sqrt(R w), where w is `row_weights`.
 
-        The mean over rows of their outer products is the sum of w g g^T: it grows with the loss as H does, whatever the
+        The mean over rows of their outer products is the sum of w g g^T. Like H, it grows with the loss, whatever the
         reduction and the shape in which the loss was called. NaN where a weight is negative.
         """
         return ratio(self.gradient(), (self.row_weights() / self.num_rows).sqrt()[:, None])

@@ -32,12 +32,12 @@ FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Packages whose forward hooks look and change nothing.
 WATCHERS = {"wandb", "comet_ml", "clearml", "neptune", "mlflow"}
 INSTEAD = "give loss_fn(module, batch) -> loss"
-PLAIN = "let the loader give tensors and plain containers"
+PLAIN = "let the loader return tensors and plain containers"
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay saw.
+    """The result of a replay.
 
     Attributes:
         loss: Of the kept batch, as the step returned it, alive: not divided for accumulation, not scaled.
@@ -87,7 +87,8 @@ class Replay:
             self.batch = first_examples(copy.deepcopy(batch), self.num_examples)
         except Exception as error:  # batches may be of any class of the user's
             self._uncopied = (
-                f"the batch cannot be copied ({type(error).__name__}: {error}), so that it cannot be run again; {PLAIN}"
+                f"the batch cannot be copied ({type(error).__name__}: {error}), so the step cannot be run again; "
+                f"{PLAIN}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Replay:
         return {"batch": self.batch, "batch_idx": self.batch_idx} if kept else {}
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on with a batch that another run kept."""
+        """Continue with a batch that another run has kept."""
         self.batch = apply_to_collection(state["batch"], Tensor, lambda tensor: tensor.to(device))
         self.batch_idx = state["batch_idx"]
 
@@ -122,8 +123,8 @@ class Replay:
         )
         if snapshot.spent and self.loss_fn is None:
             raise ValueError(
-                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue, and "
-                f"what a replay takes from it is gone; {INSTEAD} that takes nothing from it"
+                f"the step cannot be run again: {snapshot.spent[0]} is an iterator, a file, a socket or a queue. A "
+                f"replay would consume data from it; {INSTEAD} that reads nothing from it"
             )
         with ExitStack() as stack:
             stack.callback(snapshot.restore)
@@ -150,7 +151,7 @@ class Replay:
 
     @contextmanager
     def together(self, training: Training) -> Iterator[Replayed]:
-        """The same on several processes: what one of them cannot do, none does, for the others would wait for it."""
+        """The same on several processes. If one of them fails, none continues, since the others would wait for it."""
         with ExitStack() as stack:
             trouble: Exception | None = None
             try:
@@ -168,7 +169,7 @@ class Replay:
         output = training.rerun(batch, self.batch_idx) if self.loss_fn is None else self.loss_fn(training.called, batch)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"{'the step' if rerun else 'loss_fn'} gave {_described(loss)} instead of a loss")
+            raise ValueError(f"{'the step' if rerun else 'loss_fn'} returned {_described(loss)} instead of a loss")
         return loss.reshape(())
 
 
@@ -234,8 +235,8 @@ def halves(batch: Any) -> tuple[Any, Any]:
     """
     size = leading_size(batch)
     if size is None or size < 2:
-        there_is = "tensors without one leading size" if size is None else "one example"
-        raise ValueError(f"a batch of {there_is} has no halves")
+        there_is = "tensors with different leading sizes" if size is None else "one example"
+        raise ValueError(f"a batch of {there_is} cannot be halved")
     return _cut(batch, size, slice(0, None, 2)), _cut(batch, size, slice(1, None, 2))
 
 
@@ -306,7 +307,7 @@ def _described(output: Any) -> str:
     return (
         f"a tensor of shape {shape}"
         if output.numel() != 1
-        else "a number without a gradient (detached, or under no_grad)"
+        else "a number without a gradient (detached, or computed under no_grad)"
     )
 
 

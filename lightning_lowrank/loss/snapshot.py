@@ -1,4 +1,4 @@
-"""What a training step may change besides gradients, put back bit for bit."""
+"""State that a training step may change besides gradients, restored bit for bit."""
 
 import gc
 from collections import OrderedDict, deque
@@ -28,20 +28,21 @@ OPAQUE = (type, ModuleType, BuiltinFunctionType, *SCALARS)
 
 
 class Snapshot:
-    """Everything that is reached from a module, as it is: entries of containers, attributes and slots, parameters,
-    buffers, generators, containers in the bodies of the user's classes, variables from around functions.
+    """The state of everything that can be reached from a module: entries of containers, attributes and slots,
+    parameters, buffers and generators. Also containers in the bodies of the user's classes, and variables of enclosing
+    functions.
 
-    Objects stay the same, what is in them is put back. Out of reach: global variables that are not given.
+    Objects stay the same; their content is restored. Global variables are out of reach unless they are given.
 
     Args:
         variables: Global variables.
-        roots: Where to begin, by name.
+        roots: Objects where the search begins, by name.
 
     Raises:
-        ValueError: More is reached than can be kept in a second.
+        ValueError: There are more objects than can be kept within a second.
 
     Attributes:
-        spent: Names of what cannot be put back: iterators, files, sockets, queues.
+        spent: Names of objects that cannot be restored: iterators, files, sockets, queues.
     """
 
     def __init__(self, *, variables: Sequence[Variable] = (), **roots: Any) -> None:
@@ -66,13 +67,13 @@ class Snapshot:
             seen.add(id(value))
             if len(seen) > MOST:
                 raise ValueError(
-                    f"more than {MOST:,} Python objects are reached from the module, the last in {_path(name)}: too "
-                    "many to put back; keep data in tensors or arrays, or outside of the module"
+                    f"more than {MOST:,} Python objects can be reached from the module, the last in {_path(name)}, "
+                    "which is too many to restore. Keep data in tensors or arrays, or outside of the module"
                 )
             waiting += [((name, key), part) for key, part in self._keep(value, name)]
 
     def guard(self) -> "WriteGuard":
-        """What saves tensors from being written to while it is entered."""
+        """A context that saves tensors before they are written to."""
         return WriteGuard(self._tensors, self._undo)
 
     def attributes_of(self, thing: object) -> None:

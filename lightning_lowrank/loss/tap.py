@@ -21,7 +21,7 @@ TOLERANCE, LAST_PLACES = 1e-5, 4
 HOOKING = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
 
 NAMES = ", ".join(f"F.{function.__name__}" for function in FORMS)
-INSTEAD = "name the layer whose output goes into the loss as output_module"
+INSTEAD = "give the name of the layer whose output enters the loss as output_module"
 
 
 class LossTap:
@@ -58,7 +58,7 @@ class LossTap:
         _take_off(self._mode)
 
     def clear(self) -> None:
-        """Let go of what was heard, and of its graphs."""
+        """Drop everything that was recorded, and its graphs."""
         self.calls, self.outputs, self.is_hooked = [], [], False
 
     def __enter__(self) -> "LossTap":
@@ -87,7 +87,7 @@ class LossTap:
         found = call.as_output_loss(slope / scale)
         if not bool(_agrees(found.value(), loss.detach() / scale) & (slope >= 0).all()):
             raise ValueError(
-                f"the loss is more than {call.name}: something is added to it, it is driven up, or it is no "
+                f"the loss is more than {call.name}: another term is added, it is maximised, or it is not a single "
                 f"number; {INSTEAD}"
             )
         return found
@@ -98,10 +98,10 @@ class LossTap:
         slopes = torch.autograd.grad(loss, given, create_graph=True, allow_unused=True) if given else ()
         found = [(call, slope) for call, slope in zip(self.calls, slopes, strict=True) if slope is not None]
         if not found:
-            raise ValueError(f"the loss comes from none of {NAMES}; {INSTEAD}")
+            raise ValueError(f"the loss does not come from one of {NAMES}; {INSTEAD}")
         if len(found) > 1:
             raise ValueError(
-                f"the loss is made of {len(found)} calls: {', '.join(call.name for call, _ in found)}; {INSTEAD}"
+                f"the loss consists of {len(found)} calls: {', '.join(call.name for call, _ in found)}; {INSTEAD}"
             )
         call, slope = found[0]
         if slope.requires_grad:
@@ -111,11 +111,11 @@ class LossTap:
     def _differentiated(self, loss: Tensor, scale: Tensor | float) -> Differentiated:
         if len(self.outputs) != 1:
             raise ValueError(
-                f"output_module put out {len(self.outputs)} tensors with a graph in this step instead of one"
+                f"output_module returned {len(self.outputs)} tensors with a graph in this step instead of one"
             )
         (captured,) = self.outputs
         if torch.autograd.grad(loss, captured, retain_graph=True, allow_unused=True)[0] is None:
-            raise ValueError("the loss does not depend on what output_module put out")
+            raise ValueError("the loss does not depend on the output of output_module")
         with torch.enable_grad():
             rows = captured.reshape(-1, captured.shape[-1] if captured.ndim > 1 else 1)
         return Differentiated(rows, loss, captured, scale)
@@ -159,7 +159,7 @@ def module_named(module: nn.Module, name: str) -> nn.Module:
     """
     there_is: dict[str, nn.Module] = {path: part for path, part in module.named_modules() if path}
     if name not in there_is:
-        raise ValueError(f"output_module={name!r} is no layer; there are {list(there_is)}")
+        raise ValueError(f"output_module={name!r} is not a layer; the layers are {list(there_is)}")
     return there_is[name]
 
 

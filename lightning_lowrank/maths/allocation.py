@@ -27,7 +27,7 @@ def allocate(
         A rank for each matrix, 0 for one without energy.
 
     Raises:
-        ValueError: The budget does not suffice for the least ranks.
+        ValueError: The budget is too small for the least ranks.
 
     Examples:
         >>> allocate({"a": [9, 4, 1], "b": [5, 0.1]}, {"a": 10, "b": 10}, 30)
@@ -36,7 +36,7 @@ def allocate(
     ranks = {name: len([energy for energy in several[:least] if energy > 0]) for name, several in energies.items()}
     spent = sum(rank * costs[name] for name, rank in ranks.items())
     if spent > budget:
-        raise ValueError(f"a budget of {budget:g} does not suffice for rank {least} everywhere, which takes {spent:g}")
+        raise ValueError(f"a budget of {budget:g} is too small: rank {least} for every matrix needs {spent:g}")
     waiting = sorted(
         (-energy / costs[name], k, name)
         for name, several in energies.items()

@@ -1,4 +1,4 @@
-"""What an update of queries and keys does to what a head compares: `x' Wq' Wk x`.
+"""Effect of an update of queries and keys on what a head compares: `x' Wq' Wk x`.
 
 Shape letters:  B any batch axes   H heads of queries   G heads of keys, a divisor of H   D columns that a head compares
 N, M inputs of queries and of keys   R at most 2 D

@@ -16,17 +16,18 @@ ROUNDING = 1e-10
 
 
 def power_law_exponent(eigenvalues: Float[Tensor, "*B K"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """Exponent alpha of `lambda_i ~ i^-alpha`, and how good the fit is.
+    """Exponent alpha of `lambda_i ~ i^-alpha`, and the quality of the fit.
 
-    A line through `ln lambda_i` over `ln i`, weighted by `1 / i` so that each octave counts the same, over the ranks
-    from a twentieth to half of K: without the leading directions, and without those that few rows make small.
+    It fits a line to `ln lambda_i` over `ln i`, weighted by `1 / i` so that each octave counts the same. It uses the
+    ranks from a twentieth to half of K. This leaves out the leading directions, and those that are small because there
+    are few rows.
 
     Args:
-        eigenvalues: Of a covariance, largest first.
+        eigenvalues: Eigenvalues of a covariance, largest first.
 
     Returns:
-        The exponent, and the explained share of the weighted variance (R^2, 0..1). NaN where fewer than five
-        eigenvalues in that range are above rounding; the exponent of equal ones is 0, and their R^2 is 0.
+        The exponent, and the explained share of the weighted variance (R^2, 0..1). NaN if fewer than five eigenvalues
+        in that range are above rounding. For equal eigenvalues both are 0.
 
     Examples:
         >>> power_law_exponent(torch.arange(1.0, 101.0) ** -2)[0]

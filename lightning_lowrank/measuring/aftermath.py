@@ -1,4 +1,4 @@
-"""What a sample costs the training's own work, while caches and memory fill again."""
+"""The slowdown of the training's own work after a sample, until caches and memory have recovered."""
 
 from collections import deque
 from statistics import median

@@ -12,7 +12,7 @@ from lightning_lowrank.measuring.aftermath import Aftermath
 
 
 def cuda_event() -> Any:
-    """What tells the time on the current stream."""
+    """An event that measures time on the current stream."""
     return torch.cuda.Event(enable_timing=True)
 
 

@@ -20,8 +20,8 @@ from lightning_lowrank.measuring.source import Reading
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a process has to measure: matrices `[*B, M, N]`, or a spectrum where only that is known, and the weights to
-    set beside them.
+    """The matrices `[*B, M, N]` that a process measures, or a spectrum if only that is known, and the weights to
+    compare with.
     """
 
     labels: tuple[str, ...]
@@ -31,16 +31,16 @@ class Gathered:
 
     @property
     def shape(self) -> Sequence[int]:
-        """Of the matrices."""
+        """Shape of the matrices."""
         return self.value.shape
 
     @property
     def num_bytes(self) -> int:
-        """What a copy of it takes."""
+        """Size of a copy."""
         return sum(t.numel() * t.element_size() for t in (self.value, self.weight) if isinstance(t, Tensor))
 
     def kept(self) -> "Gathered":
-        """The same, whatever becomes of the parameters and gradients that it is a view of."""
+        """A copy that does not change with the parameters and gradients that it is a view of."""
         value, weight = (t.clone() if isinstance(t, Tensor) else t for t in (self.value, self.weight))
         assert value is not None
         return Gathered(self.labels, value, weight)

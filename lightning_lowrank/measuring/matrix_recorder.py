@@ -38,7 +38,7 @@ KEPT = 2**26
 
 @dataclass(frozen=True)
 class Group:
-    """What was read of matrices that can be measured at once."""
+    """Readings of matrices that can be measured together."""
 
     labels: list[str]
     spectrum: Spectrum
@@ -96,7 +96,7 @@ class MatrixRecorder(Recorder):
 
     @property
     def owners(self) -> Mapping[str, int]:
-        """Who measures what can be shared out before it is read, by the first label."""
+        """Which process measures what can be distributed before it is read, by the first label."""
         return self._owners
 
     def take_solves(self) -> int:
@@ -122,7 +122,7 @@ class MatrixRecorder(Recorder):
         self._record(BATCH, self._source.sample_over(team), generator, team)
 
     def commit(self, optimizer: int) -> None:
-        """Also what was put off counts."""
+        """Deferred measurements count from now on, too."""
         super().commit(optimizer)
         self._late += self._put_off.pop(optimizer, [])
 

@@ -29,11 +29,11 @@ class SpectralStatistic(Metric):
 
     Args:
         statistic: A name such as `stable_rank`, `energy_rank_0.01` or `relative_stable_rank`.
-        k: Directions kept where the statistic compares subspaces.
-        kwargs: Those of `torchmetrics.Metric`.
+        k: Number of directions to keep if the statistic compares subspaces.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: There is no such statistic; the message lists what there is.
+        ValueError: There is no such statistic; the message lists those that exist.
 
     Examples:
         >>> metric = SpectralStatistic("stable_rank")
@@ -58,18 +58,18 @@ class SpectralStatistic(Metric):
         self.add_state("count", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
     def update(self, *matrices: Tensor | Spectrum | Subspace | Scaling) -> None:
-        """Add a batch of matrices [..., rows, columns]; two of them for a statistic of a pair. Or of the value objects
-        that the statistic takes.
+        """Add a batch of matrices [..., rows, columns], or two of them for a statistic of a pair. The value objects of
+        the statistic are accepted, too.
         """
         if len(matrices) != len(self.statistic.takes):
             raise ValueError(
-                f"{self.statistic.name} takes {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
+                f"{self.statistic.name} needs {len(self.statistic.takes)} batches of matrices, not {len(matrices)}"
             )
         for matrix in matrices:
             if isinstance(matrix, Tensor) and matrix.ndim < 2:
                 shape = tuple(matrix.shape)
                 raise ValueError(
-                    f"{self.statistic.name} takes matrices, [..., rows, columns]; this is of shape {shape}"
+                    f"{self.statistic.name} needs matrices [..., rows, columns]; this tensor has the shape {shape}"
                 )
         pairs = zip(self.statistic.takes, matrices, strict=True)
         values = self.statistic(*(self._value(kind, m.detach()) if isinstance(m, Tensor) else m for kind, m in pairs))
@@ -97,7 +97,7 @@ class SiteMeans(Metric):
     Args:
         num_quantities: Q.
         num_sites: S.
-        kwargs: Those of `torchmetrics.Metric`.
+        kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -130,11 +130,11 @@ def _index(sites: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Gram(Metric):
-    """Sum of outer products of all rows seen, over updates and over processes: pool first, take the rank last.
+    """Sum of outer products of all rows, over updates and over processes: pool first, compute the rank last.
 
     Args:
         width: Length of a row.
-        kwargs: Those of `torchmetrics.Metric`.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Examples:
         >>> metric = Gram(2)
@@ -155,7 +155,7 @@ class Gram(Metric):
         self.add_state("rows", torch.zeros((), dtype=state_dtype()), dist_reduce_fx="sum")
 
     def update(self, rows: Float[Tensor, "*B N"]) -> None:
-        """Add rows; all axes but the last count them."""
+        """Add rows; all axes except the last one number them."""
         add_rows(self.sums, rows)
         self.rows += rows.shape[:-1].numel()
 
@@ -164,12 +164,12 @@ class Gram(Metric):
         return self.sums[:-1], self.sums[-1], self.rows
 
     def spectrum(self, *, centred: bool = False, num_rows: int | None = None) -> Spectrum:
-        """Singular values of the matrix of all rows. Communicates, where there are several processes.
+        """Singular values of the matrix of all rows. Communicates if there are several processes.
 
         Args:
-            centred: About the mean of the rows, not as they are.
-            num_rows: How many all processes have seen, from who knows: unless given it is read from the device, which
-                has to be waited for.
+            centred: Whether to subtract the mean of the rows.
+            num_rows: Number of rows on all processes, if known. Otherwise it is read from the device, which waits for
+                it.
         """
         gram, total, rows = self.compute()
         # torchmetrics makes a single number of a single entry.

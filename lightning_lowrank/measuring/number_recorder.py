@@ -44,7 +44,7 @@ class NumberRecorder(Recorder):
 
     @property
     def measured(self) -> set[str]:
-        """As far as the model has it; also the errors of what is estimated."""
+        """Quantities that the model has, and the errors of estimated ones."""
         there = [quantity for quantity in self._asked if quantity.name not in self._source.absent]
         names = {self._prefix + quantity.name for quantity in there}
         return names | {f"{self._prefix}{quantity.name}_error" for quantity in there if quantity.estimated}
@@ -130,7 +130,7 @@ def _vector(curve: Curve, numbers: Numbers, like: Tensor) -> Tensor:
 
 
 def recorder_of(probe: Probe, prefix: str | None, *, histograms: bool) -> Recorder:
-    """What turns the readings of a probe into numbers."""
+    """The recorder for the readings of a probe."""
     if isinstance(probe.source, NumberSource):
         return NumberRecorder(probe, prefix=prefix)
     return MatrixRecorder(probe, prefix=prefix, histograms=histograms)

@@ -1,4 +1,4 @@
-"""Sources of finished numbers: what they measure is not the spectrum of one matrix."""
+"""Sources of finished numbers, which are not statistics of the spectrum of one matrix."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,14 +22,15 @@ Detail = Literal["core", "standard", "all"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a number source gives, of the whole model or of each site.
+    """A number that a number source returns, for the whole model or for each site.
 
     Attributes:
         name: Its tag, without the monitor's prefix.
-        unit: What it counts.
-        per_site: There is one for each site, and none for the whole model.
-        estimated: It comes with a standard error.
-        detail: Least detail at which loggers get it: "core" is what the monitor is for, "all" what one looks up.
+        unit: Its unit.
+        per_site: Whether there is one for each site, and none for the whole model.
+        estimated: Whether it comes with a standard error.
+        detail: Smallest detail at which loggers get it: "core" for the purpose of the monitor, "all" for rarely needed
+            numbers.
     """
 
     name: str
@@ -70,12 +71,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a number source found in one place.
+    """What a number source measured in one place.
 
     Attributes:
         site: Its label, or `WHOLE_MODEL`.
-        values: By quantity; what is not there is NaN.
-        errors: Standard errors of those that are estimated.
+        values: Numbers by quantity; missing ones are NaN.
+        errors: Standard errors of estimated quantities.
         curves: Vectors, as long as their axes.
     """
 
@@ -86,36 +87,36 @@ class Numbers:
 
 
 def refuse_seed(seed: object) -> None:
-    """Of what is drawn at random.
+    """Refuse a seed that is out of range.
 
     Raises:
         ValueError: It is none that every generator takes: with a step or the number of a process added, numpy's take 32
             bits.
     """
     if type(seed) is not int or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: a whole number, from 0 to 2**31 - 1")
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**31 - 1")
 
 
 def refuse_top_k(top_k: object) -> None:
-    """Of directions that are followed.
+    """Refuse a number of directions that is out of range.
 
     Raises:
         ValueError: There are none, or more than anyone reads: each has curves of its own.
     """
     if type(top_k) is not int or not 1 <= top_k <= MOST_DIRECTIONS:
-        raise ValueError(f"top_k={top_k!r}: a whole number, at least 1 and at most {MOST_DIRECTIONS}")
+        raise ValueError(f"top_k={top_k!r} must be a whole number from 1 to {MOST_DIRECTIONS}")
 
 
 class NumberSource(Source):
     """A source of finished numbers.
 
     Attributes:
-        quantities: What it gives; settled when it is made.
-        trouble: Why a part of a sample is missing, until it was told.
-        curves: What vectors it gives beside them, at every site.
-        absent: Names of quantities that this model cannot have: nothing is written of them.
-        shared: Each process gives the numbers of its share of the sites; otherwise all give the same, and the first
-            speaks for them.
+        quantities: Its quantities, fixed when it is created.
+        trouble: Why a part of a sample is missing, until this is reported.
+        curves: Vectors that it returns besides numbers, at every site.
+        absent: Names of quantities that this model cannot have; nothing is written for them.
+        shared: Whether each process returns the numbers of its share of the sites. Otherwise all return the same, and
+            those of the first are used.
     """
 
     quantities: Sequence[Quantity]

@@ -1,4 +1,4 @@
-"""Sources whose sites are parameters of the module, and what several of them read there."""
+"""Sources whose sites are parameters of the module, and readings that several of them share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ParameterSource(MatrixSource):
     Args:
         match: Parameters to read: globs on the full name, `re:REGEX`, `type:LAYERCLASS`, one or several; all matrices
             unless given.
-        exclude: The same, taken away.
+        exclude: Patterns of what to leave out, as for `match`.
         min_size: Shortest side of a matrix to read.
         heads: Split attention weights by head.
         views: Your own einops patterns by parameter name (glob); the right side ends in `rows columns`.
@@ -55,11 +55,11 @@ class ParameterSource(MatrixSource):
         return [label for site in self.sites if self.reads(site) for label in site.labels]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Those of all sites, frozen ones too."""
+        """Shapes of all sites, frozen ones included."""
         return {label: (site.shape[-2], site.shape[-1]) for site in self.sites for label in site.labels}
 
     def units(self) -> dict[str, torch.Size]:
-        """Those of the sites that it reads."""
+        """Shapes of the sites that it reads."""
         return {site.labels[0]: site.shape for site in self.sites if self.reads(site)}
 
     def reads(self, site: Site) -> bool:
@@ -73,7 +73,7 @@ def weights(site: Site, values: Sequence[Tensor] | None = None) -> Reading:
 
 
 def change(site: Site, before: Sequence[Tensor], now: Sequence[Tensor] | None = None) -> Reading:
-    """What a site's matrices are now less what they were; nothing to read where it is not known what they were.
+    """The change of a site's matrices; nothing to read if their earlier values are unknown.
 
     Args:
         site: It.
@@ -98,7 +98,7 @@ def change(site: Site, before: Sequence[Tensor], now: Sequence[Tensor] | None = 
 
 
 def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """What was read; nothing where that is not possible, which is counted and does no harm to other sites."""
+    """The reading. If it fails, there is none; this is counted and does not affect other sites."""
     try:
         return read()
     except Exception:
@@ -106,7 +106,7 @@ def attempt(read: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
 
 
 def difference(now: Tensor, before: Tensor) -> Tensor:
-    """What changed, in float32 at least: in half precision the difference would be rounded once more."""
+    """The change, in at least float32; in half precision the difference would be rounded once more."""
     if now.shape != before.shape:  # a single row would be subtracted from each
-        raise ValueError(f"a tensor of shape {tuple(before.shape)} has become one of {tuple(now.shape)}")
+        raise ValueError(f"a tensor of shape {tuple(before.shape)} now has the shape {tuple(now.shape)}")
     return now.to(torch.promote_types(now.dtype, torch.float32)) - before

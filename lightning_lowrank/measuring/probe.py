@@ -14,17 +14,16 @@ from lightning_lowrank.statistics import available, find
 
 @dataclass(frozen=True)
 class Probe:
-    """What to measure, of what, and when.
+    """What to measure, from which source, and when.
 
     Args:
         name: First part of the tags, as in `gradient_stable_rank`.
-        source: Where matrices come from.
-        statistics: Names of statistics; of a `NumberSource` those of its quantities.
+        source: Source of the matrices or numbers.
+        statistics: Names of statistics; for a `NumberSource`, those of its quantities.
         schedule: `step -> bool`; a number n is `Every(n)`.
 
     Raises:
-        ValueError: There is no such statistic, or the source has nothing to offer it; the message lists what would
-            work.
+        ValueError: There is no such statistic, or the source cannot offer it; the message lists what would work.
     """
 
     name: str
@@ -34,15 +33,18 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            raise ValueError(f"Probe(name={self.name!r}): a word of letters, digits and _.-, which begins its tags")
+            raise ValueError(
+                f"Probe(name={self.name!r}): the name begins its tags and may contain only letters, digits and _.-"
+            )
         if not isinstance(self.source, Source):
             made = f"{self.source.__name__}(...)" if isinstance(self.source, type) else "Gradients()"
-            raise ValueError(f"probe {self.name!r}: source={self.source!r} is no source; make one, as {made}")
+            raise ValueError(f"probe {self.name!r}: source={self.source!r} is not a source; create one, such as {made}")
         if type(self.schedule) is int:
             object.__setattr__(self, "schedule", Every(self.schedule))
         if not callable(self.schedule):
             raise ValueError(
-                f"probe {self.name!r}: schedule={self.schedule!r}; Every(50), Budget(0.01) or a function of the step"
+                f"probe {self.name!r}: schedule={self.schedule!r} must be Every(50), Budget(0.01) or a function of "
+                "the step"
             )
         if not isinstance(self.source, NumberSource):
             try:
@@ -53,7 +55,7 @@ class Probe:
         wrong = [name for name in self.statistics if not offers(self.source, name)]
         if wrong or not self.statistics:
             raise ValueError(
-                f"probe {self.name!r} asks for the statistics {wrong}; for {type(self.source).__name__} there are "
+                f"probe {self.name!r} has unknown statistics {wrong}; {type(self.source).__name__} offers "
                 f"{_offered(self.source)}"
             )
 
@@ -65,14 +67,14 @@ def due_at(probe: Probe) -> Schedule:
 
 
 def refuse_namesakes(probes: Sequence[Probe]) -> None:
-    """Of one monitor.
+    """Refuse probes of one monitor with the same name.
 
     Raises:
         ValueError: There is no probe, or two of them have one name.
     """
     names = [probe.name for probe in probes]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"a monitor takes at least one probe, each with a name of its own; these are {names}")
+        raise ValueError(f"a monitor needs at least one probe, and all probes must have different names, not {names}")
 
 
 def offers(source: Source, name: str) -> bool:

@@ -84,7 +84,7 @@ class Recorder(ABC):
         return "core"
 
     def sites_of(self, quantity: str) -> list[str]:
-        """Where a quantity is to be had: the whole model, or sites."""
+        """Where a quantity exists: the whole model, or sites."""
         return [site for site in self.expected if (site == WHOLE_MODEL) == self.is_global(quantity)]
 
     def shape(self, site: str) -> tuple[int, int] | None:
@@ -145,7 +145,7 @@ class Recorder(ABC):
         self._results = self._fresh()
 
     def abandon(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._staged, self.error = {}, None
         self._results.drop()
         try:
@@ -154,12 +154,12 @@ class Recorder(ABC):
             self.error = f"{type(error).__name__}: {error}"
 
     def take_error(self) -> str | None:
-        """What went wrong since this was last asked."""
+        """The failure since the last query."""
         taken, self.error = self.error, None
         return taken
 
     def packed(self, device: torch.device) -> Tensor:
-        """What was found here, as one vector to be added up over all processes."""
+        """The results of this process as one vector, to be summed over all processes."""
         self._results.know(self._shapes())
         return self._results.packed(device)
 
@@ -176,7 +176,7 @@ class Recorder(ABC):
         return self._rows(means, errors)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart: plain tensors."""
+        """State that must survive a restart: plain tensors."""
         return {"source": self.probe.source.state_dict(), "previous": self._results.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Staged:
 
 
 class Results:
-    """What a sample has found so far: means of the statistics, their errors, and where asked for spectra and subspaces.
+    """Results of a sample so far: means of the statistics, their errors, and spectra and subspaces on request.
 
     Args:
         num_statistics: Q.
@@ -151,7 +151,7 @@ class Results:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take them back."""
+        """Load them."""
         self._previous = {(kind, label): tensor for kind, known in state.items() for label, tensor in known.items()}
 
     def _stacked(self, kind: str, labels: Sequence[str], now: Tensor) -> Tensor:

@@ -263,5 +263,5 @@ def plan(recorders: Sequence[Recorder], training: Training) -> tuple[list[str], 
     agreed = all(others == sites for others in training.team.all_gather_object(sites))
     return troubles if agreed else [
         *troubles,
-        "the processes have different matrices, so that nothing is watched",
+        "the processes have different matrices, so nothing is watched",
     ], agreed

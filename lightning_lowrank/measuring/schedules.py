@@ -27,7 +27,7 @@ class Every:
     """Every `n` optimizer steps from `start` on, the first included.
 
     Raises:
-        ValueError: `n` is below 1 or `start` below 0, or they are no whole numbers.
+        ValueError: `n` is below 1, `start` is below 0, or one of them is not a whole number.
 
     Examples:
         >>> [step for step in range(10) if Every(4)(step)]
@@ -41,8 +41,8 @@ class Every:
         whole = type(self.n) is int and type(self.start) is int
         if not whole or self.n < 1 or self.start < 0:
             raise ValueError(
-                f"Every(n={self.n!r}, start={self.start!r}): whole numbers of optimizer steps, n at least 1 "
-                "and start at least 0"
+                f"Every(n={self.n!r}, start={self.start!r}): expected whole numbers of optimizer steps, n at least "
+                "1 and start at least 0"
             )
 
     def __call__(self, step: int) -> bool:
@@ -50,7 +50,7 @@ class Every:
         return step >= self.start and (step - self.start) % self.n == 0
 
     def count(self, total_steps: int) -> int:
-        """Samples in a run of so many steps."""
+        """Number of samples in a run of this length."""
         return len(range(self.start, total_steps, self.n))
 
 
@@ -64,25 +64,25 @@ class Spent(NamedTuple):
 
 @dataclass(eq=False)
 class Budget:
-    """As often as makes training longer by at most a share: measured once in a warm-up, then every so many steps, fixed
-    for the run.
+    """Sample as often as a share of the training time allows. The cadence is chosen once, after a warm-up, and stays
+    fixed for the run.
 
-    The warm-up is the first 100 optimizer steps. There is a sample at the first, which counts for nothing, like all of
-    the first 20 steps (compilation, allocators, caches); then 8 samples, every 10 steps. From medians (what a sample
-    took, what a step took without, what it costs to ask at every step) follows the cadence that takes 0.8 of the share;
-    of several processes the longest that one of them wants. The promise is for the time after that. The cadence is in
-    the checkpoint; a run resumed in its warm-up begins it again.
+    The warm-up is the first 100 optimizer steps. A sample at the first step is ignored, like all of the first 20 steps
+    (compilation, allocators, caches). Then there are 8 samples, one every 10 steps. Medians of three times determine
+    the cadence: of a sample, of a step without a sample, and of the check at every step. The cadence uses 0.8 of the
+    share. With several processes, the longest cadence of any process is used. The promise holds for the time after the
+    warm-up. The cadence is in the checkpoint; a run that is resumed in its warm-up starts it again.
 
-    Where a sample waits for other processes, that is part of what it takes.
+    If a sample waits for other processes, its time includes the wait.
 
     Args:
-        share: By which watching may make training longer (validation aside): 0.01 is 1 %.
+        share: Largest increase of training time (without validation); 0.01 is 1 %.
 
     Attributes:
-        every: The cadence in optimizer steps, None in the warm-up.
-        num_samples: Samples taken since it was chosen; in a run that was resumed, since its first sample.
-        sample: Seconds that a sample took in the warm-up of this process, NaN elsewhere.
-        step: Seconds that a step took without, NaN elsewhere.
+        every: The cadence in optimizer steps; None in the warm-up.
+        num_samples: Samples taken since the cadence was chosen; in a resumed run, since its first sample.
+        sample: Seconds of a sample in the warm-up of this process, NaN elsewhere.
+        step: Seconds of a step without a sample, NaN elsewhere.
 
     Raises:
         ValueError: The share is not between 0 and 1.
@@ -93,19 +93,19 @@ class Budget:
     def __post_init__(self) -> None:
         if not isinstance(self.share, float) or not 0 < self.share < 1:
             raise ValueError(
-                f"max_overhead, Budget(share={self.share!r}): a share of the training time above 0 and below 1, "
-                "0.01 for 1 %"
+                f"max_overhead, Budget(share={self.share!r}) must be a share of the training time above 0 and below "
+                "1, such as 0.01 for 1 %"
             )
         self.forget()
 
     def forget(self) -> None:
-        """Choose anew: this is another run."""
+        """Choose again, since this is another run."""
         self.every: int | None = None
         self._decided = 0
         self.begin()
 
     def begin(self) -> None:
-        """Training begins, or goes on in another process."""
+        """Training begins, or continues in another process."""
         self.num_samples = 0
         self.sample = self.step = math.nan
         self._seen: list[Spent] = []
@@ -132,15 +132,15 @@ class Budget:
         return step - (self._begun.step if self._begun else 0) in SAMPLED
 
     def count(self, total_steps: int) -> int | None:
-        """Samples in a run of so many steps, from the choice on if it was made; None where it is still to be made."""
+        """Number of samples in a run of this length, after the choice if it has been made; None before the choice."""
         if self.every is not None:
             return len(range(self._decided + self.every, total_steps, self.every))
         return sum(step < total_steps for step in SAMPLED) if total_steps <= WARM_UP else None
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
-        """Take note of the seconds spent before a step begins: whether the cadence was chosen just now.
+        """Note the seconds spent before a step begins. Returns whether the cadence has just been chosen.
 
-        All processes call it at the same steps; where the warm-up ends they talk to each other.
+        All processes must call it at the same steps; they communicate when the warm-up ends.
         """
         before, self._now = self._now, Spent(step, own, total)
         if self.every is None:
@@ -154,8 +154,8 @@ class Budget:
 
     @property
     def overhead(self) -> float:
-        """How much longer training took by us, in percent, since the cadence was chosen or since the first sample of a
-        run resumed; NaN before.
+        """Increase of training time in percent since the cadence was chosen, or since the first sample of a resumed
+        run; NaN before.
         """
         if self._mark is None or self._now is None or self._now.total <= self._mark.total:
             return math.nan
@@ -164,15 +164,15 @@ class Budget:
 
     @property
     def exceeded(self) -> bool:
-        """Whether it was more than noise explains."""
+        """Whether the increase exceeds the share by more than noise explains."""
         return self.num_samples >= ENOUGH and self.overhead > 100 * TOLERANCE * self.share
 
     def state_dict(self) -> dict[str, float]:
-        """What was chosen; nothing in the warm-up."""
+        """The choice; empty in the warm-up."""
         return {} if self.every is None else {"share": self.share, "every": self.every, "decided": self._decided}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Keep to what was chosen, unless the share is another now."""
+        """Keep the choice, unless the share is another one now."""
         self.forget()
         if state.get("share") == self.share:
             self.every, self._decided = int(state["every"]), int(state["decided"])
@@ -229,6 +229,6 @@ def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:
     budgets = [schedule for schedule in schedules if isinstance(schedule, Budget)]
     if budgets and any(schedule is not budgets[0] for schedule in schedules):
         raise ValueError(
-            "a Budget is for all that a monitor does in training: give all of its probes one and the same Budget object"
+            "a Budget limits everything that a monitor does in training; give all its probes the same Budget object"
         )
     return budgets[0] if budgets else None

@@ -1,4 +1,4 @@
-"""What every source has, the moments of a step at which it reads; and what sources of matrices have besides."""
+"""The base of every source: the moments of a step at which it reads; and additions for sources of matrices."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +18,19 @@ from lightning_lowrank.models.training import Training
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source has to offer for one place: made into matrices, or their spectrum, only by the process that
-    measures it.
+    """What a source reads at one place. Only the process that measures it computes the matrices or their spectrum.
 
-    Every process has the same readings in the same order; their parts differ where tensors are sharded or summands.
+    Every process has the same readings in the same order. Their parts differ if tensors are sharded or partial sums.
 
     Attributes:
         labels: One tag ending per matrix.
-        shape: Of the matrices, `[*B, M, N]`.
-        parts: What it is made from, valid until the caller returns; empty where there is nothing to read.
-        make: Takes the parts, each whole.
-        like: Tensors of the shapes and placements of the parts, for a process that could not read its own.
-        dtype: Of the parts, where it is not that of `like`.
-        weight: The weights to set beside it.
-        rounded: What it is made from are differences of numbers in half precision.
+        shape: Shape of the matrices, `[*B, M, N]`.
+        parts: The tensors it is made of, valid until the caller returns; empty if there is nothing to read.
+        make: Computes the matrices from the parts, each of them whole.
+        like: Tensors with the shapes and placements of the parts, for a process that could not read its own.
+        dtype: Dtype of the parts, if it differs from that of `like`.
+        weight: The weights to compare with.
+        rounded: Whether it is made of differences of numbers in half precision.
     """
 
     labels: tuple[str, ...]
@@ -82,18 +81,20 @@ class Batch:
 
 
 class Source(ABC):
-    """Where numbers come from: the moments at which they are read, `MatrixSource` or `NumberSource` what they are.
+    """Where numbers come from: the moments at which they are read. `MatrixSource` and `NumberSource` define what is
+    read.
 
-    Moments come on due steps only, so a running average over all steps cannot be a source. The order within a step:
+    Moments occur on due steps only, so a running average over all steps cannot be a source. The order within a step is
     `batch_begins`, `loss_live`, `backward_done` and `batch_over` for every micro-batch, `gradients_final` and
-    `step_done` for every optimizer, `sample_over` or `numbers` once.
+    `step_done` for every optimizer, and `sample_over` or `numbers` once.
 
     Attributes:
         name: First part of the tags.
-        of_parameters: Its sites are parameters, so that an optimizer that does not step in the due batch is waited for.
+        of_parameters: Whether its sites are parameters. If their optimizer does not step in the due batch, it waits for
+            the next step.
         stage: The loop whose batches it watches.
-        level: Where what it reads belongs, in overviews.
-        timed: Counts the time of what happens inside the user's own code.
+        level: Its place in overviews.
+        timed: Measures the time inside the user's own code.
     """
 
     name: str
@@ -107,29 +108,29 @@ class Source(ABC):
         """Choose the sites.
 
         Raises:
-            ValueError: A pattern matches nothing; the message lists what there is.
+            ValueError: A pattern matches nothing; the message lists what exists.
         """
 
     @abstractmethod
     def labels(self) -> Sequence[str]:
-        """Sites that are to have a number now."""
+        """Sites that should have a number now."""
 
     def batch_begins(self, batch: Batch) -> None:
         """A batch of a due step is about to enter the module."""
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
-        """The loss is computed and its graph is there; the backward pass is next.
+        """The loss is computed and its graph exists; the backward pass is next.
 
         Args:
-            loss: The step's own.
-            scale: What it has been multiplied by, for accumulation and half precision.
+            loss: The step's own loss.
+            scale: The factor it has been multiplied by, for accumulation and half precision.
         """
 
     def backward_done(self) -> None:
-        """The gradient of one micro-batch has been added; of the first one, it stands alone."""
+        """The gradient of one micro-batch has been added; the first one is alone."""
 
     def gradients_final(self, step: Step) -> list[Reading]:
-        """Gradients are synchronised, unscaled and accumulated, not yet clipped; weights are those before the step."""
+        """Gradients are synchronised, unscaled and accumulated, not yet clipped; weights are from before the step."""
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
@@ -137,43 +138,45 @@ class Source(ABC):
         return []
 
     def batch_over(self) -> None:
-        """The batch is over; nothing may be left in the module."""
+        """The batch is over; nothing may remain in the module."""
 
     def facts(self) -> dict[str, float]:
-        """Numbers to log beside what was read, known on the host."""
+        """Numbers to log besides the readings, known on the host."""
         return {}
 
     def note(self) -> str:
-        """One sentence for the log about how this source reads; printed once per wording. Empty: nothing to print."""
+        """One sentence for the log about how this source reads, printed once per wording. Empty if there is nothing to
+        print.
+        """
         return ""
 
     def detach(self) -> None:
-        """Let go of everything that is held or hooked, whatever the state."""
+        """Release everything, whatever the state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart: plain tensors and numbers."""
+        """State that must survive a restart: plain tensors and numbers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load it."""
 
 
 class MatrixSource(Source):
-    """A source of matrices, whose spectra are asked for statistics.
+    """A source of matrices, for statistics of their spectra.
 
     Attributes:
-        of_changes: What it reads are changes of the weights, so that the weights can be set beside them.
+        of_changes: Whether it reads changes of weights, which can be compared with the weights.
     """
 
     of_changes: bool = False
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Rows and columns of every matrix that it may ever give, by label; the same on every process."""
+        """Rows and columns of every matrix that it may ever read, by label; the same on every process."""
 
     def units(self) -> Mapping[str, torch.Size]:
-        """What can be shared out between processes before it is read: shapes of the readings to come, by their first
-        label.
+        """Shapes of the coming readings by their first label, which can be distributed over processes before they are
+        read.
         """
         return {}
 

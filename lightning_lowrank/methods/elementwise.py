@@ -1,5 +1,5 @@
-"""What a method must know of an optimizer of the user's: whether it treats each entry by itself, how it decays weights,
-and how much it keeps.
+"""Properties of the user's optimizer: whether it updates each entry independently, how it decays weights, and the size
+of its state.
 """
 
 from collections import OrderedDict, defaultdict
@@ -16,21 +16,21 @@ Decay = Literal["decoupled", "coupled"]
 SHAPE, STEPS = (8, 6), 8
 # In float64, of steps of about 0.01.
 TOLERANCE = 1e-9
-WORKING = "SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta and Rprop of torch, Lion and their like"
-INSTEAD = f"what works treats each entry by itself: {WORKING}"
+WORKING = "torch's SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta and Rprop, Lion and similar ones"
+INSTEAD = f"use an optimizer that updates each entry independently: {WORKING}"
 # As in tests of a single matrix, on the CPU or without any memory.
 PLAIN = {"fused": False, "foreach": False, "capturable": False}
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def decay_of(optimizer: Optimizer, group: dict[str, Any]) -> Decay:
-    """How an optimizer decays the weights of a group, by trying it on a small matrix, on the CPU in float64.
+    """How an optimizer decays the weights of a group, found by a test on a small matrix, on the CPU in float64.
 
-    It is tried once as it is, and once with the matrix taken out: it sees zeros in its place, and what it makes of them
-    is added to the matrix, with the decay applied outside. Both must agree.
+    The test runs the optimizer twice. The first time it steps the matrix. The second time it steps zeros instead; the
+    result is added to the matrix, with the decay applied outside. Both must agree.
 
     Raises:
-        ValueError: It fails; it reads the weights in another way (LAMB, LARS); it mixes entries (Muon, Shampoo,
+        ValueError: The optimizer fails, uses the weights in another way (LAMB, LARS), or mixes entries (Muon, Shampoo,
             Adafactor).
     """
     name = type(optimizer).__name__
@@ -45,16 +45,16 @@ def decay_of(optimizer: Optimizer, group: dict[str, Any]) -> Decay:
         agreed = [kind for kind in _KINDS if _near(_run(optimizer, settings, start, gradients, kind), plain)]
     except Exception as error:  # of the user's optimizer, on what it was not made for
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} cannot be tried on a small matrix ({reason}); {INSTEAD}") from error
+        raise ValueError(f"{name} failed on a small test matrix ({reason}); {INSTEAD}") from error
     if not _near(plain[marked], others[marked]):
-        raise ValueError(f"{name} makes the step of an entry depend on the gradients of others; {INSTEAD}")
+        raise ValueError(f"{name} updates each entry with the gradients of other entries; {INSTEAD}")
     if not agreed:
-        raise ValueError(f"{name} makes steps depend on the weights in a way that is no weight decay; {INSTEAD}")
+        raise ValueError(f"the steps of {name} depend on the weights in another way than weight decay; {INSTEAD}")
     return agreed[0]
 
 
 def decayed(gradient: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
-    """A gradient with the decay of an optimizer that couples both."""
+    """The gradient, with the weight decay of an optimizer with coupled decay added."""
     strength = float(group.get("weight_decay") or 0.0)
     return gradient.add(weight, alpha=-strength if group.get("maximize") else strength) if strength else gradient
 
@@ -63,7 +63,7 @@ def decay_(weight: Tensor, group: dict[str, Any], skipped: Tensor | None = None)
     """Shrink a weight as an optimizer with decoupled decay does before its step.
 
     Args:
-        skipped: 1 where the optimizer has left out its step, as fused ones do under a GradScaler.
+        skipped: 1 if the optimizer skipped its step, as fused ones do under a GradScaler.
     """
     if strength := group.get("weight_decay") or 0.0:
         share = 1 if skipped is None else 1 - skipped.to(weight)
@@ -71,7 +71,7 @@ def decay_(weight: Tensor, group: dict[str, Any], skipped: Tensor | None = None)
 
 
 def state_of(optimizer: Optimizer, group: dict[str, Any], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """What an optimizer keeps of a parameter of a shape: it makes a step on tensors without memory."""
+    """The state that an optimizer keeps for a parameter of a shape, from a step on meta tensors."""
     parameter = nn.Parameter(torch.zeros(tuple(shape), dtype=dtype, device="meta"))
     probe = _alone(optimizer, {key: value for key, value in group.items() if key != "params"}, parameter)
     parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Parameters that methods act on: those that are matrices, by patterns or by what is usual."""
+"""Parameters that methods act on: matrices, chosen by patterns or by default."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method acts on.
+    """The chosen matrices.
 
     Attributes:
         matrices: By tag.
-        left_out: Tags of matrices that it leaves alone unless they are matched, each with the reason.
+        left_out: Tags of matrices that are left alone unless they are matched, each with the reason.
     """
 
     matrices: dict[str, nn.Parameter]
@@ -36,13 +36,13 @@ class Choice:
 
 
 def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
-    """The matrices that `match` fits, without those that `exclude` fits.
+    """The matrices that `match` matches, without those that `exclude` matches.
 
-    Unless `match` is given these are all but embeddings and the head, which is the last layer that has a matrix.
-    Kernels of convolutions are matrices, outputs by all else.
+    Default: all except embeddings and the head, which is the last layer that has a matrix. Kernels of convolutions are
+    matrices with outputs as rows.
 
     Raises:
-        ValueError: A pattern fits none, or there is no matrix.
+        ValueError: A pattern matches nothing, or there is no matrix.
     """
     chosen = chosen_parameters(module, match, exclude)
     found = {tag: p for tag, p in chosen.items() if is_matrix(p)}
@@ -51,12 +51,12 @@ def matrices(module: nn.Module, match: Patterns, exclude: Patterns) -> Choice:
     left_out = {} if match is not None else unusual(module, found)
     kept = {tag: p for tag, p in found.items() if tag not in left_out}
     if not kept:
-        raise ValueError(f"all matrices are embeddings or the head: name what is meant by match, out of {left_out}")
+        raise ValueError(f"all matrices are embeddings or the head; name some of them in match: {left_out}")
     return Choice(kept, left_out)
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Of real numbers, with more than one row and column; one that has no shape yet is none."""
+    """Whether a parameter has real numbers and more than one row and column; False if it has no shape yet."""
     if is_lazy(parameter) or not parameter.is_floating_point():
         return False
     return parameter.ndim >= 2 and min(sides(parameter)) >= 2
@@ -79,10 +79,10 @@ def unusual(module: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, str]
 
 
 def owners_of(module: nn.Module, *, all_names: bool = False) -> dict[int, list[Owner]]:
-    """By id of each parameter the layers that have it: several where it is shared.
+    """The layers that have each parameter, by its id; several if it is shared.
 
     Args:
-        all_names: A layer that has several names stands under each of them.
+        all_names: Return a layer under each of its names.
     """
     found: dict[int, list[Owner]] = {}
     for path, layer in module.named_modules(remove_duplicate=not all_names):

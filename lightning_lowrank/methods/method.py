@@ -1,4 +1,4 @@
-"""What methods have in common: callbacks that act on a training, and report on it as monitors do."""
+"""The base of all methods: callbacks that act on a training and report on it as monitors do."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,85 +27,87 @@ def beside(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def refuse_finetuning(trainer: L.Trainer, name: str, instead: str) -> None:
-    """Refuse callbacks that freeze and unfreeze, for methods that do so too.
+    """Refuse callbacks that freeze and unfreeze, for methods that do so as well.
 
     Raises:
-        ValueError: There is one, named; the message ends with what to do instead.
+        ValueError: There is one. The message names it and ends with an alternative.
     """
     for callback in beside(trainer):
         if isinstance(callback, BaseFinetuning):
-            raise ValueError(f"{name} and {type(callback).__name__} both say what is frozen: take one, and {instead}")
+            raise ValueError(
+                f"{name} and {type(callback).__name__} both decide what is frozen; use only one, and {instead}"
+            )
 
 
 class Act(ABC):
     """What a method does to a training.
 
     Attributes:
-        name: Of the method, in messages.
-        structural: It changes the structure of the module, in `prepare`.
-        warn: Says what went wrong; each kind once.
-        say: Says what it does.
+        name: Name of the method, in messages.
+        structural: Whether it changes the structure of the module, in `prepare`.
+        warn: Warns of a failure; each kind once.
+        say: Prints a message.
         not_sharded: Why it cannot act on parameters in shards.
     """
 
     name: str
-    not_sharded: str = "no process has a whole one"
+    not_sharded: str = "no process holds a whole parameter"
     structural: bool = False
     warn: Callable[[str], None] = staticmethod(lambda message: None)
     say: Callable[[str], None] = staticmethod(lambda message: None)
 
     def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
-        """Make the structure that is trained, before there are optimizers; what is there already is left as it is.
+        """Create the structure to train, before there are optimizers. What exists already does not change.
 
         Args:
-            fresh: Give it its values now; otherwise they come from a checkpoint, or `begin` gives them.
+            fresh: Set its values now; otherwise they come from a checkpoint, or `begin` sets them.
 
         Raises:
-            ValueError: What was asked for cannot be had; nothing was changed.
+            ValueError: The options cannot be met; nothing has changed.
         """
 
     def batch_begins(self, training: Training) -> None:
         """Before each batch."""
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
-        """Gradients are synchronised, unscaled and accumulated, not yet clipped; nobody has read them."""
+        """Gradients are synchronised, unscaled and accumulated, but not yet clipped; no monitor has read them."""
 
     def batch_over(self, training: Training) -> None:
-        """After each batch, when everybody has read it."""
+        """After each batch, when all monitors have read it."""
 
     def epoch_over(self, training: Training) -> None:
-        """After each epoch, where somebody counts them."""
+        """After each epoch, if epochs are counted."""
 
     @abstractmethod
     def begin(self, training: Training) -> str:
-        """Act from now on; a run that was stopped goes on where it was, if its state was loaded.
+        """Start to act. A resumed run continues where it stopped if its state was loaded.
 
         Returns:
-            What to say: what it acts on.
+            A message about what it acts on.
 
         Raises:
-            ValueError: What was asked for cannot be had; nothing was changed.
+            ValueError: The options cannot be met; nothing has changed.
         """
 
     @abstractmethod
     def end(self) -> None:
-        """Give everything back, in whatever state the training is. Called more than once."""
+        """Restore everything, in whatever state the training is. May be called more than once."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart: plain tensors and numbers."""
+        """State that must survive a restart: plain tensors and numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it for the next `begin`."""
+        """Keep a state for the next `begin`."""
 
     @abstractmethod
     def forget(self) -> None:
-        """The next `begin` is no continuation."""
+        """The next `begin` does not continue a run."""
 
 
 class ActingWatch(Watch):
-    """A watch over a training that a method acts on."""
+    """Watches a training that a method acts on."""
 
     def __init__(self, act: Act, probes: Sequence[Probe], style: Style, **options: Any) -> None:
         super().__init__(probes, style, **options)
@@ -113,13 +115,13 @@ class ActingWatch(Watch):
         act.warn, act.say = self.journal.warn_once, self.journal.info_once
 
     def begins(self, training: Training) -> None:
-        """Act, then choose what to report on."""
+        """Start to act, then choose what to report."""
         refuse_sharded(self._act, training)
         self.journal.info_once(self._act.begin(training))
         super().begins(training)
 
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
-        """Act on what comes before a batch, then ask the schedules."""
+        """Act before the batch, then ask the schedules."""
         self._act.batch_begins(training)
         super().batch_begins(training, batch, index)
 
@@ -129,42 +131,42 @@ class ActingWatch(Watch):
         super().gradients_final(training, optimizer)
 
     def batch_over(self, training: Training) -> None:
-        """Report, then act on what comes between two batches."""
+        """Report, then act between two batches."""
         super().batch_over(training)
         self._act.batch_over(training)
 
     def ends(self) -> None:
-        """Give everything back."""
+        """Restore everything."""
         try:
             super().ends()
         finally:
             self._act.end()
 
     def forget_resumed(self) -> None:
-        """Another run after this one is no continuation."""
+        """The next run does not continue this one."""
         super().forget_resumed()
         self._act.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the method's own."""
+        """Also the state of the method."""
         return super().state_dict() | {"act": self._act.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also the method's own, whatever was measured."""
+        """Also load the state of the method, whatever is measured."""
         self._act.load_state_dict(state["act"])
         super().load_state_dict(state)
 
 
 class Method(Monitor):
-    """A callback that acts on a training: exactly resumed, and everything given back when the training is over.
+    """A callback that acts on a training. Resuming is exact, and everything is restored when the training is over.
 
     Args:
-        act: What it does.
-        source: What it reports.
-        every_n_steps: Cadence of the reports, in optimizer steps.
-        detail: What loggers get of them: "core", "standard" or "all".
-        per_site: Scalars of single matrices: `True`, `False`, or "auto".
-        seed: Of what is drawn.
+        act: The act on the training.
+        source: The source of its reports.
+        every_n_steps: Optimizer steps between two reports.
+        detail: What loggers get: "core", "standard" or "all".
+        per_site: Curves of single matrices: `True`, `False`, or "auto".
+        seed: Seed of random draws.
         name: Prefix of all tags.
     """
 
@@ -194,22 +196,24 @@ class Method(Monitor):
         return ActingWatch(self._act, probes, style, **options)
 
     def refuse_double(self, other: Monitor) -> None:
-        """Refuse a second one of its kind: each would take what the other left.
+        """Refuse a second method of the same kind; each would act on the result of the other.
 
         Raises:
-            ValueError: With what to do.
+            ValueError: There is a second one.
         """
         if isinstance(other, type(self)):
-            raise ValueError(f"two {type(self).__name__} in one training, {self!r} and {other!r}: give one of them all")
+            raise ValueError(
+                f"two {type(self).__name__} in one training, {self!r} and {other!r}; use one for everything"
+            )
         super().refuse_double(other)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies that keep parameters or gradients to themselves, and a second method of its kind."""
+        """Refuse strategies that hide parameters or gradients, and a second method of the same kind."""
         hiding = next((cls.__name__ for cls in type(trainer.strategy).__mro__ if cls.__name__ in HIDING), None)
         if hiding is not None:
             raise ValueError(
-                f"{type(self).__name__} cannot act under strategy {hiding}: {HIDING[hiding]}; what works is one "
-                "device, or 'ddp' and its variants"
+                f"{type(self).__name__} cannot act under strategy {hiding}: {HIDING[hiding]}. Use one device, or "
+                "'ddp' or one of its variants"
             )
         super().setup(trainer, pl_module, stage)
         if self._act.structural:
@@ -219,22 +223,22 @@ class Method(Monitor):
             self._act.prepare(pl_module, fresh=False)
 
     def prepare(self, module: nn.Module) -> None:
-        """Make the structure that is trained, for a loop of your own: before its optimizer is made.
+        """Create the structure to train. In your own loop, call it before you create the optimizer.
 
         A Trainer does it in `setup`. Methods that change no structure do nothing.
 
         Raises:
-            ValueError: What was asked for cannot be had; nothing was changed.
+            ValueError: The options cannot be met; nothing has changed.
         """
         self._act.prepare(module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Act on what comes between two epochs."""
+        """Act between two epochs."""
         super().on_train_epoch_end(trainer, pl_module)
         self._act.epoch_over(TrainerTraining(trainer, pl_module))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Act, also where nothing is reported; what cannot be had is refused here, before training."""
+        """Start to act, even if nothing is reported. Options that cannot be met are refused here, before training."""
         if trainer.barebones:
             training = TrainerTraining(trainer, pl_module)
             refuse_sharded(self._act, training)
@@ -244,14 +248,14 @@ class Method(Monitor):
 
 
 def refuse_sharded(act: Act, training: Training) -> None:
-    """Refuse a model whose parameters lie in shards on several processes.
+    """Refuse a model whose parameters are sharded over several processes.
 
     Raises:
-        ValueError: With what works.
+        ValueError: A parameter is sharded.
     """
     sharded = next((key for key, p in training.module.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ValueError(
-            f"{act.name} cannot act on {sharded!r}, which lies in shards on several processes (FSDP2, tensor "
-            f"parallel): {act.not_sharded}; what works is one device, or 'ddp' and its variants"
+            f"{act.name} cannot act on {sharded!r}, which is sharded over several processes (FSDP2, tensor "
+            f"parallel): {act.not_sharded}. Use one device, or 'ddp' or one of its variants"
         )

@@ -1,4 +1,4 @@
-"""`RankAdvisor`: which rank each weight is worth, from gradients and accumulated updates of a short run.
+"""`RankAdvisor`: a rank for each weight, from gradients and accumulated updates of a short run.
 
 Shape letters:  M rows, N columns of a matrix   S short side
 """
@@ -35,7 +35,7 @@ PAIR = re.compile(r"\.lora(\..*)?$")
 
 @dataclass(frozen=True)
 class Options:
-    """What advice is asked for."""
+    """Options of the advice."""
 
     budget: int | str
     method: Method
@@ -50,18 +50,18 @@ class Options:
         """
         numbers_of(self.budget, self.method)
         if self.by not in get_args(By):
-            raise ValueError(f"by={self.by!r}: one of {list(get_args(By))}")
+            raise ValueError(f"by={self.by!r} must be one of {list(get_args(By))}")
         if type(self.least) is not int or self.least < 0:
-            raise ValueError(f"least={self.least!r}: a rank, from 0 on")
+            raise ValueError(f"least={self.least!r} must be a whole number of at least 0")
 
 
 class Directions(NumberSource):
-    """Energies of the directions of gradients and accumulated updates, and the ranks that they are worth.
+    """Energies of the directions of gradients and accumulated updates, and the ranks that follow.
 
     Args:
-        options: What advice is asked for.
+        options: Options of the advice.
         match: Weights, as `LoRA` takes them.
-        exclude: The same, taken away.
+        exclude: Patterns of weights to leave out.
     """
 
     name = "advisor"
@@ -79,15 +79,15 @@ class Directions(NumberSource):
         self._ranks: dict[str, int] = {}
 
     def plan(self, training: Training) -> None:
-        """Choose the weights that train, and keep what they begin as."""
+        """Choose the trained weights, and keep their initial values."""
         wanted = {id(p) for p in matrices(training.module, self._match, self._exclude).matrices.values()}
         found = [site for site in sites(training.module) if wanted & set(map(id, site.parameters))]
         self._sites = [site for site in found if any(p.requires_grad for p in site.parameters)]
         if not self._sites:
-            raise ValueError("RankAdvisor: none of the matrices that it may look at is trained; name others by match")
+            raise ValueError("RankAdvisor: none of the chosen matrices is trained; choose others with match")
         sharded = next((s.name for s in self._sites if any(isinstance(p, DTensor) for p in s.parameters)), None)
         if sharded is not None:
-            raise ValueError(f"RankAdvisor cannot advise on {sharded!r}, which lies in shards on several processes")
+            raise ValueError(f"RankAdvisor cannot advise on {sharded!r}, which is sharded over several processes")
         # Refused now, where the least ranks are above the budget.
         several = {
             _weight(site): Energies(tuple(self._shapes(site)), (1.0,) * self._options.least) for site in self._sites
@@ -113,7 +113,7 @@ class Directions(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """The ranks as they would be now, and how much of the budget has changed hands since the last sample."""
+        """The current ranks, and the share of the budget that moved since the last sample."""
         self.look()
         advice = self.advice(self._options)
         moved, self._ranks = _moved(advice, self._ranks), dict(advice.ranks)
@@ -128,13 +128,13 @@ class Directions(NumberSource):
         ]
 
     def look(self) -> None:
-        """Read how far the weights are from where they began."""
+        """Measure the distance of the weights from their initial values."""
         for site in self._sites:
             began = [old.to(new.device) for old, new in zip(self._initial[site.name], site.values(), strict=True)]
             self._updates[site.name] = self._energies(site, change(site, began))
 
     def advice(self, options: Options, rates: Mapping[str, float] | None = None) -> RankAdvice:
-        """What was seen so far, as ranks."""
+        """Ranks from the samples so far."""
         seen = self._updates if options.by == "updates" else self._gradients
         parts: dict[str, tuple[list[tuple[int, int]], list[list[float]]]] = {}
         for site in self._sites:
@@ -145,11 +145,11 @@ class Directions(NumberSource):
         return advise(known, options.budget, method=options.method, least=options.least, rates=rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the start, and what was added up."""
+        """Initial weights, and the sums."""
         return {"initial": self._initial, "gradients": self._gradients, "updates": self._updates, "ranks": self._ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on adding up."""
+        """Continue the sums."""
         self._initial, self._gradients, self._updates, self._ranks = (
             dict(state.get(name, {})) for name in ("initial", "gradients", "updates", "ranks")
         )
@@ -175,47 +175,48 @@ class Directions(NumberSource):
 
 
 class RankAdvisor(Monitor):
-    """Which rank each weight is worth under a budget, from a short run of full fine-tuning, or of a larger LoRA.
+    """Advise a rank for each weight under a budget, from a short run of full fine-tuning or of LoRA with a larger rank.
 
-    It adds up the energies (squared singular values) of gradients on due steps and takes those of the accumulated
-    update W_t - W_0, and spends the budget on the directions with the most energy per number, all weights together.
+    It adds up the energies (squared singular values) of gradients on due steps, and measures those of the accumulated
+    update W_t - W_0. It then spends the budget on the directions with the most energy per parameter, over all weights.
     `advice` has the ranks: `LoRA(r=advisor.advice.patterns)`, `LoraConfig(**advisor.advice.peft())`,
     `GaLore(rank=advisor.advice.patterns)`, `rich.print(advisor.advice)`, `advisor.advice.save("ranks.json")`.
 
-    Captured energy is what the ranks could hold of what full fine-tuning did, and no promise of accuracy: `advice` has
-    what uniform ranks capture beside it, and docs/methods/choose-ranks.md what came of it.
+    Captured energy says how much of full fine-tuning the ranks could represent; it promises no accuracy. `advice` also
+    says how much uniform ranks capture, and docs/methods/choose-ranks.md has results of trainings.
 
-    Of a LoRA run it reads the products, without their scaling, under the names of the weights. A rank for each is
-    advised under a budget of the numbers that `LoRA` makes: a fused projection has a pair for each part.
+    In a LoRA run it reads the products without their scaling, under the names of the weights. The budget then counts
+    the parameters that `LoRA` creates: a fused projection has one pair for each part.
 
-    `advice.rates` has learning rates to begin with: "ten_times", ten times the largest of the run; and, where a
-    `CurvatureMonitor` with its largest Hessian eigenvalue (level "standard") watches the same run,
-    "gradient_descent_below", 2 over the largest curvature that the second factors of LoRA with its default init can
-    meet: above it plain gradient descent may diverge. It says nothing of Adam.
+    `advice.rates` has learning rates to start with. "ten_times" is ten times the largest rate of the run.
+    "gradient_descent_below" needs a `CurvatureMonitor("standard")` in the same run. It is 2 over the largest curvature
+    that the second factors of LoRA with its default init can have; above it, plain gradient descent may diverge. It
+    does not apply to Adam.
 
-    Writes `advisor/rank_median` and `advisor/captured_median`, each weight at "standard", and `advisor/moved`: the
-    share of the ranks' numbers that went to another weight since the last sample, 1 at the first one and near 0 where a
-    longer run would not change the advice.
+    Curves: `advisor/rank_median` and `advisor/captured_median`, at "standard" also of each weight; and `advisor/moved`,
+    the share of the ranks' parameters that moved to another weight since the last sample. It is 1 at the first sample,
+    and near 0 once a longer run would not change the advice.
 
-    Cost: a copy of the weights it looks at, also in checkpoints; two eigendecompositions of the short side of each on
+    Cost: a copy of the weights, also in checkpoints, and two eigendecompositions of the short side of each weight on
     due steps.
 
     Args:
-        budget: Numbers that all ranks together may take; or memory, as "8 MB".
-        method: Who takes the ranks: "lora" or "galore".
-        by: "updates" ranks directions by the accumulated update, "gradients" by gradients, in the mean over due steps.
-        least: Rank of each weight that moved at all; `GaLore` keeps full moments of what has none.
-        match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all but embeddings and the last linear layer unless given.
-        exclude: The same, taken away.
-        every_n_steps: Cadence in optimizer steps; default 10.
+        budget: Budget for all ranks together: a count of parameters, or memory such as "8 MB".
+        method: The method that will use the ranks: "lora" or "galore".
+        by: "updates" ranks directions by the accumulated update, "gradients" by gradients averaged over due steps.
+        least: Smallest rank of a weight that changed; `GaLore` keeps full moments for weights without a rank.
+        match: Weights: globs, `re:REGEX` or `type:LAYERCLASS`. Default: all except embeddings and the last linear
+            layer.
+        exclude: Patterns of weights to leave out.
+        every_n_steps: Optimizer steps between two samples; default 10.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
+        max_overhead: Largest increase of training time, 0.01 for 1 %. A `Budget` then chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits
-            is trained, a weight is sharded, or the budget does not suffice for the least ranks.
+        ValueError: An option is out of range. When training starts: a pattern matches nothing or no trained weight, a
+            weight is sharded, or the budget is too small for the least ranks.
 
     Examples:
         >>> RankAdvisor(budget=200_000)
@@ -247,27 +248,27 @@ class RankAdvisor(Monitor):
 
     @property
     def advice(self) -> RankAdvice:
-        """Ranks by what was seen so far; of a run that is over, by all of it."""
+        """Ranks from the samples so far; after a run, from all of it."""
         return self._source.advice(self._asked, self._rates)
 
     def advise(self, budget: int | str, by: By | None = None, least: int | None = None) -> RankAdvice:
-        """The same for another budget, by other energies, or with another least rank.
+        """Ranks for another budget, other energies or another least rank.
 
         Raises:
-            ValueError: The budget is none, or too small.
+            ValueError: The budget is invalid or too small.
         """
         known = self._asked
         other = Options(budget, known.method, by or known.by, known.least if least is None else least)
         return self._source.advice(other, self._rates)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the largest rate of the run."""
+        """Remember the largest learning rate of the run."""
         super().on_train_start(trainer, pl_module)
         rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self._rates = {"ten_times": 10 * max(rates)} if rates else {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look once more, and at the curvature that another monitor has found."""
+        """Take a last sample, and read the curvature that another monitor has found."""
         super().on_train_end(trainer, pl_module)
         if trainer.barebones:
             return
@@ -279,15 +280,15 @@ class RankAdvisor(Monitor):
 
 
 def stable_rate(sharpness: float, advice: RankAdvice) -> float:
-    """Rate below which gradient descent on the second factors of LoRA is stable where the loss is quadratic.
+    """Learning rate below which gradient descent on the second factors of LoRA is stable if the loss is quadratic.
 
-    With B = 0 a change of B by dB changes the weight by dB A, so that no curvature in B is above `sharpness` times the
-    squared largest singular value of A: (1 + sqrt(r / N))^2 / 3 for the default init, whose entries have the variance
-    1 / (3 N).
+    If B = 0, a change of B by dB changes the weight by dB A. No curvature in B is therefore above `sharpness` times the
+    squared largest singular value of A. For the default init, whose entries have variance 1 / (3 N), this square is
+    about (1 + sqrt(r / N))^2 / 3.
 
     Args:
-        sharpness: Largest eigenvalue of the Hessian in the weights.
-        advice: With the ranks.
+        sharpness: Largest eigenvalue of the Hessian with respect to the weights.
+        advice: Advice with the ranks.
     """
     pairs = ((rank, n) for name, rank in advice.patterns.items() for _, n in advice.energies[name].shapes)
     largest = max(((1 + math.sqrt(rank / n)) ** 2 / 3 for rank, n in pairs), default=math.nan)

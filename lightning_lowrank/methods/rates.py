@@ -1,4 +1,4 @@
-"""Learning rates of single parameters: for the time of one step, groups of an optimizer are split."""
+"""Learning rates of single parameters: groups of an optimizer are split during a step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from torch.utils.hooks import RemovableHandle
 
 
 class StepRates:
-    """Multiplies the learning rates of single parameters, within steps alone.
+    """Multiplies the learning rates of single parameters, during steps only.
 
-    Between steps the groups are those of the user: schedulers, checkpoints and whoever reads a rate see nothing.
+    Between steps, the groups are the user's, so schedulers, checkpoints and loggers of rates see no difference.
 
     Args:
-        factor: Of a parameter; asked at each step.
+        factor: Factor for a parameter; asked at each step.
     """
 
     def __init__(self, factor: Callable[[Tensor], float]) -> None:
@@ -24,14 +24,14 @@ class StepRates:
         self._split: dict[Optimizer, list[dict[str, Any]]] = {}
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
-        """From now on."""
+        """Start to act."""
         self.end()
         for optimizer in optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
             self._hooks.append(optimizer.register_step_post_hook(self._after))
 
     def end(self) -> None:
-        """Take the hooks away, and put back the groups of a step that was broken off."""
+        """Remove the hooks, and restore the groups of an interrupted step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -24,11 +24,11 @@ MOST_OUTPUTS = 256
 
 
 def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor, ""]:
-    """Half the squared length of parameters, times the strength, to be added to a loss: what a gradient gets of it is
-    `strength * W`.
+    """Half the squared norm of parameters times the strength, as a term to add to a loss. It adds `strength * W` to the
+    gradient.
 
     Raises:
-        ValueError: There are no parameters, or names with them.
+        ValueError: There are no parameters, or they come with names.
 
     Examples:
         >>> weight_decay([torch.ones(2, 2)], 0.5)
@@ -37,7 +37,10 @@ def weight_decay(parameters: Iterable[Tensor], strength: float) -> Float[Tensor,
     several = list(parameters)
     if not several or not all(isinstance(parameter, Tensor) for parameter in several):
         found = [type(parameter).__name__ for parameter in several[:1]]
-        raise ValueError(f"weight_decay of {found}: tensors, one at least; net.parameters() is empty after one use")
+        raise ValueError(
+            f"weight_decay of {found}: expected at least one tensor. An iterator such as net.parameters() is "
+            "empty after one use"
+        )
     return 0.5 * strength * torch.stack([parameter.square().sum() for parameter in several]).sum()
 
 
@@ -47,39 +50,40 @@ def input_noise(
     """Inputs with independent Gaussian noise on every entry.
 
     Args:
-        inputs: Any.
+        inputs: Any tensor of floating point numbers.
         deviation: Standard deviation of the noise.
-        generator: Of the noise; torch's own unless given.
+        generator: Generator of the noise. Default: torch's global one.
 
     Raises:
-        ValueError: The entries are no real numbers, or the deviation is negative or not finite.
+        ValueError: The inputs are not floating point numbers, or the deviation is negative or not finite.
     """
     if not inputs.is_floating_point() or not 0 <= deviation < inf:
         raise ValueError(
-            f"input_noise of deviation {deviation!r} on {inputs.dtype}: from 0 on, and on floating point inputs alone"
+            f"input_noise of deviation {deviation!r} on {inputs.dtype}: the deviation must be at least 0, and the "
+            "inputs floating point numbers"
         )
     return inputs + deviation * torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[str] | None = None) -> Float[Tensor, ""]:
-    """Half the mean over examples of the squared length of the outputs' Jacobian by the weights of linear layers.
+    """Half the mean over examples of the squared norm of the outputs' Jacobian with respect to the weights of linear
+    layers.
 
-    To be added to a loss in `training_step`, or measured. The module is run once more, in eval mode (no dropout,
-    running statistics), uncompiled, and gone through backward once for every output; what other examples of the batch
-    are does not count, nor do frozen weights. What the module draws at random in eval mode too is drawn without a
-    trace. With non-reentrant activation checkpointing it can be measured, but not added where a checkpointed part has
-    batch norm.
+    Add it to a loss in `training_step`, or measure it. The module runs once more, uncompiled and in eval mode (no
+    dropout, running statistics), with one backward pass for every output. Other examples of the batch and frozen
+    weights have no influence. Random numbers that the module draws in eval mode leave no trace. With non-reentrant
+    activation checkpointing it can be measured. It can be added only if no checkpointed part has batch norm.
 
     Args:
-        module: Called with the inputs alone.
+        module: Module that is called with the inputs only.
         inputs: Examples along the first axis.
-        match: Weights, as for monitors: of all linear layers unless given.
+        match: Patterns of weights, as for monitors. Default: all weights of linear layers.
 
     Raises:
-        ValueError: There is no trained weight of a linear layer among those that fit, or one is used without a graph
-            (reentrant activation checkpointing); the module does not give one tensor, or a layer does not see one, with
-            the examples along the first axis; or there are more than 256 outputs for each.
+        ValueError: No trained weight of a linear layer matches, or one is used without a graph (reentrant activation
+            checkpointing). The module must return one tensor with the examples along the first axis, and each layer
+            must get such a tensor. An example must have at most 256 outputs.
 
     Examples:
         >>> jacobian_penalty(nn.Linear(3, 1), torch.ones(5, 3))
@@ -89,8 +93,7 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not layers:
         raise ValueError(
-            f"jacobian_penalty: match={match!r} fits no weight of a linear layer of "
-            f"{type(module).__name__} that is trained"
+            f"jacobian_penalty: match={match!r} matches no trained weight of a linear layer of {type(module).__name__}"
         )
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     # Until the last backward pass: activation checkpointing runs layers again in it.
@@ -100,9 +103,9 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
         rows, called = _rows(outputs, inputs), [output for _, _, output in calls]
         if not calls or not all(output.requires_grad for output in (rows, *called)):
             why = (
-                "a layer runs without a graph; checkpoint with use_reentrant=False"
+                "a layer runs without a graph; use activation checkpointing with use_reentrant=False"
                 if calls
-                else "no such layer is called"
+                else "none of these layers is called"
             )
             raise ValueError(f"jacobian_penalty: in the forward of {type(module).__name__} {why}")
         total: Tensor = rows.new_zeros(())
@@ -118,28 +121,28 @@ def jacobian_penalty(module: nn.Module, inputs: Tensor, match: str | Sequence[st
 
 
 class JacobianPenalty(L.Callback):
-    """Logs the Jacobian penalty of every batch as `jacobian_penalty`, and adds it to the loss if it is asked to.
+    """Log the Jacobian penalty of every batch as `jacobian_penalty`, and add it to the loss on request.
 
-    It is added in place to the loss that Lightning is about to differentiate, so that accumulation, half precision and
-    DDP treat it as a part of the loss; the loss that `training_step` logged is without it. So is what other callbacks
-    see, before or after it in the list: it goes to the end of the Trainer's callbacks. `GradientAnatomyMonitor`
-    hears the training's own pass alone: what a penalty that is added brings into a gradient is its `deviation`, and
-    above 5 % of the gradient the shares are blank.
+    It is added in place to the loss that Lightning is about to differentiate, so gradient accumulation, half precision
+    and DDP treat it as part of the loss. The loss that `training_step` logged, and the loss that other callbacks see,
+    do not contain it, wherever they are in the list. The callback moves itself to the end of the Trainer's callbacks.
+    `GradientAnatomyMonitor` sees only the training's own pass: an added penalty appears in its `deviation`, and above 5
+    % of the gradient its shares are blank.
 
-    A module that counts or averages in its `forward`, in eval mode too, does so once more at every batch. Where the
-    penalty is only logged, what goes wrong is NaN and one warning; where it is to be added, a training without it would
-    be another one, so that it ends with an error in its first batch.
+    If a module counts or averages in its `forward` in eval mode, too, it does so once more for every batch. If the
+    penalty is only logged, a failure gives NaN and one warning. If it should be added, a failure raises an error in the
+    first batch, since the training would otherwise be another one.
 
     Args:
-        strength: What the penalty is multiplied by.
-        add: Add it to the loss; else it is only logged, and training stays as it is.
-        match: Weights, as for `jacobian_penalty`.
-        inputs_of: `batch -> inputs`; the batch, or the first of a tuple or list, unless given.
+        strength: Factor of the penalty.
+        add: Add it to the loss. Otherwise it is only logged, and training does not change.
+        match: Patterns of weights, as for `jacobian_penalty`.
+        inputs_of: Maps a batch to the inputs. Default: the batch, or the first element of a tuple or list.
 
     Raises:
-        ValueError: The strength is no finite number. When training starts: the module has no `forward`, or it optimises
-            by hand and the penalty is to be added. In the first batch, if it is to be added: inputs are no tensor, or
-            what `jacobian_penalty` refuses.
+        ValueError: The strength is not a finite number. When training starts: the module has no `forward`, or the
+            penalty should be added under manual optimization. In the first batch, if it should be added: the inputs are
+            no tensor, or `jacobian_penalty` raises an error.
 
     Examples:
         >>> JacobianPenalty(1e-3, add=True).add
@@ -155,20 +158,23 @@ class JacobianPenalty(L.Callback):
         inputs_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if not isinstance(strength, int | float) or not isfinite(strength):
-            raise ValueError(f"JacobianPenalty(strength={strength!r}): a finite number")
+            raise ValueError(f"JacobianPenalty(strength={strength!r}): the strength must be a finite number")
         self.strength, self.add, self.match, self.inputs_of = strength, add, match, inputs_of or _first
         self._batch: Any = None
         self._is_told = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what it cannot know: how to run the module, and which of several losses to add to; come last."""
+        """Refuse modules without a forward, and manual optimization if the penalty is added; move to the end of the
+        callbacks.
+        """
         if self.add and not pl_module.automatic_optimization:
             raise ValueError(
-                "JacobianPenalty(add=True): the module optimises by hand; call jacobian_penalty in its training_step"
+                "JacobianPenalty(add=True): the module uses manual optimization; call jacobian_penalty in its "
+                "training_step"
             )
         if type(pl_module).forward is L.LightningModule.forward:
             raise ValueError(
-                f"JacobianPenalty runs the module on the inputs alone: give {type(pl_module).__name__} a forward"
+                f"JacobianPenalty calls the module with the inputs only; define forward in {type(pl_module).__name__}"
             )
         if self.add:  # a new list: the Trainer is going through the old one
             untyped: Any = trainer  # whose callbacks Lightning declares nowhere
@@ -188,7 +194,7 @@ class JacobianPenalty(L.Callback):
             loss.add_((self.strength * TrainerTraining(trainer, pl_module).loss_scale() * penalty).to(loss.dtype))
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Let go of the batch."""
+        """Forget the batch."""
         self._batch = None
 
     def _measured(self, module: L.LightningModule) -> Float[Tensor, ""]:
@@ -197,8 +203,8 @@ class JacobianPenalty(L.Callback):
             inputs = self.inputs_of(self._batch)
             if not isinstance(inputs, Tensor):
                 raise ValueError(
-                    f"JacobianPenalty: inputs are a {type(inputs).__name__} and no tensor; say where they are "
-                    "by inputs_of="
+                    f"JacobianPenalty: the inputs are a {type(inputs).__name__}, not a tensor; select them with "
+                    "inputs_of="
                 )
             penalty: Tensor = jacobian_penalty(module, inputs, self.match)
             return penalty
@@ -206,7 +212,9 @@ class JacobianPenalty(L.Callback):
             if self.add:
                 raise
             if not self._is_told:
-                rank_zero_warn(f"lightning_lowrank: no Jacobian penalty is logged ({type(error).__name__}): {error}")
+                rank_zero_warn(
+                    f"lightning_lowrank: the Jacobian penalty could not be computed ({type(error).__name__}): {error}"
+                )
             self._is_told = True
             return torch.full((), torch.nan, device=module.device)
 
@@ -216,14 +224,14 @@ def _rows(outputs: Any, inputs: Tensor) -> Float[Tensor, "B C"]:
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs) or outputs.numel() == 0:
         found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
         raise ValueError(
-            f"jacobian_penalty: the module gave {found} of {len(inputs)} examples; wrap it to give one "
-            "tensor, by example"
+            f"jacobian_penalty: the module returned {found} for {len(inputs)} examples; wrap it to return one "
+            "tensor with the examples first"
         )
     rows = outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]
     if rows.shape[1] > MOST_OUTPUTS:
         raise ValueError(
-            f"jacobian_penalty: {rows.shape[1]} outputs of each example take as many backward passes; "
-            f"{MOST_OUTPUTS} at most"
+            f"jacobian_penalty: {rows.shape[1]} outputs of each example need as many backward passes; the limit is "
+            f"{MOST_OUTPUTS}"
         )
     return rows
 
@@ -232,7 +240,8 @@ def _by_example(rows: Tensor, num_examples: int) -> Float[Tensor, "B T _"]:
     """Rows of a layer, those of an example together."""
     if rows.ndim < 2 or len(rows) != num_examples:
         raise ValueError(
-            f"jacobian_penalty: a layer sees shape {tuple(rows.shape)} of {num_examples} examples: they belong first"
+            f"jacobian_penalty: a layer gets shape {tuple(rows.shape)} for {num_examples} examples, which must be "
+            "the first axis"
         )
     return rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None]
 

@@ -46,7 +46,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class AdapterFolder:
-    """What a folder has.
+    """Content of a folder.
 
     Attributes:
         pairs: By the path of the layer.
@@ -86,7 +86,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     config = json.loads((folder / CONFIG).read_text())
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ValueError(
-            f"{folder} has an adapter of type {config.get('peft_type')}, or DoRA: what works is plain LoRA"
+            f"{folder} has an adapter of type {config.get('peft_type')}, or DoRA; only plain LoRA is supported"
         )
     found: dict[str, dict[str, Any]] = {}
     whole = {}

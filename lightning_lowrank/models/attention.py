@@ -90,7 +90,7 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """Of queries."""
+        """Number of heads of queries."""
         return self.queries.heads
 
     @property
@@ -147,7 +147,7 @@ class Finder:
         untold: Weights of which queries and keys cannot be told, with the reason.
 
     Raises:
-        ValueError: A pattern fits nothing, or a layout is none.
+        ValueError: A pattern matches nothing, or a layout is none.
     """
 
     module: nn.Module
@@ -219,7 +219,7 @@ class Finder:
         """As its class, or its name says."""
         read, alone = fused(path, self.modules), ALONE.fullmatch(own)
         if read is None and ALL_THREE.fullmatch(own):
-            self.untold[name] = "no class that is known says in which order they lie"
+            self.untold[name] = "their order is unknown, since its class is not a known one"
         return read.order if read is not None else f"{alone['part'][0].lower()} heads d" if alone else ""
 
     def _pairs(self, weights: Sequence[_Weight]) -> Iterator[tuple[_Weight, _Weight]]:
@@ -233,7 +233,7 @@ class Finder:
             if len(partners) == 1:
                 yield queries, partners[0]
             else:
-                self._leave_out(queries, f"it has {len(partners)} layers of keys beside it")
+                self._leave_out(queries, f"it has {len(partners)} layers of keys next to it")
 
     def _attempt(self, name: str, queries: _Weight, keys: _Weight) -> list[Attention]:
         try:
@@ -260,12 +260,12 @@ class Finder:
         known = (read.heads if read else 0) or number(holder, NUM_HEADS) or num_heads(queries.name, self.modules, share)
         heads = self._counted.get(queries.name) or known
         if not heads:
-            raise ValueError("nothing says how many heads it has")
+            raise ValueError("the number of its heads is unknown")
         if together:
             key_heads = (read.key_heads if read else 0) or number(holder, NUM_KEY_HEADS) or heads
             whole = sum(heads if part == "q" else key_heads for part in queries.parts)
             if key_heads != heads and not queries.order.startswith(f"{queries.parts} heads"):
-                raise ValueError(f"{key_heads} heads of keys for {heads} of queries are read in a way of their own")
+                raise ValueError(f"{key_heads} heads of keys for {heads} of queries are combined in an unknown way")
         else:
             width = queries.rows // heads
             key_heads = max(1, keys.rows // (len(keys.parts) * max(1, width)))
@@ -276,18 +276,20 @@ class Finder:
     def _refuse_odd(self, queries: _Weight, keys: _Weight, whole: int, heads: int, key_heads: int) -> None:
         width = queries.rows // whole
         if queries.rows % whole or heads % key_heads or not width:
-            raise ValueError(f"its {queries.rows} rows are not those of {heads} heads of queries, {key_heads} of keys")
+            raise ValueError(
+                f"its {queries.rows} rows do not divide into {heads} heads of queries and {key_heads} of keys"
+            )
         if keys is not queries and key_heads * width * len(keys.parts) != keys.rows:
-            raise ValueError(f"the {keys.rows} rows of {keys.name!r} are not those of heads of {width} columns")
+            raise ValueError(f"the {keys.rows} rows of {keys.name!r} do not divide into heads of {width} columns")
         said = number(self.modules[queries.holder], WIDTHS)
         if said and said != width and not queries.asked:
-            raise ValueError(f"its heads have {width} columns by their number, and {said} by its class")
+            raise ValueError(f"the width of its heads is {width} columns by their number, but {said} by its class")
         if "blocks" in queries.order and heads % NUM_BLOCKS:
-            raise ValueError(f"{heads} heads are not in {NUM_BLOCKS} blocks")
+            raise ValueError(f"{heads} heads do not divide into {NUM_BLOCKS} blocks")
 
     def _leave_out(self, weight: _Weight, reason: str) -> None:
         if weight.asked:
-            raise ValueError(f"queries and keys of {weight.name!r} cannot be told: {reason}")
+            raise ValueError(f"queries and keys of {weight.name!r} are unknown: {reason}")
         self.untold[weight.name] = reason
 
 
@@ -301,8 +303,8 @@ def _refuse_layout(layout: str) -> None:
     axes, parts = layout.split(), _parts(layout)
     others = sorted(axis for axis in axes if axis != parts)
     if not {"q", "k"} & set(parts) or others not in (["d", "heads"], ["blocks", "d", "heads"]) or axes[-1] != "d":
-        known = "'qkv heads d', 'heads qkv d', 'q heads d' and 'k heads d' for layers of their own"
-        raise ValueError(f"layouts: {layout!r} is no order of axes, the slowest first, such as {known}")
+        known = "'qkv heads d' and 'heads qkv d', or 'q heads d' and 'k heads d' for separate layers"
+        raise ValueError(f"layouts: {layout!r} is not an order of axes with the slowest first, such as {known}")
 
 
 def _matrices(layer: nn.Module) -> list[str]:

@@ -51,18 +51,18 @@ def width(layer: nn.Module) -> int:
 
 
 def feature_axis(layer: nn.Module, shape: Sequence[int], around: nn.Module | None = None) -> int:
-    """The axis of an output that has the features of the layer; along all others are its positions and examples.
+    """The axis of an output that contains the features of the layer; all other axes are positions and examples.
 
-    A layer of PyTorch's says it by its type. A block, an activation or a layer of another library has no say: there it
-    is the axis that is as long as some layer inside of it (or else beside it) says, and where this one has it. Where
-    none is, it is the last of up to three axes.
+    The type of a PyTorch layer determines it. For a block, an activation or a layer of another library, the layers
+    inside of it (or else next to it) decide. It is the axis that is as long as one of them says, in the place that this
+    one uses. If there is no such axis, it is the last of up to three axes.
 
     Args:
-        shape: Of the output, two axes or more.
+        shape: Shape of the output, with at least two axes.
         around: The module that the layer is part of.
 
     Raises:
-        ValueError: Two axes may be it, or none of four or more.
+        ValueError: Two axes are possible, or none of four or more.
 
     Examples:
         >>> feature_axis(nn.Linear(3, 5), (2, 7, 7, 5)), feature_axis(nn.Conv2d(3, 5, 1), (2, 5, 7, 7))
@@ -75,8 +75,8 @@ def feature_axis(layer: nn.Module, shape: Sequence[int], around: nn.Module | Non
     if len(found) == 1 or (not found and len(shape) == 3):
         return max(found, default=-1)
     raise ValueError(
-        f"cannot tell which axis has the features in an output of shape {tuple(shape)} of a "
-        f"{type(layer).__name__}; match linear layers, convolutions or norms inside or beside it"
+        f"cannot tell which axis has the features in an output of shape {tuple(shape)} of a {type(layer).__name__}; "
+        "match linear layers, convolutions or norms inside of it or next to it"
     )
 
 

@@ -23,7 +23,7 @@ FORMAT = "lightning-lowrank subspace 1"
 
 @dataclass(frozen=True)
 class Share:
-    """What a basis has of one tensor.
+    """The part of a basis that belongs to one tensor.
 
     Attributes:
         mean: Of the updates.
@@ -72,14 +72,14 @@ class Basis:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"there is no file {path}: lightning-lowrank subspace fit ... --output writes one")
+            raise ValueError(f"there is no file {path}; lightning-lowrank subspace fit ... --output writes one")
         try:
             self._file: Any = _opened(self.path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
         known: dict[str, str] = self._file.metadata() or {}
         if known.get("format") != FORMAT:
-            raise ValueError(f"{path} is no basis: lightning-lowrank subspace fit ... --output writes one")
+            raise ValueError(f"{path} is not a basis; lightning-lowrank subspace fit ... --output writes one")
         self.models: list[str] = json.loads(known["models"])
         self.base: str | None = json.loads(known["base"])
         self.is_of_updates: bool = json.loads(known["is_of_updates"])
@@ -90,7 +90,7 @@ class Basis:
             self.shapes[name], self.ks[name] = torch.Size(shape), k
 
     def share(self, name: str) -> Share:
-        """What it has of one tensor."""
+        """The part that belongs to one tensor."""
         parts = ("mean", "components", "values", "coefficients", "energies")
         return Share(*(self._file.get_tensor(f"{part}/{name}") for part in parts))
 

@@ -113,7 +113,7 @@ class Checkpoint:
         found = _of_safetensors(file) if file.suffix == ".safetensors" else _of_pickle(file)
         missing = [] if only is None else [name for name in only if name not in found]
         if missing:
-            raise ValueError(f"{file} lacks {_some(missing)}, which the index says it has: load the file again")
+            raise ValueError(f"{file} lacks {_some(missing)}, which the index lists for it; download the file again")
         for name, (read, shape) in found.items():
             self._reads[name], self.shapes[name] = read, shape
 
@@ -152,14 +152,14 @@ def _file(path: Path) -> Path:
     """The file to begin with."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: the kinds of files that can be read are {list(SUFFIXES)}, and folders of them")
+            raise ValueError(f"{path}: only {list(SUFFIXES)} files, and folders with them, can be read")
         return path
     if not path.is_dir():
         raise ValueError(f"there is no file or folder {path}")
     if (path / ".metadata").exists():
         raise ValueError(
-            f"{path} is a distributed checkpoint in shards: make it one file first, with "
-            "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+            f"{path} is a distributed checkpoint in shards; first convert it to one file with python -m "
+            "lightning.pytorch.utilities.consolidate_checkpoint"
         )
     for name in FILES:
         if (path / name).is_file():
@@ -167,7 +167,7 @@ def _file(path: Path) -> Path:
     there = sorted(one.name for one in path.iterdir() if one.suffix in SUFFIXES and one.suffix != ".json")
     if len(there) == 1:
         return path / there[0]
-    raise ValueError(f"{path} has none of {list(FILES)}; give one of its files, {_some(there)}")
+    raise ValueError(f"{path} contains none of {list(FILES)}; give one of its files, {_some(there)}")
 
 
 def _parts(file: Path) -> dict[Path, set[str] | None]:
@@ -229,12 +229,12 @@ def _loaded(file: Path) -> Mapping[str, Any]:
     except Exception as error:  # whatever bytes make of a reader of pickles
         if "GLOBAL" in str(error):
             raise ValueError(
-                f"{file} holds more than tensors and plain values, and loading it would run code: save the "
-                f"state_dict() alone (torch.save(model.state_dict(), ...)). torch says: {_reason(error)}"
+                f"{file} contains more than tensors and plain values, and loading it would run code. Save only the "
+                f"state_dict(): torch.save(model.state_dict(), ...). Message of torch: {_reason(error)}"
             ) from error
         raise ValueError(f"{file} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file} holds a {type(content).__name__}; a dictionary of tensors was expected")
+        raise ValueError(f"{file} contains a {type(content).__name__}; expected a dictionary of tensors")
     return content
 
 

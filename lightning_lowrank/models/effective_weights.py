@@ -110,12 +110,12 @@ class Computation(ABC):
     @property
     @abstractmethod
     def originals(self) -> dict[str, nn.Parameter]:
-        """Those parameters, by the names that their module has for them."""
+        """Parameters of the computation, by their names in the module."""
 
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
-        """Of the weight."""
+        """Shape of the weight."""
 
     @abstractmethod
     def _quietly(self) -> AbstractContextManager[Callable[..., Tensor]]:
@@ -205,7 +205,7 @@ class Hooked(Computation):
 
     @property
     def shape(self) -> torch.Size:
-        """That of the largest original."""
+        """Shape of the largest original."""
         return self.largest.shape
 
     @contextmanager
@@ -223,19 +223,19 @@ class Hooked(Computation):
         return self.hook.compute_weight(given)  # type: ignore[no-any-return]
 
     def tangent(self, values: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
-        """Of a pruned weight the change times the mask: what is masked takes part in nothing."""
+        """For a pruned weight, the change times the mask, since masked entries have no effect."""
         return self(*changes) if self.is_pruned else super().tangent(values, changes)
 
 
 def hooked(layer: nn.Module) -> dict[str, Hooked]:
-    """By the name of each parameter of a layer that is an original of a hooked weight how that is computed."""
+    """How each hooked weight is computed, by the name of each parameter of a layer that is its original."""
     kinds = (BasePruningMethod, SpectralNorm, WeightNorm)
     found = [Hooked(layer, hook) for hook in layer._forward_pre_hooks.values() if isinstance(hook, kinds)]
     return {name: one for one in found for name in one.originals}
 
 
 class InUse:
-    """What the layers of a module have of its parameters: nothing where they are pruned."""
+    """The parameters that a module's layers use; pruned entries count as nothing."""
 
     def __init__(self, module: nn.Module | None = None) -> None:
         layers = () if module is None else module.modules()

@@ -1,9 +1,9 @@
-"""Fused projections: queries, keys and values in one weight, in the order in which the class that holds the layer reads
-them.
+"""Fused projections: queries, keys and values in one weight, in the order in which the class of the layer's parent
+reads them.
 
-No name tells that order: GPT-2's `c_attn` has one block for each, GPT-NeoX's `query_key_value` has all three in turn
-for every head, CodeGen's `qkv_proj` has queries, values and keys in four blocks, and LFM2's `in_proj` has no queries at
-all. A class that is not known here is left whole.
+No name tells that order. GPT-2's `c_attn` has one block for each, and GPT-NeoX's `query_key_value` alternates all three
+for every head. CodeGen's `qkv_proj` has queries, values and keys in four blocks, and LFM2's `in_proj` has no queries at
+all. A weight of an unknown class is not split.
 """
 
 from collections.abc import Mapping
@@ -89,8 +89,8 @@ class Fused:
         return self.heads if "q" in self.parts else self.key_heads
 
     def pattern(self, *, heads: bool) -> tuple[str, dict[str, int]] | None:
-        """Axes that come out, as an einops pattern to the parts (and the heads) that they are, and lengths of axes;
-        None where the parts cannot be told or have several sizes.
+        """An einops pattern from the outputs to their parts (and heads), and lengths of axes. None if the parts are
+        unknown or have several sizes.
         """
         sizes, axes = {"blocks": NUM_BLOCKS, "heads": self._heads_in_a_block}, self.order.split()
         if "q" in self.parts and self.heads != self.key_heads:

@@ -21,7 +21,7 @@ def tag(name: str) -> str:
 
 
 def tags(names: Iterable[str]) -> dict[str, str]:
-    """By name its tag; those after the first that would have the same one are numbered: `a_b`, `a_b_2`."""
+    """Tags by name. Names with the same tag are numbered from the second on: `a_b`, `a_b_2`."""
     given: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
@@ -40,19 +40,19 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
         layers: For each name the layer behind it.
 
     Raises:
-        ValueError: A pattern fits none; the message has the nearest names and some of what there is.
+        ValueError: A pattern matches nothing; the message has the nearest names and some of what there is.
     """
     found: set[str] = set()
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
         raise ValueError(
-            f"{argument}={patterns!r}: give one pattern or a list of patterns: globs, 're:REGEX', 'type:LAYERCLASS'"
+            f"{argument}={patterns!r} must be a pattern or a list of patterns: globs, 're:REGEX' or 'type:LAYERCLASS'"
         )
     for pattern in several:
         test = _test(argument, pattern)
         hits = {name for name, layer in layers.items() if test(name, layer)}
         if not hits:
-            raise ValueError(f"{argument}: {pattern!r} fits nothing; {_what_there_is(pattern, layers)}")
+            raise ValueError(f"{argument}: {pattern!r} matches nothing; {_what_there_is(pattern, layers)}")
         found |= hits
     return found
 
@@ -60,13 +60,13 @@ def fitting(argument: str, patterns: str | Sequence[str], layers: Mapping[str, n
 def chosen_parameters(
     module: nn.Module, match: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    """By tag the parameters that `match` fits, all unless given, without those that `exclude` fits.
+    """The parameters that `match` matches (all by default), without those that `exclude` matches, by tag.
 
-    What a hooked weight (pruned, or under the older norms) is computed from answers to the name of that weight too, and
-    the original of a pruned one goes by it: pruning in mid-run changes no name.
+    A pattern for a hooked weight (pruned, or with the older norms) also matches the parameter from which it is
+    computed. The original of a pruned weight has the name of the weight, so pruning in mid-run changes no name.
 
     Raises:
-        ValueError: A pattern fits none.
+        ValueError: A pattern matches nothing.
     """
     named = dict(module.named_parameters())
     layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in named}
@@ -111,4 +111,4 @@ def _what_there_is(pattern: str, layers: Mapping[str, nn.Module]) -> str:
         return "there is nothing to choose from"
     nearest = get_close_matches(rest.strip("*"), names, 3, cutoff=0)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"nearest: {nearest}; there are {names[:10]}{more}"
+    return f"nearest: {nearest}; available: {names[:10]}{more}"

@@ -46,7 +46,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router said of some tokens.
+    """Decisions of a router for some tokens.
 
     Attributes:
         logits: As they are.
@@ -68,7 +68,7 @@ def routers(module: nn.Module) -> list[str]:
 
 
 def router(name: str, module: nn.Module, top_k: int | None = None) -> Router | None:
-    """What is to be known of a router before it runs; None for a layer that cannot be one.
+    """Properties of a router before it runs; None for a layer that cannot be one.
 
     Args:
         name: Of the layer.
@@ -92,7 +92,7 @@ def router(name: str, module: nn.Module, top_k: int | None = None) -> Router | N
 
 
 def routing(known: Router, output: Any) -> Routing:
-    """What it said, from its output.
+    """Its decisions, from its output.
 
     Raises:
         ValueError: There are no logits, or nothing says how many experts a token takes.
@@ -110,7 +110,7 @@ def routing(known: Router, output: Any) -> Routing:
             if known.top_k in (None, last):
                 return Routing(logits, _assigned(part.flatten(0, -2), logits), len(logits) * last)
     if known.top_k is None:
-        raise ValueError(f"{type(known.layer).__name__} does not give the number of experts per token: pass top_k=...")
+        raise ValueError(f"{type(known.layer).__name__} does not tell the number of experts per token; give top_k=...")
     chosen = logits.topk(min(known.top_k, known.num_experts), -1).indices
     return Routing(logits, _assigned(chosen, logits), chosen.numel())
 

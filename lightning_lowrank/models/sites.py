@@ -75,11 +75,11 @@ class Site:
         return values[0] if self.computation is None else self.computation(*values)
 
     def tangent(self, changes: Sequence[Tensor], values: Sequence[Tensor] = ()) -> Num[Tensor, "*B M N"]:
-        """What changes of the parameters mean for the matrices to first order, at whole values of them; at those of now
-        unless given.
+        """First-order change of the matrices by changes of the parameters, at given whole values; by default at the
+        current ones.
 
-        Of a LoRA pair `dB A + B dA`. Of a parametrised or normed weight the change of its largest original, as it is
-        where it has the weight's shape; of a pruned one the change of its original times the mask.
+        For a LoRA pair, it is `dB A + B dA`. For a parametrised or normed weight, it is the change of its largest
+        original, if that has the weight's shape. For a pruned weight, it is the change of its original times the mask.
         """
         if self.linear:
             return self.view(changes[0].detach())
@@ -105,8 +105,8 @@ def sites(
     module.
 
     Args:
-        match: Keep only parameters that match one of these patterns: a glob on the full name (`*.attn.*`), `re:` and a
-            regular expression that is searched in it, or `type:` and the class of the layer or one of its bases
+        match: Keep only parameters that match one of these patterns. A pattern is a glob on the full name (`*.attn.*`),
+            a regular expression to search in it (`re:attn`), or the class of the layer or one of its bases
             (`type:Linear`).
         exclude: Leave out parameters that match one of these patterns.
         min_size: Matrices with a side shorter than this are left out.

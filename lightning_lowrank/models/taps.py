@@ -122,7 +122,7 @@ class Listener:
         self._hooks = []
 
     def take_error(self) -> Exception | None:
-        """What `hear` raised first since this was last asked."""
+        """The first error of `hear` since the last query."""
         error, self._error = self._error, None
         return error
 
@@ -164,8 +164,8 @@ def refuse_compiled(root: nn.Module, layers: Mapping[str, nn.Module], what: str)
     for name, layer in layers.items():
         if id(layer) in inside:
             raise ValueError(
-                f"{what} of {name!r} cannot be measured: hooks inside a compiled module never run; "
-                "match layers outside of it, or do not compile"
+                f"{what} of {name!r} cannot be measured, since hooks inside a compiled module never run; match "
+                "layers outside of it, or do not compile it"
             )
 
 
@@ -185,8 +185,8 @@ def refuse_fast_path(root: nn.Module, name: str, what: str, *, evaluates: bool =
     fast = [module for module in around if isinstance(module, nn.TransformerEncoderLayer)]
     if any(evaluates or not module.training for module in fast):
         raise ValueError(
-            f"{what} of {name!r} cannot be measured: a hook would turn off the fast path that "
-            "nn.TransformerEncoderLayer takes in eval mode; match layers outside of it"
+            f"{what} of {name!r} cannot be measured, since a hook would turn off the fast path of "
+            "nn.TransformerEncoderLayer in eval mode; match layers outside of it"
         )
 
 

@@ -1,8 +1,8 @@
-"""Groups of units that may change places, read from a module with `torch.fx`.
+"""Groups of units that can be permuted, read from a module with `torch.fx`.
 
-Every value carries the group of its features. Linear layers and convolutions begin a new one; norms and functions of
-each entry keep it; sums make two into one; what is not known, inputs and outputs keep their order. A group that is read
-wrongly does no harm where each is tried on data before it is used.
+Every value has the group of its features. Linear layers and convolutions begin a new group, norms and elementwise
+functions keep it, and sums merge two groups. Inputs, outputs and the results of unknown operations are not permuted.
+Wrong groups do no harm if each is tested on data before use.
 """
 
 import operator
@@ -162,8 +162,8 @@ def features(module: nn.Module) -> list[Group]:
         graph = _Tracer().trace(module)
     except Exception as error:  # the user's own code runs on proxies
         raise ValueError(
-            f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}): say which units may "
-            "change places with --specification FILE, JSON of {group: [[tensor, axis], ...]}"
+            f"torch.fx cannot trace {type(module).__name__} ({type(error).__name__}: {error}). List the units that "
+            "can be permuted with --specification FILE, a JSON file of {group: [[tensor, axis], ...]}"
         ) from error
     reader = _Reader(module)
     for node in graph.nodes:

@@ -52,7 +52,7 @@ class Training(ABC):
     @property
     @abstractmethod
     def folder(self) -> str:
-        """Where files of this run belong."""
+        """The folder for files of this run."""
 
     def loss_scale(self) -> Tensor | float:
         """Factor that the loss has been multiplied by before its backward pass."""
@@ -88,7 +88,7 @@ class Training(ABC):
         raise ValueError("there is no training_step to run again")
 
     def rerun(self, batch: Any, index: int) -> Any:
-        """What the user's own training step returns for a batch."""
+        """The result of the user's own training step for a batch."""
         raise NotImplementedError
 
     def precision(self) -> AbstractContextManager[Any]:

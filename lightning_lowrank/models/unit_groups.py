@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binding:
-    """Where a group's units lie in a tensor: unit `u` at `start + u * inner` up to the next one.
+    """The place of a group's units in a tensor: unit `u` from `start + u * inner` up to the next one.
 
     Attributes:
         name: Of the tensor.
@@ -81,7 +81,7 @@ def _group(name: str, places: Sequence[Sequence[object]], shapes: Mapping[str, S
     for place in places:
         tensor, dim, *rest = place
         if tensor not in shapes or not isinstance(tensor, str):
-            raise ValueError(f"group {name!r}: there is no tensor {tensor!r}; there are {list(shapes)[:8]}")
+            raise ValueError(f"group {name!r}: there is no tensor {tensor!r}; the tensors are {list(shapes)[:8]}")
         if not isinstance(dim, int) or not 0 <= dim < len(shapes[tensor]) or len(rest) not in (0, 3):
             raise ValueError(
                 f"group {name!r}: {list(place)} is not [tensor, axis] or [tensor, axis, start, inner, size]"
@@ -89,10 +89,10 @@ def _group(name: str, places: Sequence[Sequence[object]], shapes: Mapping[str, S
         start, inner, size = (int(str(number)) for number in rest) if rest else (0, 1, shapes[tensor][dim])
         if start + inner * size > shapes[tensor][dim]:
             raise ValueError(
-                f"group {name!r}: {list(place)} goes beyond axis {dim} of {tensor}, {shapes[tensor][dim]} long"
+                f"group {name!r}: {list(place)} exceeds axis {dim} of {tensor}, {shapes[tensor][dim]} long"
             )
         found.append(Binding(tensor, dim, start, inner))
         sizes.add(size)
     if len(sizes) != 1:
-        raise ValueError(f"group {name!r} has axes of {sorted(sizes)} units: its members change places together")
+        raise ValueError(f"group {name!r} has axes of {sorted(sizes)} units, but its members are permuted together")
     return Group(name, sizes.pop(), tuple(found))

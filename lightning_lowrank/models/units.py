@@ -1,7 +1,8 @@
 """The parts of a model that may share the learning unequally: modules, attention heads, neurons.
 
-Heads and neurons are found where they are read: a head is a block of the inputs of its attention's output projection, a
-neuron an input of the layer after its activation. There a gate on it has an exact gradient (`gates.py`).
+Heads and neurons are found in the layers that read them. A head is a block of inputs of its attention's output
+projection; a neuron is an input of the layer after its activation. A gate on it has an exact gradient there
+(`gates.py`).
 """
 
 import re
@@ -73,7 +74,7 @@ def heads_of(module: nn.Module, counts: Mapping[str, int]) -> dict[str, Units]:
         counts: Heads by patterns of names of output projections, for those that are not found.
 
     Raises:
-        ValueError: A pattern fits nothing that can be read, or a count does not divide the inputs.
+        ValueError: A pattern matches nothing that can be read, or a count does not divide the inputs.
     """
     layers, weights = linear_layers(module), _weights(module)
     found = dict(_projections(module, layers))
@@ -89,12 +90,12 @@ def neurons_of(module: nn.Module, patterns: str | Sequence[str] | None, projecti
 
     Args:
         module: Anything.
-        patterns: Names of the layers. Unless given, the second of two linear layers (or of two convolutions) that
-            belong together, where the first gives as much as the second takes, and neither is part of an attention.
-        projections: Output projections of attentions.
+        patterns: Names of the layers. Default: the second of two linear layers (or convolutions) that belong together
+            and are not part of an attention. It must have as many inputs as the first has outputs.
+        projections: Output projections of attention layers.
 
     Raises:
-        ValueError: A pattern fits nothing that can be read.
+        ValueError: A pattern matches nothing that reads units.
     """
     layers, weights = linear_layers(module), _weights(module)
     names = _hidden(module, layers, projections) if patterns is None else _chosen("neurons", patterns, layers, weights)
@@ -197,9 +198,10 @@ def _chosen(
     """The layers that a user names."""
     names = sorted(fitting(argument, patterns, layers))
     if names and weights.keys().isdisjoint(names) and not any(_is_lazy(layers[name]) for name in names):
-        why = "computed (a parametrization), shared with another layer, packed, or in groups"
+        why = "computed (by a parametrization), shared with another layer, packed, or grouped"
         raise ValueError(
-            f"{argument}: {patterns!r} fits {names[:5]}, whose weights tell nothing of single inputs: they are {why}"
+            f"{argument}: {patterns!r} matches {names[:5]}, whose weights have no separate part for each input, "
+            f"since they are {why}"
         )
     return names
 

@@ -50,7 +50,7 @@ class View:
     def __post_init__(self) -> None:
         left, arrow, right = self.pattern.partition("->")
         if not arrow or len(_groups(right)) < 2:
-            raise ValueError(f"view {self.pattern!r} has to end in rows and columns, as in '(heads d) n -> heads d n'")
+            raise ValueError(f"view {self.pattern!r} must end in rows and columns, as in '(heads d) n -> heads d n'")
         named = {axis: len(axis) for axis in SPELLED if re.search(rf"\b{axis}\b", left)}
         # A tuple, so that views can be hashed and compared.
         object.__setattr__(self, "sizes", tuple({**named, **dict(self.sizes)}.items()))
@@ -60,7 +60,7 @@ class View:
         return rearrange(tensor, self.pattern, **dict(self.sizes))
 
     def fitted(self, name: str, shape: Sequence[int]) -> "View":
-        """The same with a name for each matrix that it makes of this shape.
+        """The same view with a name for each matrix that it makes of this shape.
 
         Raises:
             ValueError: The pattern does not fit the shape, or has another number of matrices than of `parts`.
@@ -84,7 +84,7 @@ def _fitted(view: View, name: str, shape: tuple[int, ...]) -> View:
     parts = view.parts or _names(_groups(view.pattern.partition("->")[2])[:-2], batch)
     if len(parts) != prod(batch) and (parts or batch):
         raise ValueError(
-            f"view {view.pattern!r} makes {prod(batch)} matrices of {name}, but names {len(parts)}: {list(parts)}"
+            f"view {view.pattern!r} makes {prod(batch)} matrices of {name}, but has {len(parts)} names: {list(parts)}"
         )
     return replace(view, parts=parts)
 

@@ -27,17 +27,17 @@ PLAIN = View("m n -> m n")
 
 
 class Coordinates(NumberSource):
-    """`|dW x| / |W x|` of each linear layer, where x are its inputs in a due step and dW is what the optimizer adds.
+    """`|dW x| / |W x|` of each linear layer, where x are its inputs in a due step and dW is the change of its weight.
 
     Args:
-        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all linear layers unless given.
-        exclude: The same, taken away.
-        num_rows: Rows of inputs, of each call of a layer, that are looked at.
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all linear layers by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        num_rows: Number of rows of inputs to use, for each call of a layer.
 
     Raises:
-        ValueError: `num_rows` is out of its range; in `plan`: a pattern fits nothing, there is no linear layer, a
-            weight is sharded, or a layer is inside a compiled module or in an `nn.TransformerEncoderLayer` in eval
-            mode.
+        ValueError: `num_rows` is out of range. In `plan`: a pattern matches nothing, there is no linear layer, or a
+            weight is sharded. Also if a layer is inside a compiled module, or in an `nn.TransformerEncoderLayer` in
+            eval mode.
     """
 
     name = "coordinate"
@@ -52,7 +52,7 @@ class Coordinates(NumberSource):
         self, match: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, num_rows: int = 256
     ) -> None:
         if type(num_rows) is not int or not 1 <= num_rows <= 1_000_000:
-            raise ValueError(f"num_rows={num_rows!r}: a number of rows, at least 1 and at most 1,000,000")
+            raise ValueError(f"num_rows={num_rows!r} must be a number of rows from 1 to 1,000,000")
         self._match, self._exclude, self._num_rows = match, exclude, num_rows
         self._listener = Listener(self._add)
         self._updates = Updates(min_size=1)
@@ -65,14 +65,14 @@ class Coordinates(NumberSource):
         layers = linear_layers(training.module)
         if not layers:
             raise ValueError(
-                "CoordinateCheckMonitor finds no linear layer with a weight of its own: there are nn.Linear and "
-                f"transformers' Conv1D, not among {list(dict(training.module.named_modules()))[1:11]}"
+                "CoordinateCheckMonitor finds no linear layer (nn.Linear or transformers' Conv1D) with an untied "
+                f"weight among {list(dict(training.module.named_modules()))[1:11]}"
             )
         chosen = set(layers) if self._match is None else fitting("match", self._match, layers)
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         sharded = next((name for name in layers if name in chosen and is_sharded(_weight(layers[name]))), None)
         if sharded is not None:
-            raise ValueError(f"CoordinateCheckMonitor: {sharded!r} is sharded, and weights are read whole; use DDP")
+            raise ValueError(f"CoordinateCheckMonitor: {sharded!r} is sharded, but weights must be read whole; use DDP")
         for name in sorted(chosen):
             refuse_fast_path(training.module, name, "inputs")
         names = tags(layers)
@@ -81,11 +81,11 @@ class Coordinates(NumberSource):
         self._updates.sites = [_site(name, layer) for name, layer in heard.items() if not is_lazy(_weight(layer))]
 
     def labels(self) -> list[str]:
-        """One per layer that is trained."""
+        """One label per trained layer."""
         return [name for name, layer in self._listener.layers.items() if _weight(layer).requires_grad]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._updates.batch_begins(batch)
         self._listener.attach(self.timed)
 
@@ -108,7 +108,7 @@ class Coordinates(NumberSource):
         self.trouble = self._listener.take_error() or self.trouble
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Over the rows of all processes."""
+        """Numbers over the rows of all processes."""
         heard = team.all_gather_object(list(self._sums))
         names = [name for name in self._listener.layers if all(name in one for one in heard)]
         sums = [self._sums[name] for name in names]
@@ -120,7 +120,7 @@ class Coordinates(NumberSource):
         return [Numbers(name, _numbers(*row.unbind())) for name, row in zip(names, pooled.unbind(), strict=True)]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._listener.detach()
         self._updates.detach()
         self._rows, self._sums = {}, {}
@@ -136,35 +136,34 @@ class Coordinates(NumberSource):
 
 
 class CoordinateCheckMonitor(Monitor):
-    """By how much one step of the optimizer changes what each linear layer makes of its input.
+    """By how much one step of the optimizer changes the output of each linear layer.
 
-    A network of one width trains as one of another where these changes do not depend on the width, which is what
-    maximal update parametrisation (muP) is for. A layer whose share is far above that of others learns too fast for
-    its width; one whose share is next to 0 learns no features. `lightning-lowrank coordinate-check` repeats a short
-    run over widths.
+    Maximal update parametrisation (muP) makes these changes independent of the width, so that networks of different
+    widths train alike. A layer with a share far above that of others learns too fast for its width. A layer with a
+    share near 0 learns no features. `lightning-lowrank coordinate-check` repeats a short run over widths.
 
-    Writes `coordinate/change_median`, the root mean square of `dW x` over that of `W x`, where x are the layer's inputs
-    in the due step, W its weight before and dW what the step adds; without bias. From "standard" on also smallest and
-    largest, each layer, the size of `W x`, and beside the share what an update of the same Frobenius norm has that
-    knows nothing of the inputs.
+    Writes `coordinate/change_median`, the root mean square of `dW x` over that of `W x`, without bias. Here x are the
+    layer's inputs in the due step, W its weight before it and dW the change by the step. From "standard" on, also the
+    smallest and largest, each layer, and the size of `W x`. For comparison it writes the share of a random update of
+    the same Frobenius norm that is independent of the inputs.
 
-    Cost: on due steps a copy of the weights of the layers and of some rows of their inputs, and two products of each
-    weight with these rows.
+    Cost: on due steps, a copy of the layers' weights and of some rows of their inputs, and two products of each weight
+    with these rows.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 50 unless given.
-        match: Linear layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
-        exclude: The same, taken away.
-        num_rows: Rows of inputs, of each call of a layer and on each process, that are looked at.
+        every_n_steps: Cadence in optimizer steps; default 50.
+        match: Linear layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        num_rows: Number of rows of inputs to use, for each call of a layer on each process.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single layers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single layers: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, there is no linear
-            layer to hear, or a weight is sharded.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, there is no linear
+            layer, or a weight is sharded.
 
     Examples:
         >>> CoordinateCheckMonitor(every_n_steps=10).recorders[0].quantities
@@ -195,7 +194,7 @@ class CoordinateCheckMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: how large a share is healthy depends on the schedule."""
+        """None, since a healthy share depends on the schedule."""
         return []
 
 

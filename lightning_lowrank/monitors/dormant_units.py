@@ -31,7 +31,7 @@ class DormantUnits(NumberSource):
         tau: A unit is dormant if its mean absolute activation is at most `tau` times the layer's mean.
 
     Raises:
-        ValueError: `tau` is out of its range; in `plan`: a pattern matches nothing, there is no activation layer, or a
+        ValueError: `tau` is out of range; in `plan`: a pattern matches nothing, there is no activation layer, or a
             layer is inside a compiled module.
     """
 
@@ -42,7 +42,7 @@ class DormantUnits(NumberSource):
         self, match: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, tau: float = TAU
     ) -> None:
         if not isinstance(tau, float) or not 0 <= tau < 1:
-            raise ValueError(f"tau={tau!r}: a share of the layer's mean activation, at least 0 and below 1")
+            raise ValueError(f"tau={tau!r} must be a share of the layer's mean activation, at least 0 and below 1")
         self._match, self._exclude, self._tau = match, exclude, tau
         self.quantities = [Quantity(f"dormant_{name}", per_site=True, detail="core") for name in ("share", "inactive")]
         self._listener = Listener(self._add)
@@ -60,8 +60,8 @@ class DormantUnits(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                "DormantUnitsMonitor finds no activation layer: activations that are called as functions have no "
-                f"module; match the layers whose outputs are units, out of {list(layers)[:10]}"
+                "DormantUnitsMonitor finds no activation layer, since activations that are called as functions "
+                f"have no module. Match the layers whose outputs are units. Layers: {list(layers)[:10]}"
             )
         names = tags(layers)
         heard = {names[name]: layer for name, layer in layers.items() if name in chosen}
@@ -74,7 +74,7 @@ class DormantUnits(NumberSource):
         return list(self._listener.layers)
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
@@ -91,7 +91,7 @@ class DormantUnits(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._listener.detach()
         self._sums, self._tops, self._rows = {}, {}, {}
 
@@ -138,7 +138,7 @@ class DormantUnitsMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or there is no
             activation layer.
 
     Examples:

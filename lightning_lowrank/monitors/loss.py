@@ -34,11 +34,11 @@ class StepLoss(NumberSource):
         self._energies: list[Tensor] = []
 
     def plan(self, training: Training) -> None:
-        """Choose all that is trained."""
+        """Choose all trained parameters."""
         named = dict(training.module.named_parameters())
         sharded = next((name for name, parameter in named.items() if is_sharded(parameter)), None)
         if sharded is not None:
-            raise ValueError(f"LossMonitor: {sharded!r} is sharded, and gradients are read whole; use DDP")
+            raise ValueError(f"LossMonitor: {sharded!r} is sharded, but gradients must be read whole; use DDP")
         self._parameters = {id(p): p for p in named.values() if not is_lazy(p)}
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
@@ -54,7 +54,7 @@ class StepLoss(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Means over processes: of losses; of squares, which are equal where gradients are summed."""
+        """Means over processes of losses and of squares; squares are equal on all if gradients are summed."""
         device = next((p.device for p in self._parameters.values()), torch.device("cpu"))
         unknown = torch.full((), torch.nan, dtype=working_dtype(device), device=device)
         loss = torch.stack([loss.to(unknown) for loss in self._losses]).mean() if self._losses else unknown
@@ -64,7 +64,7 @@ class StepLoss(NumberSource):
         return [Numbers(WHOLE_MODEL, {"step_loss": loss, "step_gradient_norm": energy.sqrt()})]
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._losses, self._energies = [], []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,11 +94,11 @@ class LossMonitor(Monitor):
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
         per_site: Has no effect, because there are no sites.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
+        alerts: Alert rules; by default those with early warnings and few false alarms (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: parameters are sharded.
+        ValueError: An option is out of range; when training starts: parameters are sharded.
 
     Examples:
         >>> LossMonitor().recorders[0].quantities

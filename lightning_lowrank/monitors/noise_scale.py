@@ -25,9 +25,9 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 # Samples that the running means are of.
 WINDOW = 20
-LONE = "a step of one batch on one process has no parts: accumulate batches, or leave replay=True"
-ONCE = "more than one backward pass of a micro-batch adds to one gradient"
-UNHEARD = "the gradients of micro-batches were not shown: call backward_done() after each backward pass"
+LONE = "a step of one batch on one process has no parts; accumulate batches, or keep replay=True"
+ONCE = "several backward passes of a micro-batch add to one gradient"
+UNHEARD = "the gradients of micro-batches were not seen; call backward_done() after each backward pass"
 
 
 @dataclass
@@ -63,8 +63,8 @@ class NoiseScale(NumberSource):
         loss_fn: `(module, batch) -> loss`, used instead of `training_step`.
 
     Raises:
-        ValueError: `window` is out of its range; in `plan`: a pattern matches nothing, a parameter is sharded, the step
-            cannot be run again, or has several optimizers and no `loss_fn`, or several processes too.
+        ValueError: `window` is out of range. In `plan`: a pattern matches nothing, a parameter is sharded, or the step
+            cannot be run again. Also if there are several optimizers without `loss_fn`, or with several processes.
     """
 
     name = "noise"
@@ -88,7 +88,7 @@ class NoiseScale(NumberSource):
         loss_fn: LossFunction | None = None,
     ) -> None:
         if type(window) is not int or not 1 <= window <= 10_000:
-            raise ValueError(f"window={window!r}: a number of samples, at least 1 and at most 10,000")
+            raise ValueError(f"window={window!r} must be a number of samples from 1 to 10,000")
         self._match, self._exclude, self._window = match, exclude, window
         self._replays, self._loss_fn = replay, loss_fn
         self._parameters: list[nn.Parameter] = []
@@ -100,16 +100,16 @@ class NoiseScale(NumberSource):
         self._samples = torch.empty(0, 3, dtype=torch.float64)
 
     def plan(self, training: Training) -> None:
-        """Choose the parameters, and refuse what has no parts."""
+        """Choose the parameters, and refuse steps without parts."""
         chosen = chosen_parameters(training.module, self._match, self._exclude)
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
-            raise ValueError(f"NoiseScaleMonitor: {sharded!r} is sharded, and gradients are read whole; use DDP")
+            raise ValueError(f"NoiseScaleMonitor: {sharded!r} is sharded, but gradients must be read whole; use DDP")
         several = len(training.optimizers) > 1
         if several and (training.team.size > 1 or not self._replays):
             raise ValueError(
-                "NoiseScaleMonitor: a step of several optimizers is of several losses, and is only split by a replay "
-                "(replay=True, loss_fn=...) in one process"
+                "NoiseScaleMonitor: with several optimizers, a step has several losses. Only a replay "
+                "(replay=True, loss_fn=...) in one process can split it"
             )
         if self._replays and training.team.size == 1:
             refuse_replay(training, self._loss_fn)
@@ -129,12 +129,12 @@ class NoiseScale(NumberSource):
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters]
 
     def backward_done(self) -> None:
-        """Add up what has been summed over processes so far."""
+        """Add what has been summed over processes so far."""
         if self._parts.seen and not self._parts.over:
             self._parts.total = self._energy(p.grad for p in self._parameters)
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """The last micro-batch has come, and the weights are still those of its gradient."""
+        """The last micro-batch is over, and the weights are still those of its gradient."""
         parts, self._parts = self._parts, Parts(over=True)
         if parts.over or self._kept is None:
             return []
@@ -151,7 +151,7 @@ class NoiseScale(NumberSource):
         return []
 
     def batch_over(self) -> None:
-        """Stop waiting; a batch without a backward pass is no part."""
+        """Stop waiting; a batch without a backward pass is not a part."""
         self._unhook()
         if not self._parts.seen and self._parts.examples and not self._parts.over:
             self._parts.examples.pop()
@@ -167,7 +167,7 @@ class NoiseScale(NumberSource):
         return [self._numbers(sample)]
 
     def detach(self) -> None:
-        """Stop waiting, and forget the sample in the making."""
+        """Stop waiting, and drop the unfinished sample."""
         self._unhook()
         self._kept, self._parts, self._found = None, Parts(), None
 
@@ -176,12 +176,12 @@ class NoiseScale(NumberSource):
         return {"samples": self._samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self._samples = state.get("samples", torch.empty(0, 3, dtype=torch.float64))
 
     def note(self) -> str:
-        """What its parts are."""
-        halved = "; a batch that is the only part of its step is run again in two halves"
+        """The parts of a step."""
+        halved = "; if a step has only one batch, it is run again in two halves"
         return f"of the parts of a step{halved if self._replays else ''}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -309,8 +309,8 @@ class NoiseScaleMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, parameters are
-            sharded, or the step cannot be run again; the message says what to do.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, parameters are sharded,
+            or the step cannot be run again; the message says what to do.
 
     Examples:
         >>> NoiseScaleMonitor(every_n_steps=10).recorders[0].quantities[:2]
@@ -344,5 +344,5 @@ class NoiseScaleMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: a noisy gradient is a matter of the batch size."""
+        """None, since noise of the gradient depends on the batch size."""
         return []

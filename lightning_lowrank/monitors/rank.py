@@ -35,7 +35,7 @@ SOURCES = OF_PARAMETERS | OF_LAYERS
 class RankMonitor(Monitor):
     """How many directions gradients, weights and updates use: their effective ranks, at every layer.
 
-    Cost: one eigensolver call per matrix and sample, for each of the three default sources; see docs/evidence.md.
+    Cost: one eigensolver call per matrix and sample, for each of the three default sources; see docs/evidence/cost.md.
 
     Args:
         sources: Any of `gradients`, `weights`, `updates`, `displacement` (keeps a copy of the weights),
@@ -60,7 +60,7 @@ class RankMonitor(Monitor):
             numbers then arrive that many batches later.
 
     Raises:
-        ValueError: A source, a statistic or an option is unknown, or both a cadence and a budget are given; when
+        ValueError: A source, a statistic or an option is unknown, or both a cadence and a budget are given. When
             training starts: a pattern matches nothing, or an alert's quantity is not measured.
 
     Examples:
@@ -93,7 +93,7 @@ class RankMonitor(Monitor):
         sources, statistics = _sequence(sources), _sequence(statistics)
         unknown = [source for source in sources if source not in SOURCES]
         if unknown or not sources:
-            raise ValueError(f"RankMonitor(sources={list(sources)}): unknown {unknown}; there are {list(SOURCES)}")
+            raise ValueError(f"RankMonitor(sources={list(sources)}): {unknown} is unknown; choose from {list(SOURCES)}")
         of_layers: dict[str, Any] = {"match": match, "exclude": exclude}
         of_parameters = of_layers | {"min_size": min_size, "heads": heads, "views": views}
         built = [

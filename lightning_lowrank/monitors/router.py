@@ -45,8 +45,8 @@ class Routers(NumberSource):
         capacity: Largest load of an expert, in units of an even share; tokens beyond it count as dropped.
 
     Raises:
-        ValueError: `top_k` or `capacity` is out of its range; in `plan`: a pattern matches nothing, there is no router,
-            or one does not say how many experts there are.
+        ValueError: `top_k` or `capacity` is out of range; in `plan`: a pattern matches nothing, there is no router, or
+            the number of experts is unknown.
     """
 
     name = "router"
@@ -60,9 +60,11 @@ class Routers(NumberSource):
         capacity: float | None = None,
     ) -> None:
         if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise ValueError(f"top_k={top_k!r}: a number of experts, at least 1")
+            raise ValueError(f"top_k={top_k!r} must be a number of experts of at least 1")
         if capacity is not None and not 0 < capacity < float("inf"):
-            raise ValueError(f"capacity={capacity!r}: a factor above 0, 1.25 for a quarter more than an even share")
+            raise ValueError(
+                f"capacity={capacity!r} must be a number above 0, such as 1.25 for a quarter more than an even share"
+            )
         self._match, self._exclude, self._top_k, self._capacity = match, exclude, top_k, capacity
         self.quantities = [
             Quantity(f"router_{name}", UNITS.get(name, "1"), per_site=True, detail=detail)
@@ -83,7 +85,7 @@ class Routers(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                "RouterMonitor finds no router: match the layers that put out logits of experts, of "
+                "RouterMonitor finds no router; match the layers that return logits of experts. Layers: "
                 f"{list(layers)[:10]}"
             )
         names = tags(layers)
@@ -91,7 +93,7 @@ class Routers(NumberSource):
         for name in (name for name in layers if name in chosen and id(layers[name]) not in inner):
             known = router(name, training.module, self._top_k)
             if known is None or (known.top_k is None and isinstance(known.layer, nn.Linear)):
-                missing = "experts there are" if known is None else "experts a token takes: give top_k=..."
+                missing = "experts there are" if known is None else "experts a token uses; give top_k=..."
                 raise ValueError(
                     f"RouterMonitor: {name!r}, a {type(layers[name]).__name__}, does not say how many {missing}"
                 )
@@ -108,7 +110,7 @@ class Routers(NumberSource):
         return list(self._routers)
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
@@ -130,7 +132,7 @@ class Routers(NumberSource):
         return [self._numbers(name, part, ranks) for name, part in zip(names, pooled, strict=True)]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._listener.detach()
         self._sums = {}
 
@@ -208,8 +210,8 @@ class RouterMonitor(Monitor):
     micro-batches and processes are added up before logarithms are taken, because the mean of the entropies of parts is
     not the entropy of the whole.
 
-    Writes medians over routers of `router/effective_experts`, `router/load_variation` and `router/entropy`; from
-    "standard" on single routers, shares of idle experts and of dropped places, and the stable rank of the gates.
+    Writes medians over routers of `router/effective_experts`, `router/load_variation` and `router/entropy`. From
+    "standard" on, also single routers, shares of idle experts and of dropped tokens, and the stable rank of the gates.
 
     Cost per sample: a softmax over the logits, a count, and one Gram matrix of each gate.
 
@@ -228,8 +230,7 @@ class RouterMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or there is no
-            router.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or there is no router.
 
     Examples:
         >>> RouterMonitor(every_n_steps=10).recorders[0].quantities[:3]
@@ -261,7 +262,7 @@ class RouterMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: which load is even depends on the number of experts."""
+        """None, since an even load depends on the number of experts."""
         return []
 
 

@@ -17,7 +17,7 @@ WORTH_SAYING, IDLE_STEPS = 2.0, 10
 
 
 def start_line(recorders: Sequence[Recorder], total_steps: int | None) -> str:
-    """What a monitor will measure.
+    """A line about what a monitor will measure.
 
     Args:
         recorders: Its probes at work.
@@ -35,12 +35,12 @@ def num_samples(probes: Iterable[Probe], total_steps: int | None) -> int | None:
 
 
 def too_few(count: int | None, total_steps: int | None) -> str:
-    """What to do if there will be no curve; nothing where there will."""
+    """Advice if there will be no curve; otherwise empty."""
     if count is None or count >= FEWEST:
         return ""
     return (
-        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve; more come with "
-        "a smaller every_n_steps, or with max_overhead=0.05, which takes what 5 % of the time allow"
+        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve. For more, "
+        "use a smaller every_n_steps, or max_overhead=0.05, which samples as often as 5 % of the time allow"
     )
 
 
@@ -62,13 +62,13 @@ def left_out(budget: Budget, total_steps: int | None) -> str:
     share = plain(100 * missing * steps / total_steps)
     return (
         f"{what} this run: a sample takes about {took}{plain(steps)} step{'' if plain(steps) == '1' else 's'} of "
-        f"training, {missing}{more} of them {share} % of {total_steps} steps, and all monitors together may take "
+        f"training. {missing}{more} samples take {share} % of {total_steps} steps, and all monitors together may take "
         f"{percent(budget.purse.share)}"
     )
 
 
 class FirstSample:
-    """What a sample takes, in steps of training: told once after the first, where the run will spend much on them.
+    """The cost of a sample in steps of training, reported once after the first if the run will spend much on samples.
 
     Args:
         probes: Of the monitor.
@@ -84,7 +84,7 @@ class FirstSample:
         self._before: Spent | None = None
 
     def step_begins(self, step: int, clock: Clock, total_steps: int | None) -> str:
-        """What is to be said now; mostly nothing."""
+        """The message that is due now; usually empty."""
         if self._every is None:
             return ""
         before, self._before = self._before, Spent(step, clock.own, clock.total)
@@ -111,8 +111,8 @@ def _cost(sample: float, step: float, share: float, *, several: bool) -> str:
         return ""
     took = "a sample takes" if several else "the first sample took"
     return (
-        f"{took} {plain(1000 * sample)} ms, as long as {plain(sample / step)} steps of training; if all do, "
-        f"training takes {plain(whole)} % longer: every_n_steps or max_overhead=0.01 makes that less"
+        f"{took} {plain(1000 * sample)} ms, as long as {plain(sample / step)} steps of training. If all samples do, "
+        f"training takes {plain(whole)} % longer; reduce it with every_n_steps or max_overhead=0.01"
     )
 
 
@@ -122,7 +122,7 @@ def plain(number: float) -> str:
 
 
 def places(sites: Collection[str]) -> str:
-    """What a monitor has numbers of; the whole model is no site among others."""
+    """The places for which a monitor has numbers; among others, the whole model does not count as a site."""
     parts = sum(site != WHOLE_MODEL for site in sites)
     whole = [named(WHOLE_MODEL)] if WHOLE_MODEL in sites else []
     return " and ".join([*([of_number(parts, "site")] if parts else []), *whole]) or "its sites"
@@ -150,7 +150,7 @@ def listed(words: Iterable[str]) -> str:
 
 
 def percent(share: float) -> str:
-    """In words."""
+    """A share in words."""
     return f"{100 * share:.3g} %"
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Sample:
-    """What one report said: quantity -> site -> value, at a step of Lightning's x-axis; -1 where there are several."""
+    """One report: quantity -> site -> value, at a step of Lightning's x-axis; -1 if there are several steps."""
 
     step: int
     values: Mapping[str, Mapping[str, float]]
@@ -52,7 +52,7 @@ def write_layout(writer: Any, added: Layout) -> None:
 
 @runtime_checkable
 class Watched(Protocol):
-    """What a monitor remembers of its run."""
+    """The memory of a monitor about its run."""
 
     @property
     def label(self) -> str: ...
@@ -75,7 +75,7 @@ def summary_table(monitor: Watched) -> Table:
     standard error.
 
     Args:
-        monitor: One that has watched a run; without a sample the table is empty.
+        monitor: A monitor that has watched a run; without a sample the table is empty.
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(title=title_of(monitor), caption="medians over sites, and the lowest now")
@@ -100,14 +100,14 @@ def summary_table(monitor: Watched) -> Table:
 
 
 def title_of(monitor: Watched) -> str:
-    """What watching costs, and since when it sees nothing."""
+    """The cost of watching, and the step from which nothing can be read."""
     silent = "" if monitor.no_number_since is None else f"; no number since step {monitor.no_number_since}"
     cost = "" if np.isnan(monitor.overhead) else f": training takes {monitor.overhead:.2f} % longer"
     return f"{monitor.label}{cost}{silent}"
 
 
 def lines_of(monitor: Watched, most: int, width: int) -> list[str]:
-    """The same in few lines: of each source its first quantities, as many as there is room for.
+    """The same in few lines: the first quantities of each source, as many as fit.
 
     Args:
         monitor: As for the table.

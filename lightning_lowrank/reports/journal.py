@@ -1,4 +1,4 @@
-"""What a monitor writes: its numbers to all loggers, each kind of failure to the console once."""
+"""Output of a monitor: numbers to all loggers, each kind of failure to the console once."""
 
 import math
 import warnings
@@ -155,7 +155,7 @@ class Journal:
         return counts | {"alerts": self.alerts.state_dict(), "budget": budget}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self.failures, self.skipped = state["failures"], state["skipped"]
         self.alerts.load_state_dict(state["alerts"])
         if self.budget is not None:
@@ -215,7 +215,7 @@ class Journal:
         self.failures += count
         kind = message.partition(":")[0]
         self._warn(
-            kind, f"{message}. Training goes on; counted in lowrank/{self.label}_failures.", everywhere=everywhere
+            kind, f"{message}. Training continues; counted in lowrank/{self.label}_failures.", everywhere=everywhere
         )
 
     def _warn(self, kind: str, message: str, *, everywhere: bool = False) -> None:
@@ -346,8 +346,8 @@ class Journal:
         if budget is None or budget.every is None:
             return {}
         if budget.exceeded:
-            spent = f"it took {budget.overhead:.2g} % more time since the warm-up, {percent(budget.share)} were allowed"
-            self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)}, so that curves stay comparable.")
+            spent = f"it took {budget.overhead:.2g} % more time since the warm-up; {percent(budget.share)} was allowed"
+            self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)} to keep curves comparable.")
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}
 

@@ -1,4 +1,4 @@
-"""Where reports go: the one place that waits for the device, and all loggers of a training."""
+"""Output to all loggers of a training, in the one place that waits for the device."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -48,7 +48,7 @@ def write(
 
     def hand(logger: Any) -> None:
         if _closed(logger):
-            raise OSError("its file could not be written; it is tried again when a checkpoint is saved")
+            raise OSError("its file could not be written; it will be tried again when a checkpoint is saved")
         logger.log_metrics(dict(scalars), step=step)
         for draw in draws:
             draw(_experiment(logger))
@@ -82,7 +82,7 @@ def each(loggers: Iterable[Any], act: Callable[[Any], object]) -> list[Exception
 
 
 def each_writer(loggers: Iterable[Any], method: str, act: Callable[[Any], object]) -> list[Exception]:
-    """The same with the loggers' own writers that have a method; each logger is saved."""
+    """The loggers' own writers that have a method; each logger is saved."""
 
     def act_on_writer(logger: Any) -> None:
         writer = _experiment(logger)

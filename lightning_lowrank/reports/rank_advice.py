@@ -45,13 +45,13 @@ class Energies:
 
 @dataclass(frozen=True)
 class RankAdvice:
-    """A rank for each weight, that together keep a budget.
+    """A rank for each weight; together they meet a budget.
 
     Attributes:
-        energies: What was measured, by name of the weight.
-        ranks: Advised, by name; 0 where nothing is to be adapted.
-        budget: Numbers that could be spent.
-        method: Who takes the ranks.
+        energies: Measured energies, by name of the weight.
+        ranks: Advised ranks, by name; 0 for weights that should not be adapted.
+        budget: The budget, in parameters.
+        method: The method that will use the ranks.
         rates: Learning rates that the run suggests, by rule; see `RankAdvisor`.
     """
 
@@ -63,12 +63,14 @@ class RankAdvice:
 
     @property
     def spent(self) -> int:
-        """Numbers that the ranks take."""
+        """Number of parameters that the ranks need."""
         return self.cost_of(self.ranks)
 
     @property
     def uniform(self) -> dict[str, int]:
-        """The largest rank that is the same everywhere, capped by the shape, for what the advised ones may take."""
+        """Ranks that are the same everywhere, capped by the shapes: the largest for the parameters that the advised
+        ranks use.
+        """
         rank = 0
         while self.cost_of(found := self._uniform(rank + 1)) <= self.budget and found != self._uniform(rank):
             rank += 1
@@ -76,21 +78,21 @@ class RankAdvice:
 
     @property
     def patterns(self) -> dict[str, int]:
-        """What `LoRA(r=...)` and `GaLore(rank=...)` take."""
+        """Argument of `LoRA(r=...)` and `GaLore(rank=...)`."""
         return {name: rank for name, rank in self.ranks.items() if rank}
 
     def cost_of(self, ranks: Mapping[str, int]) -> int:
-        """Numbers that ranks take."""
+        """Number of parameters that ranks need."""
         return sum(rank * self.energies[name].cost(self.method) for name, rank in ranks.items())
 
     def captured(self, ranks: Mapping[str, int]) -> float:
-        """Share of all energy that ranks capture; NaN where there is none."""
+        """Share of all energy that ranks capture; NaN if there is none."""
         whole = math.fsum(e for one in self.energies.values() for e in one.values)
         kept = math.fsum(e for name, rank in ranks.items() for e in self.energies[name].values[:rank])
         return kept / whole if whole else math.nan
 
     def share(self, name: str) -> float:
-        """Share of the energy of one weight that its rank captures; NaN where there is none."""
+        """Share of the energy of one weight that its rank captures; NaN if there is none."""
         values = self.energies[name].values
         whole = math.fsum(values)
         return math.fsum(values[: self.ranks[name]]) / whole if whole else math.nan
@@ -114,7 +116,7 @@ class RankAdvice:
         }
 
     def json(self) -> dict[str, Any]:
-        """All numbers, as JSON has them."""
+        """All numbers in the form of JSON."""
         return {
             "method": self.method,
             "budget": self.budget,
@@ -148,7 +150,10 @@ class RankAdvice:
 
     def _title(self) -> str:
         advised, even = self.captured(self.ranks), self.captured(self.uniform)
-        title = f"{self.spent} of {self.budget:g} numbers capture {advised:.3f} of the energy, uniform ranks {even:.3f}"
+        title = (
+            f"{self.spent} of {self.budget:g} parameters capture {advised:.3f} of the energy; uniform ranks "
+            f"capture {even:.3f}"
+        )
         rates = ", ".join(f"{rule} {rate:.3g}" for rule, rate in self.rates.items())
         return f"{title}\nlearning rates: {rates}" if rates else title
 
@@ -168,8 +173,8 @@ def advise(
 
     Args:
         energies: Of each weight.
-        budget: Numbers that all ranks together may take; or memory, as in "8 MB": for "lora" 16 bytes a number, of
-            both factors, their gradients and two moments in float32; for "galore" 4 bytes a number of state.
+        budget: Budget for all ranks together, in parameters or as memory such as "8 MB". For "lora" a parameter takes
+            16 bytes: both factors, their gradients and two moments in float32. For "galore" it takes 4 bytes of state.
         method: Who takes the ranks.
         least: Rank of every weight that moved at all.
         rates: Learning rates to hand on.
@@ -184,20 +189,22 @@ def advise(
 
 
 def numbers_of(budget: int | str, method: Method) -> float:
-    """What a budget is in numbers.
+    """A budget as a number of parameters.
 
     Raises:
         ValueError: It is no whole number from 1 on, and no memory; or nobody takes ranks under that name.
     """
     if method not in list(BYTES):
-        raise ValueError(f"method={method!r}: one of {list(BYTES)}")
+        raise ValueError(f"method={method!r} must be one of {list(BYTES)}")
     if isinstance(budget, str):
         found = MEMORY.fullmatch(budget)
         if found is not None:
             return float(found["size"]) * UNITS[found["unit"]] / BYTES[method]
         budget = int(budget) if budget.isdecimal() else budget
     if type(budget) is not int or budget < 1:
-        raise ValueError(f"budget={budget!r}: a whole number of parameters, as 200000, or memory, as '8 MB'")
+        raise ValueError(
+            f"budget={budget!r} must be a whole number of parameters, such as 200000, or memory, such as '8 MB'"
+        )
     return float(budget)
 
 

@@ -1,4 +1,4 @@
-"""What of a sample is a number of its own, and what of it loggers get."""
+"""Which parts of a sample are numbers of their own, and which of them loggers get."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Values = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Style:
-    """What of a monitor's numbers its loggers get; the tab and reports have everything.
+    """Which numbers of a monitor its loggers get; the tab and reports have everything.
 
     Attributes:
         label: Word for the monitor in messages, the group of its tags, and its cost tags.
@@ -49,11 +49,13 @@ class Style:
 
     def __post_init__(self) -> None:
         if not fullmatch(r"[A-Za-z0-9_.-]+", self.label):
-            raise ValueError(f"name={self.prefix[:-1]!r}: a word of letters, digits and _.-, which begins all tags")
+            raise ValueError(
+                f"name={self.prefix[:-1]!r}: the name begins all tags and may contain only letters, digits and _.-"
+            )
         if self.detail not in DETAILS:
-            raise ValueError(f"detail={self.detail!r}: one of {list(DETAILS)}")
+            raise ValueError(f"detail={self.detail!r} must be one of {list(DETAILS)}")
         if not (isinstance(self.per_site, bool) or self.per_site == "auto"):
-            raise ValueError(f"per_site={self.per_site!r}: it is True, False or 'auto'")
+            raise ValueError(f"per_site={self.per_site!r} must be True, False or 'auto'")
 
     def shows(self, detail: Detail) -> bool:
         """Whether loggers get what needs so much detail."""

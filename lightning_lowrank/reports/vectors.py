@@ -52,7 +52,7 @@ class Row:
 
 @runtime_checkable
 class Measured(Protocol):
-    """What rows are made of: a probe at work."""
+    """The source of the rows: a probe at work."""
 
     probe: Probe
     name: str
@@ -76,11 +76,11 @@ class Measured(Protocol):
 
 
 class Vectors:
-    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are left alone.
+    """Writes rows to the event files of PyTorch's TensorBoard writers; other loggers are ignored.
 
-    Sites are written once per event file, with the first vector of a tag. TensorBoard reads what belongs to a tag from
-    its first event only, so that the tag ends in a digest of it: where sites change, or an optimizer has some of them,
-    the curve goes on under another tag.
+    Sites are written once per event file, with the first vector of a tag. TensorBoard reads the metadata of a tag only
+    from its first event, so the tag ends in a digest of the sites. If the sites change, or if an optimizer has only
+    some of them, the curve continues under another tag.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Vectors:
         self._samples: dict[str, int] = {}
 
     def draw(self, rows: Sequence[Row], step: int) -> Callable[[Any], None]:
-        """What writes a sample to a writer of PyTorch's TensorBoard, and nothing to others."""
+        """A function that writes a sample to a writer of PyTorch's TensorBoard, and ignores other loggers."""
         tagged = [(*self._content(row), row) for row in rows if row.values]
         due = [(tag, content, _packed(row)) for tag, content, row in tagged if self._is_due(tag, row)]
 

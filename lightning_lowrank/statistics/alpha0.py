@@ -12,8 +12,8 @@ def alpha0(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Position of the maximum of f(alpha): the exponent with which the mean logarithm of the mass grows, the
     information dimension.
 
-    NeuroMFA calls it regularity. In rank mode it is in units of the dimension of order 2, and independent weights have
-    1 plus half the size of the floor of `c2_excess`, which is 1.03 with 64 weights per neuron and 1.01 with 1024. In
+    NeuroMFA calls it regularity. In rank mode its unit is the dimension of order 2. Independent weights have 1 plus
+    half the size of the floor of `c2_excess`, which is 1.03 with 64 weights per neuron and 1.01 with 1024. In
     "neuromfa" it falls when weights grow.
 
     Args:

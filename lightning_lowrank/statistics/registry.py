@@ -22,25 +22,27 @@ REGISTERED: dict[str, "Statistic"] = {}
 
 @dataclass(frozen=True)
 class Statistic:
-    """A formula with what is known of it.
+    """A formula with its properties.
 
     Attributes:
-        name: Its function's name, with the parameter and `relative_` where asked: `relative_energy_rank_0.01`.
+        name: Name of its function, with the parameter and `relative_` if requested: `relative_energy_rank_0.01`.
         function: Value object(s) -> Tensor `[*B]`.
         takes: The types of its value objects: one, or two for a statistic of a pair.
-        unit: What it counts: "directions", "1", "entries" (the unit of the matrix's entries).
-        needs: The least a spectrum must hold: "moments" (energy and its square), "top" (also the largest value),
-            "values".
-        tail: Reads the smallest values: NaN on spectra that are not whole. May be registered as a function of the
-            parameter.
-        scale_free: Unchanged when the matrix is multiplied by a number; otherwise it is multiplied by the same number.
-        partner: What the second value object of a pair is: "weight" (same site) or "previous" (same site, last sample).
-        parameter: Name of the number that may stand at the end of the name, None without.
-        domain: Lower (excluded) and upper (included) end of that number.
-        counts: A whole number, or in its relative form a multiple of one part.
-        reads_shape: Depends on the shape of the matrix too, not on its singular values alone; so does every relative
-            form.
-        comparable: Has a relative form, divided by what a Gaussian matrix of the same shape and energy gives.
+        unit: Its unit: "directions", "1", "entries" (the unit of the matrix's entries).
+        needs: The least that a spectrum must contain: "moments" (energy and its square), "top" (also the largest
+            value), "values".
+        tail: Whether it reads the smallest values: NaN on spectra that are not whole. May be registered as a function
+            of the parameter.
+        scale_free: Whether it does not change when the matrix is multiplied by a number; otherwise it is multiplied by
+            the same number.
+        partner: The second value object of a pair: "weight" (same site) or "previous" (same site, last sample).
+        parameter: Name of the number that may end the name; None without one.
+        domain: Lower (excluded) and upper (included) bound of that number.
+        counts: Whether it is a whole number, or in its relative form a multiple of one part.
+        reads_shape: Whether it depends on the shape of the matrix, not only on its singular values; every relative form
+            does.
+        comparable: Whether it has a relative form, divided by the value for a Gaussian matrix of the same shape and
+            energy.
     """
 
     name: str
@@ -59,13 +61,16 @@ class Statistic:
 
     @property
     def says(self) -> str:
-        """What it is and between which bounds, in the words of its docstring."""
+        """Its definition and bounds, in the words of its docstring."""
         function = self.function
         while isinstance(function, partial):
             function = function.args[0].function if function.func is _over_null else function.func
         first, returns = _paragraphs(function.__doc__ or "")
         if self.name.startswith("relative_"):
-            return f"{first.rstrip('.')}; here over what a Gaussian matrix of that shape gives, so that 1 is noise."
+            return (
+                f"{first.rstrip('.')}; here divided by the value for a Gaussian matrix of the same shape, so "
+                "that 1 is noise."
+            )
         return f"{first} {returns}".strip().replace("`", "")
 
     def __call__(self, *values: Any) -> Tensor:
@@ -73,7 +78,7 @@ class Statistic:
         return self.function(*values)
 
     def step(self, shape: tuple[int, int]) -> float:
-        """How far apart its values lie on matrices of that shape: 0 for those that move smoothly."""
+        """Distance between its values on matrices of that shape; 0 if it varies continuously."""
         if not self.counts:
             return 0.0
         return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
@@ -88,10 +93,10 @@ def _paragraphs(text: str) -> tuple[str, str]:
 
 
 def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> Callable[[Formula], Formula]:
-    """Register a function under its own name; what is `known` of it are the fields of `Statistic`.
+    """Register a function under its own name; `known` are fields of `Statistic`.
 
-    What it returns may be called as written, and in addition pools the probes of an estimate, gives NaN where the
-    matrix was not finite, and NaN where `tail` is asked of a spectrum that is not whole.
+    The returned function can be called in the same way. In addition it pools the probes of an estimate. It returns NaN
+    if the matrix was not finite, or if `tail` is needed from a spectrum that is not whole.
     """
 
     def register(function: Formula) -> Formula:
@@ -167,7 +172,7 @@ def find(name: str) -> Statistic:
     match = re.fullmatch(r"(\w+?)_(\d+\.?\d*(?:e-?\d+)?)", plain)
     found = REGISTERED.get(plain) or (REGISTERED.get(match[1]) if match else None)
     if found is None or (relative and not found.comparable):
-        raise ValueError(f"there is no statistic {name!r}{_nearest(name)}; there are {available()}")
+        raise ValueError(f"there is no statistic {name!r}{_nearest(name)}; available: {available()}")
     if plain != found.name:
         assert match is not None
         found = _with_parameter(found, name, float(match[2]))
@@ -188,7 +193,7 @@ def _nearest(name: str) -> str:
 def _with_parameter(found: Statistic, name: str, value: float) -> Statistic:
     low, high = found.domain
     if found.parameter is None or not low < value <= high:
-        takes = f"{found.parameter} above {low:g} and up to {high:g}" if found.parameter else "no parameter"
+        takes = f"{found.parameter} above {low:g} and at most {high:g}" if found.parameter else "no parameter"
         raise ValueError(f"statistic {name!r}: {found.name} takes {takes}")
     tail = found.function.reads_tail(value)  # type: ignore[attr-defined]
     return replace(found, function=partial(found.function, **{found.parameter: value}), tail=tail)

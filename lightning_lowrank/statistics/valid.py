@@ -18,8 +18,8 @@ def valid(scaling: Scaling) -> Float[Tensor, "*B"]:
         scaling: Of any mode.
 
     Returns:
-        0 or 1; 0 for constant, zero and ternary matrices, in rank mode also for fewer than 32 weights per neuron, and
-        if more than half of the weights are 0.
+        0 or 1. It is 0 for constant, zero and ternary matrices. In rank mode it is also 0 for fewer than 32 weights per
+        neuron, and if more than half of the weights are 0.
 
     Examples:
         >>> valid(multifractal_spectrum(torch.ones(64, 64)))

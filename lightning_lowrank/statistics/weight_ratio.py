@@ -10,8 +10,8 @@ from lightning_lowrank.statistics.registry import statistic
 
 @statistic(unit="1", needs="top", partner="weight", comparable=False)
 def weight_ratio(change: Spectrum, weight: Spectrum) -> Float[Tensor, "*B"]:
-    """Spectral norm of a change divided by that of the weight before it: for an update or gradient the weight before
-    the step, for a displacement the weight at the start of the fit.
+    """Spectral norm of a change divided by that of the weight before it. For an update or gradient this is the weight
+    before the step, for a displacement the weight at the start of the fit.
 
     Args:
         change: Whole or sketched.

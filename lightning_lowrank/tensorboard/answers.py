@@ -69,14 +69,14 @@ def curves(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 
 
 def diagnosis(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """What rules say of a run, worst first, and which of them have nothing to look at."""
+    """The findings of the rules for a run, worst first, and the rules without data."""
     run = _needed(arguments, "run")
     findings, idle = findings_of(reader, run, reader.runs(run).get(run, {}))
     return {"findings": [finding.plain() for finding in findings], "idle": idle}
 
 
 def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """What alerts have said."""
+    """Messages of the alerts."""
     return {"texts": reader.texts(_needed(arguments, "run"))}
 
 
@@ -120,7 +120,7 @@ def _kind(arguments: Arguments) -> str:
     """Of what has a number per site."""
     kind = _needed(arguments, "kind")
     if kind in ("spectrum", "curve"):
-        raise ValueError("spectra and curves have answers of their own")
+        raise ValueError("spectra and curves are answered separately")
     return kind
 
 
@@ -154,4 +154,4 @@ def _number(arguments: Arguments, key: str, default: Any) -> Any:
     try:
         return int(arguments[key]) if arguments.get(key) else default
     except ValueError as error:
-        raise ValueError(f"{key}={arguments[key]!r} is no whole number") from error
+        raise ValueError(f"{key}={arguments[key]!r} is not a whole number") from error

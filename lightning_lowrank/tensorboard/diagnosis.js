@@ -3,14 +3,14 @@
 import { median } from "./answers.js";
 import { chart, h } from "./charts.js";
 
-const NOTHING = "Nothing to report: no rule holds in the last samples.";
+const NOTHING = "Nothing to report: no rule fires in the last samples.";
 
 export async function diagnosis(page) {
   const runs = await Promise.all(page.shown().map(async (run) => ({ run, ...await page.source.get("diagnosis", { run }) })));
   const sections = await Promise.all(runs.map(async ({ run, findings, idle }) => {
     const lines = await Promise.all(findings.map((finding) => findingItem(page, run, finding)));
-    const rest = idle.length ? h("details", {}, h("summary", { class: "what" }, `Not asked, as nothing was measured for them: ${idle.length === 1 ? "1 rule" : `${idle.length} rules`}`),
-      h("p", { class: "what" }, `${idle.join(", ")}. watch_all() has what its budget and the model allow; ask for a monitor that it left out itself.`)) : undefined;
+    const rest = idle.length ? h("details", {}, h("summary", { class: "what" }, `Not checked, because nothing was measured for them: ${idle.length === 1 ? "1 rule" : `${idle.length} rules`}`),
+      h("p", { class: "what" }, `${idle.join(", ")}. watch_all() includes what its budget and the model allow; add a monitor that it left out by hand.`)) : undefined;
     return h("section", { class: "diagnosis" }, h("h2", {}, run), findings.length ? h("ol", { class: "findings" }, lines) : h("p", { class: "empty" }, NOTHING), rest);
   }));
   const rows = () => [["run", "rule", "severity", "site", "quantity", "since", "value", "message"], ...runs.flatMap(({ run, findings }) =>

@@ -135,7 +135,7 @@ export class Page {
     const tabs = h("nav", { "aria-label": "Views" }, Object.entries(VIEWS).map(([view, { text }]) =>
       h("button", { type: "button", id: `view-${view}`, "aria-pressed": String(view === this.view), onclick: () => { this.set({ view }).then(() => window.scrollTo(0, 0)); } }, text)));
     this.bar.replaceChildren(h("h1", {}, "Low rank"), tabs, this.choiceOfRuns(), this.actions(), ...(this.view === "map" ? [this.tools()] : []));
-    if (this.kept) this.bar.append(h("p", { class: "note", role: "note" }, `--samples_per_plugin lets TensorBoard keep ${this.kept} samples of each curve: others are not shown.`));
+    if (this.kept) this.bar.append(h("p", { class: "note", role: "note" }, `TensorBoard keeps ${this.kept} samples of each curve (--samples_per_plugin); the others are not shown.`));
     if (focused) document.getElementById(focused)?.focus();
   }
 
@@ -203,7 +203,7 @@ export class Page {
   /** What to show, and as which rows it can be taken along. */
   async built() {
     const only = (text, role) => ({ content: [h("p", { class: "empty", role }, text)], rows: () => [] });
-    if (this.runs.size === 0) return { content: [h("p", { class: "empty" }, "No run here has anything of lightning_lowrank's. Three lines make a first curve:"), h("pre", { id: "first-lines" }, LINES)], rows: () => [] };
+    if (this.runs.size === 0) return { content: [h("p", { class: "empty" }, "No run here has data from lightning_lowrank. Three lines give a first curve:"), h("pre", { id: "first-lines" }, LINES)], rows: () => [] };
     if (this.shown().length === 0) return only("No run is chosen: tick one above.");
     try {
       return await VIEWS[this.view].build(this);

@@ -46,7 +46,7 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
         return False
 
     def frontend_metadata(self) -> Any:
-        """Where the tab's code is, and what it is called."""
+        """The place of the tab's code, and its name."""
         return FrontendMetadata(es_module_path="/index.js", tab_name="Low rank")
 
     def _application(self, answer: Callable[[Request], Response]) -> Application:

@@ -1,4 +1,4 @@
-"""What the event files have for the tab, read through TensorBoard's data provider, whichever loader is behind it.
+"""Data for the tab from event files, read through TensorBoard's data provider with any loader.
 
 Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum or a curve
 """

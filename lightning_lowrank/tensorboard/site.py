@@ -1,4 +1,4 @@
-"""Where the pages are that messages and the tab send to."""
+"""Addresses of the pages to which messages and the tab link."""
 
 SITE = "https://lightning-lowrank.readthedocs.io/"
 

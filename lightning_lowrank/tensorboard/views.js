@@ -23,8 +23,8 @@ export async function overview(page) {
     return { level, title, what, others: names.length - counted.length, quantities: (await Promise.all(counted.map((name) => endsOf(page, name)))).filter((runs) => runs.length) };
   }));
   const content = levels.map(({ level, title, what, quantities, others }) => h("section", { id: `level-${level}` }, h("h2", {}, title), h("p", { class: "what" }, what),
-    quantities.length ? levelTable(page, quantities) : h("p", { class: "empty" }, others ? "Nothing here counts directions." : "Nothing was watched here."),
-    others ? h("p", { class: "what" }, `${others} more that count no directions are in the map.`) : undefined));
+    quantities.length ? levelTable(page, quantities) : h("p", { class: "empty" }, others ? "No quantity here counts directions." : "Nothing was watched here."),
+    others ? h("p", { class: "what" }, `${others} more quantities, which do not count directions, are in the map.`) : undefined));
   return { content: [h("div", { class: "cards" }, levels.map((level) => card(page, level))), ...content], rows: () => overviewRows(levels) };
 }
 
@@ -135,7 +135,7 @@ function timeLine(steps, [low, high]) {
 /** A table in Markdown as a table, any other text as it is. */
 function markdownTable(text) {
   const rows = text.split("\n").filter((line) => line.startsWith("|") && !/^[|\s:-]+$/.test(line)).map((line) => line.split("|").slice(1, -1).map((cell) => cell.trim()));
-  return rows.length ? grid(rows[0], rows.slice(1), "What they said") : h("pre", {}, text);
+  return rows.length ? grid(rows[0], rows.slice(1), "Messages of the alerts") : h("pre", {}, text);
 }
 
 // What costs are called, most telling first; others follow under the name that they were written with.
@@ -161,9 +161,9 @@ export async function cost(page) {
     }
   }
   const known = [...lines].filter(([, of]) => of.length);
-  if (!known.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has written what watching cost.")], rows: () => [] };
+  if (!known.length) return { content: [h("p", { class: "empty" }, "None of the chosen runs has written the cost of watching.")], rows: () => [] };
   const rows = known.flatMap(([key, of]) => of.flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, key, x, ys[i] === undefined ? "" : exact(ys[i])])));
-  return { content: [h("p", {}, "What watching cost."), h("div", { class: "costs" }, known.map(([key, of]) => costFigure(key, of)))], rows: () => [["run", "cost", "step", "value"], ...rows] };
+  return { content: [h("p", {}, "Cost of watching."), h("div", { class: "costs" }, known.map(([key, of]) => costFigure(key, of)))], rows: () => [["run", "cost", "step", "value"], ...rows] };
 }
 
 function costFigure(key, lines) {

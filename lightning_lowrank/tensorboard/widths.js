@@ -15,7 +15,7 @@ export function overWidths({ title, quantities, layers }) {
     h("figcaption", {}, h("b", {}, quantity), ` ${what}`), overWidth(quantity, what, layers)));
   const rows = names.map((name) => [name, layers[name].verdict, ...Object.keys(quantities).map((quantity) => slope(layers[name][quantity]))]);
   document.body.replaceChildren(h("header", {}, h("h1", {}, title)),
-    h("p", { class: "what" }, "Means over seeds. A straight line is a power of the width, and its slope the exponent. Colours are the verdicts on own."),
+    h("p", { class: "what" }, "Means over seeds. A straight line is a power of the width, and its slope the exponent. Colours show the verdicts on own."),
     legend(shown), h("div", { class: "maps" }, figures),
     grid(["layer", "verdict", ...Object.keys(quantities)], rows, "Powers of the width, with their standard errors"));
 }

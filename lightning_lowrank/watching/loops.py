@@ -65,12 +65,12 @@ class LoopTraining(Training):
 
     @property
     def folder(self) -> str:
-        """Of the first logger, unless one was given."""
+        """The given folder, or that of the first logger."""
         known = (getattr(logger, name, None) for logger in self._loggers for name in ("log_dir", "save_dir"))
         return self._folder or str(next((path for path in known if path), "."))
 
     def gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
-        """What a GradScaler has handed to an optimizer that unscales inside its step."""
+        """The scale that a GradScaler has passed to an optimizer that unscales inside its step."""
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         return scale
 
@@ -83,7 +83,7 @@ class LoopTraining(Training):
         self.should_stop = True
 
     def save_checkpoint(self, path: str) -> None:
-        """By the function that was given."""
+        """Call the given function."""
         assert self._save is not None  # an alert that asks for one is refused before
         self._save(path)
 
@@ -93,7 +93,7 @@ class LoopTraining(Training):
         Raises:
             ValueError: With the way out.
         """
-        raise ValueError("a loop of your own has no training_step to run again")
+        raise ValueError("your own loop has no training_step to run again")
 
 
 class Watching:
@@ -207,7 +207,7 @@ class Watching:
     def say_if_idle(self) -> None:
         """Warn if the loop has shown no batch."""
         for watch in self._watches if not self._count else ():
-            watch.journal.warn_once("no batch was seen: enclose each batch of the loop in `with watch.batch(batch):`")
+            watch.journal.warn_once("no batch was seen; enclose each batch of the loop in `with watch.batch(batch):`")
 
     def ends(self) -> None:
         """Leave no hook behind."""
@@ -258,21 +258,21 @@ def watching(
     save_checkpoint: Callable[[str], object] | None = None,
     max_steps: int | None = None,
 ) -> Iterator[Watching]:
-    """Watch a training loop of your own, in plain torch or on Fabric.
+    """Watch your own training loop, in plain torch or with Fabric.
 
     Args:
-        model: As the loop calls it; Fabric's and DDP's wrappers are looked through.
-        optimizer: The one that steps it, or several in a list.
-        monitors: What to measure, as for a Trainer. Those that look at the loss take it from `watch.loss`, or by
+        model: The model that the loop calls; wrappers of Fabric and DDP are allowed.
+        optimizer: The optimizer that steps it, or several in a list.
+        monitors: What to measure, as for a Trainer. Monitors of the loss get it from `watch.loss`, or compute it with
             `loss_fn` from the batches given to `watch.batch`.
-        loggers: Anything with `log_metrics(metrics, step)`: Lightning's loggers, those of Fabric.
-        folder: Where alerts write checkpoints; that of the first logger unless given.
-        save_checkpoint: Writes a checkpoint at a path, for alerts that ask for one.
-        max_steps: How many the loop will make, if that is known: monitors then say how many samples there will be.
+        loggers: Objects with `log_metrics(metrics, step)`: loggers of Lightning or Fabric.
+        folder: Where alerts write checkpoints; by default the folder of the first logger.
+        save_checkpoint: Writes a checkpoint to a path, for alerts that request one.
+        max_steps: Number of steps of the loop, if known; monitors then report the number of samples.
 
     Raises:
-        ValueError: What a monitor asks for is not there, two monitors write the same tags, an alert asks for a
-            checkpoint that nobody writes, or an argument is none.
+        ValueError: Something that a monitor needs does not exist, two monitors write the same tags, an alert requests a
+            checkpoint without `save_checkpoint`, or an argument is invalid.
 
     Examples:
         >>> from lightning_lowrank import RankMonitor
@@ -300,12 +300,12 @@ def watching(
 def _refuse_strangers(monitors: Sequence[Any], loggers: Any) -> None:
     for monitor in monitors:
         if not isinstance(monitor, Monitor):
-            raise ValueError(f"{monitor!r} is not a monitor: watching(model, optimizer, RankMonitor(), ...)")
+            raise ValueError(f"{monitor!r} is not a monitor; expected watching(model, optimizer, RankMonitor(), ...)")
     if isinstance(loggers, str) or not isinstance(loggers, Sequence):
-        raise ValueError(f"loggers={loggers!r}: a list of loggers, as [CSVLogger('runs')]")
+        raise ValueError(f"loggers={loggers!r} must be a list of loggers, such as [CSVLogger('runs')]")
     for logger in loggers:
         if not hasattr(logger, "log_metrics"):
-            raise ValueError(f"loggers=[{logger!r}]: a logger has log_metrics(metrics, step)")
+            raise ValueError(f"loggers=[{logger!r}]: a logger needs a method log_metrics(metrics, step)")
 
 
 def _plain(module: Any) -> nn.Module:

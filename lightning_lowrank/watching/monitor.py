@@ -22,7 +22,7 @@ from lightning_lowrank.watching.watch import Watch
 
 
 class Monitor(Arguments, L.Callback):
-    """Measure what probes ask for, at the steps that their schedules choose, without changing the training by a single
+    """Measure what probes request, at the steps that their schedules choose, without changing the training by a single
     bit.
 
     The monitor writes to every logger of the Trainer, with Lightning's own x-axis:
@@ -42,7 +42,7 @@ class Monitor(Arguments, L.Callback):
 
     Raises:
         ValueError: There is no probe, two probes have the same name, an option is unknown, or an alert's quantity is
-            not measured; when training starts: something to measure does not exist, or another monitor writes the same
+            not measured. When training starts: something to measure does not exist, or another monitor writes the same
             tags.
     """
 
@@ -63,9 +63,11 @@ class Monitor(Arguments, L.Callback):
         spread: int = 0,
     ) -> None:
         if name == "":
-            raise ValueError("name='': a word, which begins all tags, or None")
+            raise ValueError("name='' must be a word, which begins all tags, or None")
         if spread < 0:
-            raise ValueError(f"spread={spread}: the number of batches over which decompositions are spread; 0 for none")
+            raise ValueError(
+                f"spread={spread} must be the number of batches over which decompositions are spread; 0 for none"
+            )
         self.name = name
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
@@ -78,12 +80,12 @@ class Monitor(Arguments, L.Callback):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """What `alerts="default"` stands for, by the quantities that are measured."""
+        """The rules of `alerts="default"`, by measured quantity."""
         return default_alerts(quantities)
 
     @property
     def place(self) -> str:
-        """Its place in a checkpoint: the class, with the label where that is not the usual one."""
+        """Its place in a checkpoint: the class, and the label if it is not the default one."""
         kind = type(self)
         return kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
 
@@ -91,14 +93,14 @@ class Monitor(Arguments, L.Callback):
     def state_key(self) -> str:
         """Its place in a Trainer's checkpoint.
 
-        Another until `setup`, which refuses a second monitor of one place by a message of ours: Lightning would refuse
-        it before, by one that does not say what to do.
+        It is another one until `setup`, which refuses a second monitor of the same place with a helpful message.
+        Lightning would refuse it earlier, with a message that does not say what to do.
         """
         return self.place if self._is_set_up else f"{self.place} {id(self)}"
 
     @property
     def label(self) -> str:
-        """Word for it in messages, and the group of its tags: that of its kind, behind the name where there is one."""
+        """Its word in messages, and the group of its tags: that of its kind, after the name if there is one."""
         return self.watch.label
 
     @property
@@ -133,7 +135,7 @@ class Monitor(Arguments, L.Callback):
 
     @property
     def no_number_since(self) -> int | None:
-        """Step from which on nothing can be read, as the weights are no numbers; None while they are."""
+        """Step from which nothing can be read, since the weights are not numbers; None while they are."""
         return self.watch.journal.no_number_since
 
     @property
@@ -156,7 +158,7 @@ class Monitor(Arguments, L.Callback):
         return self.watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self.watch.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -171,17 +173,17 @@ class Monitor(Arguments, L.Callback):
         """Refuse a second monitor that would write the same tags.
 
         Raises:
-            ValueError: With what to do.
+            ValueError: There is one; the message says what to do.
         """
         if other.place == self.place:
             kind = type(self).__name__
             raise ValueError(
-                f"two {kind} in one training, {self!r} and {other!r}: tell them apart by {kind}(..., name='...')"
+                f"two {kind} in one training, {self!r} and {other!r}; distinguish them with {kind}(..., name='...')"
             )
         self.watch.refuse_double(other.watch)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the sites; what matches nothing is refused here, before training."""
+        """Choose the sites. Patterns that match nothing are refused here, before training."""
         if not trainer.barebones:
             refuse_hidden(trainer.strategy, pl_module)
             self.watch.begins(TrainerTraining(trainer, pl_module))
@@ -205,7 +207,7 @@ class Monitor(Arguments, L.Callback):
         self.watch.backward_done()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Show gradients: synchronised, unscaled and accumulated, not yet clipped."""
+        """Show gradients: synchronised, unscaled and accumulated, but not yet clipped."""
         self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
 
     def on_train_batch_end(
@@ -215,7 +217,7 @@ class Monitor(Arguments, L.Callback):
         self.watch.batch_over(TrainerTraining(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take hooks off layers also where the module's `on_train_batch_start` ended the epoch before the batch."""
+        """Remove hooks from layers, even if the module's `on_train_batch_start` ended the epoch before the batch."""
         self.watch.epoch_over()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -226,12 +228,12 @@ class Monitor(Arguments, L.Callback):
             self.watch.validation_begins(TrainerTraining(trainer, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report what was watched in it."""
+        """Report on the validation loop."""
         self.watch.validation_over(TrainerTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so if nothing was ever seen; the last of the alerts may end the run."""
-        advice = "in manual optimization, step the optimizers that `self.optimizers()` gives"
+        """Report if nothing was ever seen; the last alert may end the run."""
+        advice = "in manual optimization, step the optimizers that `self.optimizers()` returns"
         self.watch.stops(advice="" if pl_module.automatic_optimization else advice)
         self.watch.journal.alerts.raise_if_asked()
 
@@ -240,14 +242,14 @@ class Monitor(Arguments, L.Callback):
         self.watch.save(TrainerTraining(trainer, pl_module))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say so if the run that is resumed was watched in another way, or not at all."""
+        """Report if the resumed run was watched in another way, or not at all."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             self.watch.journal.info_once(
-                f"the checkpoint has no state of {self.place}: comparisons with earlier samples start again"
+                f"the checkpoint has no state of {self.place}, so comparisons with earlier samples start again"
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind, Ctrl-C included."""
+        """Remove all hooks, also after Ctrl-C."""
         self.watch.ends()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -267,15 +269,15 @@ def cadence(every_n_steps: int | None, max_overhead: float | None, default: int)
     """The schedule that a user asked for.
 
     Raises:
-        ValueError: Both are given, or one is out of its range.
+        ValueError: Both are given, or one is out of range.
     """
     if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps={every_n_steps}: at least 1 optimizer step")
+        raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 optimizer step")
     if max_overhead is None:
         return Every(default if every_n_steps is None else every_n_steps)
     if every_n_steps is not None:
         raise ValueError(
-            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give only one, because the budget "
+            f"every_n_steps={every_n_steps} and max_overhead={max_overhead}: give only one of them, since a budget "
             "chooses the cadence"
         )
     return Budget(max_overhead)

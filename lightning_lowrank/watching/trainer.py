@@ -19,9 +19,9 @@ from lightning_lowrank.models.training import Training
 
 # By name, since there are two packages of them, and not all are installed.
 HIDING = {
-    "FSDPStrategy": "it keeps matrices as flat pieces without rows and columns",
-    "DeepSpeedStrategy": "its engine keeps gradients to itself",
-    "XLAFSDPStrategy": "it keeps matrices as flat pieces without rows and columns",
+    "FSDPStrategy": "it stores matrices as flat pieces without rows and columns",
+    "DeepSpeedStrategy": "its engine hides gradients",
+    "XLAFSDPStrategy": "it stores matrices as flat pieces without rows and columns",
 }
 INSTEAD = (
     "'ddp' and its variants, or ModelParallelStrategy with fully_shard (FSDP2) and "
@@ -43,7 +43,7 @@ class TrainerTraining(Training):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the module is."""
+        """The device of the module."""
         return self.module.device  # type: ignore[return-value]
 
     @property
@@ -97,7 +97,7 @@ class TrainerTraining(Training):
 
     @property
     def folder(self) -> str:
-        """Of the first logger, or the Trainer's root."""
+        """The folder of the first logger, or the Trainer's root."""
         return str(self._trainer.log_dir or self._trainer.default_root_dir)
 
     @property
@@ -159,7 +159,7 @@ class TrainerTraining(Training):
             raise ValueError("training_step(dataloader_iter) cannot be run again: it takes its own batches")
 
     def rerun(self, batch: Any, index: int) -> Any:
-        """What `training_step` returns."""
+        """The result of `training_step`."""
         return self.step_function(*[batch, index][: _num_arguments(self.step_function)])
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -181,7 +181,7 @@ class TrainerTraining(Training):
     def no_live_graph(self) -> str | None:
         """DDP with a static graph counts backward passes."""
         static = getattr(self._trainer.strategy, "_ddp_kwargs", {}).get("static_graph")
-        return "static_graph=True of DDP, which counts backward passes" if static else None
+        return "DDP's static_graph=True, which counts backward passes" if static else None
 
     @property
     def step_function(self) -> Any:
@@ -220,11 +220,11 @@ def refuse_hidden(strategy: Any, module: nn.Module) -> None:
     """
     hiding = next((cls.__name__ for cls in type(strategy).__mro__ if cls.__name__ in HIDING), None)
     if hiding is not None:
-        raise ValueError(f"strategy {hiding} cannot be watched: {HIDING[hiding]}; what works is {INSTEAD}")
+        raise ValueError(f"strategy {hiding} cannot be watched: {HIDING[hiding]}. Use {INSTEAD}")
     for path, part in module.named_modules():
         if type(part).__name__ == "FullyShardedDataParallel":
             raise ValueError(
-                f"{path!r} is wrapped in FSDP1 and cannot be watched: {HIDING['FSDPStrategy']}; what works is {INSTEAD}"
+                f"{path!r} is wrapped in FSDP1 and cannot be watched: {HIDING['FSDPStrategy']}. Use {INSTEAD}"
             )
 
 

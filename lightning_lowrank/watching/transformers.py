@@ -58,7 +58,7 @@ class WatchCallback(TrainerCallback):
         for monitor in self.monitors if self._batch is None else ():
             if any(getattr(recorder.probe.source, "loss_fn", None) for recorder in monitor.recorders):
                 raise ValueError(
-                    f"{monitor!r}: transformers.Trainer shows no batch; give WatchCallback(..., batch=...)"
+                    f"{monitor!r}: transformers.Trainer does not show its batches; give WatchCallback(..., batch=...)"
                 )
         training = _HiddenLoss(model, [optimizer], loggers, folder, total_steps=state.max_steps)
         self._watch = Watching(training, self.monitors)

@@ -123,9 +123,9 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped; begin anew where another choice of quantities was measured."""
+        """Continue a stopped run, or begin again if other quantities were measured."""
         if state["quantities"] != self.quantities:
-            self.journal.info_once("the checkpoint has other quantities: comparisons over samples start again")
+            self.journal.info_once("the checkpoint has other quantities, so comparisons over samples start again")
             return
         self._resumed = True
         self._checked, self._waiting = state["checked"], state["waiting"]
@@ -302,9 +302,9 @@ class Watch:
         both = self._words() & other._words()
         if both:
             names = f"monitors {self.label!r} and {other.label!r}"
-            raise ValueError(f"{names} would both write {sorted(both)}: give one of them name='...'")
+            raise ValueError(f"{names} would both write {sorted(both)}; give one of them name='...'")
         if self.budget is not None and self.budget is other.budget:
-            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object: give each its own")
+            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object; give each its own")
 
     def _words(self) -> set[str]:
         """What stands in the tags that only this monitor may write."""

@@ -192,17 +192,17 @@ def test_what_changed_and_is_in_no_pair_is_named(
 
     main(["extract-lora", *two, "--exclude", "4*", "-o", str(tmp_path / "lora")])
 
-    assert "changed, and not in the adapter: ['0.bias', '4.weight']" in capsys.readouterr().out
+    assert "changed, but not in the adapter: ['0.bias', '4.weight']" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["advise-ranks", "A", "B", "--budget", "8 apples"], "or memory, as '8 MB'"),
-        (["advise-ranks", "A", "B", "--budget", "10", "--least", "1"], "does not suffice for rank 1 everywhere"),
-        (["extract-lora", "A", "A", "-o", "lora"], "no weight of .* that is asked for changed"),
-        (["extract-lora", "A", "B", "--energy", "2", "-o", "lora"], "energy=2.0 is above 0 and up to 1"),
-        (["extract-lora", "A", "B", "--ranks", "ranks.json", "-o", "lora"], r"there are ranks for \['9.weight'\]"),
+        (["advise-ranks", "A", "B", "--budget", "8 apples"], "or memory, such as '8 MB'"),
+        (["advise-ranks", "A", "B", "--budget", "10", "--least", "1"], "is too small: rank 1 for every matrix"),
+        (["extract-lora", "A", "A", "-o", "lora"], "none of the chosen weights of .* changed"),
+        (["extract-lora", "A", "B", "--energy", "2", "-o", "lora"], "energy=2.0 must be above 0 and at most 1"),
+        (["extract-lora", "A", "B", "--ranks", "ranks.json", "-o", "lora"], r"the ranks name \['9.weight'\]"),
         (["extract-lora", "A", "B", "--ranks", "no.json", "-o", "lora"], "no.json cannot be read as JSON"),
         (["merge", "lora", "A", "-o", "merged.safetensors"], "lora has no adapter_config.json"),
         (["merge", "other", "A", "-o", "merged.safetensors"], "the adapter is for .*, which .* lacks.*--within"),
@@ -231,9 +231,9 @@ def test_another_architecture_is_named_and_no_change_is_not(two: tuple[str, str]
     torch.save(wider, tmp_path / "other.pt")
     words = ["-o", str(tmp_path / "lora")]
 
-    with pytest.raises(SystemExit, match=r"other\.pt is not of the architecture of .*'0\.weight': \(17, 65\)"):
+    with pytest.raises(SystemExit, match=r"other\.pt has another architecture than .*'0\.weight': \(17, 65\)"):
         main(["extract-lora", two[0], str(tmp_path / "other.pt"), *words])
-    with pytest.raises(SystemExit, match=r"no weight of .* changed"):
+    with pytest.raises(SystemExit, match=r"none of the chosen weights of .* changed"):
         main(["extract-lora", two[0], two[0], *words])
 
 

@@ -128,20 +128,20 @@ def test_models_are_merged_and_conflicts_told(
     torch.testing.assert_close(load_file(tmp_path / "m.safetensors")["0.weight"], mean)
     assert told[f"{two[0]} and {two[1]}"]["0.weight"]["cosine"] is None
     main(["merge-models", *two, "--base", two[0], "-o", str(tmp_path / "m.safetensors")])
-    assert "6 tensors by mean" in capsys.readouterr().out
+    assert "6 tensors, merged by mean" in capsys.readouterr().out
 
 
 REFUSED = {
     ("spectra", "nothing.pt"): "there is no file or folder nothing.pt",
-    ("spectra", "BEFORE", "--match", "nothing*"): r"match: 'nothing\*' fits nothing",
+    ("spectra", "BEFORE", "--match", "nothing*"): r"match: 'nothing\*' matches nothing",
     ("spectra", "BEFORE", "--statistics", "stabel_rank"): "did you mean 'stable_rank'",
-    ("spectra", "BEFORE", "--model", "make"): "give module:function",
-    ("spectra", "BEFORE", "--model", "torch:nothing"): "torch has no function 'nothing'",
-    ("spectra", "BEFORE", "--model", "torch.nn:Identity", "--match", "x"): "fits nothing",
+    ("spectra", "BEFORE", "--model", "make"): "expected module:function",
+    ("spectra", "BEFORE", "--model", "torch:nothing"): "torch has no function 'nothing'; it has",
+    ("spectra", "BEFORE", "--model", "torch.nn:Identity", "--match", "x"): "matches nothing",
     ("spectra", "BEFORE", "-o", "nowhere/x.safetensors"): "cannot be written",
     ("spectra", "BEFORE", "--page", "nowhere/x.html"): "cannot be written",
     ("diff", "BEFORE", "AFTER", "--energy", "2"): "energy=2.0",
-    ("merge-models", "BEFORE", "--base", "AFTER"): "1 models: at least two",
+    ("merge-models", "BEFORE", "--base", "AFTER"): "1 models given; a merge needs at least two",
 }
 
 

@@ -108,7 +108,7 @@ def test_a_specification_says_which_units_may_change_places(
     page = (tmp_path / "line.html").read_text()
     assert "line_accuracy" in page and '"steps": [0, 50, 100]' in page
     told = capsys.readouterr().out
-    assert "1 group(s) of units may change places" in told and "barrier" in told
+    assert "1 group(s) of units permuted" in told and "barrier" in told
 
 
 def test_models_of_hugging_face_are_matched_without_a_specification(
@@ -187,20 +187,20 @@ def test_a_number_that_does_not_exist_is_null(
 
 
 REFUSED = {
-    ("connect", "A", "B", "nothing"): "give module:function",
-    ("connect", "A", "B", f"{__name__}:another"): r"gave a Sequential; what is expected is \(module, data, measure\)",
+    ("connect", "A", "B", "nothing"): "expected module:function",
+    ("connect", "A", "B", f"{__name__}:another"): r"returned a Sequential; expected \(module, data, measure\)",
     ("connect", "A", "B", DATA, "--points", "2"): "points=2",
     ("connect", "A", "B", DATA, "--calibrate", "valid"): r"--calibrate=valid: .* has \['train', 'test'\]",
-    ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "nowhere.json is no JSON of groups",
-    ("connect", "A", "C", DATA): r"c\.pt is not of this network: it lacks \['2\.weight'",
-    ("masks", "A", "C"): "nothing of one name and shape",
-    ("masks", "A", "B", "--density", "0"): "density=0.0: above 0",
-    ("masks", "A", "B"): "no weight is zero in either file: .* --density",
+    ("connect", "A", "B", DATA, "--match", "--specification", "nowhere.json"): "is not a JSON file of groups",
+    ("connect", "A", "C", DATA): r"c\.pt does not fit this network: it lacks \['2\.weight'",
+    ("masks", "A", "C"): "no tensor has the same name and shape in both",
+    ("masks", "A", "B", "--density", "0"): "density=0.0 must be above 0",
+    ("masks", "A", "B"): "no weight is zero in either file; .* --density",
     ("masks", "A", "D", "--density", "0.2"): r"d\.pt has weights that are not finite, in \['0\.weight'\]",
     ("connect", "A", "B", f"{__name__}:without_batches"): "the data set 'test' has no examples",
-    ("connect", "A", "B", f"{__name__}:a_number"): "the measure gave a Tensor",
-    ("importance", "A", f"{__name__}:a_number"): "the measure gave a Tensor",
-    ("importance", "A", f"{__name__}:no_loss"): r"the measure gave \['error'\]",
+    ("connect", "A", "B", f"{__name__}:a_number"): "the measure returned a Tensor",
+    ("importance", "A", f"{__name__}:a_number"): "the measure returned a Tensor",
+    ("importance", "A", f"{__name__}:no_loss"): r"the measure returned \['error'\]",
 }
 
 

@@ -188,7 +188,7 @@ def test_a_healthy_run_has_nothing_to_report_and_says_what_was_not_asked(
     main(["diagnose", str(tmp_path / "run"), "--fail-on", "info"])
 
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and ": nothing of " in told[0]
+    assert len(told) == 2 and ": none of " in told[0]
     assert "dead-units" in told[1] and "weight-collapse" not in told[1]
 
 
@@ -282,12 +282,12 @@ class Switched(Classifier):
 def test_a_run_in_which_something_is_switched_names_the_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path / "run", LossMonitor(alerts=None), Switched(), max_epochs=-1, max_steps=40)
+    train(tmp_path / "run", LossMonitor(alerts=None), Switched(lr=1e-5), max_epochs=-1, max_steps=40)
 
     main(["diagnose", str(tmp_path / "run"), "--json"])
 
-    (found,) = json.loads(capsys.readouterr().out)[str(tmp_path / "run")]
-    assert (found["rule"], found["since"]) == ("sudden-change", 20)
+    found = json.loads(capsys.readouterr().out)[str(tmp_path / "run")]
+    assert ("sudden-change", 20) in [(finding["rule"], finding["since"]) for finding in found]
 
 
 @pytest.mark.parametrize(("scale", "since"), [(1.0, 0), (1000.0, 5)])

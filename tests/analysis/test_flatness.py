@@ -104,7 +104,7 @@ def test_a_split_neuron_is_flat_and_named(tmp_path: Path, capsys: pytest.Capture
     assert "hessian_flat_share" in Path(files[1]).read_text()
     main(["flat-directions", str(tmp_path / "net.pt"), f"{__name__}:task"])
     printed = capsys.readouterr().out
-    assert "7 of 23 directions are flat" in printed and "7 by duplicate or unread neurons" in printed
+    assert "7 of 23 directions are flat" in printed and "7 from duplicate or unread neurons" in printed
 
 
 def test_pixels_that_are_always_black_are_flat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +119,9 @@ def test_pixels_that_are_always_black_are_flat(tmp_path: Path, capsys: pytest.Ca
 
 
 REFUSED = {
-    "too many for a Hessian": ("large", []),
+    "too many for a full Hessian": ("large", []),
     "tolerance=2": ("small", ["--tolerance", "2"]),
-    "fits nothing": ("small", ["--match", "9.*"]),
+    "matches nothing": ("small", ["--match", "9.*"]),
 }
 
 

@@ -133,11 +133,11 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
     base, models, _ = three(tmp_path)
     other = saved({"w": torch.ones(6, 8), "x": torch.ones(2)}, tmp_path / "other.pt")
 
-    with pytest.raises(ValueError, match=r"method='slerp'; there are \['mean'"):
+    with pytest.raises(ValueError, match=r"method='slerp' is unknown; choose one of \['mean'"):
         dict(merged(base, models, "slerp"))
-    with pytest.raises(ValueError, match=r"other\.pt is not of the architecture .*'w': \(6, 8\), 'b': 'missing'"):
+    with pytest.raises(ValueError, match=r"other\.pt has another architecture .*'w': \(6, 8\), 'b': 'missing'"):
         dict(merged(base, [models[0], other], "mean"))
-    with pytest.raises(ValueError, match="1 models: at least two"):
+    with pytest.raises(ValueError, match="1 models given; a merge needs at least two"):
         dict(merged(base, models[:1], "mean"))
-    with pytest.raises(ValueError, match=r"density=0\.5: .* only of ties and dare"):
+    with pytest.raises(ValueError, match=r"density=0\.5 .* only ties and dare use it"):
         dict(merged(base, models, "mean", density=0.5))

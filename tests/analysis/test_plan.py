@@ -201,13 +201,13 @@ def test_a_program_gets_numbers_and_null(capsys: pytest.CaptureFixture[str]) -> 
 REFUSED = {
     "transformer": (["no_colon"], "module:function"),
     "no module": (["nowhere.at_all:gpt"], "cannot be imported"),
-    "no function": ([named("gpt")], "there are"),
-    "no nn.Module": ([named("number")], "gives a int"),
+    "no function": ([named("gpt")], "has no function 'gpt'; it has"),
+    "no nn.Module": ([named("number")], "returned a int"),
     "arguments": ([named("needs_more")], "without arguments"),
     "its own TypeError": ([named("broken")], "broken raised TypeError: Linear.__init__.. missing"),
     "inputs of another shape": (
         [named("misfit")],
-        r"Linear cannot take the inputs \[\[2, 5\]\]: RuntimeError: .*5",
+        r"Linear fails on the inputs \[\[2, 5\]\]: RuntimeError: .*5",
     ),
     "no matrix": ([named("vectors")], "no matrix"),
     "source": ([named("transformer"), "--sources", "features"], "optimizer_state"),

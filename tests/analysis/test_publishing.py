@@ -79,5 +79,5 @@ def test_what_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples=0: at least 1"):
+    with pytest.raises(ValueError, match="samples=0 must be at least 1"):
         PublishReport(samples=0)

@@ -105,16 +105,16 @@ def test_a_large_matrix_is_sketched_with_its_error(tmp_path: Path) -> None:
 def test_what_a_checkpoint_is_not_of_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = saved(mlp(8), tmp_path)
 
-    with pytest.raises(ValueError, match=r"not of this model: it lacks \[\]; shapes .*'0\.weight'"):
+    with pytest.raises(ValueError, match=r"does not fit this model: it lacks \[\]; shapes .*'0\.weight'"):
         places(checkpoint, mlp(9))
     with pytest.raises(ValueError, match=r"lacks \['weight'\]; the file has \['0\.weight'"):
         places(checkpoint, nn.Linear(2, 2, bias=False))
-    with pytest.raises(ValueError, match=r"match: 'head' fits nothing; nearest"):
+    with pytest.raises(ValueError, match=r"match: 'head' matches nothing; nearest"):
         places(checkpoint, match="head")
 
 
 def test_a_file_without_a_matrix_is_refused(tmp_path: Path) -> None:
     torch.save({"bias": torch.ones(3)}, tmp_path / "net.pt")
 
-    with pytest.raises(ValueError, match=r"net\.pt has no matrix: its tensors are \[\('bias'"):
+    with pytest.raises(ValueError, match=r"net\.pt contains no matrix; its tensors are \[\('bias'"):
         places(Checkpoint(tmp_path / "net.pt"))

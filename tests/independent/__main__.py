@@ -12,7 +12,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"neither reference nor reason: {unknown}")
     two, three, count = table.shares(comparisons)
-    off = f"Of {count:,} numbers that come with errors {two:.0%} are within two of these and {three:.0%} within three."
+    off = f"Of {count:,} numbers with a reported error, {two:.0%} are within two errors and {three:.0%} within three."
     parts = {"quantities": table.table(comparisons), "errors": f"{off} None is beyond six."}
     parts |= {"reasons": table.reasons(), "matrices": table.of_matrices(minilm.rows())}
     # Where no other tool is installed their table stays as it is.

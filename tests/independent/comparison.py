@@ -75,7 +75,12 @@ class Claim:
         return distance if self.unit == "absolute" else distance / max(abs(truth), TINY)
 
     def __str__(self) -> str:
-        units = {"relative": "", "absolute": " absolute", "errors": " reported errors", "draws": " deviations of draws"}
+        units = {
+            "relative": "",
+            "absolute": " absolute",
+            "errors": " reported errors",
+            "draws": " standard deviations of the draws",
+        }
         return f"{self.tolerance:g}{units[self.unit]}"
 
 
@@ -89,13 +94,13 @@ TINY = 1e-7
 
 DENSE = "eigenvalues of the dense matrix, by autograd in double precision"
 SVD = "numpy's SVD of the recorded matrix"
-DRAWN = "24 draws of our own"
+DRAWN = "24 independent draws"
 
 # The first pattern that fits counts.
 CLAIMS: dict[str, Claim] = {
     "<summary>*": Claim("numpy over the single sites of the event file"),
     # RankMonitor
-    "*schatten_quasi_norm_0.5": Claim(f"{SVD}; roots of values at the rounding of the Gram matrix", 1e-3),
+    "*schatten_quasi_norm_0.5": Claim(f"{SVD}; roots of values near the rounding of the Gram matrix", 1e-3),
     "*_weight_ratio": Claim("numpy's spectral norms of both"),
     "*_spectrum_drift": Claim(SVD, 1e-5, "absolute"),
     "*subspace_overlap*": Claim("principal angles from numpy's SVD", 1e-4),
@@ -112,16 +117,17 @@ CLAIMS: dict[str, Claim] = {
     **dict.fromkeys(
         ("anatomy_residue", "anatomy_interpolant", "anatomy_spike*", "anatomy_bulk"),
         Claim(
-            "projectors from numpy's SVDs of inputs and output gradients; block iteration mixes near directions", 2e-3
+            "projectors from numpy's SVDs of inputs and output gradients; block iteration mixes close directions",
+            2e-3,
         ),
     ),
     "anatomy_*": Claim("numpy's SVDs of inputs and output gradients from plain hooks", 1e-4),
     "dormant_*": Claim("means of magnitudes from plain hooks"),
-    "activation_write_defect": Claim("what blocks put out and take in, from plain hooks, in numpy", 1e-5, "absolute"),
+    "activation_write_defect": Claim("inputs and outputs of blocks from plain hooks, in numpy", 1e-5, "absolute"),
     "router_gate_stable_rank_chance": Claim("quantiles of Marchenko and Pastur's law by scipy's quadrature"),
     "coordinate_*": Claim("inputs from plain hooks times weights before and after the step, in numpy", 1e-4),
     "router_*": Claim("logits from plain hooks, tokens counted one by one; numpy's SVD of the gate"),
-    "activation_*": Claim("what blocks put out and take in, from plain hooks, in numpy; numpy's SVD of weights", 1e-4),
+    "activation_*": Claim("inputs and outputs of blocks from plain hooks, in numpy; numpy's SVD of weights", 1e-4),
     # ConcentrationMonitor
     "concentration_*_gini*": Claim("all pairs of units, one by one", 1e-5, "absolute"),
     "concentration_*_matthew_slope": Claim("scipy's line through the logarithms", 1e-4),
@@ -135,16 +141,16 @@ CLAIMS: dict[str, Claim] = {
     # AttentionMonitor
     "qk_update_*_chance": Claim(f"{DRAWN}: heads of Gaussian entries", OF_DRAWS, "draws"),
     "qk_update_*": Claim("numpy's SVD of the whole product of each head", 1e-4),
-    "attention_*": Claim("shares in numpy from the scores that softmax gets", 1e-4),
+    "attention_*": Claim("probabilities in numpy, from the scores that softmax receives", 1e-4),
     # MultifractalMonitor
     "multifractal_*": Claim("sorting, counting and numpy's fitted lines"),
     "neuromfa_*_shuffled": Claim(f"{DRAWN}: shuffled entries", OF_DRAWS, "draws"),
     "neuromfa_*_gaussian": Claim(f"{DRAWN}: Gaussian entries", OF_DRAWS, "draws"),
     "neuromfa_*": Claim("the published recipe in loops, exact derivatives, numpy's fitted lines"),
     # CurvatureMonitor
-    "*curvature_valid": Claim("all products are right here"),
-    "*curvature_symmetry_defect": Claim("0, as matrices are symmetric", 1e-4, "absolute"),
-    "*curvature_difference_defect": Claim("0, as these losses are smooth where they are", 0.02, "absolute"),
+    "*curvature_valid": Claim("1, because all products are correct in these models"),
+    "*curvature_symmetry_defect": Claim("0, because the matrices are symmetric", 1e-4, "absolute"),
+    "*curvature_difference_defect": Claim("0, because these losses are smooth at these weights", 0.02, "absolute"),
     "monte_carlo_fisher_*": Claim(f"{DRAWN} of the targets, dense matrices", OF_DRAWS, "draws"),
     "*batch_sharpness*": Claim("the dense Hessian along the gradient", 1e-3),
     "sharpness_over_threshold": Claim(f"{DENSE}, preconditioned; the edge from the optimizer's recursion", 3, "errors"),
@@ -162,7 +168,7 @@ CLAIMS: dict[str, Claim] = {
     "residual_*": Claim(DENSE, 3, "errors"),
     # TrajectorySubspace
     "trajectory_*_random_walk": Claim("covariance of a walk, entry by entry, and numpy's eigenvalues"),
-    "trajectory_*": Claim("numpy's SVD of all parameters seen, and sums of distances"),
+    "trajectory_*": Claim("numpy's SVD of all recorded parameters, and sums of distances"),
     # NTKMonitor
     "ntk_label_energy_in_top_chance": Claim("counted"),
     "ntk_gauss_newton_*": Claim("eigenvalues from the whole Jacobian, by autograd in double precision", 3, "errors"),
@@ -173,19 +179,19 @@ CLAIMS: dict[str, Claim] = {
 
 # What has no reference here, by the name of the quantity (or of the tag, of what is none), and why.
 REASONS: dict[str, str] = {
-    "activation_branch_ratio": "where blocks have branches of their own, as GPT-2 and Llama: there it has a reference",
-    "activation_alignment*": "where the last weight of a block meets the first of the next in one, as in GPT-2: there",
-    "*monte_carlo_fisher_eigenspace_overlap": "targets are drawn anew at each sample: draws of our own differ as much",
-    "*_error": "an error is no number of the model; how often the truth is within it is on its [own page](errors.md)",
-    "lowrank/*_time_ms": "the machine's clock",
-    "lowrank/*_overhead_percent": "the machine's clock; held against paired trainings in the benchmarks",
+    "activation_branch_ratio": "has a reference in the models whose blocks have branches, GPT-2 and Llama",
+    "activation_alignment*": "has a reference where one block's last weight feeds the next block's first, as in GPT-2",
+    "*monte_carlo_fisher_eigenspace_overlap": "targets are drawn anew at each sample; other draws differ as much",
+    "*_error": "does not describe the model; [another page](errors.md) says how often it covers the exact value",
+    "lowrank/*_time_ms": "depends on the machine's clock",
+    "lowrank/*_overhead_percent": "depends on the machine's clock; the benchmarks compare it with pairs of trainings",
     "lowrank/*_solver_calls": "counts calls of the package itself",
     "lowrank/*_bytes": "counts the memory of the package itself",
-    "lowrank/*_failures": "counts what went wrong; 0 is asserted in each of these runs",
-    "lowrank/*_skipped_steps": "there is no GradScaler here",
-    "lowrank/*_rows": "a count; the matrices of these rows are compared",
-    "lowrank/*_replayed": "says how the loss was seen",
-    "lowrank/ntk_*": "says how the kernel was found",
+    "lowrank/*_failures": "counts failures; each of these runs asserts that there are none",
+    "lowrank/*_skipped_steps": "these runs have no GradScaler",
+    "lowrank/*_rows": "a count; the matrices with these rows are compared",
+    "lowrank/*_replayed": "says whether the loss was replayed",
+    "lowrank/ntk_*": "says how the kernel was computed",
     "lowrank/anatomy_num_outputs": "an argument",
     "concentration_*_reference": "needs the checkpoint of another run; `tests/monitors/concentration` has its oracle",
 }

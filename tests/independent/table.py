@@ -76,7 +76,7 @@ def of_matrices(rows: Iterable[Row]) -> str:
 
 def of_peers(found: Iterable[Peer]) -> str:
     """Numbers of other tools."""
-    lines = ["| quantity | tool | there | logged | reported error |", "|---|---|---|---|---|"]
+    lines = ["| quantity | tool | the tool's number | logged | reported error |", "|---|---|---|---|---|"]
     rows = (f"| `{p.quantity}` | {p.tool} | {p.theirs:.6g} | {p.logged:.6g} | {p.error:.2g} |" for p in found)
     return "\n".join([*lines, *rows])
 

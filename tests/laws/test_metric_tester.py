@@ -87,5 +87,5 @@ def test_a_collection_feeds_each_of_its_metrics() -> None:
 
 @pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(())])
 def test_what_is_no_matrix_is_refused_in_words(wrong: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"stable_rank takes matrices, \[\.\.\., rows, columns\]"):
+    with pytest.raises(ValueError, match=r"stable_rank needs matrices \[\.\.\., rows, columns\]"):
         SpectralStatistic("stable_rank").update(wrong)

@@ -211,13 +211,13 @@ def test_collection_tells_sizes_of_subspaces_apart() -> None:
 
 
 def test_a_pair_takes_two_batches() -> None:
-    with pytest.raises(ValueError, match="weight_ratio takes 2 batches of matrices, not 1"):
+    with pytest.raises(ValueError, match="weight_ratio needs 2 batches of matrices, not 1"):
         SpectralStatistic("weight_ratio").update(torch.eye(2))
 
 
 def test_an_unknown_statistic_is_refused_with_what_there_is() -> None:
     with pytest.raises(
-        ValueError, match=r"'stable_ranks', did you mean 'stable_rank'\?; there are \[.*'effective_rank'"
+        ValueError, match=r"'stable_ranks', did you mean 'stable_rank'\?; available: \[.*'effective_rank'"
     ):
         SpectralStatistic("stable_ranks")
 

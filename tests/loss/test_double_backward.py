@@ -107,13 +107,13 @@ CHOICES: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Choice
     "plain": (Classifier, {}, Choice("inline", "the graph of each step's own loss")),
     "a fixed batch": (Classifier, {"batch": "fixed"}, Choice("replay", "the fixed batch")),
     "a loss function": (Adversaries, {"loss_fn": a_loss}, Choice("replay", "loss_fn, which was given")),
-    "compiled": (in_place, {}, Choice("replay", "'Classifier', which is compiled")),
+    "compiled": (in_place, {}, Choice("replay", "the compiled module 'Classifier'")),
     "a hook of a parameter": (
         hooked_parameter,
         {},
-        Choice("replay", "the hooks of 'net.0.weight', which would hear of it"),
+        Choice("replay", "the hooks of 'net.0.weight', which would also run"),
     ),
-    "a hook of a layer": (hooked_layer, {}, Choice("replay", "the backward hooks of 'net.0', which would hear of it")),
+    "a hook of a layer": (hooked_layer, {}, Choice("replay", "the backward hooks of 'net.0', which would also run")),
 }
 
 
@@ -127,7 +127,7 @@ def test_the_way_is_chosen_before_training_with_a_reason(case: str) -> None:
 def test_static_graphs_of_data_parallel_training_are_left_alone() -> None:
     found = choose(TrainerTraining(trainer(strategy=DDPStrategy(static_graph=True)), Classifier()))
 
-    assert found == Choice("replay", "static_graph=True of DDP, which counts backward passes")
+    assert found == Choice("replay", "DDP's static_graph=True, which counts backward passes")
 
 
 @pytest.mark.parametrize("make", [Adversaries, Iterating])
@@ -212,7 +212,7 @@ def test_fused_attention_that_stays_in_a_replay_is_refused() -> None:
 def test_a_compiled_function_in_the_graph_calls_for_a_replay() -> None:
     squared = torch.compile(lambda x: x.square().sum(), backend="aot_eager")
 
-    assert look(INLINE, squared(torch.ones(2, requires_grad=True))) == Choice("replay", "a compiled function in it")
+    assert look(INLINE, squared(torch.ones(2, requires_grad=True))) == Choice("replay", "a compiled function")
 
 
 def test_reentrant_checkpoints_are_refused_with_what_to_do() -> None:
@@ -279,4 +279,4 @@ def of_two_kinds(rank: int, size: int, root: Path) -> list[str]:
 def test_processes_whose_graphs_differ_see_their_losses_in_one_way(tmp_path: Path) -> None:
     first, second = together(of_two_kinds, tmp_path)
 
-    assert first == second and first[0] == "replay" and "in a replay either" in first[1]
+    assert first == second and first[0] == "replay" and "not even in a replay" in first[1]

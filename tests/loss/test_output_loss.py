@@ -324,7 +324,7 @@ def test_a_loss_that_is_linear_has_no_hessian() -> None:
 @pytest.mark.parametrize(
     ("function", "inputs", "target", "reason"),
     [
-        (F.nll_loss, ROWS, labels(5), "no logarithms of probabilities"),
+        (F.nll_loss, ROWS, labels(5), "not logarithms of probabilities"),
         (F.cross_entropy, ROWS, PROBABILITIES.clone().requires_grad_(), "targets that depend on the parameters"),
         (
             F.binary_cross_entropy_with_logits,

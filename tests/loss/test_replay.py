@@ -206,10 +206,10 @@ def test_the_halves_of_a_batch_have_every_example_once() -> None:
     assert (first["x"][:, 0].tolist(), second["x"][:, 0].tolist()) == ([0, 4, 8], [2, 6])
     assert (first["names"], second["names"], first["scale"]) == (list("ace"), list("bd"), 2.0)
     for batch, there_is in (
-        ((torch.ones(4), torch.ones(3)), "without one leading size"),
+        ((torch.ones(4), torch.ones(3)), "with different leading sizes"),
         (torch.ones(1), "one example"),
     ):
-        with pytest.raises(ValueError, match=f"a batch of .*{there_is} has no halves"):
+        with pytest.raises(ValueError, match=f"a batch of .*{there_is} cannot be halved"):
             halves(batch)
 
 
@@ -225,7 +225,7 @@ def test_a_muted_logger_is_what_it_was_and_writes_nothing() -> None:
 
 def test_a_batch_that_cannot_be_copied_is_refused_with_the_reason() -> None:
     trainer, module = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Classifier()
-    message = r"cannot be copied \(TypeError: cannot pickle 'generator' object\).*let the loader give tensors"
+    message = r"cannot be copied \(TypeError: cannot pickle 'generator' object\).*let the loader return tensors"
 
     with pytest.raises(ValueError, match=message), kept(row for row in [1])(TrainerTraining(trainer, module)):
         pass

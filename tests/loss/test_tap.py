@@ -145,8 +145,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         r"2 calls: F.cross_entropy, F.mse_loss.*output_module",
     ),
     "a penalty": (lambda o, t: F.cross_entropy(o, t) + 1e-3 * o.square().sum(), "more than F.cross_entropy"),
-    "another function": (lambda o, t: F.multi_margin_loss(o, t), "none of F.cross_entropy.*output_module"),
-    "driven up": (lambda o, t: -F.cross_entropy(o, t), "driven up"),
+    "another function": (
+        lambda o, t: F.multi_margin_loss(o, t),
+        "does not come from one of F.cross_entropy.*output_module",
+    ),
+    "driven up": (lambda o, t: -F.cross_entropy(o, t), "it is maximised"),
     "a root": (lambda o, t: F.mse_loss(o, torch.zeros_like(o)).sqrt(), "not F.mse_loss times a constant"),
     "focal": (focal, "not F.cross_entropy times a constant"),
 }
@@ -241,7 +244,7 @@ def test_a_layer_that_is_not_called_once_is_refused(calls: int) -> None:
     with LossTap(layer) as tap:
         loss = torch.stack([layer(torch.ones(3, 4)).sum() for _ in range(calls)] or [layer.bias.sum()]).sum()
 
-    with pytest.raises(ValueError, match=f"put out {calls} tensors"):
+    with pytest.raises(ValueError, match=f"returned {calls} tensors"):
         tap.reproduce(loss)
 
 
@@ -255,5 +258,5 @@ def test_a_loss_that_does_not_depend_on_the_layer_is_refused() -> None:
 
 
 def test_a_layer_that_is_not_there_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"output_module='head' is no layer; there are \['0', '1'\]"):
+    with pytest.raises(ValueError, match=r"output_module='head' is not a layer; the layers are \['0', '1'\]"):
         module_named(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "head")

@@ -88,5 +88,5 @@ def test_what_did_not_move_gets_nothing_also_where_all_others_get_the_least() ->
 
 
 def test_a_budget_below_the_least_ranks_is_refused_with_what_they_take() -> None:
-    with pytest.raises(ValueError, match=r"a budget of 5 does not suffice for rank 1 everywhere, which takes 6"):
+    with pytest.raises(ValueError, match=r"a budget of 5 is too small: rank 1 for every matrix needs 6"):
         allocate({"a": [3, 1], "b": [1, 1]}, {"a": 2, "b": 4}, 5, least=1)

@@ -265,7 +265,7 @@ def test_some_neurons_stand_for_all():
     [
         ({"mode": "paths"}, "there are.*neuromfa"),
         ({"direction": "sideways"}, "there are.*out"),
-        ({"max_neurons": 8}, "name a generator"),
+        ({"max_neurons": 8}, "give a generator"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -195,7 +195,7 @@ def test_images_are_flattened():
     ],
 )
 def test_other_networks_are_refused(model):
-    with pytest.raises(ValueError, match=r"flat directions are counted in an nn.Sequential of nn.Linear layers"):
+    with pytest.raises(ValueError, match=r"flat directions need an nn.Sequential that begins and ends with nn.Linear"):
         flat_directions(model, INPUTS)
 
 

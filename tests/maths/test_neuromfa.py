@@ -129,7 +129,7 @@ def test_wider_layers_are_sampled_as_published(width, sampled):
 
 
 def test_neurons_are_not_drawn_without_a_generator():
-    with pytest.raises(ValueError, match="name a generator"):
+    with pytest.raises(ValueError, match="give a generator"):
         neuromfa_scaling(network(), max_neurons=8)
 
 

@@ -189,7 +189,7 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_layer_inside_a_compiled_module_is_refused_before_training(case: str) -> None:
     with pytest.raises(
-        ValueError, match=r"features of 'net.*0' cannot be measured: hooks inside a compiled module never run"
+        ValueError, match=r"features of 'net.*0' cannot be measured, since hooks inside a compiled module never run"
     ):
         run(COMPILED[case](), Features())
 
@@ -206,7 +206,7 @@ def test_the_fast_path_of_transformers_is_refused_in_validation() -> None:
 
     assert labels(net) == ["net.self_attn.out", "net.linear1.out", "net.linear2.out"]
     with pytest.raises(
-        ValueError, match=r"features of 'net\.linear1' cannot be measured: a hook would turn off the fast path"
+        ValueError, match=r"features of 'net\.linear1' cannot be measured, since a hook would turn off the fast path"
     ):
         labels(net, stage="validation")
 
@@ -227,7 +227,7 @@ def test_wide_layers_are_left_out() -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_refused_with_what_is_near() -> None:
-    with pytest.raises(ValueError, match=r"match: 'type:Conv2d' fits nothing.*Conv1d"):
+    with pytest.raises(ValueError, match=r"match: 'type:Conv2d' matches nothing.*Conv1d"):
         labels(Sequence(), match="type:Conv2d")
 
 

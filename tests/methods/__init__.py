@@ -80,7 +80,7 @@ GIVE_BACK: dict[str, Callable[[Any, Any], Any]] = (
     | {name: lambda method, module: method.densify(module) for name in METHODS if name.startswith("factorize")}
 )
 
-NOT_BY_ENTRY = "what works treats each entry by itself"
+NOT_BY_ENTRY = "use an optimizer that updates each entry independently"
 # (method, case of `tests.trainings.CASES`) -> what it says before training.
 REFUSED: dict[tuple[str, str], str] = {(name, "LBFGS"): NOT_BY_ENTRY for name in METHODS if name.startswith("galore")}
 
@@ -98,20 +98,20 @@ REFUSED |= {
     )
 }
 
-REFUSED["lottery ticket, neurons", "backbone unfrozen"] = "all that it could prune is frozen"
+REFUSED["lottery ticket, neurons", "backbone unfrozen"] = "all weights that it could prune are frozen"
 
 _OF_LORA = {
-    "two optimizers by hand": "has frozen parameters alone|all matrices are embeddings or the head",
-    "two optimizers in turn": "has frozen parameters alone|all matrices are embeddings or the head",
-    "spectral norm": "it is computed by a parametrization|all matrices are",
-    "LSTM": "LSTM keeps its weights in one piece of memory",
-    "backbone unfrozen": "both say what is frozen",
-    "LoRA": "the module has an adapter already",
+    "two optimizers by hand": "has only frozen parameters|all matrices are embeddings or the head",
+    "two optimizers in turn": "has only frozen parameters|all matrices are embeddings or the head",
+    "spectral norm": "a parametrization, a norm or a mask computes it|all matrices are",
+    "LSTM": "LSTM stores its weights in one block of memory",
+    "backbone unfrozen": "both decide what is frozen",
+    "LoRA": "the module already has an adapter",
 }
 REFUSED |= {(name, case): why for name in METHODS if "lora" in name for case, why in _OF_LORA.items()}
 for _name in (name for name in METHODS if name.startswith("relora")):  # all else trains
     del REFUSED[_name, "two optimizers by hand"], REFUSED[_name, "two optimizers in turn"]
-REFUSED |= {(name, "LBFGS"): "LBFGS has one rate for all" for name in METHODS if "LoRA+" in name or "relora" in name}
+REFUSED |= {(name, "LBFGS"): "LBFGS has one learning rate" for name in METHODS if "LoRA+" in name or "relora" in name}
 REFUSED |= {
     (name, case): "there is nothing to adapt"
     for name in METHODS
@@ -123,24 +123,28 @@ REFUSED |= {
 }
 
 _OF_SUBSPACE = {
-    "spectral norm": "there is nothing that moves",
-    "backbone unfrozen": "both say what is frozen",
+    "spectral norm": "no weight is left to train",
+    "backbone unfrozen": "both decide what is frozen",
     "LoRA": "the module has an adapter",
 }
 REFUSED |= {(name, case): why for name in METHODS if name.startswith("subspace") for case, why in _OF_SUBSPACE.items()}
 
 _FACTORIZED = [name for name in METHODS if name.startswith("factorize")]
 _OF_FACTORIZE = {
-    "spectral norm": "it is computed by a parametrization",
-    "LSTM": "LSTM keeps its weights in one piece of memory",
+    "spectral norm": "a parametrization, a norm or a mask computes it",
+    "LSTM": "LSTM stores its weights in one block of memory",
     "LoRA": "the module has an adapter",
 }
 REFUSED |= {(name, case): why for name in _FACTORIZED for case, why in _OF_FACTORIZE.items()}
-REFUSED |= {(name, "fused attention"): "reads it directly" for name in _FACTORIZED if "parametrized" not in name}
-REFUSED |= {(name, "tied weights"): "it is shared by layers" for name in _FACTORIZED if "parametrized" in name}
+REFUSED |= {
+    (name, "fused attention"): "uses the weight without calling the layer"
+    for name in _FACTORIZED
+    if "parametrized" not in name
+}
+REFUSED |= {(name, "tied weights"): "layers share it" for name in _FACTORIZED if "parametrized" in name}
 REFUSED |= {
     (name, case): why
     for name in _FACTORIZED
     if "stiefel" in name or "parametrized" in name
-    for case, why in (("bf16-true", "no columns are orthonormal"), ("LBFGS", "LBFGS searches along lines"))
+    for case, why in (("bf16-true", "too coarse for orthonormal columns"), ("LBFGS", "LBFGS searches along lines"))
 }

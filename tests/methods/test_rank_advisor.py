@@ -270,11 +270,11 @@ def test_json_has_what_the_table_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"budget": 0}, "budget=0: a whole number of parameters"),
-        ({"budget": "8 apples"}, "or memory, as '8 MB'"),
+        ({"budget": 0}, "budget=0 must be a whole number of parameters"),
+        ({"budget": "8 apples"}, "or memory, such as '8 MB'"),
         ({"budget": 10, "method": "dora"}, "method is 'lora' or 'galore'"),
         ({"budget": 10, "by": "weights"}, "by is 'updates' or 'gradients'"),
-        ({"budget": 10, "least": -1}, "least=-1: a rank"),
+        ({"budget": 10, "least": -1}, "least=-1 must be a whole number"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(options: dict[str, Any], why: str) -> None:
@@ -287,7 +287,7 @@ def test_what_cannot_be_advised_on_is_refused_before_training() -> None:
     frozen.requires_grad_(False)
     frozen.net[4].requires_grad_(True)  # type: ignore[index,union-attr]
 
-    with pytest.raises(ValueError, match="none of the matrices that it may look at is trained"):
+    with pytest.raises(ValueError, match="none of the chosen matrices is trained"):
         fit(frozen, RankAdvisor(1000))
-    with pytest.raises(ValueError, match="does not suffice for rank 1 everywhere"):
+    with pytest.raises(ValueError, match="is too small: rank 1 for every matrix"):
         fit(made(), RankAdvisor(50))

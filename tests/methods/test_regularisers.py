@@ -100,7 +100,7 @@ def test_rows_that_belong_to_no_example_are_refused() -> None:
     net = Gives(lambda y: y)
     net.forward = lambda x: net.layer(x.flatten(0, 1)).reshape(5, 4, 2)  # type: ignore[method-assign]
 
-    with pytest.raises(ValueError, match=r"a layer sees shape \(20, 3\) of 5 examples"):
+    with pytest.raises(ValueError, match=r"a layer gets shape \(20, 3\) for 5 examples"):
         jacobian_penalty(net, torch.rand(5, 4, 3))
 
 
@@ -116,8 +116,8 @@ class Gives(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "several": (lambda y: (y, y), "gave a tuple of 5 examples"),
-    "a sum": (lambda y: y.sum(), r"gave shape \(\) of 5 examples"),
+    "several": (lambda y: (y, y), "returned a tuple for 5 examples"),
+    "a sum": (lambda y: y.sum(), r"returned shape \(\) for 5 examples"),
     "constants": (lambda y: y.detach(), "runs without a graph"),
 }
 

@@ -191,10 +191,10 @@ def adapted() -> nn.Module:
 
 
 UNTOLD_MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "an unknown order": (lambda: Plain("qkv", rows=24), "no class that is known says in which order they lie"),
-    "no partner": (lambda: Plain("q_proj", "wk"), "it has 0 layers of keys beside it"),
-    "no number of heads": (lambda: Plain("q_proj", "k_proj", heads=0), "nothing says how many heads"),
-    "heads that do not divide": (lambda: Plain("q_proj", "k_proj", heads=3), "are not those of 3 heads"),
+    "an unknown order": (lambda: Plain("qkv", rows=24), "their order is unknown"),
+    "no partner": (lambda: Plain("q_proj", "wk"), "it has 0 layers of keys next to it"),
+    "no number of heads": (lambda: Plain("q_proj", "k_proj", heads=0), "the number of its heads is unknown"),
+    "heads that do not divide": (lambda: Plain("q_proj", "k_proj", heads=3), "do not divide into 3 heads"),
     "an adapter": (adapted, "an adapter is added to it"),
 }
 
@@ -209,12 +209,15 @@ def test_what_cannot_be_told_is_left_out_with_a_reason(case: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a pattern that fits nothing": ({"layouts": {"*.nope": "qkv heads d"}}, "layouts: .*fits nothing.*qkv.weight"),
-    "no order": ({"layouts": {"qkv.weight": "qkv d"}}, "layouts: 'qkv d' is no order of axes"),
-    "no keys": ({"layouts": {"qkv.weight": "q heads d"}}, "'qkv.weight' cannot be told: it has 0 layers of keys"),
+    "a pattern that matches nothing": (
+        {"layouts": {"*.nope": "qkv heads d"}},
+        "layouts: .*matches nothing.*qkv.weight",
+    ),
+    "no order": ({"layouts": {"qkv.weight": "qkv d"}}, "layouts: 'qkv d' is not an order of axes"),
+    "no keys": ({"layouts": {"qkv.weight": "q heads d"}}, "'qkv.weight' are unknown: it has 0 layers of keys"),
     "heads": (
         {"layouts": {"qkv.weight": "qkv heads d"}, "heads": {"qkv.weight": 5}},
-        "'qkv.weight' cannot be told: its",
+        "'qkv.weight' are unknown: its",
     ),
 }
 

@@ -114,7 +114,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_never_runs(tmp_path: Path) -> None:
     torch.save({"state_dict": STATE, "hook": Code(str(tmp_path / "ran"))}, tmp_path / "evil.ckpt")
 
-    with pytest.raises(ValueError, match=r"evil\.ckpt holds more than tensors.*state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"evil\.ckpt contains more than tensors.*state_dict\(\)"):
         Checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -195,7 +195,7 @@ REFUSED: dict[Callable[[Path], Path], str] = {
     no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
     several: r"give one of its files, \['a\.pt', 'b\.pt'\]",
-    another_kind: r"kinds of files that can be read are \['\.safetensors'",
+    another_kind: r"only \['\.safetensors'",
     of_many_processes: "consolidate_checkpoint",
     lambda folder: folder / "nothing": "there is no file or folder .*nothing",
 }

@@ -125,13 +125,14 @@ def test_the_size_is_that_of_one_head_where_heads_are_asked() -> None:
 )
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(choice: dict[str, object]) -> None:
     with pytest.raises(
-        ValueError, match=r"'\*\.attm\.\*' fits nothing; nearest: .*attn.*; there are .*'embed.weight'.* and \d+ more"
+        ValueError,
+        match=r"'\*\.attm\.\*' matches nothing; nearest: .*attn.*; available: .*'embed.weight'.* and \d+ more",
     ):
         sites(NET, **choice)  # type: ignore[arg-type]
 
 
 def test_a_type_that_is_not_there_is_refused_with_the_types() -> None:
-    with pytest.raises(ValueError, match=r"'type:Conv2d' fits nothing; nearest: .*'Conv1d'"):
+    with pytest.raises(ValueError, match=r"'type:Conv2d' matches nothing; nearest: .*'Conv1d'"):
         sites(NET, match="type:Conv2d")
 
 
@@ -141,7 +142,7 @@ def test_a_broken_regular_expression_is_refused() -> None:
 
 
 def test_a_pattern_that_fits_only_biases_is_refused() -> None:
-    with pytest.raises(ValueError, match="fits nothing"):
+    with pytest.raises(ValueError, match="matches nothing"):
         sites(NET, match="*.bias")
 
 

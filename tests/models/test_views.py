@@ -229,7 +229,7 @@ def test_equal_views_are_equal_however_sizes_are_given() -> None:
 
 
 def test_a_pattern_without_rows_and_columns_is_refused() -> None:
-    with pytest.raises(ValueError, match="has to end in rows and columns"):
+    with pytest.raises(ValueError, match="must end in rows and columns"):
         View("a b -> (a b)")
 
 

@@ -155,5 +155,5 @@ def test_too_much_plain_data_on_the_module_is_said_and_not_walked(monkeypatch: p
     module = Classifier()
     module.neighbours = [[i, i + 1] for i in range(2000)]
 
-    with pytest.warns(UserWarning, match=r"more than 1,000 Python objects.*neighbours.*keep data in tensors or arrays"):
+    with pytest.warns(UserWarning, match=r"more than 1,000 Python objects.*neighbours.*Keep data in tensors or arrays"):
         L.Trainer(max_steps=1, logger=False, callbacks=[MONITORS["ntk"](every_n_steps=1)], **QUIET).fit(module)

@@ -208,7 +208,7 @@ def test_a_layer_that_is_called_twice_is_given_back(name: str) -> None:
     method, module, x = METHODS[name](), Twice(), torch.rand(5, 64)
     trainer = L.Trainer(**QUIET, max_steps=6, logger=False, callbacks=[method])
     if "by peft" in name or "adalora" in name:
-        with pytest.raises(ValueError, match=r"it is shared, \['net.0', 'net.2'\]"):
+        with pytest.raises(ValueError, match=r"several layers share it, \['net.0', 'net.2'\]"):
             trainer.fit(module)
         return
     trainer.fit(module)

@@ -78,7 +78,7 @@ def on_mesh(data: int, tensor: int, root: Path) -> Any:
 def on_two(rank: int, size: int, root: Path) -> Any:
     for monitor, what in ((NoiseScaleMonitor(1), "gradients"), (CoordinateCheckMonitor(1), "weights")):
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-        refusal = rf"{type(monitor).__name__}: '.*' is sharded, and {what} are read whole; use DDP"
+        refusal = rf"{type(monitor).__name__}: '.*' is sharded, but {what} must be read whole; use DDP"
         with pytest.raises(ValueError, match=refusal):
             trained(Sharded(), monitor, MemoryLogger(), root, strategy=strategy, devices=size)
     return {"FSDP2": on_mesh(2, 1, root), "tensor parallel": on_mesh(1, 2, root)}

@@ -37,7 +37,7 @@ def test_a_strategy_that_hides_the_matrices_is_refused(strategy: type[SingleDevi
     )
 
     with pytest.raises(
-        ValueError, match=r"strategy (FSDP|DeepSpeed)Strategy cannot be watched.*what works is 'ddp'.*fully_shard"
+        ValueError, match=r"strategy (FSDP|DeepSpeed)Strategy cannot be watched.*Use 'ddp'.*fully_shard"
     ):
         trainer.fit(Classifier())
 

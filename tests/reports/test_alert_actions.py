@@ -274,7 +274,7 @@ def test_an_action_that_fails_costs_a_warning_and_the_others_are_done() -> None:
 def test_a_checkpoint_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
 
-    with pytest.warns(UserWarning, match="could not be told as asked"):
+    with pytest.warns(UserWarning, match="an action of an alert failed"):
         trainer = fit(monitor(always("checkpoint")), default_root_dir=tmp_path)
 
     assert trainer.global_step == 16
@@ -330,7 +330,7 @@ def test_two_monitors_may_not_share_the_name_of_a_rule() -> None:
 def test_sites_that_fit_nothing_are_refused_before_training() -> None:
     module = Classifier()
 
-    with pytest.raises(ValueError, match=r"fits nothing; weight_stable_rank has \['net.0.weight', 'net.2.weight'\]"):
+    with pytest.raises(ValueError, match=r"matches nothing; weight_stable_rank has \['net.0.weight', 'net.2.weight'\]"):
         fit(monitor(always(sites="blocks.*")), module=module)
 
     assert module.losses == []

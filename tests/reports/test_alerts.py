@@ -410,21 +410,21 @@ def test_a_rule_that_was_changed_begins_anew_in_a_run_that_is_resumed() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"below": None}, "at least one of"),
     ({"below": NAN}, "finite"),
-    ({"drop": 1.5}, "drop=1.5: a share"),
-    ({"slope": 0.0}, "slope=0.0: a share"),
-    ({"rise": -1.0}, "rise=-1.0: above 0"),
+    ({"drop": 1.5}, "drop=1.5 must be a share"),
+    ({"slope": 0.0}, "slope=0.0 must be a share"),
+    ({"rise": -1.0}, "rise=-1.0 must be above 0"),
     ({"non_finite": 2.0}, "non_finite=2.0"),
     ({"window": 1}, "window=1"),
     ({"for_samples": 0}, "for_samples=0"),
     ({"keep_samples": 0}, "keep_samples=0"),
     ({"cooldown_steps": -1}, "cooldown_steps=-1"),
     ({"warm_up_samples": -1}, "warm_up_samples=-1"),
-    ({"drop": 0.5, "warm_up_samples": 0}, "1 samples at least to learn from"),
-    ({"change": 5.0}, "5 samples at least to learn from"),
-    ({"departure": 5.0, "baseline": "healthy"}, "10 samples at least to learn from"),
-    ({"departure": 0.0}, "departure=0.0: above 0"),
-    ({"spike": -6.0}, "spike=-6.0: above 0"),
-    ({"cusum": NAN}, "cusum=nan: a finite number"),
+    ({"drop": 0.5, "warm_up_samples": 0}, "1 samples or more are needed to learn from"),
+    ({"change": 5.0}, "5 samples or more are needed to learn from"),
+    ({"departure": 5.0, "baseline": "healthy"}, "10 samples or more are needed to learn from"),
+    ({"departure": 0.0}, "departure=0.0 must be above 0"),
+    ({"spike": -6.0}, "spike=-6.0 must be above 0"),
+    ({"cusum": NAN}, "cusum=nan must be a finite number"),
     ({"hysteresis": 1.0}, "hysteresis=1.0"),
     ({"quorum": 0}, "quorum=0"),
     ({"quorum": 1.5}, "quorum=1.5"),
@@ -453,12 +453,12 @@ def test_a_rule_on_what_is_not_measured_is_refused_with_what_is() -> None:
 def test_a_rule_whose_sites_fit_nothing_is_refused_with_what_there_is() -> None:
     watch = Rulebook([rule(sites=["blocks.*", "head"])], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
-    with pytest.raises(ValueError, match=r"fits nothing; weight_stable_rank has \['net.0.weight'\]"):
+    with pytest.raises(ValueError, match=r"matches nothing; weight_stable_rank has \['net.0.weight'\]"):
         watch.check({QUANTITY: ["net.0.weight"]})
 
 
 def test_two_rules_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="must have different names"):
         Rulebook([rule(), rule(below=0.5)], [QUANTITY], usual=default_alerts, prefix=None, label="rank")
 
 
@@ -516,14 +516,14 @@ def test_a_quorum_that_is_never_met_is_refused_before_training(quorum: int) -> N
         label="rank",
     )
 
-    with pytest.raises(ValueError, match=f"quorum={quorum} is never met: it looks at 1 site"):
+    with pytest.raises(ValueError, match=f"quorum={quorum} can never be met: it watches 1 site"):
         watch.check({"weight_stable_rank": ["net.0.weight", "net.2.weight"]})
 
 
 WRONG_TYPES = {
     "Alert('weight_stable_rank', below=1.0)": r"alerts.*a sequence of \[Alert\]",
     "[{'quantity': 'weight_stable_rank', 'drop': 0.5}]": r"alerts.*a sequence of \[Alert\]",
-    "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function': a function",
+    "[Alert('weight_stable_rank', below=1.0, call='my.function')]": "alert.*call='my.function' must be a function",
 }
 
 

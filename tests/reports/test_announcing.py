@@ -154,7 +154,7 @@ def test_a_checkpoint_that_nobody_writes_is_refused_at_the_start() -> None:
     monitor = RankMonitor(every_n_steps=1, alerts=[RankCollapseAlert("weight", actions=["checkpoint"])])
 
     with (
-        pytest.raises(ValueError, match="asks for a checkpoint: give watching"),
+        pytest.raises(ValueError, match="requests a checkpoint; give watching"),
         watching(net, torch.optim.SGD(net.parameters(), lr=0.1), monitor),
     ):
         pass

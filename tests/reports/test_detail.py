@@ -158,7 +158,7 @@ def test_an_unknown_detail_is_refused_with_what_there_is() -> None:
     object.__setattr__(style, "detail", "everything")
 
     # Not by the constructor: the types that tests check there would speak first.
-    with pytest.raises(ValueError, match=r"detail='everything': one of.*'core', 'standard', 'all'"):
+    with pytest.raises(ValueError, match=r"detail='everything' must be one of.*'core', 'standard', 'all'"):
         style.__post_init__()
 
 

@@ -301,7 +301,7 @@ def test_alerts_are_on_the_time_line_and_in_words(page: WebDriver, logs: Path) -
     events = EventAccumulator(str(logs / "calm"), size_guidance={"scalars": 0}).Reload().Scalars("lowrank/alert/low")
     firing = [event.step for event in events if event.value == 2]
     assert f"firing from step {firing[0]} to {firing[-1]}" in text and "pending from step 0 to 0" in text
-    assert "alert: low firing" in on_map and "What they said" in text
+    assert "alert: low firing" in on_map and "Messages of the alerts" in text
 
 
 def test_the_overview_has_the_four_levels_and_leads_to_the_worst_layers(page: WebDriver, logs: Path) -> None:

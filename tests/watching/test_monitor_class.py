@@ -107,7 +107,7 @@ def test_a_copy_watches_as_the_original_would(kind: Any, way: str, trained: bool
 def test_two_of_one_kind_are_refused_by_our_message_and_told_apart_by_name(kind: Any) -> None:
     name = kind.__name__
     message = (
-        rf"two {name} in one training, {name}\(\) and {name}\(\): tell them apart by {name}\(\.\.\., name='\.\.\.'\)"
+        rf"two {name} in one training, {name}\(\) and {name}\(\); distinguish them with {name}\(\.\.\., name='\.\.\.'\)"
     )
     with pytest.raises(ValueError, match=message):
         fit(kind(), kind())

@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Monitor(
             [Probe("a", Weights(), ["stable_rank"], Budget(0.01)), Probe("b", Updates(), ["stable_rank"])], detail="all"
         ),
-        "one and the same Budget",
+        "the same Budget",
     ),
     "two budgets": (
         lambda: Monitor(
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             ],
             detail="all",
         ),
-        "one and the same Budget",
+        "the same Budget",
     ),
     "a source twice": (lambda: RankMonitor(["weights", "weights"], detail="all"), r"\['weight', 'weight'\]"),
     "no probe": (lambda: Monitor([], detail="all"), "at least one probe"),
@@ -131,7 +131,7 @@ WRONG_TYPES = {
     "RankMonitor(match=5)": r"match=5.*a string or a sequence of \[a string\] or None",
     "RankMonitor(alerts=[3])": r"alerts=\[3\].*a sequence of \[Alert\] or 'default' or None",
     "Features(stage='later')": r"stage='later'.*'train' or 'validation'",
-    "Gradients(match=5).plan(LoopTraining(nn.Linear(2, 2)))": "match=5: give one pattern or a list",
+    "Gradients(match=5).plan(LoopTraining(nn.Linear(2, 2)))": "match=5 must be a pattern or a list",
     "ConcentrationMonitor(densities=0.5)": r"densities=0.5.*a sequence of \[a number\]",
     "CurvatureMonitor('heavy')": r"level='heavy'.*'light' or 'standard' or 'full'",
     "CurvatureMonitor(batch='kept')": r"batch='kept'.*'live' or 'fixed'",
@@ -180,15 +180,15 @@ def fit(*monitors: Monitor, module: Classifier | None = None) -> Classifier:
 REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     "match": (
         lambda: [RankMonitor(match="*.atn.*", detail="all")],
-        r"match: '\*\.atn\.\*' fits nothing.*net\.0\.weight",
+        r"match: '\*\.atn\.\*' matches nothing.*net\.0\.weight",
     ),
     "one of two": (
         lambda: [RankMonitor(match=["net.0.*", "head.*"], detail="all")],
-        r"match: 'head\.\*' fits nothing.*net\.0\.weight",
+        r"match: 'head\.\*' matches nothing.*net\.0\.weight",
     ),
     "exclude": (
         lambda: [RankMonitor(exclude="type:Conv2d", detail="all")],
-        "exclude: 'type:Conv2d' fits nothing.*Linear",
+        "exclude: 'type:Conv2d' matches nothing.*Linear",
     ),
     "regular expression": (
         lambda: [RankMonitor(match="re:net.(", detail="all")],
@@ -196,15 +196,15 @@ REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     ),
     "of features": (
         lambda: [RankMonitor(["features"], match="*.attn", detail="all")],
-        r"match: '\*\.attn' fits nothing.*net\.0",
+        r"match: '\*\.attn' matches nothing.*net\.0",
     ),
     "of optimizer state": (
         lambda: [Monitor([Probe("m", OptimizerState("exp_avg", match="x"), ["stable_rank"])], detail="all")],
-        "'x' fits nothing",
+        "'x' matches nothing",
     ),
     "of displacement": (
         lambda: [Monitor([Probe("d", Displacement(match="x"), ["stable_rank"])], detail="all")],
-        "'x' fits nothing",
+        "'x' matches nothing",
     ),
     "view": (
         lambda: [
@@ -216,18 +216,18 @@ REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     ),
     "the same tags": (
         lambda: [RankMonitor(detail="all"), RankMonitor(["gradients"], detail="all")],
-        r"two RankMonitor in one training.*tell them apart by RankMonitor\(..., name='...'\)",
+        r"two RankMonitor in one training.*distinguish them by RankMonitor\(..., name='...'\)",
     ),
     "some of the tags": (
         lambda: [
             RankMonitor(["weights"], detail="all"),
             Monitor([Probe("weight", Weights(), ["stable_rank"])], detail="all"),
         ],
-        r"\['weight_stable_rank'\]: give one of them name=",
+        r"\['weight_stable_rank'\]; give one of them name=",
     ),
     "the same name": (
         lambda: [RankMonitor(["weights"], name="a", detail="all"), RankMonitor(["gradients"], name="a", detail="all")],
-        r"two RankMonitor in one training.*tell them apart",
+        r"two RankMonitor in one training.*distinguish them",
     ),
 }
 
@@ -327,7 +327,7 @@ def test_a_pattern_chooses_what_is_watched() -> None:
     monitor = RankMonitor(["gradients", "features"], match="*.2*", exclude="re:bias$", detail="all")
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
 
-    with pytest.raises(ValueError, match="exclude: 're:bias\\$' fits nothing"):
+    with pytest.raises(ValueError, match="exclude: 're:bias\\$' matches nothing"):
         fit(monitor, module=Classifier(net))
     fit(chosen := RankMonitor(["gradients"], match="*.2.*", detail="all"), module=Classifier(net))
 

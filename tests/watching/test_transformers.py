@@ -118,7 +118,7 @@ def test_what_needs_the_live_loss_is_refused_with_the_way_out(tmp_path: Path, mo
 
 def test_a_function_without_a_batch_is_refused_with_the_way_out(tmp_path: Path) -> None:
     monitor = CurvatureMonitor(loss_fn=lambda model, batch: model(**batch).loss)
-    with pytest.raises(ValueError, match=r"shows no batch; give WatchCallback\(\.\.\., batch=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"does not show its batches; give WatchCallback\(\.\.\., batch=\.\.\.\)"):
         trained(tmp_path, WatchCallback(monitor, loggers=[]))
 
 

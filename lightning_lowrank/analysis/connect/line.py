@@ -20,14 +20,13 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured along a line.
+    """Measures along a line.
 
     Attributes:
         places: From 0 (A) to 1 (B).
-        values: By data set and quantity, "test/loss": one number at each place.
-        barriers: The same: how far the curve rises above the straight line between its ends (for an accuracy, how far
-            it falls below); negative where it lies below (above) everywhere but at the ends, hence at most by a
-            rounding: the ends count.
+        values: One number at each place, by data set and quantity, such as "test/loss".
+        barriers: By the same names: how far the curve rises above the straight line between its ends; for an accuracy,
+            how far it falls below. The ends count, so a value below 0 is rounding.
     """
 
     places: list[float]
@@ -45,24 +44,24 @@ def line(
     points: int = 11,
     calibrate: str | None = None,
 ) -> Line:
-    """Loss and whatever else is measured along the line from A to B, in evaluation mode.
+    """Loss and other measures along the line from A to B, in evaluation mode.
 
     Args:
         module: The architecture.
         a: Weights and buffers by name.
         b: The same at the other end.
         data: Name -> batches.
-        measure: `(module, batch) -> {name: mean over the batch}`; of what is called "loss" less is better, of all else
-            more.
+        measure: `(module, batch) -> {name: mean over the batch}`; smaller is better for "loss", larger for everything
+            else.
         points: At least 3.
-        calibrate: Name of the data that the statistics of batch norms are taken from anew at each place, without which
+        calibrate: Name of the data from which batch norms recompute their statistics at each place. Without this,
             networks with batch norms look unconnected (Jordan et al. 2023, "REPAIR").
 
     Raises:
         ValueError: There are too few points.
     """
     if points < 3:
-        raise ValueError(f"points={points}: at least 3, of which two are the ends")
+        raise ValueError(f"points={points} must be at least 3, both ends included")
     places = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     rows: list[dict[str, float]] = []
     for place in places:
@@ -88,7 +87,7 @@ def barrier(places: Sequence[float], curve: Sequence[float], sign: int = 1) -> f
 
 
 def between(a: State, b: State, place: float) -> dict[str, Tensor]:
-    """Weights on the way; what counts stays as it is in A."""
+    """Interpolated weights; integer buffers keep the values of A."""
     return {
         name: torch.lerp(tensor, b[name].to(tensor), place) if tensor.is_floating_point() else tensor
         for name, tensor in a.items()

@@ -1,4 +1,4 @@
-"""Weight matching: which unit of one network is which unit of the other.
+"""Weight matching: which unit of one network corresponds to which unit of the other.
 
 References:
     Ainsworth, Hayase & Srinivasa (2023), "Git Re-Basin", Algorithm 1.
@@ -24,14 +24,14 @@ Outputs = Callable[[State], Tensor]
 
 @dataclass(frozen=True)
 class Matched:
-    """B, with its units in the places of those of A that they resemble.
+    """B with its units permuted to match those of A.
 
     Attributes:
-        state: Weights of B, rearranged.
-        used: Groups whose units could change places.
-        dropped: Groups that could not: a permutation changed what the network computes.
-        deviation: Largest change of an output of B, over the largest output.
-        sweeps: Over all groups, until nothing moved.
+        state: Permuted weights of B.
+        used: Groups of units that were permuted.
+        dropped: Groups left out, because a permutation changed what the network computes.
+        deviation: Largest change of an output of B, relative to the largest output.
+        sweeps: Number of sweeps over all groups until nothing changed.
     """
 
     state: dict[str, Tensor]
@@ -42,29 +42,30 @@ class Matched:
 
 
 def matched(a: State, b: State, groups: Sequence[Group], outputs: Outputs, *, seed: int = 0) -> Matched:
-    """Rearrange the units of B so that its weights resemble those of A, without a change of what B computes.
+    """Permute the units of B so that its weights resemble those of A. B computes the same as before.
 
-    Coordinate descent: for one group after the other, in random order, the assignment that maximises the inner product
-    of the weights of A and B, all other groups held.
+    This is coordinate descent over the groups, in random order. Each step finds the assignment that maximises the inner
+    product of the weights of A and B, with all other groups fixed.
 
-    Cost: per sweep and group an assignment of n units, O(n^3), and their products.
+    Cost: for each sweep and group, an assignment of n units, O(n^3), and the products of their weights.
 
     Args:
         a: Weights by name.
         b: The same of the other network.
-        groups: Units that may change places; each is tried on data first, and dropped where it may not.
-        outputs: What the network computes on some data, with the weights given.
-        seed: Of the order of the groups and of the permutations that are tried.
+        groups: Groups of units to permute. Each is first tested on data, and dropped if a permutation changes the
+            outputs.
+        outputs: Maps weights to the outputs of the network on some data.
+        seed: Seed for the order of the groups and for the tested permutations.
 
     Raises:
-        ValueError: No group may change places, or the rearranged network computes something else.
+        ValueError: No group can be permuted, or the permuted network computes something else.
     """
     generator = torch.Generator().manual_seed(seed)
     usable = [group for group in groups if group.size > 1 and _harmless(b, group, outputs, generator)]
     dropped = [group.name for group in groups if group.size > 1 and group not in usable]
     if not usable:
         raise ValueError(
-            f"no units may change places: each of {dropped} changed what the network computes when they did"
+            f"no units can be permuted: permuting each group of {dropped} changed the outputs of the network"
         )
     state = {name: tensor.clone() for name, tensor in b.items()}
     sweeps, moved = 0, True
@@ -80,9 +81,7 @@ def matched(a: State, b: State, groups: Sequence[Group], outputs: Outputs, *, se
                 moved = True
     change = deviation(outputs(b), outputs(state))
     if not change <= TOLERANCE:
-        raise ValueError(
-            f"the rearranged network computes something else: outputs differ by {change:.1e} of the largest"
-        )
+        raise ValueError(f"the permuted network computes something else: outputs differ by {change:.1e} of the largest")
     return Matched(state, [group.name for group in usable], dropped, change, sweeps)
 
 

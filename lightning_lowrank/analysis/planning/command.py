@@ -19,21 +19,21 @@ def plan(
     sources: list[str] | None = None,
     json: bool = False,
 ) -> None:
-    """Print what `RankMonitor` will cost a model, on tensors without entries, without a step.
+    """Print what `RankMonitor` will cost for a model, on meta tensors and without a training step.
 
     Args:
-        function: `module:function` that gives an nn.Module, or a tuple of one and its inputs.
-        devices: That FSDP2 shards it over.
-        dtype: Of weights and gradients.
-        tokens_per_step: Of each device.
-        step_ms: Of a training step, if known.
-        device_class: Times are of those that were measured.
-        every_n_steps: Cadence.
-        sources: Of `RankMonitor`; its own unless given.
-        json: Print all numbers, null where nothing was measured.
+        function: `module:function` that returns an nn.Module, or a tuple of one and its inputs.
+        devices: Number of devices over which FSDP2 shards it.
+        dtype: Dtype of weights and gradients.
+        tokens_per_step: Tokens of each device in a step.
+        step_ms: Milliseconds of a training step, if known.
+        device_class: Class of devices for the times; it must have been measured.
+        every_n_steps: Cadence in optimizer steps.
+        sources: Sources of `RankMonitor`; by default its own.
+        json: Print all numbers, null if nothing was measured.
 
     Raises:
-        ValueError: The function gives no module, it has no matrix, or an argument is out of range.
+        ValueError: The function returns no module, the module has no matrix, or an argument is out of range.
     """
     found = planned(
         function,

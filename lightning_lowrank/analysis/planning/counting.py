@@ -1,4 +1,4 @@
-"""What torch would do, counted operator by operator on tensors that have shapes and no entries."""
+"""Operations of torch, counted one by one on meta tensors."""
 
 from collections import Counter
 from collections.abc import Iterator

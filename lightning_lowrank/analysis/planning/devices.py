@@ -1,4 +1,4 @@
-"""What was measured of classes of devices, and how long work takes there.
+"""Measurements of classes of devices, and times of work that follow from them.
 
 `python -m benchmarks.plan --calibrate NAME` measures this machine and writes it to `devices.json`.
 """

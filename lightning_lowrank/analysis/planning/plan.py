@@ -1,4 +1,4 @@
-"""What watching a model will cost, before it is trained."""
+"""The cost of watching a model, before it is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ PASSES = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What watching a model will cost.
+    """The cost of watching a model.
 
     Attributes:
-        what: The model, as it was asked for.
-        num_parameters: Numbers in it.
-        num_tensors: Parameters in it.
-        num_devices: Processes that share it.
-        dtype: Of weights and gradients.
-        every_n_steps: Cadence.
-        costs: Of a sample.
-        step_flops: Of a step of training, on each device; None where it is not known.
+        what: The model as requested.
+        num_parameters: Number of entries of its parameters.
+        num_tensors: Number of its parameters.
+        num_devices: Number of processes that share it.
+        dtype: Dtype of weights and gradients.
+        every_n_steps: Cadence in optimizer steps.
+        costs: Costs of a sample.
+        step_flops: Flops of a training step on each device; None if unknown.
         device: Class of devices.
-        sample_ms: Of a sample, without what moves between processes; None where the class was not measured.
-        step_ms: Of a training step; None where it is not known.
+        sample_ms: Milliseconds of a sample without communication; None if the class was not measured.
+        step_ms: Milliseconds of a training step; None if unknown.
     """
 
     what: str
@@ -51,12 +51,12 @@ class Plan:
 
     @property
     def in_steps(self) -> float | None:
-        """Flops of a sample over those of a training step; None where these are not known."""
+        """Flops of a sample divided by those of a training step; None if these are unknown."""
         return self.costs.flops.total() / self.step_flops if self.step_flops else None
 
     @property
     def share(self) -> float | None:
-        """Percent by which training takes longer; None where it is not known, or the processes have to exchange."""
+        """Increase of training time in percent; None if it is unknown, or if processes must communicate."""
         if self.sample_ms is None or not self.step_ms or self.num_devices > 1:
             return None
         return 100 * self.sample_ms / (self.every_n_steps * self.step_ms)
@@ -73,22 +73,22 @@ def planned(
     every_n_steps: int = 50,
     sources: Sequence[str] = ("gradients", "weights", "updates"),
 ) -> Plan:
-    """What `RankMonitor` will cost a model, which is made on meta tensors and takes no step.
+    """The cost of `RankMonitor` for a model, which is created on meta tensors and takes no step.
 
     Args:
-        function: `module:function`, which takes nothing and gives an `nn.Module`, or a tuple of one and the inputs of
-            its forward pass, from which the flops of a step are counted.
-        num_devices: Processes over which FSDP2 shards the model.
-        dtype: Of weights and gradients.
-        tokens_per_step: Rows that each device multiplies by every matrix in a step, where there are no inputs.
-        step_ms: Milliseconds of a training step, where they are known.
-        device: A class of devices; one that was not measured has flops and bytes and no times.
-        every_n_steps: Cadence.
-        sources: Of `RankMonitor`, those of parameters.
+        function: `module:function` without arguments that returns an `nn.Module`, or a tuple of one and the inputs of
+            its forward pass. The inputs are used to count the flops of a step.
+        num_devices: Number of processes over which FSDP2 shards the model.
+        dtype: Dtype of weights and gradients.
+        tokens_per_step: Rows that each device multiplies by every matrix in a step, if there are no inputs.
+        step_ms: Milliseconds of a training step, if known.
+        device: A class of devices. Without a measurement of it there are flops and bytes, but no times.
+        every_n_steps: Cadence in optimizer steps.
+        sources: Sources of `RankMonitor` that read parameters.
 
     Raises:
-        ValueError: There is no such function, what it gives is no module, a number is below 1, a source is unknown or
-            is none of parameters, there is no matrix, or this process is one of several.
+        ValueError: The function does not exist or returns no module, a number is below 1, or a source is unknown or
+            does not read parameters. Also if there is no matrix, or if this process is one of several.
     """
     _refuse(num_devices, tokens_per_step, step_ms, every_n_steps, sources)
     module, inputs = _made(function)
@@ -119,7 +119,7 @@ def plan_of(
     every_n_steps: int = 50,
     sources: Sequence[str] = ("gradients", "weights", "updates"),
 ) -> Plan:
-    """The same of a module, which is moved to the meta device."""
+    """The same for a module, which is moved to the meta device."""
     module.to(device=META, dtype=DTYPES[dtype])
     parameters = list(module.parameters())
     counts = sum(p.numel() for p in parameters), len(parameters)
@@ -138,12 +138,12 @@ def _refuse(
     counts = {"devices": num_devices, "tokens_per_step": tokens, "step_ms": step_ms, "every_n_steps": every_n_steps}
     wrong = {name: value for name, value in counts.items() if value is not None and not value > 0}
     if wrong:
-        raise ValueError(f"{wrong}: numbers above 0")
+        raise ValueError(f"{wrong} must be a number above 0")
     unknown = [source for source in sources if source not in OF_PARAMETERS]
     if unknown or not sources:
         raise ValueError(
-            f"sources={list(sources)}: the cost of {unknown} cannot be told without a batch; of {list(OF_PARAMETERS)} "
-            "it can"
+            f"sources={list(sources)}: the cost of {unknown} is unknown without a batch; choose from "
+            f"{list(OF_PARAMETERS)}"
         )
 
 
@@ -152,7 +152,9 @@ def _made(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     given = call(name)
     module, *inputs = given if isinstance(given, tuple) else (given,)
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{name} gives a {type(module).__name__}; an nn.Module, or a tuple of one and its inputs")
+        raise ValueError(
+            f"{name} returned a {type(module).__name__}; expected an nn.Module, or a tuple of one and its inputs"
+        )
     return module, tuple(inputs)
 
 
@@ -167,7 +169,7 @@ def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) ->
                 shapes = [list(value.shape) if isinstance(value, Tensor) else value for value in inputs]
                 why = next(iter(str(error).splitlines()), "")
                 raise ValueError(
-                    f"{type(module).__name__} cannot take the inputs {shapes}: {type(error).__name__}: {why}"
+                    f"{type(module).__name__} fails on the inputs {shapes}: {type(error).__name__}: {why}"
                 ) from error
         return float(PASSES * counter.get_total_flops())
     if tokens is None:

@@ -32,7 +32,7 @@ GRAM, SKETCH = "Gram", "sketch"
 
 @dataclass(frozen=True)
 class Solved:
-    """What decomposing matrices of one shape takes.
+    """Cost of decomposing matrices of one shape.
 
     Attributes:
         route: How.
@@ -47,7 +47,7 @@ class Solved:
 
 @dataclass
 class Costs:
-    """What a sample takes.
+    """Cost of a sample.
 
     Attributes:
         size: How many processes there are.
@@ -95,7 +95,7 @@ class Rehearsed(Team):
     costs: Costs
 
     def gather(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> list[list[Tensor] | None]:
-        """What is this process's, whole."""
+        """The whole tensors of this process."""
         routes = [Route(t, owner) for group, owner in zip(groups, owners, strict=True) for t in group if is_sharded(t)]
         self.costs.collectives += bool(routes)
         for rank in range(self.size):
@@ -125,7 +125,7 @@ def rehearsed(module: nn.Module, monitor: RankMonitor, num_devices: int = 1) -> 
     for recorder in recorders:
         recorder.share(team)
     if not sum(team.loads):
-        raise ValueError("there is no matrix to watch: give a module that has some, or another `match`")
+        raise ValueError("there is no matrix to watch; give a module that has some, or another `match`")
     team.rank = max(range(num_devices), key=team.loads.__getitem__)
     team.costs = Costs(num_devices, team.rank)
     with as_one_of(num_devices, team.rank):
@@ -150,7 +150,7 @@ def as_one_of(size: int, rank: int) -> Iterator[None]:
         yield
         return
     if dist.is_initialized():
-        raise ValueError("a plan for several devices is made in a process of its own: this one has a process group")
+        raise ValueError("a plan for several devices needs a process without a process group, and this process has one")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield

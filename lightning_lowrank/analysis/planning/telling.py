@@ -27,19 +27,19 @@ def table_of(plan: Plan) -> Table:
 
 
 def rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What it says, line by line."""
+    """The rows of the table."""
     costs = plan.costs
     for route, number in costs.matrices.items():
         yield f"matrices by {route}", str(number)
     if costs.summed:
-        yield "  of which only Gram matrices move, busiest device", str(costs.summed)
+        yield "  only Gram matrices sent, busiest device", str(costs.summed)
     yield "flops of a sample, all devices", count(costs.total_flops)
-    yield "  of the busiest device", count(costs.flops.total())
-    yield "  in flops of its training steps", UNMEASURED if plan.in_steps is None else f"{plan.in_steps:.3g}"
+    yield "  on the busiest device", count(costs.flops.total())
+    yield "  in training steps, by flops", UNMEASURED if plan.in_steps is None else f"{plan.in_steps:.3g}"
     if plan.num_devices > 1:
-        yield "bytes that a device sends, at most", size(max(costs.sent))
-        yield "bytes that a device receives, at most", size(max(costs.received))
-        yield "exchanges, and bytes that are added up", f"{costs.collectives}, {size(costs.pooled)}"
+        yield "largest number of bytes that a device sends", size(max(costs.sent))
+        yield "largest number of bytes that a device receives", size(max(costs.received))
+        yield "collectives, and bytes that they add up", f"{costs.collectives}, {size(costs.pooled)}"
     yield "memory held from before a step until after it", size(costs.kept)
     yield "  at the peak of a sample", size(costs.peak)
     yield "  largest matrix", size(costs.largest)

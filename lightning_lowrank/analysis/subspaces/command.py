@@ -1,4 +1,4 @@
-"""`subspace fit`: what many models share."""
+"""`subspace fit`: the subspace that many models share."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,30 +34,31 @@ def subspace_fit(
     output: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print what many models share, beside what noise has and what a model that was left out has of it.
+    """Print which subspace many models share, compared with noise, and how much of a left-out model it contains.
 
     Args:
-        checkpoints: Files or folders of models of one architecture, or LoRA adapters; three at least.
-        base: What the models were trained from, whose weights are subtracted; weights themselves count unless given.
-        control: Models of another initialisation, that are compared.
-        control_base: What these were trained from.
-        k: How many components, as 1,2,4; 1,2,4,8,16 unless given, those that so many models allow.
-        match: Only tensors whose name fits one of these globs or `re:REGEX`.
-        exclude: Not these.
-        modes: Also what models share along each axis of each tensor (higher-order SVD).
-        output: A safetensors file for the basis: the mean and the largest k of components of each tensor.
+        checkpoints: Files or folders of models of one architecture, or LoRA adapters; at least three.
+        base: The checkpoint that the models were trained from; its weights are subtracted. Default: the weights
+            themselves are used.
+        control: Models with another initialisation, for comparison.
+        control_base: The checkpoint that these were trained from.
+        k: Numbers of components, such as 1,2,4. Default: those of 1,2,4,8,16 that the number of models allows.
+        match: Only tensors whose name matches one of these globs or `re:REGEX`.
+        exclude: Leave these out.
+        modes: Also print what models share along each axis of each tensor (higher-order SVD).
+        output: Safetensors file for the basis: the mean and the components of each tensor, as many as the largest k.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, models are of several architectures, there are too few, or k is
-            too large for them.
+        ValueError: A file cannot be read or written, the models have different architectures, there are too few models,
+            or k is too large for them.
     """
     ks, dropped = settled(k, len(checkpoints))
     controls = control or []
     if control is not None and len(controls) < 3:
-        raise ValueError(f"{len(controls)} model(s) as --control: three or more have components of their own")
+        raise ValueError(f"{len(controls)} model(s) given as --control; components need at least three")
     if control_base is not None and not controls:
-        raise ValueError("--control-base is of --control, which is not given")
+        raise ValueError("--control-base needs --control")
     bases = [base] * len(checkpoints) + [control_base] * len(controls)
     models = models_of([*checkpoints, *controls], bases, match, exclude)
     with processes() as team:
@@ -92,7 +93,7 @@ def processes() -> Iterator[Team]:
 def cautions(
     models: Models, num_members: int, ks: Sequence[int], dropped: Sequence[int], is_controlled: bool
 ) -> list[str]:
-    """What a reader has to know before any number is read."""
+    """Warnings to read before any number."""
     found = []
     if dropped:
         found.append(
@@ -100,16 +101,19 @@ def cautions(
         )
     if num_members < FEW:
         found.append(
-            f"{num_members} models are few: of noise too, {ks[-1]} component(s) explain "
-            f"{ks[-1] / (num_members - 1):.0%} of them; read what is left out, and --modes"
+            f"{num_members} models are few. Even for noise, {ks[-1]} component(s) explain "
+            f"{ks[-1] / (num_members - 1):.0%} of the energy. Read the left-out columns, and use --modes"
         )
     if models.is_related(num_members):
         found.append(
-            "the models share an initialisation: what they have in common may be that of their start, and says nothing "
-            "of models from other starts" + ("" if is_controlled else "; give such models as --control")
+            (
+                "the models share an initialisation. What they have in common may come from it, and says nothing about "
+                "models from other initialisations"
+            )
+            + ("" if is_controlled else "; give such models as --control")
         )
     if isinstance(models, Adapters) and models.left_out:
-        found.append(f"trained whole and not looked at: {models.left_out[:5]}")
+        found.append(f"trained in full and ignored: {models.left_out[:5]}")
     return found
 
 
@@ -147,7 +151,7 @@ def _tell(found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], warnings
 ROWS = {
     "explained, in sample": ("explained",),
     "  of Gaussian models": ("null",),
-    "left out: the mean of the others": ("left_out", "mean"),
+    "left out: held by the mean of the others": ("left_out", "mean"),
     "  their basis": ("left_out", "basis"),
     "  mean and basis": ("left_out", "mean_and_basis"),
     "  a random basis": ("left_out", "random"),

@@ -1,4 +1,4 @@
-"""`subspace extend`: models that came later, and the old ones tested again.
+"""`subspace extend`: add later models, and test the old ones again.
 
 Shape letters:  N models of the basis   M new models   K components
 """
@@ -30,31 +30,31 @@ def subspace_extend(
     output: str,
     json: bool = False,
 ) -> None:
-    """Write a basis that holds models that came later too, and print what it holds of the old ones before and after.
+    """Write a basis that also holds later models, and print what it holds of the old ones before and after.
 
     Args:
-        basis: A file of subspace fit.
+        basis: A file from subspace fit.
         models: Files or folders of the new models, in the order in which they came.
-        base: What they were trained from; that of the basis unless given.
-        k: Components of the new basis, as many as the old one has unless given.
-        data: `module:function` that gives (module, {name: batches}, measure): each model is measured as the old and as
-            the new basis rebuild it, on the data that has the name of its file, or on all.
-        output: The safetensors file to write.
+        base: The checkpoint that they were trained from. Default: that of the basis.
+        k: Number of components of the new basis. Default: that of the old one.
+        data: `module:function` that returns (module, {name: batches}, measure). Each model is measured as rebuilt from
+            the old and from the new basis. It is measured on the data with the name of its file, or on all data.
+        output: Safetensors file to write.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, a model is in the basis already, is of another architecture, or k
+        ValueError: A file cannot be read or written, a model is already in the basis or has another architecture, or k
             is out of range.
     """
     place = located(basis, base)
     if known := [path for path in models if path in place.basis.models]:
-        raise ValueError(f"{basis} has {known} already")
+        raise ValueError(f"{basis} already contains {known}")
     found = place.models(models)
     most = max(place.basis.ks.values())
     count = most if k is None else k
     if not 1 <= count <= most + len(models):
         raise ValueError(
-            f"k={k} must be from 1 to {most + len(models)}: {most} that {basis} has, and one per new model"
+            f"k={k} must be from 1 to {most + len(models)}: {most} components of {basis}, and one per new model"
         )
     _write(Path(output), place, found, count)
     after = Located(Basis(output), place.base)
@@ -66,7 +66,7 @@ def subspace_extend(
     if json:
         print_json({"k": count, "num_models": size + len(models), "from_files": there, "models": rows})
         return
-    how = "" if there else "; the old ones, whose files are gone, from their coefficients"
+    how = "" if there else "; the files of the old models are missing, so their coefficients are used"
     show_rows(f"part of the energy that {basis} and {output} hold{how}", rows)
 
 

@@ -31,7 +31,7 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What several models share.
+    """The subspace that several models share.
 
     Attributes:
         whole: Numbers of all tensors together, by name; each is by k where it depends on k.
@@ -54,8 +54,8 @@ def settled(k: str | None, num_models: int) -> tuple[list[int], list[int]]:
     """
     if num_models < 3:
         raise ValueError(
-            f"{num_models} model(s): N models have N - 1 centred components, so that one or two say nothing; give "
-            "three or more"
+            f"{num_models} model(s) given. N models have N - 1 centred components, so one or two show nothing; give "
+            "at least three"
         )
     most = num_models - 2
     if k is None:
@@ -63,12 +63,12 @@ def settled(k: str | None, num_models: int) -> tuple[list[int], list[int]]:
     try:
         asked = sorted({int(one) for one in k.split(",")})
     except ValueError as error:
-        raise ValueError(f"--k={k}: whole numbers with commas between them, as 1,2,4") from error
+        raise ValueError(f"--k={k}: expected whole numbers separated by commas, such as 1,2,4") from error
     wrong = [one for one in asked if not 1 <= one <= most]
     if wrong:
         raise ValueError(
-            f"--k={k}: {wrong} must be from 1 to {most}: {num_models} models have {num_models - 1} centred components, "
-            "which explain everything whatever the models are"
+            f"--k={k}: {wrong} must be from 1 to {most}: {num_models} models have {num_models - 1} centred "
+            "components, which explain everything for any models"
         )
     return asked, []
 

@@ -35,7 +35,7 @@ class Models(ABC):
 
     @property
     def num_bytes(self) -> list[int]:
-        """Of each model on disk."""
+        """Bytes of each model on disk."""
         return [size_on_disk(Path(path)) for path in self.paths]
 
     @property
@@ -72,7 +72,7 @@ class Models(ABC):
 
 
 class Checkpoints(Models):
-    """Whole models; updates are what they have over a base, or the weights themselves.
+    """Whole models; their updates are differences to a base, or the weights themselves.
 
     Args:
         paths: Files or folders.
@@ -81,7 +81,7 @@ class Checkpoints(Models):
         exclude: Not these.
 
     Raises:
-        ValueError: A file cannot be read, or a model is of another architecture than the first.
+        ValueError: A file cannot be read, or a model has another architecture than the first.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Checkpoints(Models):
         if not bool(total.isfinite().all()):
             lost = [self.paths[i] for i in (~total.diagonal().isfinite()).nonzero().flatten().tolist()]
             raise ValueError(
-                f"{name!r} is not finite in {first(lost)}: leave the models or, by exclude, the tensor out"
+                f"{name!r} is not finite in {first(lost)}; leave out the models, or the tensors with --exclude"
             )
         return total
 
@@ -178,13 +178,14 @@ class Adapters(Models):
             wrong = [name for name, shape in self.shapes.items() if others.get(name) != shape]
             if wrong or set(others) - set(shapes[0]):
                 raise ValueError(
-                    f"{path} and {paths[0]} adapt other weights: {first(wrong or sorted(set(others) - set(shapes[0])))}"
+                    f"{path} and {paths[0]} adapt different weights, such as "
+                    f"{first(wrong or sorted(set(others) - set(shapes[0])))}"
                 )
         self.left_out = sorted({name for folder in self._folders for name in folder.whole})
 
     @property
     def are_updates(self) -> bool:
-        """By what they are."""
+        """Adapters always are."""
         return True
 
     def gram(self, name: str) -> Float[Tensor, "N N"]:
@@ -233,15 +234,15 @@ def models_of(
     """
     twice = [path for i, path in enumerate(paths) if Path(path).resolve() in {Path(p).resolve() for p in paths[:i]}]
     if twice:
-        raise ValueError(f"{twice[0]} is given twice: a model counts once")
+        raise ValueError(f"{twice[0]} is given twice; give each model once")
     adapters = [path for path in paths if is_adapter(Path(path))]
     if not adapters:
         return Checkpoints(paths, bases, match, exclude)
     if len(adapters) < len(paths):
         others = [path for path in paths if path not in adapters]
-        raise ValueError(f"{first(adapters)} are LoRA adapters and {first(others)} are not: give one kind")
+        raise ValueError(f"{first(adapters)} are LoRA adapters and {first(others)} are not; give only one kind")
     if any(base is not None for base in bases):
-        raise ValueError("adapters are updates already: leave out --base and --control-base")
+        raise ValueError("adapters are already updates; leave out --base and --control-base")
     return Adapters(paths, match, exclude)
 
 
@@ -251,7 +252,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(path: Path) -> str | None:
-    """What an adapter says that it is for."""
+    """The base that an adapter names."""
     found = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     return None if found is None else str(found)
 
@@ -280,13 +281,13 @@ def _refuse_stranger(file: Checkpoint, model: Checkpoint, shapes: Mapping[str, t
     }
     if wrong:
         raise ValueError(
-            f"{file.path} is not of the architecture of {model.path}: {first(list(wrong.items()), 4)}; leave out what "
-            "differs by exclude"
+            f"{file.path} has another architecture than {model.path}: {first(list(wrong.items()), 4)}; leave "
+            "out the differing tensors with --exclude"
         )
 
 
 def shapes_of(path: str) -> Mapping[str, torch.Size]:
-    """Of the tensors of a model, or of the weights that an adapter is for.
+    """Shapes of the tensors of a model, or of the weights of an adapter.
 
     Raises:
         ValueError: It cannot be read.

@@ -35,22 +35,22 @@ class Located:
 
     @property
     def base_path(self) -> str | None:
-        """Of the base."""
+        """Path of the base."""
         return None if self.base is None else str(self.base.path)
 
     def models(self, paths: Sequence[str]) -> Models:
         """Models on disk, as the basis takes them.
 
         Raises:
-            ValueError: One is of another architecture, or not finite.
+            ValueError: One has another architecture, or is not finite.
         """
         bases = [None if is_adapter(Path(path)) else self.base_path for path in paths]
         shapes = shapes_of(paths[0])
         wrong = {n: tuple(shapes.get(n, ())) for n, shape in self.basis.shapes.items() if shapes.get(n) != shape}
         if wrong:
             raise ValueError(
-                f"{self.basis.path} is not a basis of models such as {paths[0]}, which lack, or have in other shapes, "
-                f"{first(list(wrong.items()), 4)}"
+                f"{self.basis.path} does not fit models such as {paths[0]}, which lack these tensors or have them "
+                f"in other shapes: {first(list(wrong.items()), 4)}"
             )
         found = models_of(paths, bases, [f"re:^{re.escape(name)}$" for name in self.basis.shapes])
         found.refuse_infinite()
@@ -87,23 +87,23 @@ def located(basis: str, base: str | None) -> Located:
         base: Instead of the one that the basis names.
 
     Raises:
-        ValueError: A file cannot be read, or the base is of another architecture or not finite.
+        ValueError: A file cannot be read, or the base has another architecture or is not finite.
     """
     found = Basis(basis)
     if not found.is_of_updates:
         if base is not None:
-            raise ValueError(f"{basis} is of weights themselves: leave out --base")
+            raise ValueError(f"{basis} contains weights, not updates; leave out --base")
         return Located(found, None)
     path = base or found.base
     if path is None:
-        raise ValueError(f"{basis} is of updates: give what they are from as --base")
+        raise ValueError(f"{basis} contains updates; give their base with --base")
     if not Path(path).exists():
-        raise ValueError(f"{basis} is of updates from {path}, which is not there: give it as --base")
+        raise ValueError(f"{basis} contains updates from {path}, which does not exist; give the base with --base")
     start = Checkpoint(path)
     start.refuse_infinite()
     wrong = {n: tuple(start.shapes.get(n, ())) for n, shape in found.shapes.items() if start.shapes.get(n) != shape}
     if wrong:
-        raise ValueError(f"{path} is of another architecture than {basis}: {first(list(wrong.items()), 4)}")
+        raise ValueError(f"{path} has another architecture than {basis}: {first(list(wrong.items()), 4)}")
     return Located(found, start)
 
 
@@ -129,12 +129,12 @@ def chosen_k(basis: Basis, k: int | None) -> int:
     """
     most = max(basis.ks.values())
     if k is not None and not 1 <= k <= most:
-        raise ValueError(f"k={k} must be from 1 to {most}, which {basis.path} has")
+        raise ValueError(f"k={k} must be from 1 to {most}, the number of components in {basis.path}")
     return most if k is None else k
 
 
 def worth(task: Task, state: Iterator[tuple[str, Tensor]], model: str) -> dict[str, float]:
-    """What is measured of a model: on the data that has its name, or on all.
+    """The measures of a model: on the data with its name, or on all.
 
     Raises:
         ValueError: The model is not of this network.

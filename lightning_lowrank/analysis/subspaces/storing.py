@@ -1,4 +1,4 @@
-"""`subspace project`, `compress`, `reconstruct` and `merge`: models in a basis that there is."""
+"""`subspace project`, `compress`, `reconstruct` and `merge`: models in an existing basis."""
 
 import json as json_
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def subspace_project(
     """Print how much of models a basis holds: its mean, its components, both, and random components.
 
     Args:
-        basis: A file of subspace fit.
+        basis: A file from subspace fit.
         models: Files or folders.
-        base: What they were trained from; that of the basis unless given.
-        k: How many components, all unless given.
+        base: The checkpoint that they were trained from. Default: that of the basis.
+        k: Number of components. Default: all.
         json: Print all numbers, and the coefficients.
 
     Raises:
-        ValueError: A file cannot be read, or a model is of another architecture.
+        ValueError: A file cannot be read, or a model has another architecture.
     """
     place = located(basis, base)
     count, found = chosen_k(place.basis, k), place.models(models)
@@ -84,20 +84,20 @@ def subspace_compress(
     output: str,
     json: bool = False,
 ) -> None:
-    """Write models as coefficients in a basis, and print what that saves, and costs.
+    """Write models as coefficients in a basis, and print how much smaller they are and what is lost.
 
     Args:
-        basis: A file of subspace fit.
+        basis: A file from subspace fit.
         models: Files or folders.
-        base: What they were trained from; that of the basis unless given.
-        k: How many components, all unless given.
-        data: `module:function` that gives (module, {name: batches}, measure(module, batch) -> {name: mean}): each model
-            is measured before and after, on the data that has the name of its file, or on all.
-        output: The safetensors file for the coefficients.
+        base: The checkpoint that they were trained from. Default: that of the basis.
+        k: Number of components. Default: all.
+        data: `module:function` that returns (module, {name: batches}, measure(module, batch) -> {name: mean}). Each
+            model is measured before and after, on the data with the name of its file, or on all data.
+        output: Safetensors file for the coefficients.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, the data cannot be had, or a model is of another architecture.
+        ValueError: A file cannot be read or written, the data function fails, or a model has another architecture.
     """
     place = located(basis, base)
     count, found = chosen_k(place.basis, k), place.models(models)
@@ -119,14 +119,15 @@ def subspace_compress(
     show_rows(f"part of the energy that {basis} holds, k={count}", rows)
     show(
         f"{sizes['models']:,} bytes of {len(models)} models -> {sizes['coefficients']:,} of coefficients and "
-        f"{sizes['basis']:,} of the basis: {sizes['ratio']:.2f} times less; without the basis "
-        f"{sizes['ratio_without_basis']:.0f} times, which holds for models that come later. By counts alone, "
-        f"{sizes['ratio_by_counts']:.2f} times; at most {sizes['ratio_at_most']:.2f}, models over components and mean"
+        f"{sizes['basis']:,} of the basis: {sizes['ratio']:.2f} times less. Without the basis it is "
+        f"{sizes['ratio_without_basis']:.0f} timestimes less, which applies to later models. By parameter "
+        f"counts, {sizes['ratio_by_counts']:.2f} times; at most {sizes['ratio_at_most']:.2f}, models over "
+        "components and mean"
     )
 
 
 def bytes_of(basis: Basis, models: Models, output: Path, k: int) -> dict[str, int | float]:
-    """What models take as they are and in the basis, in bytes on disk and as ratios."""
+    """Size of models on disk and in the basis, in bytes and as ratios."""
     size = len(models.paths)
     whole, part, shared = sum(models.num_bytes), size_on_disk(output), size_on_disk(basis.path)
     num_parameters = sum(shape.numel() for shape in basis.shapes.values())
@@ -152,23 +153,23 @@ def subspace_reconstruct(
     k: int | None = None,
     output: str,
 ) -> None:
-    """Write models back as checkpoints.
+    """Write models from coefficients back as checkpoints.
 
     Args:
-        basis: A file of subspace fit.
-        coefficients: A file of subspace compress; the models that the basis is of unless given.
-        models: Paths of those that are written, as the file has them; all unless given.
-        base: What they were trained from; that of the basis unless given.
-        k: How many components, all unless given.
-        output: The folder for the checkpoints.
+        basis: A file from subspace fit.
+        coefficients: A file from subspace compress. Default: the models of the basis.
+        models: Paths of the models to write, as in the file. Default: all.
+        base: The checkpoint that they were trained from. Default: that of the basis.
+        k: Number of components. Default: all.
+        output: Folder for the checkpoints.
 
     Raises:
-        ValueError: A file cannot be read or written, or has no such model.
+        ValueError: A file cannot be read or written, or it lacks a requested model.
     """
     place = located(basis, base)
     known, found = _coefficients(place.basis, coefficients)
     if wrong := [one for one in models or [] if one not in known]:
-        raise ValueError(f"there is no model {wrong}; there are {known[:10]}")
+        raise ValueError(f"there is no model {wrong}; the models are {known[:10]}")
     count = chosen_k(place.basis, k)
     Path(output).mkdir(parents=True, exist_ok=True)
     stems = [Path(path).stem for path in known]
@@ -194,18 +195,18 @@ def subspace_merge(
     """Merge models in a basis: by the mean of the basis, or by the mean of their coefficients.
 
     Args:
-        basis: A file of subspace fit.
-        coefficients: A file of subspace compress; the models that the basis is of unless given.
-        of: Write the mean alone, or the mean with the mean coefficients. Of the models that the basis is of both are
-            the same, whatever k: their coefficients have mean zero.
-        base: What they were trained from; that of the basis unless given.
-        k: How many components, all unless given.
-        data: `module:function` that gives (module, {name: batches}, measure); both merges are measured.
-        output: The safetensors file to write.
+        basis: A file from subspace fit.
+        coefficients: A file from subspace compress. Default: the models of the basis.
+        of: Write only the mean, or the mean plus the mean coefficients. For the models of the basis both are the same
+            for every k, since their coefficients have mean zero.
+        base: The checkpoint that they were trained from. Default: that of the basis.
+        k: Number of components. Default: all.
+        data: `module:function` that returns (module, {name: batches}, measure); both merges are measured.
+        output: Safetensors file to write.
         json: Print all numbers.
 
     Raises:
-        ValueError: A file cannot be read or written, or the data cannot be had.
+        ValueError: A file cannot be read or written, or the data function fails.
     """
     place = located(basis, base)
     known, found = _coefficients(place.basis, coefficients)
@@ -222,8 +223,8 @@ def subspace_merge(
     if json:
         print_json(numbers)
         return
-    same = "they are the same merge" if moved < 1e-6 else f"they differ by {moved:.3g}"
-    show(f"{escape(output)}: {len(known)} models by the {of}; the merge of the mean and that of coefficients: {same}")
+    same = "both merges are the same" if moved < 1e-6 else f"they differ by {moved:.3g}"
+    show(f"{escape(output)}: {len(known)} models by the {of}; merge by mean and by coefficients: {same}")
     for key in ("mean", "coefficients"):
         for what, value in numbers.get(f"measured_{key}", {}).items():
             show(f"  {key}: {escape(what)} {cell(value)}")
@@ -248,7 +249,7 @@ def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficien
         raise ValueError(f"{path} cannot be read: {error}") from error
     known = file.metadata() or {}
     if known.get("format") != COEFFICIENTS or set(file.keys()) != set(basis.shapes):
-        raise ValueError(f"{path} has no coefficients in {basis.path}: lightning-lowrank subspace compress writes them")
+        raise ValueError(f"{path} has no coefficients in {basis.path}; lightning-lowrank subspace compress writes them")
     return json_.loads(known["models"]), {name: file.get_tensor(name).double() for name in basis.shapes}
 
 

@@ -85,11 +85,11 @@ def top_eigenpairs(
     """The `k` largest eigenvalues, largest first, then the `lowest` smallest, smallest last, of the Krylov space of one
     start vector.
 
-    The start vector is a mixture of the old eigenvectors and of others that are near the top, such as the gradient.
-    Where little has changed the mixture lies in the space of the old ones, of which as many products tell the new ones;
-    where much has, they are spent on what is strong now. No decision is needed, and so nothing waits for the device.
-    Measured against products with each old vector: 5 products instead of 8 for the first value, 10 instead of 16 for
-    five.
+    The start vector is a mixture of the old eigenvectors and of other vectors near the top, such as the gradient. If
+    little has changed, the mixture lies in the span of the old vectors, and as many products yield the new ones. If
+    much has changed, the products go to the directions that are strong now. No decision is needed, so nothing waits for
+    the device. Measured against products with each old vector: 5 products instead of 8 for the first value, 10 instead
+    of 16 for five.
 
     An eigenvalue that occurs more than once is found once, unless the space is exhausted before the products are.
 
@@ -103,7 +103,7 @@ def top_eigenpairs(
     """
     if num_products < min(k + lowest, operator.size):
         raise ValueError(
-            f"{k} largest and {lowest} smallest eigenvalues take at least {k + lowest} products, not {num_products}"
+            f"{k} largest and {lowest} smallest eigenvalues need at least {k + lowest} products, not {num_products}"
         )
     with full_precision(operator.device):
         random = torch.randn(operator.size, generator=generator, device=operator.device, dtype=operator.dtype)
@@ -129,12 +129,12 @@ def widened(
     num_products: int,
     earlier: bool = False,
 ) -> Eigenpairs:
-    """The same ends of the spectrum in a wider space, which also holds what is strongest in other images of the
-    operator, such as those of random vectors, and not in the space already.
+    """The same ends of the spectrum in a wider space. It also contains the strongest directions in other images of the
+    operator, such as images of random vectors, that are not yet in the space.
 
-    A Krylov space has one start vector. An eigenvector that it hardly has, and all but one of those that share an
-    eigenvalue, are missed, and nothing in the space tells. In the image of a random vector each has its eigenvalue's
-    part.
+    A Krylov space has one start vector. It misses eigenvectors that are hardly in this vector, and all but one of those
+    that share an eigenvalue, and nothing in the space shows this. The image of a random vector contains each of them in
+    proportion to its eigenvalue.
 
     Args:
         pairs: What `top_eigenpairs` found.
@@ -178,12 +178,12 @@ def sines(pairs: Eigenpairs, k: int) -> Float[Tensor, " k"]:
 
 
 def of_directions(share: Float[Tensor, "*B"], *sines: Float[Tensor, " k"]) -> Estimate:
-    """A part of something within the span of approximate eigenvectors, with the error that comes from the directions;
-    NaN where it could be anything.
+    """A part of something within the span of approximate eigenvectors, with the error that comes from the directions.
+    NaN if it could be anything.
 
-    Of a mean over the directions the error is a bound, as the smaller of two: by the mean of the sines; and by their
-    rms, times what a small angle changes in so small, or so large, a part. Of the part of one vector it is what it
-    would be if that were no nearer to one direction than to another.
+    For a mean over the directions the error is the smaller of two bounds. One is the mean of the sines. The other is
+    their rms times the change of so small, or so large, a part by a small angle. For a part of one vector, the error
+    assumes that the vector is no nearer to one direction than to another.
 
     Args:
         share: Between 0 and 1.

@@ -11,12 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that chance, or work that ended too early, had a part in.
+    """A number with an error from chance, or from work that ended early.
 
     Attributes:
-        value: Free of bias, up to second order where it is no mean.
-        error: Half width of a two-sided interval about the value, of 68 % at least: the truth is within one error of
-            the value in two of three samples or more, and within two errors in nine of ten or more.
+        value: Unbiased, up to second order if it is not a mean.
+        error: Half width of a two-sided interval around the value, with a coverage of at least 68 %. The truth is
+            within one error of the value in at least two of three samples. It is within two errors in at least nine of
+            ten.
     """
 
     value: Float[Tensor, "*B"]
@@ -24,12 +25,12 @@ class Estimate:
 
 
 def student(num_samples: int) -> float:
-    """Error of a mean in its standard errors, where these were estimated from the same samples: half the half width of
+    """Error of a mean in its standard errors, which were estimated from the same samples: half the half width of
     Student's two-sided 95 % interval.
 
-    That is 1.59 for four samples, 1.07 for 16 and 0.98 for infinitely many. Few samples of a skewed quantity, as traces
-    and squares are, often miss the large ones: with the half width of 68 % the truth was beyond two errors in one of
-    eight trials.
+    That is 1.59 for four samples, 1.07 for 16 and 0.98 for infinitely many. Few samples of a skewed quantity, such as
+    traces and squares, often miss the large ones. With the half width of 68 %, the truth was beyond two errors in one
+    of eight trials.
 
     Raises:
         ValueError: There are fewer than two samples.
@@ -38,7 +39,7 @@ def student(num_samples: int) -> float:
         Abramowitz & Stegun (1964), equation 26.7.5: within 1 % from four samples on.
     """
     if num_samples < 2:
-        raise ValueError(f"an estimate with an error takes at least 2 samples, not {num_samples}")
+        raise ValueError(f"an estimate with an error needs at least 2 samples, not {num_samples}")
     z, freedom = 1.96, num_samples - 1
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

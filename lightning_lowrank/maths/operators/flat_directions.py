@@ -1,4 +1,4 @@
-"""Directions in which a small network can move without any change of its outputs, counted and explained.
+"""Directions in which a small network can move without changing its outputs, counted and explained.
 
 Shape letters:  P entries of all parameters   T tangent vectors   V singular values   F directions of no change   H
 neurons of a hidden layer   I weights into one, bias included   O neurons of the next layer   D duplicates
@@ -88,19 +88,19 @@ def flat_directions(
     factor: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
     tolerance: float = 1e-10,
 ) -> FlatDirections:
-    """How many eigenvalues of the Gauss-Newton matrix of a small network are 0, and why, in float64.
+    """The number of zero eigenvalues of the Gauss-Newton matrix of a small network, and their causes, in float64.
 
-    A network with a neuron split in two, or with one that has no outgoing weights, computes what a narrower one does;
-    its Jacobian has the same rank there, so that every parameter that it has more is a flat direction.
+    A network with a neuron split in two, or with a neuron without outgoing weights, computes the same as a narrower
+    network. Its Jacobian has the same rank there, so every additional parameter is a flat direction.
 
     Args:
-        model: Linear layers with at most one activation between two of them, perhaps after `nn.Flatten`. A copy of it
-            is used.
-        inputs: As many examples as memory has room for outputs times parameters.
-        factor: Outputs -> product with L, where L L^T is the Hessian of the loss in the outputs. For the squared error,
-            where that is the identity, unless given.
-        tolerance: Singular values of the Jacobian below this part of the largest count as 0. Weights that were split in
-            float32 are parallel to seven digits only, and take 1e-6.
+        model: Linear layers with at most one activation between two of them, optionally after `nn.Flatten`. A copy is
+            used.
+        inputs: Examples; memory must hold outputs times parameters.
+        factor: Maps outputs to a product with L, where L L^T is the Hessian of the loss with respect to the outputs.
+            Default: the identity, for the squared error.
+        tolerance: Singular values of the Jacobian count as 0 below this fraction of the largest. Weights that were
+            split in float32 are parallel to only seven digits and need 1e-6.
 
     References:
         Zhang et al. (2021), NeurIPS, arXiv:2105.14573, and (2022), arXiv:2111.15527, for the embedding principle.
@@ -136,9 +136,8 @@ def _hidden_layers(model: nn.Sequential) -> list[Hidden]:
     known = all(type(module) in (nn.Linear, *ACTIVATIONS) for module in modules)
     if not known or not {0, len(modules) - 1} <= set(linear) or any(j - i > 2 for i, j in pairwise(linear)):
         raise ValueError(
-            "flat directions are counted in an nn.Sequential of nn.Linear layers, first and last among "
-            "them, with at most one of "
-            f"{', '.join(kind.__name__ for kind in ACTIVATIONS)} between two; this is "
+            "flat directions need an nn.Sequential that begins and ends with nn.Linear layers and has at most "
+            f"one of {', '.join(kind.__name__ for kind in ACTIVATIONS)} between two of them; this is "
             f"{[type(m).__name__ for m in model]}"
         )
     return [Hidden(linear[i], modules[i + 1] if j == i + 2 else nn.Identity(), linear[j]) for i, j in pairwise(linear)]

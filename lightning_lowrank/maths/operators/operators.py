@@ -38,7 +38,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter stands in a vector that holds all of them, one after the other.
+    """Where each parameter is in a vector of all parameters.
 
     Attributes:
         names: Of the parameters, in order.
@@ -52,7 +52,7 @@ class Layout:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> "Layout":
-        """That of named parameters."""
+        """The layout of named parameters."""
         return cls(tuple(named), tuple(tuple(p.shape) for p in named.values()), _dtype(list(named.values())))
 
     @cached_property
@@ -96,13 +96,13 @@ def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Te
 
 @dataclass(frozen=True)
 class Jacobian:
-    """Derivative of all outputs of a model by all parameters.
+    """Derivative of all outputs of a model with respect to all parameters.
 
     Attributes:
-        outputs: With the graph that made them, which is kept.
-        params: What they are differentiated by.
-        all_reduce: Sums over all processes, each of which has rows of its own and zeros elsewhere: every product
-            is then that of all rows, the same on every process, and NaN where one failed, so that none is waited for.
+        outputs: Outputs with their graph, which is kept.
+        params: Parameters of the derivative.
+        all_reduce: Sums over all processes, each of which has its own rows and zeros elsewhere. Every product is then
+            that of all rows, the same on every process. It is NaN if one process failed, so that no process waits.
     """
 
     outputs: Float[Tensor, "R C"]
@@ -111,7 +111,7 @@ class Jacobian:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the vectors on both sides."""
+        """Dtype of the vectors on both sides."""
         return _dtype(self.params)
 
     @cached_property

@@ -31,7 +31,7 @@ from lightning_lowrank.maths.spectra.spectrum import (
 
 @dataclass(frozen=True)
 class SpectralEstimate:
-    """What random vectors, and known eigenpairs, tell of an operator.
+    """Estimates about an operator from random vectors and known eigenpairs.
 
     Attributes:
         spectrum: Signed roots of its eigenvalues, one estimate per probe: `trace`, `negative_mass` and the statistics
@@ -77,7 +77,7 @@ def spectral_estimate(
         SOSA, Algorithm 1.
     """
     if num_probes < 2:
-        raise ValueError(f"an estimate with an error takes at least 2 probes, not {num_probes}")
+        raise ValueError(f"an estimate with an error needs at least 2 probes, not {num_probes}")
     with full_precision(operator.device):
         known = known or _nothing(operator)
         found = [_probe(operator, known, min(steps, operator.size), generator, layout) for _ in range(num_probes)]
@@ -100,11 +100,10 @@ def exact_spectrum(operator: Operator) -> Spectrum:
 
 
 def debiased(statistic: Callable[[Spectrum], Tensor], spectrum: Spectrum) -> Estimate:
-    """A statistic of a spectrum, corrected for what chance adds to it on average, by the jackknife over its probes.
+    """A statistic of a spectrum, corrected for its mean bias from random probes by the jackknife over the probes.
 
-    Nothing to correct, and no error, where the spectrum is exact. The error has three parts: what the probes vary by,
-    what half of the quadrature's steps would have said otherwise, and one step of a statistic that counts beyond what
-    is known.
+    An exact spectrum needs no correction and has no error. The error has three parts: the variation over the probes,
+    the difference to a quadrature with half of the steps, and one step of a counting statistic.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equations 1.2 and 1.3.
@@ -211,8 +210,8 @@ def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor
 def _probe(
     operator: Operator, known: Eigenpairs, steps: int, generator: torch.Generator, layout: Layout | None
 ) -> tuple[Tensor, ...]:
-    """Complement of the basis in the Krylov space of a sign vector, its squared length; of the image of the
-    complement its share per layer, its squares and itself; and what the sign vector has along the basis.
+    """Complement of the basis in the Krylov space of a sign vector, and its squared length. For the image of the
+    complement: its share per layer, its squares and itself. Then the components of the sign vector along the basis.
     """
     vectors, wide = known.vectors, working_dtype(operator.device)
 

@@ -40,22 +40,22 @@ def rank_scaling(
     """How many of its weights each row has among the largest 1 %, 2 %, ... of the matrix, and how the moments of that
     number scale.
 
-    The radii are entries of the matrix, and what grows is held against its own mean: only the order of the magnitudes
-    matters, and every distance that falls with |w| gives the same. The dimension of order 2 is 1 by construction.
-    Weights drawn independently, from whatever law, give `tau = q` but for counting noise, which is known exactly
-    (`noise`).
+    The radii are entries of the matrix, and masses are compared with their own mean. So only the order of the
+    magnitudes matters, and every distance that falls with |w| gives the same result. The dimension of order 2 is 1 by
+    construction. Weights drawn independently, from any distribution, give `tau = q` except for counting noise, which is
+    known exactly (`noise`).
 
-    A row of zeros does not count. There is no scaling (NaN) with less than 32 columns, where more than half of the
-    entries of other rows are zero, and with fewer than five radii of different length (constant, ternary). Magnitudes
-    are compared in float32.
+    A row of zeros does not count. There is no scaling (NaN) for less than 32 columns, or if more than half of the
+    entries of other rows are zero. The same holds for fewer than five radii of different length (constant or ternary
+    matrices). Magnitudes are compared in float32.
 
     Args:
-        weights: Rows are nodes, columns what they are connected to. A matrix with NaN or Inf gives NaN and leaves its
-            batch alone.
-        num_radii: How many, at shares of the entries that are evenly spaced in their logarithm.
-        min_count: Entries that a row has, on average, within the smallest radius.
-        max_share: Of the entries, within the largest radius.
-        orders: The q at which vectors are evaluated.
+        weights: Rows are nodes, columns their connections. A matrix with NaN or Inf gives NaN and does not affect the
+            rest of its batch.
+        num_radii: Number of radii, at shares of the entries that are evenly spaced in their logarithm.
+        min_count: Mean number of entries of a row within the smallest radius.
+        max_share: Share of the entries within the largest radius.
+        orders: Values of q at which vectors are evaluated.
     """
     nodes, columns = weights.shape[-2:]
     flat = weights.reshape(math.prod(weights.shape[:-2]), nodes, columns)
@@ -77,7 +77,8 @@ def rank_scaling_in_parts(
     shape: tuple[int, int],
     all_reduce: Callable[[Tensor], Tensor],
 ) -> Scaling:
-    """The same of a matrix of which several processes have parts, and exactly the same: what they add up is counts.
+    """The same for a matrix that is distributed over several processes. The result is exactly the same, since counts
+    are summed.
 
     Each adds up two histograms, of 1 MB and 0.8 MB, and the table of the masses; no process ever has more of the matrix
     than before.

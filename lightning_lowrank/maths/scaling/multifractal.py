@@ -52,11 +52,11 @@ def multifractal_spectrum(
     """
     if mode not in MODES or direction not in DIRECTIONS:
         raise ValueError(
-            f"multifractal_spectrum: mode={mode!r} with direction={direction!r}; there are {MODES} and {DIRECTIONS}"
+            f"multifractal_spectrum: mode={mode!r} with direction={direction!r}; choose from {MODES} and {DIRECTIONS}"
         )
     if max_neurons is not None and generator is None:
         raise ValueError(
-            f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)"
+            f"max_neurons={max_neurons} are drawn at random; give a generator, such as torch.Generator().manual_seed(0)"
         )
     if mode == "neuromfa":
         matrices = [weights] if isinstance(weights, Tensor) else weights
@@ -71,7 +71,7 @@ def multifractal_spectrum(
         )
     if not isinstance(weights, Tensor):
         raise ValueError(
-            'mode="rank" takes one tensor, a matrix or a batch of them; call it once per layer if shapes differ'
+            'mode="rank" needs one tensor, a matrix or a batch of matrices; call it once per layer if shapes differ'
         )
     rows = weights if direction == "in" else weights.mT
     if max_neurons is not None:

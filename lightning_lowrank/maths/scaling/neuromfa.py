@@ -62,7 +62,8 @@ def neuromfa_scaling(
             return _scaling(_edge_counts(weights, threshold), orders)
         if generator is None:
             raise ValueError(
-                f"max_neurons={max_neurons} are drawn at random: name a generator, as torch.Generator().manual_seed(0)"
+                f"max_neurons={max_neurons} are drawn at random; give a generator, such as "
+                "torch.Generator().manual_seed(0)"
             )
         samples = [sample_neurons(weights, max_neurons, generator=generator) for _ in range(num_repeats)]
         return _scaling(torch.stack([_edge_counts(sample, threshold) for sample in samples]), orders)
@@ -127,11 +128,11 @@ def published_summary(
     """Position of the spectrum's maximum and its width by forward differences of tau, as published; statistics use
     exact derivatives.
 
-    The steps before and after q = 0 share the maximum of these differences, and their alpha are some per cent apart: in
-    the published code rounding decides between them, here it is the first.
+    The steps before and after q = 0 share the maximum of these differences, but their alpha differ by some per cent. In
+    the published code, rounding decides between them; here it is the first.
 
     Args:
-        scaling: With a leading axis of samples, say; the authors average over it.
+        scaling: Scaling with a leading axis of samples, for example; the authors average over it.
         drop_hooks: NaN for spectra with f above 0.
         drop_non_monotone: NaN for spectra whose alpha rises by more than 0.01 above its first value.
     """

@@ -1,4 +1,4 @@
-"""What a weight matrix would be without structure: the nulls beside which multifractal statistics are read.
+"""A weight matrix without structure: the nulls for multifractal statistics.
 
 Shape letters:  M rows, N columns of a matrix
 """

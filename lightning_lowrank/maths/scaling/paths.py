@@ -45,12 +45,12 @@ def path_distances(
     for i, (one, other) in enumerate(pairwise(weights)):
         if one.shape[1] != other.shape[0]:
             raise ValueError(
-                f"matrix {i} ends with {one.shape[1]} neurons and matrix {i + 1} begins with "
-                f"{other.shape[0]}: no chain of layers"
+                f"matrix {i} ends with {one.shape[1]} neurons and matrix {i + 1} begins with {other.shape[0]}, so "
+                "they are not a chain of layers"
             )
     for i, weight in enumerate(weights):
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"matrix {i} has entries that are not finite: there are no paths through it")
+            raise ValueError(f"matrix {i} has entries that are not finite, so no paths lead through it")
     with full_precision(weights[0].device):
         lengths = [1 / magnitudes(weight, working_dtype(weight.device)) for weight in weights]
         sizes = [weights[0].shape[0], *(weight.shape[1] for weight in weights)]
@@ -109,13 +109,16 @@ def path_scaling(
     ordered = distances[torch.isfinite(distances) & (distances > 0)].sort().values
     if len(ordered) < 10 * len(sources):
         raise ValueError(
-            f"from {len(sources)} sources only {len(ordered)} neurons can be reached: too few to see masses grow"
+            f"from {len(sources)} sources only {len(ordered)} neurons can be reached, too few for a scaling of masses"
         )
     first, last = ordered[4 * len(sources)], ordered[len(ordered) // 2]
     decades = float((last / first).log10())
     if decades < 1:
         warnings.warn(
-            f"distances between neurons span {decades:.2f} decades: a slope over less than one is not a dimension",
+            (
+                f"distances between neurons span {decades:.2f} decades; a slope over less than one decade is not a "
+                "dimension"
+            ),
             stacklevel=2,
         )
     radii = torch.exp(torch.linspace(0, 1, num_radii).to(ordered) * (last / first).log()) * first

@@ -23,8 +23,8 @@ class Scaling:
     """Masses around the nodes of a batch of networks, and the exponents with which their moments grow.
 
     With shares `p_i(r) = N_i(r) / N_i(r_max)` the partition function is `Z_q(r) = sum_i p_i(r) ** q`, and `tau(q)` is
-    the slope of `ln Z_q` over `ln r` by least squares. This is a sum over nodes, each of which carries its measure, so
-    this `tau(q)` is `tau(q + 1)` of the literature on the sandbox method: `tau(0)` is 0, and the generalised dimension
+    the slope of `ln Z_q` over `ln r` by least squares. This is a sum over nodes, each of which has its own measure. So
+    this `tau(q)` is `tau(q + 1)` of the literature on the sandbox method. `tau(0)` is 0, and the generalised dimension
     of order q + 1 is `tau(q) / q`.
 
     Attributes:
@@ -87,7 +87,7 @@ class Scaling:
 
     @cached_property
     def abscissa(self) -> Float[Tensor, "*B R"]:
-        """What is fitted against: ln r, or the logarithm of the mean mass; 0 at radii that no fit reads."""
+        """The abscissa of fits: ln r, or the logarithm of the mean mass; 0 at radii that no fit uses."""
         x = self.mean_masses.log() if self.log_radii is None else self.log_radii
         return torch.where(self.fit > 0, x, 0.0)
 
@@ -142,7 +142,7 @@ class Scaling:
         return (steps <= 1e-9 * (1 + self.alpha[..., 1:].abs())).all(-1)
 
     def only_valid(self, numbers: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """NaN where there is no spectrum."""
+        """NaN if there is no spectrum."""
         return torch.where(self.valid, numbers, torch.nan)
 
     def slope(self, curves: Float[Tensor, "*C R"]) -> Float[Tensor, "*C"]:
@@ -150,7 +150,7 @@ class Scaling:
         return self._over_radii(self.slope_weights, curves)
 
     def mean_over_radii(self, curves: Float[Tensor, "*C R"]) -> Float[Tensor, "*C"]:
-        """Means over the radii that fits read; NaN where there are no fits."""
+        """Means over the radii that fits use; NaN if there are no fits."""
         return self._over_radii(
             torch.where(self.slope_weights.isnan(), torch.nan, self.fit / self.fit.sum(-1, keepdim=True)), curves
         )
@@ -167,11 +167,11 @@ class Scaling:
         return (weights * torch.where(weights == 0, 0.0, curves)).sum(-1)
 
     def mean(self, numbers: Float[Tensor, "*B S R"]) -> Float[Tensor, "*B R"]:
-        """Over the nodes that count."""
+        """Mean over the included nodes."""
         return numbers.sum(-2) / self.live.sum(-2)
 
     def variance(self, logs: Float[Tensor, "*B S R"]) -> Float[Tensor, "*B R"]:
-        """Over the nodes that count, without bias."""
+        """Unbiased variance over the included nodes."""
         deviations = torch.where(self.live, logs - self.mean(logs)[..., None, :], 0.0)
         return deviations.square().sum(-2) / (self.live.sum(-2) - 1)
 

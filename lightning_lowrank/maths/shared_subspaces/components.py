@@ -83,7 +83,9 @@ def gaussian_share(rows: int, columns: int, ks: Sequence[int]) -> list[float]:
 
 
 def cosines(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
-    """Of all pairs of models less their mean; of independent noise `-1 / (N - 1)`. 0 of a model that is the mean."""
+    """Cosines of all pairs of models minus their mean. For independent noise they are `-1 / (N - 1)`; for a model equal
+    to the mean they are 0.
+    """
     inner = centred(gram)
     norms = inner.diagonal().clamp(min=0).sqrt()
     products = norms[:, None] * norms

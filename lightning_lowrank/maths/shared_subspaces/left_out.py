@@ -1,4 +1,4 @@
-"""What the subspace of other models holds of a model that was left out.
+"""The part of a left-out model that the subspace of the other models holds.
 
 Shape letters:  N models   K components   H models that are left out, one at a time
 """

@@ -43,8 +43,8 @@ def modes(
 ) -> list[Mode]:
     """Every axis of a tensor that has at least two places, and at most 4096.
 
-    One axis of one model has up to D directions, and N models share at most D of them: these are not capped by the
-    number of models, as components over models are.
+    One axis of one model has up to D directions, and N models share at most D of them. Unlike components over models,
+    they are therefore not limited by the number of models.
 
     Cost: a product of D x P per model, and an eigendecomposition of D x D per axis and model that is left out.
 

@@ -1,4 +1,4 @@
-"""What a Gaussian matrix of a given shape would give: the null beside which ranks are read.
+"""The spectrum of a Gaussian matrix of a given shape: the null for ranks.
 
 Shape letters:  K short side of the matrix
 """

@@ -83,9 +83,9 @@ def estimate(
     """A statistic of a spectrum and its error: 0 if the spectrum is exact, otherwise a bound that the true error rarely
     exceeds.
 
-    The bound is the sum of three jackknife standard errors over the probes, the difference to the result with half of
-    the work, and 1e-3 of the value for rounding to float32. One is added if a statistic counts beyond the directions
-    that were taken one by one.
+    The bound has three terms: three jackknife standard errors over the probes, the difference to the result with half
+    of the work, and 1e-3 of the value for rounding. One is added if a statistic counts beyond the directions that were
+    computed one by one.
 
     References:
         Efron & Stein (1981), Annals of Statistics 9(3), equation 1.3.

@@ -125,7 +125,7 @@ def perplexity(masses: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) ->
 def descending(
     values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]
 ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
-    """The same values, largest magnitude first, and their weights: the order that a `Spectrum` is in."""
+    """The same values, largest magnitude first, with their weights: the order of a `Spectrum`."""
     order = values.abs().argsort(-1, descending=True)
     return values.gather(-1, order), weights.gather(-1, order)
 
@@ -158,13 +158,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> Spectrum:
     """All singular values, from the Gram matrix of the short side.
 
-    Relative to a float64 SVD every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). Devices without
-    float64 need `dtype=torch.float32`. Each singular value below about `4e-4` of the largest is then noise: ranks of
+    Relative to a float64 SVD, every rank is within 1e-6 up to condition numbers of 1e8 (float64 work). Devices without
+    float64 need `dtype=torch.float32`. Each singular value below about `4e-4` of the largest is then noise. Ranks of
     energies stay within 1e-5, but `effective_rank` and the nuclear norm are up to 20 % too high on steep spectra.
 
     Args:
-        matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and leaves its
-            batch alone.
+        matrix: Any floating or complex dtype, any strides. A matrix with NaN or Inf gives NaN values and does not
+            affect the rest of its batch.
         dtype: Dtype of the computation; float64 if the device supports it.
 
     Returns:
@@ -178,7 +178,7 @@ def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> S
         given = (
             f"a tensor of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else f"a {type(matrix).__name__}"
         )
-        raise ValueError(f"svd takes a tensor [..., rows, columns], as torch.as_tensor(matrix) gives; this is {given}")
+        raise ValueError(f"svd needs a tensor [..., rows, columns], such as torch.as_tensor(matrix); this is {given}")
     rows, columns = matrix.shape[-2:]
     if min(rows, columns) == 0:
         return _empty(matrix, (rows, columns))

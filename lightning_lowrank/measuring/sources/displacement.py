@@ -16,13 +16,13 @@ from lightning_lowrank.models.training import Training
 
 @dataclass(kw_only=True)
 class Displacement(ParameterSource):
-    """Weights less those at the start of the fit, or of the run that is resumed: W_t - W_0, before the step.
+    """Weights minus those at the start of the fit, or of the resumed run: W_t - W_0, before the step.
 
-    The weight beside it, which `weight_ratio` divides by, is W_0 for every kind of layer.
+    `weight_ratio` divides by W_0, for every kind of layer.
 
-    Keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint: as many bytes as the weights,
-    logged as `lowrank/displacement_bytes` and said at the start. Of sharded weights each process keeps its shards; a
-    checkpoint has them whole.
+    It keeps W_0 of the matched sites in its dtype, on its device and in the checkpoint. This takes as many bytes as the
+    weights, logged as `lowrank/displacement_bytes` and reported at the start. For sharded weights, each process keeps
+    its shards, and a checkpoint has them whole.
     """
 
     name = "displacement"
@@ -39,11 +39,11 @@ class Displacement(ParameterSource):
         self._initial |= {site.name: attempt(partial(_copied, site)) for site in new}
 
     def gradients_final(self, step: Step) -> list[Reading]:
-        """The distance, before the step."""
+        """The displacement, before the step."""
         return [self._moved(site) for site in self.sites if step.owns(site)]
 
     def facts(self) -> dict[str, float]:
-        """Memory that the copy takes here."""
+        """Memory of the copy on this process."""
         return {
             "bytes": float(sum(local(t).numel() * t.element_size() for kept in self._initial.values() for t in kept))
         }
@@ -53,7 +53,7 @@ class Displacement(ParameterSource):
         return {name: [whole(tensor) for tensor in kept] for name, kept in self._initial.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """W_0 of the run that is resumed."""
+        """Load W_0 of the resumed run."""
         self._initial = dict(state)
 
     def _moved(self, site: Site) -> Reading:

@@ -25,25 +25,24 @@ LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 class Features(MatrixSource):
     """Outputs of layers, pooled over all rows of a due step: positions, micro-batches and processes.
 
-    A row is a position of a sequence or of an image; its entries are along the axis that the layer's type says
-    (`models/axes.py`): the channels of a convolution, the last of a linear layer whatever stands before it. Of a layer
-    that returns several things the first tensor is read. The number of rows is logged as `lowrank/<name>_rows`: with
-    fewer rows than columns it caps every rank. A layer whose output changes its width or cannot be read is left without
-    a number. With several processes each sample costs one exchange of row counts, which waits for the device.
+    A row is a position of a sequence or of an image. Its entries are along the feature axis of the layer's type
+    (`models/axes.py`): the channels of a convolution, the last axis of a linear layer. If a layer returns several
+    objects, the first tensor is read. The number of rows is logged as `lowrank/<name>_rows`; with fewer rows than
+    columns it limits every rank. A layer whose output changes its width or cannot be read has no number. With several
+    processes each sample costs one exchange of row counts, which waits for the device.
 
     Args:
-        match: Layers to read: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. Unless given
-            all linear, convolutional, embedding, attention and recurrent layers, transformers' `Conv1D` too.
-        exclude: The same, taken away.
-        centred: About the mean of all rows (a covariance; tags begin with `centred_feature`), or as they are (RankMe;
-            `feature`).
+        match: Layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`, one or several. By default all linear,
+            convolutional, embedding, attention and recurrent layers, and transformers' `Conv1D`.
+        exclude: Patterns of what to leave out, as for `match`.
+        centred: Whether to subtract the mean of all rows (a covariance; tags begin with `centred_feature`); otherwise
+            rows are used as they are (RankMe; `feature`).
         stage: "train": the rows of a due step. "validation": those of a whole validation loop; tags begin with
             `validation_`.
-        max_width: Wider outputs are left out: a Gram matrix of that side is kept in float64.
+        max_width: Wider outputs are left out, since a Gram matrix of this side is kept in float64.
 
     Raises:
-        ValueError: `stage` is another word; in `plan`, a pattern matches nothing or a layer is inside a compiled
-            module.
+        ValueError: `stage` is unknown; in `plan`, a pattern matches nothing or a layer is inside a compiled module.
     """
 
     match: str | Sequence[str] | None = None
@@ -54,7 +53,7 @@ class Features(MatrixSource):
 
     def __post_init__(self) -> None:
         if self.stage not in ("train", "validation"):
-            raise ValueError(f"Features(stage={self.stage!r}): it is 'train' or 'validation'")
+            raise ValueError(f"Features(stage={self.stage!r}): stage must be 'train' or 'validation'")
         self.of_parameters = False
         self.level = "functions"
         self.name = (
@@ -89,7 +88,7 @@ class Features(MatrixSource):
         return [f"{name}.out" for name in self._listener.layers]
 
     def facts(self) -> dict[str, float]:
-        """Rows behind the latest sample, at the layer with the fewest."""
+        """Number of rows in the latest sample, at the layer with the fewest."""
         return {"rows": float(min((num_rows for _, num_rows in self._pooled.values()), default=0))}
 
     def batch_begins(self, batch: Batch) -> None:
@@ -97,7 +96,7 @@ class Features(MatrixSource):
         self._listener.attach(self.timed)
 
     def batch_over(self) -> None:
-        """Stop listening, and own up to what went wrong."""
+        """Stop listening, and report failures."""
         self._listener.detach()
         if (error := self._listener.take_error()) is not None:
             raise error
@@ -123,7 +122,7 @@ class Features(MatrixSource):
         ]
 
     def detach(self) -> None:
-        """Stop listening and forget the rows."""
+        """Stop listening and drop the rows."""
         self._listener.detach()
         self._listener.take_error()
         self._grams, self._seen = {}, {}

@@ -15,19 +15,19 @@ from lightning_lowrank.models.sites import Site
 class Gradients(ParameterSource):
     """Gradients as the optimizer gets them, before clipping: synchronised, unscaled, accumulated.
 
-    A LoRA pair is read as `B dA + dB A`, what its gradients do to the product. A sparse gradient is read through the
-    rows it has.
+    A LoRA pair is read as `B dA + dB A`, the change of the product along its gradients. A sparse gradient is read
+    through its rows.
     """
 
     name = "gradient"
     of_changes = True
 
     def gradients_final(self, step: Step) -> list[Reading]:
-        """The gradients; of a site without any there is nothing to read."""
+        """The gradients; a site without any is not read."""
         return [gradient(site, step.scale) for site in self.sites if step.owns(site) and self.reads(site)]
 
     def reads(self, site: Site) -> bool:
-        """Where something is trained."""
+        """Whether something is trained."""
         return any(p.requires_grad for p in site.parameters)
 
 

@@ -12,12 +12,12 @@ ALIASES = {"first_moment": ("exp_avg", "momentum_buffer"), "second_moment": ("ex
 
 @dataclass
 class OptimizerState(ParameterSource):
-    """What the optimizer keeps per parameter, after the step.
+    """State of the optimizer for each parameter, after the step.
 
     Args:
-        key: An entry of the optimizer's state of a parameter's shape (`exp_avg`, `momentum_buffer`, `square_avg`, ...),
-            or `first_moment` (Adam's `exp_avg`, SGD's `momentum_buffer`) or `second_moment` (`exp_avg_sq`). It is the
-            first part of the tags.
+        key: An entry of the optimizer's state with the shape of the parameter (`exp_avg`, `momentum_buffer`,
+            `square_avg`, ...), or `first_moment` (Adam's `exp_avg`, SGD's `momentum_buffer`) or `second_moment`
+            (`exp_avg_sq`). It is the first part of the tags.
 
     A parameter without that entry is not read. LoRA pairs have no state of their product and are not read.
     """
@@ -30,7 +30,7 @@ class OptimizerState(ParameterSource):
         self.name = self.key
 
     def labels(self) -> list[str]:
-        """None before the optimizer has stepped: only then is it known what it keeps."""
+        """None before the first step of the optimizer, since its state is unknown until then."""
         return []
 
     def step_done(self, step: Step) -> list[Reading]:

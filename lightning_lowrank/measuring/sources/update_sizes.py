@@ -19,13 +19,12 @@ from lightning_lowrank.models.training import Training
 
 
 class UpdateSizes(NumberSource):
-    """Root mean squares of the update and of the weights before it, their ratio, and the share of weights that one step
-    does not move, of each parameter group of the optimizers.
+    """Root mean squares of updates and weights for each parameter group: the update, the weights before it, their
+    ratio, and the share of weights that one step does not change.
 
-    Of weights in half precision the optimizer's copy in float32 is read where there is one, as by `Updates`; the share
-    that does not move is that of the weights as they are stored. Sites are `group_0`, `optimizer_1.group_0` where there
-    are several optimizers, or the name that a group has. Keeps a copy of all weights from before each due step until
-    after it.
+    For weights in half precision, it reads the optimizer's copy in float32 if there is one, like `Updates`. The share
+    that does not change is that of the stored weights. Sites are `group_0`, `optimizer_1.group_0` for several
+    optimizers, or the name of a group. It keeps a copy of all weights from before each due step until after it.
 
     Examples:
         >>> [quantity.name for quantity in UpdateSizes().quantities][:2]
@@ -85,7 +84,7 @@ class UpdateSizes(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of all processes together."""
+        """Numbers of all processes together."""
         labels = list(self._labels.values())
         nothing = torch.zeros(4, dtype=working_dtype(self._device), device=self._device)
         sums = team.all_reduce(torch.stack([self._sums.get(label, nothing) for label in labels]))
@@ -99,7 +98,7 @@ class UpdateSizes(NumberSource):
         ]
 
     def detach(self) -> None:
-        """Forget what was kept."""
+        """Drop the copy."""
         self._before, self._sums = [], {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,12 +19,12 @@ MASTERS = ("master_param", "master_weight", "master", "fp32_param", "fp32_master
 
 @dataclass(kw_only=True)
 class Updates(ParameterSource):
-    """Weights after the step less those before it: learning rate, momentum, clipping and decay included.
+    """Weights after the step minus those before it: learning rate, momentum, clipping and decay included.
 
-    Keeps a copy of the weights it watches from before each due step until after it. Of weights in half precision the
-    optimizer's own copy in float32 is read, where its state has one (`master_param` and the like); else what is stored,
-    and effective ranks are NaN where more than 0.02 of the entries do not move (rows and columns that do not move at
-    all left out): rounding fills the small singular values.
+    It keeps a copy of the watched weights from before each due step until after it. For weights in half precision, it
+    reads the optimizer's own copy in float32, if its state has one (`master_param` and the like). Otherwise it reads
+    the stored weights. Effective ranks are then NaN if more than 0.02 of the entries do not change, since rounding
+    fills the small singular values. Rows and columns that do not change at all are left out.
     """
 
     name = "update"
@@ -48,13 +48,13 @@ class Updates(ParameterSource):
         self._before = [(site, attempt(partial(_copied, site, step))) for site in moving if site not in gone]
         if gone:
             raise ValueError(
-                f"{gone[0].name!r} was changed before its optimizer stepped, as by an optimizer inside the backward "
-                "pass: that update is not known"
+                f"{gone[0].name!r} changed before its optimizer stepped, for example by an optimizer inside the "
+                "backward pass, so its update is unknown"
             )
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
-        """The change."""
+        """The change of the weights."""
         before, self._before = self._before, []
         for parameter in step.parameters:
             self._versions.pop(parameter, None)
@@ -65,11 +65,11 @@ class Updates(ParameterSource):
         return any(p.grad is None and p._version != self._versions.get(id(p), p._version) for p in site.parameters)
 
     def reads(self, site: Site) -> bool:
-        """Where something is trained."""
+        """Whether something is trained."""
         return any(p.requires_grad for p in site.parameters)
 
     def detach(self) -> None:
-        """Forget the weights that were kept."""
+        """Drop the copy of the weights."""
         self._before, self._versions = [], {}
 
 

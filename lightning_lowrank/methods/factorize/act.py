@@ -1,4 +1,4 @@
-"""`LowRankFactorize` as an act on a training: when weights become factors, and who steps them then."""
+"""`LowRankFactorize` as an act on a training: when weights become factors, and which optimizer steps them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from lightning_lowrank.models.training import Training
 
 @dataclass(eq=False)
 class Factorization(Act):
-    """Replaces weights by factors, before there are optimizers or in the middle of a training, and steps them.
+    """Replaces weights by factors, before there are optimizers or during training, and steps them.
 
     Attributes:
-        settings: What was asked for.
-        steps: What is done to factors in each step.
-        waiting: What decides on the moment and on ranks that are measured.
-        module: The one that was prepared last.
+        settings: Options.
+        steps: What happens to the factors in each step.
+        waiting: Decides when to factorize, and measures ranks.
+        module: The module that was prepared last.
     """
 
     settings: Settings
@@ -37,13 +37,13 @@ class Factorization(Act):
     _loaded: dict[str, Any] | None = None
 
     def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
-        """Choose weights; replace them now, unless that is for later or for a checkpoint to say."""
+        """Choose weights. Replace them now, unless this happens later or a checkpoint decides."""
         self.module, before = module, prepared(module)
         if before is not None:
             if before.settings != self.settings:
                 raise ValueError(
-                    f"{self.name}: the module is factorized already, with {before.settings}, and not with "
-                    f"{self.settings}: densify it first, by LowRankFactorize.densify(module)"
+                    f"{self.name}: the module is already factorized with other settings: {before.settings} instead "
+                    f"of {self.settings}. First call LowRankFactorize.densify(module)"
                 )
             return
         state = Prepared(self.settings, chosen(module, self.settings), size(module))
@@ -53,10 +53,10 @@ class Factorization(Act):
         module.register_load_state_dict_pre_hook(restructure)
 
     def settle(self, module: nn.Module) -> None:
-        """Replace weights of a module that is to be trained; a checkpoint that is loaded after it changes ranks.
+        """Replace weights of a module before training. A checkpoint that is loaded later may change ranks.
 
         Raises:
-            ValueError: Factors would be no smaller than the weights.
+            ValueError: Factors would not be smaller than the weights.
         """
         state = prepared(module)
         if state is not None and not places(module):
@@ -70,16 +70,18 @@ class Factorization(Act):
             return
         ranks = {one.name: one.settled_rank(one.matrix()) for one in wanted}
         if not any(one.saves(ranks[one.name]) for one in wanted):
-            raise ValueError(f"{self.name}: factors of {ranks} would be no smaller than the weights: lower rank")
+            raise ValueError(
+                f"{self.name}: factors of {ranks} would not be smaller than the weights; choose a smaller rank"
+            )
         state.convert(ranks)
 
     def begin(self, training: Training) -> str:
-        """Refuse what would not train, and hook the optimizers."""
+        """Refuse factors that would not train, and hook the optimizers."""
         self.end()
         state = prepared(training.module)
         if state is None:
             raise ValueError(
-                f"{self.name}: the module has no factors: call .prepare(model) before its optimizer is made"
+                f"{self.name}: the module has no factors; call .prepare(model) before you create its optimizer"
             )
         self.module = training.module
         if self.settings.is_deferred:
@@ -88,8 +90,8 @@ class Factorization(Act):
         found = places(training.module)
         if not found and not self.settings.is_deferred:
             raise ValueError(
-                f"{self.name}: the checkpoint is of a run without factors: load its weights into the module first, "
-                "and begin a new run"
+                f"{self.name}: the checkpoint is from a run without factors; load its weights into the module first "
+                "and start a new run"
             )
         refuse_idle(self.name, training.optimizers, found)
         dtypes = {place.name: place.parameters[0].dtype for place in found}
@@ -101,7 +103,7 @@ class Factorization(Act):
         return table(training.module, state, found)
 
     def batch_over(self, training: Training) -> None:
-        """Sample what decides, and factorize when it has."""
+        """Take a sample, and factorize if it decides so."""
         state = prepared(training.module)
         if state is None or not self.waiting.is_on:
             return
@@ -115,22 +117,22 @@ class Factorization(Act):
         rank_zero_info(f"lightning_lowrank: step {training.step}: {table(training.module, state, found)}")
 
     def end(self) -> None:
-        """Take the hooks off the optimizers; the module keeps its factors until they are multiplied out."""
+        """Remove the hooks of the optimizers. The module keeps its factors until they are multiplied out."""
         self.steps.end()
 
     def forget(self) -> None:
-        """The next run is no continuation."""
+        """The next run does not continue this one."""
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not in the weights: samples of a run that is still dense, shares of energy for the table."""
+        """State outside of the weights: samples of a dense run, and shares of energy for the table."""
         state = prepared(self.module)
         if state is None:
             return self._loaded or {}
         return {"kept": dict(state.kept), "waiting": self.waiting.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self._loaded = state
         own = prepared(self.module)
         if own is not None:
@@ -145,13 +147,13 @@ class Factorization(Act):
     def _refuse_deferred(self, training: Training) -> None:
         if training.team.size > 1:
             raise ValueError(
-                f"{self.name}: weights are replaced in mid-run, and DDP would not send the gradients of what replaces "
-                "them: on several processes give ranks and when='start'"
+                f"{self.name}: the weights would be replaced during training, and DDP would not synchronise "
+                "gradients of the factors. With several processes, give ranks and when='start'"
             )
 
 
 def exchange(optimizers: Sequence[Optimizer], new: Replaced) -> None:
-    """Let optimizers step factors in the place of the weights that they are of, in the same groups, anew."""
+    """Let optimizers step factors instead of their weights, in the same groups and with new state."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for old in [p for p in group["params"] if id(p) in new]:
@@ -160,37 +162,39 @@ def exchange(optimizers: Sequence[Optimizer], new: Replaced) -> None:
 
 
 def refuse_idle(name: str, optimizers: Sequence[Optimizer], found: Sequence[Place]) -> None:
-    """Factors that nobody steps.
+    """Refuse factors that no optimizer steps.
 
     Raises:
-        ValueError: There is one, named.
+        ValueError: There is one; the message names it.
     """
     owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     for place in found:
         if any(p.requires_grad and id(p) not in owned for p in place.parameters):
             raise ValueError(
-                f"{name}: no optimizer has the factors of {place.name!r}: give it all that trains in "
-                "configure_optimizers, as self.parameters()"
+                f"{name}: no optimizer has the factors of {place.name!r}; in configure_optimizers, pass all "
+                "trainable parameters, such as self.parameters()"
             )
 
 
 def table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
-    """What is factorized, and what that saves."""
+    """A table of what is factorized, and what it saves."""
     if not found:
         names = [one.name for one in state.choice.wanted]
         left_out = ", ".join(f"{name} ({why})" for name, why in state.choice.left_out.items())
-        return f"{len(names)} weights are to be factorized: {', '.join(names[:10])}; left alone: {left_out or 'none'}"
+        return f"{len(names)} weights will be factorized: {', '.join(names[:10])}; left alone: {left_out or 'none'}"
     (number, num_bytes), (number_before, bytes_before) = size(module), state.num_before
     rows = [
-        f"{len(found)} weights factorized: the module has {number_before:,} -> {number:,} numbers "
-        f"({number / number_before - 1:+.0%}), {bytes_before:,} -> {num_bytes:,} bytes"
+        (
+            f"{len(found)} weights factorized; size of the module: {number_before:,} -> {number:,} parameters "
+            f"({number / number_before - 1:+.0%}), {bytes_before:,} -> {num_bytes:,} bytes"
+        )
     ]
     for place in found:
         left, scale, right = place.factors
-        kept = f", {state.kept[place.name]:.0%} of its energy" if place.name in state.kept else ""
+        kept = f", keeps {state.kept[place.name]:.0%} of its energy" if place.name in state.kept else ""
         m, n, r = len(left), right.shape[1], len(scale)
-        how = "" if place.is_thin else ", computed at each reading"
-        rows.append(f"  {place.name}  {m} x {n} at rank {r}  {m * n:,} -> {r * (m + n + 1):,} numbers{kept}{how}")
+        how = "" if place.is_thin else ", computed at each access"
+        rows.append(f"  {place.name}  {m} x {n} at rank {r}  {m * n:,} -> {r * (m + n + 1):,} parameters{kept}{how}")
     gone = {name: why for name, why in state.choice.left_out.items() if name not in {p.name for p in found}}
     left_out = ", ".join(f"{name} ({why})" for name, why in gone.items())
     return "\n".join([*rows, *([f"  left alone: {left_out}"] if left_out else [])])

@@ -20,58 +20,60 @@ from lightning_lowrank.methods.method import Method, beside
 
 
 class LowRankFactorize(Method):
-    """Trains weights of low rank, as factors: `W = A diag(s) B`, in two thin layers in the place of one.
+    """Train weights of low rank as factors: `W = A diag(s) B`, as two thin layers instead of one.
 
-    Of a weight of m x n numbers, r (m + n + 1) are left, and so of gradients, optimizer state and multiply-adds. The
-    model does not begin as it was: what the rank leaves out of the weight is gone, and the table at the start says how
-    much energy is kept. Frozen weights are left alone.
+    A weight with m x n parameters becomes r (m + n + 1) parameters; gradients, optimizer state and multiply-adds shrink
+    in the same way. The model changes at the start, since a rank below the full one loses part of the weight. The table
+    at the start shows how much of its energy is kept. Frozen weights are left alone.
 
-    Factors are made in `setup`, before `configure_optimizers`; in a loop of your own call `prepare(model)` before its
-    optimizer is made. Layers keep their class as a base and all else that they have: the factors of `net.0.weight` are
-    `net.0.weight_A` `[outputs, r]`, `net.0.weight_s` `[r]` and `net.0.weight_B` `[r, inputs]`, and `net.0.weight` is
-    their product. They stay until `densify(module)`, which gives keys and classes back.
+    Factors are created in `setup`, before `configure_optimizers`. In your own loop, call `prepare(model)` before you
+    create its optimizer. Layers keep their class as a base class, and their other attributes. The factors of
+    `net.0.weight` are `net.0.weight_A` `[outputs, r]`, `net.0.weight_s` `[r]` and `net.0.weight_B` `[r, inputs]`;
+    `net.0.weight` is their product. They stay until `densify(module)`, which restores keys and classes.
 
-    Factors of which both are orthonormal have a product whose singular values are all 1. The scale `s` between them is
-    what lets them represent any weight of the rank.
+    If both A and B are orthonormal, all singular values of their product are 1. The scale `s` between them can then
+    represent any weight of this rank.
 
-    A rank that is "measured", or `when="stable_rank_converged"`, needs a run that is dense at first: its optimizer then
-    goes on with the factors in the same parameter groups, their moments anew.
+    With `rank="measured"` or `when="stable_rank_converged"`, the run begins with dense weights. Later its optimizer
+    continues with the factors in the same parameter groups and with new moments.
 
-    Writes, per weight, `factorize_update_norm`, the spectral norm of what one step changes of the product;
-    `factorize_orthogonality_gap`, the larger of the spectral norms of A'A - I and B B' - I; `factorize_rank`, and
-    `factorize_stable_rank` and `factorize_effective_rank` of the product; and `factorize/num_parameters` of the module.
+    Curves of each weight: `factorize_update_norm`, the spectral norm of the product's change in one step;
+    `factorize_orthogonality_gap`, the larger spectral norm of A'A - I and B B' - I; and `factorize_rank`. Also
+    `factorize_stable_rank` and `factorize_effective_rank` of the product, and `factorize/num_parameters` of the module.
 
-    Cost: an SVD of each weight, once. A Stiefel step takes two QR decompositions of thin factors per weight, a bound
-    and a report four and an SVD of 2r x 2r.
+    Cost: one SVD of each weight at the start. For each weight, a Stiefel step takes two QR decompositions of thin
+    factors. A bound or a report takes four and an SVD of 2r x 2r.
 
     Args:
-        rank: Of all weights: a whole number, a share of the short side below 1, "energy:0.95" for as many directions as
-            hold that share of the squared Frobenius norm, or "measured": the same of what the first three samples of a
-            dense run have changed; or one for each pattern, which then choose the weights. Unless given 0.25 from the
-            start, and the stable rank, rounded up, once that has settled.
-        init: "svd": the best approximation of the weight. "spectral": orthonormal factors that are drawn, with the top
-            singular values of the weight.
-        orthogonality: "soft": the gradient of `weight (|A'A - I|^2 + |B B' - I|^2)` is added, after unscaling and
-            clipping. "stiefel": factors are orthonormal after each step. None: factors are free.
-        weight: Of the soft penalty.
-        mode: "module": two thin layers. "parametrize": the weight is computed at each reading, whoever reads it; saves
-            optimizer state and not much else.
-        when: "start", or "stable_rank_converged": when the stable ranks of all weights have stayed within 5 % over five
+        rank: Rank of all weights: a whole number, a share of the short side below 1, "energy:0.95", or "measured".
+            "energy:0.95" takes as many directions as contain this share of the squared Frobenius norm. "measured" does
+            the same for the change in the first three samples of a dense run. A mapping from patterns to ranks chooses
+            the weights, too. Default: 0.25 from the start, or the stable rank, rounded up, once that has converged.
+        init: "svd": the best approximation of the weight. "spectral": random orthonormal factors with the top singular
+            values of the weight.
+        orthogonality: "soft": adds the gradient of `weight (|A'A - I|^2 + |B B' - I|^2)`, after unscaling and clipping.
+            "stiefel": keeps factors orthonormal after each step. None: leaves factors free.
+        weight: Weight of the soft penalty.
+        mode: "module": two thin layers. "parametrize": computes the weight at each access, for any kind of layer; it
+            saves optimizer state and little else.
+        when: "start", or "stable_rank_converged": once the stable ranks of all weights have stayed within 5 % over five
             samples.
-        match: Weights: globs, `re:REGEX`, `type:LAYERCLASS`; all but embeddings and the last linear layer unless given.
-        exclude: The same, taken away.
-        max_update: Bound on `factorize_update_norm`: a step that goes further is shortened.
-        seed: Of what is drawn.
-        every_n_steps: Cadence of the curves and of samples of the dense run, in optimizer steps.
+        match: Weights to factorize: globs, `re:REGEX` or `type:LAYERCLASS`. Default: all except embeddings and the last
+            linear layer.
+        exclude: Patterns of weights to leave out.
+        max_update: Bound on `factorize_update_norm`; a larger step is shortened.
+        seed: Seed for random factors.
+        every_n_steps: Optimizer steps between points of the curves, and between samples of the dense run.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:
-        ValueError: An option is out of its range. Before training: a pattern fits nothing or what cannot be factorized;
-            no weight would be smaller; no optimizer has the factors; the module is factorized in another way; the
-            checkpoint is of a run without factors; factors are to be orthonormal in half precision or under LBFGS; a
-            dense run is to be factorized on several processes, with `WeightAveraging` or `barebones=True`.
+        ValueError: An option is out of range. Before training: a pattern matches nothing or a weight that cannot be
+            factorized; no weight would get smaller; or no optimizer has the factors. Also if the module is factorized
+            with other settings, or the checkpoint is from a run without factors. Orthonormal factors are refused in
+            half precision and with LBFGS. Factorizing in mid-run is refused with several processes, `WeightAveraging`
+            or `barebones=True`.
 
     Examples:
         >>> LowRankFactorize(rank=16, orthogonality="stiefel")
@@ -106,20 +108,22 @@ class LowRankFactorize(Method):
         settings = settings_of(rank, init, mode, when, match, exclude, seed)
         for argument, value in (("weight", weight), ("max_update", max_update)):
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{argument}={value!r}: a number above 0")
+                raise ValueError(f"{argument}={value!r} must be a number above 0")
         act = Factorization(settings, OrthogonalSteps(orthogonality, weight, max_update), Waiting(when, every_n_steps))
         self._settings = settings
         super().__init__(act, FactorNumbers(act), every_n_steps, detail=detail, per_site=per_site, seed=seed, name=name)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the factors, before `configure_optimizers`; refuse what would not follow a change in mid-run."""
+        """Create the factors before `configure_optimizers`; refuse callbacks that cannot follow a change in mid-run."""
         if self._settings.is_deferred and stage == "fit":
             averaging = any(isinstance(c, WeightAveraging) for c in beside(trainer))
-            trouble = "WeightAveraging, which has a dense copy" if averaging else "barebones=True, which calls nobody"
+            trouble = (
+                "WeightAveraging, which keeps a dense copy" if averaging else "barebones=True, which calls no callbacks"
+            )
             if averaging or trainer.barebones:
                 raise ValueError(
-                    f"LowRankFactorize: weights are replaced in mid-run, and not with {trouble} after a batch: give "
-                    "ranks and when='start'"
+                    "LowRankFactorize: the weights would be replaced during training, which does not work with "
+                    f"{trouble} after a batch. Give ranks and when='start'"
                 )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
@@ -132,19 +136,19 @@ class LowRankFactorize(Method):
 
     @staticmethod
     def densify(module: nn.Module) -> nn.Module:
-        """Multiply the factors out: keys and classes are those of the dense module.
+        """Multiply the factors out; keys and classes are then those of the dense module.
 
         Returns:
             The module.
 
         Raises:
-            ValueError: It has no factors.
+            ValueError: The module has no factors.
         """
         return densify(module)
 
     @staticmethod
     def dense_state_dict(module: nn.Module) -> dict[str, Any]:
-        """The state dict that a module would have after `densify`; the module stays as it is."""
+        """The state dict that a module would have after `densify`; the module does not change."""
         return dense_state(module, module.state_dict())
 
 
@@ -157,15 +161,16 @@ def settings_of(
     exclude: Patterns,
     seed: int,
 ) -> Settings:
-    """What was asked for, as words and numbers.
+    """The options as checked settings.
 
     Raises:
-        ValueError: Something is out of its range.
+        ValueError: An option is out of range.
     """
     refuse_seed(seed)
     if isinstance(rank, Mapping) and (not rank or match is not None):
         raise ValueError(
-            f"LowRankFactorize(rank={rank!r}, match={match!r}): patterns of rank, one at least, choose the weights"
+            f"LowRankFactorize(rank={rank!r}, match={match!r}): a mapping of patterns to ranks chooses the weights; "
+            "it must not be empty, and match must not be given"
         )
     usual = 0.25 if rank is None and when == "start" else rank
     ranks: Any = tuple(usual.items()) if isinstance(usual, Mapping) else ((None, usual),)
@@ -184,8 +189,8 @@ def _refuse_rank(rank: object) -> None:
     except ValueError:
         pass
     raise ValueError(
-        f"rank={rank!r}: a whole number from 1 on, a share of the short side between 0 and 1, 'energy:0.95' or "
-        "'measured'"
+        f"rank={rank!r} must be a whole number of at least 1, a share of the short side between 0 and 1, "
+        "'energy:0.95' or 'measured'"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is factorized, at which rank, and what is left alone."""
+"""Which weights are factorized, at which rank, and which are left alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,22 +19,22 @@ Rank = int | float | str
 Mode = Literal["module", "parametrize"]
 When = Literal["start", "stable_rank_converged"]
 CONVOLVING = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-PLAIN = "mode='parametrize' takes any matrix"
+PLAIN = "mode='parametrize' works for any matrix"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """Options of `LowRankFactorize`.
 
     Attributes:
-        ranks: Patterns with their ranks; None for the pattern of all that `match` chooses, and for the rank that is
+        ranks: Patterns with their ranks. None as a pattern means all that `match` chooses; None as a rank means
             measured.
-        init: What factors begin as.
-        mode: Two layers in the place of one, or a weight that is computed.
+        init: Initial value of the factors.
+        mode: Two layers instead of one, or a computed weight.
         when: Factorized from the start, or once the stable ranks have settled.
-        match: Patterns of what is factorized.
-        exclude: What is not.
-        seed: Of what is drawn.
+        match: Patterns of weights to factorize.
+        exclude: Patterns of weights to leave out.
+        seed: Seed for random factors.
     """
 
     ranks: tuple[tuple[str | None, Rank | None], ...]
@@ -47,19 +47,19 @@ class Settings:
 
     @property
     def is_deferred(self) -> bool:
-        """Dense at first: what the rank is comes out of the training."""
+        """Whether the run begins dense, because the training determines the rank."""
         return self.when != "start" or any(rank == "measured" for _, rank in self.ranks)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A weight that may be factorized.
+    """A weight that can be factorized.
 
     Attributes:
         name: Its tag.
-        owners: Layers that have it, under each of their names: one unless it is shared.
-        kind: How they read it.
-        rank: What was asked for.
+        owners: Layers that have it, under each of their names; several if it is shared.
+        kind: How they use it.
+        rank: The requested rank.
         shape: Rows and columns.
     """
 
@@ -76,15 +76,15 @@ class Chosen:
         return weight.detach().flatten(1)
 
     def num_numbers(self, rank: int) -> int:
-        """Of the factors."""
+        """Number of entries of the factors."""
         return rank * (sum(self.shape) + 1)
 
     def saves(self, rank: int) -> bool:
-        """The factors are smaller than the weight."""
+        """Whether the factors are smaller than the weight."""
         return self.num_numbers(rank) < self.shape[0] * self.shape[1]
 
     def settled_rank(self, matrix: Num[Tensor, "M N"]) -> int:
-        """The rank that was asked for, as a number; of a share of the energy, of the matrix that is given."""
+        """The requested rank as a number; a share of the energy is taken of the given matrix."""
         if isinstance(self.rank, str):
             return energy_rank(matrix, share_of(self.rank))
         if isinstance(self.rank, float):
@@ -95,11 +95,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a module.
+    """The result of choosing weights in a module.
 
     Attributes:
-        chosen: Weights that may be factorized.
-        left_out: Tags of matrices that are left alone, each with the reason; of those that are frozen, too.
+        chosen: Weights that can be factorized.
+        left_out: Tags of matrices that are left alone, frozen ones included, each with the reason.
     """
 
     chosen: Sequence[Chosen]
@@ -107,24 +107,25 @@ class Choice:
 
     @property
     def wanted(self) -> list[Chosen]:
-        """Weights that are to be factorized; a checkpoint may have factors of the others too."""
+        """Weights that should be factorized. A checkpoint may have factors of the others, too."""
         return [one for one in self.chosen if one.name not in self.left_out]
 
 
 def share_of(rank: str) -> float:
-    """Of the energy that a rank in words asks for; "measured" asks for 95 %."""
+    """The share of the energy that a rank in words requests; "measured" requests 95 %."""
     return float(rank.removeprefix("energy:")) if rank != "measured" else 0.95
 
 
 def chosen(module: nn.Module, settings: Settings) -> Choice:
-    """What may be factorized, and why others are left alone.
+    """Choose the weights that can be factorized, and say why others are left alone.
 
     Raises:
-        ValueError: A pattern fits nothing, or something that cannot be factorized, named with the reason.
+        ValueError: A pattern matches nothing, or it matches a weight that cannot be factorized. The message has the
+            reason.
     """
     adapter = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if adapter is not None:
-        raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}: merge it first")
+        raise ValueError(f"LowRankFactorize: the module has an adapter, {adapter!r}; merge it first")
     owners, layers = owners_of(module, all_names=True), dict(module.named_modules(remove_duplicate=False))
     explicit = settings.match is not None or settings.ranks[0][0] is not None
     patterns = settings.match or [pattern for pattern, _ in settings.ranks if pattern is not None] or None
@@ -139,7 +140,8 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
             left_out |= {} if parameter.requires_grad else {name: "frozen"}
         elif explicit:
             raise ValueError(
-                f"LowRankFactorize cannot factorize {name!r}: {trouble}; give exclude={name!r}, or another match"
+                f"LowRankFactorize cannot factorize {name!r}: {trouble}; exclude it with exclude={name!r}, or "
+                "change match"
             )
         else:
             left_out[name] = trouble
@@ -149,12 +151,12 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
 
 
 def refuse_nothing(left_out: Mapping[str, str]) -> NoReturn:
-    """All is left alone.
+    """Refuse a choice without weights.
 
     Raises:
-        ValueError: With the reasons.
+        ValueError: There are none; the message has the reasons.
     """
-    raise ValueError(f"LowRankFactorize: there is nothing to factorize; left alone are {dict(left_out)}")
+    raise ValueError(f"LowRankFactorize: there is nothing to factorize; left out: {dict(left_out)}")
 
 
 def _ranks(module: nn.Module, settings: Settings, names: Sequence[str]) -> dict[str, Rank | None]:
@@ -171,20 +173,20 @@ def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module], settings: Se
     kinds = [_kind_of(owner, layers, settings) for owner in owners]
     where = list({id(owner.layer): owner.path for owner in reversed(owners)}.values())[::-1]
     if len({kind for kind, _ in kinds}) > 1:
-        return None, f"it is shared by layers, {where}, that read it in several ways"
+        return None, f"layers that use it in different ways share it: {where}"
     if len(where) > 1 and kinds[0][0] == "direct":
-        return None, f"it is shared by layers, {where}; mode='module' lets layers of one kind share factors"
+        return None, f"several layers share it: {where}; with mode='module', layers of one kind can share factors"
     return kinds[0]
 
 
 def _kind_of(owner: Owner, layers: Mapping[str, nn.Module], settings: Settings) -> tuple[Kind | None, str]:
     layer, name = owner.layer, type(owner.layer).__name__
     if isinstance(layer, ParametrizationList) or hooked(layer):
-        return None, "it is computed by a parametrization, a norm or a mask"
+        return None, "a parametrization, a norm or a mask computes it"
     if isinstance(layer, Factorized):
-        return None, "it is a factor already: densify first"
+        return None, "it is already a factor; densify the module first"
     if isinstance(layer, nn.RNNBase):
-        return None, f"{name} keeps its weights in one piece of memory"
+        return None, f"{name} stores its weights in one block of memory"
     if settings.mode == "parametrize":
         return "direct", ""
     holder = layers.get(owner.path.rpartition(".")[0])
@@ -199,13 +201,13 @@ def _kind_of(owner: Owner, layers: Mapping[str, nn.Module], settings: Settings) 
             return _kind_of_embedding(layer, settings.init)
         if forward in CONVOLVING:
             grouped = getattr(layer, "groups", 1) > 1
-            return (None, f"a convolution in groups; {PLAIN}") if grouped else ("convolution", "")
-    return None, f"{name} reads it directly; {PLAIN}"
+            return (None, f"a grouped convolution; {PLAIN}") if grouped else ("convolution", "")
+    return None, f"{name} uses the weight without calling the layer; {PLAIN}"
 
 
 def _kind_of_embedding(layer: nn.Module, init: Init) -> tuple[Kind | None, str]:
     if init == "spectral" and getattr(layer, "padding_idx", None) is not None:
-        return None, "an embedding with padding_idx, whose row is zero: init='svd' keeps it"
+        return None, "an embedding with padding_idx, whose row must stay zero; use init='svd'"
     options = ("max_norm", "scale_grad_by_freq", "sparse")
     given = [option for option in options if getattr(layer, option, None)]
     return (None, f"an embedding with {given[0]}") if given else ("embedding", "")

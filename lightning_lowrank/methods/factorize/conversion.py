@@ -1,4 +1,4 @@
-"""From dense weights to factors and back, at the start, from a checkpoint, or in the middle of a training."""
+"""From dense weights to factors and back: at the start, from a checkpoint, or during training."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ Replaced = dict[int, list[nn.Parameter]]
 
 @dataclass
 class Prepared:
-    """What a module that is factorized knows of it, as its attribute `factorize_prepared`; a copy has it too.
+    """State of a factorized module, in its attribute `factorize_prepared`; a copy has it, too.
 
     Attributes:
-        settings: What was asked for.
-        choice: What was chosen.
-        kept: By name what share of the weight's energy is in the factors.
-        waiting: Factors that a checkpoint had, to be put in when the optimizers are there.
-        num_before: Numbers and bytes of the module before it was factorized.
+        settings: Options.
+        choice: The chosen weights.
+        kept: Share of the energy of each weight that its factors keep, by name.
+        waiting: Factors from a checkpoint that replace weights once there are optimizers.
+        num_before: Parameters and bytes of the module before it was factorized.
     """
 
     settings: Settings
@@ -36,10 +36,10 @@ class Prepared:
     waiting: dict[str, Factors] = field(default_factory=dict)
 
     def convert(self, ranks: Mapping[str, int]) -> Replaced:
-        """Replace weights by factors, where these are smaller; what stands in the place of each.
+        """Replace weights by factors if these are smaller; returns what replaces each of them.
 
         Args:
-            ranks: By name.
+            ranks: Ranks by name.
         """
         new: Replaced = {}
         for one in self.choice.chosen:
@@ -47,7 +47,7 @@ class Prepared:
             if rank is None:
                 continue
             if not one.saves(rank):
-                self.choice.left_out[one.name] = f"{one.shape[0]} x {one.shape[1]} at rank {rank} saves nothing"
+                self.choice.left_out[one.name] = f"{one.shape[0]} x {one.shape[1]} at rank {rank} would not be smaller"
                 continue
             matrix = one.matrix()
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.settings.seed} {one.name}".encode()))
@@ -67,31 +67,31 @@ class Prepared:
 
 
 def prepared(module: nn.Module | None) -> Prepared | None:
-    """What a module knows of its factors, None where nobody asked for any."""
+    """State of the factors of a module; None if none were requested."""
     return None if module is None else module.__dict__.get("factorize_prepared")
 
 
 def put(one: Chosen, factors: Factors) -> Replaced:
-    """Put factors in the place of a weight."""
+    """Replace a weight by factors."""
     owner = one.owners[0]
     old = getattr(owner.layer, owner.local)
     return {id(old): attach([(owner.layer, owner.local) for owner in one.owners], one.kind, factors)}
 
 
 def size(module: nn.Module) -> tuple[int, int]:
-    """Numbers and bytes of the parameters of a module."""
+    """Number and bytes of the parameters of a module."""
     several = list(module.parameters())
     return sum(p.numel() for p in several), sum(p.numel() * p.element_size() for p in several)
 
 
 def densify(module: nn.Module) -> nn.Module:
-    """Multiply the factors out: keys, classes and order of the parameters are those of the dense module.
+    """Multiply the factors out. Keys, classes and order of the parameters are then those of the dense module.
 
     Raises:
         ValueError: The module has no factors.
     """
     if prepared(module) is None:
-        raise ValueError(f"{type(module).__name__} has no factors of LowRankFactorize")
+        raise ValueError(f"{type(module).__name__} has no factors from LowRankFactorize")
     shared: dict[int, list[Any]] = {}
     seen: set[tuple[int, str]] = set()
     for place in places(module, all_names=True):
@@ -108,7 +108,7 @@ def densify(module: nn.Module) -> nn.Module:
 
 
 def dense_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of a factorized module with the weights multiplied out, under the keys of the dense module."""
+    """A state dict of a factorized module with multiplied weights, under the keys of the dense module."""
     dense: dict[str, Any] = dict(state)
     for place in places(module, all_names=True):
         for key in place.keys:
@@ -119,7 +119,7 @@ def dense_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def restructure(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before values are loaded: let the module have the factors that the state dict has, at their ranks."""
+    """Before values are loaded: give the module the factors of the state dict, with their ranks."""
     state = prepared(module)
     assert state is not None
     now = {place.name: place for place in places(module)}

@@ -1,4 +1,4 @@
-"""What `LowRankFactorize` reports: what each step does to the products, and how orthonormal the factors are."""
+"""Curves of `LowRankFactorize`: the change of the products in each step, and the orthogonality of the factors."""
 
 from collections.abc import Sequence
 
@@ -33,10 +33,10 @@ PER_SITE = (
 
 
 class FactorNumbers(NumberSource):
-    """Spectra of products, and of what one step changes of them, by small cores.
+    """Spectra of products and of their change in one step, from small cores.
 
     Args:
-        act: Whose factors they are.
+        act: The act that has the factors.
     """
 
     name = "factorize"
@@ -50,10 +50,10 @@ class FactorNumbers(NumberSource):
         self._norms: dict[str, Tensor] = {}
 
     def plan(self, training: Training) -> None:
-        """The weights are those that are factorized."""
+        """Read the factorized weights."""
 
     def labels(self) -> list[str]:
-        """One for each weight, and the whole model."""
+        """One label for each weight, and one for the whole model."""
         return [WHOLE_MODEL, *(place.name for place in self._places())]
 
     def gradients_final(self, step: Step) -> list[Reading]:
@@ -64,7 +64,7 @@ class FactorNumbers(NumberSource):
         return []
 
     def step_done(self, step: Step) -> list[Reading]:
-        """What the step has changed."""
+        """Measure the change of the step."""
         for place in self._places():
             before = self._before.pop(place.name, None)
             if before is not None:
@@ -73,7 +73,7 @@ class FactorNumbers(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the step, and of the factors as they are."""
+        """Numbers of the step and of the current factors."""
         norms, self._norms = self._norms, {}
         assert self._act.module is not None
         whole = torch.tensor(float(size(self._act.module)[0]), dtype=torch.float64)
@@ -85,7 +85,7 @@ class FactorNumbers(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop an unfinished sample."""
         self._before, self._norms = {}, {}
 
     def _places(self) -> list[Place]:

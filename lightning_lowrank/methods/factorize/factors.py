@@ -1,4 +1,4 @@
-"""Factors of a weight, `W = A diag(s) B`: what they begin as, what one step does to the product.
+"""Factors of a weight, `W = A diag(s) B`: their initial values, and the change of the product in one step.
 
 Shape letters:  M rows, N columns of a weight   R rank
 """
@@ -15,12 +15,12 @@ Init = Literal["svd", "spectral"]
 
 
 class Factors(NamedTuple):
-    """Of one weight as a matrix.
+    """Factors of one weight as a matrix.
 
     Attributes:
-        left: A, orthonormal columns at the start.
-        scale: s, the singular values at the start.
-        right: B, orthonormal rows at the start.
+        left: A; its columns are orthonormal at the start.
+        scale: s; the singular values at the start.
+        right: B; its rows are orthonormal at the start.
     """
 
     left: Num[Tensor, "M R"]
@@ -32,25 +32,25 @@ class Factors(NamedTuple):
         return self.left @ (self.scale[:, None] * self.right)
 
     def copied(self) -> "Factors":
-        """As they are now."""
+        """A copy of the current factors."""
         return Factors(*(wide(t).clone() for t in self))
 
 
 def wide(tensor: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """A value to compute with, in float64 where the device has it."""
+    """A tensor for computing, in float64 if the device has it."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, working_dtype(tensor.device)))
 
 
 @torch.no_grad()
 def factorized(matrix: Num[Tensor, "M N"], rank: int, init: Init, generator: torch.Generator) -> Factors:
-    """What the factors of a weight begin as.
+    """The initial factors of a weight.
 
     Args:
         matrix: The weight.
-        rank: Of the product.
-        init: "svd": the best approximation of that rank. "spectral": orthonormal factors that are drawn, with the same
-            singular values.
-        generator: Of what is drawn.
+        rank: Rank of the product.
+        init: "svd": the best approximation of that rank. "spectral": random orthonormal factors with the same singular
+            values.
+        generator: Generator of random factors.
     """
     u, s, vt = torch.linalg.svd(wide(matrix), full_matrices=False)
     left, right = u[:, :rank], vt[:rank]
@@ -60,23 +60,23 @@ def factorized(matrix: Num[Tensor, "M N"], rank: int, init: Init, generator: tor
 
 
 def energy_rank(matrix: Num[Tensor, "M N"], share: float) -> int:
-    """How many directions hold a share of the squared Frobenius norm; 1 for a zero matrix."""
+    """Number of directions that contain a share of the squared Frobenius norm; 1 for a zero matrix."""
     energy = torch.linalg.svdvals(wide(matrix)).square()
     return min(int((energy.cumsum(0) < share * energy.sum()).sum()) + 1, len(energy))
 
 
 def orthogonality_gap(left: Num[Tensor, "M R"]) -> Float[Tensor, ""]:
-    """Spectral norm of A'A - I: 0 where the columns are orthonormal, 1 of a zero matrix."""
+    """Spectral norm of A'A - I: 0 for orthonormal columns, 1 for a zero matrix."""
     values = torch.linalg.svdvals(wide(left))
     error: Tensor = (values.square() - 1).abs().amax()
     return error
 
 
 def change_norm(before: Factors, after: Factors) -> Float[Tensor, ""]:
-    """Spectral norm of the change of the product, by a core of 2 R x 2 R; the product is never formed.
+    """Spectral norm of the change of the product, from a core of 2 R x 2 R; the product is never formed.
 
-    `A S B` changes by `dA S B + A d(S B)`, the second factors after and the first before the step: no difference of
-    products that are nearly equal is taken.
+    `A S B` changes by `dA S B + A d(S B)`, with the second factors after the step and the first before it. This avoids
+    a difference of nearly equal products.
     """
     first, second = (Factors(*map(wide, factors)) for factors in (before, after))
     rows, rows_before = (f.scale[:, None] * f.right for f in (second, first))
@@ -87,7 +87,7 @@ def change_norm(before: Factors, after: Factors) -> Float[Tensor, ""]:
 
 
 def product_spectrum(factors: Factors) -> Float[Tensor, " R"]:
-    """Singular values of the product, by a core of R x R."""
+    """Singular values of the product, from a core of R x R."""
     left, scale, right = map(wide, factors)
     values: Tensor = torch.linalg.svdvals((_triangle(left) * scale) @ _triangle(right.mT).mT)
     return values

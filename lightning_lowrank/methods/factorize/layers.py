@@ -1,4 +1,4 @@
-"""Layers whose weight is `A diag(s) B`: as two thin layers, or computed at each reading.
+"""Layers whose weight is `A diag(s) B`: as two thin layers, or computed at each access.
 
 Shape letters:  M rows, N columns of a weight   R rank
 """
@@ -23,8 +23,8 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Factorized(nn.Module):
-    """A layer whose weight is `A diag(s) B`, as two thin ones: mixed into the class of the layer, all else of which it
-    keeps. Its `weight` is computed for whoever reads it.
+    """A layer whose weight is `A diag(s) B`, as two thin layers. It is mixed into the class of the layer, which keeps
+    everything else. Its `weight` is computed on access.
     """
 
     # Of the weight as it was; `attach` sets it.
@@ -32,7 +32,7 @@ class Factorized(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """Those of the weight, the first with as many axes as the layer needs."""
+        """Factors of the weight; the first has as many axes as the layer needs."""
         return Factors(*(getattr(self, f"weight_{part}") for part in PARTS))
 
     @property
@@ -43,12 +43,12 @@ class Factorized(nn.Module):
 
     @property
     def thin(self) -> Tensor:
-        """The layer that is called first, with the scale in it: nothing more is kept for the backward pass."""
+        """The layer that is called first, with the scale in it, so that nothing more is kept for the backward pass."""
         _, scale, right = self.factors
         return scale.reshape(-1, *[1] * (right.ndim - 1)) * right
 
     def extra_repr(self) -> str:
-        """The layer's own, with the rank."""
+        """That of the layer, with the rank."""
         return f"{super().extra_repr()}, rank={len(self.factors.scale)}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -56,27 +56,27 @@ class Factorized(nn.Module):
 
 
 class Linear(Factorized):
-    """Of `nn.Linear`."""
+    """Factorized `nn.Linear`."""
 
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both layers in turn."""
+        """Call both layers."""
         return F.linear(F.linear(x, self.thin), self.factors.left, self.bias)
 
 
 class Transposed(Factorized):
-    """Of transformers' `Conv1D`, whose weight has inputs as rows."""
+    """Factorized `Conv1D` of transformers, whose weight has inputs as rows."""
 
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both layers in turn."""
+        """Call both layers."""
         return F.linear(F.linear(x, self.factors.left.mT), self.thin.mT, self.bias)
 
 
 class Embedding(Factorized):
-    """Of `nn.Embedding`."""
+    """Factorized `nn.Embedding`."""
 
     padding_idx: int | None
 
@@ -86,13 +86,13 @@ class Embedding(Factorized):
 
 
 class Convolution(Factorized):
-    """Of `nn.Conv1d` to `nn.Conv3d`: kernels to few channels, then all channels at each place."""
+    """Factorized `nn.Conv1d` to `nn.Conv3d`: kernels to few channels, then all channels at each place."""
 
     bias: Tensor | None
     _conv_forward: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both layers in turn."""
+        """Call both layers."""
         inner = self._conv_forward(x, self.thin, None)
         places = self.factors.right.ndim - 2
         left = self.factors.left
@@ -108,11 +108,11 @@ CLASSES: dict[str, type[Factorized]] = {
 
 
 class LowRank(nn.Module):
-    """Parametrization of a weight that is read directly.
+    """Parametrization of a weight that is used without calling its layer.
 
     Args:
-        factors: What it begins with.
-        shape: Of the weight.
+        factors: Its initial factors.
+        shape: Shape of the weight.
         order: Names of the layer's parameters.
     """
 
@@ -126,23 +126,23 @@ class LowRank(nn.Module):
         return Factors(left, scale, right).product().reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Factors:
-        """What torch asks for once, when it makes the parameters."""
+        """torch calls this once to create the parameters."""
         if self._start is None:
-            raise ValueError("a weight that is factorized cannot be assigned: set its factors, or densify first")
+            raise ValueError("a factorized weight cannot be assigned; set its factors, or densify the module first")
         start, self._start = self._start, None
         return start
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A weight that is factorized.
+    """A factorized weight.
 
     Attributes:
-        name: Of the weight, clean.
-        key: Of the weight in a state dict of the dense module.
-        prefix: Of the factors in the state dict; "A", "s" and "B" or their numbers follow.
-        layer: That has it.
-        local: The name that the layer knows the weight by.
+        name: Clean name of the weight.
+        key: Its key in a state dict of the dense module.
+        prefix: Beginning of the keys of its factors in a state dict; "A", "s" and "B" or their numbers follow.
+        layer: The layer that has it.
+        local: Its name in the layer.
     """
 
     name: str
@@ -153,12 +153,12 @@ class Place:
 
     @property
     def is_thin(self) -> bool:
-        """Two layers are called, and no weight is formed."""
+        """Whether two layers are called and no weight is formed."""
         return isinstance(self.layer, Factorized)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """A, s and B, in the shapes that the layer has them in."""
+        """A, s and B, in the shapes of the layer."""
         if self.is_thin:
             return cast(tuple[nn.Parameter, ...], tuple(cast(Factorized, self.layer).factors))
         kept: Any = cast(Any, self.layer).parametrizations[self.local]
@@ -166,13 +166,13 @@ class Place:
 
     @property
     def factors(self) -> Factors:
-        """The same as matrices."""
+        """A, s and B as matrices."""
         left, scale, right = self.parameters
         return Factors(left, scale, right.flatten(1))
 
     @property
     def keys(self) -> list[str]:
-        """Of A, s and B in the state dict."""
+        """Keys of A, s and B in the state dict."""
         return [self.prefix + end for end in (PARTS if self.is_thin else "012")]
 
     def dense(self) -> Num[Tensor, "..."]:
@@ -182,14 +182,14 @@ class Place:
 
 
 def keys_of(path: str, local: str, is_thin: bool) -> tuple[str, str]:
-    """Of a weight in a state dict: its own, and the beginning of those of its factors."""
+    """Key of a weight in a state dict, and the beginning of the keys of its factors."""
     dot = "." if path else ""
     middle = f"{local}_" if is_thin else f"parametrizations.{local}.original"
     return f"{path}{dot}{local}", f"{path}{dot}{middle}"
 
 
 def attach(layers: list[tuple[nn.Module, str]], kind: Kind, factors: Factors) -> list[nn.Parameter]:
-    """Put factors in the place of a weight, of one layer or of several that share it; the new parameters."""
+    """Replace a weight by factors, in one layer or in several that share it; returns the new parameters."""
     first, local = layers[0]
     weight: nn.Parameter = getattr(first, local)
     if kind == "direct":
@@ -209,7 +209,7 @@ def attach(layers: list[tuple[nn.Module, str]], kind: Kind, factors: Factors) ->
 
 
 def detach(places: list[Place]) -> None:
-    """Put the weight back in the place of its factors, into all layers that share it."""
+    """Replace factors by their weight, in all layers that share it."""
     first = places[0]
     requires_grad = any(p.requires_grad for p in first.parameters)
     if not first.is_thin:
@@ -232,10 +232,10 @@ def detach(places: list[Place]) -> None:
 
 
 def places(module: nn.Module, *, all_names: bool = False) -> list[Place]:
-    """Weights of a module that are factorized.
+    """The factorized weights of a module.
 
     Args:
-        all_names: A layer under each of its names, and a weight of several layers in each.
+        all_names: Return a layer under each of its names, and a shared weight in each of its layers.
     """
     found: dict[Any, Place] = {}
     for place in _places(module):
@@ -261,7 +261,7 @@ _MADE: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def thin_class(thin: type[Factorized], cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer with two thin ones in its place; always the same."""
+    """The class of a layer that is replaced by two thin ones; always the same object."""
     if (thin, cls) not in _MADE:
         _MADE[thin, cls] = type(
             f"Factorized{cls.__name__}", (thin, cls), {"__module__": cls.__module__, "__doc__": thin.__doc__}

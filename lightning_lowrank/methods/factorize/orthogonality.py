@@ -1,5 +1,5 @@
-"""What keeps factors orthonormal in training: a penalty that acts through gradients, or steps along the Stiefel
-manifold; and a bound on what one step does to the product.
+"""Orthonormal factors in training, by a penalty on gradients or by steps along the Stiefel manifold; and a bound on the
+change of the product in one step.
 
 Shape letters:  M rows, N columns of a weight   R rank
 """
@@ -32,9 +32,9 @@ class OrthogonalSteps:
     """Acts before and after each step of an optimizer.
 
     Attributes:
-        kind: What keeps factors orthonormal, None for nothing.
-        weight: Of the penalty.
-        bound: Largest spectral norm of a step's change of the product, None for none.
+        kind: Method that keeps factors orthonormal; None for none.
+        weight: Weight of the penalty.
+        bound: Largest spectral norm of the change of the product in one step; None for no bound.
     """
 
     kind: Orthogonality | None = None
@@ -46,12 +46,12 @@ class OrthogonalSteps:
     _stepping: dict[int, list[tuple[Place, list[Tensor]]]] = field(default_factory=dict)
 
     def refuse(self, name: str, optimizers: Sequence[Optimizer], dtypes: Mapping[str, torch.dtype]) -> None:
-        """Factors that cannot be kept orthonormal.
+        """Refuse factors that cannot be kept orthonormal.
 
         Args:
-            name: In messages.
-            optimizers: Those that step them.
-            dtypes: Of the weights, by name.
+            name: Name for messages.
+            optimizers: Optimizers that step them.
+            dtypes: Dtypes of the weights, by name.
 
         Raises:
             ValueError: They are in half precision, or LBFGS steps them.
@@ -61,17 +61,17 @@ class OrthogonalSteps:
         where = f"{name}(orthogonality='stiefel')"
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
             raise ValueError(
-                f"{where}: LBFGS searches along lines, which leave the manifold; AdamW, SGD and their like"
+                f"{where}: LBFGS searches along lines, which leave the manifold; use AdamW, SGD or a similar optimizer"
             )
         half = next((key for key, dtype in dtypes.items() if dtype not in (torch.float32, torch.float64)), None)
         if half is not None:
             raise ValueError(
-                f"{where}: {half!r} is in {dtypes[half]}, in which no columns are orthonormal; float32, or mixed "
+                f"{where}: {half!r} is in {dtypes[half]}, too coarse for orthonormal columns; use float32 or mixed "
                 "precision"
             )
 
     def begin(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
-        """From now on."""
+        """Start to act."""
         self.end()
         if (self.kind is None and self.bound is None) or not places:
             return
@@ -90,7 +90,7 @@ class OrthogonalSteps:
             )
 
     def end(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -172,7 +172,7 @@ class OrthogonalSteps:
 
 
 def orthonormal(place: Place) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Factors that are to be orthonormal, and whether their rows are rather than their columns."""
+    """Factors that should be orthonormal, and for each whether this means its rows instead of its columns."""
     left, _, right = place.parameters
     yield left, False
     yield right, True

@@ -1,4 +1,4 @@
-"""When a run that is dense at first is factorized, and at which ranks."""
+"""When a dense run is factorized, and at which ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ class Waiting:
     """Samples of dense weights.
 
     Attributes:
-        when: What is waited for.
+        when: The condition.
         every: Steps between samples.
-        chosen: Weights that are to be factorized; none once they are.
-        start: By name what a weight was, of those whose updates are measured.
-        stable_ranks: By name those of the samples so far.
-        num_samples: So far.
-        last: Step of the last one.
-        is_over: Ranks have been told.
+        chosen: Weights to factorize; empty after they have been factorized.
+        start: Initial values, by name, of the weights whose updates are measured.
+        stable_ranks: Stable ranks of the samples so far, by name.
+        num_samples: Number of samples so far.
+        last: Step of the last sample.
+        is_over: Whether the ranks are decided.
     """
 
     when: When
@@ -44,11 +44,11 @@ class Waiting:
 
     @property
     def is_on(self) -> bool:
-        """Something is waited for."""
+        """Whether something is still to be decided."""
         return bool(self.chosen)
 
     def begin(self, chosen: Sequence[Chosen], is_continued: bool) -> None:
-        """From now on."""
+        """Start to sample."""
         self.chosen = chosen
         if is_continued:
             self.chosen = () if self.is_over else chosen
@@ -57,7 +57,7 @@ class Waiting:
             self.stable_ranks, self.num_samples, self.last, self.is_over = {}, 0, 0, False
 
     def sampled(self, step: int) -> dict[str, int] | None:
-        """Take a sample if one is due after a batch; ranks by name if that was the last one."""
+        """Take a sample after a batch if one is due. Returns the ranks by name after the last sample."""
         if step == self.last or step % self.every:
             return None
         matrices = {one.name: one.matrix() for one in self.chosen}
@@ -79,7 +79,7 @@ class Waiting:
         return kept | {"num_samples": self.num_samples, "last": self.last, "is_over": self.is_over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Continue with these samples."""
         self.start, self.stable_ranks = dict(state["start"]), dict(state["stable_ranks"])
         self.num_samples, self.last, self.is_over = state["num_samples"], state["last"], state["is_over"]
         if self.is_over:

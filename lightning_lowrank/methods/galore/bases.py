@@ -1,4 +1,4 @@
-"""Subspaces that gradients are projected on: made from a gradient, or drawn.
+"""Subspaces for the projection of gradients: computed from a gradient, or random.
 
 Shape letters:  M rows, N columns of a matrix   R its rank in low rank   L, K sides of its projection
 """
@@ -25,11 +25,11 @@ ROUNDING = 8
 
 @dataclass(frozen=True)
 class Bases:
-    """Orthonormal columns on one side of a matrix or both: None where that side is not projected.
+    """Orthonormal columns on one side of a matrix or on both; None for a side that is not projected.
 
     Attributes:
-        left: Of the space of columns.
-        right: Of the space of rows.
+        left: Basis of the column space.
+        right: Basis of the row space.
     """
 
     left: Float[Tensor, "M R"] | None
@@ -41,36 +41,36 @@ class Bases:
         return matrix if self.right is None else matrix @ self.right
 
     def back(self, low: Float[Tensor, "L K"]) -> Float[Tensor, "M N"]:
-        """The matrix with these coordinates."""
+        """The matrix that has these coordinates."""
         low = low if self.left is None else self.left @ low
         return low if self.right is None else low @ self.right.mT
 
     def captured(self, matrix: Float[Tensor, "M N"]) -> Float[Tensor, ""]:
-        """Share of a matrix' energy that lies in the subspace, from 0 to 1; NaN of a matrix of zeros."""
+        """Share of a matrix's energy in the subspace, from 0 to 1; NaN for a zero matrix."""
         unit = _scaled(matrix)
         part = self.project(unit).square().sum() / unit.square().sum()
         return part.clamp(max=1)
 
     def turn(self, old: "Bases") -> "Bases":
-        """Coordinates of the old columns in the new ones: what turns coordinates of the old basis into those of this.
+        """Coordinates of the old basis vectors in the new basis; they convert old coordinates to new ones.
 
-        Its `project` is for what was projected with `old`.
+        Its `project` applies to what was projected with `old`.
         """
         pairs = ((self.left, old.left), (self.right, old.right))
         left, right = (None if new is None or was is None else was.mT @ new for new, was in pairs)
         return Bases(left, right)
 
     def overlap(self, old: "Bases") -> Float[Tensor, ""]:
-        """Mean squared cosine of the principal angles with another, over both sides."""
+        """Mean squared cosine of the principal angles with another subspace, over both sides."""
         return torch.stack([turn.square().sum() / turn.shape[-1] for turn in self.turn(old).sides]).mean()
 
     @property
     def sides(self) -> list[Tensor]:
-        """Those that there are."""
+        """The bases that exist."""
         return [basis for basis in (self.left, self.right) if basis is not None]
 
     def to(self, like: Tensor) -> "Bases":
-        """On the device and in the dtype of a tensor."""
+        """A copy with the device and dtype of a tensor."""
         left, right = (None if basis is None else basis.to(like) for basis in (self.left, self.right))
         return Bases(left, right)
 
@@ -81,8 +81,8 @@ class Projection:
 
     Attributes:
         rank: At most the short side.
-        left: The space of columns is reduced.
-        right: The space of rows is reduced.
+        left: Whether the column space is reduced.
+        right: Whether the row space is reduced.
     """
 
     rank: int
@@ -90,25 +90,25 @@ class Projection:
     right: bool
 
     def shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of what is left of a matrix."""
+        """Rows and columns of a projected matrix."""
         return (self.rank if self.left else shape[0], self.rank if self.right else shape[1])
 
     def num_entries(self, shape: tuple[int, int]) -> int:
-        """Of the bases."""
+        """Number of entries of the bases."""
         return self.rank * sum(size for size, reduced in zip(shape, (self.left, self.right), strict=True) if reduced)
 
     def chance(self, shape: tuple[int, int]) -> float:
-        """Energy that a random subspace of this size captures in the mean."""
+        """Mean share of energy that a random subspace of this size captures."""
         low = self.shape(shape)
         return low[0] * low[1] / (shape[0] * shape[1])
 
     def overlap_by_chance(self, shape: tuple[int, int]) -> float:
-        """Overlap of two random subspaces of this size in the mean."""
+        """Mean overlap of two random subspaces of this size."""
         sides = [size for size, reduced in zip(shape, (self.left, self.right), strict=True) if reduced]
         return sum(self.rank / size for size in sides) / len(sides)
 
     def best(self, matrix: Float[Tensor, "M N"]) -> Float[Tensor, ""]:
-        """Largest share of a matrix' energy that any subspace of this size captures."""
+        """Largest share of a matrix's energy that any subspace of this size captures."""
         spectrum = decompose([matrix], "values").spectra[0]
         energies, weights = (part.flatten() for part in (spectrum.values.square(), spectrum.weights))
         num_probes = spectrum.num_probes or 1
@@ -120,16 +120,16 @@ class Projection:
     def made(
         self, kind: Basis, matrix: Float[Tensor, "M N"], old: Bases | None, generator: Callable[[], torch.Generator]
     ) -> Bases:
-        """Bases for a matrix, which has to be finite and not zero.
+        """Bases for a matrix, which must be finite and not zero.
 
-        "svd" gives the best; "subspace" makes one step of subspace iteration from the old bases, which keeps signs and
-        order of their columns, and a randomised range finder where there are none.
+        "svd" gives the best subspace. "subspace" makes one step of subspace iteration from the old bases, which keeps
+        signs and order of their columns. Without old bases it is a randomised range finder.
 
         Args:
-            kind: How.
-            matrix: What is to be captured.
-            old: The bases before.
-            generator: Of what is drawn.
+            kind: Method.
+            matrix: The matrix to capture.
+            old: The previous bases.
+            generator: Generator of random numbers.
 
         Raises:
             RuntimeError: A decomposition failed.
@@ -167,10 +167,10 @@ class Projection:
 
 
 def without_rounding(low: Float[Tensor, "L K"]) -> Float[Tensor, "L K"]:
-    """A two-sided projection with zeros for what is rounding.
+    """A two-sided projection without entries that are only rounding errors.
 
-    In bases of its own gradient it is triangular or diagonal: all else is rounding, which an optimizer without moments
-    would blow up to the size of a full step.
+    In bases of its own gradient, the projection is triangular or diagonal. All other entries are rounding errors, which
+    an optimizer without moments would enlarge to full steps.
     """
     return low.where(low.abs() >= ROUNDING * torch.finfo(low.dtype).eps * low.abs().max(), 0)
 

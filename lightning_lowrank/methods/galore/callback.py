@@ -18,57 +18,61 @@ from lightning_lowrank.methods.method import Method
 
 
 class GaLore(Method):
-    """Trains matrices with an optimizer state of low rank, in the user's own optimizer.
+    """Train matrices with an optimizer state of low rank, in the user's own optimizer.
 
-    For each matrix the optimizer gets the projection of the gradient on a subspace, made anew every `update_every`
-    steps, and keeps its moments there. Its step goes back into the whole weight, which is never factored. For AdamW and
-    a matrix of m rows and n >= m columns, 2 m n numbers of state become m r + 2 n r.
+    The optimizer gets, for each matrix, the projection of the gradient on a subspace, and keeps its moments there. The
+    subspace is renewed every `update_every` steps. The step is mapped back to the full weight, which is never
+    factorized. With AdamW and a matrix of m rows and n >= m columns, the state of 2 m n numbers becomes m r + 2 n r.
 
-    Optimizer, parameter groups and schedulers stay the user's: for the time of one step a hook puts a matrix of zeros
-    in the place of the weight and the projection in the place of its gradient. Any optimizer that treats each entry by
-    itself works; which does is tried before training, and so is how it decays weights. Clipping and GradScalers act on
-    the full gradient, and monitors see it.
+    Optimizer, parameter groups and schedulers stay the user's. During each step, a hook replaces the weight by a matrix
+    of zeros and its gradient by the projection. Any optimizer that updates each entry independently works. This and the
+    kind of weight decay are tested before training. Clipping and GradScalers act on the full gradient, and monitors see
+    the full gradient.
 
-    A step of scale `s` has an effective learning rate of `s lr`. Weight decay is that of the optimizer, of the whole
-    weight: coupled decay goes through the projection with the gradient.
+    With `scale=s`, the effective learning rate of the matrices is `s lr`. Weight decay is that of the optimizer, on the
+    full weight. Coupled decay is projected together with the gradient.
 
-    Resumed runs are equal to uninterrupted ones to the bit. A checkpoint of full moments may be resumed with it, and
-    one of its own without it after `drop_state`: moments of the matrices begin anew then.
+    A resumed run is bit for bit equal to an uninterrupted one. You can resume a checkpoint with full moments with this
+    callback. You can also resume one of its own checkpoints without it after `drop_state`; the moments of the matrices
+    then start from zero.
 
-    Writes `galore/captured_median`, `galore/captured_best_median` and `galore/captured_random_median`: the share of the
-    gradient's energy in the subspace, what the best subspace of that size has, and what a random one has in the mean;
-    and `galore/state_bytes`. Captured energy is no measure of usefulness: see docs/methods/galore.md.
+    Curves of the captured share of gradient energy: `galore/captured_median` for the subspace in use,
+    `galore/captured_best_median` for the best one of that size, and `galore/captured_random_median` for a random one,
+    on average. Also `galore/state_bytes`. Captured energy does not measure usefulness: see docs/methods/galore.md.
 
-    Cost: two products of a matrix with its basis each step; a refresh takes two such products and a QR decomposition of
-    the basis ("subspace"), or a full SVD ("svd"). A report takes an eigendecomposition per matrix.
+    Cost: two products of a matrix with its basis at each step. A refresh takes two such products and a QR decomposition
+    of the basis ("subspace"), or a full SVD ("svd"). A report takes an eigendecomposition of each matrix.
 
     Args:
-        rank: Of all matrices: a share of the short side up to 1, a whole number, or "measured"; or one for each
-            pattern, which then choose the matrices. "measured" begins at a quarter of the short side. The third basis
-            gets the largest energy rank of the gradients of the first three, as `RankMonitor` measures it, rounded up
-            to parts of 1/32, and a quarter at most. Where that is less, moments begin anew then.
+        rank: Rank of all matrices: a share of the short side up to 1, a whole number, or "measured". A mapping from
+            patterns to ranks chooses the matrices, too. "measured" begins with a quarter of the short side. The third
+            basis gets the largest energy rank of the gradients at the first three bases, as `RankMonitor` measures it.
+            This rank is rounded up to a multiple of 1/32 of the short side, and it is at most a quarter. If it is
+            smaller than before, the moments start from zero.
         update_every: Steps between two bases of a matrix.
         scale: Factor of the steps.
         side: What is projected: "auto" the short side, "left" rows, "right" columns, "both" for a state of r x r.
-        basis: "subspace": one step of subspace iteration from the last basis. "svd": singular vectors. "random":
-            orthonormal and drawn; only a seed is kept, and it is drawn anew each step.
-        on_refresh: What becomes of moments: "keep" their coordinates, "reset" them, or "rotate" them with the basis.
-        residual: What becomes of what the subspace leaves of a gradient: None, or "fira": a step too, each column of it
-            scaled as that of the projection, and its norm limited to grow by 1 % a step. One side only.
-        match: Matrices: globs, `re:REGEX`, `type:LAYERCLASS`; all but embeddings and the last linear layer unless
-            given.
-        exclude: The same, taken away.
-        stagger: Refresh one matrix after the other, so that no step does all.
-        seed: Of what is drawn.
-        every_n_steps: Cadence of the curves, in optimizer steps.
+        basis: "subspace": one step of subspace iteration from the last basis. "svd": singular vectors. "random": a
+            random orthonormal basis, drawn again at each step, so that only a seed is stored.
+        on_refresh: What happens to moments when the basis changes: "keep" their coordinates, "reset" them to zero, or
+            "rotate" them with the basis.
+        residual: What happens to the part of a gradient outside of the subspace: None drops it. "fira" also makes a
+            step of it: each column is scaled like that of the projection, and the norm may grow by at most 1 % per
+            step. One side only.
+        match: Matrices to project: globs, `re:REGEX` or `type:LAYERCLASS`. Default: all except embeddings and the last
+            linear layer.
+        exclude: Patterns of matrices to leave out.
+        stagger: Refresh the matrices at different steps, so that no single step refreshes all.
+        seed: Seed for random bases.
+        every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single matrices: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single matrices: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:
-        ValueError: An option is out of its range. When training starts: a pattern fits nothing, no optimizer steps what
-            it fits, an optimizer does not treat each entry by itself, parameters are sharded, there is a second
-            `GaLore`, or the run that is resumed had other matrices or ranks.
+        ValueError: An option is out of range. When training starts: a pattern matches nothing, no optimizer has the
+            matched matrices, or an optimizer does not update each entry independently. Also if parameters are sharded,
+            if there is a second `GaLore`, or if the resumed run had other matrices or ranks.
 
     Examples:
         >>> GaLore(rank=128, update_every=200)
@@ -105,16 +109,17 @@ class GaLore(Method):
             refuse_rank(one)
         if isinstance(rank, Mapping) and (not rank or match is not None):
             raise ValueError(
-                f"GaLore(rank={rank!r}, match={match!r}): patterns of rank, one at least, choose the matrices"
+                f"GaLore(rank={rank!r}, match={match!r}): a mapping of patterns to ranks chooses the matrices; it "
+                "must not be empty, and match must not be given"
             )
         if update_every < 1:
-            raise ValueError(f"update_every={update_every}: at least 1 optimizer step")
+            raise ValueError(f"update_every={update_every} must be at least 1 optimizer step")
         if not 0 < scale < float("inf"):
-            raise ValueError(f"scale={scale}: a factor above 0")
+            raise ValueError(f"scale={scale} must be a number above 0")
         if residual is not None and side == "both":
             raise ValueError(
-                f"GaLore(side='both', residual={residual!r}): it scales columns that the projection leaves whole, and "
-                "of both sides none is left; side='auto'"
+                f"GaLore(side='both', residual={residual!r}): it scales the columns along the side that is not "
+                "projected, but 'both' projects both sides; use side='auto'"
             )
         refuse_seed(seed)
         policy = Policy(update_every, basis, on_refresh, residual, seed)
@@ -126,20 +131,20 @@ class GaLore(Method):
 
     @staticmethod
     def drop_state(*optimizers: Optimizer) -> int:
-        """Take moments of low rank out of optimizers, in a run that is resumed without it.
+        """Remove moments of low rank from optimizers, in a run that is resumed without this callback.
 
-        Call it when they have their state again and have not stepped: in a Trainer in `on_train_start`. Moments of the
-        matrices begin anew, and all else goes on. Moments of the rank of the short side have the shape of the matrix
-        and are not found: clear the state of the optimizer.
+        Call it after the optimizers have loaded their state and before they step: in a Trainer, in `on_train_start`.
+        The moments of the matrices then start from zero, and everything else continues. It cannot detect moments whose
+        rank equals the short side, since they have the shape of the matrix; for these, clear the optimizer's state.
 
         Returns:
-            How many parameters had any.
+            The number of parameters that had such moments.
         """
         return sum(map(drop_low_rank, optimizers))
 
     @property
     def bytes_of_bases(self) -> int:
-        """What the bases of all matrices take now."""
+        """Bytes of the current bases of all matrices."""
         return sum(matrix.num_bytes for matrix in self._steps.matrices.values())
 
 

@@ -1,4 +1,6 @@
-"""What `GaLore` reports: how much of the gradient its subspaces capture, beside chance and the best; what it keeps."""
+"""Curves of `GaLore`: the gradient energy in its subspaces compared with chance and the best subspace, and the size of
+its state.
+"""
 
 from collections.abc import Sequence
 
@@ -18,10 +20,10 @@ WHOLE = (("state_bytes", "bytes"), ("refresh_time_ms", "ms"), ("refreshes", "1")
 
 
 class GaLoreNumbers(NumberSource):
-    """Energies of gradients in their subspaces, as the optimizer was given them, and what refreshes changed.
+    """Energies in the subspaces of the gradients that the optimizer got, and changes by refreshes.
 
     Args:
-        steps: Whose matrices they are.
+        steps: The act that has the matrices.
     """
 
     name = "galore"
@@ -34,26 +36,26 @@ class GaLoreNumbers(NumberSource):
         self._found: list[Numbers] = []
 
     def plan(self, training: Training) -> None:
-        """The matrices are those that are trained."""
+        """Read the trained matrices."""
 
     def labels(self) -> list[str]:
-        """One per matrix that is stepped, and the whole model."""
+        """One label for each stepped matrix, and one for the whole model."""
         return [WHOLE_MODEL, *(matrix.name for matrix in self._steps.stepped())]
 
     def step_done(self, step: Step) -> list[object]:  # type: ignore[override]
-        """Read gradients and bases, which are those of the step."""
+        """Read gradients and bases of the step."""
         for key, matrix in self._steps.matrices.items():
             if key in step.parameters and matrix.parameter.grad is not None:
                 self._found.append(Numbers(matrix.name, _of_matrix(matrix, matrix.parameter.grad)))
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the step, and what is kept for all matrices."""
+        """Numbers of the step, and the size of the state of all matrices."""
         found, self._found = self._found, []
         return [Numbers(WHOLE_MODEL, self._of_all()), *found]
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop an unfinished sample."""
         self._found = []
 
     def _of_all(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One matrix that is trained in low rank: its bases, when they are made anew, and what becomes of moments then."""
+"""One matrix trained in low rank: its bases, their refreshes, and what happens to moments then."""
 
 import time
 import zlib
@@ -25,14 +25,14 @@ SQUARES = ("exp_avg_sq", "square_avg")
 
 @dataclass(frozen=True)
 class Policy:
-    """What all matrices have in common.
+    """Options that all matrices share.
 
     Attributes:
         update_every: Steps between refreshes.
-        basis: How bases are made.
-        on_refresh: What becomes of moments.
-        residual: What becomes of what the subspace leaves of a gradient.
-        seed: Of what is drawn.
+        basis: How bases are computed.
+        on_refresh: What happens to moments.
+        residual: What happens to the part of a gradient outside of the subspace.
+        seed: Seed for random bases.
     """
 
     update_every: int
@@ -44,19 +44,19 @@ class Policy:
 
 @dataclass(eq=False)
 class LowRankMatrix:
-    """A parameter, and the subspace that it is trained in.
+    """A parameter and the subspace in which it trains.
 
     Attributes:
         name: Its tag.
-        parameter: The user's.
+        parameter: The user's parameter.
         projection: How its gradient is projected.
         policy: When and how bases are made.
-        offset: Steps by which its refreshes come later than every `update_every`-th.
-        samples: Energy ranks of its first gradients, of which its rank is made; None where that was asked for.
-        bases: Those of now; None before the first gradient, and between steps where they are drawn.
-        numbers: Of the last refresh.
-        residual_norm: Of the last step outside of the subspace, over its rate; None before.
-        seconds: That refreshes took since this was last asked.
+        offset: Steps by which its refreshes come later than every `update_every`-th step.
+        samples: Energy ranks of its first gradients, which determine its rank; None if the rank was given.
+        bases: Current bases; None before the first gradient, and between steps if they are random.
+        numbers: Numbers of the last refresh.
+        residual_norm: Norm of the last step outside of the subspace, divided by its learning rate; None before.
+        seconds: Time of refreshes since the last query.
     """
 
     name: str
@@ -85,15 +85,15 @@ class LowRankMatrix:
 
     @property
     def is_measuring(self) -> bool:
-        """Its rank is still to be measured."""
+        """Whether its rank is still to be measured."""
         return self.samples is not None and len(self.samples) < SAMPLES
 
     def narrow(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """A gradient in low rank; the bases are made anew first where that is due.
+        """A gradient in low rank; first renews the bases if this is due.
 
         Args:
-            gradient: As a matrix.
-            state: The optimizer's, of this parameter: changed as `on_refresh` says.
+            gradient: The gradient as a matrix.
+            state: The optimizer's state of this parameter, which changes according to `on_refresh`.
             group: Its parameter group.
         """
         self.is_due = self.is_due or (self.num_steps - self.offset) % self.policy.update_every == 0
@@ -110,11 +110,11 @@ class LowRankMatrix:
         return without_rounding(low) if two_sided and not state else low
 
     def widen(self, step: Tensor, gradient: Callable[[], Tensor], group: dict[str, Any]) -> Tensor:
-        """A step in low rank as one of the whole matrix, with what the subspace leaves where that is asked for.
+        """A low-rank step as a step of the full matrix, with the residual step if requested.
 
         Args:
-            step: What the optimizer made of the projection.
-            gradient: Gives it as a matrix, as it was narrowed.
+            step: The optimizer's step of the projection.
+            gradient: Returns the gradient as a matrix, as it was before the projection.
             group: Its parameter group.
         """
         bases = self.bases
@@ -127,33 +127,33 @@ class LowRankMatrix:
         return wide + rest
 
     def current(self) -> Bases | None:
-        """The bases of now, drawn anew where only their seed is kept."""
+        """The current bases; random ones are drawn again from their seed."""
         if self.policy.basis == "random" and self.bases is None and self.num_refreshes:
             like = self.parameter.detach().flatten(1)
             return self.projection.made("random", like, None, self._generator).to(self.parameter)
         return self.bases
 
     def release(self) -> None:
-        """Keep no bases that can be drawn again."""
+        """Drop bases that can be drawn again."""
         if self.policy.basis == "random" and self.num_refreshes:
             self.bases = None
 
     @property
     def num_bytes(self) -> int:
-        """Of the bases that it keeps, and of the norm."""
+        """Bytes of its stored bases and of the norm."""
         sides = [] if self.bases is None or self.policy.basis == "random" else self.bases.sides
         kept = sides if self.residual_norm is None else [*sides, self.residual_norm]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @property
     def planned_bytes(self) -> int:
-        """The same, once it has them."""
+        """The same, once they exist."""
         entries = 0 if self.policy.basis == "random" else self.projection.num_entries(self.shape)
         norm = 0 if self.policy.residual is None else self._last_residual_norm().element_size()
         return entries * self.parameter.element_size() + norm
 
     def take_seconds(self) -> float:
-        """That refreshes took since this was last asked."""
+        """Time of refreshes since the last query."""
         taken, self.seconds = self.seconds, 0.0
         return taken
 
@@ -167,7 +167,7 @@ class LowRankMatrix:
         return counts | ranks | {"bases": bases, "numbers": dict(self.numbers), "residual": residual}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped.
+        """Continue a stopped run.
 
         Raises:
             ValueError: Its projection has another shape.
@@ -176,8 +176,8 @@ class LowRankMatrix:
             self.samples, self.projection = list(state["samples"]), replace(self.projection, rank=state["rank"])
         if list(state["low_shape"]) != list(self.low_shape):
             raise ValueError(
-                f"{self.name!r} was trained as {tuple(state['low_shape'])} in the run that is resumed, which is now "
-                f"{self.low_shape}: moments of one do not fit the other; give the same rank and side"
+                f"{self.name!r} had the projected shape {tuple(state['low_shape'])} in the resumed run, and has "
+                f"{self.low_shape} now, so its moments do not fit; give the same rank and side"
             )
         self.num_steps, self.num_refreshes = state["num_steps"], state["num_refreshes"]
         self.is_due = bool(state["is_due"])
@@ -253,14 +253,14 @@ class LowRankMatrix:
 
 
 def rotate_(state: dict[str, Any], turn: Bases, group: dict[str, Any]) -> None:
-    """Turn the moments of an optimizer with the basis.
+    """Rotate the moments of an optimizer with the basis.
 
-    First moments are vectors. Of second moments only the diagonal is known: what lies off it is taken from the first
-    moments, as if the rest were uncorrelated.
+    First moments are vectors. Of second moments only the diagonal is known. Off-diagonal entries are taken from the
+    first moments, as if the rest were uncorrelated.
 
     Args:
-        state: Of one parameter; its moments are replaced.
-        turn: From coordinates in the old basis to those in the new.
+        state: State of one parameter; its moments are replaced.
+        turn: Converts coordinates in the old basis to those in the new one.
         group: Its parameter group, for the bias corrections.
 
     References:

@@ -1,4 +1,4 @@
-"""Ranks of matrices: those that were asked for, and those that the first gradients ask for."""
+"""Ranks of matrices: given, or measured with the first gradients."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, isfinite
@@ -22,21 +22,22 @@ SAMPLES, LARGEST, PARTS = 3, 0.25, 32
 
 
 def refuse_rank(rank: Rank) -> None:
-    """Refuse a rank out of its range.
+    """Refuse a rank that is out of range.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is out of range.
     """
     if rank == "measured":
         return
     if isinstance(rank, str) or (rank < 1 if isinstance(rank, Integral) else not 0 < rank <= 1):
         raise ValueError(
-            f"rank={rank!r}: a share of the short side above 0 and up to 1, a whole number from 1 on, or 'measured'"
+            f"rank={rank!r} must be a share of the short side above 0 and at most 1, a whole number of at least 1, "
+            "or 'measured'"
         )
 
 
 def ranks_by_tag(module: nn.Module, rank: Rank | Mapping[str, Rank], tags: Sequence[str]) -> dict[str, Rank]:
-    """The rank of each parameter; of several patterns that fit, the first counts."""
+    """The rank of each parameter; of several matching patterns, the first counts."""
     if not isinstance(rank, Mapping):
         return dict.fromkeys(tags, rank)
     fitting = [(dict.fromkeys(chosen_parameters(module, pattern, None), one)) for pattern, one in rank.items()]
@@ -44,7 +45,7 @@ def ranks_by_tag(module: nn.Module, rank: Rank | Mapping[str, Rank], tags: Seque
 
 
 def projection_of(side: Side, shape: tuple[int, int], rank: Rank) -> Projection:
-    """How a matrix of a shape is projected; at first, if its rank is to be measured."""
+    """The projection of a matrix of a shape; the first one if its rank is to be measured."""
     short = min(shape)
     share = LARGEST if isinstance(rank, str) else rank
     size = min(share, short) if isinstance(share, Integral) else max(1, round(share * short))
@@ -54,15 +55,15 @@ def projection_of(side: Side, shape: tuple[int, int], rank: Rank) -> Projection:
 
 
 def energy_rank_of(gradient: Tensor) -> float:
-    """The number that `RankMonitor` gives of it."""
+    """The number that `RankMonitor` computes for it."""
     return float(energy_rank(decompose([gradient], "values").spectra[0]))
 
 
 def measured_rank(samples: Sequence[float], short: int, largest: int) -> int:
-    """The largest energy rank of some gradients, rounded up to parts of the short side, and capped.
+    """The largest energy rank of some gradients, rounded up to a multiple of a part of the short side, and capped.
 
     Args:
-        samples: Energy ranks; NaN of a gradient that could not be decomposed.
+        samples: Energy ranks; NaN for a gradient that could not be decomposed.
         short: The short side.
         largest: The cap.
     """

@@ -1,4 +1,4 @@
-"""What a subspace leaves of a gradient, made a step of: Fira's scaling and its norm-growth limiter.
+"""A step for the part of a gradient outside of the subspace: Fira's scaling and its norm-growth limiter.
 
 Shape letters:  M rows, N columns of a matrix   L, K sides of its projection, of which one is that of the matrix
 """
@@ -17,16 +17,17 @@ GROWTH = 1.01
 def residual_step(
     gradient: Float[Tensor, "M N"], step: Float[Tensor, "L K"], bases: Bases, *, ascends: bool
 ) -> Float[Tensor, "M N"]:
-    """What the subspace leaves of a gradient, each column scaled as the optimizer has scaled that of the projection.
+    """The part of a gradient outside of the subspace, each column scaled as the optimizer scaled that of the
+    projection.
 
-    Columns are those of a projection of rows, and rows those of a projection of columns; one whose projection is zero
-    is left out.
+    If rows are projected, columns are scaled; if columns are projected, rows are scaled. A column with a zero
+    projection is left out.
 
     Args:
-        gradient: As it was projected.
-        step: What the optimizer made of the projection.
-        bases: Of one side.
-        ascends: The optimizer maximises.
+        gradient: The projected gradient.
+        step: The optimizer's step of the projection.
+        bases: Bases of one side.
+        ascends: Whether the optimizer maximises.
 
     References:
         Chen et al. (2024), Fira, arXiv:2410.01623.
@@ -42,15 +43,16 @@ def residual_step(
 
 
 def limited(step: Float[Tensor, "M N"], rate: float, last: Float[Tensor, ""]) -> tuple[Tensor, Float[Tensor, ""]]:
-    """A step whose norm is at most `GROWTH` times that of the last one, both over their learning rates; and its norm.
+    """A step whose norm is at most `GROWTH` times that of the last one, each divided by its learning rate; and its
+    norm.
 
-    A step without a norm, as under a rate of zero or of a gradient that is zero or not finite, is none, and the next
-    one is compared with the one before it.
+    A step has no norm if its rate is zero, or if its gradient is zero or not finite. Such a step is dropped, and the
+    next one is compared with the one before it.
 
     Args:
-        step: To be limited.
+        step: The step to limit.
         rate: Its learning rate.
-        last: Norm of the last one; infinite where there is none.
+        last: Norm of the last one; infinite if there is none.
 
     References:
         Chen et al. (2024), Fira, arXiv:2410.01623.

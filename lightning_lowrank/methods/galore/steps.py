@@ -1,4 +1,4 @@
-"""Steps in low rank: within each step of an optimizer, matrices stand as their projections."""
+"""Steps in low rank: during each step of an optimizer, projections replace matrices."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +21,15 @@ Choose = Callable[[nn.Module], tuple[list[LowRankMatrix], Mapping[str, str]]]
 
 @dataclass
 class Narrowed:
-    """A parameter during a step: its own values are set aside, and its projection is in their place.
+    """A parameter during a step: its values are set aside and replaced by its projection.
 
     Attributes:
-        matrix: Which.
-        optimizer: The one that steps.
-        group: The optimizer's, of the parameter.
-        decay: The optimizer's.
-        values: The parameter's own.
-        gradient: The parameter's own.
+        matrix: The matrix.
+        optimizer: The optimizer that steps it.
+        group: Parameter group of the optimizer.
+        decay: Kind of weight decay of the optimizer.
+        values: Values of the parameter.
+        gradient: Gradient of the parameter.
     """
 
     matrix: LowRankMatrix
@@ -40,7 +40,7 @@ class Narrowed:
     gradient: Tensor
 
     def given(self) -> Tensor:
-        """The gradient that is projected, as a matrix: with the decay of an optimizer that couples both."""
+        """The gradient to project, as a matrix; with the weight decay if this is coupled."""
         gradient = self.gradient.to_dense() if self.gradient.is_sparse else self.gradient
         if self.decay == "coupled":
             scale = getattr(self.optimizer, "grad_scale", None)
@@ -48,7 +48,7 @@ class Narrowed:
         return gradient.flatten(1)
 
     def widen(self) -> Tensor:
-        """Put the parameter back; what the optimizer has put in its place."""
+        """Restore the parameter, and return what the optimizer has made of the replacement."""
         parameter = self.matrix.parameter
         left, parameter.grad = parameter.data, None
         parameter.data, parameter.grad = self.values, self.gradient
@@ -59,21 +59,21 @@ class Narrowed:
 class LowRankSteps(Act):
     """Trains matrices in low rank, in the user's own optimizer.
 
-    Hooks of the optimizer give it, for the time of one step, the projection of the gradient for a gradient and zeros of
-    that shape for a weight. So all that it keeps has the small shape. What it made of the zeros is its step, which goes
-    back into the weight. Between steps nothing is unlike in any other training: parameters, gradients, groups.
+    During one step, hooks of the optimizer give it the projection as a gradient, and zeros of the same shape as a
+    weight. Its state therefore has the small shape. What it makes of the zeros is its step, which is mapped back to the
+    weight. Between steps, parameters, gradients and groups are as in any other training.
 
     Attributes:
         choose: Chooses the matrices.
         scale: Factor of the steps.
-        name: In messages.
-        matrices: Those of the training, by id of the parameter.
+        name: Name for messages.
+        matrices: Matrices of the training, by id of the parameter.
     """
 
     choose: Choose
     scale: float
     name: str = "GaLore"
-    not_sharded: str = "torch lets none of them stand as a smaller one for the time of a step"
+    not_sharded: str = "torch cannot replace them by smaller tensors during a step"
     matrices: dict[int, LowRankMatrix] = field(default_factory=dict)
     optimizers: list[Optimizer] = field(default_factory=list)
     _decays: dict[tuple[int, int], Decay] = field(default_factory=dict)
@@ -86,8 +86,8 @@ class LowRankSteps(Act):
         """Choose matrices and hook the optimizers.
 
         Raises:
-            ValueError: Nothing is matched, no optimizer has what is, or one that has is none of single entries; or the
-                run that is resumed had other matrices.
+            ValueError: A pattern matches nothing, no optimizer has a matched matrix, or an optimizer does not update
+                each entry independently. Also if the resumed run had other matrices.
         """
         self.end()
         found, left_out = self.choose(training.module)
@@ -112,7 +112,7 @@ class LowRankSteps(Act):
         return self._table(left_out)
 
     def end(self) -> None:
-        """Take the hooks away, and put back what a step that was broken off had set aside."""
+        """Remove the hooks, and restore what an interrupted step had set aside."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -120,7 +120,7 @@ class LowRankSteps(Act):
             self._narrowed.pop().widen()
 
     def forget(self) -> None:
-        """The next run has bases of its own."""
+        """The next run has its own bases."""
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class LowRankSteps(Act):
         return {matrix.name: matrix.state_dict() for matrix in self.matrices.values()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it until the matrices are known."""
+        """Keep a state until the matrices are known."""
         self._loaded = state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class LowRankSteps(Act):
         return [self.matrices[id(p)] for p in owned if id(p) in self.matrices]
 
     def bytes_of(self, matrix: LowRankMatrix) -> int:
-        """What optimizer and projection keep of a matrix now."""
+        """Bytes that optimizer and projection keep for a matrix now."""
         kept = (o.state[matrix.parameter] for o in self.optimizers if matrix.parameter in o.state)
         return matrix.num_bytes + sum(map(num_bytes, kept))
 
@@ -203,7 +203,7 @@ class LowRankSteps(Act):
             entry.matrix.release()
         if self._is_measuring and not any(matrix.is_measuring for matrix in self.stepped()):
             self._is_measuring = False
-            self.say(f"ranks are measured: {self._table({})}")
+            self.say(f"the ranks have been measured: {self._table({})}")
 
     def _widened(self, optimizer: Optimizer) -> list[tuple[Narrowed, Tensor]]:
         """Put all matrices of an optimizer back, each with what it made of the zeros."""
@@ -228,11 +228,11 @@ class LowRankSteps(Act):
         double = next((names[one] for one in names if owned.count(one) > 1), None)
         if double is not None:
             raise ValueError(
-                f"{self.name}: {double!r} is stepped by two optimizers, whose moments would not fit one basis"
+                f"{self.name}: {double!r} is in two optimizers, but a basis can serve the moments of only one"
             )
         # A frozen one may join an optimizer later.
         if not set(owned) & set(names) and all(matrix.parameter.requires_grad for matrix in found):
-            raise ValueError(f"{self.name}: no optimizer steps any of the matrices {list(names.values())[:10]}")
+            raise ValueError(f"{self.name}: no optimizer has any of the matrices {list(names.values())[:10]}")
 
     def _refuse_unknown(
         self, optimizer: Optimizer, group: dict[str, Any], matrices: Mapping[int, LowRankMatrix]
@@ -245,16 +245,16 @@ class LowRankSteps(Act):
         unknown = kept.keys() - {"step", "mu_product", *LINEAR, *SQUARES}
         if unknown:
             raise ValueError(
-                f"{self.name}(on_refresh='rotate'): {type(optimizer).__name__} keeps {sorted(unknown)}, of which it is "
-                "not known how they turn; 'keep' or 'reset'"
+                f"{self.name}(on_refresh='rotate'): {type(optimizer).__name__} keeps {sorted(unknown)}, and it is "
+                "unknown how to rotate these; use 'keep' or 'reset'"
             )
 
     def _resume(self, found: Sequence[LowRankMatrix], state: Mapping[str, Any]) -> None:
         names = [matrix.name for matrix in found]
         if set(names) != set(state):
             raise ValueError(
-                f"{self.name}: the run that is resumed had the matrices {sorted(state)[:10]} in low rank, and this one "
-                f"has {sorted(names)[:10]}: give the same match and exclude"
+                f"{self.name}: the resumed run had the matrices {sorted(state)[:10]} in low rank, and this run has "
+                f"{sorted(names)[:10]}; give the same match and exclude"
             )
         for matrix in found:
             matrix.load_state_dict(state[matrix.name])
@@ -275,12 +275,14 @@ class LowRankSteps(Act):
                     rows.append(f"  {matrix.name}  {sizes}  {full:,} -> {low:,} bytes{_samples_of(matrix)}")
         kept = f"; left alone: {', '.join(f'{tag} ({why})' for tag, why in left_out.items())}" if left_out else ""
         share = f" ({after / before - 1:+.0%})" if before else ""
-        head = f"{len(rows)} matrices in low rank, optimizer state {before:,} -> {after:,} bytes{share}, bases included"
+        head = (
+            f"{len(rows)} matrices in low rank; optimizer state, bases included: {before:,} -> {after:,} bytes{share}"
+        )
         return "\n".join([head + kept, *rows])
 
 
 def drop_low_rank(optimizer: Optimizer) -> int:
-    """Forget what an optimizer keeps of parameters in another shape than theirs; of how many that was."""
+    """Drop state in another shape than its parameter; returns the number of parameters that had some."""
     dropped = [p for p, state in optimizer.state.items() if _of_other_shape(state, tuple(p.shape))]
     for parameter in dropped:
         del optimizer.state[parameter]

@@ -1,4 +1,4 @@
-"""`AdaLoRA`: LoRA whose ranks are shared out while it trains, by peft's allocator."""
+"""`AdaLoRA`: LoRA with ranks that peft's allocator distributes during training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,14 +23,14 @@ KEPT = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 @dataclass(frozen=True)
 class Schedule:
-    """When how many directions are left.
+    """The number of remaining directions over the training.
 
     Attributes:
-        total_steps: Of the training.
-        rank: Mean of all pairs at the end.
-        initial_rank: Of each pair at the start.
-        first_steps: In which nothing is taken away.
-        last_steps: In which nothing is taken away any more.
+        total_steps: Steps of the training.
+        rank: Mean rank of all pairs at the end.
+        initial_rank: Rank of each pair at the start.
+        first_steps: Steps at the start without removals.
+        last_steps: Steps at the end without removals.
         every: Steps between two allocations.
     """
 
@@ -43,19 +43,19 @@ class Schedule:
 
     @property
     def ends(self) -> int:
-        """The step at which ranks are what they stay."""
+        """The step from which ranks are fixed."""
         return self.total_steps - self.last_steps
 
 
 @dataclass(eq=False)
 class Allocation(Adapters):
-    """Pairs by peft's AdaLoRA, and its allocator after each step.
+    """Pairs of peft's AdaLoRA, and its allocator after each step.
 
     Attributes:
-        schedule: When how many directions are left.
+        schedule: The number of remaining directions over the training.
         orthogonality: Weight of the penalty on factors that are not orthonormal.
-        steps: So far, of the optimizer that has the pairs.
-        pattern: By name of the gains, which directions are left.
+        steps: Steps so far of the optimizer that has the pairs.
+        pattern: Remaining directions, by name of the gains.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(1000, 8, 12, 0, 0, 1))
@@ -66,7 +66,7 @@ class Allocation(Adapters):
     _allocator: Any = None
 
     def begin(self, training: Training) -> str:
-        """Also make the allocator, in the state of a run that is resumed."""
+        """Also create the allocator, with the state of a resumed run."""
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
 
@@ -88,7 +88,7 @@ class Allocation(Adapters):
         return told
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
-        """Add the gradient of the penalty to those of the factors."""
+        """Add the gradient of the penalty to the gradients of the factors."""
         if self.orthogonality and self._owns(optimizer):
             several = [p for place in places(training.module) for p in next(iter(factors(place.holder).values()))]
             for parameter, slope in zip(several, slopes(several), strict=True):
@@ -120,12 +120,12 @@ class Allocation(Adapters):
         self.pattern = pattern or self.pattern
 
     def state_dict(self) -> dict[str, Any]:
-        """Also what the allocator knows."""
+        """Also the state of the allocator."""
         kept = {name: dict(getattr(self._allocator, name, {})) for name in KEPT}
         return super().state_dict() | {"steps": self.steps, "pattern": self.pattern} | kept
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also go on there."""
+        """Also load the state of the allocator."""
         super().load_state_dict(state)
         self.steps, self.pattern = state.get("steps", 0), dict(state.get("pattern", {}))
 
@@ -146,10 +146,10 @@ def slopes(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 class AdaLoRANumbers(LoRANumbers):
-    """What `LoRA` reports, and how many directions are left.
+    """Curves of `LoRA`, and the number of remaining directions.
 
     Args:
-        act: Whose pairs they are.
+        act: The act that has the pairs.
     """
 
     name = "adalora"
@@ -163,11 +163,11 @@ class AdaLoRANumbers(LoRANumbers):
         ]
 
     def labels(self) -> list[str]:
-        """Also the whole model."""
+        """Also a label for the whole model."""
         return [WHOLE_MODEL, *super().labels()]
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Also what is left of each pair, and of all together."""
+        """Also the remaining directions of each pair, and of all together."""
         left = {label: gains(place.holder)[0].detach().count_nonzero().double() for label, place, *_ in self._pairs()}
         total = torch.stack(list(left.values())).sum()
         found = [Numbers(WHOLE_MODEL, {"adalora_directions": total})]
@@ -177,52 +177,52 @@ class AdaLoRANumbers(LoRANumbers):
 
 
 class AdaLoRA(LoRA):
-    """Fine-tunes with LoRA whose ranks are shared out in training: pairs are `B diag(e) A`, and entries of e that
-    matter little become zero, until all pairs together have the rank that was asked for.
+    """Fine-tune with LoRA and distribute the ranks during training. Each pair is `B diag(e) A`. Entries of e with
+    little importance become zero until all pairs together have the requested rank.
 
-    peft makes the pairs and decides: its `RankAllocator` is called after each step of the optimizer, before gradients
-    are cleared, on real steps alone where gradients are accumulated. What the penalty on factors that are not
-    orthonormal adds to gradients is added to them, not to the loss. The options that are not named here are those of
-    `LoRA(backend="peft")`, whose keys it has too; linear layers and transformers' `Conv1D` are adapted.
+    peft creates the pairs and decides: its `RankAllocator` is called after each step of the optimizer, before gradients
+    are cleared. With gradient accumulation, it is called on real steps only. The penalty on factors that are not
+    orthonormal is added to the gradients, not to the loss. Options that are not described here are those of
+    `LoRA(backend="peft")`, and so are the keys. It adapts linear layers and transformers' `Conv1D`.
 
-    `LoRA.merge`, checkpoints and exported folders are those of `LoRA`. A folder is plain LoRA, each pair of the rank
-    that is left to it.
+    `LoRA.merge`, checkpoints and exported folders work as for `LoRA`. A folder is plain LoRA, in which each pair has
+    its remaining rank.
 
-    Writes what `LoRA` does, as `adalora/...`, and `adalora_rank` of each pair (the start counts none: e is zero), and
-    `adalora/directions`, of all together.
+    Curves: those of `LoRA`, as `adalora/...`; `adalora_rank` of each pair, which is 0 at the start since e is zero; and
+    `adalora/directions`, their sum.
 
-    Cost: beside that of `LoRA`, three numbers for each of the pairs', also in checkpoints.
+    Cost: that of `LoRA`, and three numbers for each parameter of the pairs, also in checkpoints.
 
     Args:
         total_steps: Optimizer steps of the training.
         r: Mean rank of the pairs at the end.
         initial_r: Rank of each pair at the start.
-        first_steps: Steps at the start in which nothing is taken away.
-        last_steps: Steps at the end in which nothing is taken away any more.
+        first_steps: Steps at the start during which no direction is removed.
+        last_steps: Steps at the end during which no direction is removed.
         every: Steps between two allocations.
         orthogonality: Weight of the penalty.
-        alpha: The scaling is alpha over `initial_r`; that of `initial_r` itself unless given.
-        match: Weights that are adapted; as in `LoRA`.
-        exclude: The same, taken away.
-        train_also: Parameters that train whole.
-        dropout: Share of the inputs that the branches do not see in training.
+        alpha: The scaling is alpha over `initial_r`. Default: `initial_r`.
+        match: Weights to adapt, as in `LoRA`.
+        exclude: Patterns of weights to leave out.
+        train_also: Patterns of parameters to train in full.
+        dropout: Share of the inputs that the branches drop in training.
         merge_on_save: As in `LoRA`.
         adapter_only: As in `LoRA`.
-        seed: Of what is drawn.
-        every_n_steps: Cadence of the curves, in optimizer steps.
+        seed: Seed for random factors.
+        every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all".
-        per_site: Scalars of single pairs: `True`, `False`, or "auto".
+        per_site: Curves of single pairs: `True`, `False`, or "auto".
         name: Prefix of all tags.
 
     Raises:
-        ValueError: As `LoRA`; the schedule has no room for an allocation.
+        ValueError: As `LoRA`, or the schedule has no step for an allocation.
 
     Examples:
         >>> AdaLoRA(total_steps=1000, first_steps=100, last_steps=300)
         AdaLoRA(total_steps=1000, first_steps=100, last_steps=300)
 
     References:
-        Zhang et al. (2023), AdaLoRA, arXiv:2303.10512, whose defaults in peft these are.
+        Zhang et al. (2023), AdaLoRA, arXiv:2303.10512. The defaults are those of peft.
     """
 
     word = "adalora"
@@ -252,9 +252,11 @@ class AdaLoRA(LoRA):
     ) -> None:
         schedule = schedule_of(total_steps, r, initial_r, first_steps, last_steps, every)
         if not 0 <= orthogonality < float("inf"):
-            raise ValueError(f"orthogonality={orthogonality}: a weight from 0 on")
+            raise ValueError(f"orthogonality={orthogonality} must be a number of at least 0")
         if merge_on_save and adapter_only:
-            raise ValueError("AdaLoRA(merge_on_save=True, adapter_only=True): give one; merged weights are whole ones")
+            raise ValueError(
+                "AdaLoRA(merge_on_save=True, adapter_only=True): give only one; merged weights are no adapter"
+            )
         settings = settings_of(
             initial_r, alpha, "default", match, exclude, train_also, False, dropout, seed, backend="peft"
         )
@@ -268,10 +270,10 @@ class AdaLoRA(LoRA):
 
 
 def schedule_of(total_steps: int, r: int, initial_r: int, first_steps: int, last_steps: int, every: int) -> Schedule:
-    """What was asked for.
+    """The options as a checked schedule.
 
     Raises:
-        ValueError: It is out of its range, or leaves no step for an allocation.
+        ValueError: A number is out of range, or no step is left for an allocation.
     """
     numbers: Mapping[str, tuple[int, int]] = {
         "total_steps": (total_steps, 1),
@@ -283,11 +285,12 @@ def schedule_of(total_steps: int, r: int, initial_r: int, first_steps: int, last
     }
     for word, (value, least) in numbers.items():
         if type(value) is not int or value < least:
-            raise ValueError(f"{word}={value!r}: a whole number from {least} on")
+            raise ValueError(f"{word}={value!r} must be a whole number of at least {least}")
     if r >= initial_r:
-        raise ValueError(f"r={r}, initial_r={initial_r}: directions are taken away, so that r is the smaller one")
+        raise ValueError(f"r={r} must not be larger than initial_r={initial_r}, since AdaLoRA removes directions")
     if first_steps + last_steps >= total_steps:
         raise ValueError(
-            f"first_steps={first_steps} and last_steps={last_steps} leave none of total_steps={total_steps} in between"
+            f"first_steps={first_steps} and last_steps={last_steps} leave no step in between of "
+            f"total_steps={total_steps}"
         )
     return Schedule(total_steps, r, initial_r, first_steps, last_steps, every)

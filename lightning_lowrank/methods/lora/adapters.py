@@ -1,4 +1,4 @@
-"""LoRA as an act on a training: pairs on the layers of its module, all else frozen but what is named."""
+"""LoRA as an act on a training: pairs on layers, everything else frozen except what is named."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,13 +36,13 @@ SAME = 1e-4
 
 @dataclass(eq=False)
 class Adapters(Act):
-    """Gives layers pairs, trains these and what is named, and knows how to go on.
+    """Gives layers pairs, trains them and the named parameters, and can continue a run.
 
     Attributes:
-        settings: What was asked for.
-        ratio: Of the learning rates of second and first factors.
-        saved: What checkpoints have: "whole" modules, "adapters", or "merged" weights.
-        module: The one that was prepared last.
+        settings: Options.
+        ratio: Learning rate of second factors divided by that of first factors.
+        saved: Content of checkpoints: "whole" modules, "adapters", or "merged" weights.
+        module: The module that was prepared last.
     """
 
     settings: Settings
@@ -58,17 +58,17 @@ class Adapters(Act):
     _loaded: dict[str, Any] | None = None
 
     def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
-        """Give layers pairs and freeze the rest, unless that was done already.
+        """Give layers pairs and freeze the rest, unless this has been done.
 
         Raises:
-            ValueError: Something cannot be adapted, or the module was adapted in another way.
+            ValueError: A weight cannot be adapted, or the module is adapted with other settings.
         """
         self.module, before = module, prepared(module)
         if before is not None:
             if before.settings != self.settings:
                 raise ValueError(
-                    f"{self.name}: the module is adapted already, with {before.settings}, and not with "
-                    f"{self.settings}: merge that first, by LoRA.merge(module)"
+                    f"{self.name}: the module is already adapted with other settings: {before.settings} instead of "
+                    f"{self.settings}. First call LoRA.merge(module)"
                 )
             return
         choice = chosen(module, self.settings)
@@ -107,19 +107,19 @@ class Adapters(Act):
         state.thawed = frozenset(name for name in wanted if not flags[name])
 
     def begin(self, training: Training) -> str:
-        """Refuse what would not train, and hook the optimizers."""
+        """Refuse pairs that would not train, and hook the optimizers."""
         self.end()
         state = prepared(training.module)
         if state is None:
             raise ValueError(
-                f"{self.name}: the module has no pairs: call {self.name.lower()}.prepare(model) before its optimizer "
-                "is made"
+                f"{self.name}: the module has no pairs; call {self.name.lower()}.prepare(model) before you create "
+                "its optimizer"
             )
         self.module = training.module
         if state.bare and not (self._loaded or {}).get("factors"):
             raise ValueError(
-                f"{self.name}: the checkpoint is of a run without pairs: load its weights into the module first, and "
-                "begin a new run"
+                f"{self.name}: the checkpoint is from a run without pairs; load its weights into the module first "
+                "and start a new run"
             )
         state.bare = False
         if not state.settled:
@@ -139,24 +139,26 @@ class Adapters(Act):
 
     @property
     def changes_rates(self) -> bool:
-        """Whether some rate is another than that of its group."""
+        """Whether a learning rate differs from that of its group."""
         return self.ratio is not None
 
     def _refuse(self, training: Training, found: Sequence[Place]) -> None:
         refuse_idle(self.name, training, found)
 
     def factor(self, parameter: Tensor) -> float:
-        """What the learning rate of a parameter is multiplied by."""
+        """Factor of the learning rate of a parameter."""
         return float(self.ratio) if self.ratio is not None and id(parameter) in self._seconds else 1.0
 
     def beside(self, name: str, part: str) -> tuple[Tensor, Tensor] | None:
-        """Factors of what was added to a pretrained weight beside the product of now: less what was taken out of it."""
+        """Factors of the change of a pretrained weight apart from the current product: minus the part that was
+        subtracted from it.
+        """
         state = prepared(self.module)
         taken = state.initial.get(name) if state is not None else None
         return None if taken is None else (-taken[part][0], taken[part][1])
 
     def end(self) -> None:
-        """Take the hooks off the optimizers; the module keeps its pairs until they are merged."""
+        """Remove the hooks of the optimizers. The module keeps its pairs until they are merged."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -165,11 +167,11 @@ class Adapters(Act):
         self._rates = None
 
     def forget(self) -> None:
-        """The next run is no continuation."""
+        """The next run does not continue this one."""
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not in the weights: what was taken out of them, norms of the base, who waits for inputs."""
+        """State outside of the weights: subtracted factors, norms of the base, and layers that wait for inputs."""
         state = prepared(self.module)
         if state is None or self.module is None:
             return self._loaded or {}
@@ -184,7 +186,7 @@ class Adapters(Act):
         return kept | ({"factors": {p.name: copied(p.holder) for p in found}} if self.saved == "merged" else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped: after the weights were loaded."""
+        """Continue a stopped run, after its weights were loaded."""
         self._loaded = state
         own = prepared(self.module)
         if own is None or self.module is None or not state:
@@ -192,8 +194,8 @@ class Adapters(Act):
         found = {place.name: place for place in places(self.module)}
         if set(found) != set(state["norms"]):
             raise ValueError(
-                f"{self.name}: the run that is resumed had adapted {sorted(state['norms'])[:10]}, and this one "
-                f"{sorted(found)[:10]}: give the same match and exclude"
+                f"{self.name}: the resumed run adapted {sorted(state['norms'])[:10]}, and this run adapts "
+                f"{sorted(found)[:10]}; give the same match and exclude"
             )
         self._refuse_scalings(found, state.get("scalings", {}))
         if not state["is_whole"]:
@@ -225,24 +227,25 @@ class Adapters(Act):
         ]
         if idle:
             rank_zero_warn(
-                f"lightning_lowrank {self.name}: no gradient reaches the pairs of {idle[:10]}, whose layers were not "
-                "called: exclude them. Under DDP they need strategy='ddp_find_unused_parameters_true'."
+                f"lightning_lowrank {self.name}: the pairs of {idle[:10]} get no gradient, because their layers "
+                "were not called; exclude them. Under DDP they need strategy='ddp_find_unused_parameters_true'."
             )
 
     def _refuse_scalings(self, found: Mapping[str, Place], given: Mapping[str, float]) -> None:
         for name, scaling in given.items():
             if found[name].recipe.scaling != scaling:
                 raise ValueError(
-                    f"{self.name}: the pairs of {name!r} were trained with a scaling of {scaling:.6g}, and here it is "
-                    f"{found[name].recipe.scaling:.6g}, of another function: give the same alpha, r and rslora"
+                    f"{self.name}: the pairs of {name!r} were trained with the scaling {scaling:.6g}, and now it is "
+                    f"{found[name].recipe.scaling:.6g}, which would change the function; give the same alpha, r and "
+                    "rslora"
                 )
 
     def _refuse_base(self, own: Mapping[str, float], given: Mapping[str, float]) -> None:
         for name, norm in own.items():
             if abs(norm - given[name]) > SAME * given[name]:
                 raise ValueError(
-                    f"{self.name}: the pairs of {name!r} were trained on another base: its norm was {given[name]:.6g} "
-                    f"and is {norm:.6g}"
+                    f"{self.name}: the pairs of {name!r} were trained on another base weight: its norm was "
+                    f"{given[name]:.6g}, and now it is {norm:.6g}"
                 )
 
     def _warn(self, module: nn.Module, state: Prepared) -> None:
@@ -252,12 +255,14 @@ class Adapters(Act):
         new = [n for n, p in named(module).items() if p.requires_grad and id(p) not in pairs and n not in known]
         if new:
             rank_zero_warn(
-                f"lightning_lowrank {self.name}: {new[:10]} train too: made, or freed, after the rest was frozen"
+                f"lightning_lowrank {self.name}: {new[:10]} also train, since they were created or unfrozen after "
+                "LoRA froze the rest"
             )
         head = state.choice.head
         if head is not None and head not in known and state.choice.left_out.get(tag(head)) == "head":
             rank_zero_warn(
-                f"lightning_lowrank {self.name}: the head {head!r} is frozen, as it was before: train_also={head!r}"
+                f"lightning_lowrank {self.name}: the head {head!r} was frozen before and stays so; to train it, "
+                f"give train_also={head!r}"
             )
 
     def _table(self, module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
@@ -268,65 +273,71 @@ class Adapters(Act):
         frozen = [p for name, p in others.items() if name not in whole]
         rows = [
             f"{len(found)} weights adapted: {_size(pairs.values())}",
-            f"  trained whole: {_size(whole.values())}{_some(whole)}",
+            f"  trained in full: {_size(whole.values())}{_some(whole)}",
             f"  frozen: {_size(frozen)}",
         ]
         if self.saved == "adapters":
             kept = [t for key, t in module.state_dict().items() if key not in frozen_keys(module)]
-            rows.append(f"  a checkpoint has of the module: {_size(kept)}")
+            rows.append(f"  saved in a checkpoint: {_size(kept)}")
         for place in found:
             recipe = place.recipe
             shapes = " + ".join(f"{part or ''}{rows} x {recipe.rank}" for part, rows in recipe.parts)
-            how = "" if recipe.kind != "direct" else ", computed with its weight"
+            how = "" if recipe.kind != "direct" else ", added to its weight at each access"
             rows.append(f"  {place.name}  {tuple(place.weight.shape)}  {shapes}, scaling {recipe.scaling:.3g}{how}")
         left = ", ".join(f"{name} ({why})" for name, why in state.choice.left_out.items())
         return "\n".join([*rows, *([f"  left alone: {left}"] if left else [])])
 
 
 def refuse_lbfgs(name: str, optimizers: Sequence[Optimizer]) -> None:
-    """One that treats all parameters as a single vector.
+    """Refuse an optimizer that treats all parameters as a single vector.
 
     Raises:
         ValueError: There is one.
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise ValueError(
-            f"{name}: LBFGS has one rate for all, and no state of one; what works is AdamW, SGD and their like"
+            f"{name}: LBFGS has one learning rate and no state for single parameters; use AdamW, SGD or a similar "
+            "optimizer"
         )
 
 
 def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
-    """Before training: pairs that could not learn, bases that would, optimizers with nothing to do.
+    """Refuse, before training, pairs that cannot learn, bases that would, and optimizers with nothing to do.
 
     Raises:
-        ValueError: There is one, named.
+        ValueError: There is one; the message names it.
     """
     owned = {id(p) for o in training.optimizers for group in o.param_groups for p in group["params"]}
     for place in found:
         pairs = learned(place.holder)
         if place.weight.requires_grad:
-            raise ValueError(f"{name}: the base {place.key!r} is not frozen: something set its requires_grad again")
+            raise ValueError(
+                f"{name}: the base weight {place.key!r} is not frozen; something has set its requires_grad again"
+            )
         if not all(p.requires_grad for p in pairs):
-            raise ValueError(f"{name}: the pairs of {place.name!r} are frozen: something has frozen the whole module")
+            raise ValueError(f"{name}: the pairs of {place.name!r} are frozen; something has frozen the whole module")
         if not all(id(p) in owned for p in pairs):
             raise ValueError(
-                f"{name}: no optimizer has the pairs of {place.name!r}: give it all that trains in "
-                "configure_optimizers, as self.parameters()"
+                f"{name}: no optimizer has the pairs of {place.name!r}; in configure_optimizers, pass all trainable "
+                "parameters, such as self.parameters()"
             )
         if all(not a.any() and not b.any() for a, b in factors(place.holder).values()):
-            raise ValueError(f"{name}: both factors of {place.name!r} are zero, and so are their gradients for ever")
+            raise ValueError(f"{name}: both factors of {place.name!r} are zero, so their gradients will always be zero")
     names = {id(p): key for key, p in training.module.named_parameters()}
     for optimizer in training.optimizers:
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p.requires_grad for p in stepped):
             some = [names.get(id(p), "?") for p in stepped][:10]
-            raise ValueError(f"{name}: {type(optimizer).__name__} has frozen parameters alone, {some}: train_also=...")
+            raise ValueError(
+                f"{name}: {type(optimizer).__name__} has only frozen parameters, {some}; to train some of them, "
+                "give train_also=..."
+            )
 
 
 def _size(tensors: Any) -> str:
     several = list(tensors)
     number, size = sum(t.numel() for t in several), sum(t.numel() * t.element_size() for t in several)
-    return f"{number:,} numbers, {size:,} bytes"
+    return f"{number:,} parameters, {size:,} bytes"
 
 
 def _some(names: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""LoRA pairs that peft makes: its layers around those of the module, its ways to begin.
+"""LoRA pairs from peft: its layers around those of the module, and its initialisations.
 
 Shape letters:  N inputs of a layer
 """
@@ -19,7 +19,7 @@ from lightning_lowrank.methods.lora.prepared import Prepared, copied
 
 @torch.no_grad()
 def inject(module: nn.Module, state: Prepared) -> None:
-    """Let peft put its layers around those that were chosen; factors are zero, random numbers stay as they are."""
+    """Let peft wrap the chosen layers. Factors are zero, and the state of random number generators does not change."""
     from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -49,7 +49,7 @@ def inject(module: nn.Module, state: Prepared) -> None:
 
 @torch.no_grad()
 def initialise_by_peft(place: Place, init: str, generator: torch.Generator) -> None:
-    """Let peft give the factors of a weight what they begin with; for CorDA that is plain until there are inputs."""
+    """Let peft initialise the factors of a weight; for CorDA they stay plain until there are inputs."""
     layer: Any = place.holder
     before = layer.weight.detach().clone()
     with torch.random.fork_rng():
@@ -68,13 +68,13 @@ def initialise_by_peft(place: Place, init: str, generator: torch.Generator) -> N
 
 
 def take_out_of(layer: Any, before: Tensor) -> None:
-    """Let the weight be what it was less the product, in the rounding that a resumed run takes it out with."""
+    """Subtract the product from the weight, with the same rounding as in a resumed run."""
     delta = as_weight(change(layer), layer.lora, before.shape)
     layer.weight.copy_(wide(before).sub(delta))
 
 
 def look_at_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A hook of the layer: the first inputs in training say what pairs of CorDA begin as."""
+    """A hook of the layer: the first inputs in training determine the initial pairs of CorDA."""
     if layer.lora_waits and in_training(layer):
         begin_as_corda(layer, args[0] if args else next(iter(kwargs.values())))
 
@@ -82,9 +82,10 @@ def look_at_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def begin_as_corda(layer: Any, x: Tensor) -> None:
-    """CorDA by peft, from the covariance of the first inputs of all processes, which peft would scale to 1 at most.
+    """Initialise CorDA by peft, from the covariance of the first inputs of all processes. peft would scale it to 1 at
+    most.
 
-    The weight changes before the layer reads it for the first time, and the function stays.
+    The weight changes before the layer first uses it, and the function stays the same.
     """
     from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig

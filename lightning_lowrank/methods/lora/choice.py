@@ -1,4 +1,4 @@
-"""What LoRA adapts, what trains beside that, and what is frozen."""
+"""Which weights LoRA adapts, which other parameters train, and which are frozen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,20 +30,20 @@ CONVOLVING = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """Options of LoRA.
 
     Attributes:
-        ranks: Patterns with their ranks; None for the pattern of all that `match` chooses.
-        alpha: The rank where it is None.
-        init: What pairs begin as.
-        match: Patterns of what is adapted.
-        exclude: What is not.
-        train_also: What trains whole.
-        rslora: The scaling is alpha over the root of the rank.
-        dropout: Of the inputs of pairs.
-        seed: Of what is drawn.
-        backend: Who makes the pairs.
-        is_allocated: They are those of AdaLoRA, whose ranks change.
+        ranks: Patterns with their ranks. None as a pattern means all that `match` chooses.
+        alpha: None means the rank.
+        init: Initial value of the pairs.
+        match: Patterns of weights to adapt.
+        exclude: Patterns of weights to leave out.
+        train_also: Patterns of parameters to train in full.
+        rslora: Whether the scaling is alpha over the square root of the rank.
+        dropout: Share of the inputs of pairs that is dropped.
+        seed: Seed for random factors.
+        backend: Which package creates the pairs.
+        is_allocated: Whether they belong to AdaLoRA, whose ranks change.
     """
 
     ranks: tuple[tuple[str | None, int], ...]
@@ -60,7 +60,7 @@ class Settings:
 
     @property
     def by_peft(self) -> bool:
-        """Layers become those of peft."""
+        """Whether peft wraps the layers."""
         return self.backend == "peft"
 
     def scaling(self, rank: int) -> float:
@@ -73,13 +73,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A weight to be adapted.
+    """A weight to adapt.
 
     Attributes:
         name: Its tag.
-        owners: Layers that have it: one unless it is shared.
-        recipe: Of its pairs.
-        order: Where outputs lie among those of parts, None if these follow one another.
+        owners: Layers that have it; several if it is shared.
+        recipe: Recipe of its pairs.
+        order: Places of the outputs of its parts; None if the parts follow one another.
     """
 
     name: str
@@ -90,13 +90,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a module.
+    """The result of choosing weights in a module.
 
     Attributes:
         adapted: Weights that get pairs.
-        trained: Names of parameters that train whole.
+        trained: Names of parameters that train in full.
         left_out: Tags of matrices that are left alone, each with the reason.
-        head: Name of the head's weight, if there is a head.
+        head: Name of the head's weight, if there is one.
     """
 
     adapted: Sequence[Chosen]
@@ -106,11 +106,11 @@ class Choice:
 
 
 def chosen(module: nn.Module, settings: Settings) -> Choice:
-    """What is adapted, what trains whole, and why others are left alone.
+    """Choose which weights are adapted and which parameters train in full, and say why others are left alone.
 
     Raises:
-        ValueError: A pattern fits nothing, or something that cannot be adapted, named with the reason; a rank is above
-            that of a matrix.
+        ValueError: A pattern matches nothing or a weight that cannot be adapted, or a rank is larger than that of a
+            matrix.
     """
     refuse_adapted(module)
     _refuse_quantised(module, settings.match)
@@ -129,7 +129,9 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
             why = _not_by_peft(kind, owners[id(found.matrices[name])], module, settings)
             kinds[name] = (kind, trouble) = (None, why) if why else (kind, trouble)
         if explicit and kind is None:
-            raise ValueError(f"LoRA cannot adapt {name!r}: {trouble}; give exclude={name!r}, or another match")
+            raise ValueError(
+                f"LoRA cannot adapt {name!r}: {trouble}; exclude it with exclude={name!r}, or change match"
+            )
         if not explicit and trouble:
             left_out[name] = trouble
     ranks = _ranks(module, settings, list(found.matrices))
@@ -139,7 +141,7 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
         if name not in left_out and kind is not None:
             adapted.append(_chosen(name, parameter, owners[id(parameter)], kind, ranks[name], settings, layers))
     if not adapted:
-        raise ValueError(f"LoRA: there is nothing to adapt; left alone are {left_out}: name what is meant by match")
+        raise ValueError(f"LoRA: there is nothing to adapt; left out: {left_out}. Name the weights in match")
     trained = _trained(module, settings, {id(found.matrices[one.name]) for one in adapted}, head, why_frozen)
     if head is not None and why_frozen:
         left_out[tag(head)] = why_frozen
@@ -149,14 +151,14 @@ def chosen(module: nn.Module, settings: Settings) -> Choice:
 
 
 def refuse_adapted(module: nn.Module) -> None:
-    """A module that has adapters of somebody else's.
+    """Refuse a module that has other adapters.
 
     Raises:
-        ValueError: It has.
+        ValueError: It has one.
     """
     strange = next((name for name, _ in module.named_parameters() if "lora_" in name), None)
     if strange is not None:
-        raise ValueError(f"LoRA: the module has an adapter already, {strange!r}: merge it first")
+        raise ValueError(f"LoRA: the module already has an adapter, {strange!r}; merge it first")
 
 
 def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module]) -> tuple[Kind | None, str]:
@@ -164,16 +166,16 @@ def _kind(owners: Sequence[Owner], layers: Mapping[str, nn.Module]) -> tuple[Kin
     kinds = [_kind_of(owner, layers) for owner in owners]
     if len({kind for kind, _ in kinds}) > 1 or (len(kinds) > 1 and kinds[0][0] == "direct"):
         where = [owner.path for owner in owners]
-        return None, f"it is shared by layers that read it in several ways, {where}"
+        return None, f"layers that use it in different ways share it: {where}"
     return kinds[0]
 
 
 def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None, str]:
     layer, name = owner.layer, type(owner.layer).__name__
     if isinstance(layer, ParametrizationList) or hooked(layer):
-        return None, "it is computed by a parametrization, a norm or a mask"
+        return None, "a parametrization, a norm or a mask computes it"
     if isinstance(layer, nn.RNNBase):
-        return None, f"{name} keeps its weights in one piece of memory"
+        return None, f"{name} stores its weights in one block of memory"
     holder = layers.get(owner.path.rpartition(".")[0])
     attends = isinstance(layer, nn.MultiheadAttention)
     if attends or (isinstance(holder, nn.MultiheadAttention) and layer is holder.out_proj):
@@ -188,25 +190,25 @@ def _kind_of(owner: Owner, layers: Mapping[str, nn.Module]) -> tuple[Kind | None
             return "embedding", "embedding"
         if forward in CONVOLVING and layer.groups == 1:
             return "convolution", ""
-    return "direct", f"of {name}, which reads it directly: match it"
+    return "direct", f"{name} uses it without calling the layer; to adapt it, name it in match"
 
 
 def _not_by_peft(kind: Kind, owners: Sequence[Owner], module: nn.Module, settings: Settings) -> str:
     """Why peft cannot adapt a weight here, if it cannot."""
-    first, instead = owners[0], "LoRA adapts it" if settings.is_allocated else "backend='parametrize'"
+    first, instead = owners[0], "LoRA" if settings.is_allocated else "backend='parametrize'"
     if settings.is_allocated and kind not in ("linear", "transposed"):
-        return "AdaLoRA adapts linear layers"
+        return "AdaLoRA adapts linear layers only"
     if kind not in ("linear", "transposed") and (kind, settings.init) != ("embedding", "default"):
-        return f"backend='peft' with init={settings.init!r} adapts linear layers (with 'default' embeddings too)"
+        return f"backend='peft' with init={settings.init!r} adapts linear layers only (with 'default', embeddings too)"
     paths = [path for path, layer in module.named_modules(remove_duplicate=False) if layer is first.layer]
     if len(paths) > 1 or len(owners) > 1:
-        return f"it is shared, {[*paths, *(owner.path for owner in owners[1:])]}: {instead}"
+        return f"several layers share it, {[*paths, *(owner.path for owner in owners[1:])]}; use {instead}"
     if not first.path:
-        return "it is the module itself, around which peft cannot put a layer"
+        return "it is the module itself, which peft cannot wrap"
     if kind == "transposed" and settings.init in ("olora", "orthogonal"):
-        return f"peft's init={settings.init!r} reads Conv1D the other way round: backend='parametrize'"
+        return f"peft's init={settings.init!r} treats Conv1D as transposed; use backend='parametrize'"
     if settings.init != "default" and first.layer.weight.dtype == torch.float64:
-        return f"peft has no init={settings.init!r} in float64: backend='parametrize'"
+        return f"peft has no init={settings.init!r} in float64; use backend='parametrize'"
     return ""
 
 
@@ -229,10 +231,14 @@ def _chosen(
     if rank > min(columns, *(size for _, size in parts)):
         shape = f"{len(parts)} times {parts[0][1]} x {columns}" if len(parts) > 1 else f"{rows} x {columns}"
         raise ValueError(
-            f"LoRA: r={rank} is above the rank of {name!r} ({shape}): give exclude={name!r}, or ranks by pattern"
+            f"LoRA: r={rank} is larger than the largest rank of {name!r} ({shape}); give exclude={name!r}, or ranks "
+            "by pattern"
         )
     if settings.dropout and kind in ("direct", "embedding"):
-        raise ValueError(f"LoRA(dropout={settings.dropout}): {name!r} is read without inputs of its own: exclude it")
+        raise ValueError(
+            f"LoRA(dropout={settings.dropout}): dropout needs inputs, and {name!r} is used without calling the "
+            "layer; exclude it"
+        )
     recipe = Recipe(kind, rank, settings.scaling(rank), settings.dropout, parts, settings.by_peft)
     return Chosen(name, owners, recipe, order)
 
@@ -255,7 +261,7 @@ def _head(module: nn.Module, owners: Mapping[int, Sequence[Owner]], names: Mappi
     weight = found[tags[0]]
     tables = [layer for layer in module.modules() if isinstance(layer, EMBEDDINGS)]
     if any(len(layer.weight) == len(weight) for layer in tables) or len(owners[id(weight)]) > 1:
-        return names[id(weight)], "head that gives tokens: train_also, or match"
+        return names[id(weight)], "head over tokens; to train it, name it in train_also or match"
     return names[id(weight)], ""
 
 
@@ -272,7 +278,7 @@ def _trained(
     double = [name for name in also if id(named[name]) in adapted]
     if double and not everything:
         raise ValueError(
-            f"LoRA(train_also=...) fits {double[0]!r}, which is adapted: give one of exclude and train_also"
+            f"LoRA(train_also=...) matches {double[0]!r}, which is adapted; exclude it, or remove it from train_also"
         )
     if head is not None and not why_frozen and id(named[head]) not in adapted:
         beside = head.rpartition(".")[0]
@@ -304,5 +310,6 @@ def _refuse_quantised(module: nn.Module, match: Patterns) -> None:
     hits = set(meant) if match is None else fitting("match", match, everything | meant) & set(meant)
     if hits:
         raise ValueError(
-            f"LoRA: {min(hits)!r} is quantised, and no change of it can be merged: match others, or use peft by itself"
+            f"LoRA: {min(hits)!r} is quantised, so changes cannot be merged into it; match other weights, or use "
+            "peft directly"
         )

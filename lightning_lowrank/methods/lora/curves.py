@@ -1,4 +1,4 @@
-"""What `LoRA` reports: how many directions its products use, by their r x r cores; no product is formed.
+"""Curves of `LoRA`: how many directions its products use, from r x r cores; no product is formed.
 
 Shape letters:  M outputs, N inputs of a layer   R rank of a pair   K directions
 """
@@ -35,11 +35,11 @@ INTRUDER = 0.5
 
 
 class LoRANumbers(NumberSource):
-    """Spectra of the products of LoRA pairs, and of what they have added to the pretrained weights.
+    """Spectra of the products of LoRA pairs, and of their change of the pretrained weights.
 
     Args:
-        act: Whose pairs they are.
-        intruders: How many of the top directions of the adapted weight are looked at, 0 for none.
+        act: The act that has the pairs.
+        intruders: Number of top directions of the adapted weight to compare; 0 for none.
     """
 
     name = "lora"
@@ -60,15 +60,15 @@ class LoRANumbers(NumberSource):
         return vars(self) | {"curvature": None}
 
     def plan(self, training: Training) -> None:
-        """The weights are those that are adapted."""
+        """Read the adapted weights."""
 
     def labels(self) -> list[str]:
-        """One for each pair."""
+        """One label for each pair."""
         return [label for label, *_ in self._pairs()]
 
     @torch.no_grad()
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the factors as they are."""
+        """Numbers of the current factors."""
         found = []
         top = {id(p): d for p, d in self.curvature.top_directions()} if self.curvature is not None else {}
         for label, place, part, (a, b) in self._pairs():
@@ -80,7 +80,7 @@ class LoRANumbers(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Nothing is kept."""
+        """There is nothing to drop."""
 
     def _pairs(self) -> Iterator[tuple[str, Place, str, tuple[Tensor, Tensor]]]:
         for place in places(self._act.module) if self._act.module is not None else ():
@@ -129,8 +129,8 @@ def core(b: Num[Tensor, "M R"], a: Num[Tensor, "R N"]) -> Float[Tensor, "S T"]:
 
 
 def schatten_gap(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor, ""]:
-    """How far two factors are from balance: by what half the sum of their energies exceeds the nuclear norm of their
-    product, relative to that sum; 0 where they are balanced, 1 where the product is zero.
+    """How unbalanced two factors are: (half the sum of their energies - the nuclear norm of the product), divided by
+    half that sum. It is 0 for balanced factors, and 1 if the product is zero.
     """
     energy = (a.square().sum() + b.square().sum()) / 2
     gap = energy - svd(core(b, a)).values.abs().sum().to(energy)
@@ -140,14 +140,16 @@ def schatten_gap(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor, 
 def in_top(
     a: Num[Tensor, "R N"], b: Num[Tensor, "M R"], da: Num[Tensor, "K R N"], db: Num[Tensor, "K M R"]
 ) -> dict[str, Tensor]:
-    """Share of B A that lies where top directions of the Hessian move it, and that of as many random directions."""
+    """Share of B A along the changes that top directions of the Hessian cause, and the same for as many random
+    directions.
+    """
     chance = len(da) * chance_in_top(a, b)
     return {"lora_product_in_top": share_in_top(a, b, da, db), "lora_product_in_top_chance": chance.clamp(max=1)}
 
 
 def chance_in_top(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor, ""]:
-    """Expected energy of B A along `B dA + dB A` for a random direction of the factors, over the expected energy of
-    that.
+    """Expected energy of B A along `B dA + dB A` for a random direction of the factors, divided by the expected energy
+    of that.
     """
     inner, outer = a @ a.mT, b.mT @ b
     along = ((outer @ a).square().sum() + (b @ inner).square().sum()) / (outer * inner).sum()
@@ -157,8 +159,8 @@ def chance_in_top(a: Num[Tensor, "R N"], b: Num[Tensor, "M R"]) -> Float[Tensor,
 def share_in_top(
     a: Num[Tensor, "R N"], b: Num[Tensor, "M R"], da: Num[Tensor, "K R N"], db: Num[Tensor, "K M R"]
 ) -> Float[Tensor, ""]:
-    """Share of the energy of B A that lies where directions of the factors move it: in the span of `B dA + dB A`, by
-    products of narrow matrices; NaN where B A is zero.
+    """Share of the energy of B A in the span of `B dA + dB A` over given directions of the factors. It uses products of
+    narrow matrices, and is NaN if B A is zero.
     """
     left = torch.cat([torch.cat([db, b.expand_as(db)], -1), torch.cat([b, torch.zeros_like(b)], -1)[None]])
     right = torch.cat([torch.cat([a.expand_as(da), da], 1), torch.cat([a, torch.zeros_like(a)])[None]])
@@ -175,8 +177,8 @@ def share_in_top(
 def num_intruders(
     now: Num[Tensor, "M N"], base: Num[Tensor, "M N"], top: int, threshold: float = INTRUDER
 ) -> Float[Tensor, ""]:
-    """How many of the top left singular vectors of a weight are near none of those of its base: their largest absolute
-    cosine is below the threshold.
+    """Number of top left singular vectors of a weight whose largest absolute cosine with those of its base is below the
+    threshold.
 
     References:
         Shuttleworth et al. (2024), LoRA vs Full Fine-tuning, arXiv:2410.21228, Section 3.

@@ -19,18 +19,21 @@ LOST = 1e-5
 
 
 def export(module: nn.Module, folder: str | Path, within: str, base: str | None) -> None:
-    """Write the pairs of a part of a module as peft would.
+    """Write the pairs of a part of a module in the format of peft.
 
     Raises:
-        ValueError: There are none; peft has no adapter for one of them.
+        ValueError: There are none, or peft has no adapter for one of them.
     """
     state, prefix = _state(module), f"{within}." if within else ""
     found = [place for place in places(module) if place.name.startswith(prefix)]
     if not found:
-        raise ValueError(f"within={within!r}: no pairs there; there are {[p.name for p in places(module)][:10]}")
+        raise ValueError(f"within={within!r} contains no pairs; the pairs are {[p.name for p in places(module)][:10]}")
     strange = next((place.name for place in found if place.recipe.kind == "direct"), None)
     if strange is not None:
-        raise ValueError(f"{strange!r} is read directly, which peft's folders do not have: merge it, or exclude it")
+        raise ValueError(
+            f"{strange!r} is used without calling the layer, which peft's folders cannot express; merge it, or "
+            "exclude it"
+        )
     pairs = {place.path.removeprefix(prefix): _whole_pair(place, state) for place in found}
     trained = [name for name in state.choice.trained if name.startswith(prefix)]
     known = named(module)
@@ -40,17 +43,18 @@ def export(module: nn.Module, folder: str | Path, within: str, base: str | None)
 
 @torch.no_grad()
 def fill(module: nn.Module, folder: str | Path, within: str) -> None:
-    """Give the pairs of a part of a module the values of a folder.
+    """Load the values of a folder into the pairs of a part of a module.
 
     Raises:
-        ValueError: The folder adapts other layers, or by a larger rank; nothing was changed.
+        ValueError: The folder adapts other layers, or has a larger rank; nothing has changed.
     """
     state, prefix = _state(module), f"{within}." if within else ""
     adapter = read_adapter(folder)
     found = {place.path.removeprefix(prefix): place for place in places(module) if place.name.startswith(prefix)}
     if missing := sorted(set(adapter.pairs) - set(found)):
         raise ValueError(
-            f"{folder} adapts {missing[:10]}, which have no pairs here: match them; have {sorted(found)[:10]}"
+            f"{folder} adapts {missing[:10]}, which have no pairs here; add them to match. Pairs exist for "
+            f"{sorted(found)[:10]}"
         )
     values = {path: _own_factors(found[path], pair) for path, pair in adapter.pairs.items()}
     for path, place in found.items():
@@ -109,7 +113,7 @@ def _of_rank(
     right, second = torch.linalg.qr(a.mT)
     u, s, vt = torch.linalg.svd(first @ second.mT)
     if len(s) > rank and s[rank] > LOST * s[0]:
-        raise ValueError(f"{name!r}: the folder has rank {(s > LOST * s[0]).sum().item()}, above r={rank}")
+        raise ValueError(f"{name!r}: the folder has rank {(s > LOST * s[0]).sum().item()}, larger than r={rank}")
     root = s[:rank].sqrt()
     return root[:, None] * (vt[:rank] @ right.mT), (left @ u[:, :rank]) * root
 
@@ -117,5 +121,5 @@ def _of_rank(
 def _state(module: nn.Module) -> Prepared:
     state = prepared(module)
     if state is None:
-        raise ValueError(f"{type(module).__name__} has no pairs of LoRA: call prepare(module) first")
+        raise ValueError(f"{type(module).__name__} has no LoRA pairs; call prepare(module) first")
     return state

@@ -1,4 +1,4 @@
-"""What LoRA pairs begin as.
+"""Initial values of LoRA pairs.
 
 Shape letters:  M outputs, N inputs of a layer   R rank of a pair
 """
@@ -25,22 +25,22 @@ Pair = tuple[Float[Tensor, "R N"], Float[Tensor, "M R"]]
 
 
 def refuse_init(init: str, ranks: Sequence[int], backend: str) -> None:
-    """Of what there is none.
+    """Refuse an unknown or unsuitable initialisation.
 
     Raises:
-        ValueError: It is no way to begin; it needs another rank, or the other backend.
+        ValueError: It is unknown, or needs another rank or the other backend.
     """
     if ALONE.get(init, backend) != backend:
-        raise ValueError(f"init={init!r} is of backend={ALONE[init]!r} alone")
+        raise ValueError(f"init={init!r} works only with backend={ALONE[init]!r}")
     if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
-        raise ValueError(f"init={init!r}: one of {', '.join(INITS)}")
+        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}")
     odd = [rank for rank in ranks if rank % 2]
     if init == "orthogonal" and odd:
-        raise ValueError(f"init='orthogonal' halves the rank, and r={odd[0]} is odd")
+        raise ValueError(f"init='orthogonal' needs an even rank, and r={odd[0]} is odd")
 
 
 def takes_from_weight(init: str) -> bool:
-    """Whether the product of the factors is taken out of the weight at the start."""
+    """Whether the product of the factors is subtracted from the weight at the start."""
     return init.startswith(OUT_OF_THE_WEIGHT)
 
 
@@ -51,7 +51,7 @@ def draws(seed: int, name: str, number: int = 0) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(place: Place, init: str, generator: torch.Generator) -> None:
-    """Give the factors of a weight what they begin with, and take it out of the weight where that belongs to it."""
+    """Initialise the factors of a weight, and subtract their product from it if the initialisation does so."""
     recipe = place.recipe
     matrices = place.matrix().split([rows for _, rows in recipe.parts])
     for (a, b), matrix in zip(factors(place.holder).values(), matrices, strict=True):

@@ -1,4 +1,4 @@
-"""LoRA pairs on layers: where they sit, what they add, and how they go into the weight.
+"""LoRA pairs on layers: their places, their products, and how they are added to the weight.
 
 Shape letters:  B any batch axes   M outputs, N inputs of a layer   R rank of a pair
 """
@@ -27,15 +27,16 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a layer knows of its pairs, as its attribute `lora`.
+    """Description of the pairs of a layer, in its attribute `lora`.
 
     Attributes:
-        kind: How the layer reads its weight.
-        rank: Of each pair.
-        scaling: Factor of the products: alpha over the rank, or over its root.
-        dropout: Share of inputs that the pairs do not see in training.
-        parts: Names and outputs of the parts that have a pair each; one without a name unless the layer is fused.
-        by_peft: The layer is one of peft's, around that of before.
+        kind: How the layer uses its weight.
+        rank: Rank of each pair.
+        scaling: Factor of the products: alpha over the rank, or over its square root.
+        dropout: Share of inputs that the pairs drop in training.
+        parts: Names and numbers of outputs of the parts that have one pair each; a single part without a name unless
+            the layer is fused.
+        by_peft: Whether the layer is one of peft's, around the original one.
     """
 
     kind: Kind
@@ -47,18 +48,18 @@ class Recipe:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Attributes that hold the first and second factors, as peft calls them."""
+        """Attributes with the first and second factors, named as in peft."""
         middle = "embedding_" if self.kind == "embedding" else ""
         return f"lora_{middle}A", f"lora_{middle}B"
 
     @property
     def is_transposed(self) -> bool:
-        """The weight has its inputs as rows."""
+        """Whether the weight has its inputs as rows."""
         return self.kind in ("transposed", "embedding")
 
 
 class LowRankSum(nn.Module):
-    """Parametrization of a weight that is read directly: the weight with the product added to it.
+    """Parametrization of a weight that is used without calling its layer: the weight plus the product.
 
     Attributes:
         order: Names of the layer's parameters.
@@ -77,12 +78,12 @@ class Place:
     """A weight with its pairs.
 
     Attributes:
-        name: Of the weight, clean.
-        key: Of the weight in the state dict.
-        path: Of what holds the factors.
-        holder: It: the layer, or the parametrization of its weight.
+        name: Clean name of the weight.
+        key: Key of the weight in the state dict.
+        path: Path of the module that holds the factors.
+        holder: That module: the layer, or the parametrization of its weight.
         layer: The layer.
-        weight: What the optimizer would step without pairs.
+        weight: The parameter that the optimizer would step without pairs.
     """
 
     name: str
@@ -94,22 +95,22 @@ class Place:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the pairs."""
+        """Recipe of the pairs."""
         return cast(Recipe, self.holder.lora)
 
     @property
     def local(self) -> str:
-        """The name that the layer knows the weight by."""
+        """Name of the weight in the layer."""
         return self.name.rpartition(".")[2]
 
     @property
     def original_key(self) -> str:
-        """Of the weight in a state dict without pairs."""
+        """Key of the weight in a state dict without pairs."""
         return self.moved.get(self.key, self.key.replace(f"parametrizations.{self.local}.original", self.local))
 
     @property
     def moved(self) -> dict[str, str]:
-        """By key of what peft has put a layer around, the key of before."""
+        """Maps keys inside of a layer that peft has wrapped to the original keys."""
         if not self.recipe.by_peft:
             return {}
         inner = cast(nn.Module, self.holder.base_layer).state_dict()
@@ -117,7 +118,7 @@ class Place:
 
     @property
     def factor_keys(self) -> list[str]:
-        """Of the factors in the state dict."""
+        """Keys of the factors in the state dict."""
         first, second = self.recipe.names
         if self.recipe.by_peft:
             if gains(self.holder):
@@ -128,7 +129,7 @@ class Place:
         return [f"{self.path}.{name}{end}".lstrip(".") for end in ends for name in (first, second)]
 
     def matrix(self) -> Num[Tensor, "M N"]:
-        """The weight as outputs by inputs, rows of a part together, in a precision to compute with."""
+        """The weight as outputs by inputs, with the rows of a part together, in a precision for computing."""
         weight = wide(self.weight.detach())
         whole = (weight.mT if self.recipe.is_transposed else weight).flatten(1)
         order = getattr(self.holder, "lora_order", None)
@@ -136,7 +137,7 @@ class Place:
 
     @torch.no_grad()
     def add(self, sign: int = 1) -> None:
-        """Put what the pairs add into the weight, or take it out of it."""
+        """Add the products of the pairs to the weight, or subtract them."""
         delta = as_weight(change(self.holder), self.recipe, self.weight.shape)
         self.weight.copy_(wide(self.weight).add(delta, alpha=sign))
 
@@ -159,18 +160,18 @@ def factors(holder: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
 
 
 def gains(holder: nn.Module) -> list[nn.Parameter]:
-    """What AdaLoRA has between both factors of its one pair: a number for each direction."""
+    """The numbers between the two factors of AdaLoRA's only pair, one for each direction."""
     between: Any = getattr(holder, "lora_E", None)
     return [] if between is None else [between[ADAPTER]]
 
 
 def learned(holder: nn.Module) -> list[nn.Parameter]:
-    """All that trains of the pairs of a weight."""
+    """All trained parameters of the pairs of a weight."""
     return [*(p for pair in factors(holder).values() for p in pair), *gains(holder)]
 
 
 def products(holder: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors as they are multiplied, by part."""
+    """Factors in the form in which they are multiplied, by part."""
     found: dict[str, tuple[Tensor, Tensor]] = {**factors(holder)}
     for gain in gains(holder):
         found = {part: (a * gain, b) for part, (a, b) in found.items()}
@@ -178,7 +179,7 @@ def products(holder: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def change(holder: nn.Module) -> Num[Tensor, "M N"]:
-    """What the pairs add to a weight, as outputs by inputs."""
+    """The change of a weight by its pairs, as outputs by inputs."""
     pieces = [wide(b) @ wide(a).flatten(1) for a, b in products(holder).values()]
     order = getattr(holder, "lora_order", None)
     whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -186,14 +187,14 @@ def change(holder: nn.Module) -> Num[Tensor, "M N"]:
 
 
 def as_weight(delta: Num[Tensor, "M N"], recipe: Recipe, shape: torch.Size) -> Tensor:
-    """Outputs by inputs in the shape of the weight."""
+    """A matrix of outputs by inputs in the shape of the weight."""
     return (delta.mT if recipe.is_transposed else delta).reshape(shape)
 
 
 def add_branch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-    """What a layer puts out, with what its pairs make of the input added: no gradient of the weight is formed.
+    """The output of a layer plus that of its pairs; no gradient of the weight is formed.
 
-    A hook of the layer, and a plain function, so that a copy of the layer has it too.
+    It is a hook of the layer and a plain function, so that a copy of the layer has it, too.
     """
     recipe = cast(Recipe, layer.lora)
     x = args[0] if args else next(iter(kwargs.values()))
@@ -231,8 +232,8 @@ def _scaled(inner: Tensor, recipe: Recipe) -> Tensor:
 
 
 def in_training(layer: nn.Module) -> bool:
-    """Whether a layer is called by a training step: with gradients, or in its training mode. Lightning leaves modules
-    in evaluation mode as they are, and so come Hugging Face's pretrained ones.
+    """Whether a training step calls the layer: with gradients, or in training mode. Lightning leaves modules in
+    evaluation mode as they are, and Hugging Face's pretrained ones come in this mode.
     """
     return layer.training or torch.is_grad_enabled()
 
@@ -240,9 +241,9 @@ def in_training(layer: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def take_inputs(layer: nn.Module, x: Tensor) -> None:
-    """EVA: let the first factors be the top right singular vectors of the first inputs in training, of all processes.
+    """EVA: set the first factors to the top right singular vectors of the first inputs in training, of all processes.
 
-    The second factors are zero until the first step, so that no output is another before and after.
+    The second factors are zero until the first step, so the outputs do not change.
     """
     with torch.autocast(x.device.type, enabled=False):
         rows = wide(x.detach()).flatten(0, -2)
@@ -256,13 +257,13 @@ def take_inputs(layer: nn.Module, x: Tensor) -> None:
 
 
 def parts_of(read: Fused | None, is_packed: bool, rows: int) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
-    """Parts of the outputs of a layer with their sizes, and where each output lies among them, None if they follow one
-    another.
+    """Parts of the outputs of a layer with their sizes, and the place of each output among them. The place is None if
+    the parts follow one another.
 
     Args:
-        read: How a fused projection is read, None for no such layer.
-        is_packed: It is the packed projection of `nn.MultiheadAttention`.
-        rows: Outputs of the layer.
+        read: How a fused projection is read; None for other layers.
+        is_packed: Whether it is the packed projection of `nn.MultiheadAttention`.
+        rows: Number of outputs of the layer.
     """
     if is_packed:
         return tuple((part, rows // 3) for part in "qkv"), None
@@ -282,7 +283,7 @@ def parts_of(read: Fused | None, is_packed: bool, rows: int) -> tuple[tuple[tupl
 
 
 def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -> nn.Module:
-    """Give a layer pairs whose factors are zero; what holds them."""
+    """Give a layer pairs whose factors are zero; returns the module that holds them."""
     weight = getattr(layer, local)
     holder = LowRankSum() if recipe.kind == "direct" else layer
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -304,14 +305,14 @@ def attach(layer: nn.Module, local: str, recipe: Recipe, order: Tensor | None) -
 
 
 def share(layer: nn.Module, holder: nn.Module) -> None:
-    """Give a layer the pairs of another one, whose weight it has."""
+    """Give a layer the pairs of another one that has the same weight."""
     for name in (*cast(Recipe, holder.lora).names, "lora", "lora_waits"):
         setattr(layer, name, getattr(holder, name))
     layer.register_forward_hook(add_branch, with_kwargs=True)
 
 
 def detach(place: Place) -> None:
-    """Take the pairs off a layer; what they added is lost."""
+    """Remove the pairs of a layer; their products are lost."""
     if place.recipe.kind == "direct":
         flag = place.weight.requires_grad
         parametrize.remove_parametrizations(place.layer, place.local, leave_parametrized=False)
@@ -329,10 +330,10 @@ def detach(place: Place) -> None:
 
 
 def places(module: nn.Module, *, all_names: bool = False) -> list[Place]:
-    """Weights of a module that have pairs.
+    """The weights of a module that have pairs.
 
     Args:
-        all_names: A layer under each of its names, and a weight of several layers in each.
+        all_names: Return a layer under each of its names, and a shared weight in each of its layers.
     """
     found: dict[Any, Place] = {}
     for place in _places(module):

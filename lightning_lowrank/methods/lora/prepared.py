@@ -1,4 +1,4 @@
-"""What an adapted module knows of itself: how it is loaded, and how it is merged again."""
+"""State of an adapted module: how to load it, and how to merge it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,18 +15,18 @@ Factors = dict[str, list[Tensor]]
 
 @dataclass
 class Prepared:
-    """What a module that is adapted knows of it, as its attribute `lora_prepared`; a copy of the module has it too.
+    """State of an adapted module, in its attribute `lora_prepared`; a copy of the module has it, too.
 
     Attributes:
-        settings: What was asked for.
-        choice: What was chosen.
+        settings: Options.
+        choice: The chosen weights.
         frozen: Names of parameters that trained before.
         thawed: Names of parameters that did not train before.
-        initial: By weight the factors that were taken out of it.
-        norms: Of the weights as they were.
-        bare: Only weights without pairs were loaded into it.
-        with_base: The weights that were loaded last had the base of the pairs too.
-        settled: Its pairs have what they begin with, or what was loaded; otherwise they are zero.
+        initial: Factors that were subtracted, by weight.
+        norms: Norms of the original weights.
+        bare: Whether only weights without pairs were loaded.
+        with_base: Whether the weights that were loaded last include the base of the pairs.
+        settled: Whether its pairs have been initialised or loaded; otherwise they are zero.
     """
 
     settings: Settings
@@ -41,17 +41,17 @@ class Prepared:
 
 
 def prepared(module: nn.Module | None) -> Prepared | None:
-    """What a module knows of its pairs, None where it has none."""
+    """State of the pairs of a module; None if it has none."""
     return None if module is None else module.__dict__.get("lora_prepared")
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """Put what pairs add into the weights and take all that LoRA made out of a module: keys, classes and what trains
-    are those of before.
+    """Add the pairs to the weights and remove everything of LoRA from a module. Keys, classes and trainable parameters
+    are then those of before.
     """
     state = prepared(module)
     if state is None:
-        raise ValueError(f"{type(module).__name__} has no pairs of LoRA")
+        raise ValueError(f"{type(module).__name__} has no LoRA pairs")
     found = places(module)
     for place in found:
         place.add()
@@ -74,7 +74,7 @@ def merge(module: nn.Module) -> nn.Module:
 
 
 def merged_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of an adapted module with the weights merged, and the keys that it would have without pairs."""
+    """A state dict of an adapted module with merged weights, under the keys that it would have without pairs."""
     found = places(module, all_names=True)
     gone = {key for place in found for key in place.factor_keys}
     merged: dict[str, Any] = {key: value for key, value in state.items() if key not in gone}
@@ -88,7 +88,7 @@ def merged_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names that they had before peft put layers around theirs."""
+    """Parameters by their names before peft wrapped their layers."""
     moved = {key: old for place in places(module) for key, old in place.moved.items()}
     return {moved.get(name, name): p for name, p in module.named_parameters()}
 
@@ -99,7 +99,7 @@ def frozen_keys(module: nn.Module) -> set[str]:
 
 
 def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict of the adapters alone, or of merged weights, be loaded onto the base that is there."""
+    """Make a state dict with only adapters, or with merged weights, loadable onto the existing base."""
     state = prepared(module)
     assert state is not None
     found = places(module, all_names=True)
@@ -120,7 +120,7 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 
 
 def copied(holder: nn.Module) -> Factors:
-    """Factors by part, and gains, on the host."""
+    """Factors by part, and gains, in host memory."""
     return {part: [p.detach().cpu().clone() for p in (*pair, *gains(holder))] for part, pair in factors(holder).items()}
 
 
@@ -133,7 +133,7 @@ def put(place: Place, values: Factors | None) -> None:
 
 
 def take_out(place: Place, before: Factors | None, after: Factors | None) -> None:
-    """Put what was taken out of a weight back into it, and take out something else."""
+    """Add back what was subtracted from a weight, and subtract something else."""
     kept = copied(place.holder)
     for values, sign in ((before, 1), (after, -1)):
         if values:
@@ -143,7 +143,7 @@ def take_out(place: Place, before: Factors | None, after: Factors | None) -> Non
 
 
 def same(one: Factors | None, other: Factors | None) -> bool:
-    """Whether both are equal to the bit, or there are none."""
+    """Whether both are bit for bit equal, or do not exist."""
     if not one or not other:
         return not one and not other
     return all(torch.equal(x, y) for part in one for x, y in zip(one[part], other[part], strict=True))

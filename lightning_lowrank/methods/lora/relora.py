@@ -15,10 +15,10 @@ from lightning_lowrank.methods.method import Method
 
 
 class ReLoRANumbers(LoRANumbers):
-    """What `LoRA` reports, and what restarts have done.
+    """Curves of `LoRA`, and those of restarts.
 
     Args:
-        act: Whose pairs they are.
+        act: The act that has the pairs.
     """
 
     name = "relora"
@@ -31,11 +31,11 @@ class ReLoRANumbers(LoRANumbers):
         self.quantities = [*self.quantities, *more, *whole]
 
     def labels(self) -> list[str]:
-        """Also the whole model."""
+        """Also a label for the whole model."""
         return [WHOLE_MODEL, *super().labels()]
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Also those of restarts."""
+        """Also the numbers of restarts."""
         act = self._restarts
         whole = {"cycles": float(act.cycle), "reset_share": act.share}
         found = [Numbers(WHOLE_MODEL, _tensors(whole))]
@@ -53,53 +53,54 @@ class ReLoRANumbers(LoRANumbers):
 
 
 class ReLoRA(LoRA):
-    """Trains in full rank by restarts of low-rank training: every so many steps the pairs go into the weights.
+    """Train in full rank by restarts of low-rank training: every so many steps, the pairs are added to the weights.
 
-    At a restart, between two batches, `W` becomes `W + s B A`, A is drawn anew and B is zero, so that the function
-    stays as it was; entries of what the optimizer keeps of the pairs become zero as `reset` says; and learning rates of
-    all parameters rise from `1 / rewarm` of what they are to that within `rewarm` steps, on top of the user's
-    scheduler. The rank of what was added after c restarts is up to (c + 1) r.
+    A restart happens between two batches. `W` becomes `W + s B A`, A is drawn again and B is zero, so the function of
+    the module does not change. The optimizer state of the pairs is set to zero according to `reset`. All learning rates
+    then rise from `1 / rewarm` of their value to their value within `rewarm` steps, in addition to the user's
+    scheduler. After c restarts, the rank of the total change is at most (c + 1) r.
 
-    What is not adapted trains whole (embeddings, norms, biases, the head), as the authors have it. The options that are
-    not named here are those of `LoRA`.
+    Parameters without pairs train in full (embeddings, norms, biases, the head), as in the paper. Options that are not
+    described here are those of `LoRA`.
 
-    Writes what `LoRA` does, as `relora/...`, and `relora_rank_bound`, `relora_overlap` (mean squared cosine between the
-    outputs of the last two cycles) beside that of chance, `relora/cycles` and `relora/reset_share`.
+    Curves: those of `LoRA`, as `relora/...`; `relora_rank_bound`; `relora_overlap`, the mean squared cosine between the
+    outputs of the last two cycles, with its chance value; and `relora/cycles` and `relora/reset_share`.
 
-    Cost: beside that of `LoRA`, factors of all cycles on the host and in checkpoints: (c r)(m + n) numbers per weight,
-    up to twice the weight.
+    Cost: that of `LoRA`, and the factors of all cycles in host memory and in checkpoints: (c r)(m + n) numbers per
+    weight, at most twice the size of the weight.
 
     Args:
         every: Optimizer steps between two restarts.
-        rewarm: Steps in which learning rates rise after a restart; 0 for none.
-        reset: "zero" begins the state anew, its count of steps too; "magnitude:0.9" sets the entries of the smallest
-            90 % of the first moment to zero, in all moments; "random:0.999" as many at random; "none". The authors'
-            code chooses entries of each moment by itself, which leaves first moments over second ones of 0: steps of
-            `lr m / eps`.
-        warm_start_steps: Steps before, in which the weights train and the pairs do not. Not with several processes.
-        r: Rank of all pairs, or one for each pattern.
-        alpha: The scaling is alpha over r; that of r itself unless given.
-        match: Weights that are adapted; as in `LoRA`.
-        exclude: The same, taken away.
-        train_also: Parameters that train whole; all that are not adapted unless given.
-        rslora: The scaling is alpha over the root of r.
-        dropout: Share of the inputs that the branches do not see in training.
-        seed: Of what is drawn.
-        every_n_steps: Cadence of the curves, in optimizer steps.
+        rewarm: Steps after a restart during which learning rates rise; 0 for none.
+        reset: "zero" clears the state, including its step count. "magnitude:0.9" sets the entries of the smallest 90 %
+            of the first moment to zero, in all moments; "random:0.999" does this for random entries. "none" keeps the
+            state. The authors' code chooses entries separately for each moment. A nonzero first moment over a second
+            moment of 0 then gives a step of `lr m / eps`.
+        warm_start_steps: Steps at the start during which the weights train instead of the pairs. Not with several
+            processes.
+        r: Rank of all pairs, or a mapping from patterns to ranks.
+        alpha: The scaling is alpha over r. Default: r.
+        match: Weights to adapt, as in `LoRA`.
+        exclude: Patterns of weights to leave out.
+        train_also: Patterns of parameters to train in full. Default: all that are not adapted.
+        rslora: Use alpha over the square root of r as the scaling.
+        dropout: Share of the inputs that the branches drop in training.
+        seed: Seed for random factors.
+        every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all".
-        per_site: Scalars of single pairs: `True`, `False`, or "auto".
+        per_site: Curves of single pairs: `True`, `False`, or "auto".
         name: Prefix of all tags.
 
     Raises:
-        ValueError: As `LoRA`; an option is out of its range; an optimizer has no state of single parameters; a warm
-            start with several processes.
+        ValueError: As `LoRA`, an option is out of range, an optimizer has no state for single parameters, or a warm
+            start is requested with several processes.
 
     Examples:
         >>> ReLoRA(every=2000, reset="magnitude:0.9")
         ReLoRA(every=2000, reset='magnitude:0.9')
 
     References:
-        Lialin et al. (2023), ReLoRA, arXiv:2307.05695; the authors' code, of which 0.999 and 0.9 are the shares.
+        Lialin et al. (2023), ReLoRA, arXiv:2307.05695. The shares 0.999 and 0.9 are those of the authors' code.
     """
 
     word = "relora"
@@ -130,7 +131,7 @@ class ReLoRA(LoRA):
             ("warm_start_steps", warm_start_steps, 0),
         ):
             if type(value) is not int or value < least:
-                raise ValueError(f"{word}={value!r}: a whole number from {least} on")
+                raise ValueError(f"{word}={value!r} must be a whole number of at least {least}")
         settings = settings_of(r, alpha, "default", match, exclude, train_also, rslora, dropout, seed)
         act = Restarts(settings, every=every, rewarm=rewarm, reset=Reset.of(reset), warm_start_steps=warm_start_steps)
         Method.__init__(

@@ -1,4 +1,4 @@
-"""Restarts of low-rank training: pairs go into the weights and begin anew, with what optimizers keep of them.
+"""Restarts of low-rank training: pairs are added to the weights and start again, and so does their optimizer state.
 
 Shape letters:  M outputs, N inputs of a layer   R rank of a pair   K directions so far
 """
@@ -24,14 +24,14 @@ WAYS = ("zero", "magnitude", "random", "none")
 
 @dataclass(frozen=True)
 class Reset:
-    """What becomes of the state of optimizers at a restart.
+    """What happens to the state of optimizers at a restart.
 
     Attributes:
-        way: "zero" all, the "magnitude" smallest, "random" ones, or "none".
-        share: Of the entries that become 0.
+        way: "zero" for all entries, "magnitude" for the smallest, "random", or "none".
+        share: Share of the entries that become 0.
 
-    All moments of a parameter lose the same entries: the authors' code chooses those of each moment by itself. An entry
-    whose first moment stays while its second moment is 0 makes a step of `lr m / eps`.
+    All moments of a parameter lose the same entries. The authors' code chooses them separately for each moment. An
+    entry whose first moment stays while its second moment is 0 makes a step of `lr m / eps`.
     """
 
     way: str
@@ -39,10 +39,10 @@ class Reset:
 
     @classmethod
     def of(cls, words: str) -> "Reset":
-        """From the user's words, as "magnitude:0.9".
+        """The reset that the user's words request, such as "magnitude:0.9".
 
         Raises:
-            ValueError: They say nothing.
+            ValueError: The words are invalid.
         """
         way, _, number = words.partition(":")
         try:
@@ -50,13 +50,15 @@ class Reset:
         except (ValueError, KeyError):
             share = math.nan
         if way not in WAYS or not (words == "none" or 0 < share <= 1):
-            raise ValueError(f'reset={words!r}: "zero", "magnitude:0.9", "random:0.999" (shares up to 1), or "none"')
+            raise ValueError(
+                f'reset={words!r} must be "zero", "magnitude:0.9", "random:0.999" (shares up to 1), or "none"'
+            )
         return cls(way, share)
 
     @torch.no_grad()
     def __call__(self, state: dict[str, Any], parameter: Tensor, generator: torch.Generator) -> tuple[int, int]:
-        """How many entries of the moments of a parameter were set to 0, and of how many; magnitudes are those of the
-        moment that the optimizer names first, of Adam and its like the mean of gradients.
+        """The number of entries in the moments of a parameter that were set to 0, and their total number. Magnitudes
+        are those of the optimizer's first moment; for Adam, this is the mean of gradients.
         """
         moments = [t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape and t.ndim > 0]
         if self.way == "zero" and "step" in state:
@@ -75,20 +77,20 @@ class Reset:
 
 @dataclass(eq=False)
 class Restarts(Adapters):
-    """LoRA whose pairs go into the weights every so many steps.
+    """LoRA whose pairs are added to the weights every so many steps.
 
     Attributes:
         every: Steps between two restarts.
-        rewarm: Steps after a restart in which learning rates rise to what they were.
-        reset: What becomes of the state of optimizers.
-        warm_start_steps: Steps before in which the weights train, and no pair does.
-        steps: So far, of the optimizer that has the pairs.
-        cycle: Restarts so far.
-        restarted_at: Steps at the last one.
-        share: Of the optimizer state that the last restart has set to 0.
-        added: By weight and part, factors of all that went into the weight.
-        bases: By weight and part, the outputs that the last cycle used.
-        overlap: Of the last two cycles, by weight and part.
+        rewarm: Steps after a restart during which learning rates rise to their values.
+        reset: What happens to the state of optimizers.
+        warm_start_steps: Steps at the start during which the weights train instead of the pairs.
+        steps: Steps so far of the optimizer that has the pairs.
+        cycle: Number of restarts so far.
+        restarted_at: Steps at the last restart.
+        share: Share of the optimizer state that the last restart set to 0.
+        added: Factors of everything that was added to the weights, by weight and part.
+        bases: Output directions of the last cycle, by weight and part.
+        overlap: Overlap of the last two cycles, by weight and part.
     """
 
     every: int = 1000
@@ -107,7 +109,7 @@ class Restarts(Adapters):
 
     @property
     def warms_up(self) -> bool:
-        """The weights train, and the pairs are still to come."""
+        """Whether the weights still train instead of the pairs."""
         return self.steps < self.warm_start_steps
 
     @property
@@ -116,26 +118,27 @@ class Restarts(Adapters):
         return self.rewarm > 0 or super().changes_rates
 
     def factor(self, parameter: Tensor) -> float:
-        """Also that of the rise after a restart."""
+        """Also the factor of the rise after a restart."""
         since = self.steps - self.restarted_at + 1
         rise = min(1.0, since / self.rewarm) if self.rewarm and self.restarted_at else 1.0
         return rise * super().factor(parameter)
 
     def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
-        """Also let optimizers have the weights that train first."""
+        """Also give the weights that train first to optimizers."""
         super().prepare(module, fresh=fresh)
         if self.warm_start_steps:
             for place in places(module):
                 _set_training(place, weight=True, pairs=True)
 
     def begin(self, training: Training) -> str:
-        """Also begin anew what is no continuation."""
+        """Also reset everything if the run is not a continuation."""
         if self._loaded is None:
             self.steps = self.cycle = self.restarted_at = self._checked = 0
             self.share, self.added, self.bases, self.overlap = math.nan, {}, {}, {}
         if self.warm_start_steps and training.team.size > 1:
             raise ValueError(
-                "ReLoRA(warm_start_steps=...): DDP cannot change what trains: train the start in a fit of its own"
+                "ReLoRA(warm_start_steps=...): DDP cannot change which parameters train; train the warm start in a "
+                "separate fit"
             )
         for place in places(training.module) if self.warm_start_steps else ():
             _set_training(place, weight=self.warms_up, pairs=not self.warms_up)
@@ -145,13 +148,14 @@ class Restarts(Adapters):
         refuse_lbfgs = [type(o).__name__ for o in training.optimizers if isinstance(o, torch.optim.LBFGS)]
         if refuse_lbfgs:
             raise ValueError(
-                "ReLoRA: LBFGS has one rate for all, and no state of one; what works is AdamW and its like"
+                "ReLoRA: LBFGS has one learning rate and no state for single parameters; use AdamW or a similar "
+                "optimizer"
             )
         if not self.warms_up:
             refuse_idle(self.name, training, found)
 
     def batch_over(self, training: Training) -> None:
-        """Restart, where that is due."""
+        """Restart if this is due."""
         if self.steps == self._checked or not self._hooks:
             return
         self._checked = self.steps
@@ -163,7 +167,9 @@ class Restarts(Adapters):
 
     @torch.no_grad()
     def restart(self, training: Training) -> None:
-        """Put pairs into the weights, draw new ones, and reset what optimizers keep of the old: the function stays."""
+        """Add pairs to the weights, draw new ones, and reset the optimizer state of the old ones. The function stays
+        the same.
+        """
         self.cycle, self.restarted_at = self.cycle + 1, self.steps
         zeroed = total = 0
         for place in places(training.module):
@@ -179,18 +185,18 @@ class Restarts(Adapters):
         self.share = zeroed / total if total else math.nan
 
     def beside(self, name: str, part: str) -> tuple[Tensor, Tensor] | None:
-        """All that went into the weight so far."""
+        """Everything that was added to the weight so far."""
         kept = self.added.get(name, {}).get(part)
         return None if kept is None else (kept[0], kept[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Also where in its cycles it is."""
+        """Also the position in the cycles."""
         numbers = {"steps": self.steps, "cycle": self.cycle, "restarted_at": self.restarted_at, "share": self.share}
         kept = {"added": self.added, "bases": self.bases, "overlap": self.overlap}
         return super().state_dict() | numbers | kept
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also go on there."""
+        """Also load the position in the cycles."""
         super().load_state_dict(state)
         for name in ("steps", "cycle", "restarted_at", "share", "added", "bases", "overlap") if state else ():
             setattr(self, name, state[name])

@@ -15,54 +15,54 @@ from lightning_lowrank.methods.method import Method
 
 
 class LotteryTicket(Method):
-    """Finds a lottery ticket by iterative magnitude pruning with rewinding, within one `fit`.
+    """Find a lottery ticket by iterative magnitude pruning with rewinding, within one `fit`.
 
-    Each round trains; then the smallest share `prune` of the weights that are left goes for good, and everything else
-    goes back to where it was at step `rewind_step` of the first round: weights, biases, buffers, learning rates and
-    schedulers. Optimizers begin each round with no state. After `rounds` rounds the net has `(1 - prune)^(rounds - 1)`
-    of its weights, trained. A Trainer needs `max_epochs = rounds * epochs_per_round`.
+    After each round of training, the share `prune` of the remaining weights with the smallest magnitudes is removed for
+    good. Everything else is rewound to step `rewind_step` of the first round: weights, biases, buffers, learning rates
+    and schedulers. Optimizers begin each round without state. After `rounds` rounds the trained network has `(1 -
+    prune)^(rounds - 1)` of its weights. A Trainer needs `max_epochs = rounds * epochs_per_round`.
 
-    Pruned weights are zeros of the module's own parameters: keys, classes and parameters stay, and a checkpoint loads
-    without this callback. Masks are in the callback's state: a run that is resumed is equal to one that never stopped
-    to the bit, and a second `fit` of the same module keeps them. Biases, norms, embeddings and what is frozen at the
-    start are not pruned.
+    Pruned weights are zeros in the module's own parameters. Keys, classes and parameters stay, and a checkpoint loads
+    without this callback. The callback's state has the masks. A resumed run is bit for bit equal to an uninterrupted
+    one, and a second `fit` of the same module keeps the masks. Biases, norms, embeddings and parameters that are frozen
+    at the start are not pruned.
 
-    With `units=("neuron", "head")` whole hidden neurons, channels of convolutions and attention heads go: those on
-    which a gate has the smallest mean gradient over the steps of the round, exactly as `ConcentrationMonitor` reads it.
-    `export(module, inputs)` then gives a smaller dense module that computes the same.
+    With `units=("neuron", "head")`, whole hidden neurons, channels of convolutions and attention heads are removed. The
+    score of a unit is the mean absolute gradient of a gate on it over the steps of the round, exactly as in
+    `ConcentrationMonitor`. `export(module, inputs)` then returns a smaller dense module that computes the same.
 
-    Writes `ticket/density` and `ticket/round`, and `ticket/layer_density_{min,median,max}` over layers.
+    Curves: `ticket/density` and `ticket/round`, and `ticket/layer_density_{min,median,max}` over layers.
 
-    Cost: a pass over masked weights and their gradients each step; a sort of all magnitudes between two rounds. Memory:
-    one byte per weight, and a copy of parameters and buffers, on the device and in checkpoints.
+    Cost: one pass over masked weights and their gradients per step, and one sort of all magnitudes between rounds.
+    Memory: one byte per weight and a copy of parameters and buffers, on the device and in checkpoints.
 
     Args:
-        rounds: Trainings, the first of them of the whole net.
-        epochs_per_round: Length of a round; or give `steps_per_round`.
-        prune: Share of the weights, or units, left that goes between two rounds.
-        rewind_step: The optimizer step of the first round that the others start from; 0 for the initial weights.
-        scope: "global": magnitudes of all layers are compared, or gates over the length of all gates of their layer;
-            "layer": each layer loses the same share. No layer loses all its units.
-        match: Weights, or those that read the units: globs, `re:REGEX`, `type:LAYERCLASS`; all matrices and kernels but
-            embeddings unless given.
-        exclude: The same, taken away.
-        early_bird: A round ends as soon as the mask that it would be pruned to has settled, by the rule of
-            `EarlyBirdAlert`; the last round trains for its whole length, and then the run ends. With `rounds=2` this is
-            the early-bird ticket, of weights.
-        look_every_n_steps: Optimizer steps between two looks at that mask.
-        steps_per_round: Length of a round in optimizer steps, as a loop of your own needs it.
-        units: "weight", by magnitude; or "neuron", "head" or both, by gates. Each kind loses its share.
-        heads: Number of heads by pattern of output projections of attention that are not found.
-        neurons: Layers whose inputs are neurons; pairs of layers unless given.
-        every_n_steps: Cadence of the curves, in optimizer steps.
+        rounds: Number of rounds; the first one trains the whole network.
+        epochs_per_round: Length of a round in epochs. Alternatively give `steps_per_round`.
+        prune: Share of the remaining weights or units that is removed between two rounds.
+        rewind_step: Optimizer step of the first round from which later rounds start; 0 for the initial weights.
+        scope: "global" compares all layers with one another; gates are first divided by the norm of all gates of their
+            layer. "layer" removes the same share from each layer. No layer loses all its units.
+        match: Weights to prune, or weights that read the units: globs, `re:REGEX` or `type:LAYERCLASS`. Default: all
+            matrices and kernels except embeddings.
+        exclude: Patterns of weights to leave out.
+        early_bird: End a round as soon as the mask for its pruning has settled, by the rule of `EarlyBirdAlert`. The
+            last round trains for its full length, and then the run ends. With `rounds=2` this gives the early-bird
+            ticket, of weights.
+        look_every_n_steps: Optimizer steps between two checks of that mask.
+        steps_per_round: Length of a round in optimizer steps, which your own loop needs.
+        units: "weight", by magnitude; or "neuron", "head" or both, by gates. Each kind loses the share `prune`.
+        heads: Number of heads by pattern of attention output projections, for attention that is not recognised.
+        neurons: Layers whose inputs are neurons. Default: pairs of layers.
+        every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single layers: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single layers: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:
-        ValueError: An option is out of its range. When training starts: a pattern fits nothing, there are no such
-            units or all are frozen, parameters are sharded, there is a second `LotteryTicket`, a loop has no epochs, or
-            the run that is resumed pruned other weights.
+        ValueError: An option is out of range. When training starts: a pattern matches nothing, there are no such units,
+            all are frozen, or parameters are sharded. Also if there is a second `LotteryTicket`, if a loop has no
+            epochs, or if the resumed run pruned other weights.
 
     Examples:
         >>> LotteryTicket(rounds=10, epochs_per_round=5)
@@ -98,7 +98,7 @@ class LotteryTicket(Method):
         name: str | None = None,
     ) -> None:
         if type(look_every_n_steps) is not int or look_every_n_steps < 1:
-            raise ValueError(f"look_every_n_steps={look_every_n_steps!r}: at least 1 optimizer step")
+            raise ValueError(f"look_every_n_steps={look_every_n_steps!r} must be at least 1 optimizer step")
         look = look_every_n_steps if early_bird else 0
         schedule = schedule_of(rounds, epochs_per_round, steps_per_round, prune, rewind_step, scope, look)
         act = self._rounds = Rounds(pruning_of(units, match, exclude, heads, neurons), schedule)
@@ -106,34 +106,34 @@ class LotteryTicket(Method):
 
     @property
     def round(self) -> int:
-        """Number of the round, from 0 on."""
+        """Number of the round, counted from 0."""
         return self._rounds.round
 
     @property
     def density(self) -> float:
-        """Part of the weights, or of the units, that this round has, between 0 and 1."""
+        """Share of the weights, or of the units, that this round has, between 0 and 1."""
         return self._rounds.density()
 
     @staticmethod
     def export(module: nn.Module, inputs: Any, heads: Mapping[str, int] | None = None) -> nn.Module:
-        """A smaller module that computes the same: without the neurons, channels and heads that nothing reads.
+        """A smaller module that computes the same, without the neurons, channels and heads that no layer reads.
 
-        A unit goes when all that reads it is zeros, as rounds with `units` leave it: rows of the layer that makes it,
-        its bias, what batch norms have of it, and columns of what reads it. Each group of units is tried on the inputs
-        in eval mode, and stays where the outputs would differ by more than 1e-5 of the largest. An
-        `nn.MultiheadAttention` that loses heads becomes a subclass, as its own width is that of all. Optimizers and
-        masks of the whole module do not fit the copy.
+        A unit is removed if all weights that read it are zero, as after rounds with `units`. This removes rows of the
+        layer that computes it, its bias, its entries in batch norms, and columns of the layers that read it. Each group
+        of units is tested on the inputs in eval mode. It stays if outputs would change by more than 1e-5 of the largest
+        one. An `nn.MultiheadAttention` that loses heads becomes a subclass, since its width includes all heads.
+        Optimizers and masks of the original module do not fit the copy.
 
         Args:
-            module: With a forward, as trained; it stays as it is.
-            inputs: Of its forward: a tensor, or several in a tuple.
-            heads: Number of heads by pattern of output projections that are not found.
+            module: The trained module with a forward; it does not change.
+            inputs: Inputs of its forward: a tensor, or several in a tuple.
+            heads: Number of heads by pattern of output projections, for attention that is not recognised.
 
         Returns:
-            A copy; all other layers are of the same classes.
+            A copy; all other layers keep their classes.
 
         Raises:
-            ValueError: The module does not compute on the inputs, or no unit can be removed.
+            ValueError: The module fails on the inputs, or no unit can be removed.
         """
         return export(module, inputs, heads or {})
 
@@ -141,22 +141,24 @@ class LotteryTicket(Method):
 def schedule_of(
     rounds: int, epochs: int | None, steps: int | None, prune: float, rewind_step: int, scope: Scope, look: int
 ) -> Schedule:
-    """What was asked for.
+    """The options as a checked schedule.
 
     Raises:
-        ValueError: Something is out of its range.
+        ValueError: An option is out of range.
     """
     if type(rounds) is not int or rounds < 2:
-        raise ValueError(f"rounds={rounds!r}: a whole number from 2 on, the training of the whole net included")
+        raise ValueError(
+            f"rounds={rounds!r} must be a whole number of at least 2; the first round trains the whole network"
+        )
     if (epochs is None) == (steps is None):
-        raise ValueError(f"epochs_per_round={epochs}, steps_per_round={steps}: give one of both")
+        raise ValueError(f"epochs_per_round={epochs}, steps_per_round={steps}: give exactly one of them")
     length = epochs if steps is None else steps
     if type(length) is not int or length < 1:
-        raise ValueError(f"epochs_per_round={epochs!r}, steps_per_round={steps!r}: a whole number from 1 on")
+        raise ValueError(f"epochs_per_round={epochs!r}, steps_per_round={steps!r} must be a whole number of at least 1")
     if not 0 < prune < 1:
-        raise ValueError(f"prune={prune}: a share between 0 and 1")
+        raise ValueError(f"prune={prune} must be above 0 and below 1")
     if type(rewind_step) is not int or rewind_step < 0 or (steps is not None and rewind_step >= steps):
-        raise ValueError(f"rewind_step={rewind_step!r}: a step of the first round, from 0 on")
+        raise ValueError(f"rewind_step={rewind_step!r} must be a step of the first round, counted from 0")
     if scope not in ("global", "layer"):
-        raise ValueError(f"scope={scope!r}: 'global' or 'layer'")
+        raise ValueError(f"scope={scope!r} must be 'global' or 'layer'")
     return Schedule(rounds, length, steps is None, float(prune), rewind_step, scope, look)

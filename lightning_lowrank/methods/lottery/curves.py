@@ -1,4 +1,4 @@
-"""What `LotteryTicket` reports: the round, and how many weights are left where."""
+"""Curves of `LotteryTicket`: the round, and the share of weights left in each layer."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class TicketNumbers(NumberSource):
     """Densities of the masks.
 
     Args:
-        rounds: Whose masks they are.
+        rounds: The act that has the masks.
     """
 
     name = "ticket"
@@ -28,14 +28,14 @@ class TicketNumbers(NumberSource):
         self._rounds = rounds
 
     def plan(self, training: Training) -> None:
-        """The weights are those that may be pruned."""
+        """Read the weights that may be pruned."""
 
     def labels(self) -> list[str]:
-        """One per weight, and the whole model."""
+        """One label for each weight, and one for the whole model."""
         return [WHOLE_MODEL, *self._rounds.weights]
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the masks as they are."""
+        """Numbers of the current masks."""
         rounds = self._rounds
         whole = {"ticket_density": rounds.density(), "ticket_round": float(rounds.round)}
         found = [Numbers(WHOLE_MODEL, {name: torch.tensor(value) for name, value in whole.items()})]
@@ -45,4 +45,4 @@ class TicketNumbers(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Nothing is kept."""
+        """There is nothing to drop."""

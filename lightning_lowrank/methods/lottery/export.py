@@ -1,4 +1,4 @@
-"""Smaller dense layers for a net of which whole units are gone.
+"""Smaller dense layers for a network in which whole units are pruned.
 
 Shape letters:  G units of a group
 """
@@ -31,15 +31,15 @@ INPUTS = ("in_features", "in_channels", "nx")
 
 
 def export(module: nn.Module, inputs: Any, counts: Mapping[str, int]) -> nn.Module:
-    """A copy without the units that nothing reads.
+    """A copy without the units that no layer reads.
 
     Raises:
-        ValueError: The module does not compute on the inputs, or no unit can be removed.
+        ValueError: The module fails on the inputs, or no unit can be removed.
     """
     try:
         expected = _outputs(module, inputs)
     except Exception as error:  # the user's own code
-        raise ValueError(f"export: {type(module).__name__} does not compute on the inputs: {error}") from error
+        raise ValueError(f"export: {type(module).__name__} fails on the inputs: {error}") from error
     smaller, left = module, []
     for group in [*heads(module, counts), *_features(module)]:
         gone = _unread(smaller, group)
@@ -50,7 +50,7 @@ def export(module: nn.Module, inputs: Any, counts: Mapping[str, int]) -> nn.Modu
             else:
                 left.append(group.name)
     if smaller is module:
-        why = f"without those of {left} it would compute something else" if left else "each unit found is read"
+        why = f"removing units of {left} would change the outputs" if left else "some layer reads each unit"
         raise ValueError(f"export: no unit of {type(module).__name__} can be removed: {why}")
     return smaller
 

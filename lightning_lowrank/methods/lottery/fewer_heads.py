@@ -1,4 +1,4 @@
-"""Attention of torch with fewer heads than its width has room for.
+"""torch's attention with fewer heads than its width allows.
 
 Shape letters:  B examples   L queries   S keys   E width   H heads   D width of a head
 """
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class FewerHeads(nn.MultiheadAttention):
     """`nn.MultiheadAttention` without some of its heads: `in_proj_weight` is `[3 H D, E]`, and H D is less than E.
 
-    It is called as the class that it replaces. The mean of its attention weights is over the heads that are left. Never
-    made anew: `take_heads` turns an attention into one.
+    It is called like the class that it replaces. Mean attention weights are over the remaining heads. It is never
+    constructed directly: `take_heads` converts an attention.
     """
 
     all_heads: int
@@ -33,7 +33,7 @@ class FewerHeads(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As that of `nn.MultiheadAttention`; `is_causal` is a hint there, beside a mask, and has no use here."""
+        """Like that of `nn.MultiheadAttention`. There, `is_causal` is a hint besides a mask; here it has no effect."""
         alone = query.dim() == 2
         inputs = [_batch_first(one, alone, self.batch_first) for one in (query, key, value)]
         q, k, v = (self._heads(part, one) for part, one in enumerate(inputs))
@@ -67,7 +67,7 @@ class FewerHeads(nn.MultiheadAttention):
 
 
 def can_lose_heads(layer: nn.Module) -> bool:
-    """Whether it is an attention of torch, with one weight for queries, keys and values, and nothing added to keys."""
+    """Whether it is torch's attention with one weight for queries, keys and values, and without additions to keys."""
     if type(layer) not in (nn.MultiheadAttention, FewerHeads):
         return False
     attention: Any = layer
@@ -75,7 +75,7 @@ def can_lose_heads(layer: nn.Module) -> bool:
 
 
 def take_heads(layer: nn.MultiheadAttention, kept: Tensor) -> None:
-    """Turn an attention, whose weights are cut already, into one of the heads that are left."""
+    """Convert an attention whose weights are already cut to one with the remaining heads."""
     before = layer.kept if isinstance(layer, FewerHeads) else torch.arange(layer.num_heads)
     if not isinstance(layer, FewerHeads):
         layer.all_heads = layer.num_heads

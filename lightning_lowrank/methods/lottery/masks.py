@@ -14,7 +14,7 @@ Scope = Literal["global", "layer"]
 
 
 def kept(total: int, prune: float, rounds: int) -> int:
-    """How many of so many weights stay after some prunings, one at least.
+    """The number of entries that stay after some prunings; at least one.
 
     Examples:
         >>> kept(1000, 0.2, 5)
@@ -24,7 +24,7 @@ def kept(total: int, prune: float, rounds: int) -> int:
 
 
 def largest(scores: Float[Tensor, " P"], count: int) -> Bool[Tensor, " P"]:
-    """The mask of so many largest scores; of equal ones the first stay."""
+    """The mask of the largest scores; among equal scores, the first stay."""
     order = scores.argsort(descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:count], True)
 
@@ -38,15 +38,15 @@ def pruned(
     *,
     one_each: bool = False,
 ) -> list[Tensor]:
-    """Masks of the largest of the weights that masks have left, after so many prunings in all.
+    """Masks of the largest remaining weights, after a number of prunings in total.
 
     Args:
-        weights: By layer; or anything else that has a size.
-        masks: What earlier prunings have left, None for all.
-        prune: Share of what is left that each pruning takes.
-        rounds: Prunings, this one included.
-        scope: Magnitudes of all layers are compared, or those of each with one another.
-        one_each: The largest of each layer stays.
+        weights: Weights by layer, or other tensors of scores.
+        masks: Masks of earlier prunings; None for none.
+        prune: Share of the remaining entries that each pruning removes.
+        rounds: Number of prunings, including this one.
+        scope: Compare magnitudes over all layers, or within each layer.
+        one_each: Keep the largest entry of each layer.
     """
     scores = [_scores(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
     if scope == "layer":

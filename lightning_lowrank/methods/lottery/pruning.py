@@ -1,4 +1,4 @@
-"""What is pruned: weights by magnitude, or whole units by what gates on them do to the loss.
+"""What is pruned: weights by magnitude, or whole units by gates on them.
 
 Shape letters:  G units of a layer
 """
@@ -21,19 +21,19 @@ from lightning_lowrank.monitors.concentration.gates import blocks, gate_gradient
 Unit = Literal["weight", "neuron", "head"]
 # What to do where a kind of units is not found.
 NAMED_BY = {
-    "head": "name the output projections of its attention, heads={'*.attn.out': 8}",
-    "neuron": "name the layers that read them, neurons=['*.mlp.fc2']",
+    "head": "name the output projections of its attention, such as heads={'*.attn.out': 8}",
+    "neuron": "name the layers that read them, such as neurons=['*.mlp.fc2']",
 }
 
 Weights = Mapping[str, nn.Parameter]
 
 
 class Pruning(ABC):
-    """Chooses what may go, and scores it.
+    """Chooses candidates for pruning, and scores them.
 
     Attributes:
-        unit: What is counted, in messages.
-        one_each: No layer loses all.
+        unit: The counted unit, in messages.
+        one_each: Whether each layer keeps at least one.
     """
 
     unit: str
@@ -41,49 +41,49 @@ class Pruning(ABC):
 
     @abstractmethod
     def find(self, module: nn.Module) -> tuple[dict[str, nn.Parameter], Mapping[str, str]]:
-        """The weights that get masks, by tag, and what is left out, with the reason.
+        """The weights that get masks, by tag, and those that are left out, with the reason.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There are none.
         """
 
     @abstractmethod
     def pools(self, weights: Weights) -> list[dict[str, int]]:
-        """What is compared with one another: how many there are, by tag of the weight."""
+        """Groups that are compared within themselves: number of units, by tag of the weight."""
 
     @abstractmethod
     def scores(self, tag: str, weight: Tensor) -> Tensor:
-        """How much each of a weight matters; none is negative."""
+        """Importance of each unit of a weight; never negative."""
 
     @abstractmethod
     def reduced(self, tag: str, mask: Tensor) -> Tensor:
-        """Which are there, of the mask of a weight."""
+        """Which units exist, from the mask of a weight."""
 
     @abstractmethod
     def spread(self, tag: str, there: Tensor, weight: Tensor) -> Bool[Tensor, "..."]:
-        """The mask of a weight, of which are there."""
+        """The mask of a weight, from the units that exist."""
 
     def hear(self, weights: Weights, parameters: Collection[int]) -> None:
-        """Gradients are final, of the parameters with these ids."""
+        """Read the final gradients of the parameters with these ids."""
 
     def compared(self, weights: Weights) -> list[Tensor]:
-        """What tells whether the mask of the next round has settled; nothing as long as nothing is known."""
+        """Scores that show whether the mask of the next round has settled; None as long as nothing is known."""
         return [self.scores(tag, weight) for tag, weight in weights.items()]
 
     def forget(self) -> None:
-        """Of the round that is over."""
+        """Forget the finished round."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was heard."""
+        """What was read so far."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor], weights: Weights) -> None:
-        """Take it back."""
+        """Load it."""
 
     def masks(
         self, weights: Weights, before: Mapping[str, Tensor], prune: float, rounds: int, scope: Scope
     ) -> dict[str, Tensor]:
-        """Of the largest that are left, after so many prunings in all."""
+        """Masks of the largest remaining units, after a number of prunings in total."""
         found: dict[str, Tensor] = {}
         for pool in self.pools(weights):
             scores = [self.scores(tag, weights[tag]) for tag in pool]
@@ -93,7 +93,7 @@ class Pruning(ABC):
         return {tag: found[tag] for tag in weights}
 
     def num_left(self, weights: Weights, prune: float, rounds: int, scope: Scope) -> int:
-        """How many are there after so many prunings."""
+        """Number of units after some prunings."""
         return sum(
             max(kept(sum(pool.values()), prune, rounds), self.one_each * len(pool))
             if scope == "global"
@@ -102,17 +102,17 @@ class Pruning(ABC):
         )
 
     def num_all(self, weights: Weights) -> int:
-        """How many there were."""
+        """Number of units at the start."""
         return sum(sum(pool.values()) for pool in self.pools(weights))
 
 
 @dataclass(eq=False)
 class Magnitudes(Pruning):
-    """Single weights, by their magnitude.
+    """Single weights, by magnitude.
 
     Attributes:
         match: Patterns of the parameters.
-        exclude: The same, taken away.
+        exclude: Patterns of parameters to leave out.
     """
 
     match: Patterns
@@ -121,10 +121,10 @@ class Magnitudes(Pruning):
     one_each: bool = False
 
     def find(self, module: nn.Module) -> tuple[dict[str, nn.Parameter], Mapping[str, str]]:
-        """Matrices; embeddings must be matched to be among them.
+        """Matrices; embeddings only if they are matched.
 
         Raises:
-            ValueError: A pattern fits none, or there is no matrix.
+            ValueError: A pattern matches nothing, or there is no matrix.
         """
         chosen = chosen_parameters(module, self.match, self.exclude)
         found = {tag: p for tag, p in chosen.items() if is_matrix(p)}
@@ -136,7 +136,7 @@ class Magnitudes(Pruning):
         return {tag: p for tag, p in found.items() if tag not in left_out}, left_out
 
     def pools(self, weights: Weights) -> list[dict[str, int]]:
-        """All with one another."""
+        """All weights are compared with one another."""
         return [{tag: weight.numel() for tag, weight in weights.items()}]
 
     def scores(self, tag: str, weight: Tensor) -> Tensor:
@@ -154,16 +154,16 @@ class Magnitudes(Pruning):
 
 @dataclass(eq=False)
 class Gates(Pruning):
-    """Whole units, by the mean size of the gradient of a gate on each over the steps of the round.
+    """Whole units, by the mean absolute gradient of a gate on each over the steps of the round.
 
-    A unit is gone when nothing reads it: its columns of the weight that does are zeros.
+    A unit is gone if nothing reads it: its columns of the weight that reads it are zero.
 
     Attributes:
-        kinds: "neuron", "head", or both; each kind is compared with itself.
-        match: Patterns of the weights that read them.
-        exclude: The same, taken away.
-        heads: Number of heads by pattern of output projections that are not found.
-        neurons: Layers whose inputs are neurons; pairs of layers unless given.
+        kinds: "neuron", "head", or both; each kind is compared within itself.
+        match: Patterns of the weights that read the units.
+        exclude: Patterns of weights to leave out.
+        heads: Number of heads by pattern of output projections, for attention that is not recognised.
+        neurons: Layers whose inputs are neurons. Default: pairs of layers.
     """
 
     kinds: tuple[str, ...]
@@ -182,7 +182,7 @@ class Gates(Pruning):
         """Weights that read units.
 
         Raises:
-            ValueError: A pattern fits none, or a kind of units is not there.
+            ValueError: A pattern matches nothing, or there are no units of a kind.
         """
         known = {id(p): tag for tag, p in chosen_parameters(module, self.match, self.exclude).items()}
         weights: dict[str, nn.Parameter] = {}
@@ -190,7 +190,7 @@ class Gates(Pruning):
             found = {known[id(p)]: part for part in parts for p in part.parameters if id(p) in known}
             found = {tag: part for tag, part in found.items() if tag not in weights}
             if not found:
-                raise ValueError(f"LotteryTicket(units={list(self.kinds)}): no {kind}s are found; {NAMED_BY[kind]}")
+                raise ValueError(f"LotteryTicket(units={list(self.kinds)}): found no {kind}s; {NAMED_BY[kind]}")
             self._tags[kind] = list(found)
             self._lie |= {tag: (part.axis, part.count) for tag, part in found.items()}
             weights |= {tag: part.parameters[0] for tag, part in found.items()}
@@ -202,12 +202,12 @@ class Gates(Pruning):
         return ((kind, found[kind].values()) for kind in self.kinds)
 
     def pools(self, weights: Weights) -> list[dict[str, int]]:
-        """Each kind by itself."""
+        """Each kind is compared within itself."""
         pools = [{tag: self._lie[tag][1] for tag in self._tags[kind] if tag in weights} for kind in self.kinds]
         return [pool for pool in pools if pool]
 
     def hear(self, weights: Weights, parameters: Collection[int]) -> None:
-        """Read the gates. Of a step that is not finite, as a GradScaler skips, nothing is kept."""
+        """Read the gates. Steps that are not finite, which a GradScaler skips, are ignored."""
         for tag, weight in weights.items():
             if weight.grad is not None and id(weight) in parameters:
                 axis, count = self._lie[tag]
@@ -216,19 +216,19 @@ class Gates(Pruning):
                 self._sums[tag] = self._sums[tag] + row if tag in self._sums else row
 
     def scores(self, tag: str, weight: Tensor) -> Float[Tensor, " G"]:
-        """Shares of the layer's length: sizes of gates of different layers are no measure of one another."""
+        """Absolute gates divided by the norm of their layer, since sizes of different layers are not comparable."""
         row = self._sums.get(tag)
         return (
             torch.zeros(self._lie[tag][1], device=weight.device) if row is None else nn.functional.normalize(row, dim=0)
         )
 
     def reduced(self, tag: str, mask: Tensor) -> Bool[Tensor, " G"]:
-        """Units that something reads."""
+        """Units that a layer reads."""
         axis, count = self._lie[tag]
         return blocks(mask.byte(), count, axis).any(1)
 
     def spread(self, tag: str, there: Tensor, weight: Tensor) -> Bool[Tensor, "..."]:
-        """Their columns."""
+        """Columns of the units."""
         axis, count = self._lie[tag]
         along = there.repeat_interleave(weight.shape[axis] // count)
         shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
@@ -239,15 +239,15 @@ class Gates(Pruning):
         return super().compared(weights) if self._sums else []
 
     def forget(self) -> None:
-        """Gates of the round that is over."""
+        """Forget the gates of the finished round."""
         self._sums = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Sums of sizes, by tag."""
+        """Sums of absolute gates, by tag."""
         return dict(self._sums)
 
     def load_state_dict(self, state: Mapping[str, Tensor], weights: Weights) -> None:
-        """Take them back, to where the weights are."""
+        """Load them, onto the devices of the weights."""
         self._sums = {tag: row.to(weights[tag].device) for tag, row in state.items() if tag in weights}
 
 
@@ -258,16 +258,16 @@ def pruning_of(
     heads: Mapping[str, int] | None,
     neurons: str | Sequence[str] | None,
 ) -> Pruning:
-    """What was asked for.
+    """The options as a `Pruning`.
 
     Raises:
-        ValueError: No such units, or options of others.
+        ValueError: The units are unknown, or an option belongs to other units.
     """
     kinds = (units,) if isinstance(units, str) else tuple(units)
     if kinds == ("weight",):
         if heads is not None or neurons is not None:
-            raise ValueError(f"heads={heads}, neurons={neurons}: give units=('neuron', 'head') to prune these")
+            raise ValueError(f"heads={heads}, neurons={neurons}: to prune these, give units=('neuron', 'head')")
         return Magnitudes(match, exclude)
     if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= NAMED_BY.keys():
-        raise ValueError(f"units={units!r}: 'weight', or one or both of 'neuron' and 'head'")
+        raise ValueError(f"units={units!r} must be 'weight', or one or both of 'neuron' and 'head'")
     return Gates(tuple(sorted(kinds)), match, exclude, dict(heads or {}), neurons)

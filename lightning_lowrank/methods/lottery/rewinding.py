@@ -1,4 +1,4 @@
-"""The point that rounds go back to: weights and buffers, settings of optimizers, states of schedulers."""
+"""The point to which rounds rewind: weights and buffers, settings of optimizers, states of schedulers."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,7 +15,7 @@ from lightning_lowrank.models.training import Training
 
 @torch.no_grad()
 def taken(training: Training) -> dict[str, Any]:
-    """A copy of everything that a round starts from: plain tensors and numbers."""
+    """A copy of everything from which a round starts: plain tensors and numbers."""
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in _tensors(training.module).items()},
         "groups": [[_plain(group) for group in optimizer.param_groups] for optimizer in training.optimizers],
@@ -25,7 +25,7 @@ def taken(training: Training) -> dict[str, Any]:
 
 @torch.no_grad()
 def rewind(training: Training, point: Mapping[str, Any]) -> None:
-    """Put everything back; optimizers begin with no state."""
+    """Restore everything; optimizers begin without state."""
     for name, tensor in _tensors(training.module).items():
         start = point["tensors"].get(name)
         if start is not None and start.shape == tensor.shape:  # buffers that hold caches may have grown
@@ -38,7 +38,7 @@ def rewind(training: Training, point: Mapping[str, Any]) -> None:
 
 
 def num_bytes(module: nn.Module) -> int:
-    """What a copy of the weights and buffers takes."""
+    """Bytes of a copy of the weights and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module).values())
 
 

@@ -1,4 +1,4 @@
-"""Rounds of a lottery ticket: train, prune the smallest weights, go back to the start, train what is left."""
+"""Rounds of a lottery ticket: train, prune the smallest weights, rewind, and train what is left."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,16 +23,16 @@ SETTLED = float(EarlyBirdAlert().below or 0.0)
 
 @dataclass(frozen=True)
 class Schedule:
-    """What was asked for.
+    """Options of the rounds.
 
     Attributes:
-        rounds: Trainings, the first of them of the whole net.
-        length: Of a round.
-        in_epochs: What the length counts: epochs, or optimizer steps.
-        prune: Share of the weights left that goes between two rounds.
-        rewind_step: The step of the first round that the others go back to.
-        scope: Of the comparison of magnitudes.
-        look: Steps between two looks at whether the mask of the next round has settled, which ends a round; 0 for none.
+        rounds: Number of rounds; the first trains the whole network.
+        length: Length of a round.
+        in_epochs: Whether the length is in epochs; otherwise in optimizer steps.
+        prune: Share of the remaining weights that is removed between two rounds.
+        rewind_step: The step of the first round to which later rounds rewind.
+        scope: Scope in which magnitudes are compared.
+        look: Steps between two checks whether the mask of the next round has settled, which ends a round; 0 for none.
     """
 
     rounds: int
@@ -51,24 +51,24 @@ class Schedule:
         )
 
     def density(self, rounds: int) -> float:
-        """Part of the weights that is left after some prunings."""
+        """Share of the weights that is left after some prunings."""
         return (1 - self.prune) ** rounds
 
 
 @dataclass
 class Count:
-    """How many values a counter of the training has had since the first round began, over restarts and second fits.
+    """The number of values of a training's counter since the first round began, over restarts and second fits.
 
     Attributes:
-        seen: The last one.
-        num: How many.
+        seen: The last value.
+        num: The number of values.
     """
 
     seen: int = -1
     num: int = 0
 
     def hear(self, value: int) -> None:
-        """The counter's value at a batch."""
+        """Note the counter's value at a batch."""
         if value != self.seen:
             self.seen, self.num = value, self.num + 1
 
@@ -77,16 +77,16 @@ class Count:
 class Rounds(Act):
     """Trains, prunes and rewinds.
 
-    Weights that are gone are zeros of the module's own parameters: no key changes. Their gradients are zeros before
-    anybody reads them, and what an optimizer makes of them nevertheless is undone after its step.
+    Pruned weights are zeros in the module's own parameters, so no key changes. Their gradients are set to zero before
+    anything reads them. Changes that an optimizer makes nevertheless are undone after its step.
 
     Attributes:
-        pruning: What may go.
-        schedule: What was asked for.
-        name: In messages.
-        weights: Those that get masks, by tag.
-        masks: Which of their entries stay, by tag; none before the first pruning.
-        round: Number of the round, from 0 on.
+        pruning: Chooses what is removed.
+        schedule: Options.
+        name: Name for messages.
+        weights: Weights with masks, by tag.
+        masks: Masks of the remaining entries, by tag; empty before the first pruning.
+        round: Number of the round, counted from 0.
         frozen: Tags of weights that did not train when the first round began; they are left alone.
     """
 
@@ -111,18 +111,16 @@ class Rounds(Act):
     def begin(self, training: Training) -> str:
         """Choose weights and hook the optimizers.
 
-        A second training of the same weights goes on with the masks and in the round of the first.
+        A second training of the same weights continues with the masks and in the same round.
 
         Raises:
-            ValueError: Nothing is matched, nobody counts epochs, an optimizer has no hooks; or the run that is resumed
+            ValueError: A pattern matches nothing, epochs are not counted, an optimizer has no hooks, or the resumed run
                 had other weights.
         """
         self.end()
         every, left_out = self.pruning.find(training.module)
         if self.schedule.in_epochs and training.epoch is None:
-            raise ValueError(
-                f"{self.name}(epochs_per_round=...): a loop of your own has no epochs; use steps_per_round"
-            )
+            raise ValueError(f"{self.name}(epochs_per_round=...): your own loop has no epochs; use steps_per_round")
         known = {tag: p for tag, p in every.items() if tag not in self.frozen}
         is_known = known.keys() == self.weights.keys() and all(known[tag] is self.weights[tag] for tag in known)
         if self._loaded is not None:
@@ -131,7 +129,9 @@ class Rounds(Act):
             self.frozen = [tag for tag, p in every.items() if not p.requires_grad]
         found = {tag: p for tag, p in every.items() if tag not in self.frozen}
         if not found:
-            raise ValueError(f"{self.name}: all that it could prune is frozen, {self.frozen[:10]}: match what trains")
+            raise ValueError(
+                f"{self.name}: all weights that it could prune are frozen, {self.frozen[:10]}; match weights that train"
+            )
         if self._loaded is not None:
             self._resume(found, self._loaded)
         elif is_known:
@@ -146,9 +146,10 @@ class Rounds(Act):
         return self._table(training.module, {**left_out, **dict.fromkeys(self.frozen, "frozen")})
 
     def batch_begins(self, training: Training) -> None:
-        """Keep what rounds go back to; prune and rewind when a round is over.
+        """Keep the point to which rounds rewind; prune and rewind when a round is over.
 
-        At the start of a batch: what validation and checkpoints see at the end of a round is the trained net.
+        This happens at the start of a batch, so that validation and checkpoints at the end of a round get the trained
+        network.
         """
         self._has_stepped = False
         self._steps.hear(training.step)
@@ -159,17 +160,17 @@ class Rounds(Act):
             self._next_round(training)
 
     def batch_over(self, training: Training) -> None:
-        """End a run whose rounds may be shorter when the ticket has had its round, after its last step."""
+        """End a run with shorter rounds after the last step of the last round."""
         if not self.schedule.in_epochs and self._has_stepped:
             self._stop_after(training, self._passed() + 1)
 
     def epoch_over(self, training: Training) -> None:
-        """The same, of rounds of epochs."""
+        """The same for rounds of epochs."""
         if self.schedule.in_epochs:
             self._stop_after(training, self._passed() + 1)
 
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
-        """Read them, then take out those of weights that are gone: clipping is by the norm of the rest."""
+        """Read gradients, then set those of pruned weights to zero; clipping uses the norm of the rest."""
         if self.round < self.schedule.rounds - 1:
             self.pruning.hear(self.weights, {id(p) for group in optimizer.param_groups for p in group["params"]})
         for parameter, mask in self._masked(optimizer):
@@ -177,17 +178,17 @@ class Rounds(Act):
                 parameter.grad.masked_fill_(~mask, 0)
 
     def end(self) -> None:
-        """Take the hooks away; the weights stay pruned."""
+        """Remove the hooks; the weights stay pruned."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def forget(self) -> None:
-        """The next run has rounds of its own, unless it is of the same weights."""
+        """The next run has its own rounds, unless it trains the same weights."""
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, the place in the rounds, and what they go back to."""
+        """Masks, the position in the rounds, and the point to which they rewind."""
         if self._loaded is not None:
             return self._loaded
         return {
@@ -204,7 +205,7 @@ class Rounds(Act):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it until the weights are known."""
+        """Keep a state until the weights are known."""
         self._loaded = state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class Rounds(Act):
         return Tickets([self.schedule.density(self.round + 1)], seed=0)
 
     def density(self) -> float:
-        """Part of what may go that this round has."""
+        """Share of the units that this round has."""
         return self._num_left(self.round) / self.pruning.num_all(self.weights)
 
     def _num_left(self, rounds: int) -> int:
@@ -245,7 +246,8 @@ class Rounds(Act):
     def _next_round(self, training: Training) -> None:
         if not self._point:
             self.warn(
-                f"{self.name}: the first round has no step {self.schedule.rewind_step}; rounds go back to its end"
+                f"{self.name}: the first round ended before step {self.schedule.rewind_step}; later rounds rewind "
+                "to its end"
             )
             self._point = rewinding.taken(training)
         self.round += 1
@@ -274,8 +276,8 @@ class Rounds(Act):
         masks = state["masks"]
         if masks and {tag: p.shape for tag, p in found.items()} != {tag: mask.shape for tag, mask in masks.items()}:
             raise ValueError(
-                f"{self.name}: the run that is resumed has pruned {sorted(masks)[:10]}, and this one has "
-                f"{sorted(found)[:10]} of other names or shapes: give the same match and exclude"
+                f"{self.name}: the resumed run pruned {sorted(masks)[:10]}, and this run has {sorted(found)[:10]} "
+                "with other names or shapes; give the same match and exclude"
             )
         self.masks = {tag: masks[tag].to(p.device) for tag, p in found.items() if tag in masks}
         self.round, self._point = state["round"], dict(state["point"])
@@ -291,7 +293,7 @@ class Rounds(Act):
         kept_for_it = sum(weight.numel() for weight in self.weights.values()) + rewinding.num_bytes(module)
         head = (
             f"{schedule}; {len(self.weights)} weights, {total:,} -> {least:,} {self.pruning.unit} in the last round "
-            f"({least / total:.1%}); masks and the start of the rounds take {kept_for_it:,} bytes"
+            f"({least / total:.1%}); the masks and the copy for rewinding take {kept_for_it:,} bytes"
         )
         alone = f"; left alone: {', '.join(f'{tag} ({why})' for tag, why in left_out.items())}" if left_out else ""
         return "\n".join([head + alone, *(f"  {tag}  {tuple(p.shape)}" for tag, p in self.weights.items())])

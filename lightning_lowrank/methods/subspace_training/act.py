@@ -1,4 +1,6 @@
-"""`SubspaceTraining` as an act on a training: weights that move along a basis, all else frozen but what is named."""
+"""`SubspaceTraining` as an act on a training: weights move along a basis, everything else is frozen except what is
+named.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,16 +27,16 @@ from lightning_lowrank.models.training import Training
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """Options of `SubspaceTraining`.
 
     Attributes:
         basis: Path of a file, or "random".
-        k: Directions of each weight.
-        include_mean: Begin at the weights and the mean of the basis.
+        k: Number of directions of each weight.
+        include_mean: Start at the weights plus the mean of the basis.
         match: Patterns of weights that move.
-        exclude: Of weights that do not.
-        train_also: Of parameters that train whole; those of "*" are all that do not move.
-        seed: Of what is drawn.
+        exclude: Patterns of weights that do not.
+        train_also: Patterns of parameters that train in full; "*" means all that do not move.
+        seed: Seed for random directions.
     """
 
     basis: str
@@ -48,16 +50,16 @@ class Settings:
 
 @dataclass
 class Prepared:
-    """What a module knows of its directions, as its attribute `subspace_prepared`; a copy has it too.
+    """State of the directions of a module, in its attribute `subspace_prepared`; a copy has it, too.
 
     Attributes:
-        settings: What was asked for.
-        flags: Of all parameters, whether they trained before, by name.
-        orders: Names of the parameters of each layer, in their order, by path.
-        means: By key, what is added to a weight at the start.
-        left_out: Parameters that stay as they are, with the reason.
-        settled: The means are in the weights.
-        bare: Only weights without coefficients were loaded.
+        settings: Options.
+        flags: Whether each parameter trained before, by name.
+        orders: Names of the parameters of each layer in their order, by path.
+        means: What is added to each weight at the start, by key.
+        left_out: Parameters that do not move, with the reason.
+        settled: Whether the means have been added to the weights.
+        bare: Whether only weights without coefficients were loaded.
     """
 
     settings: Settings
@@ -71,11 +73,11 @@ class Prepared:
 
 @dataclass(eq=False)
 class Subspaces(Act):
-    """Lets weights move along directions, trains their coefficients, and knows how to go on.
+    """Lets weights move along directions, trains their coefficients, and can continue a run.
 
     Attributes:
-        settings: What was asked for.
-        module: The one that was prepared last.
+        settings: Options.
+        module: The module that was prepared last.
     """
 
     settings: Settings
@@ -85,13 +87,13 @@ class Subspaces(Act):
     _loaded: dict[str, Any] | None = field(default=None)
 
     def prepare(self, module: nn.Module, *, fresh: bool = True) -> None:
-        """Give weights their directions and freeze the rest, unless that was done already."""
+        """Give weights their directions and freeze the rest, unless this has been done."""
         self.module, before = module, prepared(module)
         if before is not None:
             if before.settings != self.settings:
                 raise ValueError(
-                    f"{self.name}: the module has directions of {before.settings} already, and not of {self.settings}: "
-                    "merge them first, by SubspaceTraining.merge(module)"
+                    f"{self.name}: the module already has directions with other settings: {before.settings} instead "
+                    f"of {self.settings}. First call SubspaceTraining.merge(module)"
                 )
             return
         found, left_out, means = chosen(module, self.settings)
@@ -110,17 +112,17 @@ class Subspaces(Act):
             settle(module, state)
 
     def begin(self, training: Training) -> str:
-        """Refuse what would not train."""
+        """Refuse coefficients that would not train."""
         state = prepared(training.module)
         if state is None:
             raise ValueError(
-                f"{self.name}: the module has no directions: call .prepare(model) before its optimizer is made"
+                f"{self.name}: the module has no directions; call .prepare(model) before you create its optimizer"
             )
         self.module = training.module
         if state.bare and self._loaded is not None:
             raise ValueError(
-                f"{self.name}: the checkpoint is of a run without directions: load its weights into the module first, "
-                "and begin a new run"
+                f"{self.name}: the checkpoint is from a run without directions; load its weights into the module "
+                "first and start a new run"
             )
         state.bare = False
         settle(training.module, state)
@@ -132,20 +134,20 @@ class Subspaces(Act):
         """The module keeps its directions until they are merged."""
 
     def forget(self) -> None:
-        """The next run is no continuation."""
+        """The next run does not continue this one."""
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What tells these directions from others; the coefficients are in the module's own state."""
+        """Marks of the directions; the coefficients are in the state of the module."""
         if prepared(self.module) is None or self.module is None:
             return self._loaded or {}
         return {"marks": {place.name: _mark(place.holder.directions) for place in places(self.module)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run was stopped.
+        """Continue a stopped run.
 
         Raises:
-            ValueError: It was along other directions.
+            ValueError: It used other directions.
         """
         self._loaded = state
         if prepared(self.module) is None or self.module is None or not state:
@@ -159,8 +161,8 @@ class Subspaces(Act):
         ]
         if other:
             raise ValueError(
-                f"{self.name}: the run that is resumed moved along other directions in {other[:5]}: give the same "
-                "basis, k, match and exclude"
+                f"{self.name}: the resumed run used other directions for {other[:5]}; give the same basis, k, match "
+                "and exclude"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,13 +171,13 @@ class Subspaces(Act):
 
 
 def prepared(module: nn.Module | None) -> Prepared | None:
-    """What a module knows of its directions, None where it has none."""
+    """State of the directions of a module; None if it has none."""
     return None if module is None else module.__dict__.get("subspace_prepared")
 
 
 @torch.no_grad()
 def settle(module: nn.Module, state: Prepared) -> None:
-    """Put the means into the weights, once."""
+    """Add the means to the weights, once."""
     if not state.settled:
         for place in places(module):
             if place.key in state.means:
@@ -185,14 +187,14 @@ def settle(module: nn.Module, state: Prepared) -> None:
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """Put what the coefficients add into the weights: keys, classes and what trains are those of before.
+    """Add the change to the weights. Keys, classes and trainable parameters are then those of before.
 
     Raises:
         ValueError: The module has no directions.
     """
     state = prepared(module)
     if state is None:
-        raise ValueError(f"{type(module).__name__} has no directions of SubspaceTraining")
+        raise ValueError(f"{type(module).__name__} has no directions from SubspaceTraining")
     for place in places(module):
         detach(place)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
@@ -208,7 +210,7 @@ def merge(module: nn.Module) -> nn.Module:
 
 
 def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before values are loaded: weights of before are taken, with coefficients of zero."""
+    """Before values are loaded: accept original weights, with zero coefficients."""
     state = prepared(module)
     assert state is not None
     for place in places(module, all_names=True):
@@ -223,7 +225,7 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 
 
 def whole(module: nn.Module, settings: Settings) -> set[int]:
-    """Ids of parameters that `train_also` fits: frozen ones too, unless all are meant."""
+    """Ids of parameters that `train_also` matches: frozen ones too, unless all are meant."""
     if not settings.train_also:
         return set()
     also = chosen_parameters(module, settings.train_also, None).values()
@@ -233,13 +235,13 @@ def whole(module: nn.Module, settings: Settings) -> set[int]:
 def chosen(
     module: nn.Module, settings: Settings
 ) -> tuple[dict[str, tuple[Owner, Float[Tensor, "K *shape"]]], dict[str, str], dict[str, Tensor]]:
-    """Weights with their directions by key, those that stay with the reason, and the means of the basis.
+    """Weights with their directions by key, weights that stay with the reason, and the means of the basis.
 
     Raises:
-        ValueError: The basis is of another architecture, or a weight that was asked for cannot move along directions.
+        ValueError: The basis is from another architecture, or a requested weight cannot move along directions.
     """
     if adapter := next((name for name, _ in module.named_parameters() if "lora_" in name), None):
-        raise ValueError(f"SubspaceTraining: the module has an adapter, {adapter!r}: merge it first")
+        raise ValueError(f"SubspaceTraining: the module has an adapter, {adapter!r}; merge it first")
     owners = owners_of(module)
     named = {id(p): name for name, p in module.named_parameters()}
     wanted = {named[id(p)] for p in chosen_parameters(module, settings.match, settings.exclude).values()}
@@ -255,15 +257,13 @@ def chosen(
         if why is None and basis is not None and not (name.startswith(prefix) and own in basis.shapes):
             why = "not in the basis"
         if why is not None or not parameter.is_floating_point():
-            left_out[name] = why or "of no real numbers"
+            left_out[name] = why or "not real numbers"
         elif basis is None:
             found[name] = several[0], random_directions(parameter.shape, settings.k, settings.seed, name)
         else:
             found[name], means[name] = _of_basis(basis, own, several[0], settings)
     if not found:
-        raise ValueError(
-            f"SubspaceTraining: there is nothing that moves; left alone are {dict(list(left_out.items())[:8])}"
-        )
+        raise ValueError(f"SubspaceTraining: no weight is left to train; left out: {dict(list(left_out.items())[:8])}")
     return found, left_out, means
 
 
@@ -273,8 +273,8 @@ def _of_basis(
     shape = getattr(owner.layer, owner.local).shape
     if basis.shapes[name] != shape:
         raise ValueError(
-            f"SubspaceTraining: {settings.basis} is of another architecture: {name!r} is {tuple(basis.shapes[name])} "
-            f"there and {tuple(shape)} in the module"
+            f"SubspaceTraining: {settings.basis} is from another architecture: {name!r} has shape "
+            f"{tuple(basis.shapes[name])} there and {tuple(shape)} in the module"
         )
     share = basis.share(name)
     mean = share.mean if settings.include_mean else torch.zeros_like(share.mean)
@@ -294,30 +294,35 @@ def _prefix(basis: Basis, module: nn.Module) -> str:
             return prefix
     missing = [name for name in basis.shapes if name not in names]
     raise ValueError(
-        f"SubspaceTraining: {basis.path} is of another architecture: the module lacks {missing[:5]}; it has {names[:5]}"
+        f"SubspaceTraining: {basis.path} is from another architecture: the module lacks {missing[:5]}; it has "
+        f"{names[:5]}"
     )
 
 
 def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
-    """Coefficients that nobody steps, and optimizers that step nothing.
+    """Refuse coefficients that no optimizer steps, and optimizers that step nothing.
 
     Raises:
-        ValueError: There is one, named.
+        ValueError: There is one; the message names it.
     """
     owned = {id(p) for o in training.optimizers for group in o.param_groups for p in group["params"]}
     for place in found:
         if place.weight.requires_grad or not place.holder.coefficients.requires_grad:
             raise ValueError(
-                f"{name}: {place.name!r} is to be frozen and its coefficients are not: something changed it"
+                f"{name}: {place.name!r} must be frozen and its coefficients must not; something has changed "
+                "requires_grad"
             )
         if id(place.holder.coefficients) not in owned:
             raise ValueError(
-                f"{name}: no optimizer has the coefficients of {place.name!r}: give it all that trains in "
-                "configure_optimizers, as self.parameters()"
+                f"{name}: no optimizer has the coefficients of {place.name!r}; in configure_optimizers, pass all "
+                "trainable parameters, such as self.parameters()"
             )
     for optimizer in training.optimizers:
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(f"{name}: {type(optimizer).__name__} has frozen parameters alone: train_also=...")
+            raise ValueError(
+                f"{name}: {type(optimizer).__name__} has only frozen parameters; to train some of them, give "
+                "train_also=..."
+            )
 
 
 def _table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
@@ -326,8 +331,11 @@ def _table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
     whole = sum(p.numel() for p in module.parameters()) - sum(counts.values())
     also = all_trained - sum(counts.values())
     rows = [
-        f"{len(found)} weights move along {sum(counts.values())} directions of {state.settings.basis}; {all_trained:,} "
-        f"numbers train of {whole:,}" + (f", {also:,} of them whole" if also else "")
+        (
+            f"{len(found)} weights move along {sum(counts.values())} directions of {state.settings.basis}; "
+            f"{all_trained:,} of {whole:,} parameters train"
+        )
+        + (f", {also:,} of them in full" if also else "")
     ]
     rows += [f"  {place.name}  {tuple(place.weight.shape)}  {counts[place.name]} directions" for place in found]
     left = ", ".join(f"{name} ({why})" for name, why in state.left_out.items())

@@ -16,45 +16,46 @@ from lightning_lowrank.models.basis_files import Basis
 
 
 class SubspaceTraining(Method):
-    """Trains the coefficients of a shared basis, and nothing else: `W = W0 + mean + sum_i c_i V_i`.
+    """Train only the coefficients of a shared basis: `W = W0 + mean + sum_i c_i V_i`.
 
-    The basis is a file of `lightning-lowrank subspace fit`; W0 is what the module has at the start, which should be
-    what the models of the basis began from. Each tensor has coefficients of its own, at most `k`; all else is frozen.
-    The coefficients begin at 0, so that the model begins at the mean of the others.
+    The basis is a file from `lightning-lowrank subspace fit`. W0 are the module's weights at the start, which should be
+    those that the models of the basis started from. Each tensor has its own coefficients, at most `k`; everything else
+    is frozen. The coefficients start at 0, so the model starts at the mean of the others.
 
-    With `basis="random"` directions are drawn for each tensor, and there is no mean: what any subspace of the same size
-    does (Li et al. 2018), beside which a fitted one is to be read.
+    With `basis="random"`, the directions of each tensor are random and there is no mean. It shows what any subspace of
+    this size achieves (Li et al. 2018); compare a fitted basis with it.
 
-    Coefficients are made in `setup`, before `configure_optimizers`; in a loop of your own call `prepare(model)` before
-    its optimizer is made. `net.0.weight` becomes `net.0.parametrizations.weight.original`, frozen, and
-    `...weight.0.coefficients`. They stay until `merge(module)`, which gives keys and classes back. A checkpoint has no
-    directions: to resume, the file of the basis has to be there.
+    Coefficients are created in `setup`, before `configure_optimizers`. In your own loop, call `prepare(model)` before
+    you create its optimizer. `net.0.weight` becomes `net.0.parametrizations.weight.original`, which is frozen, and
+    `...weight.0.coefficients`. They stay until `merge(module)`, which restores keys and classes. A checkpoint does not
+    contain the directions, so resuming needs the file of the basis.
 
-    Writes, per weight, `subspace_update_norm`, the norm of what the coefficients add over that of the weight, and
-    `subspace_num_directions_used`, the participation ratio of their squares, from 1 to k; and
+    Curves of each weight: `subspace_update_norm`, the norm of its change relative to the weight;
+    `subspace_num_directions_used`, the participation ratio of the squared coefficients, from 1 to k; and
     `subspace_num_coefficients`.
 
-    Cost: k + 1 times the memory of the weights, for the directions; each forward pass forms each weight, k
-    multiply-adds per number.
+    Cost: k + 1 times the memory of the weights, for the directions. Each forward pass computes each weight, with k
+    multiply-adds per entry.
 
     Args:
-        basis: A file of `subspace fit`, or "random".
-        k: Directions of each tensor, or as many as the basis has of it.
-        include_mean: Begin at W0 and the mean of the basis.
-        match: Only weights whose name fits one of these globs, `re:REGEX` or `type:LAYERCLASS`.
-        exclude: Not these.
-        train_also: Patterns of parameters that train whole and have no directions, such as a new head; "*" means all
-            that have none. What you froze before (`requires_grad=False`) stays as it is unless it is named here.
-        seed: Of what is drawn.
-        every_n_steps: Cadence of the curves, in optimizer steps.
+        basis: A file from `subspace fit`, or "random".
+        k: Largest number of directions of each tensor; the basis may have fewer.
+        include_mean: Start at W0 plus the mean of the basis.
+        match: Only weights whose name matches one of these globs, `re:REGEX` or `type:LAYERCLASS`.
+        exclude: Patterns of weights to leave out.
+        train_also: Patterns of parameters that train in full and have no directions, such as a new head. "*" means all
+            parameters without directions. Parameters that you froze before (`requires_grad=False`) stay frozen unless
+            they are named here.
+        seed: Seed for random directions.
+        every_n_steps: Optimizer steps between points of the curves.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single weights: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single weights: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
 
     Raises:
-        ValueError: There is no such file, or an option is out of its range. Before training: the basis is of another
-            architecture, a pattern fits nothing, nothing is left that moves, coefficients are in no optimizer, or
-            the run that is resumed had another basis.
+        ValueError: The file does not exist, or an option is out of range. Before training: the basis is from another
+            architecture, a pattern matches nothing, no weight is left to train, or no optimizer has the coefficients.
+            Also if the resumed run had another basis.
 
     Examples:
         >>> SubspaceTraining(basis="random", k=4, train_also="head*")
@@ -83,7 +84,7 @@ class SubspaceTraining(Method):
         name: str | None = None,
     ) -> None:
         if type(k) is not int or k < 1:
-            raise ValueError(f"k={k!r}: a whole number of directions from 1 on")
+            raise ValueError(f"k={k!r} must be a whole number of at least 1")
         refuse_seed(seed)
         if basis != "random":
             Basis(basis)
@@ -97,8 +98,8 @@ class SubspaceTraining(Method):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the coefficients, before `configure_optimizers`; refuse callbacks that would unfreeze the weights."""
-        refuse_finetuning(trainer, "SubspaceTraining", "name what trains beside the coefficients by train_also")
+        """Create the coefficients before `configure_optimizers`; refuse callbacks that would unfreeze the weights."""
+        refuse_finetuning(trainer, "SubspaceTraining", "name other parameters to train with train_also")
         super().setup(trainer, pl_module, stage)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,13 +108,13 @@ class SubspaceTraining(Method):
 
     @staticmethod
     def merge(module: nn.Module) -> nn.Module:
-        """Put what the coefficients add into the weights; keys, classes and what trains are those of before.
+        """Add the change to the weights; keys, classes and trainable parameters are then those of before.
 
         Returns:
             The module.
 
         Raises:
-            ValueError: It has no directions.
+            ValueError: The module has no directions.
         """
         return merge(module)
 

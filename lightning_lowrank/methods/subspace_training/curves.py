@@ -1,4 +1,4 @@
-"""What `SubspaceTraining` reports: how far weights have moved, and along how many of their directions."""
+"""Curves of `SubspaceTraining`: how far weights have moved, and along how many directions."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class SubspaceNumbers(NumberSource):
     """Norms and participation ratios of coefficients.
 
     Args:
-        act: Whose they are.
+        act: The act that has the coefficients.
     """
 
     name = "subspace"
@@ -32,22 +32,22 @@ class SubspaceNumbers(NumberSource):
         self.quantities = led_by(CORE, [*sites, Quantity("subspace_num_coefficients", "1")])
 
     def plan(self, training: Training) -> None:
-        """The weights are those that have directions."""
+        """Read the weights that have directions."""
 
     def labels(self) -> list[str]:
-        """One for each weight, and the whole model."""
+        """One label for each weight, and one for the whole model."""
         return [WHOLE_MODEL, *(place.name for place in self._places())]
 
     @torch.no_grad()
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the coefficients as they are."""
+        """Numbers of the current coefficients."""
         found = self._places()
         count = sum(place.holder.coefficients.numel() for place in found)
         whole = Numbers(WHOLE_MODEL, {"subspace_num_coefficients": torch.tensor(float(count))})
         return [whole, *(Numbers(place.name, _of_place(place)) for place in found)]
 
     def detach(self) -> None:
-        """Nothing is kept."""
+        """There is nothing to drop."""
 
     def _places(self) -> list[Place]:
         return [] if self._act.module is None else places(self._act.module)

@@ -1,4 +1,4 @@
-"""Weights that move along given directions alone.
+"""Weights that move only along given directions.
 
 Shape letters:  K directions
 """
@@ -19,10 +19,10 @@ from lightning_lowrank.models.names import tag
 
 
 class AlongDirections(nn.Module):
-    """Parametrization of a weight: itself and a sum of directions, whose coefficients train.
+    """Parametrization of a weight: itself plus a sum of directions with trained coefficients.
 
     Args:
-        directions: Orthonormal as flat vectors. They are no part of the state dict.
+        directions: Directions, orthonormal as flat vectors. They are not in the state dict.
     """
 
     directions: Num[Tensor, "K *shape"]
@@ -34,7 +34,7 @@ class AlongDirections(nn.Module):
         self.register_buffer("directions", directions, persistent=False)
 
     def change(self) -> Tensor:
-        """What the coefficients add."""
+        """The weighted sum of the directions."""
         flat = self.coefficients.to(self.directions) @ self.directions.flatten(1)
         change: Tensor = flat.reshape(self.directions.shape[1:])
         return change
@@ -49,11 +49,11 @@ class Place:
     """A weight that moves along directions.
 
     Attributes:
-        name: Of the weight, clean.
-        key: Of the weight in the state dict of before.
-        layer: That has it.
-        local: The name that the layer knows it by.
-        holder: What adds the sum.
+        name: Clean name of the weight.
+        key: Its key in the original state dict.
+        layer: The layer that has it.
+        local: Its name in the layer.
+        holder: The module that adds the sum.
     """
 
     name: str
@@ -64,16 +64,16 @@ class Place:
 
     @property
     def weight(self) -> nn.Parameter:
-        """Without the sum."""
+        """The weight without the sum."""
         chain = cast(nn.ModuleDict, self.layer.parametrizations)[self.local]
         return cast(nn.Parameter, chain.original)
 
 
 def places(module: nn.Module, *, all_names: bool = False) -> list[Place]:
-    """Weights of a module that move along directions.
+    """The weights of a module that move along directions.
 
     Args:
-        all_names: A layer that has several names stands under each of them.
+        all_names: Return a layer under each of its names.
     """
     return list(_places(module, all_names))
 
@@ -96,7 +96,7 @@ def attach(layer: nn.Module, local: str, directions: Num[Tensor, "K *shape"]) ->
 
 @torch.no_grad()
 def detach(place: Place) -> None:
-    """Put what the coefficients add into the weight, and let it be a plain parameter in its place again."""
+    """Add the change to the weight, and make it a plain parameter again."""
     weight = place.weight
     change = place.holder.change().to(weight.dtype)
     parametrize.remove_parametrizations(place.layer, place.local, leave_parametrized=False)
@@ -106,14 +106,14 @@ def detach(place: Place) -> None:
 def trouble(layer: nn.Module, owners: int) -> str | None:
     """Why a weight of a layer cannot move along directions."""
     if isinstance(layer, ParametrizationList) or hooked(layer) or parametrize.is_parametrized(layer):
-        return "it is computed by a parametrization, a norm or a mask"
+        return "a parametrization, a norm or a mask computes it"
     if isinstance(layer, nn.RNNBase):
-        return f"{type(layer).__name__} keeps its weights in one piece of memory"
-    return "it is shared by layers" if owners > 1 else None
+        return f"{type(layer).__name__} stores its weights in one block of memory"
+    return "several layers share it" if owners > 1 else None
 
 
 def random_directions(shape: torch.Size, k: int, seed: int, name: str) -> Float[Tensor, "K *shape"]:
-    """Orthonormal directions that are drawn uniformly, or as many as a small tensor has."""
+    """Random orthonormal directions, uniformly distributed; at most as many as a small tensor has entries."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     size = shape.numel()
     drawn = torch.randn(size, min(k, size), generator=generator, dtype=torch.float64)

@@ -10,36 +10,36 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class ActivationMonitor(Monitor):
-    """How large what flows through the blocks is, and how it grows over depth, forwards and backwards.
+    """How large the activations and gradients between blocks are, and how they grow over depth.
 
-    Residual streams that grow, gradients that vanish or explode between blocks, branches that no longer write, and few
-    channels that are a hundred times larger than the others: each is the beginning of a failure that the loss shows
-    later, or of one that half precision meets first.
+    It shows growing residual streams, gradients that vanish or explode between blocks, branches with almost no output,
+    and channels that are a hundred times larger than the others. These precede failures that the loss shows only later,
+    or that occur in half precision first.
 
-    Writes medians over blocks of `activation/rms`, `activation/growth` (of the RMS, from what comes into a block to
-    what leaves it), `activation/massive_ratio` (largest channel over the median one) and `activation/gradient_gain`
-    (the norm of the loss's gradient in what comes in over that in what leaves); from "standard" on single blocks, what
-    each branch writes, kurtosis and dormant share of channels, uniformity of the rows of weights, and alignment of top
-    singular vectors from block to block.
+    Writes medians over blocks: `activation/rms`; `activation/growth`, the RMS of the output over that of the input;
+    `activation/massive_ratio`, the largest channel over the median one; and `activation/gradient_gain`. The latter is
+    the norm of the loss's gradient at the input over that at the output. From "standard" on, also single blocks: output
+    of each branch, kurtosis and dormant share of channels, uniformity of the rows of weights, and alignment of top
+    singular vectors between blocks.
 
-    Cost: on due steps seven passes over the outputs of the blocks, two over the gradients in them and two over their
-    branches; the eigenvectors of the first and last matrix of each block.
+    Cost: on due steps, seven passes over the outputs of the blocks, two over their gradients and two over their
+    branches. In addition, the eigenvectors of the first and last matrix of each block.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 100 unless given.
-        match: Blocks: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given what stands in lists of
-            layers of one class; linear, convolutional, embedding, attention and recurrent layers where there are none.
-        exclude: The same, taken away.
-        max_width: Weights whose shorter side is longer have no singular vectors, and no alignment; 0 for none.
+        every_n_steps: Cadence in optimizer steps; default 100.
+        match: Blocks: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. By default the entries of lists of
+            layers of one class; if there are none, linear, convolutional, embedding, attention and recurrent layers.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_width: Longest short side of weights whose singular vectors are used for the alignment; 0 for none.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single sites: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single sites: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
+        alerts: Alert rules; by default those with early warnings and few false alarms (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, or a block cannot be
-            heard.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or a block cannot be
+            measured.
 
     Examples:
         >>> ActivationMonitor(every_n_steps=10).recorders[0].quantities[:3]

@@ -43,17 +43,17 @@ NAMES = (*OF_BLOCKS, "branch_ratio", "row_uniformity", "row_uniformity_chance")
 
 
 class Activations(NumberSource):
-    """Sizes of what flows through blocks, from activations, their gradients and the weights inside.
+    """Sizes of activations and gradients between blocks, and measures of the weights inside.
 
     Args:
-        match: Blocks: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. Unless given what stands in lists of
-            layers of one class; where there are none linear, convolutional, embedding, attention and recurrent layers.
-        exclude: The same, taken away.
-        max_width: Weights whose shorter side is longer have no singular vectors; 0 for none.
+        match: Blocks: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`. By default the entries of lists of
+            layers of one class; if there are none, linear, convolutional, embedding, attention and recurrent layers.
+        exclude: Patterns of what to leave out, as for `match`.
+        max_width: Longest short side of weights whose singular vectors are used; 0 for none.
 
     Raises:
-        ValueError: `max_width` is below 0; in `plan`: a pattern fits nothing, there is nothing to hear, or a layer
-            cannot be heard.
+        ValueError: `max_width` is below 0; in `plan`: a pattern matches nothing, there is no block, or a layer cannot
+            be measured.
     """
 
     name = "activation"
@@ -66,7 +66,7 @@ class Activations(NumberSource):
         max_width: int = 2048,
     ) -> None:
         if type(max_width) is not int or max_width < 0:
-            raise ValueError(f"max_width={max_width!r}: a number of columns, or 0 for no singular vectors")
+            raise ValueError(f"max_width={max_width!r} must be a number of columns, or 0 for no singular vectors")
         self._match, self._exclude, self._max_width = match, exclude, max_width
         quantities = (Quantity(f"activation_{name}", UNITS.get(name, "1"), per_site=True) for name in NAMES)
         self.quantities = led_by(CORE, quantities, LOOKED_UP)
@@ -100,7 +100,7 @@ class Activations(NumberSource):
         return [*self._streams.blocks, *(label for site in self._matrices() for label in site.labels)]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._streams.attach(self.timed)
 
     def batch_over(self) -> None:
@@ -108,7 +108,7 @@ class Activations(NumberSource):
         self.trouble = self._streams.batch_over() or self.trouble
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of blocks over all rows of the step, of all processes; of weights as they are after the step."""
+        """Numbers of blocks over all rows of the step and of all processes; of weights after the step."""
         flows = self._streams.pooled(team)
         self.detach()
         of_weights = self._of_weights(team)
@@ -122,7 +122,7 @@ class Activations(NumberSource):
         return [Numbers(name, {f"activation_{key}": x for key, x in row.items()}) for name, row in rows.items()]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._streams.detach()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,7 +140,8 @@ class Activations(NumberSource):
         chosen -= set() if self._exclude is None else fitting("exclude", self._exclude, layers)
         if not chosen:
             raise ValueError(
-                f"ActivationMonitor finds no block: match layers whose outputs are to be read, of {list(layers)[:10]}"
+                "ActivationMonitor finds no block; match layers whose outputs should be read. Layers: "
+                f"{list(layers)[:10]}"
             )
         return chosen
 

@@ -1,4 +1,4 @@
-"""What flows into and out of blocks on a due step: sums that add up over rows, micro-batches and processes.
+"""Inputs and outputs of blocks on a due step, as sums over rows, micro-batches and processes.
 
 Shape letters:  U channels of what a block puts out
 """
@@ -50,7 +50,7 @@ class Flow:
         return cls(zeros, zeros, zeros, dict.fromkeys(PLAIN, zeros.sum()))
 
     def add(self, rows: Float[Tensor, "*B U"]) -> None:
-        """What comes out of the block."""
+        """Add an output of the block."""
         flat, dtype = rows.flatten(0, -2), self.squares.dtype
         self.magnitudes = self.magnitudes + torch.linalg.vector_norm(flat, 1, 0, dtype=dtype)
         self.squares = self.squares + torch.linalg.vector_norm(flat, 2, 0, dtype=dtype).square()
@@ -62,7 +62,7 @@ class Flow:
         self.energies[name] = self.energies[name] + value
 
     def layout(self) -> tuple[int, tuple[str, ...]]:
-        """What another process has to have the same of."""
+        """The layout that other processes must share."""
         return len(self.tops), tuple(sorted(self.branches))
 
     def sums(self) -> Tensor:
@@ -71,7 +71,7 @@ class Flow:
         return torch.cat([self.magnitudes, self.squares, torch.stack(single)])
 
     def with_sums(self, sums: Tensor, tops: Tensor) -> "Flow":
-        """The same of all processes together."""
+        """A copy with the sums of all processes."""
         width, branches = self.layout()
         magnitudes, squares, single = sums.split([width, width, len(sums) - 2 * width])
         values = iter(single.unbind())
@@ -99,7 +99,7 @@ class Seen:
 
     @property
     def value(self) -> Tensor | None:
-        """What it was; None if it has been written to since."""
+        """The tensor; None if it has been written to since."""
         return _plain(self.tensor) if self.tensor._version == self.version else None
 
 
@@ -161,7 +161,7 @@ class Streams:
         return self._entries.take_error() or self._exits.take_error() or self._error
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self.batch_over()
         self._error, self._flows, self._lost = None, {}, set()
 

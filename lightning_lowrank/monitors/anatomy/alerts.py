@@ -13,13 +13,13 @@ def NotLowRankAlert(below: float = 0.5, sites: str | Sequence[str] = "*", **opti
     Args:
         below: Smallest share of the energy that does not fire.
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> NotLowRankAlert().quantity
         'anatomy_low_rank_share'
     """
-    cause = "strong weight decay or noise in the loss, a loss near its minimum, inputs without a common direction"
+    cause = "strong weight decay or noise in the loss, a loss near its minimum, or inputs without a common direction"
     return Alert("anatomy_low_rank_share", sites, **{"below": below, "warm_up_samples": 0, "cause": cause, **options})
 
 
@@ -29,15 +29,15 @@ def ResidueSuppressedAlert(above: float = 0.6, sites: str | Sequence[str] = "*",
     Args:
         above: Largest share of the spike in the energy of both that does not fire.
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> ResidueSuppressedAlert(sites="net.0.*").sites
         'net.0.*'
     """
     cause = (
-        "an activation with a kink (ReLU) on inputs with a strong common direction: standardise "
-        "them, add noise, or take a smooth one"
+        "an activation with a kink (ReLU) on inputs with a strong common direction; standardise the inputs, add "
+        "noise, or use a smooth activation"
     )
     return Alert("anatomy_spike_dominance", sites, **{"above": above, "warm_up_samples": 0, "cause": cause, **options})
 
@@ -47,13 +47,16 @@ def PhaseShiftAlert(sites: str | Sequence[str] = "*", **options: Any) -> Alert:
 
     Args:
         sites: As in `Alert`, like all that follows.
-        options: Others of `Alert`.
+        options: Other options of `Alert`.
 
     Examples:
         >>> PhaseShiftAlert().severity
         'info'
     """
-    cause = "what the residue had in the bulk of the inputs is learnt, so that their common direction is left"
+    cause = (
+        "the network has learnt the part of the residue in the bulk of the inputs, so only their common "
+        "direction is left"
+    )
     return Alert(
         "anatomy_phase_shift", sites, **{**EVENT, "above": 0.5, "actions": ("log", "wandb"), "cause": cause, **options}
     )

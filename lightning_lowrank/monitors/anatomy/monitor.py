@@ -17,9 +17,9 @@ class GradientAnatomyMonitor(Monitor):
     On steps with a sample, the monitor records inputs of linear layers and convolutions, and the gradients of their
     outputs. It keeps the same rows of both. Their product is compared with the gradient that the optimizer gets.
 
-    Memory on steps with a sample: for each layer `max_rows` rows of inputs and of output gradients (slightly more
-    during the backward pass), 8 numbers for every row of the batch, and a copy of the gradient. Between samples two
-    directions per layer are kept, also in checkpoints.
+    Memory on steps with a sample: for each layer, `max_rows` rows of inputs and output gradients, 8 numbers per row of
+    the batch, and a copy of the gradient. The backward pass needs slightly more. Between samples two directions per
+    layer are kept, also in checkpoints.
 
     Args:
         match: Weights to watch: globs, `re:REGEX`, `type:LAYERCLASS`; by default those of all linear layers and
@@ -39,7 +39,7 @@ class GradientAnatomyMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or a layer cannot be
             measured.
 
     Examples:
@@ -51,7 +51,7 @@ class GradientAnatomyMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """A layer goes from residue to spike: an event, not a warning."""
+        """A layer changes from residue to spike: an event, not a warning."""
         return [PhaseShiftAlert()]
 
     def __init__(

@@ -64,19 +64,19 @@ class Pairs:
 
 
 class PairTap:
-    """Hears all layers that share a weight, from the first batch of a sample until its gradient is final.
+    """Observes all layers that share a weight, from the first batch of a sample until its gradient is final.
 
-    Rows are drawn in the forward pass, with keys from a generator on the host: nothing waits for the device. A call
-    counts once the backward pass has come by its output; so the second run of a layer under activation checkpointing
-    counts where the first one had no graph, and only there.
+    Rows are drawn in the forward pass, with keys from a generator on the host, so nothing waits for the device. A call
+    counts once the backward pass has passed its output. Under activation checkpointing, the second run of a layer
+    therefore counts exactly if the first one had no graph.
 
-    Where a hook computes the layer's weight before each call (pruning, the older weight and spectral norm), the
-    gradient is that of the computed weight, summed over the calls: the two sides make that one, and what the optimizer
-    gets is made from it.
+    Sometimes a hook computes the layer's weight before each call (pruning, the older weight and spectral norm). Then
+    the gradient is that of the computed weight, summed over the calls. The two sides form this gradient, and the
+    optimizer's gradient is derived from it.
 
     Args:
-        weight: That the optimizer steps.
-        layers: All that multiply by it, or by what is computed from it.
+        weight: The weight that the optimizer steps.
+        layers: All layers that multiply by it, or by a weight computed from it.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PairTap:
 
     @property
     def error(self) -> Exception | None:
-        """What went wrong in this sample."""
+        """The failure in this sample."""
         self._error = self._error or self._listener.take_error()
         return self._error
 
@@ -136,7 +136,7 @@ class PairTap:
             self.gradient = (self.weight.grad if self._of_computed is None else self._of_computed).detach().clone()
 
     def take(self) -> Pairs | None:
-        """What was heard, and be ready for another sample; None where nothing was."""
+        """The recorded rows; None if there are none. Then it is ready for another sample."""
         calls = [call for call in self._calls if call.signals is not None and call.count]
         product, probes = self._product, self._probes
         self._calls, self._probes, self._product = [], None, None
@@ -162,7 +162,7 @@ class PairTap:
         return torch.randn(weight.shape[1], PROBES, generator=draws, dtype=torch.float32, device=weight.device)
 
     def drop(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self.detach()
         self._begin(0)
 
@@ -180,7 +180,7 @@ class PairTap:
         self._outside |= not recomputes()
         if not inputs:
             raise ValueError(
-                f"a {type(layer).__name__} is called by keyword; what comes in by place, as in layer(x), is heard"
+                f"a {type(layer).__name__} is called with keyword arguments; pass its input by position, as in layer(x)"
             )
         with full_precision(output.device):
             call = self._call(layer, inputs[0].detach(), output)
@@ -198,7 +198,7 @@ class PairTap:
         # Before any place is looked up: an index out of range ends a run on a GPU.
         if len(probed) * as_matrix(layer, self.weight).shape[0] != output.numel():
             raise ValueError(
-                f"a {type(layer).__name__} has other outputs than a layer of its kind: a forward of its own"
+                f"a {type(layer).__name__} has a custom forward, whose outputs differ from those of such a layer"
             )
         keys = torch.rand(len(probed), generator=self._draws, dtype=torch.float64, device="cpu")
         together = torch.cat([self._top, keys])
@@ -229,7 +229,7 @@ class PairTap:
 
 
 def of_inputs(layer: nn.Module, inputs: Tensor, weights: Float[Tensor, "N K"]) -> Float[Tensor, "T K"]:
-    """What the layer would put out with such weights and no bias, as rows."""
+    """The output of the layer with such weights and no bias, as rows."""
     if _is_linear(layer):
         return inputs.reshape(-1, inputs.shape[-1]) @ weights
     kernel = weights.mT.unflatten(1, (-1, *_kernel(layer)))
@@ -237,7 +237,7 @@ def of_inputs(layer: nn.Module, inputs: Tensor, weights: Float[Tensor, "N K"]) -
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, output: Tensor, places: Int[Tensor, " R"]) -> Float[Tensor, "R N"]:
-    """What the weight is multiplied with at some places of the output: a copy."""
+    """The inputs that the weight multiplies at some places of the output, as a copy."""
     if _is_linear(layer):
         return inputs.reshape(-1, inputs.shape[-1])[places]
     image, (height, width) = _padded(layer, inputs), _image(layer, output).shape[-2:]

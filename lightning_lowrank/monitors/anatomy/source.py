@@ -58,7 +58,7 @@ class Anatomy(NumberSource):
             of the residue. By default the width of the module's last linear layer.
 
     Raises:
-        ValueError: A number is out of its range; in `plan`: a pattern matches nothing, or a layer cannot be measured.
+        ValueError: A number is out of range; in `plan`: a pattern matches nothing, or a layer cannot be measured.
     """
 
     name = "anatomy"
@@ -75,10 +75,11 @@ class Anatomy(NumberSource):
         num_outputs: int | None = None,
     ) -> None:
         if type(max_rows) is not int or max_rows < FEWEST_ROWS:
-            raise ValueError(f"max_rows={max_rows!r}: a whole number, {FEWEST_ROWS} at least")
+            raise ValueError(f"max_rows={max_rows!r} must be a whole number of at least {FEWEST_ROWS}")
         if num_outputs is not None and (type(num_outputs) is not int or not 1 <= num_outputs <= MOST_OUTPUTS):
             raise ValueError(
-                f"num_outputs={num_outputs!r}: from 1 to {MOST_OUTPUTS}, or None for the width of the last linear layer"
+                f"num_outputs={num_outputs!r} must be from 1 to {MOST_OUTPUTS}, or None for the width of the last "
+                "linear layer"
             )
         self._match, self._exclude, self._max_rows, self._asked = match, exclude, max_rows, num_outputs
         per_site = [
@@ -95,7 +96,7 @@ class Anatomy(NumberSource):
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def plan(self, training: Training) -> None:
-        """Choose the weights, and refuse what no hook would hear."""
+        """Choose the weights, and refuse those that hooks cannot observe."""
         module = training.module
         owners = _owners(module)
         names = _names(module, owners)
@@ -128,17 +129,17 @@ class Anatomy(NumberSource):
                 tap.drop()
 
     def labels(self) -> Sequence[str]:
-        """Each weight; the whole model has a number where a loss is shown."""
+        """Each weight; also the whole model if the loss is seen."""
         return list(self._taps)
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         for i, tap in enumerate(self._taps.values()):
             # The probes are the same in all processes, so that their products can be added up.
             tap.attach(batch.seed * 4096 + i, -(-self._max_rows // batch.training.team.size), self.timed)
 
     def note(self) -> str:
-        """What it does not hear."""
+        """What is not measured."""
         return (
             "without " + ", ".join(f"{count} {name}" for name, count in self._left_out.items())
             if self._left_out
@@ -146,12 +147,12 @@ class Anatomy(NumberSource):
         )
 
     def loss_live(self, loss: Tensor, scale: Tensor | float) -> None:
-        """Keep the loss of the batch, as the user computed it."""
+        """Keep the loss of the batch as the user computed it."""
         if loss.numel() == 1:
             self._losses.append(loss.detach().reshape(()) / scale)
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Keep the gradient, which may be clipped a moment later."""
+        """Keep the gradient, since it may be clipped a moment later."""
         for tap in self._taps.values():
             if id(tap.weight) in step.parameters:
                 tap.close()
@@ -163,7 +164,7 @@ class Anatomy(NumberSource):
             tap.detach()
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of the layers whose gradients were final, each process all of them."""
+        """Numbers of the layers whose gradients were final; each process has all of them."""
         for tap in self._taps.values():
             if tap.gradient is not None and tap.error is not None:
                 self.trouble = self.trouble or tap.error
@@ -177,13 +178,13 @@ class Anatomy(NumberSource):
         return [*([loss] if losses else []), *(numbers for numbers in found if numbers is not None)]
 
     def detach(self) -> None:
-        """Let go of the sample."""
+        """Drop the sample."""
         self._losses = []
         for tap in self._taps.values():
             tap.drop()
 
     def facts(self) -> dict[str, float]:
-        """How many directions of the signals count as the residue's."""
+        """Number of signal directions that count as the residue's."""
         return {"num_outputs": float(self._num_outputs)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class Anatomy(NumberSource):
         return {"known": {name: dict(known) for name, known in self._known.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self._known = {name: dict(known) for name, known in state.get("known", {}).items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,10 +215,10 @@ class Anatomy(NumberSource):
         try:
             if pooled is None:
                 why = (
-                    "there was none, or the layer was called in a compiled or mapped function, or its weight "
-                    "used without it"
+                    "the batch had none, the layer was called in a compiled or mapped function, or its weight was "
+                    "used without the layer"
                 )
-                raise ValueError(f"no row of {name!r} was heard: {why}")
+                raise ValueError(f"no row of {name!r} was seen: {why}")
             return self._numbers(name, pooled, gradient)
         except Exception as error:  # one layer, which does no harm to others
             self.trouble = self.trouble or error

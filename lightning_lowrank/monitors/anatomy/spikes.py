@@ -28,10 +28,10 @@ class SpikedData:
     Attributes:
         inputs: The rows.
         bulk: The rows without the spike: independent Gaussian, where the k-th coordinate has variance `k ** -alpha`.
-        coordinates: Of each row along the spike: standard normal.
-        direction: Of the spike, of length 1.
+        coordinates: Coordinate of each row along the spike; standard normal.
+        direction: Direction of the spike, of length 1.
         strength: `T ** nu`.
-        alpha: Of the bulk.
+        alpha: Exponent of the bulk.
     """
 
     inputs: Float[Tensor, "T N"]
@@ -44,7 +44,7 @@ class SpikedData:
 
 @dataclass(frozen=True)
 class Outlier:
-    """What the eigenvalues of a sample covariance tell of a spike and of the bulk below it.
+    """Spike and bulk, from the eigenvalues of a sample covariance.
 
     Attributes:
         gap: First eigenvalue over the second.
@@ -79,15 +79,15 @@ def spiked_data(
     """Draw rows of the spiked covariance model.
 
     Args:
-        num_rows: T.
-        width: N.
+        num_rows: T, the number of rows.
+        width: N, the length of a row.
         nu: The spike has standard deviation `T ** nu`.
         alpha: Eigenvalues of the bulk are `k ** -alpha`.
         generator: Draws all random numbers.
-        dtype: Of the rows.
+        dtype: Dtype of the rows.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of range.
 
     Examples:
         >>> spiked_data(100, 20, nu=0.25, generator=torch.Generator().manual_seed(0)).inputs.shape
@@ -98,13 +98,14 @@ def spiked_data(
     """
     for name, count in {"num_rows": num_rows, "width": width}.items():
         if type(count) is not int or count < 1:
-            raise ValueError(f"spiked_data({name}={count!r}): a whole number, 1 at least")
+            raise ValueError(f"spiked_data({name}={count!r}): expected a whole number of at least 1")
     for name, exponent in {"nu": nu, "alpha": alpha}.items():
         if not isinstance(exponent, int | float) or not isfinite(exponent):
-            raise ValueError(f"spiked_data({name}={exponent!r}): a finite number")
+            raise ValueError(f"spiked_data({name}={exponent!r}): expected a finite number")
     if not isinstance(generator, torch.Generator) or not dtype.is_floating_point:
         raise ValueError(
-            f"spiked_data(generator={generator!r}, dtype={dtype}): a torch.Generator, and a dtype of real numbers"
+            f"spiked_data(generator={generator!r}, dtype={dtype}): expected a torch.Generator and a real "
+            "floating-point dtype"
         )
     drawn: dict[str, Any] = {"dtype": dtype, "device": generator.device}
     scales = torch.arange(1, width + 1, dtype=dtype, device=generator.device) ** (-alpha / 2)
@@ -119,24 +120,24 @@ def spiked_data(
 def outlier(eigenvalues: Float[Tensor, " K"], num_rows: int, width: int, num_examples: int) -> Outlier:
     """Tell spike and bulk from the eigenvalues of the covariance of a sample of rows.
 
-    The overlap is that of the spiked covariance model with any bulk: with m the mean of `1 / (l_j - l_1)` over the
-    others of the T eigenvalues of the Gram matrix of the rows, the spike's own eigenvalue is `-1 / m`, and the squared
-    cosine `-m / (l_1 m')`.
+    The overlap is that of the spiked covariance model with any bulk. Let m be the mean of `1 / (l_j - l_1)` over the
+    other ones of the T eigenvalues of the Gram matrix of the rows. The spike's own eigenvalue is then `-1 / m`, and the
+    squared cosine is `-m / (l_1 m')`. For a spike l seen as l_1, the squared cosine is `l / l_1` times `d l_1 / d l`;
+    with `l = -1 / m(l_1)` this gives the formula.
 
     Args:
         eigenvalues: Largest first, zeros at the end.
-        num_rows: T, of the sample.
-        width: N.
-        num_examples: What the strength is a power of: rows that there were.
+        num_rows: T, the number of rows in the sample.
+        width: N, the length of a row.
+        num_examples: Number of rows that there were; the strength is a power of it.
 
     Returns:
-        `nu` and `alpha` are NaN with fewer than 64 rows, or with a bulk that is steeper than any power law looked at;
-        `nu` also where there is no spike that can be told.
+        `nu` and `alpha` are NaN for fewer than 64 rows, or if the bulk is steeper than all tested power laws. `nu` is
+        also NaN if no spike is found.
 
     References:
-        Bai & Ding (2012), Estimation of spiked eigenvalues in spiked models, for the spike's own eigenvalue. The
-        squared cosine of a spike l seen as l_1 is `l / l_1` times `d l_1 / d l`, which with `l = -1 / m(l_1)` is what
-        is written above; of a flat bulk that is the formula of Paul (2007), Statistica Sinica 17(4).
+        Bai & Ding (2012), Estimation of spiked eigenvalues in spiked models, for the spike's own eigenvalue; Paul
+        (2007), Statistica Sinica 17(4), for the squared cosine with a flat bulk.
     """
     if len(eigenvalues) < 2:  # of one row or one column: there is no bulk
         nothing = torch.full((), torch.nan, dtype=eigenvalues.dtype, device=eigenvalues.device)

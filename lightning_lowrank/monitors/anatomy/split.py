@@ -1,4 +1,4 @@
-"""Where the gradient of a linear layer comes from: its inputs, the gradients of its outputs, and their product.
+"""The origin of a linear layer's gradient: its inputs, the gradients of its outputs, and their product.
 
 Shape letters:  T rows   N inputs   M outputs   K directions   w width of a block of trial vectors
 """

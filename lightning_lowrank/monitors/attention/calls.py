@@ -96,7 +96,7 @@ class Calls:
         try:
             refuse_compiled(root, modules, "attention")
         except ValueError as error:
-            raise ValueError(f"{error}; scores=False leaves calls of attention out") from None
+            raise ValueError(f"{error}; scores=False ignores calls of attention") from None
         self._modules, self._heads = modules, heads
         fast = [part for part in root.modules() if isinstance(part, FAST)]
         self._fast = {name: [one for one in fast if _share(one, part)] for name, part in modules.items()}

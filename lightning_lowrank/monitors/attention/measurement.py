@@ -36,7 +36,7 @@ ByHead = dict[str, dict[str, Tensor]]
 
 
 def ranks_of(parts: Mapping[Attention, Parts]) -> ByHead:
-    """Of all heads, with what random matrices have, in one batch of eigenproblems."""
+    """Ranks of all heads, with those of random matrices, in one batch of eigenproblems."""
     batches = list(_batches(parts))
     small = [core for some in batches for core in circuit_updates(*_stacked([parts[one] for one in some]))]
     spectra = decompose(small, "values").spectra
@@ -85,7 +85,7 @@ def _chance(width: int, inputs: int, others: int) -> dict[str, Tensor]:
 
 
 def scores_of(found: Float[Tensor, "P 6 H"]) -> tuple[dict[str, Float[Tensor, " H"]], Float[Tensor, ""]]:
-    """Of all heads, and the largest score of all; NaN without a row.
+    """Statistics of the scores of all heads, and the largest score of all; NaN without rows.
 
     Args:
         found: Of each process the sums over rows, and the largest score.

@@ -10,41 +10,42 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class AttentionMonitor(Monitor):
-    """How each step changes what the heads of attention compare, and how they attend.
+    """How each step changes what attention heads compare, and where they attend.
 
-    A head compares queries with keys by `x' Wq' Wk y`. One step adds `dWq' Wk + Wq' dWk` to that product, and
-    `dWq' dWk` to second order. Few directions in these say that the step serves few comparisons. Read them against the
-    run's own healthy past and beside what random matrices of that shape give. From calls of attention, on a drawn
-    sample of queries: the largest score, the entropy of the shares, and the share of the first key, the usual sink.
+    A head compares queries with keys by `x' Wq' Wk y`. One step adds `dWq' Wk + Wq' dWk` to that product, and `dWq'
+    dWk` to second order. If these use few directions, the step changes few comparisons. Compare them with earlier
+    samples of the run, and with random matrices of the same shape. From calls of attention, on a random sample of
+    queries: the largest score, the entropy of the attention weights, and the weight of the first key, the usual sink.
 
     Writes medians over heads of `attention/qk_update_stable_rank`, `attention/qk_update_effective_rank_energy`,
-    `attention/entropy` and `attention/sink_share`, and `attention/largest_logit` of all heads; single heads as
-    `qk_update_stable_rank/<attention>.h<k>` from "standard" on, and in the tab. Biases are left out; with rotary
+    `attention/entropy` and `attention/sink_share`, and `attention/largest_logit` of all heads. Single heads are
+    `qk_update_stable_rank/<attention>.h<k>`, from "standard" on and in the tab. Biases are left out; with rotary
     positions the product is that at relative position 0.
 
-    Cost: a copy of the weights of queries and keys while a due step takes, two thin QR factorisations per head of twice
-    its width, and on due steps `num_rows` rows of scores for each call and head.
+    Cost: during a due step, a copy of the weights of queries and keys, and two thin QR factorisations per head of twice
+    its width. In addition, `num_rows` rows of scores per call and head.
 
     Args:
-        every_n_steps: Cadence, in optimizer steps; 50 unless given.
-        match: Attentions to watch: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
-        exclude: The same, taken away.
-        layouts: How a layer puts out queries and keys where that cannot be told, by pattern of its weight, the slowest
-            axis first: `{"*.qkv.weight": "qkv heads d"}`, or `"q heads d"` and `"k heads d"` for layers of their own.
-        heads: Number of heads by pattern of weight, where nothing says how many there are.
-        scores: Hear calls of `scaled_dot_product_attention` and softmax over scores; `False` for models that are
-            compiled.
-        num_rows: Rows of scores, for each call and head.
+        every_n_steps: Cadence in optimizer steps; default 50.
+        match: Attention layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        layouts: Axes of the output of a layer with queries or keys, by pattern of its weight, with the slowest axis
+            first. Only needed if they are unknown: `{"*.qkv.weight": "qkv heads d"}`, or `"q heads d"` and `"k heads
+            d"` for separate layers.
+        heads: Number of heads by pattern of weight, if it is unknown.
+        scores: Whether to observe calls of `scaled_dot_product_attention` and softmax over scores; use `False` for
+            compiled models.
+        num_rows: Number of rows of scores for each call and head.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single heads: `True`, `False`, or "auto": from "standard" on, if there are at most 100.
+        per_site: Curves of single heads: `True`, `False`, or "auto" (from "standard" on, if there are at most 100).
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; by default those that were early and quiet (docs/evidence/warnings.md).
+        alerts: Alert rules; by default those with early warnings and few false alarms (docs/evidence/warnings.md).
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: there is no attention whose queries and keys
-            can be told, a pattern fits nothing, heads do not divide, or attention is inside a compiled module; the
-            message says what was found and how to name it.
+        ValueError: An option is out of range. When training starts: there is no attention with known queries and keys,
+            a pattern matches nothing, heads do not divide, or attention is inside a compiled module. The message says
+            what was found and how to name it.
 
     Examples:
         >>> AttentionMonitor(every_n_steps=10).recorders[0].quantities[:2]

@@ -1,4 +1,4 @@
-"""What a call of attention does with some of its queries: statistics of rows of its scores, head by head.
+"""Statistics of rows of the scores in a call of attention, for some of its queries and each head.
 
 Shape letters:  B sequences   H heads of queries   G heads of keys   L queries   S keys   D columns that a head compares
 b, l sequences and queries that are drawn
@@ -104,6 +104,6 @@ def _refuse_odd(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
     for tensor in (query, key, *([] if mask is None else [mask])):
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
         if not plain or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise ValueError(f"a call of attention has a {type(tensor).__name__} that has no rows of its own")
+            raise ValueError(f"a call of attention has a {type(tensor).__name__} without rows")
     if query.ndim != 4 or key.ndim != 4 or query.shape[1] % key.shape[1] or 0 in (*query.shape, *key.shape):
         raise ValueError(f"a call of attention has queries of shape {tuple(query.shape)}, keys {tuple(key.shape)}")

@@ -38,11 +38,12 @@ LARGEST = "attention_largest_logit"
 PLAIN = View("m n -> m n")
 HOW = (
     "name its weights: layouts={'*.qkv.weight': 'qkv heads d'} for a fused layer, or layouts={'*.theta.weight': "
-    "'q heads d', '*.phi.weight': 'k heads d'} for two; heads={'*.qkv.weight': 8} where nothing says how many"
+    "'q heads d', '*.phi.weight': 'k heads d'} for two. If the number of heads is unknown, give "
+    "heads={'*.qkv.weight': 8}"
 )
 UNHEARD = (
-    "no call of scaled_dot_product_attention and no softmax over scores of as many heads is heard there: a fast path, "
-    "a compiled function or a kernel of its own hides it"
+    "no call of scaled_dot_product_attention and no softmax over scores of this number of heads was seen there. A "
+    "fast path, a compiled function or a custom kernel hides it"
 )
 
 
@@ -50,16 +51,16 @@ class AttentionHeads(NumberSource):
     """Ranks of one step's update of `Wq' Wk`, and statistics of rows of attention scores, for each head.
 
     Args:
-        match: Attentions: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all unless given.
-        exclude: The same, taken away.
-        layouts: By pattern of weight the axes of what its layer puts out, where that cannot be told.
-        heads: By pattern of weight the number of heads, likewise.
-        scores: Also hear calls of attention.
-        num_rows: Rows of scores that are looked at, for each call and head.
+        match: Attention layers: globs on the module's name, `re:REGEX`, `type:LAYERCLASS`; all by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        layouts: Axes of a layer's output by pattern of its weight, if they are unknown.
+        heads: Number of heads by pattern of weight, if it is unknown.
+        scores: Whether to observe calls of attention, too.
+        num_rows: Number of rows of scores to use for each call and head.
 
     Raises:
-        ValueError: An option is out of its range; in `plan`: there is no attention whose queries and keys can be told,
-            a pattern fits nothing, heads do not divide, or attention is inside a compiled module.
+        ValueError: An option is out of range. In `plan`: there is no attention with known queries and keys, a pattern
+            matches nothing, heads do not divide, or attention is inside a compiled module.
     """
 
     name = "attention"
@@ -84,9 +85,11 @@ class AttentionHeads(NumberSource):
         num_rows: int = 64,
     ) -> None:
         if type(num_rows) is not int or not 1 <= num_rows <= 1_000_000:
-            raise ValueError(f"num_rows={num_rows!r}: a number of rows, at least 1 and at most 1,000,000")
+            raise ValueError(f"num_rows={num_rows!r} must be a number of rows from 1 to 1,000,000")
         if any(type(count) is not int or count < 1 for count in (heads or {}).values()):
-            raise ValueError(f"heads={heads!r}: numbers of heads, each at least 1, by pattern of weight")
+            raise ValueError(
+                f"heads={heads!r}: expected a mapping from patterns of weights to numbers of heads, each at least 1"
+            )
         self._match, self._exclude = match, exclude
         self._layouts, self._heads = dict(layouts or {}), dict(heads or {})
         self._updates, self._calls = Updates(min_size=1), Calls(num_rows) if scores else None
@@ -98,7 +101,7 @@ class AttentionHeads(NumberSource):
         self._forget()
 
     def plan(self, training: Training) -> None:
-        """Choose the heads, anew only when parameters came, went, froze or thawed."""
+        """Choose the heads; choose again only if parameters were added, removed, frozen or unfrozen."""
         module = training.module
         seen = tuple((name, id(p), p.requires_grad, is_lazy(p)) for name, p in module.named_parameters())
         if seen == self._seen:
@@ -119,7 +122,7 @@ class AttentionHeads(NumberSource):
         return [*(label for one in self._attentions for label in one.labels), *([WHOLE_MODEL] if self._calls else [])]
 
     def note(self) -> str:
-        """Of how many, and what is left out."""
+        """Number of heads, and what is left out."""
         count = sum(one.heads for one in self._attentions)
         left = [f"{name!r} ({why})" for name, why in self._left_out.items()]
         return f"of {count} heads of {len(self._attentions)} attentions" * bool(count) + (
@@ -127,13 +130,13 @@ class AttentionHeads(NumberSource):
         )
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._updates.batch_begins(batch)
         if self._calls is not None:
             self._calls.attach(self.timed, batch.seed + batch.index)
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Keep the weights; those that are frozen change by nothing."""
+        """Keep the weights; frozen ones do not change."""
         for site in self._updates.sites:
             if not self._updates.reads(site) and site.name not in self._read:
                 self._read[site.name] = _lasting(change(site, [value.clone() for value in site.values()]))
@@ -141,7 +144,7 @@ class AttentionHeads(NumberSource):
         return []
 
     def step_done(self, step: Step) -> list[Any]:
-        """The change."""
+        """Compute the change."""
         self._read |= {reading.labels[0]: _lasting(reading) for reading in self._updates.step_done(step)}
         return []
 
@@ -151,7 +154,7 @@ class AttentionHeads(NumberSource):
             self._calls.detach()
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of this process's share of the attentions; rows of scores are those of all processes."""
+        """Numbers of this process's share of the attention layers; rows of scores come from all processes."""
         costs = [float(one.heads * one.queries.parameter.numel()) for one in self._attentions]
         owners = dict(zip(self._attentions, team.assign(costs), strict=True))
         values, largest = self._scores(team)
@@ -163,7 +166,7 @@ class AttentionHeads(NumberSource):
         return [*(Numbers(label, ranks.get(label, {}) | values.get(label, {})) for label in labels), *of_model]
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._read = {}
         self._updates.detach()
         if self._calls is not None:
@@ -171,7 +174,7 @@ class AttentionHeads(NumberSource):
             self._calls.take()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing lasts; look for heads anew."""
+        """There is no lasting state; search for heads again."""
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,13 +193,13 @@ class AttentionHeads(NumberSource):
         found = finder.found()
         if not found and not any(map(is_lazy, finder.module.parameters())):  # those may still turn out to be anything
             why = "; ".join(f"of {name!r}, {reason}" for name, reason in list(finder.untold.items())[:3])
-            there = f"whose queries and keys can be told: {why}" if why else f"among {list(finder.weights)[:10]}"
+            there = f"with known queries and keys: {why}" if why else f"among {list(finder.weights)[:10]}"
             raise ValueError(f"AttentionMonitor finds no attention {there}; {HOW}")
         layers = {one.name: finder.modules[one.path] for one in found}
         names = set(layers) if self._match is None or not found else fitting("match", self._match, layers)
         names -= set() if self._exclude is None or not found else fitting("exclude", self._exclude, layers)
         if found and not names:
-            raise ValueError(f"exclude={self._exclude!r} leaves none of the attentions {list(layers)[:10]}")
+            raise ValueError(f"exclude={self._exclude!r} leaves out all attention layers: {list(layers)[:10]}")
         return [one for one in found if one.name in names]
 
     def _parts(self, team: Team, owners: Mapping[Attention, int]) -> dict[Attention, Parts]:
@@ -225,7 +228,7 @@ class AttentionHeads(NumberSource):
         heard, self.trouble = self._calls.take()
         silent = next((one.name for one in self._attentions if one.name not in heard), None)
         if silent is not None and self.trouble is None and self._attentions:
-            self.trouble = ValueError(f"scores of {silent!r} are not known: {UNHEARD}")
+            self.trouble = ValueError(f"scores of {silent!r} are unknown: {UNHEARD}")
         dtype = working_dtype(self._device)
         nothing = {one.name: torch.zeros(6, one.heads, dtype=dtype, device=self._device) for one in self._attentions}
         own = torch.cat([heard.get(name, zeros) for name, zeros in nothing.items()], -1)

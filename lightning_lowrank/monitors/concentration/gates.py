@@ -1,10 +1,10 @@
-"""What a unit matters: the loss's gradient by a gate on it, exactly, from the weight that reads it and the gradient of
-that weight.
+"""The importance of a unit: the exact gradient of the loss with respect to a gate on it. It is computed from the weight
+that reads the unit and that weight's gradient.
 
-With `y = W (xi * h) + b`, one gate per block of inputs, the derivative of the loss by a gate at 1 is `<W, dL/dW>` over
-the columns that read the block: no hook, no second pass, whatever lies before or behind. An attention head is a block
-of the output projection's inputs, a neuron one input of the layer that follows its activation, a channel one input of a
-convolution.
+With `y = W (xi * h) + b` and one gate per block of inputs, the derivative of the loss at gate 1 is `<W, dL/dW>` over
+the columns that read the block. It needs no hook and no second pass, whatever the other layers are. An attention head
+is a block of the output projection's inputs, a neuron one input of the layer that follows its activation, a channel one
+input of a convolution.
 
 Shape letters:  G units, blocks of equal length along an axis of the weight
 """

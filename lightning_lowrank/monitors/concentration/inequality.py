@@ -41,7 +41,7 @@ def gini(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
 
 
 def gini_of_ordered(values: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
-    """The same of values in rising order, which takes no sort."""
+    """The Gini coefficient of ascending values, without a sort."""
     shares = _shares(values)
     n = shares.shape[-1]
     places = torch.arange(1 - n, n, 2, dtype=shares.dtype, device=shares.device)[:n]

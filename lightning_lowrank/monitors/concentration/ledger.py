@@ -1,4 +1,4 @@
-"""What units got so far, sample by sample, and how unequally."""
+"""Sums of the signals of units, sample by sample, and their inequality."""
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -84,7 +84,7 @@ class Ledger:
         return {"sums": dict(self.sums), "start": dict(self.start), "recent": dict(self.recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self.sums, self.start, self.recent = (dict(state.get(name, {})) for name in ("sums", "start", "recent"))
 
     def _enter(self, name: str, row: Tensor) -> None:
@@ -124,9 +124,9 @@ def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
         if found:
             return found
     if watched:
-        raise ValueError(f"reference={str(path)!r}: that run was watched without gates of heads or neurons")
+        raise ValueError(f"reference={str(path)!r}: its ConcentrationMonitor had no gates of heads or neurons")
     raise ValueError(
-        f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint has {list(callbacks)}"
+        f"reference={str(path)!r}: no ConcentrationMonitor watched that run; its checkpoint contains {list(callbacks)}"
     )
 
 

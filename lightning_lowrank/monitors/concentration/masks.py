@@ -67,7 +67,7 @@ def sparsity_at_energy(magnitudes: Float[Tensor, " P"], kept: float = 0.99) -> F
 
 
 def sparsity_of_ordered(magnitudes: Float[Tensor, " P"], kept: float = 0.99) -> Float[Tensor, ""]:
-    """The same of magnitudes in rising order, which takes no sort."""
+    """The same for ascending magnitudes, without a sort."""
     energy = magnitudes.to(working_dtype(magnitudes.device)).square()
     gone = energy.cumsum(0) <= (1 - kept) * energy.sum()
     return torch.where(energy.sum() > 0, gone.to(energy).mean(), torch.nan)

@@ -40,7 +40,7 @@ class ConcentrationMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the reference cannot be read; when training starts: a
+        ValueError: An option is unknown or out of range, or the reference cannot be read. When training starts: a
             pattern matches nothing, the model has no units of a requested kind, the reference belongs to another model,
             or parameters are sharded.
 

@@ -44,8 +44,8 @@ WITHOUT_GATES = ("module", "direction")
 
 # What to do where a kind of units is not found.
 NAMED_BY = {
-    "head": "name the output projections of its attention, heads={'*.attn.out': 8}",
-    "neuron": "name the layers that read them, neurons=['*.mlp.fc2']",
+    "head": "name the output projections of its attention, such as heads={'*.attn.out': 8}",
+    "neuron": "name the layers that read them, such as neurons=['*.mlp.fc2']",
 }
 
 # Masks that a small number per weight can tell apart.
@@ -70,7 +70,7 @@ class Concentration(NumberSource):
         seed: Seed for the choice of weights in the masks of large models.
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the reference has no importances; in `plan`: a pattern
+        ValueError: An option is unknown or out of range, or the reference has no importances. In `plan`: a pattern
             matches nothing, the model has no units of a requested kind, or parameters are sharded.
     """
 
@@ -102,8 +102,8 @@ class Concentration(NumberSource):
         self._reference = {} if reference is None else importances_in(reference)
         if self._reference and not set(self._reference) & {f"{unit}_gate" for unit in units if "gate" in signals}:
             raise ValueError(
-                f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} "
-                "have none of these"
+                f"reference has {list(self._reference)}, and units={list(units)}, signals={list(signals)} include "
+                "none of these"
             )
         self._tickets = Tickets(densities, seed=seed) if densities else None
         self._keys = [(u, s) for u in self._units for s in self._signals if s != "gate" or u not in WITHOUT_GATES]
@@ -119,7 +119,7 @@ class Concentration(NumberSource):
         self._weights: dict[str, Tensor] | None = None
 
     def plan(self, training: Training) -> None:
-        """Choose what is trained, anew only when parameters came, went, froze or thawed."""
+        """Choose the trained parameters; choose again only if parameters were added, removed, frozen or unfrozen."""
         module = training.module
         chosen = chosen_parameters(module, self._match, self._exclude)
         self._in_use = InUse(module)
@@ -131,8 +131,8 @@ class Concentration(NumberSource):
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
             raise ValueError(
-                f"ConcentrationMonitor: {sharded!r} is sharded, and units are read whole; use DDP, or name "
-                "others by match"
+                f"ConcentrationMonitor: {sharded!r} is sharded, but units must be read whole; use DDP, or choose "
+                "other weights with match"
             )
         shaped = {name: parameter for name, parameter in chosen.items() if not is_lazy(parameter) and parameter.numel()}
         if not any(map(is_lazy, chosen.values())):  # they may still turn out to be anything
@@ -154,13 +154,13 @@ class Concentration(NumberSource):
         return [WHOLE_MODEL, *(label for part in self._headed for label in _labels(part))]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Look at the weights, once in a sample."""
+        """Read the weights, once in a sample."""
         if self._weights is None and self._tickets is not None:
             found = self._tickets.compared([self._in_use(p, p.detach()) for p in self._matrices])
             self._weights = {f"concentration_{name}": value for name, value in found.items()}
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Read gradients and gates; keep the weights from which the update is reckoned."""
+        """Read gradients and gates; keep the weights to compute the update."""
         for unit, part in self._stepping(step):
             found = [(p, p.grad) for p in part.parameters if p.grad is not None]
             gradients = [self._in_use(p, grad.to_dense() if grad.is_sparse else grad) for p, grad in found]
@@ -184,7 +184,7 @@ class Concentration(NumberSource):
         return []
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found, the same on every process."""
+        """The results, the same on every process."""
         counts = {unit: sum(part.count for part in self._parts.get(unit, ())) for unit in self._units}
         values = {f"concentration_{unit}_count": torch.tensor(float(count)) for unit, count in counts.items()} | (
             self._weights or {}
@@ -205,11 +205,11 @@ class Concentration(NumberSource):
         return [Numbers(WHOLE_MODEL, values), *heads]
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._drop()
 
     def facts(self) -> dict[str, float]:
-        """Memory that masks and accounts take, once there are some."""
+        """Memory of masks and sums, once there are some."""
         kept = [
             row for ledger in self._ledgers.values() for rows in ledger.state_dict().values() for row in rows.values()
         ]
@@ -217,17 +217,17 @@ class Concentration(NumberSource):
         return {"bytes": float(num_bytes)} if num_bytes else {}
 
     def note(self) -> str:
-        """What it is of."""
+        """What it measures."""
         counts = {unit: sum(part.count for part in parts) for unit, parts in self._parts.items()}
         return "of " + ", ".join(f"{count:,} {unit}s" for unit, count in counts.items()) if counts else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """The accounts and the masks."""
+        """The sums and the masks."""
         ledgers = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
         return {"ledgers": ledgers, "tickets": self._tickets.state_dict() if self._tickets else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back; what there is to read is looked for again."""
+        """Load them; the units are searched again."""
         self._look_again()
         for name, ledger in self._ledgers.items():
             ledger.load_state_dict(state.get("ledgers", {}).get(name, {}))
@@ -272,12 +272,14 @@ class Concentration(NumberSource):
         if self._named and missing is not None:
             counts = ", ".join(f"{sum(part.count for part in parts):,} {unit}s" for unit, parts in found.items())
             advice = NAMED_BY.get(missing, "all parameters are vectors, or none is watched")
-            raise ValueError(f"units={self._units}: no {missing}s are found; {advice}. There are {counts}")
+            raise ValueError(f"units={self._units}: found no {missing}s; {advice}. Found: {counts}")
         theirs = {name: len(row) for rows in self._reference.values() for name, row in rows.items()}
         ours = {part.name: part.count for unit in self._units if unit not in WITHOUT_GATES for part in found[unit]}
         if theirs and not theirs.items() & ours.items():
             both = (dict(sorted(counts.items())[:5]) for counts in (theirs, ours))
-            raise ValueError("reference: it has importances of {}, and here are {}: none in common".format(*both))
+            raise ValueError(
+                "reference: it has importances of {}, and here are {}. They have none in common".format(*both)
+            )
 
     def _found(self, module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[Units]]:
         """All kinds of parts that are trained."""
@@ -341,18 +343,23 @@ def _refuse(
     for argument, given, known in (("units", units, UNITS), ("signals", signals, SIGNALS)):
         listed = isinstance(given, Collection) and not isinstance(given, str)
         if not listed or not given or not all(one in known for one in given):
-            raise ValueError(f"{argument}={given!r}: a list of one or more of {list(known)}")
+            raise ValueError(f"{argument}={given!r} must be a list of one or more of {list(known)}")
     if set(signals) == {"gate"} and set(units) <= set(WITHOUT_GATES):
         raise ValueError(
-            f"units={list(units)} have no gates; heads and neurons have, others have 'gradient' and 'update'"
+            f"units={list(units)} have no gates; only heads and neurons have gates. Other units have 'gradient' and "
+            "'update'"
         )
     if not (heads is None or isinstance(heads, Mapping)):
-        raise ValueError(f"heads={heads!r}: numbers of heads by pattern of layer, {{'*.attn.out': 8}}")
+        raise ValueError(
+            f"heads={heads!r}: expected a mapping from patterns of layers to numbers of heads, such as "
+            "{'*.attn.out': 8}"
+        )
     shares = isinstance(densities, Sequence) and all(
         isinstance(density, float) and 0 < density < 1 for density in densities
     )
     if not shares or len({f"{density:g}" for density in densities}) < len(densities) or len(densities) > MOST_DENSITIES:
-        most = f"a list of at most {MOST_DENSITIES} different parts of the weights"
+        most = f"expected a list of at most {MOST_DENSITIES} different shares of the weights"
         raise ValueError(
-            f"densities={densities!r}: {most}, each above 0 and below 1, different in six digits; [] for no masks"
+            f"densities={densities!r}: {most}, each above 0 and below 1 and different in the first six digits; [] "
+            "means no masks"
         )

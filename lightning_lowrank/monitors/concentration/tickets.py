@@ -50,7 +50,7 @@ class Tickets:
 
     @property
     def names(self) -> list[str]:
-        """Of what it gives."""
+        """Names of its quantities."""
         ends = (
             "hamming",
             "hamming_start",
@@ -85,7 +85,7 @@ class Tickets:
         return {"masks": {str(sample): kept for sample, kept in self._masks.items()}, "start": dict(self._start)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back; a list of masks, as there was once, says nothing of when they were."""
+        """Load them. An old format with a list of masks does not say at which steps they were taken."""
         masks, self._start = state.get("masks", {}), dict(state.get("start", {}))
         self._masks = {int(sample): kept for sample, kept in masks.items()} if isinstance(masks, Mapping) else {}
 

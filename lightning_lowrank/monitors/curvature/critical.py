@@ -25,7 +25,7 @@ ROUNDING = 8.0
 
 @dataclass(frozen=True)
 class Critical:
-    """Where the loss is as high as before the update.
+    """The step size at which the loss is as high as before the update.
 
     Attributes:
         multiple: Of the update.
@@ -85,8 +85,8 @@ def along_update(
     loss: Callable[[], Float[Tensor, ""]],
     guess: Float[Tensor, ""] | None,
 ) -> Critical:
-    """The same of parameters that have just been updated; they are moved, each process its own shards, and put back bit
-    for bit.
+    """The same for parameters that have just been updated. They are moved, each process its own shards, and restored
+    bit for bit.
 
     Args:
         start: What they were before the update.

@@ -93,8 +93,8 @@ def _of_outputs(
         return
     if not isinstance(outputs, ClosedForm):
         raise ValueError(
-            f"{' and '.join(fishers)}: takes a loss of torch's, which says how much each row counts and how probable "
-            "targets are; leave it out of operators="
+            f"{' and '.join(fishers)} : this needs a loss of torch, which tells the weight of each row and the "
+            "probabilities of the targets; remove it from operators="
         )
     if "empirical_fisher" in fishers:
         yield "empirical_fisher", fisher(jacobian, outputs.row_gradients())

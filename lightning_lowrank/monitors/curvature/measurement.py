@@ -76,7 +76,7 @@ EFFORTS = {
 
 
 class Curvatures:
-    """What is followed from one measurement to the next.
+    """State that is kept from one measurement to the next.
 
     Args:
         effort: How much work goes into each operator.
@@ -275,7 +275,7 @@ def quantities(operators: Sequence[str], effort: CurvatureEffort, top_k: int) ->
 
 
 def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
-    """What cannot be measured.
+    """Refuse options that cannot be measured.
 
     Raises:
         ValueError: An option is another word, or operators do not go with the detail.
@@ -283,14 +283,13 @@ def refuse(detail: str, operators: Sequence[str], top_k: int) -> None:
     unknown = [name for name in operators if name not in OPERATORS]
     if isinstance(operators, str) or unknown:
         raise ValueError(
-            f"operators={operators!r}: a list of some of {list(OPERATORS)}, or an empty one for "
-            "critical sharpness alone"
+            f"operators={operators!r} must be a list of some of {list(OPERATORS)}, or empty for critical sharpness only"
         )
     if detail not in EFFORTS:
-        raise ValueError(f"level={detail!r}: one of {list(EFFORTS)}")
+        raise ValueError(f"level={detail!r} must be one of {list(EFFORTS)}")
     if detail == "light" and operators and "hessian" not in operators:
         raise ValueError(
-            f"level='light' looks at the Hessian only, and operators={list(operators)!r} has none: take "
+            f"level='light' measures only the Hessian, which operators={list(operators)!r} does not include; use "
             "level='standard'"
         )
     refuse_top_k(top_k)

@@ -13,45 +13,45 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 # Said where curvature is not believed.
 WRONG = (
-    "a layer whose backward pass cannot be differentiated, as custom autograd functions that detach; name the others "
-    "by match"
+    "a layer whose backward pass cannot be differentiated, such as a custom autograd function that detaches; "
+    "choose other layers with match"
 )
 
 
 class CurvatureMonitor(Monitor):
-    """Curvature of the training's own loss: sharpness against the edge of stability, sketches of Hessian, Gauss-Newton
-    and Fisher matrix.
+    """Curvature of the training's own loss: sharpness compared with the edge of stability, and estimates of Hessian,
+    Gauss-Newton and Fisher matrix.
 
-    The loss is seen on the graph of the training step itself, with no second forward pass and no second loss function;
-    where that would change the training's last bits, or shows nothing (fused attention, compiled modules, static graphs
-    of DDP), a kept batch is run through `training_step` once more, with everything put back that it changes. Which of
-    both is said at the start.
+    The loss is seen on the graph of the training step itself, without a second forward pass or loss function. Sometimes
+    this would change the training's last bits, or show nothing (fused attention, compiled modules, static graphs of
+    DDP). Then a kept batch is run through `training_step` again, and all state that this changes is restored. A message
+    at the start says which of the two is used.
 
     Args:
-        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, critical sharpness, what part
-            of gradient, update and displacement lies in the top directions, participation ratios of all but the
-            Hessian. "full": also all of the spectrum by quadrature: effective ranks, negative mass, the smallest
+        level: "light": batch sharpness. "standard": also the top of the spectrum, traces, critical sharpness, and the
+            shares of gradient, update and displacement in the top directions; participation ratios except for the
+            Hessian. "full": also the whole spectrum by quadrature: effective ranks, negative mass, the smallest
             eigenvalue, densities.
-        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
-            sharpness alone, which takes forward passes only and works where the loss cannot be differentiated twice.
-        top_k: Directions that are followed.
-        every_n_steps: Cadence, in optimizer steps; 100, 2000 or 25000 by level unless given: at most 5 % of the time.
-        batch: "live": the loss of the step. "fixed": always that of the first batch that was seen, so that curves
-            compare over time.
-        loss_fn: `(module, batch) -> loss` in the place of `training_step`; the batch is then fixed.
-        output_module: The layer whose output goes into the loss, where that is none of torch's.
-        match: Parameters to differentiate by: globs, `re:REGEX`, `type:LAYERCLASS`.
-        exclude: The same, taken away.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`. Empty for critical
+            sharpness only, which needs only forward passes, so it works if the loss cannot be differentiated twice.
+        top_k: Number of top directions to track.
+        every_n_steps: Cadence in optimizer steps; default 100, 2000 or 25000 by level, for at most 5 % of the time.
+        batch: "live": the loss of the step. "fixed": always the loss of the first batch seen, so that curves are
+            comparable over time.
+        loss_fn: `(module, batch) -> loss`, used instead of `training_step`; the batch is then fixed.
+        output_module: The layer whose output enters the loss, if the loss is not one of torch's functions.
+        match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Scalars of single parameters: `True`, `False`, or "auto": from "standard" on, if there are at
-            most 100.
-        seed: Of the random vectors.
+        per_site: Curves of single parameters: `True`, `False`, or "auto" (from "standard" on, if there are at most
+            100).
+        seed: Seed for the random vectors.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; "default" warns where products with the Hessian are wrong.
+        alerts: Alert rules; "default" warns if products with the Hessian are wrong.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is another word; when training starts: a pattern fits nothing, or the loss cannot be seen;
+        ValueError: An option is unknown. When training starts: a pattern matches nothing, or the loss cannot be seen;
             the message says what to do.
 
     Examples:
@@ -63,7 +63,7 @@ class CurvatureMonitor(Monitor):
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """Products with the Hessian are wrong: all of curvature is NaN then."""
+        """Products with the Hessian are wrong; all curvature is then NaN."""
         return [Alert("curvature_valid", below=0.5, for_samples=1, warm_up_samples=0, cause=WRONG)]
 
     def __init__(
@@ -99,15 +99,18 @@ class CurvatureMonitor(Monitor):
         )
 
     def top_directions(self) -> list[tuple[nn.Parameter, Num[Tensor, "k ..."]]]:
-        """Parameters with their part of the top eigenvectors of the Hessian, which are orthonormal.
+        """Parameters with their parts of the top eigenvectors of the Hessian, which are orthonormal.
 
         Returns:
-            Those of the last sample, the largest eigenvalue first; none before the first sample, NaN where products
-            with the Hessian were wrong.
+            Those of the last sample, the largest eigenvalue first. Empty before the first sample; NaN if products with
+            the Hessian were wrong.
 
         Raises:
-            ValueError: None are followed: `level="light"`, or operators without the Hessian.
+            ValueError: Directions are not tracked, because of `level="light"` or operators without the Hessian.
         """
         if "hessian" not in self._source.operators or not self._source.effort.probes:
-            raise ValueError(f"{self!r} follows no directions of the Hessian: level='standard', operators=['hessian']")
+            raise ValueError(
+                f"{self!r} does not track directions of the Hessian; it needs level='standard' and "
+                "operators=['hessian']"
+            )
         return self._source.top_directions()

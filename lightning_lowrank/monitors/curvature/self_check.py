@@ -80,10 +80,10 @@ def is_wrong(defect: Estimate) -> Float[Tensor, ""]:
 
 
 def is_resolved(numbers: Tensor) -> Bool[Tensor, ""]:
-    """Whether the largest is 0, or so far from the smallest that the dtype has that products with it keep their digits;
-    what is not finite is no fault of that kind.
+    """Whether the largest value is 0, or so far above the smallest number of the dtype that products with it keep their
+    digits. Values that are not finite are another fault.
 
-    In float32 that is 1e-31. A gradient below is made of numbers that were rounded to 0 on the way.
+    In float32 this limit is 1e-31. A smaller gradient consists of numbers that were rounded to 0 on the way.
     """
     largest, limits = numbers.abs().amax(), torch.finfo(numbers.dtype)
     return ~((largest > 0) & (largest <= limits.tiny / limits.eps))

@@ -50,16 +50,16 @@ CORE = (
 )
 
 # How a loss is seen, in words.
-HOW = {"inline": "seen on", "replay": "seen by running the step again, because of"}
+HOW = {"inline": "seen on", "replay": "the step is run again to see the loss, because of"}
 UNSEEN = (
-    "the loss was not seen: in a loop of your own call watch.loss(loss) before its backward pass, in manual "
-    "optimization self.manual_backward(loss)"
+    "the loss was not seen. In your own loop, call watch.loss(loss) before its backward pass; in manual "
+    "optimization, call self.manual_backward(loss)"
 )
 
 
 @dataclass
 class Held:
-    """What is held from the first batch of a sample to its end.
+    """State that is kept from the first batch of a sample to its end.
 
     Attributes:
         batch: The latest batch.
@@ -77,22 +77,22 @@ class Held:
 
 
 class Curvature(NumberSource):
-    """Curvature of the loss in the chosen parameters.
+    """Curvature of the loss with respect to the chosen parameters.
 
     Args:
         level: How much is measured.
-        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; none for critical
-            sharpness alone, which takes forward passes only.
-        top_k: Directions that are followed.
-        batch: "live": the step's own loss, where that is possible without a difference to the training. "fixed": always
-            that of the first batch that was seen.
-        loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
-        output_module: The layer whose output goes into the loss, where the loss is none of torch's.
-        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
-        exclude: The same, taken away.
+        operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`; empty for critical
+            sharpness only, which needs only forward passes.
+        top_k: Number of top directions to track.
+        batch: "live": the loss of the step itself, if this does not change the training. "fixed": always the loss of
+            the first batch seen.
+        loss_fn: `(module, batch) -> loss`, used instead of the module's own training step.
+        output_module: The layer whose output enters the loss, if the loss is not one of torch's functions.
+        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        exclude: Patterns of what to leave out, as for `match`.
 
     Raises:
-        ValueError: An option is another word; in `plan`, a pattern fits nothing.
+        ValueError: An option is unknown; in `plan`, a pattern matches nothing.
     """
 
     name = "curvature"
@@ -111,7 +111,7 @@ class Curvature(NumberSource):
     ) -> None:
         refuse(level, operators, top_k)
         if batch not in get_args(WhichBatch):
-            raise ValueError(f"batch={batch!r}: one of {list(get_args(WhichBatch))}")
+            raise ValueError(f"batch={batch!r} must be one of {list(get_args(WhichBatch))}")
         self.batch, self.loss_fn, self.output_module, self.match, self.exclude = (
             batch,
             loss_fn,
@@ -137,7 +137,7 @@ class Curvature(NumberSource):
         self._shared = False
 
     def plan(self, training: Training) -> None:
-        """Choose the parameters; those that are frozen now may be trained later."""
+        """Choose the parameters; frozen ones may be trained later."""
         self._named = chosen_parameters(training.module, self.match, self.exclude)
         # Adaptive rates differ from weight to weight, so that no direction has an edge of its own.
         is_descent = any(type(optimizer) is SGD for optimizer in training.optimizers)
@@ -150,7 +150,7 @@ class Curvature(NumberSource):
             self._movement.begin(self._trained)
 
     def labels(self) -> Sequence[str]:
-        """The whole model, and its parameters where each has numbers of its own."""
+        """The whole model; also each parameter if it has its own numbers."""
         return [WHOLE_MODEL, *self._trained] if self.effort.probes and self.operators else [WHOLE_MODEL]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Curvature(NumberSource):
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen to what goes into the loss, or keep the batch for later."""
+        """Observe the inputs of the loss, or keep the batch for later."""
         self._sample.batch = batch
         if self._sample.found is not None or self._sample.tap is not None:
             return
@@ -207,7 +207,7 @@ class Curvature(NumberSource):
             self._sample.found = self._measured(loss / scale, lambda: tap.reproduce(loss, scale))
 
     def gradients_final(self, step: Step) -> list[Any]:
-        """Keep the gradient, and the weights from which the update is reckoned."""
+        """Keep the gradient, and the weights to compute the update."""
         if self._follows:
             self._movement.begin(self._trained if self.operators else {})  # those that were frozen have not moved
             rate = step.optimizer.param_groups[0].get("lr")
@@ -221,7 +221,7 @@ class Curvature(NumberSource):
             self._sample.tap.exit()
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was measured, and what moved along the top directions."""
+        """The measured numbers, and the movement along the top directions."""
         if self._choice is not None and self._is_replayed:
             assert self._training is not None
             with self._replay.together(self._training) as seen:
@@ -243,7 +243,7 @@ class Curvature(NumberSource):
         return list(_numbers(found, parameters))
 
     def detach(self) -> None:
-        """Let go of the sample."""
+        """Drop the sample."""
         self.batch_over()
         self._drop()
 
@@ -252,8 +252,8 @@ class Curvature(NumberSource):
         self._movement.drop()
 
     def top_directions(self) -> list[tuple[nn.Parameter, Num[Tensor, "k ..."]]]:
-        """Parameters with their part of the top eigenvectors of the Hessian at the last sample; none before the first,
-        NaN where products were wrong.
+        """Parameters with their parts of the top eigenvectors of the Hessian at the last sample; empty before the
+        first, NaN if products were wrong.
         """
         sizes = [p.numel() for p in self._trained.values()]
         tops = self.state.before("hessian", sum(sizes))
@@ -264,19 +264,19 @@ class Curvature(NumberSource):
         return [(p, part.view(-1, *p.shape)) for p, part in parts]
 
     def facts(self) -> dict[str, float]:
-        """How the loss is seen, and what the weights at the start take."""
+        """How the loss is seen, and the size of the initial weights."""
         kept = (
             {"bytes": float(sum(p.nbytes for p in self._movement.initial.values()))} if self._movement.initial else {}
         )
         return kept if self._choice is None else kept | {"replayed": float(self._is_replayed)}
 
     def note(self) -> str:
-        """How the loss is seen, and why so."""
+        """How the loss is seen, and why."""
         return "" if self._choice is None else f"{HOW[self._choice.mode]} {self._choice.reason}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The top directions, the weights at the start, and a batch that stays, so that a run that is resumed goes on
-        from there; not the batch where several processes have one each.
+        """The top directions, the initial weights, and a fixed batch, so that a resumed run continues with them. The
+        batch is left out if several processes have different ones.
         """
         known = {"multiple": self._multiple, "valid": self.state.valid}
         kept = {"tops": dict(self.state.tops), "sines": dict(self.state.sines), "initial": dict(self._movement.initial)}
@@ -284,7 +284,7 @@ class Curvature(NumberSource):
         return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}, "replay": dict(stays)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Load them."""
         self._training = None  # another run, in which the loss may have to be seen in another way
         self._waiting = state.get("replay", {})
         self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))

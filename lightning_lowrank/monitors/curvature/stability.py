@@ -1,4 +1,4 @@
-"""Where an optimizer stops being stable: the largest curvature along which its steps do not grow.
+"""The edge of stability of an optimizer: the largest curvature along which its steps do not grow.
 
 Shape letters:  P entries of all parameters
 """
@@ -20,15 +20,17 @@ KNOWN: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW)
 
 @dataclass(frozen=True)
 class Threshold:
-    """The edge of stability of an optimizer in its present state, for a loss that is quadratic.
+    """The edge of stability of an optimizer in its present state, for a quadratic loss.
 
     Attributes:
-        diagonal: Of D: with H the Hessian, times `sign`, the edge is where the largest eigenvalue of D^(1/2) H D^(1/2)
-            is 1. 0 where the optimizer moves nothing; infinite where it is unstable already.
-        sign: -1 for an optimizer that maximizes.
-        per_group: For each parameter group the largest stable eigenvalue: of the Hessian for SGD; of P^-1 H for Adam,
-            where decay that is added to the gradient is in D alone.
-        is_even: Whether all weights are known to be stepped alike, and down, without a look at the device.
+        diagonal: The diagonal of D. With H the Hessian, times `sign`, the edge is where the largest eigenvalue of
+            D^(1/2) H D^(1/2) is 1. It is 0 for weights that the optimizer does not move, and infinite for those that
+            are already unstable.
+        sign: -1 for an optimizer that maximises.
+        per_group: Largest stable eigenvalue of each parameter group: of the Hessian for SGD; of P^-1 H for Adam, where
+            decay that is added to the gradient is only in D.
+        is_even: Whether all weights are known to take the same kind of step, and to minimise, without reading from the
+            device.
     """
 
     diagonal: Float[Tensor, " P"]
@@ -38,15 +40,15 @@ class Threshold:
 
 
 def threshold(optimizer: Optimizer, params: Sequence[Tensor]) -> Threshold | None:
-    """Where the optimizer becomes unstable; None where that is not known, and `why_unknown` says why.
+    """Where the optimizer becomes unstable; None if unknown, and `why_unknown` gives the reason.
 
-    At the edge a step turns the deviation from the minimum into its opposite. For gradient descent with momentum b,
-    dampening d and weight decay w that is at the eigenvalue 2 (1 + b) / (lr (1 - d)) - w, with Nesterov's momentum at 2
-    (1 + b) / (lr (1 + 2 b)) - w; for Adam with its present preconditioner P at 2 (1 + b) / (lr (1 - b)) of P^-1 H.
-    Clipping, schedules and noise are not in it.
+    At the edge a step reverses the sign of the deviation from the minimum. For gradient descent with momentum b,
+    dampening d and weight decay w, this is at the eigenvalue 2 (1 + b) / (lr (1 - d)) - w. With Nesterov's momentum it
+    is at 2 (1 + b) / (lr (1 + 2 b)) - w. For Adam with its present preconditioner P it is at 2 (1 + b) / (lr (1 - b))
+    of P^-1 H. Clipping, schedules and noise are not included.
 
     Args:
-        params: In the order of the vectors that the diagonal is to fit.
+        params: Parameters in the order of the vectors that the diagonal applies to.
 
     References:
         Cohen et al. (2021), arXiv:2103.00065, Section 2 and Appendix B; (2022), arXiv:2207.14484, Section 3, for Adam.
@@ -78,11 +80,11 @@ def why_unknown(optimizer: Optimizer) -> str | None:
         )
     for key in ("maximize", "momentum", "betas", "nesterov"):
         if any(group.get(key) != optimizer.param_groups[0].get(key) for group in optimizer.param_groups):
-            return f"no edge of stability is known where {key!r} differs between parameter groups"
+            return f"no edge of stability is known if {key!r} differs between parameter groups"
     if "betas" in optimizer.defaults and not optimizer.state:
         return f"{type(optimizer).__name__} has no preconditioner before its first step"
     if any(_of_another_shape(p, state) for p, state in optimizer.state.items()):
-        return "no edge of stability is known where moments are not of the shape of the weights, as in low rank"
+        return "no edge of stability is known if moments have another shape than the weights, as in low rank"
     return None
 
 

@@ -42,8 +42,8 @@ class MultifractalMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is unknown, out of its range, or belongs to the other mode; when training starts: a
-            pattern fits nothing.
+        ValueError: An option is unknown, out of range, or belongs to the other mode; when training starts: a pattern
+            matches nothing.
 
     Examples:
         >>> MultifractalMonitor().recorders[0].quantities[:3]
@@ -84,14 +84,14 @@ class MultifractalMonitor(Monitor):
             "seed": seed,
         }
         if mode not in MODES:
-            raise ValueError(f"MultifractalMonitor(mode={mode!r}): one of {list(MODES)}")
+            raise ValueError(f"MultifractalMonitor(mode={mode!r}): mode must be one of {list(MODES)}")
         if mode == "rank" and (threshold, num_repeats) != (THRESHOLD, 10):
             raise ValueError(
-                f"threshold={threshold} and num_repeats={num_repeats} are of mode='neuromfa': mode='rank' "
-                "has no edge lengths"
+                f"threshold={threshold} and num_repeats={num_repeats} need mode='neuromfa', since mode='rank' has "
+                "no edge lengths"
             )
         if mode == "neuromfa" and heads:
-            raise ValueError("heads=True is of mode='rank': mode='neuromfa' has one chain of whole layers")
+            raise ValueError("heads=True needs mode='rank', since mode='neuromfa' uses one chain of whole layers")
         whole: dict[str, Any] = {"threshold": threshold, "num_repeats": num_repeats}
         source = Multifractal(heads=heads, **of_both) if mode == "rank" else NeuroMFA(**whole, **of_both)
         self.word = source.name

@@ -60,7 +60,7 @@ class NeuroMFA(Neurons):
         seed: Seed for the choice of neurons.
 
     Raises:
-        ValueError: A number is out of its range; in `plan`: a pattern matches nothing.
+        ValueError: A number is out of range; in `plan`: a pattern matches nothing.
     """
 
     name = "neuromfa"
@@ -78,10 +78,11 @@ class NeuroMFA(Neurons):
     ) -> None:
         super().__init__(Weights(match=match, exclude=exclude, views=views), max_neurons=max_neurons, seed=seed)
         if type(num_repeats) is not int or num_repeats < 1:
-            raise ValueError(f"num_repeats={num_repeats!r}: a whole number, at least 1")
+            raise ValueError(f"num_repeats={num_repeats!r} must be a whole number of at least 1")
         if threshold is not None and not (isinstance(threshold, float | int) and 2 <= threshold <= LONGEST):
             why = (
-                f"the longest edge 1 / |w| that is kept, at least 2 and at most {LONGEST:g}; published is {THRESHOLD:g}"
+                f"expected the largest length 1 / |w| of a kept edge, from 2 to {LONGEST:g}; the published value is "
+                f"{THRESHOLD:g}"
             )
             raise ValueError(f"threshold={threshold!r}: {why}")
         self._num_repeats, self._threshold = num_repeats, threshold
@@ -92,7 +93,7 @@ class NeuroMFA(Neurons):
         self.quantities = led_by(CORE, self._quantities(), looked_up=("_shuffled", "_gaussian"))
 
     def plan(self, training: Training) -> None:
-        """Choose the layers; an embedding is no layer of neurons, unless patterns name it."""
+        """Choose the layers; embeddings do not count unless patterns name them."""
         super().plan(training)
         embeddings = [layer for layer in training.module.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
         left_out = {id(p) for layer in embeddings for p in layer.parameters()} if self._weights.match is None else set()
@@ -103,7 +104,7 @@ class NeuroMFA(Neurons):
         return [WHOLE_MODEL] if self._sites else []
 
     def measured(self, batch: Batch) -> list[Numbers]:
-        """The statistics, on the first process: it has the references of the checkpoint."""
+        """The statistics, on the first process, which has the references of the checkpoint."""
         (parts,) = batch.training.team.gather([[value for site in self._sites for value in site.values()]], [0])
         if not parts:
             return []
@@ -126,11 +127,11 @@ class NeuroMFA(Neurons):
         return [Numbers(WHOLE_MODEL, values, errors, drawn)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What emergence is held against, so that a resumed run goes on from there."""
+        """The reference values of emergence, so that a resumed run continues with them."""
         return {"first": dict(self._first), "threshold": self._frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load them."""
         self._first, self._frozen = dict(state.get("first", {})), state.get("threshold")
 
     def _chain(self, weights: Sequence[Tensor]) -> Iterator[Num[Tensor, "_ _"]]:

@@ -23,7 +23,7 @@ LARGE = 2**20
 
 @dataclass(frozen=True)
 class ShardedPart:
-    """What this process has of a matrix; nothing where another one has the same.
+    """The part of a matrix on this process; empty if another process has the same part.
 
     Attributes:
         label: Of the matrix.

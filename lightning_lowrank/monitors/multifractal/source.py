@@ -63,14 +63,14 @@ class Neurons(NumberSource):
 
     def __init__(self, weights: Weights, *, max_neurons: int | None, seed: int) -> None:
         if max_neurons is not None and (type(max_neurons) is not int or max_neurons < 2):
-            raise ValueError(f"max_neurons={max_neurons!r}: a whole number, at least 2, or None for all")
+            raise ValueError(f"max_neurons={max_neurons!r} must be a whole number of at least 2, or None for all")
         refuse_seed(seed)
         self._weights, self._max_neurons, self._seed = weights, max_neurons, seed
         self._found: Sequence[Numbers] | None = None
 
     @abstractmethod
     def measured(self, batch: Batch) -> Sequence[Numbers]:
-        """What this process finds."""
+        """The results of this process."""
 
     def plan(self, training: Training) -> None:
         """Choose the sites."""
@@ -86,12 +86,12 @@ class Neurons(NumberSource):
             self._found = self.measured(batch)
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """What was found."""
+        """The results."""
         found, self._found = self._found or [], None
         return found
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._found = None
 
     def _drawn(self, device: torch.device) -> torch.Generator:

@@ -30,7 +30,7 @@ from lightning_lowrank.models.training import Training
 Labels = Callable[[Any], Tensor]
 # Where a batch that is a mapping has its labels.
 KEYS = ("labels", "label", "targets", "target", "y")
-NO_LABELS = "the batch has no whole number for each example in its second part: give labels=batch -> labels"
+NO_LABELS = "the second part of the batch has no whole number for each example; give a function labels=batch -> labels"
 
 
 class Classes(NumberSource):
@@ -86,11 +86,13 @@ class Classes(NumberSource):
         if not isinstance(head, nn.Linear):
             linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
             raise ValueError(
-                f"classifier={self._classifier!r} is no linear layer of the module; there are {linear[-10:]}"
+                f"classifier={self._classifier!r} is not a linear layer of the module; its linear layers are "
+                f"{linear[-10:]}"
             )
         if is_parametrized(head, "weight"):
             raise ValueError(
-                f"classifier={self._classifier!r} has a parametrised weight, which reading may change; nothing is read"
+                f"classifier={self._classifier!r} has a parametrised weight, which may change when it is read, so "
+                "it is not measured"
             )
         found = [f"re:^{re.escape(name)}$" for name in blocks(training.module)]
         self._features.match = self._match if self._match is not None else found or None
@@ -106,11 +108,11 @@ class Classes(NumberSource):
         self._head = head
 
     def labels(self) -> list[str]:
-        """The layers, what comes into the classifier, the whole model."""
+        """The layers, the input of the classifier, and the whole model."""
         return [*self._outputs.layers, *self._inputs.layers, WHOLE_MODEL]
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen, with the labels of this batch and the same in another order."""
+        """Start listening, with the labels of this batch and the same in another order."""
         labels = self._read(batch.data)
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(NO_LABELS)
@@ -128,7 +130,7 @@ class Classes(NumberSource):
         self._labels = None
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Over all examples of the step, of all processes."""
+        """Numbers over all examples of the step, of all processes."""
         heard = team.all_gather_object({name: tuple(pair[0].sums.shape) for name, pair in self._sums.items()})
         names = [name for name in self.labels() if all(one.get(name) == heard[0].get(name, ()) for one in heard)]
         pooled = {name: _pooled(self._sums[name], team) for name in names}
@@ -141,7 +143,7 @@ class Classes(NumberSource):
         return found
 
     def detach(self) -> None:
-        """Stop listening, and forget the sample in the making."""
+        """Stop listening, and drop the unfinished sample."""
         self._outputs.detach()
         self._inputs.detach()
         self._sums, self._labels, self._weight = {}, None, None

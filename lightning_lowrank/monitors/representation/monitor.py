@@ -23,9 +23,9 @@ class RepresentationMonitor(Monitor):
     Writes medians over blocks of `representation/effective_rank` (RankMe), `representation/centred_effective_rank` and
     `representation/alpha` (alpha-ReQ; 1 is the claimed optimum); single blocks from "standard" on, and in the tab.
 
-    With a `classifier`, the monitor also measures how well the classes of the training batch are separated, from
-    "standard" on: LiDAR of each block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`) of
-    the classifier's input.
+    With a `classifier`, the monitor also measures from "standard" on how well the classes of the training batch are
+    separated. This is LiDAR of each block, and neural collapse (`representation/nc1`, `nc2_norms`, `nc2_angles`, `nc3`)
+    of the classifier's input.
 
     Cost per sample: one pass over the outputs of the blocks, rows times width squared for their Gram matrix in float64,
     and two eigenvalue problems of it.
@@ -48,7 +48,7 @@ class RepresentationMonitor(Monitor):
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern matches nothing, or a layer cannot be
+        ValueError: An option is out of range; when training starts: a pattern matches nothing, or a layer cannot be
             measured.
 
     Examples:
@@ -79,7 +79,7 @@ class RepresentationMonitor(Monitor):
         max_overhead: float | None = None,
     ) -> None:
         if not stages or set(stages) - set(get_args(Stage)):
-            raise ValueError(f"stages={list(stages)}: any of {list(get_args(Stage))}")
+            raise ValueError(f"stages={list(stages)} must contain some of {list(get_args(Stage))}")
         schedule = cadence(every_n_steps, max_overhead, 100)
         sources: list[NumberSource] = [
             Representations(match, exclude, stage, max_width) for stage in get_args(Stage) if stage in stages
@@ -87,11 +87,11 @@ class RepresentationMonitor(Monitor):
         if classifier is not None:
             sources.append(Classes(classifier, match, exclude, max_width, labels))
         elif labels is not None:
-            raise ValueError("labels are of use with a classifier: give classifier='head', the name of a linear layer")
+            raise ValueError("labels need a classifier; give the name of a linear layer, such as classifier='head'")
         probes = [probe for source in sources for probe in probe_of(source, schedule)]
         super().__init__(probes, detail=detail, per_site=per_site, alerts=alerts, name=name)
 
     @staticmethod
     def usual_alerts(quantities: Sequence[str]) -> Sequence[Alert]:
-        """None: the rank of a representation dips in healthy warm-up."""
+        """None, since the rank of a representation dips in healthy warm-up."""
         return []

@@ -40,8 +40,8 @@ class Representations(NumberSource):
         max_width: Outputs wider than this are left out.
 
     Raises:
-        ValueError: `stage` is another word, `max_width` no width; in `plan`: a pattern matches nothing, or a layer
-            cannot be heard.
+        ValueError: `stage` is unknown or `max_width` out of range; in `plan`: a pattern matches nothing, or a layer
+            cannot be measured.
     """
 
     level = "functions"
@@ -55,7 +55,7 @@ class Representations(NumberSource):
         max_width: int = 2048,
     ) -> None:
         if type(max_width) is not int or max_width < 1:
-            raise ValueError(f"max_width={max_width!r}: a number of columns, at least 1")
+            raise ValueError(f"max_width={max_width!r} must be a number of columns of at least 1")
         self._match = match
         self._features = Features(exclude=exclude, stage=stage, max_width=max_width)
         self.stage, self.name = stage, "representation" if stage == "train" else f"{stage}_representation"
@@ -75,23 +75,23 @@ class Representations(NumberSource):
         return self._features.labels()
 
     def batch_begins(self, batch: Batch) -> None:
-        """Listen."""
+        """Start listening."""
         self._features.timed = self.timed
         self._features.batch_begins(batch)
 
     def batch_over(self) -> None:
-        """Stop listening, and own up to what went wrong."""
+        """Stop listening, and report failures."""
         self._features.batch_over()
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Of this process's share of the layers; rows are those of all processes."""
+        """Numbers of this process's share of the layers; rows come from all processes."""
         readings = self._features.sample_over(team)
         owners = team.assign([float(reading.shape[1]) ** 3 for reading in readings])
         whole = team.gather([reading.parts for reading in readings], owners)
         return [self._of(reading, parts[0]) for reading, parts in zip(readings, whole, strict=True) if parts]
 
     def detach(self) -> None:
-        """Stop listening and forget the rows."""
+        """Stop listening and drop the rows."""
         self._features.detach()
 
     def _of(self, reading: Reading, sums: Tensor) -> Numbers:

@@ -100,9 +100,9 @@ def velocity(now: Kernel, before: Kernel) -> Estimate:
     """One minus the cosine between a kernel and an earlier one of the same examples: 0 while training is lazy, whatever
     the scale does.
 
-    Least noisy from the same seed and with the same known directions, or none: what is known of each alone keeps noise
-    from cancelling, which is worse than to know nothing where little has turned. Chance may put it below 0. NaN where a
-    kernel is 0.
+    It has the least noise with the same seed, and with the same known directions or none. If the directions differ, the
+    noise of the two kernels does not cancel. This is worse than no known directions if the kernel has turned little.
+    Chance may put it below 0. NaN if a kernel is 0.
 
     References:
         Fort et al. (2020), NeurIPS, equation 6.
@@ -143,13 +143,14 @@ def condition(modes: Eigenpairs) -> Float[Tensor, ""]:
 
 
 def label_energies(modes: Eigenpairs, targets: Float[Tensor, "R C"], top_k: int) -> tuple[Estimate, Estimate]:
-    """Part of the squared length of the labels within each of the top modes, and in all of them together.
+    """Share of the squared norm of the labels within each of the top modes, and in all of them together.
 
-    The errors are bounds as a rule: what the last third of the products changed, and what a mode can have exchanged
-    with its neighbours, which is the largest of their energies times the error of its eigenvalue over the gap.
+    The errors are usually bounds. They have two parts: the change by the last third of the products, and the possible
+    exchange of a mode with its neighbours. The exchange is the largest of their energies times the error of its
+    eigenvalue over the gap.
 
     Args:
-        modes: With one more than the top, if there are as many.
+        modes: One more than the top modes, if there are as many.
     """
     energies = _energies(modes.vectors, targets)
     change = torch.zeros_like(energies) if modes.earlier is None else energies - _energies(modes.earlier, targets)
@@ -163,12 +164,12 @@ def label_energies(modes: Eigenpairs, targets: Float[Tensor, "R C"], top_k: int)
 
 
 def time_constants(modes: Eigenpairs, rate: float | Float[Tensor, ""]) -> Float[Tensor, " s"]:
-    """Steps in which what is left to learn of a mode falls by e, while the kernel stays as it is; infinite for a mode
-    that is never learnt.
+    """Number of steps in which the remaining error of a mode falls by a factor of e, if the kernel stays as it is.
+    Infinite for a mode that is never learnt.
 
     Args:
-        rate: Learning rate times the second derivative of the loss in an output: 2 / (R C) for torch's mean squared
-            error, 1 for modes of the Gauss-Newton matrix, which has the loss in it.
+        rate: Learning rate times the second derivative of the loss with respect to an output. That is 2 / (R C) for
+            torch's mean squared error, and 1 for modes of the Gauss-Newton matrix, which includes the loss.
     """
     return 1 / (rate * modes.values.clamp(min=0))
 
@@ -229,10 +230,10 @@ def jackknife(replicates: Float[Tensor, "k1 *B"]) -> Estimate:
 
 
 def blurred(found: Estimate, rounding: float) -> Estimate:
-    """With what the rounding of the outputs may change a velocity by, in its error.
+    """A velocity whose error includes the possible effect of rounding in the outputs.
 
-    A quarter of the rounding unit. In half precision activations near a kink fall on its other side as soon as the
-    weights move: kernels that differ by less than 1e-4 then seem to differ by up to 0.003.
+    This is a quarter of the rounding unit. In half precision, activations near a kink change sides as soon as the
+    weights move. Kernels that differ by less than 1e-4 then seem to differ by up to 0.003.
     """
     return replace(found, error=found.error + rounding / 4)
 

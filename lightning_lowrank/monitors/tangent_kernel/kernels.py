@@ -1,7 +1,7 @@
-"""The empirical neural tangent kernel, from products with the Jacobian of the outputs: where outputs are many, neither
-is ever formed.
+"""The empirical neural tangent kernel, from products with the Jacobian of the outputs. If there are many outputs,
+neither of them is ever formed.
 
-What is known of the top of a kernel is kept as it is, so that chance acts on the rest alone.
+The known top of a kernel is kept exactly, so that chance affects only the rest.
 
 Shape letters:  R rows of the model's outputs   C columns of them   P entries of all parameters   L parameters   k
 projections or probes n size of a kernel   m columns whose kernels are summed   q known directions   s known modes
@@ -62,7 +62,7 @@ class Known:
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """What random vectors in output space tell of the kernel of each parameter.
+    """Estimates of the kernel of each parameter, from random vectors in output space.
 
     Attributes:
         products: u_i^T K_l u_j for vectors of signs; 0 where the pair was not looked at.
@@ -102,7 +102,7 @@ def projections(jacobian: Jacobian, *, num: int, seed: int) -> Float[Tensor, "k 
         num: At least 4, for there to be an error.
     """
     if num < FEWEST:
-        raise ValueError(f"an estimate with an error takes at least {FEWEST} projections, not {num}")
+        raise ValueError(f"an estimate with an error needs at least {FEWEST} projections, not {num}")
     device = jacobian.outputs.device
     with full_precision(device):
         return torch.stack([jacobian.forward(_signs(jacobian.size, seed, i, jacobian)) for i in range(num)])
@@ -111,11 +111,11 @@ def projections(jacobian: Jacobian, *, num: int, seed: int) -> Float[Tensor, "k 
 def known_part(
     operator: Operator, modes: Eigenpairs | None = None, *, further: Float[Tensor, "_ n"] | None = None
 ) -> Known:
-    """What is known of a kernel from modes, converged or not, without a product, and from further directions, by one
+    """The known part of a kernel: from modes, converged or not, without a product, and from further directions by one
     product each.
 
-    The alignment of a full kernel with labels is least noisy with these as further directions, and again without their
-    mean over the rows; a velocity where both kernels are known in the same directions.
+    The alignment of a full kernel with labels has the least noise with the labels as further directions, and again
+    without their mean over the rows. A velocity has the least noise if both kernels are known in the same directions.
     """
     none = torch.zeros(0, operator.size, device=operator.device, dtype=operator.dtype)
     vectors, images = (none, none) if modes is None else (modes.vectors, modes.images())
@@ -204,7 +204,7 @@ def layer_kernels(
     """
     if num_probes < FEWEST or held < 2:
         raise ValueError(
-            f"the layers' kernels take at least {FEWEST} probes and 2 gradients held, not {num_probes} and {held}"
+            f"the layers' kernels need at least {FEWEST} probes and 2 stored gradients, not {num_probes} and {held}"
         )
     with full_precision(jacobian.outputs.device):
         device = jacobian.outputs.device

@@ -127,7 +127,7 @@ class Modes:
 
 
 class TangentKernels:
-    """What is followed from one measurement to the next.
+    """State that is kept from one measurement to the next.
 
     Memory: two references of `num_projections` times the outputs each, `top_k` modes, and no more than that for the
     number of parameters.
@@ -325,7 +325,7 @@ def quantities(top_k: int) -> Iterator[Quantity]:
 
 
 def learnt_by_descent(top_k: int) -> list[str]:
-    """What has a meaning for gradient descent alone."""
+    """Numbers that have a meaning only for gradient descent."""
     return ["ntk_time_constant", *(f"ntk_time_constant_{i}" for i in range(2, top_k + 1)), "ntk_modes_learnt"]
 
 

@@ -17,9 +17,9 @@ class NTKMonitor(Monitor):
     changes.
 
     The first batch that has a kernel is kept. After each step with a sample it is run through `training_step` again in
-    eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel that takes at most
-    128 pairs of products with it is exact (the number of pairs is examples times outputs, or the number of examples for
-    the sum of the outputs). Other kernels are estimated, with errors.
+    eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel is exact if it needs
+    at most 128 pairs of products: one for each example and output, or one for each example for the sum of the outputs.
+    Other kernels are estimated, with errors.
 
     A sample costs as much as tens to hundreds of training steps, so the default cadences are long.
 
@@ -53,8 +53,8 @@ class NTKMonitor(Monitor):
         train_mode: Whether to run the module in training mode instead.
 
     Raises:
-        ValueError: An option is unknown or out of its range; when training starts: a pattern matches nothing, or the
-            step cannot be run again; the message says what to do.
+        ValueError: An option is unknown or out of range; when training starts: a pattern matches nothing, or the step
+            cannot be run again; the message says what to do.
 
     Examples:
         >>> NTKMonitor(name="lora", match="*lora*").recorders[0].quantities[:2]

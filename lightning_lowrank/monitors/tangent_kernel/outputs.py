@@ -31,7 +31,7 @@ MANY = 1024
 
 @dataclass(frozen=True)
 class KernelOutputs:
-    """What a kernel is of, the same on every process.
+    """The outputs of a kernel, the same on every process.
 
     Attributes:
         jacobian: Of the rows that count.
@@ -58,7 +58,7 @@ class KernelOutputs:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of this process are among those of all.
+    """The position of this process's rows among those of all.
 
     Attributes:
         before: Rows of the processes before it.
@@ -71,7 +71,7 @@ class Place:
 
     @classmethod
     def of(cls, sizes: Sequence[int], team: Team) -> "Place":
-        """That of this process, from the numbers of rows of all."""
+        """The position of this process, from the numbers of rows of all."""
         return cls(sum(sizes[: team.rank]), sum(sizes[team.rank + 1 :]), team)
 
     def alone(self, rows: Float[Tensor, "S C"]) -> Float[Tensor, "R C"]:
@@ -134,7 +134,7 @@ class OwnOutputs:
 
 
 def kernel_outputs(own: OwnOutputs | None, named: Mapping[str, Tensor], team: Team) -> KernelOutputs | None:
-    """What a kernel is of. Has to be called by all processes.
+    """The outputs of a kernel. All processes must call it.
 
     Args:
         own: None where this process has none.

@@ -49,25 +49,27 @@ CORE = (
 
 
 class TangentKernel(NumberSource):
-    """The empirical neural tangent kernel in the chosen parameters, on the first examples of the first batch seen.
+    """The empirical neural tangent kernel of the chosen parameters, on the first examples of the first batch seen.
 
     Args:
-        kernel: "full": of all outputs. "class_summed": of examples, summed over the outputs. "sum_of_logits": of
-            examples, for the sum of the outputs.
-        num_examples: Of the kept batch, on each process.
-        num_projections: For sums and comparisons; the memory that stays is twice so many times the outputs.
-        top_k: Modes that are followed.
-        output_module: The layer whose output is looked at, where the loss is none of torch's.
-        loss_fn: `(module, batch) -> loss`, in the place of the module's own training step.
-        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all that are trained unless given.
-        exclude: The same, taken away.
-        num_outputs: Columns of the outputs to look at, drawn once; all up to 256, and up to 10 of the class-summed
-            kernel, unless given.
-        train_mode: Run the module as in training: with batch normalisation that is no kernel of examples any more.
-        seed: Of the projections, and of what the module draws.
+        kernel: "full": one row per output of each example. "class_summed": one row per example, summed over the
+            outputs. "sum_of_logits": one row per example, for the sum of the outputs.
+        num_examples: Number of examples to keep, on each process.
+        num_projections: Number of projections for sums and comparisons; it keeps twice this number times the outputs in
+            memory.
+        top_k: Number of modes to track.
+        output_module: The layer whose output is used, if the loss is not one of torch's functions.
+        loss_fn: `(module, batch) -> loss`, used instead of the module's own training step.
+        match: Parameters: globs on the name, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.
+        exclude: Patterns of what to leave out, as for `match`.
+        num_outputs: Number of columns of the outputs to use, drawn once. By default at most 256, and at most 10 for the
+            class-summed kernel.
+        train_mode: Whether to run the module as in training. With batch normalisation, it is then not a kernel of
+            single examples.
+        seed: Seed for the projections and for random numbers of the module.
 
     Raises:
-        ValueError: An option is another word or number; in `plan`, a pattern fits nothing or the step cannot be run
+        ValueError: An option is unknown or out of range; in `plan`, a pattern matches nothing or the step cannot be run
             again.
     """
 
@@ -90,7 +92,7 @@ class TangentKernel(NumberSource):
         seed: int = 0,
     ) -> None:
         if kernel not in get_args(KernelName):
-            raise ValueError(f"kernel={kernel!r}: one of {list(get_args(KernelName))}")
+            raise ValueError(f"kernel={kernel!r} must be one of {list(get_args(KernelName))}")
         _refuse_small(num_examples=(num_examples, 2), num_projections=(num_projections, FEWEST))
         refuse_top_k(top_k)
         self.num_outputs = COLUMNS[kernel] if num_outputs is None else num_outputs
@@ -111,15 +113,15 @@ class TangentKernel(NumberSource):
 
     @property
     def every(self) -> int:
-        """Cadence unless one is given."""
+        """Default cadence."""
         return EVERY[self.state.kernel]
 
     def plan(self, training: Training) -> None:
-        """Choose the parameters; those that are frozen now may be trained later."""
+        """Choose the parameters; frozen ones may be trained later."""
         self._named = chosen_parameters(training.module, self.match, self.exclude)
         if not self._named:
             raise ValueError(
-                f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for a kernel to be of"
+                f"match={self.match!r} without exclude={self.exclude!r} leaves no parameter for the kernel"
             )
         is_descent = all(type(optimizer) is SGD for optimizer in training.optimizers)
         self.absent = [] if is_descent else learnt_by_descent(self.state.effort.top_k)
@@ -146,7 +148,7 @@ class TangentKernel(NumberSource):
         self._waiting = {}
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Everything about the kernel as it is after the step."""
+        """All numbers of the kernel after the step."""
         batch, self._batch = self._batch, None
         assert batch is not None
         with ExitStack() as stack:
@@ -158,20 +160,20 @@ class TangentKernel(NumberSource):
         return list(_numbers(found, list(self._trained)))
 
     def detach(self) -> None:
-        """There is nothing to let go of but the batch of the step."""
+        """Drop the batch of the step."""
         self._batch = None
 
     def facts(self) -> dict[str, float]:
-        """What it is a kernel of, and how it was found."""
+        """Properties of the kernel, and how it was computed."""
         if self.state.exact is None:
             return {}
         return {"exact": float(self.state.exact), "train_mode": float(self.train_mode), "rows": float(self._num_rows)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept batch, with the kernels that later ones are compared with.
+        """The kept batch, and the kernels with which later ones are compared.
 
-        Nothing where the batch is no plain nest of tensors, numbers and words, or several processes have one each: a
-        run that is resumed then begins anew, as it does with other options.
+        Empty if the batch is not a plain nest of tensors, numbers and strings, or if several processes have different
+        ones. A resumed run then begins again, as it does with other options.
         """
         if self._waiting:
             return dict(self._waiting)
@@ -184,7 +186,7 @@ class TangentKernel(NumberSource):
         return known if self.state.directions is None else known | {"directions": self.state.directions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back, once it is known where to."""
+        """Load them, once their device is known."""
         self._training = None  # another run
         self._replay, self._waiting = self._new_replay(), state
         self.state.forget()
@@ -214,19 +216,20 @@ class TangentKernel(NumberSource):
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
                 why = (
-                    "its shards come and go, and the graph of the outputs with them; train with strategy='ddp' "
-                    "or on one device"
+                    "the graph of the outputs is lost when its shards are freed; train with strategy='ddp' or on "
+                    "one device"
                 )
-                raise ValueError(f"{name!r} is sharded, and a tangent kernel cannot be seen: {why}")
+                raise ValueError(f"{name!r} is sharded, so the tangent kernel cannot be computed: {why}")
         for name, parameter in self._named.items():
             if parameter.is_complex() and parameter.requires_grad:
                 raise ValueError(
-                    f"{name!r} is complex, and a tangent kernel is of real parameters; leave it out by exclude or match"
+                    f"{name!r} is complex, but the tangent kernel needs real parameters; leave it out with exclude "
+                    "or match"
                 )
         for path, part in module.named_modules():
             if self.train_mode and isinstance(part, nn.SyncBatchNorm) and training.team.size > 1:
                 raise ValueError(
-                    f"{path!r}: the exchange of SyncBatchNorm has no second derivative; leave train_mode=False"
+                    f"{path!r}: the exchange of SyncBatchNorm has no second derivative; use train_mode=False"
                 )
         refuse_replay(training, self.loss_fn)
 
@@ -254,8 +257,8 @@ class TangentKernel(NumberSource):
         if outputs is None or not len(outputs.jacobian.outputs):
             if self.state.first is None:  # of another batch there may be a kernel
                 self._replay.batch = None
-            alone = "another process has no outputs, or of another kind"
-            raise error or RuntimeError(alone if outputs is None else "no row of the outputs has a share in the loss")
+            alone = "another process has no outputs, or outputs of another kind"
+            raise error or RuntimeError(alone if outputs is None else "no row of the outputs contributes to the loss")
         return outputs
 
 
@@ -287,13 +290,14 @@ def _rate(optimizers: Sequence[Optimizer]) -> float | Tensor | None:
 def _refuse_small(**numbers: tuple[int, int]) -> None:
     for name, (number, least) in numbers.items():
         if type(number) is not int or number < least:
-            raise ValueError(f"{name}={number!r}: a whole number, at least {least}")
+            raise ValueError(f"{name}={number!r} must be a whole number of at least {least}")
 
 
 def _refuse_odd(loss_fn: object, train_mode: object) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(
-            f"loss_fn={loss_fn!r}: a function (module, batch) -> loss, or None for the module's own training step"
+            f"loss_fn={loss_fn!r} must be a function (module, batch) -> loss, or None for the module's own training "
+            "step"
         )
     if type(train_mode) is not bool:
-        raise ValueError(f"train_mode={train_mode!r}: True or False")
+        raise ValueError(f"train_mode={train_mode!r} must be True or False")

@@ -11,37 +11,37 @@ from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
 
 
 class TrajectorySubspace(Monitor):
-    """How many directions the path of the parameters uses, beside a random walk seen at the same times.
+    """How many directions the path of the parameters uses, compared with a random walk at the same times.
 
-    Keeps snapshots of the parameters along the run and the inner products of all that they have moved. The explained
-    variances are those of a principal component analysis of the snapshots and the parameters of now. A random walk in
-    any number of dimensions has 0.61 of its variance in one component, 0.15 in the second, 0.07 in the third: a path
-    that looks flat may be nothing but continuous, so that each number has the walk's beside it.
+    It keeps snapshots of the parameters along the run, and inner products of their displacements. The explained
+    variances are those of a principal component analysis of the snapshots and the current parameters. A random walk in
+    any number of dimensions has 0.61 of its variance in one component, 0.15 in the second, 0.07 in the third. A path
+    that looks flat may therefore be merely continuous, so each number comes with that of the walk.
 
-    Writes `trajectory/explained_1`, `trajectory/participation_ratio`, each also with `_random_walk`; at "standard" also
-    `explained_2`, `explained_4`, `straightness` (distance from the first to the last point over the length of the way)
-    and `snapshots`.
+    Writes `trajectory/explained_1` and `trajectory/participation_ratio`, each also with `_random_walk`. At "standard"
+    also `explained_2`, `explained_4`, `straightness` (distance from the first to the last point over the length of the
+    path) and `snapshots`.
 
     Cost: `max_snapshots` inner products of all parameters on due steps. Memory: a copy of the parameters, and one in
-    float32 per further snapshot, where the parameters are and in checkpoints: `lowrank/trajectory_bytes`. A copy to the
-    host would wait for the device.
+    float32 for each further snapshot, on the device and in checkpoints: `lowrank/trajectory_bytes`. A copy to the host
+    would wait for the device.
 
     Args:
-        every_n_steps: Least number of optimizer steps between two snapshots, and the cadence of the curves; 50 unless
-            given.
-        max_snapshots: How many are kept, 8 at least. When there is one more, every second one goes, and from then on
-            they are twice as far apart.
-        match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained at the start unless given.
-        exclude: The same, taken away.
+        every_n_steps: Smallest number of optimizer steps between two snapshots, and the cadence of the curves; default
+            50.
+        max_snapshots: Number of snapshots to keep, at least 8. When there is one more, every second one is dropped, and
+            the distance between snapshots doubles.
+        match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained at the start by default.
+        exclude: Patterns of what to leave out, as for `match`.
         detail: What loggers get: "core", "standard" or "all"; the tab and reports have everything.
-        per_site: Without effect: there are no sites.
+        per_site: Has no effect, because there are no sites.
         name: Prefix of all tags.
-        alerts: Rules that say when to warn; there are none by default.
+        alerts: Alert rules; none by default.
         max_overhead: Largest increase of training time, 0.01 for 1 %: a `Budget` chooses the cadence.
 
     Raises:
-        ValueError: An option is out of its range; when training starts: a pattern fits nothing, nothing that it fits is
-            trained, or parameters are sharded.
+        ValueError: An option is out of range; when training starts: a pattern matches nothing or no trained parameter,
+            or parameters are sharded.
 
     Examples:
         >>> TrajectorySubspace(every_n_steps=10).recorders[0].quantities[:2]

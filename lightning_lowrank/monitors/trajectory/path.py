@@ -22,7 +22,7 @@ def centred(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
 
 
 def numbers(gram: Float[Tensor, "N N"]) -> dict[str, Float[Tensor, ""]]:
-    """What a path with these inner products uses: NaN of one that does not move, or has too few points to tell.
+    """Numbers of directions that a path with these inner products uses; NaN if it does not move or has too few points.
 
     Of N points the first N - 1 components have everything: an explained variance takes two points more than components.
 
@@ -43,7 +43,7 @@ def numbers(gram: Float[Tensor, "N N"]) -> dict[str, Float[Tensor, ""]]:
 
 
 def of_a_random_walk(times: Sequence[int]) -> dict[str, Float[Tensor, ""]]:
-    """The same of a random walk in many dimensions, seen at these times: its points have inner products `min(t, t')`.
+    """The same for a random walk in many dimensions at these times; its points have inner products `min(t, t')`.
 
     Of many points at equal distances, component k has `6 / (pi k)^2` of the variance.
 

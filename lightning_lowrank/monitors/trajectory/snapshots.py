@@ -81,7 +81,7 @@ class Snapshots:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with them."""
+        """Continue with them."""
         self.times, self.spacing = list(state["times"]), state["spacing"]
         self._start, self._moves, self._gram = dict(state["start"]), list(state["moves"]), state["gram"]
 

@@ -1,4 +1,4 @@
-"""Where `TrajectorySubspace` reads: parameters before the step, on due steps."""
+"""The source of `TrajectorySubspace`: parameters before the step, on due steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,16 +24,17 @@ FEWEST = 8
 
 
 class Trajectory(NumberSource):
-    """Directions that the path of the parameters uses so far, beside a random walk seen at the same times.
+    """Number of directions that the path of the parameters has used so far, compared with a random walk at the same
+    times.
 
     Args:
-        every_n_steps: Least number of optimizer steps between two snapshots.
-        max_snapshots: How many are kept.
-        match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained at the start unless given.
-        exclude: The same, taken away.
+        every_n_steps: Smallest number of optimizer steps between two snapshots.
+        max_snapshots: Number of snapshots to keep.
+        match: Parameters: globs, `re:REGEX`, `type:LAYERCLASS`; all that are trained at the start by default.
+        exclude: Patterns of what to leave out, as for `match`.
 
     Raises:
-        ValueError: `max_snapshots` is out of its range; in `plan`: a pattern fits nothing, nothing is trained, or
+        ValueError: `max_snapshots` is out of range; in `plan`: a pattern matches nothing, nothing is trained, or
             parameters are sharded.
     """
 
@@ -48,7 +49,7 @@ class Trajectory(NumberSource):
         exclude: str | Sequence[str] | None = None,
     ) -> None:
         if type(max_snapshots) is not int or max_snapshots < FEWEST:
-            raise ValueError(f"max_snapshots={max_snapshots!r}: a whole number, at least {FEWEST}")
+            raise ValueError(f"max_snapshots={max_snapshots!r} must be a whole number of at least {FEWEST}")
         self._match, self._exclude = match, exclude
         both = [name + end for name in NAMES for end in ("", "_random_walk")]
         quantities = [
@@ -60,16 +61,16 @@ class Trajectory(NumberSource):
         self._at = -1
 
     def plan(self, training: Training) -> None:
-        """Refuse what cannot be followed."""
+        """Refuse parameters that cannot be tracked."""
         chosen = chosen_parameters(training.module, self._match, self._exclude)
         sharded = next((name for name, parameter in chosen.items() if is_sharded(parameter)), None)
         if sharded is not None:
             raise ValueError(
-                f"TrajectorySubspace: {sharded!r} is sharded, and no process has the whole of its path; use DDP, or "
-                "name others by match"
+                f"TrajectorySubspace: {sharded!r} is sharded, so no process has its whole path; use DDP, or choose "
+                "other parameters with match"
             )
         if not any(parameter.requires_grad for parameter in chosen.values()):
-            raise ValueError(f"TrajectorySubspace: nothing is trained of {list(chosen)[:10]}")
+            raise ValueError(f"TrajectorySubspace: none of the chosen parameters is trained: {list(chosen)[:10]}")
 
     def labels(self) -> list[str]:
         """The whole model."""
@@ -87,16 +88,16 @@ class Trajectory(NumberSource):
         self._found, self._at = {f"trajectory_{name}": value for name, value in known.items()}, step
 
     def numbers(self, team: Team) -> Sequence[Numbers]:
-        """Those of the path so far."""
+        """Numbers of the path so far."""
         found, self._found = self._found, {}
         return [Numbers(WHOLE_MODEL, found)]
 
     def facts(self) -> dict[str, float]:
-        """Memory that snapshots take."""
+        """Memory of the snapshots."""
         return {"bytes": float(self._snapshots.num_bytes)}
 
     def detach(self) -> None:
-        """Forget the sample in the making."""
+        """Drop the unfinished sample."""
         self._found = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Trajectory(NumberSource):
         return self._snapshots.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Those of the run that is resumed; another run has another path."""
+        """Load those of the resumed run; another run has another path."""
         if state:
             self._snapshots.load_state_dict(state)
         else:

@@ -1,4 +1,4 @@
-"""What follows from an alert: words, files, calls of users' functions, checkpoints, the end of training."""
+"""Actions of alerts: messages, files, calls of users' functions, checkpoints, the end of training."""
 
 import json
 import threading
@@ -67,7 +67,7 @@ class Calls:
             self._running.append(UserCall(function, event, timeout))
 
     def troubles(self) -> list[str]:
-        """What went wrong since this was last asked."""
+        """Failures since the last query."""
         late = [call for call in self._running if call.is_late]
         through = [call for call in self._running if not call.thread.is_alive()]
         self._given_up += [call.function for call in late]

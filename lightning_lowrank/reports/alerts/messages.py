@@ -1,4 +1,4 @@
-"""What an alert says: what, where, how much against what, since when, why, and where it is explained."""
+"""Messages of alerts: what happened and where, the value and its threshold, since when, the cause, and a link."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ PAGE = page("how-to/get-alerts")
 # By the word in the quantity's name; the first that is in it.
 CAUSES = {
     "second_moment": "an optimizer state that was reset or overflowed",
-    "first_moment": "gradients that have come to point one way: a learning rate too high, repeated batches",
+    "first_moment": "gradients that all have the same direction: a learning rate that is too high, or repeated batches",
     "displacement": (
-        "weights that move along few directions only: a learning rate too high, or a loss ruled by few examples"
+        "weights that move along few directions: a learning rate that is too high, or a loss dominated by few examples"
     ),
     "feature": (
-        "outputs that no longer tell inputs apart: a self-supervised loss without stop-gradient or "
-        "with too little variance, dead units, a normalisation that is missing"
+        "outputs that no longer distinguish inputs: a self-supervised loss without stop-gradient or with too "
+        "little variance, dead units, or a missing normalisation"
     ),
     "gradient": (
-        "one direction of the batch that drowns the others, a layer that is cut off, or, at 0, "
-        "dead units or a saturated loss"
+        "one dominant direction of the batch, a layer without a gradient, or, at 0, dead units or a saturated loss"
     ),
-    "update": "a learning rate too high, momentum on few directions, or clipping at every step",
+    "update": "a learning rate that is too high, momentum on few directions, or clipping at every step",
     "weight": (
-        "a learning rate too high for this depth, or a normalisation that is missing: one direction outgrows all others"
+        "a learning rate that is too high for this depth, or a missing normalisation, so that one direction "
+        "outgrows all others"
     ),
 }
 NO_NUMBER = (
-    "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero"
+    "a NaN or infinite loss: a learning rate that is too high, an overflow in half precision, or a division by zero"
 )
 
 
@@ -41,7 +41,9 @@ def title_of(event: AlertEvent) -> str:
 def message_of(event: AlertEvent, rule: Alert) -> str:
     """The whole story, on one line."""
     if event.state == "resolved":
-        return f"{event.quantity} is well again at step {event.step}; rule {event.rule}, told at step {event.since}."
+        return (
+            f"{event.quantity} has recovered at step {event.step}; rule {event.rule}, reported at step {event.since}."
+        )
     named = "; ".join(_of_site(site) for site in event.worst)
     more = event.num_firing - len(event.worst)
     where = (
@@ -74,9 +76,9 @@ def _of_site(site: SiteAlert) -> str:
         case "change":
             return f"{value}, another level{against}, allowed to {site.threshold:.4g}"
         case "departure":
-            return f"{value}, not as it was in this run{against}, allowed to {site.threshold:.4g}"
+            return f"{value}, unlike before in this run{against}, allowed to {site.threshold:.4g}"
         case "cusum":
-            return f"{value}, drifts upwards{against}, in all by more than {site.threshold:.3g} spreads"
+            return f"{value}, drifts upwards{against}, in total by more than {site.threshold:.3g} spreads"
     upper = site.condition in ("above", "rise", "spike")
     return f"{value}{against}, alert {'above' if upper else 'below'} {site.threshold:.4g}"
 

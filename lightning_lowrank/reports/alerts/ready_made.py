@@ -24,7 +24,7 @@ LARGEST_DROP = 0.9
 
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
-INACTIVE = "a learning rate too high, a large negative bias, or inputs that are not normalised"
+INACTIVE = "a learning rate that is too high, a large negative bias, or inputs that are not normalised"
 
 
 def RankCollapseAlert(
@@ -43,16 +43,16 @@ def RankCollapseAlert(
     call: Callable[[AlertEvent], Any] | None = None,
     name: str | None = None,
 ) -> Alert:
-    """An alert for a rank that falls far below what it was, or below a floor.
+    """An alert for a rank that falls far below its earlier value, or below a floor.
 
     Args:
-        source: Whose rank.
-        statistic: Which rank.
-        sites: As in `Alert`, like all that follows except for these:
-        floor: Least rank allowed; 0.5 is what a zero matrix, whose rank is 0, falls below, and no other.
-        drop: Share of the baseline that may be lost. If there is no floor either, it depends on the source: 0.5 for
-            weights, 0.7 for features, 0.9 for gradients, updates and what they add up to, since low rank is normal
-            there. Updates of optimizers that orthogonalise (Muon) are flat by construction: for those give 0.3.
+        source: Source of the matrices.
+        statistic: The kind of rank.
+        sites: As in `Alert`, like all that follows except `floor` and `drop`.
+        floor: Smallest allowed rank. Only a zero matrix, whose rank is 0, is below 0.5.
+        drop: Allowed decrease, as a share of the baseline. If there is no floor either, it depends on the source: 0.5
+            for weights, 0.7 for features. It is 0.9 for gradients, updates and their sums, since low rank is normal
+            there. Updates of optimizers that orthogonalise (Muon) are flat by construction; use 0.3 for them.
 
     Examples:
         >>> RankCollapseAlert("gradient", floor=0.5, drop=0.95, actions=["warn", "stop"]).conditions
@@ -91,14 +91,15 @@ def ChangePointAlert(
     call: Callable[[AlertEvent], Any] | None = None,
     name: str | None = None,
 ) -> Alert:
-    """An alert for a quantity that leaves its level for another, up or down: a phase transition such as grokking.
+    """An alert for a quantity that moves to another level, up or down: a phase transition such as grokking.
 
     Args:
         quantity: As in `Alert`, like all others.
-        change: Spreads of the level, of which each is at least 2 % of it.
-        window: Samples that a level is learnt from.
-        baseline: "warm-up": a level is kept until it is left, however slowly, so that a steady trend is told too once
-            it has come far enough. "running": the level follows what is slower than `window`, and only jumps are told.
+        change: Allowed distance from the level in spreads; a spread is at least 2 % of the level.
+        window: Number of samples from which a level is learnt.
+        baseline: "warm-up": a level stays until it is left, however slowly, so a steady trend is reported, too, once it
+            is large enough. "running": the level follows changes that are slower than `window`, so only jumps are
+            reported.
 
     Examples:
         >>> ChangePointAlert("weight_effective_rank", "blocks.*").conditions
@@ -124,17 +125,17 @@ def ChangePointAlert(
 
 
 def DepartureAlert(quantity: str, sites: str | Sequence[str] = "*", departure: float = 12.0, **options: Any) -> Alert:
-    """An alert for a quantity that leaves the distribution that it had in this run so far, up or down.
+    """An alert for a quantity that leaves its own earlier distribution in this run, up or down.
 
     False alarms in 1,000 samples of healthy trainings, as means over 85 quantities of sites and 105 of whole models
-    (docs/evidence/warnings.md): at 6 spreads 4.0 at any site, 0.5 at half of the sites, 1.0 of the whole model; at
-    12 spreads 1.4, 0.2 and 0.7; at 24 spreads 0.7, 0.1 and 0.6. Most quantities have none; a few have most of them.
+    (docs/evidence/warnings.md). At 6 spreads: 4.0 at any site, 0.5 at half of the sites, 1.0 of the whole model. At 12
+    spreads: 1.4, 0.2 and 0.7. At 24 spreads: 0.7, 0.1 and 0.6. Most quantities have none; a few have most of them.
 
     Args:
         quantity: As in `Alert`, like all others.
-        sites: Globs of the sites to look at.
-        departure: Spreads that it may be away from the median of the run's earlier samples.
-        options: Others of `Alert`. The baseline is "healthy", learnt from 20 samples at least and from 100 at most.
+        sites: Globs of the sites to watch.
+        departure: Allowed distance from the median of the run's earlier samples, in spreads.
+        options: Other options of `Alert`. The baseline is "healthy", learnt from at least 20 and at most 100 samples.
 
     Examples:
         >>> DepartureAlert("update_effective_rank", quorum=0.5).baseline
@@ -149,9 +150,9 @@ def SpikeAlert(quantity: str, sites: str | Sequence[str] = "*", spike: float = 6
 
     Args:
         quantity: As in `Alert`, like all others.
-        sites: Globs of the sites to look at.
-        spike: Standard deviations above the mean of the last samples.
-        options: Others of `Alert`. A window has 128 samples; what is no spike is one of the next window.
+        sites: Globs of the sites to watch.
+        spike: Allowed distance above the mean of the last samples, in standard deviations.
+        options: Other options of `Alert`. A window has 128 samples; samples that are not spikes enter the next window.
 
     Examples:
         >>> SpikeAlert("noise_gradient_energy").window
@@ -161,13 +162,13 @@ def SpikeAlert(quantity: str, sites: str | Sequence[str] = "*", spike: float = 6
 
 
 def CusumAlert(quantity: str, sites: str | Sequence[str] = "*", cusum: float = 8.0, **options: Any) -> Alert:
-    """An alert for a quantity that is a little higher than before for long: an upward CUSUM.
+    """An alert for a quantity that is slightly above its baseline for a long time: an upward CUSUM.
 
     Args:
         quantity: As in `Alert`, like all others.
-        sites: Globs of the sites to look at.
-        cusum: Spreads above the baseline in all, each time half a spread less.
-        options: Others of `Alert`. The baseline is that of the last 128 samples that violated nothing.
+        sites: Globs of the sites to watch.
+        cusum: Allowed sum of excesses over the baseline in spreads, each reduced by half a spread.
+        options: Other options of `Alert`. The baseline consists of the last 128 samples without a violation.
 
     Examples:
         >>> CusumAlert("noise_gradient_energy").conditions
@@ -177,7 +178,7 @@ def CusumAlert(quantity: str, sites: str | Sequence[str] = "*", cusum: float = 8
 
 
 def default_alerts(quantities: Iterable[str]) -> list[Alert]:
-    """What warns of faults and is quiet in health, as far as it is measured: what all monitors have by default.
+    """The default rules for the measured quantities: they warn of faults and are quiet in healthy trainings.
 
     The second half was chosen on one seed of many trainings and reported on three others: docs/evidence/warnings.md.
     """

@@ -47,12 +47,13 @@ class Rulebook:
         label: str,
     ) -> None:
         if isinstance(rules, str) and rules != "default":
-            raise ValueError(f"alerts={rules!r}: a list of alerts, 'default' or None")
+            raise ValueError(f"alerts={rules!r} must be a list of alerts, 'default' or None")
         if isinstance(rules, Alert) or any(
             not isinstance(rule, Alert) for rule in rules or () if not isinstance(rules, str)
         ):
             raise ValueError(
-                f"alerts={rules!r}: a list of Alert(...), also where it is one; plain dictionaries are for YAML"
+                f"alerts={rules!r} must be a list of Alert(...), even for a single one; plain dictionaries work "
+                "only in YAML"
             )
         start = f"{prefix}_" if prefix else ""
         measured = [quantity.removeprefix(start) for quantity in quantities]
@@ -61,7 +62,7 @@ class Rulebook:
         self.states = [_state(rule, quantities, start) for rule in given]
         names = [state.name for state in self.states]
         if len(set(names)) < len(names):
-            raise ValueError(f"alerts: each needs a name of its own; these are {names}")
+            raise ValueError(f"alerts must have different names, not {names}")
         self.label = label
         self.events: list[AlertEvent] = []
         self.calls = actions.Calls()
@@ -83,8 +84,8 @@ class Rulebook:
         for state in self.states:
             if "checkpoint" in state.rule.actions and not training.may_save:
                 raise ValueError(
-                    f"alert {state.name!r} asks for a checkpoint: give watching(..., save_checkpoint=...) a function "
-                    "that writes one at a path"
+                    f"alert {state.name!r} requests a checkpoint; give watching(..., save_checkpoint=...) a "
+                    "function that writes one to a path"
                 )
 
     def check(self, sites: Mapping[str, Sequence[str]]) -> None:
@@ -100,16 +101,14 @@ class Rulebook:
             known = list(sites.get(state.quantity, ()))
             if known and not any(map(state.matches, known)):
                 more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-                there = (
-                    f"has {known[:10]}{more}" if any(known) else "is one number of the whole model: leave sites= away"
-                )
+                there = f"has {known[:10]}{more}" if any(known) else "is one number of the whole model; remove sites="
                 raise ValueError(
-                    f"alert {state.name!r}: sites={state.rule.sites!r} fits nothing; {state.quantity} {there}"
+                    f"alert {state.name!r}: sites={state.rule.sites!r} matches nothing; {state.quantity} {there}"
                 )
             looked_at = sum(map(state.matches, known))
             if known and isinstance(state.rule.quorum, int) and state.rule.quorum > looked_at:
-                looks = f"it looks at {of_number(looked_at, 'site')}"
-                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} is never met: {looks}")
+                looks = f"it watches {of_number(looked_at, 'site')}"
+                raise ValueError(f"alert {state.name!r}: quorum={state.rule.quorum} can never be met: {looks}")
 
     def observe(self, step: int, values: Values) -> None:
         """Show a report to the rules."""
@@ -155,7 +154,7 @@ class Rulebook:
         return {"rules": {state.name: state.state_dict() for state in self.states}, "events": events}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped."""
+        """Continue a stopped run."""
         self.events = [
             AlertEvent(**{**event, "worst": tuple(SiteAlert(**site) for site in event["worst"])})
             for event in saved.get("events", ())
@@ -184,7 +183,7 @@ def _all(act: Callable[[Alert, AlertEvent], None], due: Sequence[tuple[Alert, Al
         try:
             act(rule, event)
         except Exception as error:  # of a user's function or a full disk, which must not end the run
-            failed.append(f"an alert could not be told as asked ({type(error).__name__}): {error}")
+            failed.append(f"an action of an alert failed ({type(error).__name__}): {error}")
     return failed
 
 
@@ -194,7 +193,7 @@ def _state(rule: Alert, quantities: Sequence[str], prefix: str) -> RuleState:
     if quantity is None:
         nearest = get_close_matches(rule.quantity, quantities, 3, cutoff=0)
         raise ValueError(
-            f"an alert is on {rule.quantity!r}, which is not measured; nearest: {nearest}; there are {list(quantities)}"
+            f"an alert uses {rule.quantity!r}, which is not measured; nearest: {nearest}; available: {list(quantities)}"
         )
     name = rule.name or "_".join([quantity, *rule.conditions])
     return RuleState(rule, quantity, name)

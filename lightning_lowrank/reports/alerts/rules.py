@@ -1,4 +1,4 @@
-"""What an alert is: which numbers it looks at, what it compares them with, what follows."""
+"""Alert rules: the numbers that they watch, what they compare them with, and the actions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ NEEDED = {"drop": 1, "rise": 1, "change": 5, "departure": 10, "spike": 10, "cusu
 
 
 class AlertError(RuntimeError):
-    """An alert fired whose rule asks for this: `actions` has "raise"."""
+    """Raised when an alert fires whose `actions` contain "raise"."""
 
 
 # Options of a rule that reports an event as soon as it is seen, whatever it is.
@@ -75,20 +75,21 @@ class SiteAlert:
 
 @dataclass(frozen=True)
 class AlertEvent:
-    """A rule began to fire, fires at more sites, or has calmed down: what users' functions are given.
+    """A rule begins to fire, fires at more sites, or is over. Users' functions get this object.
 
     Attributes:
         rule: Name of the rule.
         state: Whether it fires or is over.
-        severity: As the rule says.
-        quantity: What it looks at.
-        step: Of the sample.
+        severity: Severity of the rule.
+        quantity: Quantity of the rule.
+        step: Step of the sample.
         since: Step of the first sample that violated it.
-        title: At most 63 characters.
-        message: What, where, how much against what, since when, why, and where it is explained.
-        num_firing: Sites at which it fires.
-        num_sites: Sites that it looks at.
-        worst: The worst of them, at most five.
+        title: A title of at most 63 characters.
+        message: What happened and where, the value and its threshold, since when, the usual cause, and a link to the
+            explanation.
+        num_firing: Number of sites at which it fires.
+        num_sites: Number of sites that it watches.
+        worst: The worst sites, at most five.
     """
 
     rule: str
@@ -106,52 +107,53 @@ class AlertEvent:
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule: a quantity at some sites, conditions of which one is enough, how patient it is, and what follows.
+    """A rule: a quantity at some sites, conditions of which one is enough, the number of samples before it fires, and
+    the actions.
 
-    At each site it is ok, pending (violated in fewer than `for_samples` samples in a row) or firing. A number that is
-    not there or not finite counts neither way. Of an estimated quantity the bound of its error is compared: it fires
-    only if the number is certainly beyond.
+    At each site it is ok, pending (violated in fewer than `for_samples` samples in a row) or firing. Missing numbers
+    and numbers that are not finite are ignored. For an estimated quantity, the bound of its error is compared, so it
+    fires only if the number is certainly beyond the threshold.
 
     Args:
         quantity: Its name as in `monitor.latest.values`, `weight_stable_rank`; a monitor's own prefix may be left out.
-        sites: Globs of the sites to look at.
-        below: Least number allowed.
-        above: Largest number allowed.
-        drop: Share of the baseline by which it may fall, 0.5 for a half.
-        rise: The same upwards; 2.0 allows up to three times the baseline.
-        slope: Share of its mean by which it may fall per sample: least squares over the last `window` samples.
-        change: A change point, either way: how many spreads it may be away from the baseline (a spread is 1.4826 times
-            the median distance from the median, and at least 2 % of that). After it has fired the baseline is learnt
-            anew, which takes `window` samples.
-        departure: How many spreads it may be away from the baseline, either way, as for `change`; it fires until the
-            number is back.
-        spike: How many standard deviations it may be above the mean of the samples that the baseline is made of.
-        cusum: How far it may have drifted upwards in all: the excess over the baseline, in spreads and each time half a
-            spread less, is added up from sample to sample, and begins anew where the sum falls below 0.
-        non_finite: Share of the sites that may be without a finite number in a sample.
-        baseline: "running": median of the last `window` samples before the violation. "warm-up": of those of the
-            warm-up, which stays for good. "healthy": of all samples after `warm_up_steps` that violated nothing,
-            thinned to at most `window`: the run's own earlier distribution, so that the spread has its drift in it.
-        window: Samples, for running baselines and slopes.
-        for_samples: Samples in a row that must violate before it fires.
-        keep_samples: Samples in a row that must be well again before it is over.
-        hysteresis: How far from the threshold "well" begins: a share of the threshold, or of the way back to the
-            baseline.
-        quorum: Sites that must be firing: a number, or (below 1.0) a share.
-        cooldown_steps: Steps between two messages; what begins in between is told when they are over, if it still
+        sites: Globs of the sites to watch.
+        below: Smallest allowed number.
+        above: Largest allowed number.
+        drop: Allowed decrease, as a share of the baseline; 0.5 for a half.
+        rise: Allowed increase, as a share of the baseline; 2.0 allows up to three times the baseline.
+        slope: Allowed decrease per sample, as a share of the mean, by least squares over the last `window` samples.
+        change: A change point in either direction: allowed distance from the baseline in spreads. A spread is 1.4826
+            times the median distance from the median, and at least 2 % of the median. After it has fired, it learns a
+            new baseline from `window` samples.
+        departure: Allowed distance from the baseline in either direction, in spreads as for `change`. It fires until
+            the number is back.
+        spike: Allowed distance above the mean of the baseline's samples, in standard deviations.
+        cusum: Allowed upward drift. Excesses over the baseline, in spreads and each reduced by half a spread, are added
+            up from sample to sample. The sum restarts if it falls below 0.
+        non_finite: Allowed share of sites without a finite number in a sample.
+        baseline: "running": median of the last `window` samples before the violation. "warm-up": median of the warm-up,
+            which then stays fixed. "healthy": all samples after `warm_up_steps` without a violation, thinned to at most
+            `window`. This is the run's own earlier distribution, so its spread includes drifts.
+        window: Number of samples for running baselines and slopes.
+        for_samples: Number of consecutive violating samples before it fires.
+        keep_samples: Number of consecutive normal samples before it is over.
+        hysteresis: Distance from the threshold at which numbers are normal again: a share of the threshold, or of the
+            distance to the baseline.
+        quorum: Sites that must fire: a number, or (below 1.0) a share.
+        cooldown_steps: Steps between two messages. An alert that begins in between is reported afterwards if it still
             fires.
-        warm_up_samples: Numbers of a site to learn from before it is judged.
-        warm_up_steps: Steps before which nothing is judged either: those of the learning rate's warm-up.
-        severity: Word for loggers that know such.
-        actions: `warn`, `log` (scalar, table and JSON lines), `wandb` (its alert, where its logger is), `checkpoint`,
+        warm_up_samples: Number of samples of a site to learn from before it is judged.
+        warm_up_steps: Steps before which nothing is judged: those of the learning rate's warm-up.
+        severity: Severity for loggers that have such levels.
+        actions: `warn`, `log` (scalar, table and JSON lines), `wandb` (its alert, if its logger is used), `checkpoint`,
             `stop`, `raise`.
-        call: A function of an `AlertEvent`, called in a thread of its own in the first process.
-        call_timeout: Seconds after which it is given up, and not called again.
-        cause: What usually is behind it; there is something general for every source.
-        name: Of the rule, for tags; made from the quantity and its conditions unless given.
+        call: A function of an `AlertEvent`, called in its own thread on the first process.
+        call_timeout: Seconds after which the call is abandoned and not repeated.
+        cause: The usual cause; by default a general one for each source.
+        name: Name of the rule, for tags; by default made of the quantity and its conditions.
 
     Raises:
-        ValueError: There is no condition, or a number makes no sense.
+        ValueError: There is no condition, or a number is invalid.
 
     References:
         Page (1954), Continuous Inspection Schemes, Biometrika 41: `cusum`. `spike` is the spike score of OLMo (2024),
@@ -193,12 +195,12 @@ class Alert:
 
     @property
     def conditions(self) -> list[str]:
-        """Names of those that it has."""
+        """Names of its conditions."""
         return [name for name in CONDITIONS if getattr(self, name) is not None]
 
     @property
     def of_sites(self) -> bool:
-        """Whether it judges sites one by one."""
+        """Whether it judges single sites."""
         return self.conditions != ["non_finite"]
 
     def _wrong(self) -> list[str]:
@@ -208,43 +210,44 @@ class Alert:
         learnt = self.warm_up_samples if self.baseline == "warm-up" else min(self.warm_up_samples, self.window)
         wrong = {
             f"give at least one of {CONDITIONS}": not given,
-            **{f"{name}={x!r}: a finite number": not math.isfinite(x) for name, x in given.items()},
+            **{f"{name}={x!r} must be a finite number": not math.isfinite(x) for name, x in given.items()},
             **{
-                f"{name}={x!r}: a share above 0 and below 1": not 0 < x < 1
+                f"{name}={x!r} must be a share above 0 and below 1": not 0 < x < 1
                 for name, x in given.items()
                 if name in SHARES
             },
-            **{f"{name}={x!r}: above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
-            f"hysteresis={self.hysteresis!r}: from 0 on and below 1": not 0 <= self.hysteresis < 1,
+            **{f"{name}={x!r} must be above 0": x <= 0 for name, x in given.items() if name in POSITIVE},
+            f"hysteresis={self.hysteresis!r} must be at least 0 and below 1": not 0 <= self.hysteresis < 1,
             (
-                f"quorum={self.quorum!r}: a number of sites from 1 on, or a share above 0 and at most 1.0"
+                f"quorum={self.quorum!r} must be a number of sites of at least 1, or a share above 0 and at most 1.0"
             ): not self._has_quorum(),
-            f"name={self.name!r}: letters, digits, '_', '.' and '-' only": not fullmatch(
+            f"name={self.name!r} may contain only letters, digits, '_', '.' and '-'": not fullmatch(
                 r"[\w.-]+", self.name or "x", ASCII
             ),
-            f"call={self.call!r}: a function that takes an AlertEvent (a dotted path only in YAML)": not callable(
+            f"call={self.call!r} must be a function of an AlertEvent (a dotted path works only in YAML)": not callable(
                 self.call or print
             ),
-            f"call_timeout={self.call_timeout!r}: seconds above 0": not self.call_timeout > 0,
-            f"{needed} samples at least to learn from (warm_up_samples, window), for {list(given)}": learnt < needed,
+            f"call_timeout={self.call_timeout!r} must be a number of seconds above 0": not self.call_timeout > 0,
+            f"{needed} samples or more are needed to learn from (warm_up_samples, window), for {list(given)}": learnt
+            < needed,
         }
         return [*self._wrong_words(), *self._wrong_counts(), *(words for words, is_wrong in wrong.items() if is_wrong)]
 
     def _wrong_words(self) -> list[str]:
         one_of = {"baseline": get_args(Baseline), "severity": get_args(Severity)}
         wrong = [
-            f"{name}={getattr(self, name)!r}: one of {words}"
+            f"{name}={getattr(self, name)!r} must be one of {words}"
             for name, words in one_of.items()
             if getattr(self, name) not in words
         ]
         if isinstance(self.actions, str) or not set(self.actions) <= set(get_args(Action)):
-            wrong.append(f"actions={self.actions!r}: a list of {get_args(Action)}")
+            wrong.append(f"actions={self.actions!r} must be a list with some of {get_args(Action)}")
         return wrong
 
     def _wrong_counts(self) -> list[str]:
         values = {name: getattr(self, name) for name in COUNTS}
         return [
-            f"{name}={x!r}: a whole number from {COUNTS[name]} on"
+            f"{name}={x!r} must be a whole number of at least {COUNTS[name]}"
             for name, x in values.items()
             if not _counts(x, COUNTS[name])
         ]

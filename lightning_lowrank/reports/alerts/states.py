@@ -307,7 +307,7 @@ class RuleState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was stopped, unless the rule is another now."""
+        """Continue a stopped run, unless the rule has changed."""
         self.begin()
         if state.get("rule") == self._numbers():
             self.is_firing, self.is_told, self.last_told = state["firing"], state["told"], state["last_told"]

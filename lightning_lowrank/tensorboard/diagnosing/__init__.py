@@ -1,1 +1,1 @@
-"""What a run's curves say, by rules: for the tab, the report and `lightning-lowrank diagnose`."""
+"""Diagnosis of a run's curves by rules: for the tab, the report and `lightning-lowrank diagnose`."""

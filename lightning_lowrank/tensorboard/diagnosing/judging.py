@@ -59,13 +59,13 @@ class Condition:
 
     @property
     def band(self) -> str:
-        """What is healthy."""
+        """The healthy range."""
         return f"at least {self.below:g}" if np.isfinite(self.below) else f"at most {self.above:g}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What someone who knows the field would say of some curves.
+    """What an expert would say about some curves.
 
     Attributes:
         name: For programs.
@@ -152,7 +152,7 @@ Curves = Mapping[str, Table]
 
 
 def diagnose(curves: Curves, rules: Sequence[Rule]) -> list[Finding]:
-    """What the curves of a run say, worst first: by severity, then in the order of the rules.
+    """Findings for the curves of a run, worst first: by severity, then in the order of the rules.
 
     Args:
         curves: By quantity.
@@ -343,7 +343,7 @@ def _too_few(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
             f"{len(few)} of {len(names)} quantities {'has' if len(few) == 1 else 'have'} fewer than {LASTING} samples"
         )
         step = int(max(curves[name].steps[-1] for name in few))
-        message = f"{says}, the first is {few[0]}: nothing is said of them. Try: {FEW.advice}. See {FEW.page}"
+        message = f"{says}, the first is {few[0]}. They are not judged. Try: {FEW.advice}. See {FEW.page}"
         words = {"says": says, "cause": FEW.cause, "advice": FEW.advice, "page": FEW.page}
         yield Finding(FEW.name, FEW.severity, WHOLE_MODEL, few[0], step, message, float(len(few)), "", 1, **words)
 
@@ -353,9 +353,9 @@ NO_NUMBER = Rule(
     "critical",
     (),
     "no number",
-    "a number that is NaN everywhere and stays so is of a run that is over",
-    "a loss that is NaN or infinite: a learning rate too high, an overflow in half precision, a division by zero",
-    "the last checkpoint before, a smaller learning rate, clipping, bfloat16 in the place of float16",
+    "a number that is NaN everywhere and stays so means that the run has failed",
+    "a NaN or infinite loss: a learning rate that is too high, an overflow in half precision, or a division by zero",
+    "the last checkpoint before it, a smaller learning rate, clipping, or bfloat16 instead of float16",
     f"{DOCS}#diverged",
 )
 FEW = Rule(
@@ -363,8 +363,8 @@ FEW = Rule(
     "info",
     (),
     "",
-    "two numbers are no curve",
-    "a run shorter than a few cadences",
+    "two numbers are not a curve",
+    "a run of only a few samples",
     "a smaller every_n_steps, a larger max_overhead (watch_all(0.1)), or a longer run",
     f"{DOCS}#too-few-samples",
 )

@@ -46,10 +46,10 @@ class RunCurves(Mapping[str, Table]):
 
 
 def loss_of(own: Table | None, logged: Table | None) -> Table | None:
-    """The loss of a run: what `LossMonitor` wrote, or what the user logged where that has more samples.
+    """The loss of a run: from `LossMonitor`, or as the user logged it if that has more samples.
 
-    Loggers begin late, and a loss that explodes at once has no start there: samples of `LossMonitor` before the first
-    one that was logged go ahead, if both are the same loss.
+    Loggers begin late, so they miss the start of a loss that explodes at once. Earlier samples of `LossMonitor` are
+    therefore added in front if both are the same loss.
     """
     if own is None or logged is None or len(own.steps) >= len(logged.steps):
         return logged if own is None else own

@@ -77,5 +77,5 @@ def test_batch_norms_take_their_statistics_from_the_data() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(ValueError, match="points=2: at least 3"):
+    with pytest.raises(ValueError, match="points=2 must be at least 3"):
         line(Weight(), {}, {}, {}, of_digits, points=2)

@@ -121,7 +121,7 @@ def test_units_that_may_not_change_places_are_dropped_or_refused() -> None:
     found = matched(state, state, [*traced(module), wrong], outputs_of(module))
 
     assert found.dropped == ["half of it"]
-    with pytest.raises(ValueError, match=r"no units may change places: each of \['half of it'\]"):
+    with pytest.raises(ValueError, match=r"permuting each group of \['half of it'\]"):
         matched(state, state, [wrong], outputs_of(module))
 
 
@@ -143,10 +143,10 @@ def test_what_cannot_be_traced_is_refused_with_the_way_out() -> None:
 
 SHAPES = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5)}
 REFUSED: dict[str, tuple[list[list[object]], str]] = {
-    "unknown tensor": ([["1.weight", 0]], r"no tensor '1\.weight'; there are \['0\.weight'"),
+    "unknown tensor": ([["1.weight", 0]], r"no tensor '1\.weight'; the tensors are \['0\.weight'"),
     "no such axis": ([["0.bias", 1]], r"is not \[tensor, axis\]"),
     "too few numbers": ([["0.bias", 0, 1]], r"is not \[tensor, axis\]"),
-    "beyond the end": ([["0.bias", 0, 1, 1, 5]], "goes beyond axis 0"),
+    "beyond the end": ([["0.bias", 0, 1, 1, 5]], "exceeds axis 0"),
     "other sizes": ([["0.weight", 0], ["2.weight", 0]], r"axes of \[2, 5\] units"),
 }
 

@@ -252,7 +252,7 @@ def test_merging_by_coefficients_of_all_is_the_mean(
 
     mean, other, some = (load_file(tmp_path / f"{n}.safetensors") for n in ("mean", "coefficients", "three_merged"))
     states = [torch.load(one, weights_only=True) for one in paths]
-    assert "the same merge" in said
+    assert "both merges are the same" in said
     for name, value in mean.items():
         assert_close(value, torch.stack([state[name] for state in states]).mean(0), rtol=0, atol=2e-6)
         assert_close(value, other[name], rtol=0, atol=2e-6)
@@ -340,14 +340,14 @@ REFUSED = {
     "k of N - 1": (["fit", "*", "--k", "2,6"], r"\[6\] must be from 1 to 5"),
     "words": (["fit", "*", "--k", "many"], "whole numbers"),
     "twice": (["fit", "*", "0"], "given twice"),
-    "another architecture": (["fit", "*", "other"], "not of the architecture"),
-    "base of another architecture": (["fit", "*", "--base", "other"], "not of the architecture"),
+    "another architecture": (["fit", "*", "other"], "has another architecture"),
+    "base of another architecture": (["fit", "*", "--base", "other"], "has another architecture"),
     "few controls": (["fit", "*", "--control", "other"], "as --control"),
-    "no tensor": (["fit", "*", "--match", "nothing*"], "fits nothing"),
+    "no tensor": (["fit", "*", "--match", "nothing*"], "matches nothing"),
     "infinite": (["fit", "*", "infinite"], "not finite"),
-    "no basis": (["project", "0", "1"], "is no basis|as safetensors"),
+    "no basis": (["project", "0", "1"], "is not a basis|as safetensors"),
     "gone": (["project", "nowhere", "1"], "there is no file"),
-    "model of another architecture": (["project", "basis", "other"], "is not a basis of models such as"),
+    "model of another architecture": (["project", "basis", "other"], "does not fit models such as"),
     "k of a basis": (["project", "basis", "0", "--k", "9"], "must be from 1 to 5"),
     "base of a basis": (["merge", "basis", "--base", "other", "-o", "x.safetensors"], "another architecture"),
     "in it already": (["extend", "basis", "0", "-o", "x.safetensors"], "already"),

@@ -69,7 +69,9 @@ def test_thin_layers_do_what_a_layer_of_their_product_does() -> None:
 
 
 def test_tied_weights_are_told_the_mode_that_takes_them() -> None:
-    with pytest.raises(ValueError, match=r"\['first', 'second'\]; mode='module' lets layers of one kind share") as told:
+    with pytest.raises(
+        ValueError, match=r"\['first', 'second'\]; with mode='module', layers of one kind can share"
+    ) as told:
         factorized(Tied(), match=None, rank=0.5, mode="parametrize")
     assert "mode='parametrize'" not in str(told.value)
 
@@ -80,7 +82,7 @@ def test_an_attention_that_has_two_names_is_read_as_under_one() -> None:
     net = nn.ModuleDict({"one": nn.MultiheadAttention(8, 2)})
     net["other"] = nn.ModuleDict({"same": net["one"]})
 
-    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear reads it directly"):
+    with pytest.raises(ValueError, match=r"'one\.out_proj\.weight': NonDynamicallyQuantizableLinear uses the weight"):
         factorized(net, match="one.out_proj.weight")
 
 
@@ -193,20 +195,20 @@ def test_what_saves_nothing_or_is_read_directly_is_left_alone() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank 0": ({"rank": 0}, "rank=0: a whole number"),
-    "whole share": ({"rank": 1.0}, "rank=1.0: a whole number"),
+    "rank 0": ({"rank": 0}, "rank=0 must be a whole number"),
+    "whole share": ({"rank": 1.0}, "rank=1.0 must be a whole number"),
     "true": ({"rank": True}, "rank=True"),
     "energy": ({"rank": "energy:1.5"}, "rank='energy:1.5'"),
     "no energy": ({"rank": "energy:much"}, "rank='energy:much'"),
     "word": ({"rank": "small"}, "rank='small'"),
-    "no patterns": ({"rank": {}}, "one at least"),
-    "patterns twice": ({"rank": {"*": 2}, "match": "*"}, "choose the weights"),
+    "no patterns": ({"rank": {}}, "must not be empty"),
+    "patterns twice": ({"rank": {"*": 2}, "match": "*"}, "match must not be given"),
     "init": ({"init": "pissa"}, "init is 'svd' or 'spectral'"),
     "mode": ({"mode": "both"}, "mode is 'module' or 'parametrize'"),
     "when": ({"when": "later"}, "when is 'start' or 'stable_rank_converged'"),
     "orthogonality": ({"orthogonality": "hard"}, "orthogonality is 'soft' or 'stiefel' or None"),
-    "weight": ({"weight": 0.0}, "weight=0.0: a number above 0"),
-    "bound": ({"max_update": -1.0}, "max_update=-1.0: a number above 0"),
+    "weight": ({"weight": 0.0}, "weight=0.0 must be a number above 0"),
+    "bound": ({"max_update": -1.0}, "max_update=-1.0 must be a number above 0"),
     "seed": ({"seed": -1}, "seed=-1"),
 }
 
@@ -224,14 +226,14 @@ def embedding() -> nn.Module:
 
 
 IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "nothing fits": (lambda: mlp(32), {"match": "*wieght"}, "fits nothing"),
-    "saves nothing": (lambda: mlp(32), {"rank": 0.9}, "would be no smaller"),
-    "attention": (Fused, {"match": "*in_proj_weight"}, "reads it directly; mode='parametrize'"),
-    "groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), {"match": "weight"}, "a convolution in groups"),
+    "nothing fits": (lambda: mlp(32), {"match": "*wieght"}, "matches nothing"),
+    "saves nothing": (lambda: mlp(32), {"rank": 0.9}, "would not be smaller"),
+    "attention": (Fused, {"match": "*in_proj_weight"}, "uses the weight without calling the layer; mode='parametrize'"),
+    "groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), {"match": "weight"}, "a grouped convolution"),
     "padding": (Kinds, {"match": "table.weight", "init": "spectral"}, "an embedding with padding_idx"),
     "max_norm": (embedding, {"match": "0.weight"}, "an embedding with max_norm"),
     "adapter": (lambda: LoRA(2).prepare(net := mlp(32)) or net, {}, "has an adapter, '0.lora_A'"),
-    "other options": (lambda: factorized(mlp(32), rank=3), {}, "is factorized already"),
+    "other options": (lambda: factorized(mlp(32), rank=3), {}, "is already factorized"),
 }
 
 

@@ -354,7 +354,7 @@ def test_the_measured_rank_is_that_of_the_first_samples_of_a_monitor(caplog: pyt
             rank = min(max(seen), begun)
             assert min(moment["exp_avg"].shape) == rank and moment["step"] == (6 if rank == begun else 2)
             assert f"bytes (energy ranks {seen[0]}, {seen[1]}, {seen[2]})" in caplog.text
-    assert "ranks are measured: 3 matrices" in caplog.text
+    assert "the ranks have been measured: 3 matrices" in caplog.text
     assert any(
         p.ndim == 2 and min(p.shape) > 4 * min(s["exp_avg"].shape) for p, s in trainer.optimizers[0].state.items()
     )

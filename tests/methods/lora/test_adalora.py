@@ -108,11 +108,11 @@ def test_it_is_merged_and_exported_as_plain_lora_of_the_ranks_that_are_left(tmp_
 
 
 BAD: dict[str, dict[str, Any]] = {
-    "r=12, initial_r=12": {"r": 12},
-    "leave none of total_steps=12": {"first_steps": 6, "last_steps": 6},
+    "r=12 must not be larger than initial_r=12": {"r": 12},
+    "leave no step in between of total_steps=12": {"first_steps": 6, "last_steps": 6},
     "every=0": {"every": 0},
     "orthogonality=-1": {"orthogonality": -1.0},
-    "give one": {"merge_on_save": True, "adapter_only": True},
+    "give only one": {"merge_on_save": True, "adapter_only": True},
 }
 
 

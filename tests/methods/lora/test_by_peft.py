@@ -33,7 +33,7 @@ def called(net: nn.Module) -> torch.Tensor:
 def test_a_model_begins_as_it_was_and_is_given_back(init: str, make: Any) -> None:
     net = make()
     if make is gpt2 and init in ("olora", "orthogonal"):
-        with pytest.raises(ValueError, match=f"peft's init='{init}' reads Conv1D the other way round"):
+        with pytest.raises(ValueError, match=f"peft's init='{init}' treats Conv1D as transposed"):
             LoRA(2, init=init, match="*c_attn.weight", backend="peft").prepare(net)
         return
     keys, outputs, state = list(net.state_dict()), called(net), torch.get_rng_state()
@@ -136,9 +136,9 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"match": "first.weight"}, r"it is shared, \['first', 'second'\]"),
+        ({"match": "first.weight"}, r"several layers share it, \['first', 'second'\]"),
         ({"match": "*in_proj_weight"}, "backend='peft' with init='default' adapts linear layers"),
-        ({"init": "eva"}, "init='eva' is of backend='parametrize' alone"),
+        ({"init": "eva"}, "init='eva' works only with backend='parametrize'"),
     ],
 )
 def test_what_peft_cannot_adapt_is_refused_by_name(options: dict[str, Any], why: str) -> None:

@@ -70,7 +70,7 @@ def test_an_own_export_comes_back_and_a_larger_rank_is_refused(tmp_path: Path) -
     LoRA(r=3).import_adapter(other, tmp_path)
 
     assert_close(other(X), net(X), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="the folder has rank 2, above r=1"):
+    with pytest.raises(ValueError, match="the folder has rank 2, larger than r=1"):
         LoRA(r=1).import_adapter(copy.deepcopy(base), tmp_path)
 
 

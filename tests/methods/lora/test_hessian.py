@@ -75,7 +75,7 @@ def test_a_training_says_which_part_of_each_product_is_where_the_loss_is_steep()
 def test_without_directions_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hessian=True\) needs a CurvatureMonitor\('standard'\)"):
         fitted(mlp(32), LoRA(2, hessian=True))
-    with pytest.raises(ValueError, match="follows no directions of the Hessian: level='standard'"):
+    with pytest.raises(ValueError, match="does not track directions of the Hessian; it needs level='standard'"):
         fitted(mlp(32), LoRA(2, hessian=True), CurvatureMonitor("light"))
 
 

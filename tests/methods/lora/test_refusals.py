@@ -28,12 +28,16 @@ class Quantised(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "a rank above the matrix": (lambda: mlp(32), {"r": 41}, r"r=41 is above the rank of 'net.0.weight' \(32 x 64\)"),
-    "a quantised layer": (Quantised, {}, "'net.first' is quantised, and no change of it can be merged"),
+    "a rank above the matrix": (
+        lambda: mlp(32),
+        {"r": 41},
+        r"r=41 is larger than the largest rank of 'net.0.weight' \(32 x 64\)",
+    ),
+    "a quantised layer": (Quantised, {}, "'net.first' is quantised, so changes cannot be merged into it"),
     "trained and adapted": (lambda: mlp(32), {"match": "net.0.weight", "train_also": "*.0.*"}, "which is adapted"),
-    "dropout without inputs": (gpt2, {"match": "*wte.weight", "dropout": 0.1}, "read without inputs of its own"),
-    "nothing that fits": (lambda: mlp(32), {"train_also": "net.9"}, "train_also: 'net.9' fits nothing"),
-    "ranks and match": (lambda: mlp(32), {"r": {"net.0.weight": 64}}, "r=64 is above the rank"),
+    "dropout without inputs": (gpt2, {"match": "*wte.weight", "dropout": 0.1}, "is used without calling the layer"),
+    "nothing that fits": (lambda: mlp(32), {"train_also": "net.9"}, "train_also: 'net.9' matches nothing"),
+    "ranks and match": (lambda: mlp(32), {"r": {"net.0.weight": 64}}, "r=64 is larger than the largest rank"),
 }
 
 
@@ -58,13 +62,13 @@ BAD: dict[str, dict[str, Any]] = {
     "r=0": {"r": 0},
     "alpha=0": {"alpha": 0.0},
     "init='some'": {"init": "some"},
-    "init='corda' is of backend='peft' alone": {"init": "corda"},
+    "init='corda' works only with backend='peft'": {"init": "corda"},
     "backend='some'": {"backend": "some"},
     "r=3 is odd": {"init": "orthogonal", "r": 3},
     "dropout=1": {"dropout": 1.0},
     "learning_rate_ratio=0": {"learning_rate_ratio": 0.0},
-    "give one": {"merge_on_save": True, "adapter_only": True},
-    "patterns of r": {"r": {"*": 2}, "match": "*"},
+    "give only one": {"merge_on_save": True, "adapter_only": True},
+    "match must not be given": {"r": {"*": 2}, "match": "*"},
     "intruders=-1": {"intruders": -1},
 }
 
@@ -89,7 +93,7 @@ def zeroed(module: nn.Module) -> None:
 
 
 IDLE: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "the base trains": (lambda m: m.requires_grad_(True), "the base 'net.0.weight' is not frozen"),
+    "the base trains": (lambda m: m.requires_grad_(True), "the base weight 'net.0.weight' is not frozen"),
     "all is frozen": (lambda m: m.requires_grad_(False), "the pairs of 'net.0.weight' are frozen"),
     "both are zero": (zeroed, "both factors of 'net.0.weight' are zero"),
 }
@@ -133,7 +137,7 @@ def test_another_lora_on_an_adapted_module_is_refused_and_the_same_goes_on() -> 
 
     assert list(module.state_dict()) == list(before)
     assert not torch.equal(module.state_dict()["net.0.lora_B"], before["net.0.lora_B"])
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         fit(module, LoRA(r=3))
 
 
@@ -161,7 +165,7 @@ def test_a_checkpoint_of_another_scaling_is_refused(case: str, stage: str, tmp_p
     module = Validated(mlp(32))
 
     other = L.Trainer(**QUIET, max_steps=4, logger=False, callbacks=[make(**others)])
-    with pytest.raises(ValueError, match=r"'net.0.weight' were trained with a scaling of (1|0.99).* and here it is 2"):
+    with pytest.raises(ValueError, match=r"'net.0.weight' were trained with the scaling (1|0.99).* and now it is 2"):
         getattr(other, stage)(module, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert module.losses == []
 
@@ -175,12 +179,12 @@ def test_a_pair_that_no_gradient_reaches_is_named_and_a_frozen_head_too() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.head(nn.functional.linear(torch.tanh(self.used(x)), self.read.weight))
 
-    with pytest.warns(UserWarning, match=r"no gradient reaches the pairs of \['net.read.weight'\]"):
+    with pytest.warns(UserWarning, match=r"the pairs of \['net.read.weight'\] get no gradient"):
         fit(Classifier(Around()), LoRA(r=2))
 
     module = Classifier(mlp(32))
     module.net[4].requires_grad_(False)
-    with pytest.warns(UserWarning, match="is frozen, as it was before"):
+    with pytest.warns(UserWarning, match="was frozen before and stays so"):
         fit(module, LoRA(r=2))
 
 
@@ -205,7 +209,7 @@ def in_processes(rank: int, size: int, root: Path) -> dict[str, tuple[list[str],
                 L.Trainer(**QUIET | options, callbacks=[LoRA(r=2)]).fit(Classifier(Unused()))
             except RuntimeError as error:
                 trouble = str(error)
-        found[strategy] = ([str(one.message) for one in caught if "no gradient reaches" in str(one.message)], trouble)
+        found[strategy] = ([str(one.message) for one in caught if "get no gradient" in str(one.message)], trouble)
     return found
 
 
@@ -240,6 +244,6 @@ def test_the_table_says_what_is_adapted_trained_and_frozen(caplog: pytest.LogCap
         fit(Classifier(gpt2()), LoRA(r=2, adapter_only=True, train_also="*ln_f*"))
 
     table = next(record.message for record in caplog.records if "weights adapted" in record.message)
-    assert "4 weights adapted" in table and "trained whole: 154 numbers, 616 bytes" in table
+    assert "4 weights adapted" in table and "trained in full: 154 parameters, 616 bytes" in table
     assert "c_attn.weight  (12, 36)  q12 x 2 + k12 x 2 + v12 x 2" in table
-    assert "wte.weight (embedding)" in table and "a checkpoint has of the module" in table
+    assert "wte.weight (embedding)" in table and "saved in a checkpoint" in table

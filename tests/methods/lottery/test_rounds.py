@@ -302,15 +302,15 @@ def with_loop(method: LotteryTicket) -> None:
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: LotteryTicket(1, 1), "rounds=1"),
-    (lambda: LotteryTicket(2), "give one of both"),
-    (lambda: LotteryTicket(2, 1, steps_per_round=1), "give one of both"),
+    (lambda: LotteryTicket(2), "give exactly one of them"),
+    (lambda: LotteryTicket(2, 1, steps_per_round=1), "give exactly one of them"),
     (lambda: LotteryTicket(2, 0), "epochs_per_round=0"),
     (lambda: LotteryTicket(2, 1, prune=1.0), "prune=1.0"),
     (lambda: LotteryTicket(2, steps_per_round=4, rewind_step=4), "rewind_step=4"),
     (lambda: LotteryTicket(2, 1, scope="net"), "scope"),
     (lambda: LotteryTicket(2, 1, early_bird=True, look_every_n_steps=0), "look_every_n_steps=0"),
     (lambda: with_loop(LotteryTicket(2, 1)), "use steps_per_round"),
-    (lambda: fit(Classifier(), LotteryTicket(2, 1, match="none*"), max_epochs=1), "fits nothing"),
+    (lambda: fit(Classifier(), LotteryTicket(2, 1, match="none*"), max_epochs=1), "matches nothing"),
     (lambda: fit(Classifier(), LotteryTicket(2, 1, match="*bias"), max_epochs=1), "finds no matrix"),
     (lambda: fit(Classifier(), LotteryTicket(2, 1), LotteryTicket(3, 1), max_epochs=1), "two LotteryTicket"),
 ]

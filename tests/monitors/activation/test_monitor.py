@@ -252,7 +252,7 @@ def test_a_model_without_layers_says_what_to_match() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.mT
 
-    with pytest.raises(ValueError, match=r"finds no block: match layers .* of \['net'\]"):
+    with pytest.raises(ValueError, match=r"finds no block; match layers .* Layers: \['net'\]"):
         watched(Classifier(Own()), ActivationMonitor())
 
 

@@ -268,7 +268,7 @@ def test_layers_inside_a_compiled_module_are_refused(how: str) -> None:
     module = Classifier()
     (module if how == "module" else module.net).compile(backend="eager")
 
-    with pytest.raises(ValueError, match="cannot be measured: hooks inside a compiled module never run"):
+    with pytest.raises(ValueError, match="cannot be measured, since hooks inside a compiled module never run"):
         watched(module)
 
 
@@ -509,10 +509,10 @@ def test_a_gradient_that_is_not_finite_is_lost_and_counted() -> None:
 
 
 UNHEARD: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
-    "weight used alone": (lambda layer, x: F.linear(x, layer.weight), "its weight used without it"),
+    "weight used alone": (lambda layer, x: F.linear(x, layer.weight), "its weight was used without the layer"),
     "mapped": (lambda layer, x: torch.func.vmap(layer)(x), "called in a compiled or mapped function"),
-    "by keyword": (lambda layer, x: layer(input=x), "is called by keyword"),
-    "no rows": (lambda layer, x: layer(x[:0]).sum() + x[:, :32], "there was none"),
+    "by keyword": (lambda layer, x: layer(input=x), "is called with keyword arguments"),
+    "no rows": (lambda layer, x: layer(x[:0]).sum() + x[:, :32], "the batch had none"),
 }
 
 

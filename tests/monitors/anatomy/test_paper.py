@@ -262,7 +262,7 @@ def test_a_penalty_leaves_modes_and_statistics_as_they_are() -> None:
 
 
 def test_a_penalty_of_no_linear_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="fits no weight of a linear layer"):
+    with pytest.raises(ValueError, match="matches no trained weight of a linear layer"):
         jacobian_penalty(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), torch.rand(2, 3), "1.*")
 
 
@@ -325,7 +325,7 @@ class InWords(Classifier):
 
 def test_a_penalty_that_cannot_be_had_is_nan_where_it_is_only_logged() -> None:
     logger = MemoryLogger()
-    with pytest.warns(UserWarning, match="inputs are a dict and no tensor; say where they are by inputs_of="):
+    with pytest.warns(UserWarning, match="inputs are a dict, not a tensor; select them with inputs_of="):
         L.Trainer(**SILENT, logger=logger, callbacks=[JacobianPenalty(0.01)], log_every_n_steps=1).fit(InWords())
 
     assert all(math.isnan(value) for value in logger.curve("jacobian_penalty").values())

@@ -228,7 +228,7 @@ def test_a_fast_path_is_taken_as_without_and_what_it_hides_is_blank_with_one_war
     values = monitor.latest.values
 
     torch.testing.assert_close(watched, alone, rtol=0, atol=0)
-    assert len(ours) == 1 and "scores of 'net.frozen.self_attn' are not known: no call" in ours[0]
+    assert len(ours) == 1 and "scores of 'net.frozen.self_attn' are unknown: no call" in ours[0]
     for name, is_there in {"attention_entropy": [False, True], "qk_update_stable_rank": [False, True]}.items():
         found = [values[name][f"net.{layer}.self_attn.h0"] for layer in ("frozen", "layer")]
         assert np.isfinite(found).tolist() == is_there
@@ -250,10 +250,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {},
         r"finds no attention among \['net.0.weight'.*name its weights: layouts",
     ),
-    "an order that nothing tells": (Attending, {}, r"'net.qkv.weight', no class that is known says.*name its weights"),
-    "a pattern": (Fused, {"match": "*.encoder"}, r"match: '\*.encoder' fits nothing; nearest: .*net.layer.layers.0"),
-    "all excluded": (Fused, {"exclude": "*"}, "leaves none of the attentions"),
-    "heads": (Attending, TOLD | {"heads": {"*qkv.weight": 5}}, "24 rows are not those of 5 heads"),
+    "an order that nothing tells": (Attending, {}, r"'net.qkv.weight', their order is unknown.*name its weights"),
+    "a pattern": (Fused, {"match": "*.encoder"}, r"match: '\*.encoder' matches nothing; nearest: .*net.layer.layers.0"),
+    "all excluded": (Fused, {"exclude": "*"}, "leaves out all attention layers"),
+    "heads": (Attending, TOLD | {"heads": {"*qkv.weight": 5}}, "24 rows do not divide into 5 heads"),
     "compiled": (compiled, {}, "'net.0.*self_attn'.*inside a compiled module never run.*scores=False"),
     "compiled in place": (
         compiled_in_place,

@@ -382,7 +382,7 @@ def test_a_reference_without_gates_is_refused_when_it_is_made(tmp_path: Path) ->
     watched(Classifier(), monitor, ModelCheckpoint(tmp_path), enable_checkpointing=True)
     (path,) = tmp_path.glob("*.ckpt")
 
-    with pytest.raises(ValueError, match="watched without gates of heads or neurons"):
+    with pytest.raises(ValueError, match="had no gates of heads or neurons"):
         ConcentrationMonitor(reference=path, detail="all")
 
 
@@ -395,7 +395,7 @@ def test_a_reference_for_a_monitor_without_gates_is_refused_when_it_is_made(tmp_
     )
     (path,) = tmp_path.glob("*.ckpt")
 
-    with pytest.raises(ValueError, match=r"signals=\['gradient'\] have none of these"):
+    with pytest.raises(ValueError, match=r"signals=\['gradient'\] include none of these"):
         ConcentrationMonitor(signals=["gradient"], reference=path, detail="all")
 
 
@@ -413,7 +413,7 @@ def test_a_checkpoint_that_was_not_watched_is_no_reference(tmp_path: Path) -> No
 def test_a_pattern_that_fits_nothing_is_refused_before_training(option: str, value: Any) -> None:
     monitor = ConcentrationMonitor(**{option: value}, detail="all")
 
-    with pytest.raises(ValueError, match=f"{option}: .*fits nothing"):
+    with pytest.raises(ValueError, match=f"{option}: .*matches nothing"):
         watched(Classifier(), monitor)
 
 
@@ -484,7 +484,7 @@ def test_units_that_are_named_and_not_there_are_refused_before_training(unit: st
         ["module", unit], ["gradient"], match="*.bias" if unit == "direction" else None, detail="all"
     )
 
-    with pytest.raises(ValueError, match=f"no {unit}s are found; .*{advice}"):
+    with pytest.raises(ValueError, match=f"found no {unit}s; .*{advice}"):
         watched(Classifier(nn.Linear(64, 10)), monitor)
 
 

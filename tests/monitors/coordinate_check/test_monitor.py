@@ -131,7 +131,7 @@ def test_frozen_layers_are_no_sites() -> None:
 
 def test_models_without_linear_layers_and_rows_out_of_range_are_refused() -> None:
     convolution = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 10, 8), nn.Flatten())
-    with pytest.raises(ValueError, match=r"finds no linear layer .* not among \['net', 'net.0', 'net.1'"):
+    with pytest.raises(ValueError, match=r"finds no linear layer .* among \['net', 'net.0', 'net.1'"):
         watched(Classifier(convolution), CoordinateCheckMonitor())
     for rows in (0, -1, True):
         with pytest.raises(ValueError, match="num_rows"):

@@ -366,7 +366,7 @@ def test_two_steps_say_nothing_of_magnitudes_of_the_hessian() -> None:
 
 
 def test_an_operator_that_cannot_be_had_does_not_take_the_others_with_it() -> None:
-    with pytest.warns(UserWarning, match="empirical_fisher and monte_carlo_fisher: takes a loss of torch's"):
+    with pytest.warns(UserWarning, match="empirical_fisher and monte_carlo_fisher: this needs a loss of torch"):
         logger = watched(
             Unusual(),
             CurvatureMonitor(
@@ -390,7 +390,7 @@ def test_sums_of_a_batch_that_stays_are_left_to_the_same_chance() -> None:
 
 
 def test_an_alert_on_sites_of_a_number_of_the_whole_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="hessian_trace is one number of the whole model: leave sites= away"):
+    with pytest.raises(ValueError, match="hessian_trace is one number of the whole model; remove sites="):
         watched(
             FullBatch(),
             CurvatureMonitor("standard", alerts=[Alert("hessian_trace", sites="net*", above=1.0)], detail="all"),

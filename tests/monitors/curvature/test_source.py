@@ -89,9 +89,14 @@ BEFORE: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Callabl
         Classifier,
         {"level": "standard", "output_module": "haed"},
         dict,
-        ["output_module='haed' is no layer", "'net', 'net.0', 'net.1', 'net.2'"],
+        ["output_module='haed' is not a layer", "'net', 'net.0', 'net.1', 'net.2'"],
     ),
-    "a pattern that fits nothing": (Classifier, {"match": "*.wieght"}, dict, ["match", "'*.wieght'", "net.0.weight"]),
+    "a pattern that matches nothing": (
+        Classifier,
+        {"match": "*.wieght"},
+        dict,
+        ["match", "'*.wieght'", "net.0.weight"],
+    ),
     "FSDP1": (
         Classifier,
         {},
@@ -102,7 +107,7 @@ BEFORE: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], Callabl
         Classifier,
         {},
         lambda: {"strategy": DeepSpeedStrategy(device=torch.device("cpu"))},
-        ["DeepSpeedStrategy cannot be watched", "what works is 'ddp'"],
+        ["DeepSpeedStrategy cannot be watched", "Use 'ddp'"],
     ),
 }
 
@@ -165,7 +170,7 @@ DURING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a fused kernel and no other": (Flash, f"twice through its fused attention, in a replay either; {REMAINS}"),
     "a function that is marked": (
         lambda: Body(lambda body, x: Sine.apply(body(x))),  # type: ignore[no-any-return]
-        f"twice through Sine, whose backward is marked @once_differentiable; write one of operations .*{REMAINS}",
+        f"twice through Sine, whose backward is marked @once_differentiable; write it with .*{REMAINS}",
     ),
     "reentrant checkpoints": (
         lambda: Body(reentrant),
@@ -231,9 +236,9 @@ class OfItsOwn(Classifier):
 
 
 UNKNOWN = {
-    Regularised: "more than F.cross_entropy: something is added",
-    TwoLosses: "made of 2 calls: F.cross_entropy, F.mse_loss",
-    OfItsOwn: "comes from none of F.cross_entropy",
+    Regularised: "more than F.cross_entropy: another term is added",
+    TwoLosses: "consists of 2 calls: F.cross_entropy, F.mse_loss",
+    OfItsOwn: "does not come from one of F.cross_entropy",
 }
 
 
@@ -242,7 +247,7 @@ def test_a_loss_that_no_call_gives_costs_gauss_newton_and_names_output_module(ki
     logger, _, warned = fitted(kind(), CurvatureMonitor("standard", top_k=1, every_n_steps=4, detail="all"))
 
     assert len(warned) == 1 and re.search(
-        f"{UNKNOWN[kind]}.*name the layer whose output goes into the loss as output_module", warned[0]
+        f"{UNKNOWN[kind]}.*give the name of the layer whose output enters the loss as output_module", warned[0]
     )
     assert all(value != value for value in logger.curve("curvature/gauss_newton_trace").values())
     assert all(value == value for value in logger.curve("curvature/hessian_trace").values())

@@ -85,7 +85,7 @@ def test_a_model_without_activation_modules_says_what_to_match() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.two(torch.relu(self.one(x)))
 
-    with pytest.raises(ValueError, match=r"match the layers whose outputs are units, out of \['net', 'net.one'"):
+    with pytest.raises(ValueError, match=r"Match the layers whose outputs are units. Layers: \['net', 'net.one'"):
         watched(Classifier(Functional()), DormantUnitsMonitor())
 
 

@@ -493,21 +493,21 @@ def test_the_device_is_not_waited_for(kind: type[Multifractal] | type[NeuroMFA],
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no neurons": (
         lambda: MultifractalMonitor(max_neurons=0, detail="all"),
-        "max_neurons=0: a whole number, at least 2",
+        "max_neurons=0 must be a whole number of at least 2",
     ),
     "one neuron": (
         lambda: MultifractalMonitor("neuromfa", max_neurons=1, detail="all"),
-        "max_neurons=1: a whole number, at least 2",
+        "max_neurons=1 must be a whole number of at least 2",
     ),
     "no repeats": (
         lambda: MultifractalMonitor("neuromfa", num_repeats=0, detail="all"),
-        "num_repeats=0: a whole number, at least 1",
+        "num_repeats=0 must be a whole number of at least 1",
     ),
     "more radii than memory": (
         lambda: MultifractalMonitor("neuromfa", threshold=1e9, detail="all"),
         "threshold=1000000000.0: .*at most 10000",
     ),
-    "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70, detail="all"), "a whole number, from 0"),
+    "a long seed": (lambda: MultifractalMonitor("neuromfa", seed=2**70, detail="all"), "must be a whole number from 0"),
     "no edges": (lambda: MultifractalMonitor("neuromfa", threshold=1.0, detail="all"), r"threshold=1.0: .*at least 2"),
     "an infinite edge": (lambda: MultifractalMonitor("neuromfa", threshold=math.inf, detail="all"), "threshold=inf"),
     "a threshold of ranks": (

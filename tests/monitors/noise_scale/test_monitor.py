@@ -218,7 +218,7 @@ class Ragged(Classifier):
 
 
 def test_batches_whose_size_is_not_to_be_told_have_a_share_and_no_scale() -> None:
-    with pytest.warns(UserWarning, match="a batch of tensors without one leading size has no halves"):
+    with pytest.warns(UserWarning, match="a batch of tensors with different leading sizes cannot be halved"):
         watched(Ragged(), NoiseScaleMonitor(every_n_steps=2))
 
     found = first(Ragged(), NoiseScaleMonitor(), accumulate_grad_batches=2)

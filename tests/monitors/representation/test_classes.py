@@ -144,9 +144,11 @@ def test_labels_are_found_by_name_and_an_ignored_one_takes_its_example_out() -> 
 
 
 def test_a_classifier_that_is_none_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"classifier='net' is no linear layer of the module; there are .*'net.head'"):
+    with pytest.raises(
+        ValueError, match=r"classifier='net' is not a linear layer of the module; its linear layers are .*'net.head'"
+    ):
         watched(Classifier(Net()), RepresentationMonitor(classifier="net"))
-    with pytest.raises(ValueError, match="give classifier="):
+    with pytest.raises(ValueError, match="such as classifier="):
         RepresentationMonitor(labels=lambda batch: batch[1])
 
 

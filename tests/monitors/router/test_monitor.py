@@ -265,7 +265,7 @@ def test_what_a_router_of_switch_transformers_drops_is_counted() -> None:
 
 
 class Silent(nn.Module):
-    """A mixture whose module does not say how many experts a token takes."""
+    """A mixture whose module does not say how many experts a token uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,14 +276,14 @@ class Silent(nn.Module):
 
 
 def test_what_is_not_said_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"'net.mixture.gate', a Linear, does not say how many experts a token takes"):
+    with pytest.raises(ValueError, match=r"'net.mixture.gate', a Linear, does not say how many experts a token uses"):
         watched(Classifier(Net(Silent())), RouterMonitor())
 
     assert watched(Classifier(Net(Silent())), RouterMonitor(top_k=1))["experts"] == EXPERTS
 
 
 def test_a_model_without_routers_says_what_to_match() -> None:
-    with pytest.raises(ValueError, match=r"finds no router: match the layers .* of \['net', 'net.0'"):
+    with pytest.raises(ValueError, match=r"finds no router; match the layers .* Layers: \['net', 'net.0'"):
         watched(Classifier(), RouterMonitor())
 
 

@@ -430,7 +430,7 @@ def test_more_gradients_held_tell_more(moved, inputs, layer_truth):
 
 
 def test_a_single_gradient_held_is_refused(moved, inputs):
-    with pytest.raises(ValueError, match="2 gradients held, not 8 and 1"):
+    with pytest.raises(ValueError, match="2 stored gradients, not 8 and 1"):
         layer_kernels(
             jacobian_of(moved[0], inputs),
             Layout.of(dict(moved[0].named_parameters())),

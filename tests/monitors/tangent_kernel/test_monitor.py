@@ -202,10 +202,10 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": 1}, "num_examples=1: a whole number, at least 2"),
-        ({"num_projections": 3}, "num_projections=3: a whole number, at least 4"),
-        ({"top_k": 0}, "top_k=0: a whole number, at least 1"),
-        ({"num_outputs": 0}, "num_outputs=0: a whole number, at least 1"),
+        ({"num_examples": 1}, "num_examples=1 must be a whole number of at least 2"),
+        ({"num_projections": 3}, "num_projections=3 must be a whole number of at least 4"),
+        ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"num_outputs": 0}, "num_outputs=0 must be a whole number of at least 1"),
         ({"every_n_steps": 10, "max_overhead": 0.01}, "give only one"),
     ],
 )
@@ -217,8 +217,8 @@ def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any],
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Classifier, {"match": "nets.*"}, r"'nets\.\*' fits nothing.*net\.0\.weight"),
-        (Classifier, {"output_module": "head"}, r"output_module='head' is no layer.*net\.0"),
+        (Classifier, {"match": "nets.*"}, r"'nets\.\*' matches nothing.*net\.0\.weight"),
+        (Classifier, {"output_module": "head"}, r"output_module='head' is not a layer.*net\.0"),
         (Adversaries, {}, r"manual optimization.*loss_fn"),
     ],
 )
@@ -245,9 +245,7 @@ def planned(module: L.LightningModule, **options: Any) -> None:
 def test_synchronised_batch_normalisation_as_in_training_is_refused() -> None:
     planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))))
 
-    with pytest.raises(
-        ValueError, match=r"'net\.1': .* SyncBatchNorm has no second derivative; leave train_mode=False"
-    ):
+    with pytest.raises(ValueError, match=r"'net\.1': .* SyncBatchNorm has no second derivative; use train_mode=False"):
         planned(Classifier(nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))), train_mode=True)
 
 
@@ -468,8 +466,8 @@ def test_two_processes_find_the_kernel_of_their_whole_batch_and_train_as_unwatch
     [
         ({"num_examples": True}, "num_examples=True.*an integer"),
         ({"top_k": True}, "top_k=True.*an integer"),
-        ({"seed": -1}, "seed=-1: a whole number, from 0"),
-        ({"seed": 2**40}, "seed=1099511627776: a whole number, from 0"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"seed": 2**40}, "seed=1099511627776 must be a whole number from 0"),
     ],
 )
 def test_what_would_lose_every_sample_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:

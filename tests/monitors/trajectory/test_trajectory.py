@@ -132,8 +132,11 @@ def test_the_curves_are_those_of_the_parameters_at_due_steps(accumulate: int) ->
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: TrajectorySubspace(0), "every_n_steps=0"),
     (lambda: TrajectorySubspace(max_snapshots=7), "max_snapshots=7.*at least 8"),
-    (lambda: fitted(Classifier(), TrajectorySubspace(match="none*")), "fits nothing"),
-    (lambda: fitted(Classifier().requires_grad_(False), TrajectorySubspace()), "nothing is trained"),
+    (lambda: fitted(Classifier(), TrajectorySubspace(match="none*")), "matches nothing"),
+    (
+        lambda: fitted(Classifier().requires_grad_(False), TrajectorySubspace()),
+        "none of the chosen parameters is trained",
+    ),
 ]
 
 
