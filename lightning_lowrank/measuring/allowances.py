@@ -74,12 +74,14 @@ class Ask(NamedTuple):
 
 
 def shared_out(asks: Sequence[Ask], seconds: float) -> list[float]:
-    """The seconds of each: three samples for as many as there is room for, those that have begun before the others and
-    the cheapest first; what is left in parts by weight, to those whom it buys a sample, but to nobody more than it
-    wishes. Half is not for who has not begun.
+    """The seconds that each monitor gets.
 
-    Those that have no room for three samples are left out and have 0. The three of what is needed count for nothing
-    here: what is shared out later pays for them.
+    Three samples for as many monitors as there is room for come first. Monitors that have a place precede the others,
+    cheap ones precede expensive ones, and newcomers may take half. The rest is shared out by weight, among monitors for
+    which it buys a sample.
+
+    A monitor without room for three samples is left out and gets 0. The three samples of a needed monitor are not
+    charged here: later shares pay for them.
 
     Args:
         asks: Of all monitors.
@@ -112,10 +114,10 @@ def shared_out(asks: Sequence[Ask], seconds: float) -> list[float]:
 
 
 class Purse:
-    """What the monitors of a run may take together, shared out again and again by what their samples have taken.
+    """The budget of all monitors of a run, shared out again and again by the measured costs of their samples.
 
-    That is done at step 20, whenever the run is twice as long, after each monitor's first sample, and where more was
-    spent than there is. At most half of what later steps allow pays for what was spent too much before.
+    It is shared out at step 20, whenever the run has become twice as long, after each monitor's first sample, and when
+    the budget is exceeded. At most half of what later steps allow pays for overspending.
 
     Args:
         share: By which they may make training longer.
@@ -210,7 +212,7 @@ class Grant(NamedTuple):
 
 
 class Allowance(Budget):
-    """A budget of one monitor among several: its share follows what samples of all of them take, and may be nothing.
+    """The budget of one monitor among several. Its share follows the measured costs of all of them, and may be 0.
 
     Args:
         purse: Of all.
