@@ -63,6 +63,7 @@ def test_each_that_is_not_left_out_has_three_samples() -> None:
     assert len(numbers) >= 4 and min(numbers.values()) >= 3, numbers
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 def test_a_run_that_is_resumed_keeps_the_cadence_of_each(tmp_path: Path) -> None:
     first, second = watch_all(0.5), watch_all(0.5)
     trainer = L.Trainer(**QUIET, logger=MemoryLogger(), max_steps=300, callbacks=[*first])

@@ -284,7 +284,7 @@ def test_a_later_violation_warns_once_and_changes_nothing() -> None:
 
     ours = [str(w.message) for w in caught if "lightning_lowrank" in str(w.message)]
     assert len(ours) == 1
-    assert "% more time since the warm-up, 5 % were allowed. The cadence stays at every 12 steps" in ours[0]
+    assert "% more time since the warm-up; 5 % was allowed. The cadence stays at every 12 steps" in ours[0]
     assert sampled(logger) == [*WARM_UP_SAMPLES, *range(112, 300, 12)]
     assert monitor.failures == 0
 
