@@ -47,6 +47,8 @@ class Mistake:
 
 PROMISES, MATHS, GALORE = "tests/promises/", "tests/maths/", "tests/methods/galore/test_"
 LORA = "tests/methods/lora/test_"
+SHARED, SUBSPACE = MATHS + "shared_subspaces/", "tests/analysis/subspaces/test_cli_subspace.py::test_"
+SUBSPACE_TRAINING = "tests/methods/subspace_training/test_subspace_training.py::test_"
 NEUTRAL, PAIRS, RESUME = PROMISES + "test_neutrality.py", PROMISES + "test_pairs.py", PROMISES + "test_resume.py"
 ALL_AT_ONCE = NEUTRAL + "::test_training_is_the_same_with_all_monitors_at_once"
 NUMBERS = PROMISES + "test_fault_matrix.py::test_a_number_is_that_of_what_was_there_or_is_missing"
@@ -230,6 +232,121 @@ MISTAKES: dict[str, Mistake] = {
         r"two_sided and not state",
         "False",
         (f"{GALORE}trainings.py::test_moments_that_are_empty_get_no_rounding_of_both_sides",),
+    ),
+    # Subspaces that models share
+    "models are not centred before their components": Mistake(
+        "maths/shared_subspaces/components.py",
+        r"torch\.linalg\.eigh\(centred\(gram\)\)",
+        "torch.linalg.eigh(gram)",
+        (SHARED,),
+    ),
+    "a model that is left out is among the others": Mistake(
+        "maths/shared_subspaces/left_out.py",
+        r"\[j for j in range\(len\(gram\)\) if j != i\]",
+        "list(range(len(gram)))",
+        (SHARED,),
+    ),
+    "the mean of others counts as if it were a projection": Mistake(
+        "maths/shared_subspaces/left_out.py",
+        r"along\.mean\(\) \* 2 - inner\.mean\(\)",
+        "along.mean()",
+        (SHARED,),
+    ),
+    "clusters are joined by their nearest models": Mistake(
+        "maths/shared_subspaces/distances.py",
+        r"\(sizes\[a\] \* to_a \+ sizes\[b\] \* to_b\) / \(sizes\[a\] \+ sizes\[b\]\)",
+        "min(to_a, to_b)",
+        (SHARED,),
+    ),
+    "an axis keeps the model that is left out": Mistake(
+        "maths/shared_subspaces/modes.py", r"sums\[axis\] - _scatter\(x, axis\) - rest", "sums[axis] - rest", (SHARED,)
+    ),
+    "a later model weighs as much as all before it": Mistake(
+        "maths/shared_subspaces/extension.py", r"\(n / \(n \+ 1\)\) \*\* 0\.5 \*", "", (SHARED,)
+    ),
+    "adapters are compared without their scalings": Mistake(
+        "analysis/subspaces/models.py",
+        r"pair\.scaling \* pair\.b\.double\(\) for pair",
+        "pair.b.double() for pair",
+        (f"{SUBSPACE}adapters_are_looked_at_through_products_whatever_the_gauge",),
+    ),
+    "adapters are compared by their factors": Mistake(
+        "analysis/subspaces/models.py",
+        r"\(a @ a\[own\]\.T\) \* \(b\.T @ b\[:, own\]\)",
+        "(a @ a[own].T) + (b.T @ b[:, own])",
+        (f"{SUBSPACE}adapters_are_looked_at_through_products_whatever_the_gauge",),
+    ),
+    "weights are taken for updates": Mistake(
+        "analysis/subspaces/models.py",
+        r"row -= starts\[id\(base\)\]\[part\]",
+        "pass",
+        (f"{SUBSPACE}what_is_explained_is_that_of_the_dense_matrix_whole_and_by_tensor",),
+    ),
+    "the null forgets that models are centred": Mistake(
+        "analysis/subspaces/fitting.py",
+        r"gaussian_share\(num_members - 1,",
+        "gaussian_share(num_members,",
+        (f"{SUBSPACE}nulls_are_those_of_noise",),
+    ),
+    "controls are among the models of a basis": Mistake(
+        "analysis/subspaces/fitting.py",
+        r"_part\(gram\[:num_members, :num_members\],",
+        "_part(gram,",
+        (f"{SUBSPACE}a_basis_has_nothing_of_its_controls",),
+    ),
+    "as many components as models are taken for a finding": Mistake(
+        "analysis/subspaces/fitting.py",
+        r"most = num_models - 2",
+        "most = num_models - 1",
+        (f"{SUBSPACE}bad_input_is_refused_by_name[k of N - 1]",),
+    ),
+    "processes do not add up what they share": Mistake(
+        "analysis/subspaces/fitting.py",
+        r"team\.all_reduce\(total\)",
+        "pass",
+        (f"{SUBSPACE}torchrun_finds_and_writes_with_two_processes_what_one_does",),
+    ),
+    "components are written over one another": Mistake(
+        "analysis/subspaces/fitting.py",
+        r"sums\[1 \+ i\], i \* length \+ at",
+        "sums[1 + i], at",
+        (f"{SUBSPACE}components_are_orthonormal_and_the_files_own",),
+    ),
+    "models are rebuilt without the mean": Mistake(
+        "models/basis_files.py",
+        r"return self\.mean\.double\(\) \+ update\.reshape\(self\.mean\.shape\)",
+        "return update.reshape(self.mean.shape)",
+        (f"{SUBSPACE}models_are_rebuilt_from_coefficients_as_projections",),
+    ),
+    "the merge of coefficients is that of the mean": Mistake(
+        "analysis/subspaces/storing.py",
+        r"means if of == \"coefficients\" else nothing",
+        "nothing",
+        (f"{SUBSPACE}merging_by_coefficients_of_all_is_the_mean",),
+    ),
+    "the basis counts for nothing among bytes": Mistake(
+        "analysis/subspaces/storing.py",
+        r"whole / \(shared \+ part\)",
+        "whole / part",
+        (f"{SUBSPACE}bytes_are_those_of_the_files",),
+    ),
+    "a run begins at the mean though it is not to": Mistake(
+        "methods/subspace_training/act.py",
+        r"share\.mean if settings\.include_mean else torch\.zeros_like\(share\.mean\)",
+        "share.mean",
+        (f"{SUBSPACE_TRAINING}the_model_begins_at_the_mean_of_the_others",),
+    ),
+    "a run goes on along other directions": Mistake(
+        "methods/subspace_training/act.py",
+        r"if other:",
+        "if False:",
+        (f"{SUBSPACE_TRAINING}a_run_goes_on_with_the_same_basis_and_with_no_other",),
+    ),
+    "the weights themselves train beside their coefficients": Mistake(
+        "methods/subspace_training/act.py",
+        r"parameter\.requires_grad_\(id\(parameter\) in trained\)",
+        "pass",
+        (f"{SUBSPACE_TRAINING}weights_stay_in_the_span_and_only_coefficients_train",),
     ),
     # Training of pairs
     "LoRA does not scale its branch": Mistake(

@@ -147,6 +147,16 @@ def test_each_monitor_has_a_page_that_shows_it() -> None:
     assert {name for name in monitors if sum(f"`{name}` answers" in text for text in pages.values()) != 1} == set()
 
 
+def test_the_page_of_each_monitor_has_a_picture_formulas_and_pitfalls() -> None:
+    parts = ("![", "## An example", "## What it writes", "## Quantities", "## When they mislead", "## Cost and cadence")
+    pages = {page.name: page.read_text() for page in (ROOT / "docs" / "monitors").glob("*.md")}
+
+    assert len(pages) >= 15
+    assert {
+        name: missing for name, text in pages.items() if (missing := [part for part in parts if part not in text])
+    } == {}
+
+
 def test_each_public_name_is_in_the_reference() -> None:
     reference = (ROOT / "docs" / "reference.md").read_text()
 

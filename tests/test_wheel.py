@@ -1,8 +1,10 @@
 """What a user installs is the wheel, not this folder."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,24 @@ def test_a_training_is_watched_from_the_wheel_alone(installed: Path, tmp_path: P
 
     assert ran.returncode == 0, ran.stderr
     assert Path(ran.stdout.splitlines()[-1]).is_relative_to(installed)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/getting-started.md"])
+def test_what_a_document_says_to_install_is_all_that_its_first_example_imports(document: str, installed: Path) -> None:
+    text = (ROOT / document).read_text()
+    line, code = (
+        re.search(r"^pip install ([^#\n]*)", text, re.M),
+        re.search(r"^```python\n(.*?)^```$", text, re.M | re.S),
+    )
+    assert line is not None and code is not None
+    (wheel,) = distributions(name="lightning-lowrank", path=[str(installed)])
+
+    needed = [requirement for requirement in wheel.requires or [] if "extra ==" not in requirement]
+    there = {re.split(r"[^\w-]", words)[0] for words in [*line[1].split(), *needed]}
+    imported = {name.split(".")[0] for name in re.findall(r"^(?:import|from) ([\w.]+)", code[1], re.M)}
+    providers = packages_distributions()
+    assert "lightning-lowrank" in there and "sklearn" in imported
+    assert [name for name in imported - {"lightning_lowrank"} if not there & set(providers[name])] == []
 
 
 def test_the_wheel_has_every_file_of_the_package_and_the_command(installed: Path) -> None:

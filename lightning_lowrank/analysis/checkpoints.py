@@ -29,6 +29,8 @@ SHOWN = {
     "tail_exponent": "tail exponent",
     "marchenko_pastur_outliers": "outliers",
 }
+# Matrices of one verdict that a line names.
+FEW = 5
 CHANGES = {
     "change_over_weight": "change / weight",
     "change_stable_rank": "stable rank",
@@ -126,13 +128,20 @@ def diff(
         print_json({d.name: _told(d) for d in found})
     else:
         tell(f"{a} -> {b}", [(d.name, d.shape, d.verdict, d.values) for d in found], CHANGES)
-        counts = {
-            verdict: sum(d.verdict == verdict for d in found) for verdict in dict.fromkeys(d.verdict for d in found)
-        }
-        show("; ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items()))
+        show("; ".join(_counted(found)))
         for dtypes in dict.fromkeys(d.dtypes for d in found if d.dtypes):
             count = sum(d.dtypes == dtypes for d in found)
             show(f"{count} matrices are {dtypes[0]} in A and {dtypes[1]} in B, so rounding alone changes entries")
+
+
+def _counted(found: Sequence[Difference]) -> Iterator[str]:
+    """How many matrices have each verdict; which, if they are few among others."""
+    verdicts: dict[str, list[str]] = {}
+    for one in found:
+        verdicts.setdefault(one.verdict, []).append(one.name)
+    for verdict, names in verdicts.items():
+        few = len(verdicts) > 1 and len(names) <= FEW
+        yield escape(f"{len(names)} {verdict}" + (f" ({', '.join(names)})" if few else ""))
 
 
 def _told(one: Difference) -> dict[str, Any]:

@@ -7,22 +7,24 @@ lightning-lowrank spectra model.safetensors
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-# Where each command is and what it does. Only the one that was asked for is imported: some take torch.
+# Where each command is and what it does, the most used first. Only the one that was asked for is imported: some take
+# torch.
 COMMANDS = {
-    "plan": ("planning.command", "print what RankMonitor will cost for a model, without training it"),
     "diagnose": ("diagnosing", "print what is wrong in runs, worst first, and what to try"),
     "report": ("runs", "write the logged curves of a run as one HTML file"),
     "summary": ("runs", "print the logged numbers of a run as a table"),
     "spectra": ("checkpoints", "print ranks, tails and outliers of the matrices in checkpoints"),
     "diff": ("checkpoints", "print what training changed from one checkpoint to another"),
+    "plan": ("planning.command", "print what RankMonitor will cost for a model, without training it"),
     "advise-ranks": ("adapters", "print which LoRA or GaLore rank each matrix should get under a budget"),
     "extract-lora": ("adapters", "write what training changed as a LoRA adapter that peft loads"),
     "merge": ("adapters", "merge a LoRA adapter into the weights of its base"),
@@ -75,10 +77,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found, name = whole.parse_args(words), ""
     while "subcommand" in found:
         name, found = f"{name} {found.subcommand}".strip(), found[found.subcommand]
+    given = {key: value for key, value in vars(found).items() if key != "config"}
     try:
-        _command(name)(**{key: value for key, value in vars(found).items() if key != "config"})
+        refuse_overwriting(given)
+        _command(name)(**given)
     except ValueError as error:
         sys.exit(f"lightning-lowrank: {error}")
+
+
+def refuse_overwriting(given: Mapping[str, Any]) -> None:
+    """Refuse to write over a file that is to be read: it is mapped, and would be lost.
+
+    Raises:
+        ValueError: An output is one of the inputs.
+    """
+    outputs = {key: Path(given[key]) for key in ("output", "page") if given.get(key)}
+    for key, output in outputs.items():
+        for other, values in given.items():
+            several = values if isinstance(values, list) else [values]
+            paths = [Path(one) for one in several if isinstance(one, str) and other not in outputs]
+            if output.is_file() and any(path.is_file() and path.samefile(output) for path in paths):
+                raise ValueError(f"--{key}={output} is one of {other}, and would be lost: write to another file")
 
 
 def _command(name: str) -> Callable[..., None]:

@@ -73,7 +73,9 @@ def summary(run_dir: str, *, all: bool = False, json: bool = False) -> None:
     runs = [_run(reader, name, series) for name, series in reader.runs().items()]
     if json:
         _print_json(runs)
-    elif all:
+        return
+    runs = [replace(run, label=Path(run_dir).resolve().name) if run.label == "." else run for run in runs]
+    if all:
         _print_tables(runs)
     else:
         sys.stdout.write("".join(f"{line}\n" for line in brief(runs)))

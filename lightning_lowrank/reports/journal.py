@@ -198,6 +198,9 @@ class Journal:
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
         self.clock.pause()
+        short = self.alerts.too_short()
+        if short:
+            self.info_once(short)
         self._laid_out = False
         for trouble in self.alerts.calls.wait():
             self.warn_once(trouble)

@@ -299,6 +299,10 @@ def watching(
 
 def _refuse_strangers(monitors: Sequence[Any], loggers: Any) -> None:
     for monitor in monitors:
+        if isinstance(monitor, list | tuple):
+            raise ValueError(
+                "watching() got a list of monitors; put a star before it: watching(model, optimizer, *watch_all())"
+            )
         if not isinstance(monitor, Monitor):
             raise ValueError(f"{monitor!r} is not a monitor; expected watching(model, optimizer, RankMonitor(), ...)")
     if isinstance(loggers, str) or not isinstance(loggers, Sequence):

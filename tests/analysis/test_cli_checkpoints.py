@@ -67,7 +67,7 @@ def test_the_difference_is_that_which_was_planted(two: tuple[str, str], capsys: 
     }
     assert told["0.weight"]["lora_rank"] == 1
     main(["diff", *two])
-    assert "1 moved; 2 not moved" in capsys.readouterr().out
+    assert "1 moved (0.weight); 2 not moved (2.weight, 4.weight)" in capsys.readouterr().out
 
 
 def series(page: Path) -> set[str]:

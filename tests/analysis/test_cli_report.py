@@ -164,6 +164,18 @@ def test_a_summary_fits_a_terminal_and_says_what_it_leaves_out(
     assert "16 more runs: --all" in many[-1]
 
 
+def test_a_summary_of_one_run_is_headed_by_the_name_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "one", (0, {"a": 1.0}), (5, {"a": 2.0}))
+
+    main(["summary", str(tmp_path / "one")])
+    brief = capsys.readouterr().out
+    main(["summary", str(tmp_path / "one"), "--all"])
+
+    assert brief.startswith("one") and capsys.readouterr().out.strip().startswith("one")
+
+
 def test_a_run_that_has_become_nan_says_since_when(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "run", (0, {"a": 1.0}), (5, {"a": math.nan}), (10, {"a": math.nan}))
 

@@ -183,6 +183,13 @@ def test_the_table_says_what_was_not_measured(capsys: pytest.CaptureFixture[str]
     assert "unmeasured" in told
     assert "NTKMonitor" in told
     assert "bytes that a device sends" in told
+    assert max(map(len, told.splitlines())) <= 100
+
+
+def test_a_share_that_is_not_known_says_which_option_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", named("transformer")])
+
+    assert "unmeasured: give --step-ms" in capsys.readouterr().out
 
 
 def test_a_program_gets_numbers_and_null(capsys: pytest.CaptureFixture[str]) -> None:

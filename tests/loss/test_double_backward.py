@@ -203,7 +203,7 @@ def test_fused_attention_in_a_step_that_cannot_be_run_again_is_refused() -> None
 
 
 def test_fused_attention_that_stays_in_a_replay_is_refused() -> None:
-    with pytest.raises(ValueError, match="its fused attention, in a replay either; critical sharpness"):
+    with pytest.raises(ValueError, match="its fused attention, not even in a replay; critical sharpness"):
         look(REPLAY, attention(SDPBackend.FLASH_ATTENTION))
 
 

@@ -363,6 +363,54 @@ def test_a_message_says_what_where_how_much_against_what_since_when_why_and_wher
     assert len(event.title) <= 63
 
 
+def test_what_is_over_names_the_sites_and_the_steps_of_its_beginning_and_of_its_report() -> None:
+    firing, resolved = shown(at_work(rule()), [2.0] * 3 + [0.5] * 4 + [2.0] * 3)
+
+    assert (firing.since, firing.step, resolved.since, resolved.step) == (3, 5, 3, 8)
+    for part in (f"{QUANTITY} of a has recovered at step 8", "since step 3", "reported at step 5"):
+        assert part in resolved.message, part
+    assert [site.site for site in resolved.worst] == ["a"] and resolved.num_firing == 0
+
+
+def test_what_is_over_of_the_whole_model_names_no_site() -> None:
+    state = at_work(rule())
+
+    events = [state.observe(step, {"": 2.0 if step < 3 or step > 6 else 0.5}, {}) for step in range(10)]
+
+    assert f"{QUANTITY} has recovered at step 8" in next(e.message for e in events if e and e.state == "resolved")
+
+
+NEVER_HEALTHY = {
+    "gradient_stable_rank": 0.0,
+    "dormant_inactive": 1.0,
+    "gradient_effective_rank": NAN,
+}
+
+
+@pytest.mark.parametrize("quantity", NEVER_HEALTHY)
+def test_what_is_never_healthy_is_told_at_the_third_sample_from_the_first_on(quantity: str) -> None:
+    book = Rulebook("default", [quantity], usual=default_alerts, prefix=None, label="rank")
+
+    for step in (0, 50, 100):
+        book.observe(step, {quantity: {"a": NEVER_HEALTHY[quantity]}})
+
+    assert [(event.state, event.step, event.since) for event in book.events] == [("firing", 100, 0)]
+
+
+def test_a_run_within_the_warm_up_of_all_rules_says_so_and_how_much_was_missing() -> None:
+    def after(num_samples: int, *rules: Alert) -> str:
+        book = Rulebook(rules, [QUANTITY], usual=default_alerts, prefix=None, label="rank")
+        for step in range(num_samples):
+            book.observe(step, {QUANTITY: {"a": 2.0}})
+        return book.too_short()
+
+    slow, quick = Alert(QUANTITY, drop=0.5, warm_up_steps=500), Alert(QUANTITY, below=1.0, warm_up_samples=4)
+
+    assert after(5, slow, quick).endswith(f"{QUANTITY}_below needs 7 samples, and had 5")
+    assert after(5, slow).endswith(f"{QUANTITY}_drop needs 13 samples and step 500, and had 5")
+    assert after(7, slow, quick) == after(0, slow) == after(5) == ""
+
+
 LONG: dict[str, Any] = {"warm_up_samples": 10, "window": 10, "for_samples": 1, "keep_samples": 1}
 STORY = [2.0] * 4 + [0.5, NAN, 0.5, 0.5, 0.5, NAN, 1.05, 2.0, 2.0, 2.0, 0.5, 0.5, 2.0, 0.5, 0.5, 0.5, 0.5]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lowrank import ActivationMonitor, Alert, AttentionMonitor, Monitor
+from lightning_lowrank import ActivationMonitor, Alert, AttentionMonitor, Monitor, watch_all
 from lightning_lowrank.reports.alerts.ready_made import default_alerts
 from tests.trainings import Attending, Classifier, logged
 
@@ -42,6 +42,24 @@ def test_defaults_tell_weights_that_begin_to_grow_and_nothing_before(what: str) 
 
     fired = {event.rule: event.since for event in monitor.events if event.state == "firing"}
     assert BEGIN <= fired[rule] <= BEGIN + 10 and min(fired.values()) >= BEGIN
+
+
+@pytest.mark.filterwarnings("ignore:.*dormant_inactive_above")
+def test_a_layer_that_is_dead_from_the_start_is_told_by_watch_all_within_its_first_three_samples() -> None:
+    class Dead(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.no_grad():
+                self.net[0].bias.fill_(-50.0)  # type: ignore[operator,union-attr]
+
+    monitors = watch_all()
+    with pytest.warns(UserWarning, match="gradient_stable_rank_below"):
+        logged(monitors, Dead, max_steps=110, max_epochs=-1)
+
+    events = {event.rule: event for monitor in monitors for event in monitor.events}
+    event = events["gradient_stable_rank_below"]
+    assert (event.step, event.since) == (100, 0)
+    assert [site.site for site in event.worst] == ["net.0.weight", "net.2.weight"]
 
 
 def test_the_rules_that_the_page_chose_are_the_defaults() -> None:

@@ -286,7 +286,7 @@ def test_a_batch_that_fails_is_no_sample_and_those_after_it_are() -> None:
 
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "is not a monitor; expected watching": ((RankMonitor,), {}),
-    "is not a monitor": (([RankMonitor()],), {}),
+    "put a star before it": (([RankMonitor()],), {}),
     "a list of loggers": ((RankMonitor(),), {"loggers": "runs"}),
     "must be a list of loggers, such as": ((RankMonitor(),), {"loggers": MemoryLogger()}),
     "a logger needs a method log_metrics": ((RankMonitor(),), {"loggers": ["runs"]}),

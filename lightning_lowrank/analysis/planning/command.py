@@ -27,8 +27,8 @@ def plan(
         dtype: Dtype of weights and gradients.
         tokens_per_step: Tokens of each device in a step.
         step_ms: Milliseconds of a training step, if known.
-        device_class: Class of devices for the times; it must have been measured.
-        every_n_steps: Cadence in optimizer steps.
+        device_class: Class of devices for the times; only "cpu" was measured.
+        every_n_steps: Optimizer steps between two samples.
         sources: Sources of `RankMonitor`; by default its own.
         json: Print all numbers, null if nothing was measured.
 

@@ -11,6 +11,8 @@ from lightning_lowrank.analysis.planning.devices import devices
 from lightning_lowrank.analysis.planning.plan import Plan
 
 UNMEASURED = "unmeasured"
+# Of the first column; the second has half of it.
+WIDTH = 60
 # Monitors without a plan: what they take is told by their pages, in steps of the trainings that it was measured on.
 OTHERS = sorted({name for name in dir(lightning_lowrank) if name.endswith("Monitor")} - {"Monitor", "RankMonitor"})
 
@@ -18,7 +20,9 @@ OTHERS = sorted({name for name in dir(lightning_lowrank) if name.endswith("Monit
 def table_of(plan: Plan) -> Table:
     """For a terminal."""
     title = f"RankMonitor() on {plan.what}: {count(plan.num_parameters)} parameters, {plan.dtype}, "
-    table = Table("what", "value", title=title + f"{plan.num_devices} device{'s' * (plan.num_devices > 1)}")
+    table = Table(title=title + f"{plan.num_devices} device{'s' * (plan.num_devices > 1)}")
+    table.add_column("what", max_width=WIDTH)
+    table.add_column("value", max_width=WIDTH // 2)
     for what, value in rows(plan):
         table.add_row(what, value)
     table.add_section()
@@ -30,7 +34,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """The rows of the table."""
     costs = plan.costs
     for route, number in costs.matrices.items():
-        yield f"matrices by {route}", str(number)
+        yield f"matrices x sources, by {route}", str(number)
     if costs.summed:
         yield "  only Gram matrices sent, busiest device", str(costs.summed)
     yield "flops of a sample, all devices", count(costs.total_flops)
@@ -46,8 +50,16 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     where = f"{plan.device} ({devices()[plan.device].what})" if plan.device in devices() else plan.device
     yield f"ms of a sample: {where}", time(plan.sample_ms)
     yield "ms of a training step", time(plan.step_ms)
-    share = UNMEASURED if plan.share is None else f"{plan.share:.2g} %"
-    yield f"training takes longer, a sample every {plan.every_n_steps} steps", share
+    yield f"training takes longer, a sample every {plan.every_n_steps} steps", _share(plan)
+
+
+def _share(plan: Plan) -> str:
+    """What watching takes, or what is lacking to know it."""
+    if plan.share is not None:
+        return f"{plan.share:.2g} %"
+    if plan.num_devices > 1:
+        return f"{UNMEASURED}: so are exchanges between devices"
+    return UNMEASURED if plan.sample_ms is None else f"{UNMEASURED}: give --step-ms or --tokens-per-step"
 
 
 def plain(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def subspace_fit(
         k: Numbers of components, such as 1,2,4. Default: those of 1,2,4,8,16 that the number of models allows.
         match: Only tensors whose name matches one of these globs or `re:REGEX`.
         exclude: Leave these out.
-        modes: Also print what models share along each axis of each tensor (higher-order SVD).
+        modes: Also print what models share along each axis of each tensor, and along all axes (higher-order SVD).
         output: Safetensors file for the basis: the mean and the components of each tensor, as many as the largest k.
         json: Print all numbers.
 
@@ -64,7 +65,9 @@ def subspace_fit(
     with processes() as team:
         found = fit(models, ks, len(checkpoints), team, modes=modes)
         if output is not None:
-            write_basis(Path(output), models, ks[-1], len(checkpoints), base or _base(checkpoints), team)
+            if isnan(found.whole["explained"][str(ks[0])]):
+                raise ValueError("the models are equal: they have no components, and there is no basis to write")
+            write_basis(Path(output), models, found.parts, base or _base(checkpoints), team)
         if team.rank:
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))

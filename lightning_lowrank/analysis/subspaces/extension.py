@@ -47,7 +47,9 @@ def subspace_extend(
             is out of range.
     """
     place = located(basis, base)
-    if known := [path for path in models if path in place.basis.models]:
+    place.refuse_loss([Path(output)])
+    there = {Path(path).resolve() for path in place.basis.models}
+    if known := [path for path in models if Path(path).resolve() in there]:
         raise ValueError(f"{basis} already contains {known}")
     found = place.models(models)
     most = max(place.basis.ks.values())
@@ -58,15 +60,15 @@ def subspace_extend(
         )
     _write(Path(output), place, found, count)
     after = Located(Basis(output), place.base)
-    there = all(Path(path).exists() for path in place.basis.models)
-    old = place.models(place.basis.models) if there else None
+    from_files = all(Path(path).exists() for path in place.basis.models)
+    old = place.models(place.basis.models) if from_files else None
     rows = {path: _held(place, after, old, i, path, data) for i, path in enumerate(place.basis.models)}
     size = len(rows)
     rows |= {path: _held(place, after, found, i, path, data, size + i) for i, path in enumerate(models)}
     if json:
-        print_json({"k": count, "num_models": size + len(models), "from_files": there, "models": rows})
+        print_json({"k": count, "num_models": size + len(models), "from_files": from_files, "models": rows})
         return
-    how = "" if there else "; the files of the old models are missing, so their coefficients are used"
+    how = "" if from_files else "; the files of the old models are missing, so their coefficients are used"
     show_rows(f"part of the energy that {basis} and {output} hold{how}", rows)
 
 

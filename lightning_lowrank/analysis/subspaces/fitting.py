@@ -16,7 +16,13 @@ from torch import Tensor
 from lightning_lowrank.analysis.subspaces.models import Models
 from lightning_lowrank.analysis.subspaces.writer import Writer
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.maths.shared_subspaces.components import components, cosines, explained, gaussian_share
+from lightning_lowrank.maths.shared_subspaces.components import (
+    Components,
+    components,
+    cosines,
+    explained,
+    gaussian_share,
+)
 from lightning_lowrank.maths.shared_subspaces.distances import apart, linkage
 from lightning_lowrank.maths.shared_subspaces.left_out import held_by, left_out
 from lightning_lowrank.maths.shared_subspaces.modes import modes as modes_of
@@ -38,12 +44,27 @@ class Fitted:
         layers: The same by tensor.
         clusters: Joins of models by the cosine of their centred updates, as scipy numbers them.
         gram: Inner products of all updates, members before controls.
+        parts: Of the tensors that are this process's own, what a basis has.
     """
 
     whole: Numbers
     layers: Mapping[str, Numbers]
     clusters: Sequence[tuple[int, int, float, int]]
     gram: Float[Tensor, "N N"] = field(repr=False)
+    parts: Mapping[str, "Part"] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a basis has of one tensor, without its directions.
+
+    Attributes:
+        components: As many as the largest k, or as there are.
+        energies: Squared norms of the updates of the members.
+    """
+
+    components: Components
+    energies: Float[Tensor, " N"]
 
 
 def settled(k: str | None, num_models: int) -> tuple[list[int], list[int]]:
@@ -83,18 +104,19 @@ def fit(
 ) -> Fitted:
     """Components of the first `num_members` models, with all controls.
 
-    Cost: every number of every model is read once, for a product of N x N; memory for one stretch of a tensor and N x N
-    per tensor. The work is shared out by tensor over the processes of the team.
+    Cost: every number of every model is read once, for a product of N x N; memory for one stretch of a tensor, N x N,
+    and 2 K x N per tensor. The work is shared out by tensor over the processes of the team.
     """
     names = list(models.shapes)
     owners = team.assign([float(models.shapes[name].numel()) for name in names])
     size = len(models.paths)
-    total, own = torch.zeros(size, size, dtype=torch.float64), {}
+    total, own, parts = torch.zeros(size, size, dtype=torch.float64), {}, {}
     for name, owner in zip(names, owners, strict=True):
         if owner == team.rank:
             gram = models.gram(name)
             total += gram
             own[name] = of_gram(gram, models.shapes[name].numel(), ks, num_members)
+            parts[name] = _part(gram[:num_members, :num_members], min(max(ks), models.shapes[name].numel()))
             if modes and len(models.shapes[name]) > 1:
                 own[name]["modes"] = _modes(models, name, ks, num_members)
     team.all_reduce(total)
@@ -102,7 +124,11 @@ def fit(
     num_parameters = sum(shape.numel() for shape in models.shapes.values())
     whole = of_gram(total, num_parameters, ks, num_members)
     joins = linkage(1 - cosines(total[:num_members, :num_members]))
-    return Fitted(whole, {name: found[name] for name in names}, joins, total)
+    return Fitted(whole, {name: found[name] for name in names}, joins, total, parts)
+
+
+def _part(gram: Float[Tensor, "N N"], k: int) -> Part:
+    return Part(components(gram, k), gram.diagonal().clone())
 
 
 def of_gram(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[int], num_members: int) -> Numbers:
@@ -162,7 +188,7 @@ def _apart(
 def _modes(models: Models, name: str, ks: Sequence[int], num_members: int) -> Numbers:
     held = evenly(num_members, 8)
     return {
-        str(one.axis): {
+        "all" if one.axis is None else str(one.axis): {
             "size": one.size,
             **{key: _by(ks, getattr(one, key)) for key in ("explained", "null", "left_out", "random")},
         }
@@ -170,44 +196,35 @@ def _modes(models: Models, name: str, ks: Sequence[int], num_members: int) -> Nu
     }
 
 
-def write_basis(file: Path, models: Models, k: int, num_members: int, base: str | None, team: Team) -> None:
-    """Write the mean of each tensor and its `k` strongest components, or as many as it has.
+def write_basis(file: Path, models: Models, parts: Mapping[str, Part], base: str | None, team: Team) -> None:
+    """Write the mean of each tensor and its components, of a fit that this team made.
 
-    Cost: every number of every model is read twice more.
+    Cost: every number of every model is read once more.
 
     Raises:
         ValueError: The file cannot be written.
     """
-    names, size = list(models.shapes), len(models.paths[:num_members])
-    owners = team.assign([float(models.shapes[name].numel()) for name in names])
-    own = {}
-    for name, owner in zip(names, owners, strict=True):
-        if owner == team.rank:
-            gram = models.gram(name)[:num_members, :num_members]
-            own[name] = (components(gram, min(k, models.shapes[name].numel())), gram.diagonal())
-    counts = {name: n for part in team.all_gather_object(_counts(own)) for name, n in part.items()}
+    sizes = {name: part.components.coefficients.shape for name, part in parts.items()}
+    sizes = {name: shape for own in team.all_gather_object(sizes) for name, shape in own.items()}
+    counts, size = {name: k for name, (_, k) in sizes.items()}, max(n for n, _ in sizes.values())
     keys = layout(models.shapes, counts, size)
     words = {
-        "models": list(models.paths[:num_members]),
+        "models": list(models.paths[:size]),
         "base": base,
         "is_of_updates": models.are_updates,
-        "tensors": names,
+        "tensors": list(models.shapes),
     }
     metadata = {key: json.dumps(value) for key, value in words.items()}
     writer = Writer(file, keys, metadata) if team.rank == 0 else None
     team.all_gather_object(None)  # the file is there
     writer = writer or Writer(file, keys, metadata, begin=False)
-    for name, (found, energies) in own.items():
-        writer.write(f"values/{name}", found.values)
-        writer.write(f"coefficients/{name}", found.coefficients)
-        writer.write(f"energies/{name}", energies)
-        _write_sums(writer, models, name, found.weights)
+    for name, part in parts.items():
+        writer.write(f"values/{name}", part.components.values)
+        writer.write(f"coefficients/{name}", part.components.coefficients)
+        writer.write(f"energies/{name}", part.energies)
+        _write_sums(writer, models, name, part.components.weights)
     writer.close()
     team.all_gather_object(None)  # all have written
-
-
-def _counts(own: Mapping[str, Any]) -> dict[str, int]:
-    return {name: len(found.values) for name, (found, _) in own.items()}
 
 
 def _write_sums(writer: Writer, models: Models, name: str, weights: Float[Tensor, "K N"]) -> None:

@@ -98,6 +98,9 @@ class Checkpoints(Models):
         self.shapes = _chosen(self._files[0].shapes, match, exclude)
         for file in (*self._files[1:], *opened.values()):
             _refuse_stranger(file, self._files[0], self.shapes)
+        for file in self._files[1:]:
+            if others := [n for n in _chosen(file.shapes, match, exclude) if n not in self.shapes]:
+                raise ValueError(f"{file.path} has {first(others)}, which {paths[0]} lacks; leave it out by exclude")
 
     @property
     def are_updates(self) -> bool:
@@ -139,16 +142,21 @@ class Checkpoints(Models):
         return bool((alike > 6 / rows.shape[1] ** 0.5).all())
 
     def _stretches(self, name: str) -> Iterator[Float[Tensor, "N _"]]:
-        """Updates of a tensor, a part of it at a time: files are mapped, and only that part is read."""
+        """Updates of a tensor, a part of it at a time: files are mapped, and only that part is read.
+
+        All parts are in the same memory: the next one takes the place of the last.
+        """
         flat = [file.tensor(name).flatten() for file in self._files]
         starts = {id(base): base.tensor(name).flatten() for base in self._bases if base is not None}
-        length, every = len(flat[0]), max(1, STRETCH // len(flat))
-        for begin in range(0, length, every):
-            part = slice(begin, min(begin + every, length))
-            rows = torch.stack([one[part].double() for one in flat])
-            for i, base in enumerate(self._bases):
+        length = len(flat[0])
+        space = torch.empty(len(flat), min(length, max(1, STRETCH // len(flat))), dtype=torch.float64)
+        for begin in range(0, length, space.shape[1]):
+            part = slice(begin, min(begin + space.shape[1], length))
+            rows = space[:, : part.stop - begin]
+            for row, one, base in zip(rows, flat, self._bases, strict=True):
+                row.copy_(one[part])
                 if base is not None:
-                    rows[i] -= starts[id(base)][part].double()
+                    row -= starts[id(base)][part]
             yield rows
 
 

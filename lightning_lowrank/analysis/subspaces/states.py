@@ -1,7 +1,7 @@
 """Models rebuilt from a basis, and what they are worth."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,17 @@ class Located:
     def base_path(self) -> str | None:
         """Path of the base."""
         return None if self.base is None else str(self.base.path)
+
+    def refuse_loss(self, files: Iterable[Path]) -> None:
+        """Refuse to write over the basis, its models or its base.
+
+        Raises:
+            ValueError: One of the files is one of them.
+        """
+        known = [self.basis.path, *map(Path, self.basis.models), *([] if self.base is None else [self.base.path])]
+        for file in files:
+            if file.is_file() and any(one.exists() and one.samefile(file) for one in known):
+                raise ValueError(f"{file} is there, and {self.basis.path} is made of it: write to another place")
 
     def models(self, paths: Sequence[str]) -> Models:
         """Models on disk, as the basis takes them.

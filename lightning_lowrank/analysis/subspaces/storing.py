@@ -100,6 +100,7 @@ def subspace_compress(
         ValueError: A file cannot be read or written, the data function fails, or a model has another architecture.
     """
     place = located(basis, base)
+    place.refuse_loss([Path(output)])
     count, found = chosen_k(place.basis, k), place.models(models)
     coefficients = {name: c[:, :count] for name, c in projected(place.basis, found).items()}
     write_coefficients(Path(output), coefficients, models)
@@ -170,15 +171,18 @@ def subspace_reconstruct(
     known, found = _coefficients(place.basis, coefficients)
     if wrong := [one for one in models or [] if one not in known]:
         raise ValueError(f"there is no model {wrong}; the models are {known[:10]}")
-    count = chosen_k(place.basis, k)
-    Path(output).mkdir(parents=True, exist_ok=True)
+    count, folder = chosen_k(place.basis, k), Path(output)
     stems = [Path(path).stem for path in known]
-    for i, path in enumerate(known):
-        if models is None or path in models:
-            name = stems[i] if stems.count(stems[i]) == 1 else f"{i}_{stems[i]}"
-            file = Path(output) / f"{name}.safetensors"
-            save(_state(place, found, i, count), file)
-            show(f"{escape(str(file))}: {escape(path)} by {count} components")
+    names = [stem if stems.count(stem) == 1 else f"{i}_{stem}" for i, stem in enumerate(stems)]
+    files = {i: folder / f"{names[i]}.safetensors" for i, path in enumerate(known) if models is None or path in models}
+    place.refuse_loss(files.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder: {error}") from error
+    for i, file in files.items():
+        save(_state(place, found, i, count), file)
+        show(f"{escape(str(file))}: {escape(known[i])} by {count} components")
 
 
 def subspace_merge(
@@ -209,6 +213,7 @@ def subspace_merge(
         ValueError: A file cannot be read or written, or the data function fails.
     """
     place = located(basis, base)
+    place.refuse_loss([Path(output)])
     known, found = _coefficients(place.basis, coefficients)
     count = chosen_k(place.basis, k)
     means = {name: c.mean(0, keepdim=True) for name, c in found.items()}

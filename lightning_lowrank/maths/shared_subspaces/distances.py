@@ -24,6 +24,8 @@ class Apart:
         overlap_chance: Of random subspaces, `k / P`.
         distance: Geodesic distance on the Grassmann manifold over its largest value, `sqrt(k) pi / 2`.
         distance_chance: Of random subspaces, by the singular values of a Gaussian matrix.
+
+    All are NaN where the models of one group are equal.
     """
 
     overlap: float
@@ -48,6 +50,8 @@ def apart(gram: Float[Tensor, "N N"], one: Sequence[int], other: Sequence[int], 
     first, second = (torch.tensor(list(group)) for group in (one, other))
     a, b = (components(gram[group][:, group], k).weights for group in (first, second))
     k = min(len(a), len(b))
+    if k == 0:
+        return Apart(math.nan, math.nan, math.nan, math.nan)
     found = torch.linalg.svdvals(a[:k] @ gram[first][:, second] @ b[:k].T).clamp(max=1)
     chance = (quantiles(k, k) * math.sqrt(k / num_parameters)).clamp(max=1)
     return Apart(float(found.square().mean()), min(1.0, k / num_parameters), _distance(found), _distance(chance))

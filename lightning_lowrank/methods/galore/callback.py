@@ -11,7 +11,7 @@ from lightning_lowrank.measuring.number_source import Detail, refuse_seed
 from lightning_lowrank.methods.galore.bases import Basis
 from lightning_lowrank.methods.galore.curves import GaLoreNumbers
 from lightning_lowrank.methods.galore.matrix import LowRankMatrix, OnRefresh, Policy, Residual
-from lightning_lowrank.methods.galore.ranks import Rank, Side, projection_of, ranks_by_tag, refuse_rank
+from lightning_lowrank.methods.galore.ranks import Rank, Side, is_full, projection_of, ranks_by_tag, refuse_rank
 from lightning_lowrank.methods.galore.steps import LowRankSteps, drop_low_rank
 from lightning_lowrank.methods.matrices import Patterns, matrices, sides
 from lightning_lowrank.methods.method import Method
@@ -45,7 +45,8 @@ class GaLore(Method):
 
     Args:
         rank: Rank of all matrices: a share of the short side up to 1, a whole number, or "measured". A mapping from
-            patterns to ranks chooses the matrices, too. "measured" begins with a quarter of the short side. The third
+            patterns to ranks chooses the matrices, too. A matrix whose short side is not above a whole number is left
+            alone and named. "measured" begins with a quarter of the short side. The third
             basis gets the largest energy rank of the gradients at the first three bases, as `RankMonitor` measures it.
             This rank is rounded up to a multiple of 1/32 of the short side, and it is at most a quarter. If it is
             smaller than before, the moments start from zero.
@@ -71,8 +72,9 @@ class GaLore(Method):
 
     Raises:
         ValueError: An option is out of range. When training starts: a pattern matches nothing, no optimizer has the
-            matched matrices, or an optimizer does not update each entry independently. Also if parameters are sharded,
-            if there is a second `GaLore`, or if the resumed run had other matrices or ranks.
+            matched matrices, no matrix has a short side above the rank, or an optimizer does not update each entry
+            independently. Also if parameters are sharded, if there is a second `GaLore`, or if the resumed run had
+            other matrices or ranks.
 
     Examples:
         >>> GaLore(rank=128, update_every=200)
@@ -161,10 +163,18 @@ def _chosen(
     """Matrices of a module, and why others were left out."""
     choice = matrices(module, list(rank) if isinstance(rank, Mapping) else match, exclude)
     ranks = ranks_by_tag(module, rank, list(choice.matrices))
+    full = {
+        tag: f"rank {ranks[tag]} is not below its short side, {min(sides(parameter))}"
+        for tag, parameter in choice.matrices.items()
+        if is_full(sides(parameter), ranks[tag])
+    }
+    kept = {tag: parameter for tag, parameter in choice.matrices.items() if tag not in full}
+    if not kept:
+        raise ValueError(f"GaLore(rank={rank!r}) saves nothing: {full}; use a smaller rank, or a share such as 0.25")
     found = []
-    for i, (tag, parameter) in enumerate(choice.matrices.items()):
-        offset = i * policy.update_every // len(choice.matrices) if stagger else 0
+    for i, (tag, parameter) in enumerate(kept.items()):
+        offset = i * policy.update_every // len(kept) if stagger else 0
         projection = projection_of(side, sides(parameter), ranks[tag])
         samples: list[float] | None = [] if ranks[tag] == "measured" else None
         found.append(LowRankMatrix(tag, parameter, projection, policy, offset, samples))
-    return found, choice.left_out
+    return found, {**choice.left_out, **full}

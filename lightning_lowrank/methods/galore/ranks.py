@@ -44,6 +44,11 @@ def ranks_by_tag(module: nn.Module, rank: Rank | Mapping[str, Rank], tags: Seque
     return {tag: one for ranks in reversed(fitting) for tag, one in ranks.items()}
 
 
+def is_full(shape: tuple[int, int], rank: Rank) -> bool:
+    """Whether a whole number leaves nothing out, so that no state is saved; a share of 1.0 is meant so."""
+    return isinstance(rank, Integral) and int(rank) >= min(shape)
+
+
 def projection_of(side: Side, shape: tuple[int, int], rank: Rank) -> Projection:
     """The projection of a matrix of a shape; the first one if its rank is to be measured."""
     short = min(shape)

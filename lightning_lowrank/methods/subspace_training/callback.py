@@ -21,6 +21,7 @@ class SubspaceTraining(Method):
     The basis is a file from `lightning-lowrank subspace fit`. W0 are the module's weights at the start, which should be
     those that the models of the basis started from. Each tensor has its own coefficients, at most `k`; everything else
     is frozen. The coefficients start at 0, so the model starts at the mean of the others.
+    Directions have unit length: coefficients need a far larger learning rate than weights, such as 0.1 in Adam.
 
     With `basis="random"`, the directions of each tensor are random and there is no mean. It shows what any subspace of
     this size achieves (Li et al. 2018); compare a fitted basis with it.

@@ -93,7 +93,7 @@ def _of_outputs(
         return
     if not isinstance(outputs, ClosedForm):
         raise ValueError(
-            f"{' and '.join(fishers)} : this needs a loss of torch, which tells the weight of each row and the "
+            f"{' and '.join(fishers)}: this needs a loss of torch, which tells the weight of each row and the "
             "probabilities of the targets; remove it from operators="
         )
     if "empirical_fisher" in fishers:

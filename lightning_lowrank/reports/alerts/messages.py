@@ -3,10 +3,15 @@
 import math
 from collections.abc import Sequence
 
+from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent, SiteAlert
 from lightning_lowrank.tensorboard.site import page
 
 PAGE = page("how-to/get-alerts")
+# Stands for the share of sites without a number. No tag may have brackets.
+SHARE = "(share of sites without a number)"
+# Sites that a message names.
+NAMED = 5
 
 # By the word in the quantity's name; the first that is in it.
 CAUSES = {
@@ -39,11 +44,7 @@ def title_of(event: AlertEvent) -> str:
 
 
 def message_of(event: AlertEvent, rule: Alert) -> str:
-    """The whole story, on one line."""
-    if event.state == "resolved":
-        return (
-            f"{event.quantity} has recovered at step {event.step}; rule {event.rule}, reported at step {event.since}."
-        )
+    """The whole story of an alert that fires, on one line."""
     named = "; ".join(_of_site(site) for site in event.worst)
     more = event.num_firing - len(event.worst)
     where = (
@@ -55,6 +56,23 @@ def message_of(event: AlertEvent, rule: Alert) -> str:
     return (
         f"rule {event.rule}, {event.quantity} at {where} since step {event.since}: "
         f"{named}{also}.{because} See {PAGE}#when-one-fires."
+    )
+
+
+def recovery_of(event: AlertEvent, sites: Sequence[str], reported: int) -> str:
+    """What is over, on one line.
+
+    Args:
+        event: It.
+        sites: All that were in a message.
+        reported: Step of the first message.
+    """
+    places = [site for site in sites if site not in (WHOLE_MODEL, SHARE)]
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    where = f" of {', '.join(places[:NAMED])}{more}" if places else ""
+    return (
+        f"rule {event.rule}, {event.quantity}{where} has recovered at step {event.step}; it was unhealthy since step "
+        f"{event.since}, and reported at step {reported}."
     )
 
 

@@ -24,7 +24,12 @@ LARGEST_DROP = 0.9
 
 # Of the defaults: in health weights lose up to four fifths of their stable rank, most of it at first.
 PATIENT: dict[str, Any] = {"warm_up_samples": 20, "warm_up_steps": 500}
+# What is never healthy is compared with nothing, so there is nothing to learn first: `for_samples` is all its patience.
+AT_ONCE: dict[str, Any] = {"warm_up_samples": 0}
 INACTIVE = "a learning rate that is too high, a large negative bias, or inputs that are not normalised"
+NO_GRADIENT = (
+    "a layer that the loss does not reach: dead units after it or before it, an expert without tokens, or detach()"
+)
 
 
 def RankCollapseAlert(
@@ -187,11 +192,11 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
     rules = [
         RankCollapseAlert("weight", "stable_rank", drop=0.35, **PATIENT),
         RankCollapseAlert("weight", "effective_rank", drop=0.06, **PATIENT),
-        RankCollapseAlert("gradient", "stable_rank", floor=0.5),
+        Alert("gradient_stable_rank", below=0.5, cause=NO_GRADIENT, **AT_ONCE),
         RankCollapseAlert("feature", "participation_ratio", drop=0.5, **PATIENT),
         # There is a sample for each validation, not for some steps: twenty would be too long.
         RankCollapseAlert("validation_feature", "participation_ratio", drop=0.5, warm_up_steps=500),
-        Alert("dormant_inactive", above=0.9, cause=INACTIVE),
+        Alert("dormant_inactive", above=0.9, cause=INACTIVE, **AT_ONCE),
         *(DepartureAlert(f"{source}_spectral_norm") for source in ("gradient", "update", "feature")),
         DepartureAlert("activation_rms"),
         CusumAlert("activation_kurtosis", window=20, warm_up_samples=20),
@@ -200,5 +205,5 @@ def default_alerts(quantities: Iterable[str]) -> list[Alert]:
         SpikeAlert("step_loss", spike=16.0),
         CusumAlert("step_loss"),
     ]
-    lost = [Alert(first_of_gradient, non_finite=0.5)] if first_of_gradient else []
+    lost = [Alert(first_of_gradient, non_finite=0.5, **AT_ONCE)] if first_of_gradient else []
     return [rule for rule in rules if rule.quantity in known] + lost

@@ -119,6 +119,17 @@ class Rulebook:
                     self.events = [*self.events, event][-KEPT:]
                     self._due.append((state.rule, event))
 
+    def too_short(self) -> str:
+        """Why no rule could fire in this run, by the one that was nearest; nothing if one could."""
+        shown = [state for state in self.states if state.had_of_needed[0]]
+        if not shown or any(state.could_fire for state in shown):
+            return ""
+        nearest = max(shown, key=lambda state: state.had_of_needed[0] / state.had_of_needed[1])
+        had, needed = nearest.had_of_needed
+        steps = f" and step {nearest.rule.warm_up_steps}" if nearest.rule.warm_up_steps else ""
+        samples = of_number(needed, "sample")
+        return f"no alert could fire in this run: {nearest.name} needs {samples}{steps}, and had {had}"
+
     def levels(self) -> dict[str, float]:
         """0, 1 or 2 of each rule that is logged: ok, pending, firing."""
         return {state.name: float(state.level) for state in self.states if "log" in state.rule.actions}

@@ -89,7 +89,7 @@ class AlertEvent:
             explanation.
         num_firing: Number of sites at which it fires.
         num_sites: Number of sites that it watches.
-        worst: The worst sites, at most five.
+        worst: The worst sites, at most five; if it is over, some at which it fired.
     """
 
     rule: str

@@ -6,13 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_lowrank.reports.alerts.messages import message_of, title_of
+from lightning_lowrank.reports.alerts.messages import NAMED, SHARE, message_of, recovery_of, title_of
 from lightning_lowrank.reports.alerts.rules import NEEDED, Alert, AlertEvent, SiteAlert, Violation
 
-# Stands for the share of sites without a number. No tag may have brackets.
-SHARE = "(share of sites without a number)"
-# Sites that a message names.
-NAMED = 5
 # Spread of a constant curve, as a share of its level: rounding is no change.
 LEAST_SPREAD = 0.02
 # Median distance from the median of a Gaussian, as a share of its standard deviation, inverted.
@@ -28,6 +24,7 @@ class Track:
     Attributes:
         state: `ok`, `pending` or `firing`.
         seen: Numbers so far.
+        judged: Those after the warm-up.
         since: Step of the first sample of the violation.
         in_a_row: Samples that violated, or while it fires samples that were well.
         told: Its firing has been in a message.
@@ -45,6 +42,7 @@ class Track:
 
     state: str = "ok"
     seen: int = 0
+    judged: int = 0
     since: int = -1
     in_a_row: int = 0
     told: bool = False
@@ -70,6 +68,7 @@ class Track:
             if not is_early or rule.baseline != "healthy":
                 self._learn(rule, value)
             return
+        self.judged += 1
         if rule.cusum is not None and self.spread > 0:
             excess = (value - self.baseline) / self.spread - ALLOWANCE
             # No more than twice what fires: it is over soon after the drift is.
@@ -204,6 +203,21 @@ class Track:
         return slope, math.copysign(bound, doubt)
 
 
+@dataclass
+class Told:
+    """An alert from its first message until it is over.
+
+    Attributes:
+        step: Of the first message.
+        since: First sample that violated it.
+        sites: All that were in a message.
+    """
+
+    step: int
+    since: int
+    sites: list[str]
+
+
 class RuleState:
     """A rule at all its sites: groups what begins to fire in a sample into one event.
 
@@ -224,13 +238,25 @@ class RuleState:
     def begin(self) -> None:
         """Forget an earlier run."""
         self.tracks: dict[str, Track] = {}
-        self.is_firing = self.is_told = False
+        self.is_firing = False
+        self.told: Told | None = None
         self.last_told: int | None = None
 
     @property
     def level(self) -> int:
         """0 ok, 1 pending somewhere, or firing at fewer sites than the quorum, 2 firing."""
         return 2 if self.is_firing else int(any(track.state != "ok" for track in self.tracks.values()))
+
+    @property
+    def could_fire(self) -> bool:
+        """Whether enough samples came after the warm-up."""
+        return any(track.judged >= self.rule.for_samples for track in self.tracks.values())
+
+    @property
+    def had_of_needed(self) -> tuple[int, int]:
+        """Samples of the site that has most, and the number from which on the rule can fire."""
+        had = max((track.seen for track in self.tracks.values()), default=0)
+        return had, self.rule.warm_up_samples + self.rule.for_samples
 
     def matches(self, site: str) -> bool:
         """Whether it looks at this site."""
@@ -247,7 +273,7 @@ class RuleState:
         if self._of_share is not None and sites:
             share = sum(not math.isfinite(values[site]) for site in sites) / len(sites)
             self.tracks.setdefault(SHARE, Track()).see(self._of_share, step, share, 0.0)
-        return self._told(step, self._firing(), {site: values[site] for site in sites}, errors)
+        return self._due(step, self._firing(), {site: values[site] for site in sites})
 
     def _firing(self) -> list[str]:
         """Sites at which it fires, none if they are fewer than the quorum; the worst first."""
@@ -258,36 +284,34 @@ class RuleState:
         needed = math.ceil(quorum * judged) if isinstance(quorum, float) else quorum
         return sites if SHARE in sites or len(sites) >= max(1, needed) else []
 
-    def _told(
-        self, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]
-    ) -> AlertEvent | None:
+    def _due(self, step: int, firing: Sequence[str], values: Mapping[str, float]) -> AlertEvent | None:
         """The event that is due: not within the cooldown, and nothing twice."""
-        was_told, self.is_firing = self.is_told, bool(firing)
+        self.is_firing = bool(firing)
         if not firing:
-            self.is_told = False
+            over, self.told = self.told, None
             for track in self.tracks.values():
                 track.told = False
-            return self._event("resolved", step, [], values, errors) if was_told else None
+            return None if over is None else self._event("resolved", step, over, values)
         cooled = self.last_told is None or step - self.last_told >= self.rule.cooldown_steps
         if not cooled or all(self.tracks[site].told for site in firing):
             return None
-        self.is_told, self.last_told = True, step
+        self.last_told = step
         for site in firing:
             self.tracks[site].told = True
-        return self._event("firing", step, firing, values, errors)
+        now = Told(step, min(self.tracks[site].since for site in firing), list(firing))
+        before = self.told
+        self.told = now if before is None else replace(before, sites=[*dict.fromkeys([*before.sites, *firing])])
+        return self._event("firing", step, now, values)
 
-    def _event(
-        self, state: Any, step: int, firing: Sequence[str], values: Mapping[str, float], errors: Mapping[str, float]
-    ) -> AlertEvent:
-        worst = tuple(self._site(site) for site in firing[:NAMED])
-        since = min(
-            (self.tracks[site].since for site in firing), default=self.last_told if self.last_told is not None else step
-        )
+    def _event(self, state: Any, step: int, told: Told, values: Mapping[str, float]) -> AlertEvent:
+        worst = tuple(self._site(site) for site in told.sites[:NAMED])
+        num_firing = len(told.sites) if state == "firing" else 0
         num_sites = len(self.tracks.keys() - {SHARE}) or len(values)
         event = AlertEvent(
-            self.name, state, self.rule.severity, self.quantity, step, since, "", "", len(firing), num_sites, worst
+            self.name, state, self.rule.severity, self.quantity, step, told.since, "", "", num_firing, num_sites, worst
         )
-        return replace(event, title=title_of(event), message=message_of(event, self.rule))
+        message = message_of(event, self.rule) if state == "firing" else recovery_of(event, told.sites, told.step)
+        return replace(event, title=title_of(event), message=message)
 
     def _site(self, site: str) -> SiteAlert:
         track = self.tracks[site]
@@ -301,7 +325,7 @@ class RuleState:
         return {
             "rule": self._numbers(),
             "firing": self.is_firing,
-            "told": self.is_told,
+            "told": None if self.told is None else asdict(self.told),
             "last_told": self.last_told,
             "tracks": tracks,
         }
@@ -310,7 +334,8 @@ class RuleState:
         """Continue a stopped run, unless the rule has changed."""
         self.begin()
         if state.get("rule") == self._numbers():
-            self.is_firing, self.is_told, self.last_told = state["firing"], state["told"], state["last_told"]
+            self.is_firing, self.last_told = state["firing"], state["last_told"]
+            self.told = Told(**state["told"]) if state["told"] else None
             self.tracks = {site: Track(**track) for site, track in state["tracks"].items()}
 
     def _numbers(self) -> str:

@@ -3,10 +3,10 @@
 Oracles: numpy's SVD of the dense matrix of updates, torch's own state dicts, one process for two.
 """
 
-import contextlib
-import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch.testing import assert_close
 
 from lightning_lowrank.analysis.cli import main
 from lightning_lowrank.models.adapter_folders import AdapterFolder, Pair, write_adapter
-from tests.processes import together
 
 KS = (1, 2, 4)
 
@@ -86,7 +85,7 @@ def test_what_is_explained_is_that_of_the_dense_matrix_whole_and_by_tensor(
     for name, values in by_name.items():
         assert_allclose(values, shares(updates(paths, base, name)), rtol=1e-6)
     assert found["dropped_k"] == [8, 16] and "k=8,16 left out" in found["warnings"][0]
-    assert set(found["layers"]["4.weight"]["modes"]) == {"0", "2"}
+    assert set(found["layers"]["4.weight"]["modes"]) == {"0", "2", "all"}
     assert found["whole"]["left_out"]["mean_and_basis"]["2"] > 0.8 > 0.01 > found["whole"]["left_out"]["random"]["2"]
 
 
@@ -101,6 +100,32 @@ def test_models_of_another_start_are_held_by_chance(tmp_path: Path, capsys: pyte
     assert control["held_by_basis"]["2"] < 10 * control["random"]["2"]
     assert_allclose(control["grassmann"]["2"]["distance"], control["grassmann"]["2"]["distance_chance"], atol=0.1)
     assert found["whole"]["halves"]["2"]["distance"] < 0.5
+
+
+def test_nulls_are_those_of_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator, paths = np.random.default_rng(0), []
+    for i in range(7):
+        paths.append(str(tmp_path / f"{i}.pt"))
+        torch.save({"weight": torch.tensor(generator.standard_normal((20, 50)))}, paths[-1])
+
+    found = told(capsys, "fit", *paths)["whole"]
+
+    drawn = [shares(generator.standard_normal((7, 1000))) for _ in range(40)]
+    assert_allclose(list(found["null"].values()), np.mean(drawn, 0), rtol=0.02)
+    assert_allclose(list(found["left_out"]["random"].values()), [k / 1000 for k in KS])
+    assert_allclose(found["left_out"]["mean"]["1"], -1 / 6, atol=0.03)
+
+
+def test_a_basis_has_nothing_of_its_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+    others, other_base = saved(tmp_path, seed=1)
+    alone, beside = (str(tmp_path / f"{name}.safetensors") for name in ("alone", "beside"))
+    fit = ["fit", *paths, "--base", base, "-o"]
+
+    told(capsys, *fit, alone)
+    told(capsys, *fit, beside, "--control", *others, "--control-base", other_base)
+
+    assert_close(load_file(beside), load_file(alone))
 
 
 def test_models_are_told_to_share_a_start_only_where_they_do(
@@ -132,7 +157,7 @@ def adapters(folder: Path, gauged: bool, base: dict[str, Tensor]) -> list[str]:
         for path, (m, n) in {"a": (9, 7), "b": (5, 9)}.items():
             a, b = torch.randn(2, n), torch.randn(m, 2)
             gauge = torch.randn(2, 2) + 2 * torch.eye(2) if gauged else torch.eye(2)
-            pairs[path] = Pair(torch.linalg.inv(gauge) @ a, b @ gauge, 0.5)
+            pairs[path] = Pair(torch.linalg.inv(gauge) @ a, b @ gauge, 0.5 + i)
         table = Pair(torch.randn(2, 13), torch.randn(4, 2), of_embedding=True)
         paths.append(str(folder / f"{'gauged' if gauged else 'plain'}{i}"))
         write_adapter(paths[-1], AdapterFolder(pairs | {"embed": table}))
@@ -147,12 +172,12 @@ def test_adapters_are_looked_at_through_products_whatever_the_gauge(
     second = told(capsys, "fit", *gauged)
 
     dense = []
-    for path in plain:
+    for i, path in enumerate(plain):
         w = {
             k.removeprefix("base_model.model."): v.double()
             for k, v in load_file(f"{path}/adapter_model.safetensors").items()
         }
-        dense.append(0.5 * (w["a.lora_B.weight"] @ w["a.lora_A.weight"]).flatten().numpy())
+        dense.append((0.5 + i) * (w["a.lora_B.weight"] @ w["a.lora_A.weight"]).flatten().numpy())
     assert_allclose(list(first["layers"]["a.weight"]["explained"].values()), shares(np.stack(dense)), rtol=1e-6)
     for key in ("explained", "left_out"):
         assert_close(second["layers"]["a.weight"][key], first["layers"]["a.weight"][key], rtol=1e-5, atol=1e-6)
@@ -311,22 +336,22 @@ def test_models_are_measured_whole_and_rebuilt_on_the_data_of_their_name(
 # Processes
 
 
-def in_processes(rank: int, size: int, root: Path) -> Any:
-    paths, base = [str(root / f"task{i}_0.pt") for i in range(7)], str(root / "base_0.pt")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        main(["subspace", "fit", *paths, "--base", base, "--json", "-o", str(root / f"basis_of_{size}.safetensors")])
-    return json.loads(printed.getvalue()) if rank == 0 else printed.getvalue()
+def fitted_by(processes: int, folder: Path) -> Any:
+    """What `subspace fit` prints, and in `basis_of_N.safetensors` writes, as torchrun starts it."""
+    paths, base = [str(folder / f"task{i}_0.pt") for i in range(7)], str(folder / "base_0.pt")
+    words = ["subspace", "fit", *paths, "--base", base, "--modes", "--json"]
+    words += ["-o", str(folder / f"basis_of_{processes}.safetensors")]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "lightning_lowrank.analysis", *words]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
 
 
-def test_two_processes_find_and_write_what_one_does(tmp_path: Path) -> None:
+def test_torchrun_finds_and_writes_with_two_processes_what_one_does(tmp_path: Path) -> None:
     saved(tmp_path)
-    first, second = together(in_processes, tmp_path)
-    alone = in_processes(0, 1, tmp_path)
+    both, alone = (fitted_by(size, tmp_path) for size in (2, 1))
 
-    assert second == ""
-    assert_close(first["layers"], alone["layers"])
-    assert_close(first["whole"], alone["whole"])
+    assert_close(both["layers"], alone["layers"])
+    assert_close(both["whole"], alone["whole"])
     assert_close(load_file(tmp_path / "basis_of_2.safetensors"), load_file(tmp_path / "basis_of_1.safetensors"))
 
 
@@ -351,6 +376,16 @@ REFUSED = {
     "k of a basis": (["project", "basis", "0", "--k", "9"], "must be from 1 to 5"),
     "base of a basis": (["merge", "basis", "--base", "other", "-o", "x.safetensors"], "another architecture"),
     "in it already": (["extend", "basis", "0", "-o", "x.safetensors"], "already"),
+    "in it by another path": (["extend", "basis", "./task0_0.pt", "-o", "x.safetensors"], "already"),
+    "more tensors than the first": (["fit", "short", "*"], "which .*short.pt lacks"),
+    "equal models": (["fit", "same", "-o", "x.safetensors"], "are equal"),
+    "over a model": (["fit", "*", "-o", "0"], "is one of checkpoints"),
+    "over the base": (["fit", "*", "--base", "base", "-o", "base"], "is one of base"),
+    "over the basis": (["compress", "basis", "0", "-o", "basis"], "is one of basis"),
+    "extended over the basis": (["extend", "basis", "short", "-o", "basis"], "is one of basis"),
+    "merged over the base of the basis": (["merge", "basis", "-o", "base"], "is made of it"),
+    "merged over a model of the basis": (["merge", "basis", "-o", "0"], "is made of it"),
+    "rebuilt into a file": (["reconstruct", "basis", "-o", "other"], "cannot be made a folder"),
 }
 
 
@@ -358,12 +393,17 @@ REFUSED = {
 def test_bad_input_is_refused_by_name(
     why: str, basis: tuple[str, list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, paths, _ = basis
+    path, paths, base = basis
+    first = torch.load(paths[0], weights_only=True)
     torch.save({"0.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
-    infinite = {name: value / 0 for name, value in torch.load(paths[0], weights_only=True).items()}
-    torch.save(infinite, tmp_path / "infinite.pt")
-    known = {str(i): [one] for i, one in enumerate(paths)} | {"*": paths, "basis": [path]}
-    known |= {name: [str(tmp_path / f"{name}.pt")] for name in ("other", "infinite", "nowhere")}
+    torch.save({name: value / 0 for name, value in first.items()}, tmp_path / "infinite.pt")
+    torch.save({"2.weight": first["2.weight"]}, tmp_path / "short.pt")
+    same = [str(tmp_path / f"same{i}.pt") for i in range(4)]
+    for one in same:
+        torch.save(first, one)
+    known = {str(i): [one] for i, one in enumerate(paths)} | {"*": paths, "same": same, "basis": [path], "base": [base]}
+    known |= {name: [str(tmp_path / f"{name}.pt")] for name in ("other", "infinite", "nowhere", "short")}
+    before = {one: one.read_bytes() for one in tmp_path.iterdir()}
     words, message = REFUSED[why]
     monkeypatch.chdir(tmp_path)
 
@@ -371,6 +411,41 @@ def test_bad_input_is_refused_by_name(
     with pytest.raises(SystemExit) as refused:
         main(["subspace", *given])
     assert re.search(message, str(refused.value))
+    assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
+
+
+def test_models_are_not_rebuilt_over_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, _ = saved(tmp_path, 4)
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(4)]
+    for path, file in zip(paths, files, strict=True):
+        save_file(torch.load(path, weights_only=True), file)
+    main(["subspace", "fit", *files, "-o", str(tmp_path / "basis.safetensors")])
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit, match="is made of it"):
+        main(["subspace", "reconstruct", "basis.safetensors", "-o", "."])
+
+
+def test_equal_models_and_equal_tensors_of_models_share_no_directions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, base = saved(tmp_path)
+    start = torch.load(base, weights_only=True)
+    for path in paths:
+        torch.save(torch.load(path, weights_only=True) | {"0.weight": start["0.weight"]}, path)
+    same = [str(tmp_path / f"same{i}.pt") for i in range(4)]
+    for one in same:
+        torch.save(start, one)
+    basis = str(tmp_path / "basis.safetensors")
+
+    equal = told(capsys, "fit", *same, "--modes")["whole"]
+    found = told(capsys, "fit", *paths, "--base", base, "-o", basis)
+    rows = told(capsys, "project", basis, paths[0])["models"][paths[0]]
+
+    assert set(equal["explained"].values()) == {None} and equal["halves"]["1"]["distance"] is None
+    assert set(found["layers"]["0.weight"]["explained"].values()) == {None}
+    assert found["whole"]["explained"]["1"] > 0.3 and rows["mean_and_basis"] > 0.9
+    assert rows["coefficients"]["0.weight"] == []
 
 
 def _given(word: str, before: str, known: dict[str, list[str]]) -> list[str]:

@@ -135,23 +135,49 @@ def test_linkage_is_scipys(models: Tensor) -> None:
     assert_allclose(np.array(found), expected)
 
 
+def left_of_unfolding(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left singular vectors and energies of centred tensors, one axis by all others."""
+    unfolded = np.moveaxis(x - x.mean(0), axis + 1, 0).reshape(x.shape[axis + 1], -1)
+    vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
+    return vectors, values**2
+
+
+def within(x: np.ndarray, bases: list[np.ndarray]) -> float:
+    """Part of the energy of a tensor of three axes along given directions of each."""
+    return float(np.linalg.norm(np.einsum("abc,ai,bj,ck->ijk", x, *bases)) ** 2 / np.linalg.norm(x) ** 2)
+
+
 def test_modes_are_those_of_the_dense_unfoldings() -> None:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(6, 4, 5, 3, generator=generator, dtype=torch.float64)
     x[:, 0] *= 4
 
-    found = modes(lambda i: x[i], 6, [1, 2], [2])
+    *found, together = modes(lambda i: x[i], 6, [1, 2], [2])
 
+    own, rest = x[2].numpy(), np.delete(x.numpy(), 2, 0)
     for one in found:
-        unfolded = np.moveaxis((x - x.mean(0)).numpy(), one.axis + 1, 0).reshape(one.size, -1)
-        energies = np.linalg.svd(unfolded, compute_uv=False) ** 2
+        assert one.axis is not None
+        energies = left_of_unfolding(x.numpy(), one.axis)[1]
         assert_allclose(one.explained, [energies[:k].sum() / energies.sum() for k in (1, 2)])
-        rest = np.delete(x.numpy(), 2, 0)
-        left = np.linalg.svd(np.moveaxis(rest - rest.mean(0), one.axis + 1, 0).reshape(one.size, -1))[0]
-        own = np.moveaxis(x[2].numpy(), one.axis, 0).reshape(one.size, -1)
-        kept = [np.linalg.norm(left[:, :k].T @ own) ** 2 / np.linalg.norm(own) ** 2 for k in (1, 2)]
+        left = left_of_unfolding(rest, one.axis)[0]
+        unfolded = np.moveaxis(own, one.axis, 0).reshape(one.size, -1)
+        kept = [np.linalg.norm(left[:, :k].T @ unfolded) ** 2 / np.linalg.norm(own) ** 2 for k in (1, 2)]
         assert_allclose(one.left_out, kept)
-    assert [one.axis for one in found] == [0, 1, 2]
+    assert [one.axis for one in found] == [0, 1, 2] and together.axis is None and together.size == 60
+    bases = [left_of_unfolding(rest, axis)[0] for axis in range(3)]
+    assert_allclose(together.left_out, [within(own, [b[:, :k] for b in bases]) for k in (1, 2)])
+    assert_allclose(together.random, [1 / 60, 8 / 60])
+    inside, away = [left_of_unfolding(x.numpy(), axis)[0][:, :2] for axis in range(3)], (x - x.mean(0)).numpy()
+    weights = [np.linalg.norm(one) ** 2 for one in away]
+    assert_allclose(together.explained[1], np.average([within(one, inside) for one in away], weights=weights))
+
+
+def test_nulls_of_modes_are_those_of_noise() -> None:
+    x = torch.randn(5, 40, 60, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    for one in modes(lambda i: x[i], 5, [4, 16], range(5)):
+        assert_allclose(one.explained, one.null, rtol=0.1, atol=0.01)
+        assert_allclose(one.left_out, one.random, rtol=0.15, atol=0.003)
 
 
 def test_a_subspace_extended_by_one_model_is_that_of_all(models: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What `GaLore` refuses before training, by name."""
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_what_is_not_there_is_refused() -> None:
         watching(net, torch.optim.Adamax(net.parameters()), GaLore(on_refresh="rotate")),
     ):
         pass
+
+
+def test_a_rank_that_saves_nothing_anywhere_is_refused_with_the_short_sides() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))
+
+    with pytest.raises(ValueError, match=r"rank=16\) saves nothing: .*'0.weight': .* short side, 16.*'1.weight'.*, 12"):
+        start(net, GaLore(16, match="*"))
+    with pytest.raises(ValueError, match=r"saves nothing: \{'1.weight': 'rank 12 is not below its short side, 12'\}"):
+        start(net, GaLore({"1.*": 12}))
+
+
+@pytest.mark.parametrize("rank", [12, {"1.*": 400, "*": 4}])
+def test_a_matrix_for_which_nothing_is_saved_is_left_alone_and_named(
+    rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))
+    galore = GaLore(rank, match=None if isinstance(rank, dict) else "*")
+
+    with caplog.at_level(logging.INFO):
+        start(net, galore)
+
+    assert "0.weight  16 x 16 as 16 x" in caplog.text
+    assert f"1.weight (rank {400 if isinstance(rank, dict) else 12} is not below its short side, 12)" in caplog.text
 
 
 def test_a_parameter_of_two_optimizers_is_refused() -> None:

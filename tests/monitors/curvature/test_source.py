@@ -167,7 +167,7 @@ def reentrant(body: nn.Module, x: Tensor) -> Tensor:
 
 # What only the graph of a loss tells: the network, and words of the message.
 DURING: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a fused kernel and no other": (Flash, f"twice through its fused attention, in a replay either; {REMAINS}"),
+    "a fused kernel and no other": (Flash, f"twice through its fused attention, not even in a replay; {REMAINS}"),
     "a function that is marked": (
         lambda: Body(lambda body, x: Sine.apply(body(x))),  # type: ignore[no-any-return]
         f"twice through Sine, whose backward is marked @once_differentiable; write it with .*{REMAINS}",

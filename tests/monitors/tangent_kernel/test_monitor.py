@@ -204,7 +204,7 @@ def test_half_precision_changes_the_kernel_by_its_rounding() -> None:
     [
         ({"num_examples": 1}, "num_examples=1 must be a whole number of at least 2"),
         ({"num_projections": 3}, "num_projections=3 must be a whole number of at least 4"),
-        ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k=0 must be a whole number from 1"),
         ({"num_outputs": 0}, "num_outputs=0 must be a whole number of at least 1"),
         ({"every_n_steps": 10, "max_overhead": 0.01}, "give only one"),
     ],
