@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
-from lightning_lowrank.measuring.number_source import Curve
+from lightning_lowrank.measuring.number_source import Curve, NumberSource
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.source import MatrixSource, Source
 from lightning_lowrank.reports.sentences import sentence
@@ -189,7 +189,8 @@ def _says(source: Source, name: str, statistic: str) -> str:
     _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
     # Without the prefix that the user gave the monitor.
-    own = max((q.name for q in source.quantities if f"_{name}".endswith(f"_{q.name}")), key=len, default=name)
+    names = [quantity.name for quantity in source.quantities] if isinstance(source, NumberSource) else []
+    own = max((own for own in names if f"_{name}".endswith(f"_{own}")), key=len, default=name)
     return " ".join(filter(None, [sentence(own), f"More: {where}" if feature else ""]))
 
 
