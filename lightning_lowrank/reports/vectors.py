@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from inspect import cleandoc
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
-from lightning_lowrank.measuring.number_source import Curve
+from lightning_lowrank.measuring.number_source import Curve, NumberSource
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.source import MatrixSource, Source
+from lightning_lowrank.reports.sentences import sentence
 from lightning_lowrank.statistics import find
 from lightning_lowrank.tensorboard.site import page
 
@@ -171,8 +171,9 @@ def _of_recorder(
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             statistic = name.removeprefix(f"{recorder.name}_")
-            more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
+            says = _says(recorder.probe.source, name, statistic)
             compared = _shapes(recorder, row) if of_matrices and name == quantity else ()
+            more = {"statistic": statistic, "unit": unit, "says": says}
             found.append(Row("vector", name, row, {**known, **more}, compared))
     if recorder.orders in host:
         shapes = {
@@ -193,30 +194,30 @@ def _shapes(recorder: Measured, sites: Iterable[str]) -> Sequence[tuple[int, int
     return [shape for shape in shapes if shape is not None] if None not in shapes else ()
 
 
-def _says(source: Source, statistic: str) -> str:
-    """What a quantity is, and where it is explained: a statistic in its own words, other numbers in those of their
-    source.
-    """
-    if isinstance(source, MatrixSource):
-        where = page("monitors/rank")
-        return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
-    return _says_of(type(source))
-
-
-@lru_cache
-def _says_of(kind: type[Source]) -> str:
-    what = " ".join(cleandoc(kind.__doc__ or "").partition("\n\n")[0].split()).replace("`", "")
-    _, _, feature = kind.__module__.partition("lightning_lowrank.monitors.")
-    where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
-    return f"{what} This number, and when it misleads: {where}" if feature else what
-
-
 def _null(row: Row) -> dict[str, Any]:
     """What a Gaussian matrix of each site's shape gives, where the statistic compares with it."""
     if not row.shapes:
         return {}
     nulls = [find(str(row.known["statistic"])).null(shape) for shape in row.shapes]
     return {"null": [float(f"{value:.4g}") for value in nulls]} if all(map(math.isfinite, nulls)) else {}
+
+
+def _says(source: Source, name: str, statistic: str) -> str:
+    """One sentence of what a quantity is, and where it is explained."""
+    if isinstance(source, MatrixSource):
+        where = page("monitors/rank")
+        return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
+    names = tuple(quantity.name for quantity in source.quantities) if isinstance(source, NumberSource) else ()
+    return _says_of(name, names, type(source).__module__)
+
+
+@lru_cache(4096)  # every sample asks
+def _says_of(name: str, names: Sequence[str], module: str) -> str:
+    _, _, feature = module.partition("lightning_lowrank.monitors.")
+    where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
+    # Without the prefix that the user gave the monitor.
+    own = max((own for own in names if f"_{name}".endswith(f"_{own}")), key=len, default=name)
+    return " ".join(filter(None, [sentence(own), f"More: {where}" if feature else ""]))
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -159,6 +159,13 @@ class Reader:
         steps = np.array(sorted(by_step), np.int64)
         return Table(steps, ["whole model"], np.array([[by_step[step]] for step in steps.tolist()], np.float32))
 
+    def last_step(self, run: str) -> int:
+        """The last step of any scalar that a run has logged; -1 without any."""
+        listed = self._provider.list_scalars(
+            **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(runs=[run])
+        )
+        return max((series.max_step for series in listed.get(run, {}).values()), default=-1)
+
     def texts(self, run: str) -> list[str]:
         """The tables of alerts that monitors have written, each as it was last."""
         listed = self._provider.list_tensors(**self._where, plugin_name="text", run_tag_filter=RunTagFilter(runs=[run]))

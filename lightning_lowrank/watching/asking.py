@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning_lowrank.measuring.probe import due_at
 from lightning_lowrank.measuring.recorder import Recorder
-from lightning_lowrank.measuring.schedules import rests, shared_budget
+from lightning_lowrank.measuring.schedules import shared_budget
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.journal import Journal
 
@@ -27,7 +27,7 @@ class Asking:
 
     def rests(self, step: int) -> bool:
         """Whether nobody has to be asked, nor the clock."""
-        return self.budget is not None and rests(self.budget, step)
+        return self.budget is not None and self.budget.rests(step)
 
     def due(self, training: Training, journal: Journal) -> list[Recorder]:
         """What has become due with this batch; what a schedule raises is raised."""
