@@ -1,7 +1,7 @@
 """`lightning-lowrank diagnose`: what an expert would say about a run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ def diagnose(
     Raises:
         ValueError: There are no event files.
     """
-    found: dict[str, tuple[list[Finding], list[str]]] = {}
+    found: dict[str, tuple[list[Finding], dict[str, str]]] = {}
     for folder in runs:
         reader = reader_of(Path(folder))
         for name, series in reader.runs().items():
@@ -38,18 +38,29 @@ def diagnose(
     if json:
         print_json({run: [finding.plain() for finding in findings] for run, (findings, _) in found.items()})
     else:
-        sys.stdout.write("".join(f"{line}\n" for run, one in found.items() for line in lines_of(run, *one)))
+        told = [line for run, (findings, idle) in found.items() for line in lines_of(run, findings, len(idle))]
+        sys.stdout.write("".join(f"{line}\n" for line in [*told, *unchecked([idle for _, idle in found.values()])]))
     bad = SEVERITIES[: SEVERITIES.index(fail_on) + 1] if fail_on != "never" else ()
     if any(finding.severity in bad for findings, _ in found.values() for finding in findings):
         sys.exit(1)
 
 
-def lines_of(run: str, findings: Sequence[Finding], idle: Sequence[str]) -> list[str]:
-    """A heading, a line for each finding, and the rules that were not checked."""
-    asked = len(RULES) + 1 - len(idle)
-    heading = f"{run}: {len(findings) or 'none'} of {asked} rules reported something"
+def lines_of(run: str, findings: Sequence[Finding], num_idle: int) -> list[str]:
+    """A heading, and a line for each finding."""
+    heading = f"{run}: {len(findings) or 'none'} of {len(RULES) + 1 - num_idle} rules reported something"
     told = [f"{finding.severity:8} {finding.rule}: {finding.message}" for finding in findings]
-    if len(told) > LINES - 2:
-        told = [*told[: LINES - 3], f"and {len(told) - LINES + 3} more: --json"]
-    rest = f"not checked, because nothing was measured for them: {', '.join(idle)}. {LEFT_OUT}"
-    return [heading, *told, *([rest] if idle else [])]
+    return (
+        [heading, *told]
+        if len(told) < LINES
+        else [heading, *told[: LINES - 2], f"and {len(told) - LINES + 2} more: --json"]
+    )
+
+
+def unchecked(idle: Sequence[Mapping[str, str]]) -> list[str]:
+    """The rules that were not checked in any run, by what has to be measured for them."""
+    needs: dict[str, list[str]] = {}
+    for rule, monitor in (idle[0] if idle else {}).items():
+        if all(rule in others for others in idle):
+            needs.setdefault(monitor, []).append(rule)
+    told = "; ".join(f"{', '.join(rules)} (needs {monitor})" for monitor, rules in needs.items())
+    return [f"not checked, because nothing was measured for them: {told}. {LEFT_OUT}"] if told else []

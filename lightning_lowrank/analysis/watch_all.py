@@ -98,6 +98,6 @@ def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monit
 def _keep(monitor: Monitor, allowance: Allowance) -> None:
     """Have it keep to this budget in the place of the one that it was made with."""
     watch = monitor.watch
-    watch.budget = watch.journal.budget = allowance
+    watch.budget = watch.journal.budget = watch.asking.budget = allowance
     for recorder in watch.recorders:
         recorder.probe = replace(recorder.probe, schedule=allowance)

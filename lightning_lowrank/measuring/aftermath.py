@@ -1,5 +1,6 @@
 """The slowdown of the training's own work after a sample, until caches and memory have recovered."""
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice, pairwise
@@ -67,12 +68,16 @@ class Aftermath:
         if len(self._first) <= NEAR:
             self._first.append(begin)
 
+    def rests(self) -> None:
+        """A step begins that is not looked at: from here to the next sample nothing is a measure."""
+        self._num_steps = -sys.maxsize
+
     def _sort(self) -> None:
         """Another sample: the first half of the steps since the last one were near it, the others far from both."""
         self._num_samples += 1
-        half = self._num_steps // 2
         if self._num_samples <= 2 or self._num_steps < BETWEEN:
             return
+        half = self._num_steps // 2
         for place, step in enumerate(_steps(self._first[: half + 1])):
             if step is not None:
                 self._near[place].append(step)

@@ -83,6 +83,10 @@ class Clock:
         """The step has more in it than a step, such as the end of an epoch: it is no measure."""
         self._whole = False
 
+    def rests(self) -> None:
+        """It is not looked at in this step."""
+        self._aftermath.rests()
+
     @property
     def total(self) -> float:
         """Seconds in training so far."""

@@ -114,6 +114,11 @@ class ActingWatch(Watch):
         self._act = act
         act.warn, act.say = self.journal.warn_once, self.journal.info_once
 
+    @property
+    def rests(self) -> bool:
+        """Never: it acts at every step."""
+        return False
+
     def begins(self, training: Training) -> None:
         """Start to act, then choose what to report."""
         refuse_sharded(self._act, training)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -276,4 +277,4 @@ def _whole(output: Any) -> Any:
 @lru_cache(maxsize=1024)
 def _chance(rows: int, columns: int) -> float:
     """Stable rank of Gaussian entries."""
-    return float(stable_rank(null((rows, columns))))
+    return float(np.from_dlpack(stable_rank(null((rows, columns)))))  # on the CPU: no wait for the device

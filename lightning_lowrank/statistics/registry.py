@@ -9,6 +9,7 @@ from functools import lru_cache, partial, wraps
 from inspect import cleandoc, get_annotations
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -230,4 +231,5 @@ def _over_null(found: Statistic, spectrum: Spectrum) -> Tensor:
 
 @lru_cache(maxsize=65536)
 def _expected(name: str, shape: tuple[int, int]) -> float:
-    return float(find(name)(null(shape))) or float("nan")
+    # Made on the CPU: numpy may look at it where it is, which is no wait for the device.
+    return float(np.from_dlpack(find(name)(null(shape)))) or float("nan")

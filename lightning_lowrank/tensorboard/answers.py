@@ -75,7 +75,10 @@ def diagnosis(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """The findings of the rules for a run, worst first, and the rules without data."""
     run = _needed(arguments, "run")
     findings, idle = findings_of(reader, run, reader.runs(run).get(run, {}))
-    return {"findings": [finding.plain() for finding in findings], "idle": idle}
+    return {
+        "findings": [finding.plain() for finding in findings],
+        "idle": [f"{rule} ({monitor})" for rule, monitor in idle.items()],
+    }
 
 
 def texts(reader: Reader, arguments: Arguments) -> dict[str, Any]:

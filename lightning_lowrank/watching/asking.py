@@ -21,13 +21,16 @@ class Asking:
     """
 
     def __init__(self, recorders: Sequence[Recorder]) -> None:
-        self._schedules = [(recorder, due_at(recorder.probe)) for recorder in recorders]
-        self.budget = shared_budget([schedule for _, schedule in self._schedules])
+        self._recorders = recorders
+        self.budget = shared_budget([due_at(recorder.probe) for recorder in recorders])
         self.checked = -1
 
-    def rests(self, step: int) -> bool:
+    def rests(self, step: int, journal: Journal) -> bool:
         """Whether nobody has to be asked, nor the clock."""
-        return self.budget is not None and self.budget.rests(step)
+        if self.budget is None or not self.budget.rests(step):
+            return False
+        journal.clock.rests()
+        return True
 
     def due(self, training: Training, journal: Journal) -> list[Recorder]:
         """What has become due with this batch; what a schedule raises is raised."""
@@ -36,7 +39,7 @@ class Asking:
             return []
         try:
             journal.step_begins(step, training)
-            due = [recorder for recorder, is_due in self._schedules if is_due(step)]
+            due = [recorder for recorder in self._recorders if due_at(recorder.probe)(step)]
             self.checked = step
         finally:
             journal.clock.since(begun)

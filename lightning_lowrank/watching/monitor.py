@@ -211,17 +211,17 @@ class Monitor(Arguments, L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Show the live loss."""
-        if self.watch.sampling is not None:
+        if not self.watch.rests:
             self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the gradients of one micro-batch."""
-        if self.watch.sampling is not None:
+        if not self.watch.rests:
             self.watch.backward_done()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Show gradients: synchronised, unscaled and accumulated, but not yet clipped."""
-        if self.watch.sampling is not None:
+        if not self.watch.rests:
             self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
 
     def on_train_batch_end(

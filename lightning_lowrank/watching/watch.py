@@ -54,8 +54,8 @@ class Watch:
         self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
-        self._asking = Asking(self._of_stage("train"))
-        self.budget = self._asking.budget
+        self.asking = Asking(self._of_stage("train"))
+        self.budget = self.asking.budget
         rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
         self.journal = Journal(style, alerts=rulebook, budget=self.budget)
         for recorder in self.recorders:
@@ -122,7 +122,7 @@ class Watch:
         self._catch_up()
         return {
             "quantities": self.quantities,
-            "checked": self._asking.checked,
+            "checked": self.asking.checked,
             "journal": self.journal.state_dict(),
             "waiting": self._unfinished(),
             "probes": {recorder.name: recorder.state_dict() for recorder in self.recorders},
@@ -134,7 +134,7 @@ class Watch:
             self.journal.info_once("the checkpoint has other quantities, so comparisons over samples start again")
             return
         self._resumed = True
-        self._asking.checked, self._waiting = state["checked"], state["waiting"]
+        self.asking.checked, self._waiting = state["checked"], state["waiting"]
         self.journal.load_state_dict(state["journal"])
         for recorder in self.recorders:
             recorder.load_state_dict(state["probes"][recorder.name])
@@ -147,7 +147,7 @@ class Watch:
         """
         self._enabled = True
         if not self._resumed:
-            self._asking.checked, self._waiting = -1, {}
+            self.asking.checked, self._waiting = -1, {}
             self.journal.begin(training)
             for recorder in self.recorders:
                 recorder.begin()
@@ -168,7 +168,7 @@ class Watch:
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
         idle = self.sampling is None and not self._waiting
-        if not self._enabled or (idle and self._asking.rests(training.step)):
+        if not self._enabled or (idle and self.asking.rests(training.step, self.journal)):
             return
         due = self._due(training)
         if idle and not due:
@@ -186,7 +186,7 @@ class Watch:
     def _due(self, training: Training) -> list[Recorder]:
         """What has become due with this batch. Without the guard, which would take longer than to ask."""
         try:
-            return self._asking.due(training, self.journal)
+            return self.asking.due(training, self.journal)
         except Exception as error:  # a schedule of the user's
             self._lose(error)
             return []

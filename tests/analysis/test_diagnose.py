@@ -95,6 +95,13 @@ PLANTED: dict[str, tuple[Mapping[str, Table], tuple[str, str, int]]] = {
         ("diverged", "whole model", 100),
     ),
     "few": ({"weight_effective_rank": curve(a=[1.0, 2.0])}, ("too-few-samples", "whole model", 10)),
+    "old": (
+        {
+            "weight_effective_rank": curve(a=FLAT),
+            "step_loss": Table(np.arange(0, 600, 10), ["model"], np.ones((60, 1), np.float32)),
+        },
+        ("old-samples", "whole model", 190),
+    ),
 }
 
 
@@ -109,7 +116,7 @@ def test_each_fault_is_told_alone_with_its_place_and_the_step_at_which_it_began(
 
 
 def test_every_rule_has_a_planted_fault_and_a_heading_on_the_page() -> None:
-    rules = {rule.name for rule in RULES} | {"diverged", "too-few-samples"}
+    rules = {rule.name for rule in RULES} | {"diverged", "too-few-samples", "old-samples"}
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "diagnose.md").read_text()
 
     assert {rule for _, (rule, _, _) in PLANTED.values()} == rules
@@ -119,7 +126,7 @@ def test_every_rule_has_a_planted_fault_and_a_heading_on_the_page() -> None:
 @pytest.mark.parametrize("fault", PLANTED)
 def test_what_has_passed_is_not_told(fault: str) -> None:
     curves, (rule, _, _) = PLANTED[fault]
-    if rule in ("too-few-samples", "does-not-learn", "label-noise", "lazy-training", "weights-outgrow"):
+    if rule in ("too-few-samples", "old-samples", "does-not-learn", "label-noise", "lazy-training", "weights-outgrow"):
         pytest.skip("it does not change in the course of the run")
     if rule == "sudden-change":
         pytest.skip("it is told because it has happened")
@@ -307,9 +314,9 @@ def test_what_was_not_asked_names_the_monitor_that_it_takes(tmp_path: Path, caps
     main(["diagnose", str(tmp_path / "run")])
 
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "edge-of-stability (CurvatureMonitor)" in last and "(watch_all() measures it)" not in last
+    assert "edge-of-stability (needs CurvatureMonitor)" in last and "(watch_all() measures it)" not in last
     named = {rule.monitor.partition("(")[0] for rule in RULES} - {"a logged val_loss"}
-    assert "overfits (a logged val_loss)" in last and all(hasattr(lightning_lowrank, name) for name in named)
+    assert "overfits (needs a logged val_loss)" in last and all(hasattr(lightning_lowrank, name) for name in named)
 
 
 def test_a_run_of_nan_is_told_first_with_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,11 +342,13 @@ def test_a_loss_of_nan_is_told_where_nothing_else_was_measured_after_it() -> Non
 
 
 def test_at_most_twelve_lines_are_printed_for_a_run() -> None:
-    from lightning_lowrank.analysis.diagnosing import lines_of
+    from lightning_lowrank.analysis.diagnosing import lines_of, unchecked
 
     many = [Finding(f"rule {i}", "warning", "a", "q", 0, "words", 1.0, "") for i in range(30)]
 
-    assert len(lines_of("run", many, ["idle"])) == 12 and "and 21 more" in lines_of("run", many, ["idle"])[-2]
+    assert len(lines_of("run", many, 1)) == 12 and "and 20 more" in lines_of("run", many, 1)[-1]
+    (line,) = unchecked([{"a": "M", "b": "N", "c": "N"}, {"b": "N", "c": "N"}])
+    assert ": b, c (needs N). " in line and unchecked([{"a": "M"}, {}]) == []
 
 
 @pytest.mark.evidence

@@ -124,5 +124,5 @@ def test_has_no_relative_form(name):
 
 @every
 def test_sources_of_matrices_do_not_offer_it(name):
-    with pytest.raises(ValueError, match="for Weights there are"):
+    with pytest.raises(ValueError, match="Weights offers"):
         Probe("weight", Weights(), [name])

@@ -168,7 +168,7 @@ def test_a_step_in_manual_optimization_is_not_run_again() -> None:
 def test_a_step_without_a_loss_is_refused() -> None:
     def act(trainer: L.Trainer, module: Any, batch: Any) -> None:
         with (
-            pytest.raises(ValueError, match="loss_fn gave a NoneType instead of a loss"),
+            pytest.raises(ValueError, match="loss_fn returned a NoneType instead of a loss"),
             kept(batch, loss_fn=lambda *_: None)(TrainerTraining(trainer, module)),
         ):
             pass

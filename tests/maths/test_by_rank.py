@@ -263,8 +263,8 @@ def test_some_neurons_stand_for_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "paths"}, "there are.*neuromfa"),
-        ({"direction": "sideways"}, "there are.*out"),
+        ({"mode": "paths"}, "choose from.*neuromfa"),
+        ({"direction": "sideways"}, "choose from.*out"),
         ({"max_neurons": 8}, "give a generator"),
     ],
 )

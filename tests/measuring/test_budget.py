@@ -404,15 +404,27 @@ def steps(clock: Clock, time: Made, step: Callable[[int], float], *, sample: flo
 
 
 def test_steps_that_are_slower_after_a_sample_are_ours() -> None:
-    """Eight samples of ten are counted: the first is no measure, the last not over. Each makes its own step and the
-    next slower.
+    """Each sample makes its own step and the next one slower. The first is no measure, and the last is not over: they
+    count as the other eight.
     """
     clock = Clock(now=(time := Made()))
     clock.start()
     steps(clock, time, lambda i: 1 + {0: 0.25, 1: 0.5}.get(i % 10, 0))
 
-    assert clock.own == 10 * 5 + 8 * 0.75
+    assert clock.own == 10 * (5 + 0.75)
     assert clock.take_sample() == 50
+
+
+def test_steps_that_nobody_has_looked_at_are_no_measure_of_slow_steps() -> None:
+    clock = Clock(now=(time := Made()))
+    clock.start()
+    for i in range(100):
+        clock.rests() if i % 10 == 5 else clock.step_begins()
+        if i % 10 == 0:
+            clock.samples()
+        time.now += 3 if i % 10 == 0 else 1
+
+    assert clock.own == 0
 
 
 def test_steps_that_are_slower_for_another_reason_are_not_ours() -> None:

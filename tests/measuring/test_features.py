@@ -273,5 +273,5 @@ def test_rows_of_a_sample_given_up_are_forgotten() -> None:
 
 
 def test_training_without_any_statistic_of_a_pair() -> None:
-    with pytest.raises(ValueError, match=r"'subspace_overlap'.*for Features there are.*'stable_rank'"):
+    with pytest.raises(ValueError, match=r"'subspace_overlap'.*Features offers.*'stable_rank'"):
         Probe("feature", Features(), ["subspace_overlap"])

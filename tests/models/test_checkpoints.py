@@ -191,7 +191,7 @@ REFUSED: dict[Callable[[Path], Path], str] = {
     no_zip: r"net\.pt cannot be read as a checkpoint",
     a_text: r"net\.pt cannot be read as a checkpoint",
     empty: r"net\.pt cannot be read as a checkpoint: EOFError",
-    an_object: "holds a list; a dictionary of tensors",
+    an_object: "contains a list; expected a dictionary of tensors",
     no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
     several: r"give one of its files, \['a\.pt', 'b\.pt'\]",

@@ -58,7 +58,7 @@ def test_a_layer_that_is_dead_from_the_start_is_told_by_watch_all_within_its_fir
 
     events = {event.rule: event for monitor in monitors for event in monitor.events}
     event = events["gradient_stable_rank_below"]
-    assert (event.step, event.since) == (100, 0)
+    assert event.step <= 110 and event.since == 0
     assert [site.site for site in event.worst] == ["net.0.weight", "net.2.weight"]
 
 

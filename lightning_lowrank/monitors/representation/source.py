@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from lightning_lowrank.distributed.team import Team
@@ -120,4 +121,6 @@ def _eigenvalues(spectrum: Spectrum, num_rows: int) -> Tensor:
 def _chance(num_rows: int, width: int) -> tuple[float, float]:
     """Effective rank and exponent of Gaussian rows of that shape."""
     of_noise = null((num_rows, width))
-    return float(effective_rank(of_noise)), float(power_law_exponent(of_noise.magnitudes.square())[0])
+    exponent, *_ = power_law_exponent(of_noise.magnitudes.square())
+    # On the CPU: numpy may look at them where they are, which is no wait for the device.
+    return float(np.from_dlpack(effective_rank(of_noise))), float(np.from_dlpack(exponent))

@@ -19,6 +19,8 @@ SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "info")
 Array = NDArray[np.float64]
 # Samples at the end in which a rule has to hold; with fewer there is nothing to say.
 LASTING = 3
+# A run whose loss is NaN in so many samples at its end has no way back.
+LOST = 2
 # What the tab shows in the place of a site for numbers of the whole model.
 WHOLE_MODEL = "whole model"
 DOCS = page("how-to/diagnose")
@@ -160,7 +162,7 @@ def diagnose(curves: Curves, rules: Sequence[Rule]) -> list[Finding]:
     """
     found = [finding for rule in rules for finding in _findings(rule, curves)]
     lost = _without_numbers(curves)
-    found = [*([lost] if lost else []), *found, *_too_few(curves, rules)]
+    found = [*([lost] if lost else []), *found, *_unjudged(curves, rules)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -298,13 +300,8 @@ def _aligned(other: Judged, first: Judged) -> NDArray[np.bool_]:
 def _without_numbers(curves: Curves) -> Finding | None:
     """All is NaN from a step on, or the loss is."""
     since, loss = silent_since(curves), _loss(curves)
-    if (
-        since is None
-        and loss is not None
-        and len(loss.steps) >= LASTING
-        and not np.isfinite(loss.values[-LASTING:]).any()
-    ):
-        since = _ends({LOSS: loss})
+    if since is None and loss is not None and len(loss.steps) >= LASTING:
+        since = None if np.isfinite(loss.values[-LOST:]).any() else _ends({LOSS: loss})
     return None if since is None else finding_of(NO_NUMBER, "", WHOLE_MODEL, np.nan, since, 1)
 
 
@@ -334,18 +331,21 @@ def _ends(tables: Curves) -> int | None:
     return min((int(step) for table in read for step in table.steps if step > last), default=None)
 
 
-def _too_few(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
-    """Quantities of which rules would say something, with too few samples for it."""
+def _unjudged(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
+    """Quantities of which rules would say something, with too few samples for it or with none in the second half."""
     names = {name for rule in rules for condition in rule.conditions for name in _asked(condition, curves)}
-    few = sorted(name for name in names if 0 < len(curves[name].steps) < LASTING)
-    if few:
-        says = (
-            f"{len(few)} of {len(names)} quantities {'has' if len(few) == 1 else 'have'} fewer than {LASTING} samples"
-        )
-        step = int(max(curves[name].steps[-1] for name in few))
-        message = f"{says}, the first is {few[0]}. They are not judged. Try: {FEW.advice}. See {FEW.page}"
-        words = {"says": says, "cause": FEW.cause, "advice": FEW.advice, "page": FEW.page}
-        yield Finding(FEW.name, FEW.severity, WHOLE_MODEL, few[0], step, message, float(len(few)), "", 1, **words)
+    steps = {name: curves[name].steps for name in sorted(names) if len(curves[name].steps)}
+    few = [name for name in steps if len(steps[name]) < LASTING]
+    ends = [int(end) for name in curves for end in curves[name].steps[[0, -1]] if len(curves[name].steps)]
+    old = [name for name in steps if name not in few and 2 * steps[name][-1] < min(ends) + max(ends)]
+    for rule, some in ((FEW, few), (OLD, old)):
+        if some:
+            count = f"{len(some)} of {len(names)} quantities {'has' if len(some) == 1 else 'have'}"
+            step = int(max(steps[name][-1] for name in some))
+            says = f"{count} {rule.says.format(value=LASTING, step=step, end=max(ends))}"
+            message = f"{says}, the first is {some[0]}. {rule.reason}. Try: {rule.advice}. See {rule.page}"
+            known = (rule.name, rule.severity, WHOLE_MODEL, some[0], step, message, float(len(some)), "", 1)
+            yield Finding(*known, says, rule.cause, rule.advice, rule.page)
 
 
 NO_NUMBER = Rule(
@@ -362,9 +362,19 @@ FEW = Rule(
     "too-few-samples",
     "info",
     (),
-    "",
-    "two numbers are not a curve",
+    "fewer than {value} samples",
+    "They are not judged",
     "a run of only a few samples",
     "a smaller every_n_steps, a larger max_overhead (watch_all(0.1)), or a longer run",
     f"{DOCS}#too-few-samples",
+)
+OLD = Rule(
+    "old-samples",
+    "info",
+    (),
+    "no sample after step {step} of {end}",
+    "What they say does not cover the rest of the run",
+    "a budget that allowed no more samples, or a monitor that was stopped",
+    FEW.advice,
+    f"{DOCS}#old-samples",
 )

@@ -70,14 +70,14 @@ def _are_one(own: Table, logged: Table) -> bool:
         return bool(0.5 < np.median(own.values[common, 0] / beside) < 2)
 
 
-def findings_of(reader: Reader, run: str, series: Mapping[tuple[str, str], Any]) -> tuple[list[Finding], list[str]]:
-    """What the rules say of a run, and the names of those that have nothing to look at,
-    with who measures it.
-    """
+def findings_of(
+    reader: Reader, run: str, series: Mapping[tuple[str, str], Any]
+) -> tuple[list[Finding], dict[str, str]]:
+    """What the rules say of a run; and, by the name of each rule that has nothing to look at, what would measure it."""
     curves = RunCurves(reader, run, series)
-    idle = [
-        f"{rule.name} ({rule.monitor})"
+    idle = {
+        rule.name: rule.monitor
         for rule in RULES
         if any(judge(condition, curves) is None for condition in rule.conditions)
-    ]
+    }
     return diagnose(curves, RULES), idle

@@ -27,6 +27,7 @@ RULES = (
         "a learning rate that is too high for this depth, or a missing normalisation",
         "a smaller learning rate with warm-up, normalisation, weight decay",
         f"{DOCS}#weights-outgrow",
+        'RankMonitor(statistics=["spectral_norm"])',
     ),
     Rule(
         "update-outlier",
@@ -38,6 +39,7 @@ RULES = (
         "a corrupted or reset optimizer state, or a parameter group with another learning rate",
         "the optimizer's state of this parameter, and its group",
         f"{DOCS}#update-outlier",
+        'RankMonitor(statistics=["weight_ratio"])',
     ),
     Rule(
         "idle-experts",
@@ -68,13 +70,13 @@ RULES = (
             Condition("feature_participation_ratio", below=1.15),
             Condition("feature_participation_ratio", below=0.6, relative_to="first"),
         ),
-        "its outputs differ along {value} directions",
+        "its outputs differ along few directions (participation ratio {value})",
         "healthy layers that began with more keep at least 1.3",
         (
             "outputs that no longer distinguish inputs: a loss that a constant minimises, dead units, or a missing "
             "normalisation"
         ),
-        "stop-gradient or a variance term (self-supervised), normalisation, a smaller learning rate",
+        "a smaller learning rate, normalisation; for a self-supervised loss, a stop-gradient or a variance term",
         f"{DOCS}#feature-collapse",
         'RankMonitor(["features"])',
     ),
@@ -97,6 +99,7 @@ RULES = (
         "a learning rate that is far too small, frozen layers, or vanishing gradients",
         "a learning rate ten to a thousand times as large",
         f"{DOCS}#does-not-learn",
+        'RankMonitor(statistics=["weight_ratio"])',
     ),
     Rule(
         "loss-rises",
@@ -131,7 +134,7 @@ RULES = (
             Condition("step_gradient_norm", above=20, relative_to="before", window=0.05, ever=True),
             Condition("step_loss", above=0.2),
         ),
-        "the loss was at once {value} times what it was before, and its gradient more than 20 times",
+        "the loss jumped to {value} times its value before, and its gradient to more than 20 times",
         "in health the loss jumps at most 1.3-fold while it is above 0.2, and the gradient at most 3.9-fold",
         "something that is switched within the run: a normalisation, the scale of inputs or loss, weights that were "
         "loaded; or one bad batch",
@@ -159,7 +162,8 @@ RULES = (
         (Condition("gradient_stable_rank", below=0.5),),
         "its gradient is zero (stable rank {value})",
         "the alert's own threshold: only a matrix of zeros has a stable rank below 1",
-        "a layer that the loss does not reach: dead units before it, an expert without tokens, or detach()",
+        "a layer that the loss does not reach: dead units before it (a high learning rate kills them), an expert "
+        "without tokens, or detach()",
         "what lies between this layer and the loss",
         f"{DOCS}#no-gradient",
     ),

@@ -341,7 +341,7 @@ class NoForward(Classifier):
 
 
 def test_a_module_without_a_forward_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"give NoForward a forward"):
+    with pytest.raises(ValueError, match=r"define forward in NoForward"):
         L.Trainer(**SILENT, logger=False, callbacks=[JacobianPenalty(0.01)]).fit(NoForward())
 
 

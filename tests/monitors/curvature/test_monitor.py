@@ -173,7 +173,7 @@ def test_naming_the_output_module_gives_gauss_newton() -> None:
         ({"operators": ["hesian"]}, "gauss_newton"),
         ({"operators": "hessian"}, "a sequence"),
         ({"operators": ["gauss_newton"]}, "level='standard'"),
-        ({"top_k": 0}, "at least 1"),
+        ({"top_k": 0}, "from 1 to 100"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_would_work(options: dict[str, Any], message: str) -> None:
@@ -400,7 +400,7 @@ def test_an_alert_on_sites_of_a_number_of_the_whole_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        (lambda module, batch: module(batch[0]), r"loss_fn gave a tensor of shape \(64, 10\)"),
+        (lambda module, batch: module(batch[0]), r"loss_fn returned a tensor of shape \(64, 10\)"),
         (lambda module, batch: module(batch[0]).mean().detach(), "a number without a gradient"),
         (lambda module, batch: None, "a NoneType"),
     ],

@@ -189,7 +189,7 @@ class Own(SGD):
         (lambda p: Adam([p]), "Adam has no preconditioner before its first step"),
         (
             lambda p: SGD([{"params": [p]}, {"params": [torch.zeros(1)], "momentum": 0.5}], 0.1),
-            "where 'momentum' differs between",
+            "if 'momentum' differs between",
         ),
     ],
 )
