@@ -27,15 +27,17 @@ PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "diagnose.md"
 TABLES = "<!-- What follows is written by python -m benchmarks.diagnose -->"
 CHOICE, REPORT = (0,), (10, 11, 12)
 TRAININGS = [*CASES, *PLANTED]
+# What rules look at; `RankMonitor(["features"])` is one of them.
+READ = {rule.monitor.partition("(")[0] for rule in RULES}
 # The rule whose cause is what was planted.
 NAMED = {
     "GPT, rate ramp": "weights-outgrow",
-    "GPT, normalisation off": "",
+    "GPT, normalisation off": "sudden-change",
     "GPT, attention logits grow": "attention-collapse",
     "GPT, optimizer state corrupted": "update-outlier",
     "GPT, labels corrupted": "loss-rises",
     "GPT, half precision overflows": "diverged",
-    "GPT, data shard stuck": "",
+    "GPT, data shard stuck": "overfits",
     "experts, one dead": "idle-experts",
     "unnormalised, rate grows": "weights-outgrow",
     "deep MLP, rate grows": "weights-outgrow",
@@ -63,7 +65,7 @@ class Said:
 def said(folder: Path, training: tuple[int, int]) -> tuple[int, int, list[Finding]]:
     """What the rules say of a training, which is recorded if it was not before."""
     index, seed = training
-    return index, seed, diagnose(tables(load(TRAININGS[index], seed, folder)), RULES)
+    return index, seed, diagnose(tables(load(TRAININGS[index], seed, folder, READ)), RULES)
 
 
 def page(all_: Sequence[Said]) -> str:

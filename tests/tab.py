@@ -188,6 +188,12 @@ def wait(page: WebDriver, claim: Any) -> None:
     WebDriverWait(page, 60, poll_frequency=0.05).until(lambda _: claim())
 
 
+def resize(page: WebDriver, width: int, height: int) -> None:
+    """The window as large as that, phones included, which Chromium's own windows are not."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
+
+
 def choose(page: WebDriver, control: str, value: str) -> None:
     Select(page.find_element(By.ID, control)).select_by_value(value)
     settled(page)

@@ -6,8 +6,8 @@ import numpy as np
 
 from lightning_lowrank.tensorboard.series import Table
 
-# What is seen from outside, under the name that `LossMonitor` gives it.
-OUTSIDE = {"loss": "step_loss"}
+# What is seen from outside, under the names that `LossMonitor` gives it and that rules give what users log.
+OUTSIDE = {"loss": "step_loss", "gradient_norm": "step_gradient_norm", "held_out": "held_out_loss"}
 OF_THE_MODEL = ("noise", "curvature", "ntk", "concentration", "anatomy")
 
 

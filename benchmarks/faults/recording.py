@@ -4,7 +4,7 @@ import gzip
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,20 @@ def record(case: Case, seed: int, names: Sequence[str]) -> dict[str, dict[int, f
     return curves | ({"held_out": run.held_out} if run.held_out else {})
 
 
-def load(case: Case, seed: int, folder: Path) -> dict[str, dict[int, float]]:
+def load(case: Case, seed: int, folder: Path, names: Collection[str] | None = None) -> dict[str, dict[int, float]]:
     """The curves of a training. What no file has is recorded: watching changes nothing, so a training that is repeated
     for another monitor is the same.
+
+    Args:
+        case: What is trained.
+        seed: Of all draws.
+        folder: Of the records.
+        names: Monitors whose curves are needed; all of them by default.
     """
     path = folder / f"{case.what.replace(', ', '-').replace(' ', '_')}-{seed}.json.gz"
     watched, curves = _read(path)
-    missing = [name for name in watchers(case) if name not in watched]
+    asked = [name for name in watchers(case) if names is None or name in names]
+    missing = [name for name in asked if name not in watched]
     if missing or not curves:
         more = record(case, seed, missing)
         # As words: NaN is no number's equal.

@@ -1,6 +1,8 @@
 """The report of a run for loggers without our tab: Weights & Biases and MLflow."""
 
 import importlib
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lowrank.analysis.page import page_of, reader_of
+from lightning_lowrank.analysis.pictures import pictures
 from lightning_lowrank.reports.loggers import each
 
-PUBLISHED = "lowrank/report"
+# The group of everything that is published.
+GROUP = "lowrank"
 
 
 class PublishReport(L.Callback):
@@ -23,23 +27,33 @@ class PublishReport(L.Callback):
     the HTML medium `lowrank/report`, MLflow as the artifact `lowrank/report.html`. Without either logger nothing
     happens.
 
+    With `media=True` they also get images: the diagnosis, and for each source with ranks a map of its layers over
+    steps. A map shows multiples of each layer's first value, as in `lowrank/map_weight_effective_rank`.
+
     Cost: the first process reads the event files and writes the page, while the others wait at the checkpoint.
+    Images take one to three more seconds on one core.
 
     Args:
         samples: Largest number of samples of each quantity, evenly spread.
+        media: Whether to publish images too, drawn with matplotlib.
 
     Raises:
-        ValueError: `samples` is below 1.
+        ValueError: `samples` is below 1, or there is no matplotlib to draw `media`.
 
     Examples:
         >>> PublishReport(samples=200).samples
         200
     """
 
-    def __init__(self, samples: int = 512) -> None:
+    def __init__(self, samples: int = 512, media: bool = False) -> None:
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1")
-        self.samples = samples
+        if media and find_spec("matplotlib") is None:
+            raise ValueError(
+                "media=True needs matplotlib, which is not installed: run pip install 'lightning-lowrank[plots]', or "
+                "leave media out"
+            )
+        self.samples, self.media = samples, media
         self._added: TensorBoardLogger | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -82,7 +96,8 @@ class PublishReport(L.Callback):
         except ValueError:  # no monitor has written anything yet
             return
         page.write_text(page_of(reader, folder.name, self.samples), encoding="utf-8")
-        errors = each(targets, lambda logger: _publish_of(logger)(logger, page))
+        images = pictures(reader, folder) if self.media else {}
+        errors = each(targets, lambda logger: _publish_of(logger)(logger, page, images))
         if errors:
             raise errors[0]
 
@@ -93,10 +108,13 @@ def _publish_of(logger: Any) -> Any:
     return next((kinds[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in kinds), None)
 
 
-def _to_wandb(logger: Any, page: Path) -> None:
-    html = importlib.import_module("wandb").Html(str(page), inject=False)
-    logger.experiment.log({PUBLISHED: html})
+def _to_wandb(logger: Any, page: Path, images: Mapping[str, Path]) -> None:
+    wandb = importlib.import_module("wandb")
+    media = {name: wandb.Image(str(file)) for name, file in images.items()}
+    media["report"] = wandb.Html(str(page), inject=False)
+    logger.experiment.log({f"{GROUP}/{name}": medium for name, medium in media.items()})
 
 
-def _to_mlflow(logger: Any, page: Path) -> None:
-    logger.experiment.log_artifact(logger.run_id, str(page), "lowrank")
+def _to_mlflow(logger: Any, page: Path, images: Mapping[str, Path]) -> None:
+    for file in (page, *images.values()):
+        logger.experiment.log_artifact(logger.run_id, str(file), GROUP)

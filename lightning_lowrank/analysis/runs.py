@@ -14,7 +14,7 @@ from lightning_lowrank.analysis.page import page_of, reader_of
 from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
 from lightning_lowrank.tensorboard import answers
-from lightning_lowrank.tensorboard.diagnosing.judging import CONSTANT, silent_since
+from lightning_lowrank.tensorboard.diagnosing.judging import silent_since
 from lightning_lowrank.tensorboard.series import Reader, Table
 
 # What a terminal shows at once.
@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         label: Its name.
-        overhead: Increase of training time in percent, at the last sample of any monitor.
+        overhead: Increase of training time in percent, by all monitors together.
         alerts: Rule -> 0, 1 or 2, at the latest sample.
         no_number_since: Step from which on all numbers are NaN; None if some are not.
     """
@@ -120,39 +120,38 @@ def _run(reader: Reader, name: str, series: Mapping[tuple[str, str], Any]) -> Ru
     alerts = _sample({key[1]: table for key, table in tables.items() if key[0] == "alert"}, -1)
     return Run(
         name,
-        _overhead([table for (kind, _), table in tables.items() if kind == "cost"]),
+        _overhead([table for (kind, _), table in tables.items() if kind == "cost"], reader.last_step(name)),
         first,
         latest,
         {rule: state for states in alerts.values.values() for rule, state in states.items()},
-        silent_since(
-            [table for (kind, name), table in tables.items() if kind == "vector" and not name.endswith(CONSTANT)]
-        ),
+        silent_since({name: table for (kind, name), table in tables.items() if kind == "vector"}),
     )
 
 
-def _overhead(costs: Sequence[Table]) -> float:
-    """Percent by which all monitors of a run have made it longer, until the last sample of any.
+def _overhead(costs: Sequence[Table], last_step: int) -> float:
+    """Percent by which all monitors of a run have made it longer.
 
     What a monitor says at its last sample is of the time until then: of one that has long stopped it is no share of the
-    run. Files of earlier versions have no times; their steps stand for them.
+    run. Where all have stopped before the last number that was logged, steps since then count as those before. Files of
+    earlier versions have no times; their steps stand for them.
     """
-    own, longest = 0.0, 0.0
+    own, longest, more = 0.0, 0.0, 1.0
     for table in costs:
-        last = dict(zip(table.sites, table.values[-1].tolist(), strict=True))
-        so_far = last.get("training_time_ms", float(table.steps[-1] + 1))
-        percent = last.get("overhead_percent", math.nan)
+        last, steps = dict(zip(table.sites, table.values[-1].tolist(), strict=True)), float(table.steps[-1] + 1)
+        so_far, percent = last.get("training_time_ms", steps), last.get("overhead_percent", math.nan)
         own += so_far * percent / (100 + percent)
-        longest = max(longest, so_far)
-    return 100 * own / (longest - own) if longest > own else math.nan
+        if so_far > longest:
+            longest, more = so_far, max(1.0, (last_step + 1) / steps)
+    return 100 * own / ((longest - own) * more) if longest > own else math.nan
 
 
 def _sample(tables: Mapping[str, Any], end: int) -> Sample:
-    """What each quantity was at one end of its curve."""
-    step = max((int(table.steps[end]) for table in tables.values()), default=0)
+    """What each quantity was at one end of its curve; monitors need not have been at the same step."""
+    steps = {int(table.steps[end]) for table in tables.values()} or {0}
     rows = {
         name: dict(zip(table.sites, table.values[end].tolist(), strict=True)) for name, table in sorted(tables.items())
     }
-    return Sample(step, rows)
+    return Sample(steps.pop() if len(steps) == 1 else -1, rows)
 
 
 def _print_json(runs: Sequence[Run]) -> None:
@@ -180,5 +179,8 @@ def _escaped(run: Run) -> Run:
 
 def _plain(run: Run) -> dict[str, Any]:
     ends = {"first": run.first or Sample(0, {}), "latest": run.latest or Sample(0, {})}
-    said = {end: {"step": sample.step, "values": sample.values} for end, sample in ends.items()}
+    said = {
+        end: {"step": sample.step if sample.step >= 0 else None, "values": sample.values}
+        for end, sample in ends.items()
+    }
     return {"overhead_percent": run.overhead, "alerts": run.alerts, **said}

@@ -22,8 +22,6 @@ from lightning_lowrank.monitors.router import RouterMonitor
 from lightning_lowrank.monitors.tangent_kernel.monitor import NTKMonitor
 from lightning_lowrank.watching.monitor import Monitor
 
-# Trials of what is cheap, whose first point is before anything was learnt, and of what is dear.
-CHEAP, DEAR = (0, 40), (20, 100)
 STATISTICS = ("energy_rank", "stable_rank", "effective_rank", "participation_ratio", "spectral_norm", "weight_ratio")
 OF_LAYERS: dict[str, Any] = {"sources": ["features"], "statistics": STATISTICS[:5], "name": "layers"}
 
@@ -34,19 +32,11 @@ class Entry:
 
     Attributes:
         kind: Its class, or a function that creates it.
-        cost: Cost of a sample in steps of training (docs/how-to/choose-cadence.md).
-        least: Smallest number of steps between two samples.
+        wish: The cost of a sample (docs/how-to/choose-cadence.md), and how often it is useful.
     """
 
     kind: Callable[..., Monitor]
-    cost: float
-    least: int
-
-    def wish(self, i: int) -> Wish:
-        """Its request to the budget; expensive monitors have their trials one after the other."""
-        if self.kind is RANKS:
-            return Wish(self.cost, self.least, (0, 50, 100), needed=True)
-        return Wish(self.cost, self.least, CHEAP if self.cost < 3 else (DEAR[0] + i, DEAR[1] + i))
+    wish: Wish
 
     def made(self, share: float, detail: Detail) -> Monitor:
         """The monitor with its default options."""
@@ -57,32 +47,31 @@ class Entry:
 # Sizes too: weights that outgrow the others, and updates beside them, are what a diagnosis asks for first.
 RANKS = partial(RankMonitor, statistics=STATISTICS)
 ENTRIES = (
-    Entry(RANKS, 1.0, 50),
-    Entry(LossMonitor, 0.1, 5),
-    Entry(DormantUnitsMonitor, 0.2, 50),
-    Entry(AttentionMonitor, 0.5, 50),
-    Entry(RouterMonitor, 0.2, 50),
-    Entry(ActivationMonitor, 1.5, 50),
-    Entry(NoiseScaleMonitor, 1.5, 100),
-    Entry(partial(RankMonitor, **OF_LAYERS), 2.0, 100),
-    Entry(RepresentationMonitor, 2.5, 100),
-    Entry(ConcentrationMonitor, 1.0, 200),
-    Entry(CurvatureMonitor, 5.0, 100),
-    Entry(GradientAnatomyMonitor, 10.0, 200),
-    Entry(NTKMonitor, 100.0, 1000),
-    Entry(MultifractalMonitor, 50.0, 500),
+    Entry(RANKS, Wish(1.0, 0.02, 50, needed=True, weight=4)),
+    Entry(LossMonitor, Wish(0.1, 0.002, 5, needed=True, weight=4)),
+    Entry(DormantUnitsMonitor, Wish(0.2, 0.002, 50)),
+    Entry(AttentionMonitor, Wish(0.5, 0.005, 50)),
+    Entry(RouterMonitor, Wish(0.2, 0.002, 50)),
+    Entry(ActivationMonitor, Wish(2.0, 0.004, 50)),
+    Entry(NoiseScaleMonitor, Wish(3.0, 0.006, 100)),
+    Entry(partial(RankMonitor, **OF_LAYERS), Wish(2.0, 0.002, 100)),
+    Entry(RepresentationMonitor, Wish(3.0, 0.002, 100)),
+    Entry(ConcentrationMonitor, Wish(2.5, 0.012, 200)),
+    Entry(CurvatureMonitor, Wish(10.0, 0.0, 100)),
+    Entry(GradientAnatomyMonitor, Wish(17.0, 0.005, 200)),
+    Entry(NTKMonitor, Wish(150.0, 0.0, 1000)),
+    Entry(MultifractalMonitor, Wish(5.5, 0.018, 500)),
 )
 
 
 def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monitor]:
     """All monitors that need no options, for users who do not want to choose: `callbacks=[*watch_all()]`.
 
-    All share one budget. Cheap monitors sample as often as is useful, expensive ones as seldom as needed. In the
-    warm-up each takes one to three samples, from which its cadence is chosen. It takes three if its cadence leaves no
-    room for more. After the warm-up, all together make training longer by at most `max_overhead`. A monitor is left
-    out, with a message, if three of its samples do not fit beside cheaper ones by their costs in other trainings. The
-    same holds for a monitor that finds nothing to watch. `RankMonitor` has samples at steps 0, 50 and 100 whatever they
-    cost.
+    All share one budget, which covers the first samples too. Cheap monitors sample as often as is useful, expensive
+    ones as seldom as needed. Shares follow the measured costs of samples. A monitor is left out, with a message, if
+    three of its samples do not fit beside cheaper ones. The same holds for a monitor that finds nothing to watch.
+    `RankMonitor` and `LossMonitor` have three samples in every run of 200 steps or more, whatever they cost. If that
+    exceeds the budget, later samples are fewer.
 
     Args:
         max_overhead: Largest increase of training time by all together, 0.05 for 5 %.
@@ -99,9 +88,9 @@ def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monit
         ['RankMonitor', 'LossMonitor', 'DormantUnitsMonitor']
     """
     purse, monitors = Purse(max_overhead), []
-    for i, entry in enumerate(ENTRIES):
+    for entry in ENTRIES:
         monitor = entry.made(max_overhead, detail)
-        _keep(monitor, purse.allowance(entry.wish(i)))
+        _keep(monitor, purse.allowance(entry.wish))
         monitors.append(monitor)
     return monitors
 

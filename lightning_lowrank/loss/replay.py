@@ -134,12 +134,12 @@ class Replay:
             stack.enter_context(seeded(self.seed + training.team.rank))
             stack.enter_context(training.muted(snapshot))
             _silence(module)
-            stack.enter_context(_NoHooks())
             if self.eval_mode:
                 module.eval()
             tap = LossTap(self.output_module, ours=True)
             stack.callback(tap.clear)
-            with snapshot.guard(), training.precision(), tap:
+            # Not around what is made of the loss: the mode would be asked about each of our own calls.
+            with snapshot.guard(), training.precision(), _NoHooks(), tap:
                 loss = self._loss(training)
             yield Replayed(loss, tap)
 

@@ -1,7 +1,10 @@
 """The slowdown of the training's own work after a sample, until caches and memory have recovered."""
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import islice, pairwise
 from statistics import median
+from typing import NamedTuple
 
 # Steps, that of the sample among them, which may be slower for it; of steps at each place, and of those far from
 # samples, so many of the latest are kept. Few are no measure.
@@ -10,11 +13,26 @@ NEAR, KEPT, FEW = 16, 64, 3
 BETWEEN = 8
 
 
+class Begin(NamedTuple):
+    """A step begins.
+
+    Attributes:
+        now: Seconds of the host.
+        ours: Seconds that any monitor has taken so far.
+        measures: There was nothing but a step since the last one began.
+    """
+
+    now: float
+    ours: float
+    measures: bool
+
+
 class Aftermath:
     """Steps of the training without what is ours in them: those soon after a sample against the last ones before the
     next.
 
     Medians, so that a step that is slow for another reason does not count. The first sample of a process is no measure.
+    At a step next to nothing is done: all is worked out at the next sample.
 
     Attributes:
         seconds: How much longer the steps after samples took; 0 where samples are too near to each other.
@@ -23,41 +41,54 @@ class Aftermath:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._near = [deque[float](maxlen=KEPT) for _ in range(NEAR)]
-        self._counts = [0] * NEAR
         self._far = deque[float](maxlen=KEPT)
-        # Steps since the last sample; None before the second.
-        self._since: list[float | None] | None = None
         self._num_samples = 0
+        # Since the last sample, its own step included: the first ones, the latest ones, and how many there were.
+        self._first: list[Begin] = []
+        self._latest = deque[Begin](maxlen=KEPT + 1)
+        self._num_steps = -1
 
-    def lap(self, seconds: float | None, *, sampled: bool) -> None:
-        """A step is over.
+    def step_begins(self, now: float, ours: float, *, measures: bool, sampled: bool) -> None:
+        """A step begins.
 
         Args:
-            seconds: How long it took; None where something else was in it.
-            sampled: Whether a sample was.
+            now: Seconds of the host.
+            ours: Seconds that any monitor has taken so far.
+            measures: There was nothing but a step since the last one began.
+            sampled: There was a sample in that.
         """
-        if sampled:
+        if sampled and self._latest:
             self._sort()
-            self._num_samples += 1
-            self._since = [] if self._num_samples > 1 else None
-        if self._since is not None:
-            self._since.append(seconds)
+            self._first = [self._latest[-1]]
+            self._num_steps = 0
+        begin = Begin(now, ours, measures)
+        self._latest.append(begin)
+        self._num_steps += 1
+        if len(self._first) <= NEAR:
+            self._first.append(begin)
 
     def _sort(self) -> None:
         """Another sample: the first half of the steps since the last one were near it, the others far from both."""
-        if self._since is None or len(self._since) < BETWEEN:
+        self._num_samples += 1
+        half = self._num_steps // 2
+        if self._num_samples <= 2 or self._num_steps < BETWEEN:
             return
-        half = len(self._since) // 2
-        for place, step in enumerate(self._since[: min(half, NEAR)]):
+        for place, step in enumerate(_steps(self._first[: half + 1])):
             if step is not None:
                 self._near[place].append(step)
-                self._counts[place] += 1
-        self._far.extend(step for step in self._since[half:] if step is not None)
+        far = min(self._num_steps - half, KEPT)
+        latest = islice(self._latest, len(self._latest) - far - 1, None)
+        self._far.extend(step for step in _steps([*latest]) if step is not None)
         self.seconds = self._more()
 
     def _more(self) -> float:
-        if min(len(self._far), self._counts[0]) < FEW:
+        """Of all samples, as if those that were no measure had cost as much."""
+        if min(len(self._far), len(self._near[0])) < FEW:
             return 0.0
         usual = median(self._far)
-        more = (n * (median(of) - usual) for n, of in zip(self._counts, self._near, strict=True) if of)
-        return max(0.0, sum(more))
+        return max(0.0, self._num_samples * sum(median(of) - usual for of in self._near if of))
+
+
+def _steps(begins: Sequence[Begin]) -> list[float | None]:
+    """How long each took without what is ours; None where something else was in it."""
+    return [b.now - a.now - (b.ours - a.ours) if b.measures else None for a, b in pairwise(begins)]

@@ -34,12 +34,11 @@ class Clock:
     _everyones: ClassVar[float] = 0.0
 
     def __init__(self, now: Callable[[], float] = time.perf_counter, event: Callable[[], Any] = cuda_event) -> None:
-        self._now, self._event = now, event
+        self.now, self._event = now, event
         self._on_device = False
         self._own = self._sample = self._before = 0.0
         self._begun: float | None = None
-        self._lap: tuple[float, float] | None = None
-        self._sampled = False
+        self._sampled = self._whole = False
         self._aftermath = Aftermath()
         self._inside = False
         self._entered: Any = None
@@ -55,8 +54,8 @@ class Clock:
         self._on_device = on_device
         self._own = self._sample = self._before = 0.0
         self._passing.clear()
-        self._lap, self._aftermath = None, Aftermath()
-        self._begun = self._now()
+        self._whole, self._aftermath = False, Aftermath()
+        self._begun = self.now()
 
     def pause(self) -> None:
         """Training is interrupted."""
@@ -67,7 +66,7 @@ class Clock:
     def resume(self) -> None:
         """Training goes on."""
         if self._begun is None:
-            self._begun = self._now()
+            self._begun = self.now()
 
     def samples(self) -> None:
         """There is a sample in this step."""
@@ -76,21 +75,18 @@ class Clock:
     def step_begins(self) -> None:
         """A step begins."""
         sampled, self._sampled = self._sampled, False
-        if self._on_device:
-            return
-        self._settle()
-        before, self._lap = self._lap, (self.total, Clock._everyones)
-        taken = None if before is None else (self._lap[0] - before[0]) - (self._lap[1] - before[1])
-        self._aftermath.lap(taken, sampled=sampled)
+        whole, self._whole = self._whole, True
+        if not self._on_device:
+            self._aftermath.step_begins(self.now(), Clock._everyones, measures=whole, sampled=sampled)
 
     def interrupt(self) -> None:
         """The step has more in it than a step, such as the end of an epoch: it is no measure."""
-        self._lap = None
+        self._whole = False
 
     @property
     def total(self) -> float:
         """Seconds in training so far."""
-        return self._before + (self._now() - self._begun if self._begun is not None else 0.0)
+        return self._before + (self.now() - self._begun if self._begun is not None else 0.0)
 
     @property
     def own(self) -> float:
@@ -109,6 +105,11 @@ class Clock:
         self._settle()
         spent, self._sample = self._sample, 0.0
         return spent
+
+    def since(self, begun: float) -> None:
+        """Count what has passed on the host as ours: work at every step that takes no longer than `timed` would."""
+        if not self._on_device:
+            self._add(self.now() - begun, self._begun is not None)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -135,7 +136,7 @@ class Clock:
     def _read(self) -> Any:
         """Seconds, or an event from which they will be known."""
         if not self._on_device:
-            return self._now()
+            return self.now()
         event = self._event()
         event.record()
         return event

@@ -114,17 +114,16 @@ class Budget:
         self._now: Spent | None = None
 
     @property
-    def warm_up(self) -> int:
-        """Number of steps until the cadence is chosen."""
-        return WARM_UP
-
-    @property
     def is_left_out(self) -> bool:
         """Whether there will be no sample at all."""
         return False
 
     def plan(self, total_steps: int | None) -> None:
         """Training starts, and its length may be known."""
+
+    def rests(self, step: int) -> bool:
+        """Whether nobody has to look at a step, not even at the clock: neither it nor the one before is due."""
+        return self.every is not None and not self(step) and not self(step - 1)
 
     def __call__(self, step: int) -> bool:
         """Whether this step is due."""
@@ -183,7 +182,7 @@ class Budget:
         age = now.step - self._begun.step
         if age >= COLD:
             self._seen.append(now)
-        if age < self.warm_up:
+        if age < WARM_UP:
             return False
         # No process may fail before it has said its word: the others wait for it.
         wanted = self._wanted()
@@ -219,13 +218,6 @@ def cadence(share: float, sample: float, step: float, idle: float = 0.0) -> int:
     """
     allowed = max(step, 1e-6) * AIM * share
     return max(1, math.ceil(sample / max(allowed - idle, allowed / 10)))
-
-
-def rests(budget: Budget | None, step: int) -> bool:
-    """Whether nobody has to look at a step, not even at the clock: neither it nor the one before is due, for good."""
-    if budget is None or budget.is_left_out:
-        return budget is not None
-    return budget.every is not None and not budget(step) and not budget(step - 1)
 
 
 def shared_budget(schedules: Sequence[Schedule]) -> Budget | None:

@@ -1,15 +1,16 @@
 """The first words of every monitor: what it watches, where, how often, in how many samples, and what one costs."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from statistics import median
 
-from lightning_lowrank.measuring.allowances import FEWEST, Allowance
+from lightning_lowrank.measuring.allowances import FEWEST, SHORT, Allowance
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.measuring.probe import Probe, due_at
 from lightning_lowrank.measuring.recorder import Recorder
-from lightning_lowrank.measuring.schedules import Budget, Every, Spent
+from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every, Spent
 
 # Percent of the training time from which on the cost of a sample is told, and steps by which a step is known.
 WORTH_SAYING, IDLE_STEPS = 2.0, 10
@@ -43,14 +44,26 @@ def too_few(count: int | None, total_steps: int | None) -> str:
     )
 
 
+def chosen(budget: Budget, total_steps: int | None) -> str:
+    """The cadence that a budget has chosen."""
+    times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
+    said = f"{each(budget.every or 1)} from now on: {times}, {percent(budget.share)} more time is allowed"
+    return said + _in_whole(None if total_steps is None else budget.count(total_steps), total_steps)
+
+
 def left_out(budget: Budget, total_steps: int | None) -> str:
-    """Why a monitor that shares a budget with others takes no sample."""
+    """Why a monitor that shares a budget with others takes no sample, or no other."""
     assert isinstance(budget, Allowance) and total_steps
-    cost = budget.wish.cost
+    known = not math.isnan(budget.sample)
+    steps = budget.sample / budget.step if known else budget.wish.cost
+    took = f"{plain(1000 * budget.sample)} ms, as long as " if known else ""
+    missing = FEWEST - budget.taken
+    what, more = ("no more samples in", " more") if budget.taken else ("left out of", "")
+    share = plain(100 * missing * steps / total_steps)
     return (
-        f"left out of this run: a sample takes about {cost:g} step{'' if cost == 1 else 's'} of training. {FEWEST} "
-        f"samples take {plain(100 * FEWEST * cost / total_steps)} % of {total_steps} steps, and all monitors "
-        f"together may take {100 * budget.purse.share:.3g} %"
+        f"{what} this run: a sample takes about {took}{plain(steps)} step{'' if plain(steps) == '1' else 's'} of "
+        f"training. {missing}{more} samples take {share} % of {total_steps} steps, and all monitors together may take "
+        f"{percent(budget.purse.share)}"
     )
 
 
@@ -59,6 +72,9 @@ class FirstSample:
 
     Args:
         probes: Of the monitor.
+
+    Attributes:
+        waits: There is still something to be told.
     """
 
     def __init__(self, probes: Sequence[Probe]) -> None:
@@ -66,6 +82,7 @@ class FirstSample:
         one = schedules[0] if schedules and all(schedule == schedules[0] for schedule in schedules) else None
         # What a budget takes is told when it has chosen.
         self._every = one if isinstance(one, Every) else None
+        self.waits = self._every is not None
         self._samples: list[float] = []
         self._steps: list[float] = []
         self._before: Spent | None = None
@@ -87,7 +104,7 @@ class FirstSample:
         # The first sample and the first step also pay for what is made once.
         later, several = self._samples[1:] or self._samples, len(self._samples) > 1
         share = self._every.count(total_steps) / total_steps if total_steps else 1 / self._every.n
-        self._every = None
+        self._every, self.waits = None, False
         return _cost(median(later), max(median(self._steps[1:]), 1e-6), share, several=several)
 
 
@@ -136,22 +153,29 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def percent(budget: Budget) -> str:
-    """The percentage that a budget allows."""
-    return f"{100 * budget.share:.3g} %"
+def percent(share: float) -> str:
+    """A share in words."""
+    return f"{100 * share:.3g} %"
 
 
 def _when(probe: Probe, total_steps: int | None) -> str:
     if probe.source.stage == "validation":
         return "at every validation"
-    count = _count(probe, total_steps)
-    samples = "" if count is None else f": {of_number(count, 'sample')} in {of_number(total_steps or 0, 'step')}"
+    samples = _in_whole(_count(probe, total_steps), total_steps)
     match probe.schedule:
         case Every(n=steps) | Budget(every=int(steps)):
             return each(steps) + samples
+        case Allowance() as shared:
+            rest = "" if shared.wish.needed else ", or none"
+            fewest = f": at least {FEWEST} samples in {total_steps} steps{rest}" if (total_steps or 0) >= SHORT else ""
+            return f"within {percent(shared.purse.share)} more time for all monitors together{fewest}"
         case Budget() as budget:
-            return f"for at most {percent(budget)} more time, measured in the first {budget.warm_up} steps{samples}"
+            return f"for at most {percent(budget.share)} more time, measured in the first {WARM_UP} steps{samples}"
     return "as scheduled"
+
+
+def _in_whole(count: int | None, total_steps: int | None) -> str:
+    return "" if count is None else f": {of_number(count, 'sample')} in {of_number(total_steps or 0, 'step')}"
 
 
 def _count(probe: Probe, total_steps: int | None) -> int | None:

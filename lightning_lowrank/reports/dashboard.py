@@ -12,7 +12,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Sample:
-    """One report: quantity -> site -> value, at a step of Lightning's x-axis."""
+    """One report: quantity -> site -> value, at a step of Lightning's x-axis; -1 if there are several steps."""
 
     step: int
     values: Mapping[str, Mapping[str, float]]
@@ -79,8 +79,8 @@ def summary_table(monitor: Watched) -> Table:
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(title=title_of(monitor), caption="medians over sites, and the lowest now")
-    table.add_column("quantity", overflow="fold")
-    for heading in (f"step {first.step}", f"step {latest.step}", "lowest"):
+    table.add_column("quantity", no_wrap=True)
+    for heading in (_heading(first, "first"), _heading(latest, "latest"), "lowest"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     table.add_column("at", overflow="fold")
     before = ""
@@ -118,7 +118,8 @@ def lines_of(monitor: Watched, most: int, width: int) -> list[str]:
     shown = leading(latest.values, most - 2)
     names = [len(name) for name in shown]
     room = max(names, default=0)
-    heading = f"{'median over sites':{room}} {f'step {first.step}':>10} {f'step {latest.step}':>10} {'lowest':>9}  at"
+    ends = f"{_heading(first, 'first'):>10} {_heading(latest, 'latest'):>10}"
+    heading = f"{'median over sites':{room}} {ends} {'lowest':>9}  at"
     lines = [heading] if shown else []
     for quantity in shown:
         values = {site: value for site, value in latest.values[quantity].items() if np.isfinite(value)}
@@ -142,6 +143,10 @@ def leading(quantities: Iterable[str], most: int) -> list[str]:
     turns = [name for turn in zip_longest(*groups.values()) for name in turn if name is not None]
     chosen = set(turns[: max(0, most)])
     return [name for name in rows if name in chosen]
+
+
+def _heading(sample: Sample, word: str) -> str:
+    return f"step {sample.step}" if sample.step >= 0 else word
 
 
 def _with_error(value: float, error: float) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.measuring.allowances import Allowance
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.measuring.recorder import Recorder
@@ -19,6 +18,7 @@ from lightning_lowrank.reports import dashboard, loggers, unreadable
 from lightning_lowrank.reports.alerts.rulebook import Rulebook
 from lightning_lowrank.reports.announcing import (
     FirstSample,
+    chosen,
     each,
     left_out,
     named,
@@ -115,7 +115,7 @@ class Journal:
             recorders: The probes at work.
             total_steps: Of the whole run, if that is known.
         """
-        probes = [recorder.probe for recorder in recorders]
+        probes, self._total_steps = [recorder.probe for recorder in recorders], total_steps
         if self.budget is not None:
             self.budget.plan(total_steps)
             if self.budget.is_left_out:
@@ -127,7 +127,7 @@ class Journal:
         few = too_few(num_samples(probes, total_steps), total_steps)
         if few:
             self._warn("few samples", few)
-        self._first_sample, self._total_steps = FirstSample(probes), total_steps
+        self._first_sample = FirstSample(probes)
         self._note(recorders)
 
     def refuse(self, error: Exception) -> bool:
@@ -178,22 +178,22 @@ class Journal:
             training: On whose device.
             recorders: The probes at work; none where nothing will be.
         """
+        if self.budget is not None:
+            self.budget.begin()
         if recorders:
             self.announce(recorders, training.total_steps)
         self.clock.start(on_device=training.device.type == "cuda")
-        if self.budget is not None:
-            self.budget.begin()
 
-    def step_begins(self, step: int, team: Team) -> None:
+    def step_begins(self, step: int, training: Training) -> None:
         """Hold the cost so far against the budget, and say what that has chosen."""
         self.clock.step_begins()
-        told = self._first_sample.step_begins(step, self.clock, self._total_steps)
-        if told:
-            self.info_once(told)
+        if self._first_sample.waits:
+            told = self._first_sample.step_begins(step, self.clock, self._total_steps)
+            if told:
+                self.info_once(told)
         budget = self.budget
-        if budget is not None and budget.observe(step, self.clock.own, self.clock.total, team):
-            times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
-            self.info_once(f"{each(budget.every or 1)} from now on: {times}, {percent(budget)} more time is allowed")
+        if budget is not None and budget.observe(step, self.clock.own, self.clock.total, training.team):
+            self.info_once((left_out if budget.is_left_out else chosen)(budget, self._total_steps))
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""
@@ -349,7 +349,7 @@ class Journal:
         if budget is None or budget.every is None:
             return {}
         if budget.exceeded:
-            spent = f"it took {budget.overhead:.2g} % more time since the warm-up; {percent(budget)} was allowed"
+            spent = f"it took {budget.overhead:.2g} % more time since the warm-up; {percent(budget.share)} was allowed"
             self._warn("budget", f"{spent}. The cadence stays at {each(budget.every)} to keep curves comparable.")
         known = {} if math.isnan(budget.overhead) else {"overhead_percent_after_warm_up": budget.overhead}
         return known | {"every_n_steps": float(budget.every)}

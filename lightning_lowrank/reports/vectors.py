@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -11,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lowrank.maths.spectra.order_statistics import of_noise, ranks
-from lightning_lowrank.measuring.number_source import Curve
+from lightning_lowrank.measuring.number_source import Curve, NumberSource
 from lightning_lowrank.measuring.probe import Probe
 from lightning_lowrank.measuring.source import MatrixSource, Source
+from lightning_lowrank.reports.sentences import sentence
 from lightning_lowrank.statistics import find
 from lightning_lowrank.tensorboard.site import page
 
@@ -39,7 +42,7 @@ class Row:
         name: Of the quantity, of the source, or of who speaks.
         values: Site -> number(s), in the order in which they are shown.
         known: What else the tab shows of it.
-        shapes: Of spectra: rows and columns of each matrix.
+        shapes: Rows and columns of each matrix, of spectra and of statistics that have a null.
     """
 
     kind: str
@@ -107,9 +110,11 @@ class Vectors:
 
     def _content(self, row: Row) -> tuple[str, bytes]:
         """The tag of a row, and what belongs to it; made once."""
-        key = (row.kind, row.name, *row.values, *row.shapes)
+        # Features have as many rows as a batch: their null is that of the first, or each sample would begin a curve.
+        key = (row.kind, row.name, *row.values, *(row.shapes if row.kind == "spectrum" else ()))
         if key not in self._contents:
-            known = {"kind": row.kind, "name": row.name, "sites": list(row.values), **row.known, **_noise(row.shapes)}
+            null = _noise(row.shapes) if row.kind == "spectrum" else _null(row)
+            known = {"kind": row.kind, "name": row.name, "sites": list(row.values), **row.known, **null}
             content = json.dumps(known, separators=(",", ":"), allow_nan=False).encode()
             digest = hashlib.sha256(content).hexdigest()[:8]
             self._contents[key] = f"{PLUGIN}_{row.kind}/{row.name}/{digest}", content
@@ -161,12 +166,15 @@ def _of_recorder(
 ) -> list[Row]:
     known = {"source": recorder.name, "level": recorder.probe.source.level}
     found, sites = [], list(recorder.sites)
+    of_matrices = isinstance(recorder.probe.source, MatrixSource)
     for quantity, unit in zip(recorder.quantities, recorder.units, strict=True):
         for name in (quantity, f"{quantity}_error"):
             row = {site or MODEL: value for site, value in values.get(name, {}).items()}
             statistic = name.removeprefix(f"{recorder.name}_")
-            more = {"statistic": statistic, "unit": unit, "says": _says(recorder.probe.source, statistic)}
-            found.append(Row("vector", name, row, {**known, **more}))
+            says = _says(recorder.probe.source, name, statistic)
+            compared = _shapes(recorder, row) if of_matrices and name == quantity else ()
+            more = {"statistic": statistic, "unit": unit, "says": says}
+            found.append(Row("vector", name, row, {**known, **more}, compared))
     if recorder.orders in host:
         shapes = {
             site: shape for site in sites if site in found[0].values and (shape := recorder.shape(site)) is not None
@@ -180,14 +188,36 @@ def _of_recorder(
     return found
 
 
-def _says(source: Source, statistic: str) -> str:
+def _shapes(recorder: Measured, sites: Iterable[str]) -> Sequence[tuple[int, int]]:
+    """Those of the matrices at all sites; none where one is not known."""
+    shapes = [recorder.shape(site) for site in sites]
+    return [shape for shape in shapes if shape is not None] if None not in shapes else ()
+
+
+def _null(row: Row) -> dict[str, Any]:
+    """What a Gaussian matrix of each site's shape gives, where the statistic compares with it."""
+    if not row.shapes:
+        return {}
+    nulls = [find(str(row.known["statistic"])).null(shape) for shape in row.shapes]
+    return {"null": [float(f"{value:.4g}") for value in nulls]} if all(map(math.isfinite, nulls)) else {}
+
+
+def _says(source: Source, name: str, statistic: str) -> str:
     """One sentence of what a quantity is, and where it is explained."""
     if isinstance(source, MatrixSource):
         where = page("monitors/rank")
         return "" if statistic.endswith("_error") else f"{find(statistic).says} When it misleads: {where}"
-    _, _, feature = type(source).__module__.partition("lightning_lowrank.monitors.")
+    names = tuple(quantity.name for quantity in source.quantities) if isinstance(source, NumberSource) else ()
+    return _says_of(name, names, type(source).__module__)
+
+
+@lru_cache(4096)  # every sample asks
+def _says_of(name: str, names: Sequence[str], module: str) -> str:
+    _, _, feature = module.partition("lightning_lowrank.monitors.")
     where = page(f"monitors/{feature.split('.')[0].replace('_', '-')}")
-    return f"What it is and when it misleads: {where}" if feature else ""
+    # Without the prefix that the user gave the monitor.
+    own = max((own for own in names if f"_{name}".endswith(f"_{own}")), key=len, default=name)
+    return " ".join(filter(None, [sentence(own), f"More: {where}" if feature else ""]))
 
 
 def _noise(shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="1", comparable=False)
+@statistic(unit="1", comparable=False, misleads="Neurons with the smallest masses dominate it.")
 def box_dimension(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Generalised dimension of order 0, `-tau(-1)`: how fast the number of boxes needed to cover the network falls with
     their size.

@@ -7,7 +7,7 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum, perplexity
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions")
+@statistic(unit="directions", misleads="Rounding raises it: in bfloat16 a rank-one matrix of 1024 x 1024 has 1.33.")
 def effective_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponential of the entropy of the singular values divided by their sum.
 

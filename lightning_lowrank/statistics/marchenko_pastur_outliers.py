@@ -12,7 +12,14 @@ from lightning_lowrank.statistics.registry import statistic
 DEVIATIONS = 6.0
 
 
-@statistic(unit="directions", counts=True, tail=True, reads_shape=True, comparable=False)
+@statistic(
+    unit="directions",
+    counts=True,
+    tail=True,
+    reads_shape=True,
+    comparable=False,
+    misleads="Where more than half of the singular values are 0, all others count.",
+)
 def marchenko_pastur_outliers(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above the largest one that noise with the same median singular value would have.
 

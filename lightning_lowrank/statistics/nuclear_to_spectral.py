@@ -7,7 +7,7 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions")
+@statistic(unit="directions", misleads="One large direction sends it to 1, whatever the others do.")
 def nuclear_to_spectral(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Sum of the singular values divided by the largest one.
 

@@ -7,7 +7,13 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum, noise_floor
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions", counts=True, tail=True, reads_shape=True)
+@statistic(
+    unit="directions",
+    counts=True,
+    tail=True,
+    reads_shape=True,
+    misleads="Entries that were rounded to bfloat16 or float16 make it full.",
+)
 def numerical_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Number of singular values above `max(M, N) * 2**-23` times the largest one.
 

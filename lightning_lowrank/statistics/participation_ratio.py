@@ -7,7 +7,7 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum, ratio
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions", needs="moments")
+@statistic(unit="directions", needs="moments", misleads="Small directions hardly count: read effective_rank beside it.")
 def participation_ratio(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Squared sum of the squared singular values, divided by the sum of their fourth powers: the number of equal
     singular values with the same concentration of energy.

@@ -1,5 +1,6 @@
 """Registration of statistics: one decorator makes a formula known to probes, metrics and tests by its name."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Statistic:
             does.
         comparable: Whether it has a relative form, divided by the value for a Gaussian matrix of the same shape and
             energy.
+        misleads: When it misleads, as a sentence.
     """
 
     name: str
@@ -58,10 +60,11 @@ class Statistic:
     counts: bool = False
     reads_shape: bool = False
     comparable: bool = True
+    misleads: str = ""
 
     @property
     def says(self) -> str:
-        """Its definition and bounds, in the words of its docstring."""
+        """Its definition, its bounds, and when it misleads."""
         function = self.function
         while isinstance(function, partial):
             function = function.args[0].function if function.func is _over_null else function.func
@@ -71,7 +74,7 @@ class Statistic:
                 f"{first.rstrip('.')}; here divided by the value for a Gaussian matrix of the same shape, so "
                 "that 1 is noise."
             )
-        return f"{first} {returns}".strip().replace("`", "")
+        return " ".join(filter(None, (first, returns, self.misleads))).replace("`", "")
 
     def __call__(self, *values: Any) -> Tensor:
         """The statistic of one value object, or of a pair."""
@@ -82,6 +85,14 @@ class Statistic:
         if not self.counts:
             return 0.0
         return 1 / _expected(self.name.removeprefix("relative_"), shape) if self.name.startswith("relative_") else 1.0
+
+    def null(self, shape: tuple[int, int]) -> float:
+        """What a Gaussian matrix of that shape gives, 1 for relative forms; NaN where that does not compare, or depends
+        on the size of the entries.
+        """
+        if self.name.startswith("relative_"):
+            return 1.0
+        return _expected(self.name, shape) if self.comparable and self.scale_free and not self.partner else math.nan
 
 
 @lru_cache

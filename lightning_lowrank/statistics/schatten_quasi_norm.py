@@ -7,7 +7,14 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="entries", scale_free=False, parameter="p", domain=(0.0, 2.0), tail=lambda p: p < 1)
+@statistic(
+    unit="entries",
+    scale_free=False,
+    parameter="p",
+    domain=(0.0, 2.0),
+    tail=lambda p: p < 1,
+    misleads="Below p = 1 the smallest singular values, which are least exact, count most.",
+)
 def schatten_quasi_norm(spectrum: Spectrum, *, p: float = 0.5) -> Float[Tensor, "*B"]:
     """The `p`-th root of the sum of the singular values to the power `p`.
 

@@ -7,7 +7,7 @@ from lightning_lowrank.maths.spectra.spectrum import Spectrum
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions", needs="top")
+@statistic(unit="directions", needs="top", misleads="One large direction sends it to 1, whatever the others do.")
 def stable_rank(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Squared Frobenius norm divided by squared spectral norm: how many directions are comparable to the strongest one.
 

@@ -8,7 +8,7 @@ from lightning_lowrank.maths.spectra.subspaces import Subspace, squared_cosines
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="1", partner="previous", comparable=False)
+@statistic(unit="1", partner="previous", comparable=False, misleads="Of gradients it is mostly noise of the batch.")
 def subspace_overlap(now: Subspace, before: Subspace) -> Float[Tensor, "*B"]:
     """Mean squared cosine of the principal angles between two top singular subspaces.
 

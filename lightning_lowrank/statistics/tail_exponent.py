@@ -11,7 +11,13 @@ FEWEST = 10
 WORKSPACE = 2**21
 
 
-@statistic(unit="1", tail=True, reads_shape=True, comparable=False)
+@statistic(
+    unit="1",
+    tail=True,
+    reads_shape=True,
+    comparable=False,
+    misleads="Every spectrum gets some exponent: read tail_exponent_fit beside it.",
+)
 def tail_exponent(spectrum: Spectrum) -> Float[Tensor, "*B"]:
     """Exponent alpha of the power law `density(x) ~ x ** -alpha` that fits the largest squared singular values best.
 

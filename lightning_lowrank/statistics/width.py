@@ -7,7 +7,7 @@ from lightning_lowrank.maths.scaling.scaling import Scaling
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="1", comparable=False)
+@statistic(unit="1", comparable=False, misleads="A few extreme neurons determine it.")
 def width(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Largest minus smallest exponent alpha over the orders q: how far apart the neurons' exponents lie, noise
     included.

@@ -10,7 +10,7 @@ from lightning_lowrank.statistics.width import width
 from lightning_lowrank.statistics.width_floor import width_floor
 
 
-@statistic(unit="1", comparable=False)
+@statistic(unit="1", comparable=False, misleads="A few extreme neurons determine it.")
 def width_over_floor(scaling: Scaling) -> Float[Tensor, "*B"]:
     """Width of the spectrum divided by `width_floor`, the width that identical neurons have from counting finitely many
     weights.

@@ -67,6 +67,7 @@ export class Table {
     this.between = answer.keep ? this.rows.length : answer.between;
     this.width = answer.width ?? 1;
     this.noise = answer.noise;
+    this.null = answer.null;
     this.axis = answer.axis;
     this.index = new Map(this.sites.map((site, i) => [site, i]));
   }
@@ -97,6 +98,11 @@ export class Table {
     });
   }
 
+  /** What a Gaussian matrix of the site's shape has; undefined where nothing was written of that. */
+  nullOf(site) {
+    return this.null?.[this.index.get(site)] ?? undefined;
+  }
+
   curve(site) {
     return this.steps.map((_, column) => this.at(column, site));
   }
@@ -117,6 +123,7 @@ export class Table {
     };
     const cells = this.steps.map((_, column) => [...groups.values()].map((sites) => of(column, sites)));
     found.at = (column, site) => cells[column][found.index.get(site)];
+    found.null = [...groups.values()].map((sites) => median(sites.map((site) => this.nullOf(site))));
     found.some = (test) => cells.some((row) => row.some(test));
     return found;
   }

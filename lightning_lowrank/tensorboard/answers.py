@@ -29,13 +29,15 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """Every run with what it has."""
+    """Every run with what it has, and its place among TensorBoard's, which gives it a colour."""
+    places = {run: place for place, run in enumerate(reader.started())}
     shown = ("kind", "name", "source", "statistic", "unit", "level", "says")
     found = reader.runs()
     return {
         "runs": [
             {
                 "run": run,
+                "place": places.get(run, len(places)),
                 "entries": [
                     {key: str(series[entry][-1].known.get(key, "")) for key in shown} for entry in sorted(series)
                 ],
@@ -47,10 +49,11 @@ def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
 
 def matrix(reader: Reader, arguments: Arguments) -> dict[str, Any]:
     """Samples x sites of a quantity, of our cost or of alerts, thinned to what can be seen; all samples of one site if
-    one is named.
+    one is named. With what a Gaussian matrix of each site's shape gives, where that is known.
     """
-    _, table = _series(reader, arguments, _kind(arguments))
-    return _answer(table, arguments)
+    parts, table = _series(reader, arguments, _kind(arguments))
+    nulls = {site: value for part in parts for site, value in zip(part.sites, part.known.get("null", ()), strict=False)}
+    return _answer(table, arguments) | ({"null": [nulls.get(site) for site in table.sites]} if nulls else {})
 
 
 def spectra(reader: Reader, arguments: Arguments) -> dict[str, Any]:

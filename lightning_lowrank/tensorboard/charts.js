@@ -4,6 +4,9 @@ import { brief, ends } from "./answers.js";
 
 export const COLOURS = ["#1f77b4", "#e6700b", "#2a9134", "#c2255c", "#7048c8", "#8c564b", "#0b9aa8", "#9a8b00"];
 
+// As many of them as TensorBoard's "Time series" has for runs; the page's style has them, for they differ in the dark.
+export const RUN_COLOURS = 7;
+
 const MARGIN = { left: 52, right: 14, top: 22, bottom: 36 };
 
 /** An element; children that are strings are text, never markup. */
@@ -30,9 +33,19 @@ export function choice(label, options, value, onChange, id) {
   return h("label", {}, label, list);
 }
 
+/** Text whose addresses are links. */
+export function linked(text) {
+  return text.split(/(https:\/\/\S+)/).map((part, i) => (i % 2 ? h("a", { href: part, target: "_blank" }, "the page on it") : part)).filter(Boolean);
+}
+
+/** What may be wider than the page: it scrolls by itself, with the keyboard too. */
+export function wide(name, content) {
+  return h("div", { class: "wide", role: "region", tabindex: 0, "aria-label": name }, content);
+}
+
 /** A table; the first cell of a row is its heading. */
 export function grid(headings, rows, caption) {
-  return h("div", { class: "wide" }, h("table", {},
+  return wide(caption ?? headings[0], h("table", {},
     caption ? h("caption", {}, caption) : undefined,
     h("thead", {}, h("tr", {}, headings.map((heading) => h("th", { scope: "col" }, heading)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))));
@@ -48,13 +61,12 @@ export function swatch(rgb, text) {
 /** What the lines of a chart are. */
 export function legend(lines) {
   return h("p", { class: "legend" }, lines.filter((line) => !line.faint).map((line) => {
-    const key = h("span", { class: line.dashed ? "key dashed" : "key" });
-    key.style.borderColor = line.colour;
+    const key = h("svg:svg", { viewBox: "0 0 24 4", class: "dash", "aria-hidden": "true" }, h("svg:line", { x1: 0, x2: 24, y1: 2, y2: 2, stroke: line.colour, "stroke-width": 2, "stroke-dasharray": dashes(line) }));
     return h("span", {}, key, line.name);
   }));
 }
 
-/** Curves with axes. Each line has a name, xs, ys, a colour, and may be dashed or faint; those that are not faint are read out under the mouse. People count xs from `first`. */
+/** Curves with axes. Each line has a name, xs, ys, a colour, and may be dashed (or have dashes of its own) or faint; those that are not faint are read out under the mouse. People count xs from `first`. */
 export function chart(lines, { title, x, y = "", logX = false, first = 0, logY = false, marker, floor = 0, zero = false, domain, width = 460, height = 240 }) {
   const onX = logX ? (v) => Math.log10(v + first) : (v) => v;
   const onY = logY ? (v) => (v > floor ? Math.log10(v) : NaN) : (v) => v;
@@ -64,6 +76,7 @@ export function chart(lines, { title, x, y = "", logX = false, first = 0, logY =
   const toX = (v) => MARGIN.left + ((v - x0) / (x1 - x0 || 1)) * (width - MARGIN.left - MARGIN.right);
   const toY = (v) => height - MARGIN.bottom - ((v - y0) / (y1 - y0)) * (height - MARGIN.top - MARGIN.bottom);
   const svg = h("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": told(title, lines), class: "chart" });
+  svg.style.maxWidth = `${1.15 * width}px`; // wider, its words would be larger than those around it
   const whole = lines.every((line) => line.ys.every((value) => Number.isInteger(value ?? 0)));
   for (const [tick, text] of logY ? powers(y0, y1) : ticks(y0, y1, 5, whole ? 1 : 0).map((v) => [v, brief(v)])) {
     svg.append(h("svg:line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: toY(tick), y2: toY(tick), class: "rule" }),
@@ -122,10 +135,14 @@ function upright(x, height, kind) {
 function strokes(line, points, toX, toY) {
   const pieces = [[]];
   for (const [x, y] of points) Number.isFinite(y) ? pieces.at(-1).push([toX(x), toY(y)]) : pieces.push([]);
-  const style = { stroke: line.colour, "stroke-dasharray": line.dashed ? "5 4" : undefined, class: line.faint ? "faint" : "line" };
+  const style = { stroke: line.colour, "stroke-dasharray": dashes(line), class: line.faint ? "faint" : "line" };
   return pieces.filter((piece) => piece.length).map((piece) => piece.length > 1
     ? h("svg:polyline", { ...style, points: piece.map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`).join(" ") })
     : h("svg:circle", { cx: piece[0][0], cy: piece[0][1], r: 2.5, fill: line.colour }));
+}
+
+function dashes({ dashed }) {
+  return dashed === true ? "5 4" : dashed;
 }
 
 /** One standard error up and down, where it is known. */

@@ -129,10 +129,9 @@ export class HeatMap {
     context.textAlign = "center";
     const columns = this.table.steps.length;
     context.fillText("step", this.left / 2, this.top + this.height + 11);
-    const marks = Math.max(1, Math.min(columns, Math.floor(this.width / 60)));
-    for (let i = 0; i < marks; i++) {
-      const column = marks === 1 ? 0 : Math.round((i * (columns - 1)) / (marks - 1));
-      context.fillText(String(this.table.steps[column] ?? ""), this.left + ((column + 0.5) / columns) * this.width, this.top + this.height + 11);
+    const apart = Math.ceil(columns / Math.max(1, Math.floor(this.width / 60)));
+    for (let column = 0; column < columns; column += apart) {
+      context.fillText(String(this.table.steps[column]), this.left + ((column + 0.5) / columns) * this.width, this.top + this.height + 11);
     }
   }
 

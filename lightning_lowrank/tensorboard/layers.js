@@ -98,8 +98,10 @@ function asTable(page, tables, ordered, pick) {
 async function detail(page, details, whole) {
   const { site, step } = page.picked;
   const tables = await curvesOf(page, site, whole);
-  const spectra = await spectraOf(page, site);
-  const pictures = await picturesOf(page, site);
+  const lacking = new Set(page.maps.filter((_, i) => !whole[i].index.has(site)).map(({ run }) => run));
+  const runs = page.shown().filter((run) => !lacking.has(run));
+  const spectra = await spectraOf(page, runs, site);
+  const pictures = await picturesOf(page, runs, site);
   if (page.picked?.site !== site || page.picked.step !== step) return undefined;
   if (!tables.length) return details.replaceChildren(h("p", { class: "empty" }, `None of the chosen runs has ${page.quantity} of ${site}.`));
   // Several pictures stand in two columns, with the curve.
@@ -121,9 +123,9 @@ async function curvesOf(page, site, whole) {
   return Promise.all(runs.map(async (run) => [run, await page.table("matrix", { run, ...args })]));
 }
 
-async function spectraOf(page, site) {
+async function spectraOf(page, shown, site) {
   const name = page.entry().source;
-  const runs = page.shown().filter((run) => page.has(run, "spectrum", name));
+  const runs = shown.filter((run) => page.has(run, "spectrum", name));
   // A report has all sites in one answer.
   const args = { name, site: page.source.live ? site : undefined, limit: SPECTRA };
   // A run may have spectra of this source and none of this layer: the server says so.
@@ -152,10 +154,10 @@ function pairsOf(page) {
 }
 
 /** Pictures that the chosen runs have of the layer, each with run, x, y and fit of each. */
-async function picturesOf(page, site) {
+async function picturesOf(page, shown, site) {
   const of = (run, name) => page.table("curves", { run, name, site: page.source.live ? site : undefined, limit: SPECTRA }).catch(() => undefined);
   const pictures = await Promise.all(pairsOf(page).map(async (pair) => {
-    const runs = page.shown().filter((run) => page.has(run, "curve", pair.y));
+    const runs = shown.filter((run) => page.has(run, "curve", pair.y));
     const names = [pair.x, pair.y, pair.fit].filter(Boolean);
     const found = await Promise.all(runs.map(async (run) => [run, ...await Promise.all(names.map((name) => of(run, name)))]));
     return { ...pair, found: found.filter(([, ...tables]) => tables.every((table) => table?.index.has(site) && table.steps.length)) };
@@ -208,21 +210,39 @@ async function besides(page, tables, site) {
 }
 
 function curveFigure(page, tables, beside, site, step, width) {
-  const lines = tables.flatMap(([run, table], i) => {
+  const lines = tables.map(([run, table], i) => {
     const error = beside[i].get("_error");
     const sizes = error && new Map(error.steps.map((at, column) => [at, error.at(column, site)]));
-    const line = { name: run, xs: table.steps, ys: table.curve(site), colour: page.colour(run), errors: sizes && table.steps.map((at) => sizes.get(at)) };
-    const dashed = [...beside[i]].filter(([end]) => end !== "_error").map(([end, other]) =>
-      ({ name: `${run}: ${end.slice(1).replaceAll("_", " ")}`, xs: other.steps, ys: other.curve(site), colour: page.colour(run), dashed: true }));
-    return [line, ...dashed];
+    return { name: run, xs: table.steps, ys: table.curve(site), colour: page.colour(run), errors: sizes && table.steps.map((at) => sizes.get(at)) };
   });
+  const nulls = [...tables.flatMap(([run], i) => [...beside[i]].filter(([end]) => end !== "_error").map(([end, other]) =>
+    ({ name: `${run}: ${end.slice(1).replaceAll("_", " ")}`, xs: other.steps, ys: other.curve(site), colour: page.colour(run), dashed: true }))),
+  ...gaussian(tables, site)];
+  const [near, far] = nearAndFar(lines, nulls);
   const unit = page.entry().unit === "1" ? "" : page.entry().unit;
   const values = tables.map(([run, table]) => `${run}: ${exact(table.at(table.column(step), site))}`).join("; ");
   const counted = [...new Set(tables.map(([, table]) => table.counted()))].join("; ");
-  const sheet = () => [["run", "step", site], ...lines.flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, x, ys[i] === undefined ? "" : exact(ys[i])]))];
+  const sheet = () => [["run", "step", site], ...[...lines, ...nulls].flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, x, ys[i] === undefined ? "" : exact(ys[i])]))];
   return h("figure", { id: "curve" }, h("figcaption", {}, h("b", {}, page.quantity.replaceAll("_", " ")), ` ${counted} `, csv(page, sheet, "curve")),
-    chart(lines, { title: `${page.quantity} of ${site}`, x: "step", y: unit, marker: step, width, height: 260 }), legend(lines),
+    chart([...lines, ...near], { title: `${page.quantity} of ${site}`, x: "step", y: unit, marker: step, width, height: 260 }), legend([...lines, ...near, ...far]),
     h("p", { class: "status" }, `At step ${step}: ${values}`));
+}
+
+/** What a Gaussian matrix of that shape has, once for all runs in which it is the same. */
+function gaussian(tables, site) {
+  const steps = [...new Set(tables.flatMap(([, table]) => table.steps))].sort((a, b) => a - b);
+  const values = [...new Set(tables.map(([, table]) => table.nullOf(site)).filter((value) => value !== undefined))];
+  return values.map((value) => ({ name: "Gaussian matrix of that shape", xs: steps, ys: steps.map(() => value), colour: "var(--soft)", dashed: true }));
+}
+
+/** Which nulls are drawn, and those so far away that the curve would look flat beside them: of these the number is said. */
+function nearAndFar(lines, nulls) {
+  const of = (some) => ends(some.flatMap(({ ys }) => ys));
+  const [low, high] = of(lines);
+  const room = 3 * Math.max(high - low, 0.1 * Math.abs(high));
+  const isNear = (line) => { const [least, most] = of([line]); return least >= low - room && most <= high + room; };
+  const far = nulls.filter((line) => !isNear(line)).map((line) => ({ ...line, name: `${line.name}: ${brief(line.ys.findLast(Number.isFinite))}, off this axis` }));
+  return [nulls.filter(isNear), far];
 }
 
 function csv(page, sheet, of) {

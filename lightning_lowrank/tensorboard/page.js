@@ -1,7 +1,7 @@
 // The page: what is chosen, the bars to choose it with, and the view below.
 
 import { csvCell, standsBeside, Table } from "./answers.js";
-import { choice, COLOURS, h } from "./charts.js";
+import { choice, h, linked, RUN_COLOURS } from "./charts.js";
 import { SHADES } from "./heat_map.js";
 import { alerts, cost, overview } from "./views.js";
 import { diagnosis } from "./diagnosis.js";
@@ -60,6 +60,7 @@ export class Page {
     const { runs, kept } = await this.source.get("runs");
     this.kept = kept;
     this.runs = new Map(runs.map(({ run, entries }) => [run, entries]));
+    this.places = new Map(runs.map(({ run, place }) => [run, place]));
     if (runs.length) this.chosen ??= new Set([...this.runs.keys()].slice(0, AT_FIRST));
     if (!this.quantities().some(({ name }) => name === this.quantity)) this.quantity = this.opening();
     this.bars();
@@ -108,8 +109,9 @@ export class Page {
     return this.runs.get(run)?.some((entry) => entry.kind === kind && (name === undefined || entry.name === name)) ?? false;
   }
 
+  /** That of TensorBoard's "Time series", which hands its colours out in the order in which runs began. */
   colour(run) {
-    return COLOURS[[...this.runs.keys()].indexOf(run) % COLOURS.length];
+    return `var(--run-${this.places.get(run) % RUN_COLOURS})`;
   }
 
   /** A table of an answer, asked for once. */
@@ -179,7 +181,7 @@ export class Page {
       choice("Colour", shades, this.shade, (shade) => this.set({ shade }), "shade"),
       h("label", {}, "Layer has", h("input", { id: "filter", type: "search", value: this.filter, oninput: (event) => { this.filter = event.target.value; this.show(); } })),
       step("From step", "first"), step("To step", "last"),
-      says ? h("p", { class: "says", id: "says" }, says) : undefined);
+      says ? h("p", { class: "says", id: "says" }, linked(says)) : undefined);
   }
 
   /** Build the view; what was asked for meanwhile wins. */

@@ -4,6 +4,7 @@ Shape letters:  T samples   S sites   R numbers per site, where it is a spectrum
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,12 @@ class Reader:
         self._provider = provider
         self._where = {"ctx": context, "experiment_id": experiment}
 
+    def started(self) -> list[str]:
+        """All runs, ours or not, as TensorBoard orders them: by the time at which they began."""
+        listed = self._provider.list_runs(**self._where)
+        begins = {run.run_name: math.inf if run.start_time is None else run.start_time for run in listed}
+        return sorted(begins, key=lambda run: (begins[run], run))
+
     def runs(self, only: str | None = None) -> Runs:
         """Run -> kind and name -> parts, of all runs or of one; what is not as we write it is left out."""
         asked = RunTagFilter(runs=None if only is None else [only])
@@ -152,6 +159,13 @@ class Reader:
         steps = np.array(sorted(by_step), np.int64)
         return Table(steps, ["whole model"], np.array([[by_step[step]] for step in steps.tolist()], np.float32))
 
+    def last_step(self, run: str) -> int:
+        """The last step of any scalar that a run has logged; -1 without any."""
+        listed = self._provider.list_scalars(
+            **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(runs=[run])
+        )
+        return max((series.max_step for series in listed.get(run, {}).values()), default=-1)
+
     def texts(self, run: str) -> list[str]:
         """The tables of alerts that monitors have written, each as it was last."""
         listed = self._provider.list_tensors(**self._where, plugin_name="text", run_tag_filter=RunTagFilter(runs=[run]))
@@ -200,6 +214,8 @@ def _known(content: bytes) -> dict[str, Any] | None:
         return None
     sites = known.get("sites")
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites) or len(set(sites)) < len(sites):
+        return None
+    if "null" in known and not _numbers(known["null"]):
         return None
     if known["kind"] == "curve":
         return known if _numbers(known.get("axis")) else None

@@ -17,8 +17,18 @@ from lightning_lowrank.reports.alerts.rules import Alert, AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.arguments import Arguments
+from lightning_lowrank.watching.doubles import refuse_double
 from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
+
+# Hooks that have nothing to do between samples.
+IDLE = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
 
 
 class Monitor(Arguments, L.Callback):
@@ -39,6 +49,9 @@ class Monitor(Arguments, L.Callback):
         alerts: Alert rules, or "default".
         name: Prefix of all tags; two monitors of the same kind in one Trainer need different ones.
         spread: Batches over which the decompositions of a sample are spread, so that no step waits for all of them.
+
+    Attributes:
+        place: Its place in a checkpoint: the class, and the label if it is not the default one.
 
     Raises:
         ValueError: There is no probe, two probes have the same name, an option is unknown, or an alert's quantity is
@@ -72,7 +85,9 @@ class Monitor(Arguments, L.Callback):
         prefix = f"{name}_" if name else ""
         style = Style(prefix + self.word, prefix, detail, per_site, histograms)
         self.watch = self._watch(probes, style, seed=seed, alerts=alerts, usual=self.usual_alerts, spread=spread)
-        self._is_set_up = False
+        kind = type(self)
+        self.place = kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
+        self._is_set_up = self._rests = False
 
     def _watch(self, probes: Sequence[Probe], style: Style, **options: Any) -> Watch:
         """What leads it through a training."""
@@ -84,14 +99,8 @@ class Monitor(Arguments, L.Callback):
         return default_alerts(quantities)
 
     @property
-    def place(self) -> str:
-        """Its place in a checkpoint: the class, and the label if it is not the default one."""
-        kind = type(self)
-        return kind.__qualname__ + ("" if self.watch.label == kind.word else f"[{self.watch.label}]")
-
-    @property
     def state_key(self) -> str:
-        """Its place in a Trainer's checkpoint.
+        """Its place in a Trainer's checkpoint. Lightning reads it at every call of the callback.
 
         It is another one until `setup`, which refuses a second monitor of the same place with a helpful message.
         Lightning would refuse it earlier, with a message that does not say what to do.
@@ -180,7 +189,7 @@ class Monitor(Arguments, L.Callback):
             raise ValueError(
                 f"two {kind} in one training, {self!r} and {other!r}; distinguish them with {kind}(..., name='...')"
             )
-        self.watch.refuse_double(other.watch)
+        refuse_double(self.watch, other.watch)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the sites. Patterns that match nothing are refused here, before training."""
@@ -197,18 +206,23 @@ class Monitor(Arguments, L.Callback):
     ) -> None:
         """Ask whether a sample is due."""
         self.watch.batch_begins(TrainerTraining(trainer, pl_module), batch, batch_idx)
+        if self._rests is not self.watch.rests:
+            self._rest(self.watch.rests)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Show the live loss."""
-        self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
+        if self.watch.sampling is not None:
+            self.watch.loss_live(TrainerTraining(trainer, pl_module), loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the gradients of one micro-batch."""
-        self.watch.backward_done()
+        if self.watch.sampling is not None:
+            self.watch.backward_done()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Show gradients: synchronised, unscaled and accumulated, but not yet clipped."""
-        self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
+        if self.watch.sampling is not None:
+            self.watch.gradients_final(TrainerTraining(trainer, pl_module), optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -255,9 +269,21 @@ class Monitor(Arguments, L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Be ready for another run."""
         self.watch.ends()
+        self._rest(False)
         TrainerTraining(trainer, pl_module).forget(f"{self.label}/")
         # Not after an exception: a checkpoint may be written after that.
         self.watch.forget_resumed()
+
+    def _rest(self, rests: bool) -> None:
+        """Between samples Lightning passes over hooks that would do nothing, as they are no functions then: its calls
+        of them would take longer than all that we do at such a step. Hooks of a subclass stay.
+        """
+        self._rests = rests
+        for name in IDLE:
+            if rests and getattr(type(self), name) is getattr(Monitor, name):
+                vars(self).setdefault(name, None)
+            elif vars(self).get(name, self) is None:
+                del vars(self)[name]
 
 
 def probe_of(source: NumberSource, schedule: Every | Budget) -> list[Probe]:

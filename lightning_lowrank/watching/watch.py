@@ -13,10 +13,9 @@ from torchmetrics import Metric
 
 from lightning_lowrank.measuring.number_recorder import recorder_of
 from lightning_lowrank.measuring.number_source import refuse_seed
-from lightning_lowrank.measuring.probe import Probe, due_at, refuse_namesakes
+from lightning_lowrank.measuring.probe import Probe, refuse_namesakes
 from lightning_lowrank.measuring.recorder import Recorder
 from lightning_lowrank.measuring.sampling import Sampling, plan
-from lightning_lowrank.measuring.schedules import rests, shared_budget
 from lightning_lowrank.models.taps import unheard
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports import loggers
@@ -25,6 +24,7 @@ from lightning_lowrank.reports.alerts.rules import AlertEvent
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.journal import Journal
 from lightning_lowrank.reports.report import Style
+from lightning_lowrank.watching.asking import Asking
 from lightning_lowrank.watching.late import Late, put_off
 
 
@@ -54,19 +54,25 @@ class Watch:
         self.label, self.seed, self._spread = style.label, seed, spread
         prefix = style.prefix.removesuffix("_") or None
         self.recorders = [recorder_of(probe, prefix, histograms=style.histograms) for probe in probes]
-        self.budget = shared_budget([due_at(probe) for probe in probes if probe.source.stage == "train"])
+        self._asking = Asking(self._of_stage("train"))
+        self.budget = self._asking.budget
         rulebook = Rulebook(alerts, self.quantities, usual=usual, prefix=prefix, label=self.label)
         self.journal = Journal(style, alerts=rulebook, budget=self.budget)
         for recorder in self.recorders:
             recorder.probe.source.timed = self.journal.clock.timed
-        self._checked, self._enabled, self._resumed = -1, False, False
-        self._sampling: Sampling | None = None
+        self._enabled = self._resumed = False
+        self.sampling: Sampling | None = None  # in the making
         self._validation: Sampling | None = None
         self._hooks: list[RemovableHandle] = []
         self._late: Late | None = None
         self._untold: Training | None = None  # alerts were shown a report of it, and are not answered
         # State of an unfinished sample of the run that is resumed.
         self._waiting: dict[str, Any] = {}
+
+    @property
+    def rests(self) -> bool:
+        """Whether there is nothing to do in this batch, nor after it."""
+        return not (self._hooks or self.sampling or self._late or self._untold)
 
     @property
     def first(self) -> Sample | None:
@@ -116,7 +122,7 @@ class Watch:
         self._catch_up()
         return {
             "quantities": self.quantities,
-            "checked": self._checked,
+            "checked": self._asking.checked,
             "journal": self.journal.state_dict(),
             "waiting": self._unfinished(),
             "probes": {recorder.name: recorder.state_dict() for recorder in self.recorders},
@@ -128,7 +134,7 @@ class Watch:
             self.journal.info_once("the checkpoint has other quantities, so comparisons over samples start again")
             return
         self._resumed = True
-        self._checked, self._waiting = state["checked"], state["waiting"]
+        self._asking.checked, self._waiting = state["checked"], state["waiting"]
         self.journal.load_state_dict(state["journal"])
         for recorder in self.recorders:
             recorder.load_state_dict(state["probes"][recorder.name])
@@ -141,7 +147,7 @@ class Watch:
         """
         self._enabled = True
         if not self._resumed:
-            self._checked, self._waiting = -1, {}
+            self._asking.checked, self._waiting = -1, {}
             self.journal.begin(training)
             for recorder in self.recorders:
                 recorder.begin()
@@ -161,53 +167,61 @@ class Watch:
 
     def batch_begins(self, training: Training, batch: Any, index: int) -> None:
         """Ask the schedules, and let sources place what hooks they need."""
-        idle = self._sampling is None and not self._waiting
-        if not self._enabled or (idle and rests(self.budget, training.step)):
+        idle = self.sampling is None and not self._waiting
+        if not self._enabled or (idle and self._asking.rests(training.step)):
+            return
+        due = self._due(training)
+        if idle and not due:
             return
         with self._guard():
-            step = training.step
-            if step != self._checked:
-                self.journal.step_begins(step, training.team)
-            due = [r for r in self._of_stage("train") if step != self._checked and due_at(r.probe)(step)]
-            self._checked = step
             if due or self._waiting:
                 self._catch_up()
-                self._sampling = self._sampling or self._sampled(training)
+                self.sampling = self.sampling or self._sampled(training)
                 put_off(due, self._spread, training, self.budget)
-                self._continue(self._sampling, due)
-            if self._sampling is not None:
-                self._sampling.batch_begins(batch, index)
+                self._continue(self.sampling, due)
+            if self.sampling is not None:
+                self.sampling.batch_begins(batch, index)
                 self.journal.clock.samples()
+
+    def _due(self, training: Training) -> list[Recorder]:
+        """What has become due with this batch. Without the guard, which would take longer than to ask."""
+        try:
+            return self._asking.due(training, self.journal)
+        except Exception as error:  # a schedule of the user's
+            self._lose(error)
+            return []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_live(self, training: Training, loss: Tensor) -> None:
         """Let sources look at the live loss."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.loss_live(loss, training.loss_scale())
+                self.sampling.loss_live(loss, training.loss_scale())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward_done(self) -> None:
         """Let sources look at the gradients of one micro-batch."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.backward_done()
+                self.sampling.backward_done()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gradients_final(self, training: Training, optimizer: Optimizer) -> None:
         """Read gradients and weights; uncompiled also where the user compiles the whole step."""
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.gradients_final(optimizer, training.gradient_scale(optimizer))
+                self.sampling.gradients_final(optimizer, training.gradient_scale(optimizer))
 
     def batch_over(self, training: Training) -> None:
         """Report if an optimizer stepped in this batch; else the sample waits for the next one."""
+        if self.rests:
+            return
         self._unhook()
         if self._late is not None:
             with self._guard():
                 if self._late.work():
                     self._catch_up()
-        sampling = self._sampling
+        sampling = self.sampling
         if sampling is not None:
             with self._guard():
                 stepped = sampling.batch_over()
@@ -218,7 +232,7 @@ class Watch:
                     if not sampling.is_late:
                         self._catch_up()
             if sampling.complete:
-                self._sampling = None
+                self.sampling = None
         self._alert()
 
     def batch_failed(self) -> None:
@@ -233,9 +247,9 @@ class Watch:
         """Take hooks off layers also where the user's own hook ended the epoch before the batch."""
         self._catch_up()
         self.journal.clock.interrupt()
-        if self._sampling is not None:
+        if self.sampling is not None:
             with self._guard():
-                self._sampling.batch_over()
+                self.sampling.batch_over()
 
     def validation_begins(self, training: Training) -> None:
         """Stop the training clock; hook what is watched in validation."""
@@ -276,7 +290,7 @@ class Watch:
         """
         self._catch_up()
         self._answer()
-        if self._enabled and self.latest is None and self._sampling is not None and advice:
+        if self._enabled and self.latest is None and self.sampling is not None and advice:
             self.journal.warn_once(f"no optimizer step was seen: {advice}")
         self._stop()
         self.journal.clock.pause()
@@ -293,23 +307,6 @@ class Watch:
         """Another run after this one is no continuation."""
         self._resumed = False
 
-    def refuse_double(self, other: "Watch") -> None:
-        """Refuse a second monitor that would write the same tags.
-
-        Raises:
-            ValueError: With what both would write.
-        """
-        both = self._words() & other._words()
-        if both:
-            names = f"monitors {self.label!r} and {other.label!r}"
-            raise ValueError(f"{names} would both write {sorted(both)}; give one of them name='...'")
-        if self.budget is not None and self.budget is other.budget:
-            raise ValueError(f"monitors {self.label!r} and {other.label!r} share one Budget object; give each its own")
-
-    def _words(self) -> set[str]:
-        """What stands in the tags that only this monitor may write."""
-        return {self.label, *self.quantities, *(state.name for state in self.journal.alerts.states)}
-
     def _of_stage(self, stage: str) -> list[Recorder]:
         return [r for r in self.recorders if r.probe.source.stage == stage]
 
@@ -324,9 +321,9 @@ class Watch:
             if host.pop("finite", np.array(1.0)):
                 with self._guard(loses=False):
                     self.journal.write(read.training, read.step, read.recorders, host, complete=read.sampling.complete)
-            elif self._sampling is not None:  # a fused optimizer skipped its step inside: take the next
+            elif self.sampling is not None:  # a fused optimizer skipped its step inside: take the next
                 self.journal.skipped += 1
-                self._sampling.join(read.recorders)
+                self.sampling.join(read.recorders)
 
     def _alert(self) -> None:
         """Do what alerts ask for after a report; only what the user wants to end the run leaves here."""
@@ -341,7 +338,7 @@ class Watch:
 
     def _unfinished(self) -> dict[str, Any]:
         """State of the sample in the making: a run that is resumed goes on with it."""
-        return self._waiting if self._sampling is None else self._sampling.state_dict(self.journal.given)
+        return self._waiting if self.sampling is None else self.sampling.state_dict(self.journal.given)
 
     def _continue(self, sampling: Sampling, due: Sequence[Recorder]) -> None:
         """Resume the sample that was unfinished when the run was stopped, and add what has become due."""
@@ -375,20 +372,24 @@ class Watch:
             try:
                 yield
             except Exception as error:
-                lost = "; this sample is lost" if loses else ""
-                self.journal.warn_once(f"{type(error).__name__}: {error}{lost}", everywhere=True)
-                if loses:
-                    self._abandon()
+                self._lose(error, loses=loses)
+
+    def _lose(self, error: Exception, *, loses: bool = True) -> None:
+        """Say what went wrong, and give up the sample where that is what it costs."""
+        lost = "; this sample is lost" if loses else ""
+        self.journal.warn_once(f"{type(error).__name__}: {error}{lost}", everywhere=True)
+        if loses:
+            self._abandon()
 
     def _abandon(self, *, for_good: bool = False) -> None:
         """Give up what was found so far. Other processes may still wait for this one in the next report."""
         self.journal.forget()
         self._late = None
-        samplings = [s for s in (self._sampling, self._validation) if s is not None]
+        samplings = [s for s in (self.sampling, self._validation) if s is not None]
         for sampling in samplings:
             sampling.abandon()
         if for_good or not any(sampling.awaited for sampling in samplings):
-            self._sampling = self._validation = None
+            self.sampling = self._validation = None
         for recorder in self.recorders:
             recorder.abandon()
 

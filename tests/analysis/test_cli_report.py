@@ -67,6 +67,25 @@ def test_what_a_monitor_took_that_has_long_stopped_is_no_share_of_the_run(
     assert len(costs) == 2 and told < 0.5 * sum(row[sites.index("overhead_percent")] for sites, row in costs)
 
 
+def test_what_monitors_took_that_have_all_stopped_is_a_share_of_the_whole_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = Monitor([Probe("weight", Weights(), ("effective_rank",), lambda step: step < 10)], name="early")
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    L.Trainer(**QUIET, logger=logger, callbacks=[early], max_steps=301, log_every_n_steps=20).fit(Classifier())
+    main(["summary", str(tmp_path / "run"), "--json"])
+
+    told = json.loads(capsys.readouterr().out)["."]["overhead_percent"]
+    vectors, known = written(tmp_path / "run")
+    (said,) = (
+        rows[max(rows)][known[tag]["sites"].index("overhead_percent")]
+        for tag, rows in vectors.items()
+        if "_cost/" in tag
+    )
+    # Ten of 301 steps.
+    assert told == pytest.approx(said * 10 / 301, rel=0.1)
+
+
 def test_the_table_has_the_medians_of_all_quantities(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +97,36 @@ def test_the_table_has_the_medians_of_all_quantities(
     median = np.median(written(run)[0]["lowrank_vector/weight_stable_rank"][20])
     assert f"{median:.3g}" in next(line for line in printed.splitlines() if "weight_stable_rank" in line)
     assert "run: " in printed and "training takes" in printed
+
+
+def test_names_are_whole_in_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("rich._console", None)
+    site, name = "model.layers.31.self_attn.q_proj.weight", "layers_feature_participation_ratio"
+    write(tmp_path / "run", (0, {site: 0.012345}), (12_000, {site: 0.00012345}), name=name)
+
+    main(["summary", str(tmp_path), "--all"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert any(name in line and "0.0123" in line and "0.000123" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_quantities_that_began_at_other_steps_are_told_as_the_first_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", (0, {"a": 1.0}), (5, {"a": 2.0}), name="one")
+    write(tmp_path / "run", (3, {"a": 1.0}), (5, {"a": 2.0}), name="two")
+
+    main(["summary", str(tmp_path)])
+    heading = capsys.readouterr().out.splitlines()[1].split()
+    main(["summary", str(tmp_path), "--json"])
+
+    told = json.loads(capsys.readouterr().out)["run"]
+    assert heading[-4:] == ["step", "5", "lowest", "at"] and heading[-5] == "first"
+    assert (told["first"]["step"], told["latest"]["step"]) == (None, 5)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

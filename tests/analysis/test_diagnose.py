@@ -72,6 +72,17 @@ PLANTED: dict[str, tuple[Mapping[str, Table], tuple[str, str, int]]] = {
         {"step_loss": curve(model=broken(1.5, 2)), "noise_signal_share": curve(model=FLAT * 0.01)},
         ("label-noise", "model", 0),
     ),
+    "memory": (
+        {"held_out_loss": curve(model=broken(3, 2)), "step_loss": curve(model=broken(0.5, 2))},
+        ("overfits", "model", 100),
+    ),
+    "switch": (
+        {
+            "step_loss": curve(model=[*broken(2.1, 2)[:10], 9.0, *FLAT[:9] * 2.1]),
+            "step_gradient_norm": curve(model=[*FLAT[:10], 50.0, *FLAT[:9] * 2]),
+        },
+        ("sudden-change", "model", 100),
+    ),
     "gradient": ({"gradient_stable_rank": curve(a=broken(0, 3), b=FLAT)}, ("no-gradient", "a", 100)),
     "spike": (
         {"anatomy_spike": curve(a=broken(0.8, 0.1), b=FLAT * 0.1), "anatomy_spike_chance": curve(a=FLAT * 0.1, b=FLAT)},
@@ -110,6 +121,8 @@ def test_what_has_passed_is_not_told(fault: str) -> None:
     curves, (rule, _, _) = PLANTED[fault]
     if rule in ("too-few-samples", "does-not-learn", "label-noise", "lazy-training", "weights-outgrow"):
         pytest.skip("it does not change in the course of the run")
+    if rule == "sudden-change":
+        pytest.skip("it is told because it has happened")
     back = {name: Table(table.steps, table.sites, table.values[::-1].copy()) for name, table in curves.items()}
 
     assert rule not in {finding.rule for finding in diagnose(back, RULES)}
@@ -207,6 +220,76 @@ def test_a_loss_that_explodes_before_anything_is_logged_rises_from_its_start(
     assert "critical loss-rises: " in capsys.readouterr().out
 
 
+HEALTHY: dict[str, Mapping[str, Table]] = {
+    "both losses rise": {"held_out_loss": curve(model=broken(2.4, 2)), "step_loss": curve(model=broken(2.4, 2))},
+    "the held-out loss is higher, and falls": {
+        "held_out_loss": curve(model=RISING[::-1]),
+        "step_loss": curve(model=RISING[::-1] / 4),
+    },
+    "one large gradient": {
+        "step_loss": curve(model=FLAT * 2),
+        "step_gradient_norm": curve(model=[*FLAT[:10], 50.0, *FLAT[:9]]),
+    },
+    "a loss near 0": {
+        "step_loss": curve(model=[*FLAT[:10] * 0.01, 0.1, *FLAT[:9] * 0.01]),
+        "step_gradient_norm": curve(model=[*FLAT[:10], 50.0, *FLAT[:9]]),
+    },
+    "a start that is large": {
+        "step_loss": curve(model=[20.0, *FLAT[:19] * 2]),
+        "step_gradient_norm": curve(model=[50.0, *FLAT[:19]]),
+    },
+    "few samples": {"step_loss": curve(model=FLAT[:3]), "step_gradient_norm": curve(model=FLAT[:3])},
+}
+
+
+@pytest.mark.parametrize("what", HEALTHY)
+def test_nothing_is_switched_and_nothing_is_learnt_by_heart(what: str) -> None:
+    assert not {finding.rule for finding in diagnose(HEALTHY[what], RULES)} & {"overfits", "sudden-change"}
+
+
+class ByHeart(Classifier):
+    """Four examples, again and again, beside those that are not trained on."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        images, labels = (torch.randn(68, 64, generator=generator), torch.randint(10, (68,), generator=generator))
+        with torch.no_grad():
+            self.log("val_loss", cross_entropy(self(images[4:]), labels[4:]))
+        return cross_entropy(self(images[:4]), labels[:4])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def test_a_run_that_learns_a_few_examples_by_heart_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", LossMonitor(alerts=None), ByHeart(), log_every_n_steps=2)
+
+    main(["diagnose", str(tmp_path / "run")])
+
+    assert "warning  overfits: whole model: the loss of examples that are not trained on is " in capsys.readouterr().out
+
+
+class Switched(Classifier):
+    """Inputs become a hundred times as large at a step."""
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return cross_entropy(self(batch[0] * (100.0 if self.global_step >= 20 else 1.0)), batch[1])
+
+
+def test_a_run_in_which_something_is_switched_names_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", LossMonitor(alerts=None), Switched(lr=1e-5), max_epochs=-1, max_steps=40)
+
+    main(["diagnose", str(tmp_path / "run"), "--json"])
+
+    found = json.loads(capsys.readouterr().out)[str(tmp_path / "run")]
+    assert ("sudden-change", 20) in [(finding["rule"], finding["since"]) for finding in found]
+
+
 @pytest.mark.parametrize(("scale", "since"), [(1.0, 0), (1000.0, 5)])
 def test_a_loss_of_another_scale_is_not_begun_by_ours(scale: float, since: int) -> None:
     own = Table(np.array([0, 40]), ["a"], np.array([[2.0], [3.0]], np.float32))
@@ -225,7 +308,8 @@ def test_what_was_not_asked_names_the_monitor_that_it_takes(tmp_path: Path, caps
 
     last = capsys.readouterr().out.splitlines()[-1]
     assert "edge-of-stability (CurvatureMonitor)" in last and "(watch_all() measures it)" not in last
-    assert all(hasattr(lightning_lowrank, rule.monitor.partition("(")[0]) for rule in RULES)
+    named = {rule.monitor.partition("(")[0] for rule in RULES} - {"a logged val_loss"}
+    assert "overfits (a logged val_loss)" in last and all(hasattr(lightning_lowrank, name) for name in named)
 
 
 def test_a_run_of_nan_is_told_first_with_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

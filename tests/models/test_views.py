@@ -239,5 +239,5 @@ def test_a_pattern_that_does_not_fit_names_parameter_shape_and_pattern() -> None
 
 
 def test_a_wrong_number_of_names_is_refused() -> None:
-    with pytest.raises(ValueError, match="makes 2 matrices of w, but names 3"):
+    with pytest.raises(ValueError, match="makes 2 matrices of w, but has 3 names"):
         View("(p d) n -> p d n", {"p": 2}, ("a", "b", "c")).fitted("w", (8, 3))

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -16,6 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
+from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client, TestResponse
 
 from lightning_lowrank import GaLore, RankMonitor
@@ -84,6 +86,34 @@ def test_runs_are_listed_with_what_they_have(tmp_path: Path) -> None:
         "cost",
         "alert",
     }
+
+
+def test_runs_have_the_places_that_tensorboard_gives_them(tmp_path: Path) -> None:
+    for name in ("b", "c", "a"):
+        write(tmp_path / "logs" / name, (0, {"x": 1.0}))
+        time.sleep(0.01)  # TensorBoard goes by the time of the first event
+    SummaryWriter(tmp_path / "logs" / "not ours").close()
+
+    with tensorboard(tmp_path / "logs") as address:
+        wait_for_runs(address, 3)
+        places = {run["run"]: run["place"] for run in ask(address, "runs")["runs"]}
+        with urlopen(f"{address}/data/runs", timeout=60) as response:
+            listed = json.load(response)
+
+    assert set(places) == {"a", "b", "c"} and "not ours" in listed
+    assert all(listed[place] == run for run, place in places.items())
+
+
+def test_ranks_come_with_those_of_gaussian_matrices(tmp_path: Path) -> None:
+    train(tmp_path / "logs" / "run", RankMonitor(["weights"], ["effective_rank"], detail="all"), max_steps=1)
+    write(tmp_path / "logs" / "hand", (0, {"x": 1.0}))
+
+    plugin = served(tmp_path / "logs")
+    ranks = json.loads(get(plugin, "matrix", run="run", kind="vector", name="weight_effective_rank").data)
+    hand = json.loads(get(plugin, "matrix", run="hand", **Q).data)
+
+    assert len(ranks["null"]) == len(ranks["sites"]) == 2 and all(1 < null < 64 for null in ranks["null"])
+    assert "null" not in hand
 
 
 def test_curves_of_a_method_are_served_by_matrix(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from selenium.webdriver.common.action_chains import ActionChains
@@ -25,6 +27,7 @@ from tests.tab import (
     keys,
     open_tab,
     renew,
+    resize,
     settled,
     tensorboard,
     train,
@@ -315,8 +318,11 @@ def test_the_overview_has_the_four_levels_and_leads_to_the_worst_layers(page: We
         "Structure",
         "Subnetworks",
     ]
-    assert "gradient_spectral_norm" not in text and "by chance" in text
-    row = next(r for r in page.find_elements(By.CSS_SELECTOR, "tbody tr") if r.text.startswith("weight_stable_rank"))
+    assert "gradient spectral norm" not in text
+    row = next(r for r in page.find_elements(By.CSS_SELECTOR, "tbody tr") if r.text.startswith("weight stable rank"))
+    numbers = [float(cell.text) for cell in row.find_elements(By.CSS_SELECTOR, "td.number")]
+    nulls = written(logs / "calm")[1]["lowrank_vector/weight_stable_rank"]["null"]
+    assert numbers[2] == pytest.approx(np.median(nulls), rel=1e-3) and row.find_elements(By.CSS_SELECTOR, "svg .null")
     ends = {site: value_at(logs / "calm", "weight_stable_rank", site, 23) for site in SITES}
     worst = row.find_element(By.CSS_SELECTOR, "button.link")
     lowest = min(ends, key=ends.__getitem__)
@@ -371,37 +377,81 @@ def test_layers_are_folded_by_block_and_a_block_opens(page: WebDriver, logs: Pat
     assert keys(page, Keys.END).split(" · ")[0] == "net.2.weight" and "1 layers" in label(page)
 
 
+def test_runs_have_the_colours_of_time_series(page: WebDriver, address: str) -> None:
+    own = page.execute_script(
+        "return [...document.querySelectorAll('.runs label')].map((e) => "
+        "[e.textContent, getComputedStyle(e.querySelector('.key')).borderTopColor])"
+    )
+
+    page.switch_to.default_content()
+    page.get("about:blank")
+    page.get(f"{address}/#timeseries")
+    wait(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".run-color-swatch")) == len(own))
+    theirs = page.execute_script(
+        "return [...document.querySelectorAll('.run-color-swatch')].map((e) => "
+        "[e.closest('tb-data-table-content-row').innerText.trim(), getComputedStyle(e).backgroundColor])"
+    )
+    open_tab(page, address)
+
+    assert dict(theirs) == dict(own) and len({colour for _, colour in own}) == 5
+
+
 def test_quantities_are_found_by_a_word_and_say_what_they_are(page: WebDriver) -> None:
     page.find_element(By.ID, "search").send_keys("stable rank")
 
     options = [o.get_attribute("value") for o in page.find_elements(By.CSS_SELECTOR, "#quantity option")]
 
     assert set(options) == {f"{s}_stable_rank" for s in ("gradient", "weight", "feature")} | {"weight_effective_rank"}
-    assert "Exponential of the entropy of the singular values" in page.find_element(By.ID, "says").text
+    says = page.find_element(By.ID, "says")
+    assert "Exponential of the entropy of the singular values" in says.text and "Rounding raises it" in says.text
+    link = says.find_element(By.TAG_NAME, "a").get_attribute("href") or ""
+    assert link.endswith("/monitors/rank/")
 
 
+# axe-core does not look at the words of charts, this does.
 CONTRAST = Path(__file__).with_name("contrast.js").read_text()
+# In one go, since the tab may reload itself in between.
+PICK = """
+const canvas = document.querySelector("canvas");
+for (const key of ["End", "Enter"]) canvas.dispatchEvent(new KeyboardEvent("keydown", { key }));
+"""
+# Words of charts that are larger than the page's.
+LARGE = """
+return [...document.querySelectorAll("svg text")].filter((e) => e.getBoundingClientRect().height > 17)
+  .map((e) => e.textContent);
+"""
+AXE = files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+WCAG = """
+const done = arguments[0], tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
+const told = ({ id, nodes }) => nodes.map(({ html, failureSummary }) => `${id}: ${html} ${failureSummary}`);
+axe.run(document, { runOnly: { type: "tag", values: tags } }).then(({ violations }) => done(violations.flatMap(told)));
+"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_word_can_be_read_and_nothing_overflows_at_any_size(theme: str, opened: WebDriver) -> None:
+def test_every_view_follows_wcag_and_fits_at_any_size(theme: str, opened: WebDriver) -> None:
     renew(opened)
+    opened.execute_script(f"{AXE}; window.axe = axe")
     only(opened, "calm", "dead", "nan")
     if theme == "dark":
         opened.execute_script("top.document.body.classList.add('dark-mode')")
-    faint, wide = {}, {}
+    broken, wide, large = {}, {}, {}
 
     for width, height in ((1400, 900), (800, 600), (390, 844)):
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
+        resize(opened, width, height)
         for name in ("diagnosis", "overview", "alerts", "cost", "map"):
             view(opened, name)
+            if name == "map":
+                opened.execute_script(PICK)
+                wait(opened, lambda: opened.find_elements(By.ID, "spectrum"))
             over = opened.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-            faint |= {(name, line): width for line in opened.execute_script(CONTRAST)}
+            large |= {(name, word): width for word in opened.execute_script(LARGE)}
+            found = opened.execute_script(CONTRAST) + opened.execute_async_script(WCAG)
+            broken |= {(name, line): width for line in found}
             wide |= {(name, width): over} if over > 0 else {}
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
 
-    assert faint == {} and wide == {}
+    assert broken == {} and wide == {} and large == {}
 
 
 def test_what_watching_cost_is_shown(page: WebDriver, logs: Path) -> None:
@@ -471,7 +521,7 @@ def test_pointing_at_a_curve_reads_it_out(page: WebDriver, logs: Path) -> None:
 
     ActionChains(page).move_to_element(page.find_element(By.CSS_SELECTOR, "#curve svg")).perform()
 
-    step, said = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
+    step, said, *_ = page.find_element(By.CSS_SELECTOR, "#curve .tip").text.splitlines()
     value = value_at(logs / "calm", "weight_stable_rank", SITES[0], int(step.removeprefix("step ")))
     assert 8 < int(step.removeprefix("step ")) < 15 and float(said.removeprefix("calm: ")) == pytest.approx(
         value, rel=1e-3

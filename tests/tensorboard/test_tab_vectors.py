@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import nn
 
-from lightning_lowrank import Every, Monitor, Probe, RankMonitor, Weights
+from lightning_lowrank import DormantUnitsMonitor, Every, Monitor, Probe, RankMonitor, Weights
 from lightning_lowrank.analysis.page import reader_of
 from lightning_lowrank.reports.loggers import write as write_report
 from lightning_lowrank.reports.vectors import Row, Vectors
@@ -47,6 +47,30 @@ def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
     }
     assert known["lowrank_vector/feature_energy_rank_0.01"].items() >= expected.items()
     assert known["lowrank_vector/gradient_energy_rank_0.01"]["level"] == "parameters"
+
+
+def test_numbers_of_monitors_say_what_their_source_is(tmp_path: Path) -> None:
+    train(tmp_path / "run", DormantUnitsMonitor(detail="all"), max_steps=1)
+
+    says = written(tmp_path / "run")[1]["lowrank_vector/dormant_share"]["says"]
+    assert says.startswith("Shares of units of each layer that are dormant") and says.endswith(
+        "/monitors/dormant-units/"
+    )
+
+
+def test_ranks_are_written_with_those_of_gaussian_matrices(tmp_path: Path) -> None:
+    statistics = ["effective_rank", "spectral_norm", "relative_stable_rank"]
+    train(tmp_path / "run", RankMonitor(["weights", "features"], statistics, detail="all"), max_steps=1)
+
+    known = written(tmp_path / "run")[1]
+    noise = torch.randn(len(SITES), 20, 32, 64, generator=torch.Generator().manual_seed(0)).double()
+    values = torch.linalg.svdvals(noise[0])
+    shares = values / values.sum(-1, keepdim=True)
+    expected = shares.log().mul(-shares).sum(-1).exp().mean()
+    assert known["lowrank_vector/weight_effective_rank"]["null"][0] == pytest.approx(float(expected), rel=0.02)
+    assert known["lowrank_vector/weight_relative_stable_rank"]["null"] == [1, 1]
+    assert len(known["lowrank_vector/feature_effective_rank"]["null"]) == 2
+    assert "null" not in known["lowrank_vector/weight_spectral_norm"]
 
 
 def test_sites_are_written_once_per_event_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lightning_lowrank import (
     NTKMonitor,
     RankMonitor,
 )
+from lightning_lowrank.watching.monitor import IDLE
 from tests.trainings import QUIET, Classifier
 
 KINDS: list[Callable[..., Monitor]] = [
@@ -143,3 +144,33 @@ def test_a_monitor_of_the_modules_own_leaves_those_of_the_trainer() -> None:
     (own,) = [callback for callback in trainer.callbacks if isinstance(callback, MultifractalMonitor)]
     assert theirs in trainer.callbacks
     assert theirs.latest is not None and own.latest is not None
+
+
+class Looks(L.Callback):
+    """Which hooks of a monitor Lightning may call at each step."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor, self.seen = monitor, list[list[str]]()
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.seen.append([name for name in IDLE if callable(getattr(self.monitor, name))])
+
+
+class Counting(RankMonitor):
+    """A user's own."""
+
+    ends = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.ends += 1
+        super().on_train_batch_end(*args)
+
+
+def test_between_samples_only_hooks_of_the_user_are_called() -> None:
+    monitor = Counting(every_n_steps=2)
+    looks = Looks(monitor)
+    fit(monitor, looks)  # type: ignore[arg-type]
+
+    assert looks.seen == [list(IDLE), ["on_train_batch_end"]]
+    assert monitor.ends == 2
+    assert not vars(monitor).keys() & set(IDLE)

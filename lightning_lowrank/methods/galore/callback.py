@@ -72,9 +72,9 @@ class GaLore(Method):
 
     Raises:
         ValueError: An option is out of range. When training starts: a pattern matches nothing, no optimizer has the
-            matched matrices, no matrix has a short side above the rank, or an optimizer does not update each entry
-            independently. Also if parameters are sharded, if there is a second `GaLore`, or if the resumed run had
-            other matrices or ranks.
+            matched matrices, or an optimizer does not update each entry independently. Also if no matrix has a short
+            side above the rank, or parameters are sharded. Also if there is a second `GaLore`, or if the resumed run
+            had other matrices or ranks.
 
     Examples:
         >>> GaLore(rank=128, update_every=200)

@@ -147,13 +147,18 @@ def sketched_kernel(found: Float[Tensor, "k R C"], kernel: KernelName, *, known:
 
 
 def exact_modes(operator: Operator) -> Eigenpairs:
-    """All eigenvalues and eigenvectors of a small kernel, largest first, by as many products as it has rows.
+    """All eigenvalues and eigenvectors of a small kernel, largest first, by as many products as it has rows."""
+    with full_precision(operator.device):
+        return modes_of(dense(operator))
+
+
+def modes_of(matrix: Float[Tensor, "n n"]) -> Eigenpairs:
+    """All eigenvalues and eigenvectors of a kernel that is known, largest first.
 
     What is rounding beside the largest is 0.
     """
-    with full_precision(operator.device):
-        matrix = dense(operator)
-        values, vectors = eigenvectors(matrix.to(working_dtype(operator.device)))
+    with full_precision(matrix.device):
+        values, vectors = eigenvectors(matrix.to(working_dtype(matrix.device)))
         floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
         values = torch.where(values <= floor, 0.0, values).flip(0)
         vectors = vectors.mT.flip(0)

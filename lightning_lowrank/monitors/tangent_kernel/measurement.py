@@ -16,21 +16,21 @@ from torch import Tensor
 from lightning_lowrank.maths.operators import traces
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, top_eigenpairs
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
-from lightning_lowrank.maths.operators.operators import Operator
+from lightning_lowrank.maths.operators.operators import Operator, dense
 from lightning_lowrank.maths.operators.traces import SpectralEstimate
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.measuring.number_source import Quantity
-from lightning_lowrank.monitors.tangent_kernel import estimates
+from lightning_lowrank.monitors.tangent_kernel import by_layer, estimates
 from lightning_lowrank.monitors.tangent_kernel.kernels import (
     Kernel,
     KernelName,
     Known,
     LayerKernels,
     exact_kernel,
-    exact_modes,
     kernel_operator,
     known_part,
     layer_kernels,
+    modes_of,
     projections,
     sketched_kernel,
     spectrum_of_modes,
@@ -168,7 +168,7 @@ class TangentKernels:
             generator: On the device of the outputs.
         """
         found, operator = Found(), kernel_operator(outputs.jacobian, self.kernel)
-        modes = self._modes("ntk", operator, self._pairs(outputs), generator)
+        modes = self._modes("ntk", operator, self._whole(outputs, operator), generator)
         self.exact = modes.exact
         kernel, compared = self._kernels(outputs, operator, modes)
         self._sizes("ntk", modes, found)
@@ -188,19 +188,21 @@ class TangentKernels:
         self._gauss_newton(outputs.gauss_newton, rate, steps, found, generator)
         return found
 
-    def _pairs(self, outputs: KernelOutputs) -> int:
-        """Pairs of products with the Jacobian that the whole kernel takes."""
+    def _whole(self, outputs: KernelOutputs, operator: Operator) -> Tensor | None:
+        """The kernel, where it takes few products."""
+        summed = by_layer.class_summed(outputs.jacobian, seed=self.seed) if self.kernel == "class_summed" else None
         rows, columns = outputs.shape
-        return rows if self.kernel == "sum_of_logits" else rows * columns
+        pairs = rows if self.kernel == "sum_of_logits" else rows * columns
+        return dense(operator) if summed is None and pairs <= EXACT else summed
 
-    def _modes(self, name: str, operator: Operator, pairs: int, generator: torch.Generator) -> Modes:
-        """The spectrum of an operator that is nowhere negative."""
+    def _modes(self, name: str, operator: Operator, whole: Tensor | None, generator: torch.Generator) -> Modes:
+        """The spectrum of an operator that is nowhere negative; exact where the whole of it is known."""
         effort, k = self.effort, min(self.effort.top_k, operator.size)
-        if pairs <= EXACT:
-            known = exact_modes(operator)
+        if whole is not None:
+            known = modes_of(whole)
             nothing = known.values.new_zeros(0, 0)
-            whole = SpectralEstimate(spectrum_of_modes(known), known.values.new_zeros(()), nothing, nothing, nothing)
-            return Modes(self._followed(name, known, k), known, whole, exact=True)
+            spectrum = SpectralEstimate(spectrum_of_modes(known), known.values.new_zeros(()), nothing, nothing, nothing)
+            return Modes(self._followed(name, known, k), known, spectrum, exact=True)
         start = self.tops.get(name)
         start = start if start is not None and start.shape[-1] == operator.size else None
         # One more than are followed, for the gap below these.
@@ -289,7 +291,8 @@ class TangentKernels:
         self, operator: Operator, rate: float | Tensor | None, steps: int, found: Found, generator: torch.Generator
     ) -> None:
         """The same of the loss's own matrix, and what gradient descent would have learnt of it."""
-        modes = self._modes("ntk_gauss_newton", operator, operator.size, generator)
+        whole = dense(operator) if operator.size <= EXACT else None
+        modes = self._modes("ntk_gauss_newton", operator, whole, generator)
         self._sizes("ntk_gauss_newton", modes, found)
         if rate is None:
             return

@@ -19,13 +19,15 @@ class NTKMonitor(Monitor):
     The first batch that has a kernel is kept. After each step with a sample it is run through `training_step` again in
     eval mode, and all state that this changes is restored. The Jacobian is never stored. A kernel is exact if it needs
     at most 128 pairs of products: one for each example and output, or one for each example for the sum of the outputs.
-    Other kernels are estimated, with errors.
+    The class-summed kernel is also exact if it has at most 512 rows, each row depends on one example, and all layers
+    are linear, convolutions or normalisations. Other kernels are estimated, with errors.
 
     A sample costs as much as tens to hundreds of training steps, so the default cadences are long.
 
-    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes. Checkpoints contain
-    all of it. With a single process they also contain the kept batch, if that consists of tensors, numbers and strings
-    in plain containers. Otherwise a resumed run begins with a new batch and a new start.
+    Memory between samples: twice `num_projections` times the used outputs, and twice `top_k` modes. An exact kernel
+    keeps four times the square of its rows instead of the projections. Checkpoints contain all of it. With a single
+    process they also contain the kept batch, if that consists of tensors, numbers and strings in plain containers.
+    Otherwise a resumed run begins with a new batch and a new start.
 
     Args:
         match: Parameters for the kernel: globs, `re:REGEX`, `type:LAYERCLASS`; all trained ones by default.

@@ -4,7 +4,7 @@ Shape letters:  T samples   S sites
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ WHOLE_MODEL = "whole model"
 DOCS = page("how-to/diagnose")
 # As `LossMonitor` calls it.
 LOSS = "step_loss"
+# Of examples that are not trained on: what users log.
+HELD_OUT = "held_out_loss"
 # Ends of the names of what is a number whatever becomes of the run.
 CONSTANT = (
     *("_chance", "_floor", "_start", "_random_walk", "_rows", "_width", "_valid", "_count", "_examples", "_samples"),
@@ -41,17 +43,19 @@ class Condition:
         below: It holds below this,
         above: or above it.
         relative_to: "first": multiples of the site's first number; "lowest": of its lowest so far; "sites": of the
-            median over sites.
+            median over sites; "before": of its own median in the window before.
         pooled: The median over sites instead of each.
         window: Share of the run's samples whose trailing median is looked at; single samples where it is 0.
+        ever: It holds from the sample on at which the number was there, whatever it was later.
     """
 
     quantity: str | tuple[str, ...]
     below: int | float = np.nan
     above: int | float = np.nan
-    relative_to: Literal["", "first", "lowest", "sites"] = ""
+    relative_to: Literal["", "first", "lowest", "sites", "before"] = ""
     pooled: bool = False
     window: int | float = 0
+    ever: bool = False
 
     @property
     def band(self) -> str:
@@ -208,7 +212,12 @@ def judge(condition: Condition, curves: Curves) -> Judged | None:
         sites: Sequence[str] = table.sites
         if condition.pooled:
             values, sites = np.nanmedian(values, 1, keepdims=True), [WHOLE_MODEL]
-        values = _relative(_smooth(values, condition.window), condition.relative_to)
+        if condition.relative_to == "before":
+            values = values / _before(values, condition.window)
+        else:
+            values = _relative(_smooth(values, condition.window), condition.relative_to)
+        if condition.ever:
+            values = (np.fmax if np.isfinite(condition.above) else np.fmin).accumulate(values)
         holds = values < condition.below if np.isfinite(condition.below) else values > condition.above
     return Judged(quantity, table.steps, sites, values, holds)
 
@@ -258,6 +267,14 @@ def _smooth(values: Array, window: int | float) -> Array:
     return np.stack([np.nanmedian(values[max(0, i + 1 - width) : i + 1], 0) for i in range(len(values))])
 
 
+def _before(values: Array, window: int | float) -> Array:
+    """Medians of the samples before each, NaN for those that have not so many before them."""
+    width = max(LASTING, round(window * len(values)))
+    medians = [np.nanmedian(values[i - width : i], 0) for i in range(width, len(values))]
+    unknown = np.full((min(width, len(values)), values.shape[1]), np.nan)
+    return np.concatenate([unknown, *([np.stack(medians)] if medians else [])])
+
+
 def _relative(values: Array, to: str) -> Array:
     if to == "first":
         return values / _first(values)
@@ -280,17 +297,36 @@ def _aligned(other: Judged, first: Judged) -> NDArray[np.bool_]:
 
 def _without_numbers(curves: Curves) -> Finding | None:
     """All is NaN from a step on, or the loss is."""
-    since = silent_since(curves[name] for name in curves if not name.endswith(CONSTANT))
-    loss = _named(LOSS, curves)
-    if since is None and loss is not None and len(curves[loss].steps) >= LASTING:
-        since = silent_since([curves[loss]]) if not np.isfinite(curves[loss].values[-LASTING:]).any() else None
+    since, loss = silent_since(curves), _loss(curves)
+    if (
+        since is None
+        and loss is not None
+        and len(loss.steps) >= LASTING
+        and not np.isfinite(loss.values[-LASTING:]).any()
+    ):
+        since = _ends({LOSS: loss})
     return None if since is None else finding_of(NO_NUMBER, "", WHOLE_MODEL, np.nan, since, 1)
 
 
-def silent_since(tables: Iterable[Table]) -> int | None:
+def silent_since(curves: Curves) -> int | None:
+    """The step from which on a run has no number, None where the last sample of any quantity has one.
+
+    By the loss where there is one: weights that are NaN in one layer leave the others until the next step.
+    """
+    since, loss = _ends({name: curves[name] for name in curves if not name.endswith(CONSTANT)}), _loss(curves)
+    lost = None if since is None or loss is None else _ends({LOSS: loss})
+    return since if since is None or lost is None else min(since, lost)
+
+
+def _loss(curves: Curves) -> Table | None:
+    name = _named(LOSS, curves)
+    return None if name is None else curves[name]
+
+
+def _ends(tables: Curves) -> int | None:
     """The first step from which on nothing is finite, in no table; None where the last sample of one is."""
     read = []
-    for table in tables:
+    for table in tables.values():
         if len(table.steps) and np.isfinite(table.values[-1]).any():
             return None
         read += [table] if len(table.steps) else []

@@ -5,16 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lowrank.tensorboard.diagnosing.judging import LASTING, LOSS, Finding, diagnose, judge
+from lightning_lowrank.tensorboard.diagnosing.judging import HELD_OUT, LASTING, LOSS, Finding, diagnose, judge
 from lightning_lowrank.tensorboard.diagnosing.rules import RULES
 from lightning_lowrank.tensorboard.series import Reader, Table
 
 # What users call the loss of a step, where no `LossMonitor` has logged it.
 LOSSES = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "training_loss")
+HELD_OUT_LOSSES = ("val_loss", "val/loss", "valid_loss", "validation_loss", "validation/loss", "eval_loss", "eval/loss")
 
 
 class RunCurves(Mapping[str, Table]):
-    """Every quantity of a run and its loss, each read when it is asked for.
+    """Every quantity of a run and its losses, each read when it is asked for.
 
     Args:
         reader: Of the experiment.
@@ -29,6 +30,8 @@ class RunCurves(Mapping[str, Table]):
         own = min((name for name in self._parts if name.endswith(LOSS)), key=len, default=LOSS)
         loss = loss_of(self[own] if own in self._parts else None, reader.scalar(run, LOSSES))
         self._read |= {} if loss is None else {own: loss}
+        held_out = reader.scalar(run, HELD_OUT_LOSSES)
+        self._read |= {} if held_out is None else {HELD_OUT: held_out}
 
     def __getitem__(self, name: str) -> Table:
         if name not in self._read:

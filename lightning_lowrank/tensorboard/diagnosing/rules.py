@@ -110,6 +110,36 @@ RULES = (
         "LossMonitor",
     ),
     Rule(
+        "overfits",
+        "warning",
+        (
+            Condition("held_out_loss", above=1.4, relative_to="lowest"),
+            Condition("held_out_loss / step_loss", above=2),
+        ),
+        "the loss of examples that are not trained on is {value} times what it had come down to",
+        "in health at most 1.19 times its lowest value; a loader that is stuck ends at 1.85 times",
+        "few examples that are seen again and again: a loader that repeats a part of the data, or too many epochs",
+        "a count of the examples that the loader yields; more data, augmentation, weight decay, the best checkpoint",
+        f"{DOCS}#overfits",
+        "a logged val_loss",
+    ),
+    Rule(
+        "sudden-change",
+        "warning",
+        (
+            Condition("step_loss", above=2, relative_to="before", window=0.05, ever=True),
+            Condition("step_gradient_norm", above=20, relative_to="before", window=0.05, ever=True),
+            Condition("step_loss", above=0.2),
+        ),
+        "the loss was at once {value} times what it was before, and its gradient more than 20 times",
+        "in health the loss jumps at most 1.3-fold while it is above 0.2, and the gradient at most 3.9-fold",
+        "something that is switched within the run: a normalisation, the scale of inputs or loss, weights that were "
+        "loaded; or one bad batch",
+        "what the code and the data do at this step; clipping of gradients",
+        f"{DOCS}#sudden-change",
+        "LossMonitor",
+    ),
+    Rule(
         "label-noise",
         "warning",
         (

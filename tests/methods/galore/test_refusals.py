@@ -159,7 +159,7 @@ def test_a_matrix_for_which_nothing_is_saved_is_left_alone_and_named(
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))
     galore = GaLore(rank, match=None if isinstance(rank, dict) else "*")
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="no batch was seen"):
         start(net, galore)
 
     assert "0.weight  16 x 16 as 16 x" in caplog.text

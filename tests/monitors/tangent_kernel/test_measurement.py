@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.tap import LossTap
 from lightning_lowrank.monitors.curvature.measurement import Found
+from lightning_lowrank.monitors.tangent_kernel import by_layer
 from lightning_lowrank.monitors.tangent_kernel.kernels import KernelName
 from lightning_lowrank.monitors.tangent_kernel.measurement import EXACT, KernelEffort, TangentKernels, quantities
 from lightning_lowrank.monitors.tangent_kernel.outputs import KernelOutputs, OwnOutputs, kernel_outputs
@@ -93,6 +94,13 @@ def test_few_outputs_give_the_exact_kernel(kernel: KernelName) -> None:
     assert all(error == 0 for name, error in found.errors.items() if name in truth)
 
 
+@pytest.fixture
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of rows is so small that a class-summed kernel is found by layer."""
+    monkeypatch.setattr(by_layer, "ROWS", 0)
+
+
+@pytest.mark.usefixtures("estimated")
 @pytest.mark.parametrize("kernel", ["full", "class_summed"])
 def test_many_outputs_give_estimates_within_a_few_of_their_errors(kernel: KernelName) -> None:
     state = fresh(kernel)
@@ -279,6 +287,16 @@ def test_everything_found_is_announced(num: int) -> None:
     }
 
 
+def test_many_examples_that_do_not_meet_have_an_exact_class_summed_kernel() -> None:
+    state = fresh("class_summed")
+    found = measured(state, mlp(), MANY)
+    truth = true_values(oracle(mlp(), random(MANY, 5, seed=7), "class_summed"), MANY, one_hot(MANY))
+
+    assert state.exact
+    assert_close({name: found.values[name] for name in truth}, truth, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.usefixtures("estimated")
 def test_the_limit_of_what_is_exact_counts_pairs_of_products() -> None:
     states = {kernel: fresh(kernel) for kernel in NAMES}
     for state in states.values():
