@@ -104,8 +104,8 @@ def fit(
 ) -> Fitted:
     """Components of the first `num_members` models, with all controls.
 
-    Cost: every number of every model is read once, for a product of N x N; memory for one stretch of a tensor, N x N,
-    and 2 K x N per tensor. The work is shared out by tensor over the processes of the team.
+    Cost: every number of every model is read once, for a product of N x N. Memory holds one stretch of a tensor, N x N
+    numbers, and 2 K x N per tensor. The work is shared out by tensor over the processes of the team.
     """
     names = list(models.shapes)
     owners = team.assign([float(models.shapes[name].numel()) for name in names])
