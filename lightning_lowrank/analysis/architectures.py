@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from importlib import import_module, util
 from inspect import signature
 from pathlib import Path
@@ -41,15 +42,25 @@ def call(place: str) -> Any:
         ValueError: There is no such function, it takes arguments, or it raises.
     """
     function = imported(place)
-    try:
-        signature(function).bind()
-    except TypeError as error:
-        raise ValueError(f"{place} cannot be called without arguments: {error}") from error
     with torch.device("meta"):
-        try:
-            return function()
-        except Exception as error:  # the user's own code
-            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+        return called(place, function)
+
+
+def called(place: str, function: Callable[..., Any], *arguments: int) -> Any:
+    """What the user's function returns.
+
+    Raises:
+        ValueError: It does not take these arguments, or it raises.
+    """
+    try:
+        signature(function).bind(*arguments)
+    except TypeError as error:
+        words = f"with {', '.join(map(str, arguments))}" if arguments else "without arguments"
+        raise ValueError(f"{place} cannot be called {words}: {error}") from error
+    try:
+        return function(*arguments)
+    except Exception as error:  # the user's own code
+        raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
 
 
 def imported(place: str) -> Any:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lowrank.analysis.architectures import called
 from lightning_lowrank.maths.spectra.spectrum import svd
 from lightning_lowrank.models.linear import linear_layers, matrix_of
 from lightning_lowrank.models.names import tag
@@ -79,9 +80,9 @@ def task_of(place: str, function: Callable[[int], Any], width: int) -> Task:
     """What the user's function returns.
 
     Raises:
-        ValueError: It returns something else.
+        ValueError: It does not take a width, raises, or returns something else.
     """
-    given = function(width)
+    given = called(place, function, width)
     if not (isinstance(given, tuple) and len(given) == 4):
         raise ValueError(f"{place}({width}) returned a {type(given).__name__}; expected {EXPECTED}")
     module, optimizer, batches, loss = given

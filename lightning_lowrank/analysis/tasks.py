@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lowrank.analysis.architectures import imported
+from lightning_lowrank.analysis.architectures import called, imported
 from lightning_lowrank.models.checkpoints import Checkpoint
 
 Measure = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -79,9 +79,9 @@ def task_of(place: str) -> Task:
     """The task that `module:function` returns.
 
     Raises:
-        ValueError: There is no such function, or it returns something else.
+        ValueError: There is no such function, it takes arguments, raises, or returns something else.
     """
-    given = imported(place)()
+    given = called(place, imported(place))
     if not (isinstance(given, tuple) and len(given) == 3):
         raise ValueError(f"{place} returned a {type(given).__name__}; expected {EXPECTED}")
     module, data, measure = given

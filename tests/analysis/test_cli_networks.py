@@ -56,6 +56,14 @@ def a_number() -> Any:
     return module, data, lambda module, batch: module(batch[0]).sum()
 
 
+def files_that_are_not_there() -> Any:
+    return torch.load("nowhere.pt")
+
+
+def of_a_size(size: int) -> Any:
+    return task()
+
+
 def no_loss() -> Any:
     module, data, _ = task()
     return module, data, lambda module, batch: {"error": module(batch[0]).sum()}
@@ -199,6 +207,8 @@ REFUSED = {
     ("masks", "A", "D", "--density", "0.2"): r"d\.pt has weights that are not finite, in \['0\.weight'\]",
     ("connect", "A", "B", f"{__name__}:without_batches"): "the data set 'test' has no examples",
     ("connect", "A", "B", f"{__name__}:a_number"): "the measure returned a Tensor",
+    ("connect", "A", "B", f"{__name__}:files_that_are_not_there"): "files_that_are_not_there raised FileNotFoundError",
+    ("connect", "A", "B", f"{__name__}:of_a_size"): "of_a_size cannot be called without arguments",
     ("importance", "A", f"{__name__}:a_number"): "the measure returned a Tensor",
     ("importance", "A", f"{__name__}:no_loss"): r"the measure returned \['error'\]",
 }

@@ -142,6 +142,14 @@ def deeper(width: int) -> Any:
     return task if width < 128 else task._replace(module=nn.Sequential(task.module, nn.Linear(10, 10)))
 
 
+def broken(width: int) -> Any:
+    return mlp_standard(width // 0)
+
+
+def of_no_width() -> Any:
+    return mlp_standard(64)
+
+
 def no_linear(width: int) -> Any:
     module = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 10, 8), nn.Flatten())
     return mlp_standard(width)._replace(module=module, optimizer=torch.optim.SGD(module.parameters(), 0.1))
@@ -153,6 +161,8 @@ def no_linear(width: int) -> Any:
         (["nowhere:mlp"], "'nowhere' cannot be imported"),
         ([f"{__name__}:few"], r"returned a tuple; expected \(module, optimizer, batches, loss\)"),
         ([f"{__name__}:no_optimizer"], r"returned \(Sequential, NoneType, list, function\); expected"),
+        ([f"{__name__}:broken"], "broken raised ZeroDivisionError: "),
+        ([f"{__name__}:of_no_width"], "of_no_width cannot be called with 32: too many positional arguments"),
         ([f"{__name__}:no_batches"], "batches are empty"),
         ([f"{__name__}:deeper"], "width 128 has other linear layers than the first width: .* instead of"),
         ([f"{__name__}:no_linear"], "no linear layer with an untied weight"),

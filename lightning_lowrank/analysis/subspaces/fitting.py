@@ -104,8 +104,8 @@ def fit(
 ) -> Fitted:
     """Components of the first `num_members` models, with all controls.
 
-    Cost: every number of every model is read once, for a product of N x N; memory for one stretch of a tensor, N x N,
-    and 2 K x N per tensor. The work is shared out by tensor over the processes of the team.
+    Cost: every number of every model is read once, for a product of N x N. Memory holds one stretch of a tensor, N x N
+    numbers, and 2 K x N per tensor. The work is shared out by tensor over the processes of the team.
     """
     names = list(models.shapes)
     owners = team.assign([float(models.shapes[name].numel()) for name in names])
@@ -144,6 +144,7 @@ def of_gram(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[int], 
     chance = [min(1.0, k / num_parameters) for k in ks]
     numbers["left_out"] = {
         "mean": _by(ks, [found.mean] * len(ks)),
+        "mean_null": _by(ks, [-1 / (num_members - 1)] * len(ks)),
         "basis": _by(ks, found.basis),
         "mean_and_basis": _by(ks, found.mean_and_basis),
         "random": _by(ks, chance),
@@ -171,6 +172,7 @@ def _of_control(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[in
         found = left_out(theirs, own)
         numbers["left_out"] = {
             "mean": _by(own, [found.mean] * len(own)),
+            "mean_null": _by(own, [-1 / (len(others) - 1)] * len(own)),
             "basis": _by(own, found.basis),
             "mean_and_basis": _by(own, found.mean_and_basis),
         }

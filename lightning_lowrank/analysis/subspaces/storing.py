@@ -121,7 +121,7 @@ def subspace_compress(
     show(
         f"{sizes['models']:,} bytes of {len(models)} models -> {sizes['coefficients']:,} of coefficients and "
         f"{sizes['basis']:,} of the basis: {sizes['ratio']:.2f} times less. Without the basis it is "
-        f"{sizes['ratio_without_basis']:.0f} timestimes less, which applies to later models. By parameter "
+        f"{sizes['ratio_without_basis']:.0f} times less, which applies to later models. By parameter "
         f"counts, {sizes['ratio_by_counts']:.2f} times; at most {sizes['ratio_at_most']:.2f}, models over "
         "components and mean"
     )

@@ -47,8 +47,8 @@ def modes(
     One axis of one model has up to D directions, and N models share at most D of them. Unlike components over models,
     they are therefore not limited by the number of models.
 
-    Cost: each model is read twice, with two products of D x P per axis, and as much for models that are drawn; an
-    eigendecomposition of D x D per axis and model that is left out.
+    Cost: each model is read twice, with two products of D x P per axis, and models that are drawn cost as much. Each
+    model that is left out costs an eigendecomposition of D x D per axis.
 
     Args:
         model: Gives the tensor of a model, in float64.
