@@ -66,8 +66,8 @@ def class_summed(jacobian: Jacobian, *, seed: int) -> Float[Tensor, "R R"] | Non
         seed: Of the signs.
 
     Returns:
-        None where it cannot be found in this way: a parameter is used twice, or in a layer other than linear ones,
-        convolutions and normalisations; rows are not examples; or there are more than 512.
+        None if this way does not apply. A parameter is used twice, or in a layer other than linear ones, convolutions
+        and normalisations. Or rows are not examples, or there are more than 512 of them.
     """
     rows = len(jacobian.outputs)
     if rows > ROWS or jacobian.all_reduce is not None or jacobian.outputs.grad_fn is None:
