@@ -79,8 +79,8 @@ def summary_table(monitor: Watched) -> Table:
     """
     first, latest = monitor.first or Sample(0, {}), monitor.latest or Sample(0, {})
     table = Table(title=title_of(monitor), caption="medians over sites, and the lowest now")
-    # A name as long as `gradient_participation_ratio` stays on one line of 80 columns, and the site is folded.
-    table.add_column("quantity", overflow="fold", no_wrap=max(map(len, latest.values), default=0) <= 28)
+    # A name as long as `layers_feature_participation_ratio` stays on one line of 80 columns, and sites are folded.
+    table.add_column("quantity", overflow="fold", no_wrap=max(map(len, latest.values), default=0) <= 36)
     for heading in (_heading(first, "first"), _heading(latest, "latest"), "lowest"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     table.add_column("at", overflow="fold")

@@ -341,6 +341,12 @@ def test_a_loss_of_nan_is_told_where_nothing_else_was_measured_after_it() -> Non
     assert [f.rule for f in diagnose({"step_loss": loss, "weight_participation_ratio": early}, RULES)] == ["diverged"]
 
 
+def test_a_quantity_without_a_sample_is_no_hindrance() -> None:
+    empty = Table(STEPS[:0].astype(np.int64), ["a"], np.ones((0, 1), np.float32))
+
+    assert diagnose({"weight_effective_rank": empty}, RULES) == []
+
+
 def test_at_most_twelve_lines_are_printed_for_a_run() -> None:
     from lightning_lowrank.analysis.diagnosing import lines_of, unchecked
 

@@ -336,7 +336,7 @@ def _unjudged(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
     names = {name for rule in rules for condition in rule.conditions for name in _asked(condition, curves)}
     steps = {name: curves[name].steps for name in sorted(names) if len(curves[name].steps)}
     few = [name for name in steps if len(steps[name]) < LASTING]
-    ends = [int(end) for name in curves for end in curves[name].steps[[0, -1]] if len(curves[name].steps)]
+    ends = [int(end) for name in curves for end in (*curves[name].steps[:1], *curves[name].steps[-1:])]
     old = [name for name in steps if name not in few and 2 * steps[name][-1] < min(ends) + max(ends)]
     for rule, some in ((FEW, few), (OLD, old)):
         if some:
