@@ -231,11 +231,11 @@ def _asked(condition: Condition, curves: Curves) -> list[str]:
 
 
 def _there(name: str, curves: Curves) -> list[str]:
-    """The quantities of "a / b", nothing where one is missing."""
+    """The quantities of "a / b", nothing if one is missing or has no sample."""
     found: list[str] = []
     for part in name.split(" / "):
         quantity = _named(part, curves, found[0] if found else "")
-        if quantity is None:
+        if quantity is None or not len(curves[quantity].steps):
             return []
         found.append(quantity)
     return found
@@ -334,7 +334,7 @@ def _ends(tables: Curves) -> int | None:
 def _unjudged(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
     """Quantities of which rules would say something, with too few samples for it or with none in the second half."""
     names = {name for rule in rules for condition in rule.conditions for name in _asked(condition, curves)}
-    steps = {name: curves[name].steps for name in sorted(names) if len(curves[name].steps)}
+    steps = {name: curves[name].steps for name in sorted(names)}
     few = [name for name in steps if len(steps[name]) < LASTING]
     ends = [int(end) for name in curves for end in (*curves[name].steps[:1], *curves[name].steps[-1:])]
     old = [name for name in steps if name not in few and 2 * steps[name][-1] < min(ends) + max(ends)]
