@@ -270,6 +270,7 @@ def test_a_matrix_that_cannot_be_decomposed_costs_its_own_number(monkeypatch: py
     assert missing(logger.curve(FAULTY)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*rule gradient_.*_non_finite")
 def test_a_solver_that_always_fails_does_not_end_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(matrix: Tensor, **options: str) -> Tensor:
         raise torch.linalg.LinAlgError("did not converge")
@@ -279,8 +280,7 @@ def test_a_solver_that_always_fails_does_not_end_training(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="no number for 2 of 2 sites") as caught:
         logger = watched_as_unwatched(Classifier, gradient_monitor())
 
-    failures = [told for told in ours(caught) if " alert: rule gradient_" not in told]
-    assert len(failures) == 1
+    assert len([told for told in ours(caught) if " alert: " not in told]) == 1
     assert logger.curve("lowrank/rank_failures")[5] == 12
 
 

@@ -49,13 +49,11 @@ def test_what_belongs_to_a_vector_says_what_it_is(tmp_path: Path) -> None:
     assert known["lowrank_vector/gradient_energy_rank_0.01"]["level"] == "parameters"
 
 
-def test_numbers_of_monitors_say_what_their_source_is(tmp_path: Path) -> None:
+def test_numbers_of_monitors_say_what_they_are(tmp_path: Path) -> None:
     train(tmp_path / "run", DormantUnitsMonitor(detail="all"), max_steps=1)
 
     says = written(tmp_path / "run")[1]["lowrank_vector/dormant_share"]["says"]
-    assert says.startswith("Shares of units of each layer that are dormant") and says.endswith(
-        "/monitors/dormant-units/"
-    )
+    assert says.startswith("Share of units far below the mean of their layer") and says.endswith("/dormant-units/")
 
 
 def test_ranks_are_written_with_those_of_gaussian_matrices(tmp_path: Path) -> None:
