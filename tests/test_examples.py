@@ -68,7 +68,7 @@ def test_the_demo_ends_with_the_ranks_and_leaves_the_curves(tmp_path: Path) -> N
         low, middle, high = (
             [e.value for e in curves.Scalars(f"rank/{source}_stable_rank_{end}")] for end in ("min", "median", "max")
         )
-        assert len(middle) == 2
+        assert len(middle) >= 2
         assert all(1 <= a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
 
 

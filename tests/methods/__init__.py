@@ -85,7 +85,7 @@ NOT_BY_ENTRY = "use an optimizer that updates each entry independently"
 REFUSED: dict[tuple[str, str], str] = {(name, "LBFGS"): NOT_BY_ENTRY for name in METHODS if name.startswith("galore")}
 
 REFUSED |= {
-    ("lottery ticket, neurons", case): "no neurons are found"
+    ("lottery ticket, neurons", case): "found no neurons"
     for case in (
         "dropout and batch norm",
         "validation",
