@@ -58,7 +58,7 @@ class Use:
 def class_summed(jacobian: Jacobian, *, seed: int) -> Float[Tensor, "R R"] | None:
     """The kernel of examples, summed over the columns of the outputs.
 
-    A product with random signs is held against one by autograd, which finds layers that are used in another way, and
+    A product with random signs is compared with one by autograd. This finds layers that are used in another way, and
     examples that depend on each other, as under batch normalisation.
 
     Args:
