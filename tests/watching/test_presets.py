@@ -33,7 +33,7 @@ from tests.trainings import Classifier
 # What is made, and what the refusal says: the culprit, and what would work.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no source": (lambda: RankMonitor(sources=(), detail="all"), r"sources=\[\].*'gradients', 'weights'"),
-    "unknown source": (lambda: RankMonitor(["gradient"], detail="all"), r"unknown \['gradient'\].*'gradients'"),
+    "unknown source": (lambda: RankMonitor(["gradient"], detail="all"), r"\['gradient'\] is unknown.*'gradients'"),
     "no statistic": (lambda: RankMonitor(statistics=(), detail="all"), r"'gradient'.*'stable_rank'"),
     "unknown statistic": (
         lambda: RankMonitor(statistics=["stable_rnak"], detail="all"),
@@ -216,7 +216,7 @@ REFUSED_AT_START: dict[str, tuple[Callable[[], list[Monitor]], str]] = {
     ),
     "the same tags": (
         lambda: [RankMonitor(detail="all"), RankMonitor(["gradients"], detail="all")],
-        r"two RankMonitor in one training.*distinguish them by RankMonitor\(..., name='...'\)",
+        r"two RankMonitor in one training.*distinguish them with RankMonitor\(..., name='...'\)",
     ),
     "some of the tags": (
         lambda: [
