@@ -10,6 +10,7 @@ a, b entries on its two sides
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class Use:
 
 def class_summed(jacobian: Jacobian, *, seed: int) -> Float[Tensor, "R R"] | None:
     """The kernel of examples, summed over the columns of the outputs.
+
+    Cost: one backward pass for each column, and one product by autograd. Memory: the derivatives of one column by the
+    outputs of all layers.
 
     A product with random signs is compared with one by autograd. This finds layers that are used in another way, and
     examples that depend on each other, as under batch normalisation.
@@ -136,9 +140,10 @@ def _uses(root: Node, params: Sequence[Tensor], rows: int) -> list[Use | None] |
         if place is None:
             continue
         rule = RULES.get((node.name(), position))
-        if rule is None or uses[place] is not None:
+        use = None if rule is None else rule(node, rows, turned)
+        if use is None or uses[place] is not None:
             return None
-        uses[place] = use = rule(node, rows, turned)
+        uses[place] = use
         if use.right is None and rows * params[place].numel() > ENTRIES:
             return None
     return uses
@@ -213,24 +218,26 @@ def _convolution(node: Any, rows: int, turned: bool) -> Use:
 
 def _layer_norm(node: Any, rows: int, turned: bool) -> Use:
     normal = (node._saved_input - node._saved_result1) * node._saved_result2
-    size = node._saved_weight.numel()
+    size = prod(node._saved_normalized_shape)
     return Use(node, lambda along: (along * normal).reshape(rows, -1, size).sum(1))
 
 
 def _layer_norm_bias(node: Any, rows: int, turned: bool) -> Use:
-    size = node._saved_weight.numel()
+    size = prod(node._saved_normalized_shape)
     return Use(node, lambda along: along.reshape(rows, -1, size).sum(1))
 
 
-def _batch_norm(node: Any, rows: int, turned: bool) -> Use:
+def _batch_norm(node: Any, rows: int, turned: bool) -> Use | None:
+    if node._saved_training:  # also in eval mode, where it keeps no running statistics: examples depend on each other
+        return None
     into = node._saved_input
     mean, var = (x.reshape(-1, *(1,) * (into.ndim - 2)) for x in (node._saved_running_mean, node._saved_running_var))
     normal = (into - mean) * (var + node._saved_eps).rsqrt()
     return Use(node, lambda along: _along(along * normal, 1, rows))
 
 
-# By the node of the graph and the place at which it takes the parameter.
-RULES: dict[tuple[str, int], Callable[[Any, int, bool], Use]] = {
+# By the node of the graph and the place at which it takes the parameter; None where the node has no use of this kind.
+RULES: dict[tuple[str, int], Callable[[Any, int, bool], Use | None]] = {
     ("AddmmBackward0", 0): _added(-1),
     ("AddmmBackward0", 2): _linear("_saved_mat1"),
     ("MmBackward0", 1): _linear("_saved_self"),

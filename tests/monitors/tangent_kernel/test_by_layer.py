@@ -38,6 +38,17 @@ class Transposed(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
+class OnlyBias(nn.Module):
+    """A norm with a bias and no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.head = nn.Parameter(torch.zeros(5)), nn.Linear(5, COLUMNS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(nn.functional.layer_norm(x, (5,), None, self.bias)))
+
+
 class Meeting(nn.Module):
     """Every row depends on all examples."""
 
@@ -90,11 +101,15 @@ SEEN: dict[str, Callable[..., nn.Module]] = {
     "convolutional": convolutional,
     "strided": strided,
     "tokens": lambda dtype: filled(Tokens()).to(dtype),
+    "a norm without a weight": lambda dtype: filled(OnlyBias()).to(dtype),
     "transposed": lambda dtype: filled(Transposed()).to(dtype),
 }
 UNSEEN: dict[str, Callable[[], nn.Module]] = {
     "examples that meet": Meeting,
     "a batch norm in training": lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, COLUMNS)),
+    "a batch norm without running statistics": lambda: nn.Sequential(
+        nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, COLUMNS)
+    ),
     "a layer that is used twice": Twice,
     "a layer without a rule": Recurrent,
     "a weight that is computed": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, COLUMNS)),
