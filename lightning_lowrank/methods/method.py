@@ -16,14 +16,8 @@ from lightning_lowrank.measuring.schedules import Every
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
-from lightning_lowrank.watching.trainer import HIDING, TrainerTraining
+from lightning_lowrank.watching.trainer import HIDING, TrainerTraining, beside
 from lightning_lowrank.watching.watch import Watch
-
-
-def beside(trainer: L.Trainer) -> list[L.Callback]:
-    """The callbacks of a Trainer, ours among them."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # it sets it, but not in its class
-    return callbacks
 
 
 def refuse_finetuning(trainer: L.Trainer, name: str, instead: str) -> None:

@@ -23,11 +23,11 @@ from lightning_lowrank.measuring.parameter_source import change
 from lightning_lowrank.measuring.source import Reading, Step
 from lightning_lowrank.measuring.sources.gradients import gradient
 from lightning_lowrank.methods.matrices import Patterns, matrices
-from lightning_lowrank.methods.method import beside
 from lightning_lowrank.models.sites import Site, sites
 from lightning_lowrank.models.training import Training
 from lightning_lowrank.reports.rank_advice import Energies, Method, RankAdvice, added, advise, numbers_of
 from lightning_lowrank.watching.monitor import Monitor, cadence, probe_of
+from lightning_lowrank.watching.trainer import beside
 
 By = Literal["updates", "gradients"]
 PAIR = re.compile(r"\.lora(\..*)?$")

@@ -18,7 +18,7 @@ from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.report import Style
 from lightning_lowrank.watching.arguments import Arguments
 from lightning_lowrank.watching.doubles import refuse_double
-from lightning_lowrank.watching.trainer import TrainerTraining, refuse_hidden
+from lightning_lowrank.watching.trainer import TrainerTraining, beside, refuse_hidden
 from lightning_lowrank.watching.watch import Watch
 
 # Hooks that have nothing to do between samples.
@@ -173,7 +173,7 @@ class Monitor(Arguments, L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and a second monitor that would write the same tags."""
         refuse_hidden(trainer.strategy, pl_module)
-        others = [c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self]  # type: ignore[attr-defined]
+        others = [c for c in beside(trainer) if isinstance(c, Monitor) and c is not self]
         for other in others:
             self.refuse_double(other)
         self._is_set_up = True
@@ -207,7 +207,8 @@ class Monitor(Arguments, L.Callback):
         """Ask whether a sample is due."""
         self.watch.batch_begins(TrainerTraining(trainer, pl_module), batch, batch_idx)
         if self._rests is not self.watch.rests:
-            self._rest(self.watch.rests)
+            # A callback of the user's that passes its hooks on would call what is none.
+            self._rest(self.watch.rests and self in beside(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Show the live loss."""
@@ -265,6 +266,7 @@ class Monitor(Arguments, L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove all hooks, also after Ctrl-C."""
         self.watch.ends()
+        self._rest(False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Be ready for another run."""

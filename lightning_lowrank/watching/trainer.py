@@ -212,6 +212,12 @@ class Mute:
         return _nothing if callable(found) else found
 
 
+def beside(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks of a Trainer, ours among them."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # it sets it, but not in its class
+    return callbacks
+
+
 def refuse_hidden(strategy: Any, module: nn.Module) -> None:
     """Refuse what cannot be measured.
 

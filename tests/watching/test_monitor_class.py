@@ -36,7 +36,7 @@ COPIES: dict[str, Callable[[Monitor], Monitor]] = {
 of_each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
-def fit(*monitors: Monitor) -> None:
+def fit(*monitors: L.Callback) -> None:
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.seed_everything(0, verbose=False)
     L.Trainer(max_steps=2, logger=False, accelerator="cpu", callbacks=list(monitors), **quiet).fit(Classifier())
@@ -156,6 +156,26 @@ class Looks(L.Callback):
         self.seen.append([name for name in IDLE if callable(getattr(self.monitor, name))])
 
 
+class Passing(L.Callback):
+    """A user's own callback, which passes every hook on to a monitor that the Trainer does not know of."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_") and name not in ("setup", "teardown"):
+            return super().__getattribute__(name)
+        return lambda *args, **options: getattr(self.monitor, name)(*args, **options)
+
+
+class Failing(L.Callback):
+    """It ends the training between two samples."""
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            raise KeyError("of the user")
+
+
 class Counting(RankMonitor):
     """A user's own."""
 
@@ -169,8 +189,23 @@ class Counting(RankMonitor):
 def test_between_samples_only_hooks_of_the_user_are_called() -> None:
     monitor = Counting(every_n_steps=2)
     looks = Looks(monitor)
-    fit(monitor, looks)  # type: ignore[arg-type]
+    fit(monitor, looks)
 
     assert looks.seen == [list(IDLE), ["on_train_batch_end"]]
     assert monitor.ends == 2
+    assert not vars(monitor).keys() & set(IDLE)
+
+
+def test_a_callback_of_the_user_can_pass_hooks_on_at_every_step() -> None:
+    monitor = RankMonitor(every_n_steps=3)
+    fit(Passing(monitor))
+
+    assert monitor.latest is not None
+
+
+def test_an_exception_gives_all_hooks_back() -> None:
+    monitor = RankMonitor(every_n_steps=3)
+    with pytest.raises(KeyError, match="of the user"):
+        fit(monitor, Failing())
+
     assert not vars(monitor).keys() & set(IDLE)

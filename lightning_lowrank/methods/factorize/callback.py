@@ -16,7 +16,8 @@ from lightning_lowrank.methods.factorize.factors import Init
 from lightning_lowrank.methods.factorize.orthogonality import Orthogonality, OrthogonalSteps
 from lightning_lowrank.methods.factorize.waiting import Waiting
 from lightning_lowrank.methods.matrices import Patterns
-from lightning_lowrank.methods.method import Method, beside
+from lightning_lowrank.methods.method import Method
+from lightning_lowrank.watching.trainer import beside
 
 
 class LowRankFactorize(Method):

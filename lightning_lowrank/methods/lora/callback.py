@@ -15,8 +15,9 @@ from lightning_lowrank.methods.lora.curves import LoRANumbers
 from lightning_lowrank.methods.lora.exchange import export, fill
 from lightning_lowrank.methods.lora.inits import refuse_init
 from lightning_lowrank.methods.lora.prepared import frozen_keys, merge, merged_state, prepared
-from lightning_lowrank.methods.method import Method, beside, refuse_finetuning
+from lightning_lowrank.methods.method import Method, refuse_finetuning
 from lightning_lowrank.monitors.curvature.monitor import CurvatureMonitor
+from lightning_lowrank.watching.trainer import beside
 
 Patterns = str | Sequence[str] | None
 
