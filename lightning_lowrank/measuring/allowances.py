@@ -139,6 +139,8 @@ class Purse:
         self._begun: int | None = None
         self._marks: list[Spent] = []
         self._planned = -1
+        # Steps of first samples: each member asks at every step.
+        self.firsts: set[int] = set()
 
     def wakes(self, step: int) -> bool:
         """Whether all have to look at the clock: one step after they did, all is known, and is shared out."""
@@ -161,7 +163,7 @@ class Purse:
     def _is_moment(self, step: int) -> bool:
         age = step - (self._begun or 0)
         is_doubling = age >= COLD and age % COLD == 0 and (age // COLD).bit_count() == 1
-        return age == STEADY or is_doubling or any(member.first == step - 1 for member in self.members)
+        return age == STEADY or is_doubling or step - 1 in self.firsts
 
     def _share_out(self, now: Spent, team: Team) -> None:
         begun = self._marks[0]
@@ -184,6 +186,7 @@ class Purse:
             first = now.step + 1 + i + math.ceil(waiting / (HASTE * self.share * step))
             latest = now.step + 1 + rest // 4 if self.total_steps else first
             asking[i].grant(Grant(now.step, rest, given[i], costs[i], step, min(first, latest)))
+        self.firsts = {member.first for member in self.members if member.first is not None}
 
 
 def _idle(a: Spent, b: Spent) -> float:
@@ -289,7 +292,9 @@ class Allowance(Budget):
         self._now = Spent(step, own, total)
         if self._begun is None:
             self._begun = self._now
-            self.first = step if self.wish.needed else None
+            if self.wish.needed:
+                self.first = step
+                self.purse.firsts.add(step)
         self.own = own
         if self._was_due:
             self._after, self.num_samples = [*self._after, own][-RECENT - 1 :], self.num_samples + 1
