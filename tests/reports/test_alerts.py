@@ -372,12 +372,14 @@ def test_what_is_over_names_the_sites_and_the_steps_of_its_beginning_and_of_its_
     assert [site.site for site in resolved.worst] == ["a"] and resolved.num_firing == 0
 
 
-def test_what_is_over_of_the_whole_model_names_no_site() -> None:
+def test_of_the_whole_model_no_site_is_named_when_it_begins_and_when_it_is_over() -> None:
     state = at_work(rule())
 
     events = [state.observe(step, {"": 2.0 if step < 3 or step > 6 else 0.5}, {}) for step in range(10)]
 
-    assert f"{QUANTITY} has recovered at step 8" in next(e.message for e in events if e and e.state == "resolved")
+    firing, resolved = [event for event in events if event is not None]
+    assert f"{QUANTITY} at the whole model since step 3: 0.5, " in firing.message
+    assert f"{QUANTITY} has recovered at step 8" in resolved.message
 
 
 NEVER_HEALTHY = {

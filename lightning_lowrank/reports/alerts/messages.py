@@ -48,9 +48,12 @@ def message_of(event: AlertEvent, rule: Alert) -> str:
     """The whole story of an alert that fires, on one line."""
     named = "; ".join(_of_site(site) for site in event.worst)
     more = event.num_firing - len(event.worst)
-    where = (
-        f"{event.num_firing} of {event.num_sites} sites" if event.worst[0].condition != "non_finite" else "the monitor"
-    )
+    first = event.worst[0]
+    where = f"{event.num_firing} of {event.num_sites} sites"
+    if first.condition == "non_finite":
+        where = "the monitor"
+    elif first.site == WHOLE_MODEL:
+        where = "the whole model"
     also = f"; and {more} more" if more else ""
     cause = rule.cause or _usual(event)
     because = f" Usual cause: {cause}." if cause else ""
@@ -85,7 +88,7 @@ def table(events: Sequence[AlertEvent]) -> str:
 
 def _of_site(site: SiteAlert) -> str:
     """A site's number against what it should be."""
-    value = f"{site.site} {site.value:.4g}" + (f" +- {site.error:.2g}" if site.error else "")
+    value = f"{site.site} {site.value:.4g}".lstrip() + (f" +- {site.error:.2g}" if site.error else "")
     against = "" if math.isnan(site.baseline) else f", baseline {site.baseline:.4g}{_percent(site)}"
     match site.condition:
         case "slope":

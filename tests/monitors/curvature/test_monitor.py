@@ -311,7 +311,7 @@ class Hiding(nn.Module):
 def test_a_layer_whose_second_derivative_is_wrong_makes_curvature_invalid() -> None:
     net = nn.Sequential(nn.Linear(64, 6), Hiding(), nn.Linear(6, 10))
 
-    with pytest.warns(UserWarning, match="curvature_valid at 1 of 1 sites"):
+    with pytest.warns(UserWarning, match="curvature_valid at the whole model since step 0: 0, alert"):
         logger = watched(FullBatch(net, lr=0.01), CurvatureMonitor(every_n_steps=1, detail="all"))
 
     assert set(logger.curve("curvature/valid").values()) == {0.0}
