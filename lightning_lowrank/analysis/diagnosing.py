@@ -47,7 +47,10 @@ def diagnose(
 
 def lines_of(run: str, findings: Sequence[Finding], num_idle: int) -> list[str]:
     """A heading, and a line for each finding."""
-    heading = f"{run}: {len(findings) or 'none'} of {len(RULES) + 1 - num_idle} rules reported something"
+    checked = len(RULES) + 1 - num_idle
+    heading = f"{run}: {len(findings)} of {checked} rules reported something"
+    if not findings:
+        heading = f"{run}: nothing to report, {checked} rules were checked"
     told = [f"{finding.severity:8} {finding.rule}: {finding.message}" for finding in findings]
     return (
         [heading, *told]

@@ -259,6 +259,11 @@ class Allowance(Budget):
         return self._is_out
 
     @property
+    def exceeded(self) -> bool:
+        """Never to be warned of: what is overspent changes the cadence."""
+        return False
+
+    @property
     def asks(self) -> bool:
         """Whether it is to be given something."""
         return not (self.is_idle or self._is_out or self._is_resumed)

@@ -195,7 +195,7 @@ def test_a_healthy_run_has_nothing_to_report_and_says_what_was_not_asked(
     main(["diagnose", str(tmp_path / "run"), "--fail-on", "info"])
 
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and ": none of " in told[0]
+    assert len(told) == 2 and ": nothing to report, " in told[0]
     assert "dead-units" in told[1] and "weight-collapse" not in told[1]
 
 

@@ -31,6 +31,8 @@ class Run:
     num_steps: int
     due: list[list[int]] = field(default_factory=list)
     news: list[list[int]] = field(default_factory=list)
+    # Whether a monitor has said that its cadence stays although it costs too much.
+    has_complained: bool = False
     # Seconds of ours and of all until each step.
     own: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Run:
                     continue
                 if member.observe(step, own[i], self.total[-1], Team()):
                     self.news[i].append(step)
+                self.has_complained |= member.exceeded
                 if member(step):
                     took = self.samples[i] * (dearer if step > self.num_steps / 2 else 1.0)
                     self.due[i].append(step)
@@ -155,7 +158,7 @@ def test_a_run_of_unknown_length_leaves_nobody_out_and_keeps_the_budget_later() 
 def test_samples_that_become_dearer_become_fewer() -> None:
     ran = run([wish(0.5, 20)], [0.005], 40_000).go(dearer=10.0)
 
-    assert ran.share(25_000) <= 0.05 and ran.share() <= 0.05
+    assert ran.share(25_000) <= 0.05 and ran.share() <= 0.05 and not ran.has_complained
 
 
 def test_samples_are_evenly_spaced_once_their_cost_is_known() -> None:
