@@ -34,8 +34,8 @@ CAUSES = {
     ),
 }
 NO_NUMBER = (
-    "a NaN or infinite loss (a learning rate that is too high, an overflow in half precision, or a division by zero), "
-    "or decompositions that failed, which an earlier warning then says"
+    "a NaN or infinite loss: a learning rate that is too high, an overflow in half precision, or a division by zero. "
+    "If an earlier warning says that decompositions failed, that is the cause"
 )
 
 
