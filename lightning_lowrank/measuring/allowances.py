@@ -282,6 +282,9 @@ class Allowance(Budget):
 
     def __call__(self, step: int) -> bool:
         """Whether this step is due."""
+        # All look at the clock before any sample is taken: what another one makes of it holds from the next step on.
+        if self._was_due and step == self._last:
+            return True
         if self._is_out:
             return False
         return super().__call__(step) if self.every is not None else step == self.first

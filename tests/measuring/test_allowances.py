@@ -48,12 +48,12 @@ class Run:
             self.own.append(sum(own))
             self.total.append(total)
             total += STEP
-            for i, member in enumerate(members):
-                if member.rests(step):
-                    continue
+            awake = [(i, member) for i, member in enumerate(members) if not member.rests(step)]
+            for i, member in awake:
                 if member.observe(step, own[i], self.total[-1], Team()):
                     self.news[i].append(step)
                 self.has_complained |= member.exceeded
+            for i, member in awake:  # samples are taken when all have looked at the clock
                 if member(step):
                     took = self.samples[i] * (dearer if step > self.num_steps / 2 else 1.0)
                     self.due[i].append(step)
@@ -159,6 +159,16 @@ def test_samples_that_become_dearer_become_fewer() -> None:
     ran = run([wish(0.5, 20)], [0.005], 40_000).go(dearer=10.0)
 
     assert ran.share(25_000) <= 0.05 and ran.share() <= 0.05 and not ran.has_complained
+
+
+@pytest.mark.parametrize(("seconds", "num_steps"), [([0.003, 0.003, 0.03], 600), ([0.003, 0.003, 0.2, 0.2], 300)])
+def test_a_sample_that_is_due_is_taken_though_the_budget_is_shared_out_again_at_its_step(
+    seconds: list[float], num_steps: int
+) -> None:
+    others = [wish(0.5, 100) for _ in seconds[2:]]
+    found = run([wish(1.0, needed=True), wish(0.1, 5, needed=True), *others], seconds, num_steps).go()
+
+    assert [member.taken for member in found.purse.members] == [len(due) for due in found.due]
 
 
 def test_samples_are_evenly_spaced_once_their_cost_is_known() -> None:
