@@ -56,6 +56,9 @@ COMMANDS = {
 GROUPS = {"subspace": "subspaces that many models share: fit, extend, project, compress, reconstruct, merge"}
 
 
+# In the names of files that are read where their folder is given.
+DATA = ("tfevents", ".safetensors", ".ckpt", ".pt", ".bin")
+
 # The beginning of an option is none: --rank is not --ranks.
 Parser = partial(ArgumentParser, allow_abbrev=False)
 
@@ -89,14 +92,16 @@ def refuse_overwriting(given: Mapping[str, Any]) -> None:
     """Refuse to write over a file that is to be read: it is mapped, and would be lost.
 
     Raises:
-        ValueError: An output is one of the inputs.
+        ValueError: An output is one of the inputs, or a run's or a model's file in a folder of them.
     """
-    outputs = {key: Path(given[key]) for key in ("output", "page") if given.get(key)}
+    outputs = {key: Path(given[key]) for key in ("output", "page") if given.get(key) and Path(given[key]).is_file()}
     for key, output in outputs.items():
         for other, values in given.items():
             several = values if isinstance(values, list) else [values]
-            paths = [Path(one) for one in several if isinstance(one, str) and other not in outputs]
-            if output.is_file() and any(path.is_file() and path.samefile(output) for path in paths):
+            paths = [Path(one) for one in several if isinstance(one, str) and other not in ("output", "page")]
+            folders = output.resolve().parents if any(word in output.name for word in DATA) else ()
+            is_read = any((path.is_file() and path.samefile(output)) or path.resolve() in folders for path in paths)
+            if is_read:
                 raise ValueError(f"--{key}={output} is one of {other}, and would be lost: write to another file")
 
 

@@ -55,7 +55,8 @@ def report(run_dir: str, output: str = "report.html", samples: int = answers.LIM
         raise ValueError(f"--samples={samples} must be at least 1")
     reader = reader_of(Path(run_dir))
     write(Path(output), page_of(reader, Path(run_dir).resolve().name, samples))
-    rich.print(f"{escape(output)}: {len(reader.runs())} runs, {Path(output).stat().st_size / 2**20:.1f} MiB")
+    count, size = len(reader.runs()), Path(output).stat().st_size / 2**20
+    sys.stdout.write(f"{output}: {count} run{'' if count == 1 else 's'}, {size:.1f} MiB\n")
 
 
 def summary(run_dir: str, *, all: bool = False, json: bool = False) -> None:

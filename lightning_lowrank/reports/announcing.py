@@ -39,16 +39,20 @@ def too_few(count: int | None, total_steps: int | None) -> str:
     if count is None or count >= FEWEST:
         return ""
     return (
-        f"{of_number(count, 'sample')} in {total_steps} steps {'is' if count == 1 else 'are'} no curve. For more, "
-        "use a smaller every_n_steps, or max_overhead=0.05, which samples as often as 5 % of the time allow"
+        f"{of_number(count, 'sample')} in {of_number(total_steps or 0, 'step')} {'is' if count == 1 else 'are'} no "
+        "curve. For more, use a smaller every_n_steps, or max_overhead=0.05, which samples as often as 5 % of the time "
+        "allow"
     )
 
 
 def chosen(budget: Budget, total_steps: int | None) -> str:
     """The cadence that a budget has chosen."""
+    every = budget.every or 1
     times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
-    said = f"{each(budget.every or 1)} from now on: {times}, {percent(budget.share)} more time is allowed"
-    return said + _in_whole(None if total_steps is None else budget.count(total_steps), total_steps)
+    samples = _in_whole(None if total_steps is None else budget.count(total_steps), total_steps)
+    if isinstance(budget, Allowance):  # its share follows the costs of all, and may change
+        return f"{each(every)} for now: {times}, {percent(budget.sample / budget.step / every)} more time{samples}"
+    return f"{each(every)} from now on: {times}, {percent(budget.share)} more time is allowed{samples}"
 
 
 def left_out(budget: Budget, total_steps: int | None) -> str:
@@ -58,12 +62,15 @@ def left_out(budget: Budget, total_steps: int | None) -> str:
     steps = budget.sample / budget.step if known else budget.wish.cost
     took = f"{plain(1000 * budget.sample)} ms, as long as " if known else ""
     missing = FEWEST - budget.taken
-    what, more = ("no more samples in", " more") if budget.taken else ("left out of", "")
-    share = plain(100 * missing * steps / total_steps)
+    what, more = ("no more samples in", "more ") if budget.taken else ("left out of", "")
+    share, whole = missing * steps / total_steps, percent(budget.purse.share)
+    reason = f"all monitors together may take {whole}"
+    if share <= budget.purse.share:
+        reason = f"less is left of the {whole} for all monitors together"
     return (
         f"{what} this run: a sample takes about {took}{plain(steps)} step{'' if plain(steps) == '1' else 's'} of "
-        f"training. {missing}{more} samples take {share} % of {total_steps} steps, and all monitors together may take "
-        f"{percent(budget.purse.share)}"
+        f"training. {of_number(missing, f'{more}sample')} {'takes' if missing == 1 else 'take'} {plain(100 * share)} % "
+        f"of {of_number(total_steps, 'step')}, and {reason}"
     )
 
 

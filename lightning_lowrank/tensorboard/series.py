@@ -126,12 +126,14 @@ class Reader:
         return found
 
     def table(self, run: str, parts: Iterable[Segment]) -> Table:
-        """Parts as one series. Where a step was written twice, by a run that was resumed, the later word holds."""
+        """Parts as one series. Where a run began again at an earlier step, the later word holds."""
         parts = list(parts)
         sites = list(dict.fromkeys(site for part in parts for site in part.sites))
         found = self._read(run, PLUGIN, [part.tag for part in parts])
         samples = [
-            (datum.wall_time, datum.step, part, datum.numpy) for part in parts for datum in found.get(part.tag, ())
+            (datum.wall_time, datum.step, part, datum.numpy)
+            for part in parts
+            for datum in _standing(found.get(part.tag, ()))
         ]
         samples = [sample for sample in samples if sample[2].fits(sample[3])]
         steps = np.array(sorted({step for _, step, _, _ in samples}), np.int64)
@@ -155,9 +157,9 @@ class Reader:
             return None
         asked = RunTagFilter(runs=[run], tags=[tag])
         read = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=ALL, run_tag_filter=asked)
-        by_step = {datum.step: datum.value for datum in read[run][tag]}
-        steps = np.array(sorted(by_step), np.int64)
-        return Table(steps, ["whole model"], np.array([[by_step[step]] for step in steps.tolist()], np.float32))
+        data = _standing(read[run][tag])
+        steps = np.array([datum.step for datum in data], np.int64)
+        return Table(steps, ["whole model"], np.array([[datum.value] for datum in data], np.float32))
 
     def last_step(self, run: str) -> int:
         """The last step of any scalar that a run has logged; -1 without any."""
@@ -193,6 +195,19 @@ def thinned(
     if len(chosen) <= limit:
         return chosen
     return chosen[np.unique(np.linspace(0, len(chosen) - 1, limit).round().astype(np.int64))]
+
+
+def _standing(data: Iterable[Any]) -> list[Any]:
+    """The data under a tag without those that a later one takes back, since a run began again at its step.
+
+    RustBoard has already left them out; TensorBoard's own loader has all, in the order in which they were written.
+    """
+    found: list[Any] = []
+    for datum in data:
+        while found and found[-1].step >= datum.step:
+            found.pop()
+        found.append(datum)
+    return found
 
 
 def _plain(array: NDArray[Any]) -> NDArray[np.float32]:

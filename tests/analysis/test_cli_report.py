@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,13 +248,25 @@ def test_a_report_that_cannot_be_written_says_so(
         main(["report", str(run), "-o", output])
 
 
+def test_a_report_does_not_write_over_the_run_that_it_reads(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "copy"))
+    (events,) = folder.glob("**/*tfevents*")
+    before = events.read_bytes()
+
+    with pytest.raises(SystemExit, match="would be lost"):
+        main(["report", str(folder), "-o", str(events)])
+    assert events.read_bytes() == before
+    for _ in range(2):  # a page in the run's folder may be written again
+        main(["report", str(folder), "-o", str(folder / "report.html")])
+
+
 @pytest.mark.slow
 def test_it_is_a_command_of_its_own(run: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("lightning-lowrank")), "report", str(run), "-o", "page.html"]
 
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0 and done.stdout.startswith("page.html: 1 runs"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("page.html: 1 run, "), done.stderr
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 

@@ -123,6 +123,25 @@ def test_every_rule_has_a_planted_fault_and_a_heading_on_the_page() -> None:
     assert all(f"### {rule}\n" in page for rule in rules)
 
 
+@pytest.mark.parametrize(
+    ("quantity", "values", "rule"),
+    [
+        ("weight_spectral_norm", [1.0, 9.0, 99.0], "weights-outgrow"),
+        ("weight_effective_rank", [50.0, 5.0, 4.0], "weight-collapse"),
+        ("feature_participation_ratio", [9.0, 1.1, 1.1], "feature-collapse"),
+        ("step_loss", [2.0, 9.0, 99.0], "loss-rises"),
+    ],
+)
+def test_of_three_samples_the_first_that_others_are_compared_with_need_not_be_beyond(
+    quantity: str, values: list[float], rule: str
+) -> None:
+    three = diagnose({quantity: curve(a=values)}, RULES)
+    passed = diagnose({quantity: curve(a=[values[0], values[1], values[0]])}, RULES)
+
+    assert [(finding.rule, finding.since) for finding in three] == [(rule, 10)]
+    assert passed == []
+
+
 @pytest.mark.parametrize("fault", PLANTED)
 def test_what_has_passed_is_not_told(fault: str) -> None:
     curves, (rule, _, _) = PLANTED[fault]

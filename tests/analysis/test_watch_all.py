@@ -48,7 +48,7 @@ def test_ranks_have_three_samples_in_200_steps_and_who_is_left_out_says_what_it_
     assert any(line.endswith("router: left out of this run: RouterMonitor finds no router") for line in said)
     places = "rank: gradient, weight and update at 3 sites within 5 % more time for all monitors together"
     assert any(line.endswith(f"{places}: at least 3 samples in 200 steps") for line in said)
-    assert any(re.search(r"rank: every .* more time is allowed: \d+ samples in 200 steps$", line) for line in said)
+    assert any(re.search(r"rank: every .* more time: \d+ samples in 200 steps$", line) for line in said)
     left_out = [line for line in said if ": left out of this run: " in line]
     assert len({line.partition(":")[0] for line in left_out}) == len(left_out)
     assert not logger.tags() & {"ntk/velocity"}

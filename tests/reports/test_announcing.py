@@ -22,8 +22,9 @@ from lightning_lowrank import (
     RankMonitor,
     watching,
 )
+from lightning_lowrank.measuring.allowances import Allowance, Grant, Purse, Wish
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.reports.announcing import FirstSample, num_samples
+from lightning_lowrank.reports.announcing import FirstSample, chosen, left_out, num_samples, too_few
 from tests.monitors import MONITORS
 from tests.trainings import QUIET, Classifier
 
@@ -85,7 +86,7 @@ def test_what_nobody_knows_beforehand_is_not_told(caplog: pytest.LogCaptureFixtu
 def test_too_few_samples_are_a_warning_that_says_what_to_do_and_no_failure(steps: int) -> None:
     monitor = RankMonitor(every_n_steps=50)
 
-    with pytest.warns(UserWarning, match=r"samples? in .* steps .* no curve.*every_n_steps.*max_overhead"):
+    with pytest.warns(UserWarning, match=r"samples? in .* steps? .* no curve.*every_n_steps.*max_overhead"):
         L.Trainer(**QUIET, logger=False, max_steps=steps, callbacks=[monitor]).fit(Classifier())
 
     assert monitor.failures == 0
@@ -173,3 +174,43 @@ def test_a_loop_whose_length_is_told_has_it_in_the_start_line(caplog: pytest.Log
         optimizer.step()
 
     assert "every 5 steps: 3 samples in 15 steps" in caplog.text
+
+
+def granted(seconds: float, *, taken: int) -> Allowance:
+    """One of several monitors after it was given some seconds of the last 500 of 600 steps."""
+    purse = Purse(0.05)
+    one = purse.allowance(Wish(1.0, 0.0, 1))
+    one.plan(600)
+    one.taken, one._last = taken, 90 * bool(taken)
+    one.grant(Grant(now=100, rest=500, seconds=seconds, sample=0.02, step=0.01, first=110))
+    return one
+
+
+def test_a_share_of_one_budget_is_told_by_what_the_cadence_costs() -> None:
+    one = granted(0.3, taken=1)
+
+    line = chosen(one, 600)
+    assert line.startswith(f"every {one.every} steps for now: a sample takes 20 ms, a step 10 ms, ")
+    assert f" ms, {100 * 0.02 / 0.01 / one.every:.3g} % more time: " in line
+
+
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        (0, "left out of this run: a sample takes about 20 ms, as long as 2 steps of training. 3 samples take "),
+        (2, "no more samples in this run: a sample takes about 20 ms, as long as 2 steps of training. 1 more sample "),
+    ],
+)
+def test_what_would_fit_alone_is_left_out_because_of_others(taken: int, told: str) -> None:
+    line = left_out(granted(0.0, taken=taken), 600)
+
+    assert line.startswith(told)
+    assert line.endswith("of 600 steps, and less is left of the 5 % for all monitors together")
+
+
+def test_what_fits_in_no_case_is_held_against_the_whole_budget() -> None:
+    one = Purse(0.05).allowance(Wish(17.0, 0.0, 1))
+    one.plan(1)
+
+    assert left_out(one, 1).endswith("3 samples take 5100 % of 1 step, and all monitors together may take 5 %")
+    assert too_few(1, 1).startswith("1 sample in 1 step is no curve. ")

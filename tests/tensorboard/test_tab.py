@@ -150,6 +150,15 @@ def test_where_a_step_was_written_twice_the_later_word_holds(tmp_path: Path) -> 
     assert json.loads(found.data)["steps"] == [0, 1, 2] and values(found).ravel().tolist() == [1, 3, 4]
 
 
+def test_what_a_run_wrote_beyond_the_step_at_which_it_was_resumed_is_gone(tmp_path: Path) -> None:
+    write(tmp_path / "logs" / "run", (0, {"a": 1.0}), (10, {"a": 2.0}), (20, {"a": 9.0}), (30, {"a": 9.0}))
+    write(tmp_path / "logs" / "run", (15, {"a": 3.0}), (25, {"a": 4.0}))
+
+    found = get(served(tmp_path / "logs"), "matrix", run="run", **Q)
+
+    assert json.loads(found.data)["steps"] == [0, 10, 15, 25] and values(found).ravel().tolist() == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("limit", [2, 7, 100, 5000])
 def test_thinned_samples_are_spread_evenly_from_the_first_to_the_last(limit: int) -> None:
     chosen = thinned(np.arange(0, 6000, 3), limit)

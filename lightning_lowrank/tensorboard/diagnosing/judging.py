@@ -175,7 +175,10 @@ def _findings(rule: Rule, curves: Curves) -> Iterator[Finding]:
     holds = first.holds.copy()
     for other in others:
         holds &= _aligned(other, first)
-    lasting = holds[-LASTING:].all(0)
+    # The number that the others are compared with is no evidence of its own.
+    quantity = rule.conditions[0].quantity
+    is_compared = any(one.relative_to in ("first", "lowest") for one in rule.conditions if one.quantity == quantity)
+    lasting = holds[max(int(is_compared), len(holds) - LASTING) :].all(0)
     if not lasting.any():
         return
     last = first.values[-1]

@@ -97,7 +97,7 @@ RULES = (
         "a step changes the weights by a share of {value}, in the median of layers",
         "healthy in our trainings: 4e-4 to 1e-2 per step, usually near 1e-3",
         "a learning rate that is far too small, frozen layers, or vanishing gradients",
-        "a learning rate ten to a thousand times as large",
+        "a look at the gradients; if they are not zero, a learning rate ten to a thousand times as large",
         f"{DOCS}#does-not-learn",
         'RankMonitor(statistics=["weight_ratio"])',
     ),
