@@ -42,7 +42,7 @@ class Share:
     @property
     def directions(self) -> Float[Tensor, "K P"]:
         """Components as flat vectors, in float64."""
-        return self.components.double().flatten(1)
+        return self.components.double().reshape(len(self.components), self.mean.numel())
 
     def project(self, update: Num[Tensor, "*shape"]) -> Float[Tensor, " K"]:
         """Coefficients of an update about the mean."""
