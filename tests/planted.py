@@ -254,8 +254,8 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "clusters are joined by their nearest models": Mistake(
         "maths/shared_subspaces/distances.py",
-        r"\(sizes\[a\] \* to_a \+ sizes\[b\] \* to_b\) / \(sizes\[a\] \+ sizes\[b\]\)",
-        "min(to_a, to_b)",
+        r"\(sizes\[a\] \* near\[a\] \+ sizes\[b\] \* near\[b\]\) / \(sizes\[a\] \+ sizes\[b\]\)",
+        "torch.minimum(near[a], near[b])",
         (SHARED,),
     ),
     "an axis keeps the model that is left out": Mistake(

@@ -118,6 +118,15 @@ class Checkpoint:
             self._reads[name], self.shapes[name] = read, shape
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files in which the tensors of a checkpoint lie.
+
+    Raises:
+        ValueError: There is no such file, or shards are missing.
+    """
+    return list(_parts(_file(Path(path))))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: what is not spoils the sum. Types of 8 bits know no `isfinite`."""
     return bool(tensor.sum(dtype=torch.float64).isfinite())

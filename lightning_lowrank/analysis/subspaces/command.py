@@ -12,14 +12,18 @@ from rich.table import Table
 from rich.tree import Tree
 from torch import distributed as dist
 
+from lightning_lowrank.analysis.matrices import first
 from lightning_lowrank.analysis.showing import cell, print_json, show
 from lightning_lowrank.analysis.subspaces.fitting import Fitted, fit, settled, write_basis
-from lightning_lowrank.analysis.subspaces.models import Adapters, Models, base_of, is_adapter, models_of
+from lightning_lowrank.analysis.subspaces.models import Adapters, Models, models_of
+from lightning_lowrank.analysis.subspaces.states import writable
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.shared_subspaces.components import cosines
 
 # Models below which what is shared hangs on single ones.
 FEW = 10
+# Models above which their tree is not printed.
+LARGE = 64
 
 
 def subspace_fit(
@@ -60,23 +64,25 @@ def subspace_fit(
         raise ValueError(f"{len(controls)} model(s) given as --control; components need at least three")
     if control_base is not None and not controls:
         raise ValueError("--control-base needs --control")
+    file = None if output is None else writable(output)
     bases = [base] * len(checkpoints) + [control_base] * len(controls)
     models = models_of([*checkpoints, *controls], bases, match, exclude)
     with processes() as team:
         found = fit(models, ks, len(checkpoints), team, modes=modes)
-        if output is not None:
+        if file is not None:
             if isnan(found.whole["explained"][str(ks[0])]):
                 raise ValueError("the models are equal: they have no components, and there is no basis to write")
-            write_basis(Path(output), models, found.parts, base or _base(checkpoints), team)
+            write_basis(file, models, found.parts, base or next(iter(adapted(models)), None), team)
         if team.rank:
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
+        warnings += strangers(models, found, len(checkpoints), base, control_base)
         if json:
             print_json(_json(found, checkpoints, ks, dropped, warnings))
         else:
             _tell(found, checkpoints, ks, warnings)
-            if output is not None:
-                show(f"{escape(output)}: a basis of {ks[-1]} components for each tensor")
+            if file is not None:
+                show(f"{escape(str(file))}: a basis of {ks[-1]} components for each tensor")
 
 
 @contextmanager
@@ -120,8 +126,23 @@ def cautions(
     return found
 
 
-def _base(checkpoints: Sequence[str]) -> str | None:
-    return base_of(Path(checkpoints[0])) if is_adapter(Path(checkpoints[0])) else None
+def strangers(models: Models, found: Fitted, num_members: int, base: str | None, control_base: str | None) -> list[str]:
+    """Warnings about models that are not of the same kind as the others."""
+    warnings, size = [], len(models.paths)
+    if zero := [path for path, energy in zip(models.paths, found.gram.diagonal(), strict=True) if not float(energy)]:
+        warnings.append(f"{first(zero)} are equal to the base, or zero: they count as models, but are not left out")
+    if size > num_members and (base is None) != (control_base is None):
+        kinds = ("the weights", "the updates") if base is None else ("the updates", "the weights")
+        lacking = "--base" if base is None else "--control-base"
+        warnings.append(f"{kinds[0]} of models are compared with {kinds[1]} of controls; give {lacking}, or none")
+    if len(adapted(models)) > 1:
+        warnings.append(f"the adapters are for different bases, {first(adapted(models))}")
+    return warnings
+
+
+def adapted(models: Models) -> Sequence[str]:
+    """Bases that adapters name."""
+    return models.bases if isinstance(models, Adapters) else ()
 
 
 def _json(
@@ -148,7 +169,10 @@ def _tell(found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], warnings
     show(_by_layer(found.layers, ks[-1]))
     if any("modes" in numbers for numbers in found.layers.values()):
         show(_by_mode(found.layers, ks))
-    show(_dendrogram(found, [Path(path).name for path in checkpoints]))
+    if len(checkpoints) > LARGE:
+        show(f"--json has the clusters of the models: a tree of {len(checkpoints)} is too large to read")
+    else:
+        show(_dendrogram(found, [Path(path).name for path in checkpoints]))
 
 
 ROWS = {
