@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 from torch import distributed as dist
 
+from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.matrices import first
 from lightning_lowrank.analysis.showing import cell, print_json, show
 from lightning_lowrank.analysis.subspaces.fitting import Fitted, fit, settled, write_basis
@@ -37,6 +38,7 @@ def subspace_fit(
     exclude: list[str] | None = None,
     modes: bool = False,
     output: str | None = None,
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Print which subspace many models share, compared with noise, and how much of a left-out model it contains.
@@ -52,6 +54,7 @@ def subspace_fit(
         exclude: Leave these out.
         modes: Also print what models share along each axis of each tensor, and along all axes (higher-order SVD).
         output: Safetensors file for the basis: the mean and the components of each tensor, as many as the largest k.
+        page: HTML file with charts of all numbers; k takes the place of steps.
         json: Print all numbers.
 
     Raises:
@@ -77,6 +80,8 @@ def subspace_fit(
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
         warnings += strangers(models, found, len(checkpoints), base, control_base)
+        if page is not None:
+            draw(page, {"fit": {k: numbers("subspace", _shares(found, str(k))) for k in ks}})
         if json:
             print_json(_json(found, checkpoints, ks, dropped, warnings))
         else:
@@ -189,6 +194,15 @@ ROWS = {
 }
 
 
+def _shares(found: Fitted, k: str) -> dict[str, dict[str, float]]:
+    """Of the whole and of each tensor: all that depends on k alone."""
+    rows = {}
+    for name, row in {"whole": found.whole, **found.layers}.items():
+        left = {f"left_out_{key}": values[k] for key, values in row["left_out"].items() if isinstance(values, dict)}
+        rows[name] = {"explained": row["explained"][k], "null": row["null"][k], **left}
+    return rows
+
+
 def _by_k(whole: Mapping[str, Any], ks: Sequence[int], num_models: int) -> Table:
     title = f"{num_models} models, {whole['num_parameters']:,} numbers each, whole"
     table = Table(title=title, title_justify="left", box=None)
@@ -213,11 +227,11 @@ def _by_layer(layers: Mapping[str, Any], k: int) -> Table:
     table = Table(title=f"each tensor, k={k}", title_justify="left", box=None)
     for heading in ("tensor", "numbers", "explained", "Gaussian", "mean", "basis", "mean and basis", "random"):
         table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
-    for name, numbers in layers.items():
-        left = numbers["left_out"]
-        values = [numbers["explained"], numbers["null"], *(left[key] for key in ("mean", "basis", "mean_and_basis"))]
+    for name, row in layers.items():
+        left = row["left_out"]
+        values = [row["explained"], row["null"], *(left[key] for key in ("mean", "basis", "mean_and_basis"))]
         cells = [cell(one[str(k)]) for one in (*values, left["random"])]
-        table.add_row(escape(name), str(numbers["num_parameters"]), *cells)
+        table.add_row(escape(name), str(row["num_parameters"]), *cells)
     return table
 
 
@@ -225,8 +239,8 @@ def _by_mode(layers: Mapping[str, Any], ks: Sequence[int]) -> Table:
     table = Table(title="each axis: explained / Gaussian, left out / random", title_justify="left", box=None)
     for heading in ("tensor", "axis", "size", *(f"k={k}" for k in ks)):
         table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
-    for name, numbers in layers.items():
-        for axis, one in numbers.get("modes", {}).items():
+    for name, row in layers.items():
+        for axis, one in row.get("modes", {}).items():
             keys = ("explained", "null", "left_out", "random")
             cells = ["{:.2f}/{:.2f} {:.2f}/{:.2f}".format(*(one[key][str(k)] for key in keys)) for k in ks]
             table.add_row(escape(name), axis, str(one["size"]), *cells)

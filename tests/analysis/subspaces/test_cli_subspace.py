@@ -541,6 +541,16 @@ def test_what_is_not_alike_among_models_is_told(tmp_path: Path, capsys: pytest.C
     assert not any("are compared with" in one for one in found["warnings"])
 
 
+def test_the_page_has_what_is_printed_by_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+
+    told(capsys, "fit", *paths, "--base", base, "--page", str(tmp_path / "page.html"))
+
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"subspace_{name}" in page for name in ("explained", "null", "left_out_mean_and_basis"))
+    assert '"steps": [1, 2, 4]' in page and '"whole"' in page
+
+
 def test_the_tree_of_many_models_is_left_to_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = []
     for i in range(70):
