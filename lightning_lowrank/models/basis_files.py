@@ -10,7 +10,6 @@ Shape letters:  N models   K components   P parameters of a tensor
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +94,9 @@ class Basis:
         parts = ("mean", "components", "values", "coefficients", "energies")
         return Share(*(self._file.get_tensor(f"{part}/{name}") for part in parts))
 
-    def mark(self) -> str:
-        """A digest that tells this basis from others."""
-        values = torch.cat([self._file.get_tensor(f"values/{name}").double() for name in self.shapes])
-        return sha256(values.numpy().tobytes()).hexdigest()
+    def values(self) -> Float[Tensor, " Q"]:
+        """Energies along all components, tensor by tensor; they tell this basis from others."""
+        return torch.cat([self._file.get_tensor(f"values/{name}").double() for name in self.shapes])
 
 
 def _opened(path: Path) -> Any:  # safetensors has no types

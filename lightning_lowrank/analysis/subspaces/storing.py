@@ -2,6 +2,7 @@
 
 import json as json_
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,11 +219,16 @@ def subspace_merge(
 
 def write_coefficients(file: Path, basis: Basis, coefficients: Coefficients, models: Sequence[str]) -> None:
     """Write coefficients of models in a basis, in single precision."""
-    metadata = {"format": COEFFICIENTS, "models": json_.dumps(list(models)), "basis": basis.mark()}
+    metadata = {"format": COEFFICIENTS, "models": json_.dumps(list(models)), "basis": _mark(basis)}
     try:
         save_file({name: c.float().contiguous() for name, c in coefficients.items()}, file, metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be written: {error}") from error
+
+
+def _mark(basis: Basis) -> str:
+    """A digest that tells a basis from others."""
+    return sha256(basis.values().numpy().tobytes()).hexdigest()
 
 
 def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficients]:
@@ -236,7 +242,7 @@ def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficien
     known = file.metadata() or {}
     if known.get("format") != COEFFICIENTS:
         raise ValueError(f"{path} has no coefficients; lightning-lowrank subspace compress writes them")
-    if known["basis"] != basis.mark():
+    if known["basis"] != _mark(basis):
         raise ValueError(
             f"{path} has coefficients in another basis than {basis.path}; give the basis they were written with"
         )
