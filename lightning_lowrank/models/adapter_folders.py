@@ -53,11 +53,13 @@ class AdapterFolder:
         pairs: By the path of the layer.
         whole: Parameters that were trained whole, by name.
         base: Name or path of the base model, if it says so.
+        inputs_as_rows: Weights have their inputs as rows, as those of `Conv1D` in transformers.
     """
 
     pairs: Mapping[str, Pair]
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     base: str | None = None
+    inputs_as_rows: bool = False
 
 
 def write_adapter(folder: str | Path, adapter: AdapterFolder) -> None:
@@ -103,7 +105,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     if halves := [path for path, entry in found.items() if not {"A", "B"} <= set(entry)]:
         raise ValueError(f"{folder / WEIGHTS} has one factor without the other for {halves[:5]}")
     pairs = {path: _pair(path, entry, config) for path, entry in found.items()}
-    return AdapterFolder(pairs, whole, config.get("base_model_name_or_path"))
+    return AdapterFolder(pairs, whole, config.get("base_model_name_or_path"), bool(config.get("fan_in_fan_out")))
 
 
 def _config_in(file: Path) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _config(adapter: AdapterFolder) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.inputs_as_rows,
         "init_lora_weights": True,
         "use_rslora": False,
         # Not a list, whose entries would fit the ends of other names too.

@@ -237,7 +237,9 @@ class Adapters(Models):
 
     def tensor(self, model: int, name: str) -> Float[Tensor, "..."]:
         """One product, in the shape of the weight."""
-        return _product(self._pairs(name)[model]).reshape(self.shapes[name])
+        pair = self._pairs(name)[model]
+        product = pair.scaling * (pair.b.double() @ _wide(pair.a))
+        return (product.T if _is_flipped(self._folders[model], pair) else product).reshape(self.shapes[name])
 
     def sums(self, name: str, weights: Float[Tensor, "K N"]) -> Iterator[Float[Tensor, "K _"]]:
         """Weighted sums of products."""
@@ -353,18 +355,20 @@ def _standard(tensor: Tensor) -> Float[Tensor, " Q"]:
 
 
 def _shapes(folder: AdapterFolder) -> dict[str, torch.Size]:
-    """Of the weights that an adapter is for: of an embedding its table has the inputs as rows."""
+    """Of the weights that an adapter is for."""
     found = {}
     for path, pair in folder.pairs.items():
         inner = pair.a.shape[1:]
-        found[f"{path}.weight"] = torch.Size((*inner, len(pair.b)) if pair.of_embedding else (len(pair.b), *inner))
+        found[f"{path}.weight"] = torch.Size(
+            (*inner, len(pair.b)) if _is_flipped(folder, pair) else (len(pair.b), *inner)
+        )
     return found
+
+
+def _is_flipped(folder: AdapterFolder, pair: Pair) -> bool:
+    """Whether a weight has its inputs as rows: the table of an embedding, or a matrix of `Conv1D` in transformers."""
+    return pair.of_embedding or (folder.inputs_as_rows and pair.a.ndim == 2)
 
 
 def _wide(a: Tensor) -> Float[Tensor, "R P"]:
     return a.double().flatten(1)
-
-
-def _product(pair: Pair) -> Float[Tensor, "M P"]:
-    product = pair.scaling * (pair.b.double() @ _wide(pair.a))
-    return product.T if pair.of_embedding else product

@@ -239,6 +239,28 @@ def test_adapters_need_no_base_where_nothing_is_rebuilt(tmp_path: Path, capsys: 
         main(["subspace", "merge", basis, "-o", str(tmp_path / "merged.safetensors")])
 
 
+def test_adapters_of_weights_with_inputs_as_rows_are_rebuilt_as_they_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, paths = {"square.weight": torch.zeros(4, 4), "wide.weight": torch.zeros(3, 6)}, []
+    save_file(base, tmp_path / "base.safetensors")
+    for i in range(4):
+        torch.manual_seed(i)
+        square, wide = (Pair(torch.randn(2, n), torch.randn(m, 2)) for m, n in ((4, 4), (6, 3)))
+        paths.append(str(tmp_path / f"{i}"))
+        write_adapter(paths[-1], AdapterFolder({"square": square, "wide": wide}, inputs_as_rows=True))
+    path, options = str(tmp_path / "basis.safetensors"), ["--base", str(tmp_path / "base.safetensors")]
+
+    main(["subspace", "fit", *paths, "--k", "2", "-o", path])
+    main(["subspace", "merge", path, *options, "-o", str(tmp_path / "mean.safetensors")])
+
+    merged = load_file(tmp_path / "mean.safetensors")
+    for name, mean in merged.items():
+        factors = [load_file(f"{one}/adapter_model.safetensors") for one in paths]
+        keys = [f"base_model.model.{name.removesuffix('weight')}lora_{letter}.weight" for letter in "BA"]
+        assert_close(mean, torch.stack([(one[keys[0]] @ one[keys[1]]).T for one in factors]).mean(0))
+
+
 def test_adapters_are_compared_in_what_all_of_them_adapt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = adapters(tmp_path, False, {})
     torch.manual_seed(9)
