@@ -75,7 +75,7 @@ def subspace_fit(
         if file is not None:
             if isnan(found.whole["explained"][str(ks[0])]):
                 raise ValueError("the models are equal: they have no components, and there is no basis to write")
-            write_basis(file, models, found.parts, base or next(iter(adapted(models)), None), team)
+            write_basis(file, models, found.parts, base or next(iter(adapted(models, len(checkpoints))), None), team)
         if team.rank:
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
@@ -140,14 +140,15 @@ def strangers(models: Models, found: Fitted, num_members: int, base: str | None,
         kinds = ("the weights", "the updates") if base is None else ("the updates", "the weights")
         lacking = "--base" if base is None else "--control-base"
         warnings.append(f"{kinds[0]} of models are compared with {kinds[1]} of controls; give {lacking}, or none")
-    if len(adapted(models)) > 1:
-        warnings.append(f"the adapters are for different bases, {first(adapted(models))}")
+    if len(adapted(models, num_members)) > 1:
+        warnings.append(f"the adapters are for different bases, {first(adapted(models, num_members))}")
     return warnings
 
 
-def adapted(models: Models) -> Sequence[str]:
-    """Bases that adapters name."""
-    return models.bases if isinstance(models, Adapters) else ()
+def adapted(models: Models, num_members: int) -> list[str]:
+    """Bases that adapters name, controls aside."""
+    bases = models.bases[:num_members] if isinstance(models, Adapters) else []
+    return list(dict.fromkeys(base for base in bases if base is not None))
 
 
 def _json(

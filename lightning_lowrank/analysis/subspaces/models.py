@@ -188,7 +188,7 @@ class Adapters(Models):
 
     Attributes:
         left_out: Parameters that were trained whole, which are no product.
-        bases: What they say they are for.
+        bases: What each says it is for.
 
     Raises:
         ValueError: A folder is none of a LoRA adapter, or one adapts other weights than the first.
@@ -210,7 +210,7 @@ class Adapters(Models):
                 )
         _refuse_more(self.paths, shapes, selected)
         self.left_out = sorted({name for folder in self._folders for name in folder.whole})
-        self.bases = sorted({folder.base for folder in self._folders if folder.base is not None})
+        self.bases = [folder.base for folder in self._folders]
 
     @property
     def num_bytes(self) -> list[int]:

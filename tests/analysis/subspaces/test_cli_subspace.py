@@ -232,6 +232,10 @@ def test_adapters_need_no_base_where_nothing_is_rebuilt(tmp_path: Path, capsys: 
     more = told(capsys, "extend", basis, paths[5], "--k", "4", "-o", str(tmp_path / "more.safetensors"))
 
     assert any("for different bases, ['hub/0', 'hub/1']" in warning for warning in fitted["warnings"])
+    controlled = told(capsys, "fit", *paths[3:], "--k", "1", "--control", *paths[:3])["warnings"]
+    assert any("for different bases, ['hub/0', 'hub/1']" in warning for warning in controlled)
+    controlled = told(capsys, "fit", *paths[:3], "--k", "1", "--control", *paths[3:])["warnings"]
+    assert not any("for different bases" in warning for warning in controlled)
     assert all(0.3 < row["mean_and_basis"] < 1 for row in rows.values())
     assert sizes["models"] == sum((Path(path) / "adapter_model.safetensors").stat().st_size for path in paths[:5])
     assert more["from_files"] and more["models"][paths[5]]["held after"] > more["models"][paths[5]]["held before"]
