@@ -16,6 +16,8 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from lightning_lowrank.analysis.overwriting import is_read
+
 # Where each command is and what it does, the most used first. Only the one that was asked for is imported: some take
 # torch.
 COMMANDS = {
@@ -56,9 +58,6 @@ COMMANDS = {
 GROUPS = {"subspace": "subspaces that many models share: fit, extend, project, compress, reconstruct, merge"}
 
 
-# In the names of files that are read where their folder is given.
-DATA = ("tfevents", ".safetensors", ".ckpt", ".pt", ".bin")
-
 # The beginning of an option is none: --rank is not --ranks.
 Parser = partial(ArgumentParser, allow_abbrev=False)
 
@@ -92,17 +91,16 @@ def refuse_overwriting(given: Mapping[str, Any]) -> None:
     """Refuse to write over a file that is to be read: it is mapped, and would be lost.
 
     Raises:
-        ValueError: An output is one of the inputs, or a run's or a model's file in a folder of them.
+        ValueError: An output is one of the inputs.
     """
-    outputs = {key: Path(given[key]) for key in ("output", "page") if given.get(key) and Path(given[key]).is_file()}
+    outputs = {key: Path(given[key]) for key in ("output", "page") if given.get(key)}
     for key, output in outputs.items():
         for other, values in given.items():
             several = values if isinstance(values, list) else [values]
-            paths = [Path(one) for one in several if isinstance(one, str) and other not in ("output", "page")]
-            folders = output.resolve().parents if any(word in output.name for word in DATA) else ()
-            is_read = any((path.is_file() and path.samefile(output)) or path.resolve() in folders for path in paths)
-            if is_read:
-                raise ValueError(f"--{key}={output} is one of {other}, and would be lost: write to another file")
+            if other not in outputs and is_read(output, [Path(one) for one in several if isinstance(one, str)]):
+                raise ValueError(
+                    f"--{key}={output} is one of {other} or part of it, and would be lost: write to another file"
+                )
 
 
 def _command(name: str) -> Callable[..., None]:
