@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
 SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["site_url"]
 HEADING = re.compile(r"^#+ (.*)$", re.M)
 # Where one paragraph, item, row or heading ends and the next begins.
-NEXT = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*#>]|\d+\.)\s)|\n(?=\|)")
+NEXT = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*#>]|\d+\.)\s)|\n(?=\|)|<br>")
 END = re.compile(r"(?<=[.!?])(?<!\bal\.)[)\"*_]*\s+")
 MOST_WORDS = 30
 
