@@ -93,7 +93,7 @@ def _tables(all_: Sequence[Said]) -> Iterator[str]:
     rows = []
     for case in dict.fromkeys(one.case for one in failing):
         of_case = [one for one in failing if one.case is case]
-        lines = "; ".join(dict.fromkeys(_words(one) for one in of_case))
+        lines = "<br>".join(dict.fromkeys(_words(one) for one in of_case))
         rows.append(
             [case.what, NAMED[case.what] or "no rule", f"{sum(o.is_named for o in of_case)} of {len(of_case)}", lines]
         )

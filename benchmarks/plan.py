@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --calibrate cpu    # writes the table of this class of devices, then checks
     python -m benchmarks.plan                    # checks against what was written
-    python -m benchmarks.plan --growth           # cost against side, layers, parameters and processes
+    python -m benchmarks.plan --growth true      # cost against side, layers, parameters and processes
 
 None of the five trainings that are checked is among those that the table is made from. Times are of the processor.
 """

@@ -254,8 +254,8 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "clusters are joined by their nearest models": Mistake(
         "maths/shared_subspaces/distances.py",
-        r"\(sizes\[a\] \* to_a \+ sizes\[b\] \* to_b\) / \(sizes\[a\] \+ sizes\[b\]\)",
-        "min(to_a, to_b)",
+        r"\(sizes\[a\] \* near\[a\] \+ sizes\[b\] \* near\[b\]\) / \(sizes\[a\] \+ sizes\[b\]\)",
+        "torch.minimum(near[a], near[b])",
         (SHARED,),
     ),
     "an axis keeps the model that is left out": Mistake(
@@ -329,6 +329,24 @@ MISTAKES: dict[str, Mistake] = {
         r"whole / \(shared \+ part\)",
         "whole / part",
         (f"{SUBSPACE}bytes_are_those_of_the_files",),
+    ),
+    "coefficients of another basis are taken": Mistake(
+        "analysis/subspaces/storing.py",
+        r"if known\[\"basis\"\] != _mark\(basis\):",
+        "if False:",
+        (f"{SUBSPACE}bad_input_is_refused_by_name[coefficients in another basis]",),
+    ),
+    "a model that did not change is left out": Mistake(
+        "maths/shared_subspaces/left_out.py",
+        r"if float\(gram\[i, i\]\) > 0\]",
+        "]",
+        (f"{SUBSPACE}models_that_did_not_change_are_named_and_not_left_out",),
+    ),
+    "weights with inputs as rows are rebuilt with outputs as rows": Mistake(
+        "analysis/subspaces/models.py",
+        r"pair\.of_embedding or \(folder\.inputs_as_rows and pair\.a\.ndim == 2\)",
+        "pair.of_embedding",
+        (f"{SUBSPACE}adapters_of_weights_with_inputs_as_rows_are_rebuilt_as_they_lie",),
     ),
     "a run begins at the mean though it is not to": Mistake(
         "methods/subspace_training/act.py",

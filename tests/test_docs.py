@@ -3,13 +3,16 @@ monitors and public names have their places.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from jsonargparse import auto_cli, capture_parser
 
 import lightning_lowrank
 from lightning_lowrank.reports.alerts.messages import PAGE
@@ -24,9 +27,11 @@ LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
 SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["site_url"]
 HEADING = re.compile(r"^#+ (.*)$", re.M)
 # Where one paragraph, item, row or heading ends and the next begins.
-NEXT = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*#>]|\d+\.)\s)|\n(?=\|)")
+NEXT = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*#>]|\d+\.)\s)|\n(?=\|)|<br>")
 END = re.compile(r"(?<=[.!?])(?<!\bal\.)[)\"*_]*\s+")
 MOST_WORDS = 30
+# A benchmark with its options: words, or a text in double quotes.
+BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)((?: +--[\w-]+(?: +(?![-#])(?:\"[^\"]*\"|[^\s`#)]+))?)+)")
 
 
 def blocks() -> list[tuple[str, int, str]]:
@@ -192,3 +197,17 @@ def test_every_page_is_in_the_navigation() -> None:
 
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
     assert not [page for page in pages if f'"{page}"' not in navigation and not page.startswith("api/")]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Benchmarks that documents and benchmarks name with options, where those are read from a function."""
+    files = [*LINKED, *(ROOT / "benchmarks").glob("*.py")]
+    found = {match.groups() for file in files for match in BENCHMARK.finditer(file.read_text())}
+    return sorted((n, o) for n, o in found if "auto_cli(main)" in (ROOT / "benchmarks" / f"{n}.py").read_text())
+
+
+@pytest.mark.parametrize(("name", "options"), commands())
+def test_benchmarks_take_the_options_that_documents_give_them(name: str, options: str) -> None:
+    main, words = import_module(f"benchmarks.{name}").main, shlex.split(options)
+
+    capture_parser(lambda: auto_cli(main, args=words)).parse_args(words)  # exits where it does not

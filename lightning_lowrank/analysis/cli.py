@@ -16,6 +16,8 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from lightning_lowrank.analysis.overwriting import is_read
+
 # Where each command is and what it does, the most used first. Only the one that was asked for is imported: some take
 # torch.
 COMMANDS = {
@@ -95,9 +97,10 @@ def refuse_overwriting(given: Mapping[str, Any]) -> None:
     for key, output in outputs.items():
         for other, values in given.items():
             several = values if isinstance(values, list) else [values]
-            paths = [Path(one) for one in several if isinstance(one, str) and other not in outputs]
-            if output.is_file() and any(path.is_file() and path.samefile(output) for path in paths):
-                raise ValueError(f"--{key}={output} is one of {other}, and would be lost: write to another file")
+            if other not in outputs and is_read(output, [Path(one) for one in several if isinstance(one, str)]):
+                raise ValueError(
+                    f"--{key}={output} is one of {other} or part of it, and would be lost: write to another file"
+                )
 
 
 def _command(name: str) -> Callable[..., None]:

@@ -55,12 +55,18 @@ def cell(value: float) -> str:
 
 
 def save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file; tensors of one memory are written under each of their names.
 
     Raises:
         ValueError: It cannot be written.
     """
+    places: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
     try:
-        save_file(dict(tensors), file)
+        save_file(apart, file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be written: {error}") from error

@@ -5,6 +5,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -329,7 +330,7 @@ def _written(function: Any) -> list[tuple[int, str]]:
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     """Whether these are the very same things in the same order."""
     one, other = list(one), list(other)
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Num
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,11 +53,13 @@ class AdapterFolder:
         pairs: By the path of the layer.
         whole: Parameters that were trained whole, by name.
         base: Name or path of the base model, if it says so.
+        inputs_as_rows: Weights have their inputs as rows, as those of `Conv1D` in transformers.
     """
 
     pairs: Mapping[str, Pair]
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     base: str | None = None
+    inputs_as_rows: bool = False
 
 
 def write_adapter(folder: str | Path, adapter: AdapterFolder) -> None:
@@ -78,19 +81,18 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     """Read a folder that peft, or `write_adapter`, has written.
 
     Raises:
-        ValueError: It is no folder of a LoRA adapter, or a tensor is not finite.
+        ValueError: It is no folder of a LoRA adapter, a file cannot be read, or a tensor is not finite.
     """
     folder = Path(folder)
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         raise ValueError(f"{folder} has no {CONFIG} and {WEIGHTS}")
-    config = json.loads((folder / CONFIG).read_text())
+    config, tensors = _config_in(folder / CONFIG), _tensors_in(folder / WEIGHTS)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ValueError(
             f"{folder} has an adapter of type {config.get('peft_type')}, or DoRA; only plain LoRA is supported"
         )
     found: dict[str, dict[str, Any]] = {}
     whole = {}
-    tensors = load_file(folder / WEIGHTS)
     refuse_infinite(folder, tensors.items())
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -100,8 +102,29 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             continue
         entry = found.setdefault(match["path"].replace(".base_layer", ""), {})
         entry[match["letter"]], entry["of_embedding"] = tensor, bool(match["embedding"])
+    if halves := [path for path, entry in found.items() if not {"A", "B"} <= set(entry)]:
+        raise ValueError(f"{folder / WEIGHTS} has one factor without the other for {halves[:5]}")
     pairs = {path: _pair(path, entry, config) for path, entry in found.items()}
-    return AdapterFolder(pairs, whole, config.get("base_model_name_or_path"))
+    return AdapterFolder(pairs, whole, config.get("base_model_name_or_path"), bool(config.get("fan_in_fan_out")))
+
+
+def _config_in(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} contains a {type(found).__name__}; expected an object")
+    if found.get("peft_type") == "LORA" and (missing := [key for key in ("lora_alpha", "r") if key not in found]):
+        raise ValueError(f"{file} lacks {missing}, which give the scaling of the adapter")
+    return found
+
+
+def _tensors_in(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
 def _pair(path: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
@@ -132,7 +155,7 @@ def _config(adapter: AdapterFolder) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.inputs_as_rows,
         "init_lora_weights": True,
         "use_rslora": False,
         # Not a list, whose entries would fit the ends of other names too.

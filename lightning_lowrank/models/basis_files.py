@@ -42,7 +42,7 @@ class Share:
     @property
     def directions(self) -> Float[Tensor, "K P"]:
         """Components as flat vectors, in float64."""
-        return self.components.double().flatten(1)
+        return self.components.double().reshape(len(self.components), self.mean.numel())
 
     def project(self, update: Num[Tensor, "*shape"]) -> Float[Tensor, " K"]:
         """Coefficients of an update about the mean."""
@@ -94,8 +94,8 @@ class Basis:
         parts = ("mean", "components", "values", "coefficients", "energies")
         return Share(*(self._file.get_tensor(f"{part}/{name}") for part in parts))
 
-    def print(self) -> Num[Tensor, " Q"]:
-        """A few numbers that tell this basis from others."""
+    def values(self) -> Float[Tensor, " Q"]:
+        """Energies along all components, tensor by tensor; they tell this basis from others."""
         return torch.cat([self._file.get_tensor(f"values/{name}").double() for name in self.shapes])
 
 

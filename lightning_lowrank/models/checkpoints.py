@@ -23,6 +23,18 @@ FILES = (
 )
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
 
+# Those of real numbers that a file of safetensors may have, and torch computes with.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+
 Read = Callable[[], Tensor]
 
 
@@ -118,6 +130,15 @@ class Checkpoint:
             self._reads[name], self.shapes[name] = read, shape
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files in which the tensors of a checkpoint lie.
+
+    Raises:
+        ValueError: There is no such file, or shards are missing.
+    """
+    return list(_parts(_file(Path(path))))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: what is not spoils the sum. Types of 8 bits know no `isfinite`."""
     return bool(tensor.sum(dtype=torch.float64).isfinite())
@@ -190,21 +211,37 @@ def _parts(file: Path) -> dict[Path, set[str] | None]:
 
 
 def _of_safetensors(file: Path) -> dict[str, tuple[Read, torch.Size]]:
-    def read(name: str) -> Tensor:
-        # Opened anew: what is mapped counts as memory of the process for as long as the file is open.
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, for it is no mapping
             known = {name: (part.get_dtype(), torch.Size(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    begins = _begins(file)
     return {
-        name: (partial(read, name), shape) for name, (dtype, shape) in known.items() if dtype.startswith(("F", "BF"))
+        name: (partial(_mapped, file, begins[name], DTYPES[dtype], shape), shape)
+        for name, (dtype, shape) in known.items()
+        if dtype in DTYPES
     }
+
+
+def _begins(file: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin, in a file whose header was found to be sound."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header: Mapping[str, Any] = json.loads(opened.read(size))
+    return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+
+
+def _mapped(file: Path, begin: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A tensor of a file of safetensors.
+
+    The file is mapped anew: what is mapped counts as memory of the process for as long as it is. `safe_open` would read
+    the whole header for each tensor, which takes longer than a small tensor.
+    """
+    whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+    flat = whole[begin : begin + shape.numel() * dtype.itemsize]
+    return (flat.clone() if begin % dtype.itemsize else flat).view(dtype).reshape(shape)
 
 
 def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:

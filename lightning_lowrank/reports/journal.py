@@ -1,6 +1,7 @@
 """Output of a monitor: numbers to all loggers, each kind of failure to the console once."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -139,7 +140,8 @@ class Journal:
         if not isinstance(self.budget, Allowance):
             raise ValueError(f"{self.label}: {error}") from error
         self.budget.is_idle = True
-        self.info_once(f"left out of this run: {str(error).partition(':')[0]}")
+        what = re.split(r"[:;]|\. ", str(error))[0]  # not what to do about it
+        self.info_once(f"left out of this run: {what}")
         return False
 
     def act(self, training: Training) -> None:

@@ -27,8 +27,9 @@ async function findingItem(page, run, finding) {
   const said = h("div", {}, h("p", { class: "says" }, h("span", { class: `severity ${severity}` }, severity), " ", h("b", {}, rule.replaceAll("-", " ")), " · ", where, `${more}: ${says}`),
     h("p", { class: "what" }, [`Since step ${since}`, band && `healthy: ${band}`, cause && `usual cause: ${cause}`].filter(Boolean).join("; ")),
     h("p", { class: "what" }, `Try: ${advice}. `, h("a", { href: finding.page, target: "_blank" }, "More")));
-  return h("li", {}, said, curve ? chart([{ name: curve.name, xs: curve.xs, ys: curve.ys, colour: page.colour(run) }],
-    { title: `${quantity} of ${curve.name}, ${run}`, x: "step", marker: since, width: 260, height: 120 }) : undefined);
+  return h("li", {}, said, curve ? h("figure", {}, h("figcaption", { class: "what" }, `${quantity.replaceAll("_", " ")}, ${curve.name}`),
+    chart([{ name: curve.name, xs: curve.xs, ys: curve.ys, colour: page.colour(run) }],
+      { title: `${quantity} of ${curve.name}, ${run}`, x: "step", marker: since, width: 260, height: 120 })) : undefined);
 }
 
 /** The curve of the site, or the median over all where the finding is of all; none where it was not written as one. */

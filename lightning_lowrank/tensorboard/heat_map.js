@@ -62,7 +62,7 @@ export class HeatMap {
     const width = Math.max(280, this.element.clientWidth || 600);
     const strip = 7 * this.lanes;
     this.left = Math.min(230, Math.max(90, width * 0.3));
-    this.top = strip ? strip + 4 : 0;
+    this.top = (strip && Math.max(strip, 11)) + 4; // room for the word that stands left of it, and for the first layer's
     // So high that the curve of a layer has room below.
     const room = Math.min(520, Math.max(240, window.innerHeight * 0.5));
     this.height = Math.max(2, Math.min(22, Math.floor(room / Math.max(this.sites.length, 1)))) * this.sites.length;
@@ -124,7 +124,7 @@ export class HeatMap {
     const size = this.height / this.sites.length;
     const every = Math.ceil(11 / size);
     this.sites.forEach((site, row) => {
-      if (row % every === 0) context.fillText(shortened(context, site, this.left - 8), this.left - 6, this.top + Math.max((row + 0.5) * size, 6));
+      if (row % every === 0) context.fillText(shortened(context, site, this.left - 8), this.left - 6, this.top + (row + 0.5) * size);
     });
     context.textAlign = "center";
     const columns = this.table.steps.length;
@@ -137,7 +137,7 @@ export class HeatMap {
 
   /** Where alerts were pending or firing, a lane for each rule. */
   strips(context) {
-    if (this.lanes) Object.assign(context, { textAlign: "right", textBaseline: "middle" }).fillText("alerts", this.left - 6, 7 * this.lanes / 2);
+    if (this.lanes) Object.assign(context, { textAlign: "right", textBaseline: "middle" }).fillText("alerts", this.left - 6, Math.max(6, 3.5 * this.lanes));
     this.alerts.forEach(({ states }, i) => this.table.steps.forEach((step, column) => {
       const state = states(step);
       if (state < 1) return;

@@ -46,7 +46,11 @@ function isFolded(page, tables) {
 
 /** The layer below the map: the one that was picked, if the quantity has it; where there is one only, that. */
 function settle(page, tables) {
-  if (tables.some((table) => table.index.has(page.picked?.site))) return;
+  const having = tables.filter((table) => table.index.has(page.picked?.site) && table.steps.length);
+  // Another run, or another quantity, has other samples: the nearest one.
+  const near = having.map((table) => table.steps[table.column(page.picked.step)]);
+  if (near.length) page.picked.step = near.reduce((best, step) => (Math.abs(step - page.picked.step) < Math.abs(best - page.picked.step) ? step : best));
+  if (having.length) return;
   const sites = new Set(tables.flatMap((table) => table.sites));
   page.picked = sites.size === 1 ? { site: [...sites][0], step: Math.max(...tables.map((table) => table.steps.at(-1) ?? 0)) } : undefined;
 }
@@ -220,7 +224,10 @@ function curveFigure(page, tables, beside, site, step, width) {
   ...gaussian(tables, site)];
   const [near, far] = nearAndFar(lines, nulls);
   const unit = page.entry().unit === "1" ? "" : page.entry().unit;
-  const values = tables.map(([run, table]) => `${run}: ${exact(table.at(table.column(step), site))}`).join("; ");
+  const values = tables.map(([run, table]) => {
+    const at = table.steps[table.column(step)];
+    return `${run}: ${exact(table.at(table.column(step), site))}${at === step ? "" : ` (of step ${at})`}`;
+  }).join("; ");
   const counted = [...new Set(tables.map(([, table]) => table.counted()))].join("; ");
   const sheet = () => [["run", "step", site], ...[...lines, ...nulls].flatMap(({ name, xs, ys }) => xs.map((x, i) => [name, x, ys[i] === undefined ? "" : exact(ys[i])]))];
   return h("figure", { id: "curve" }, h("figcaption", {}, h("b", {}, page.quantity.replaceAll("_", " ")), ` ${counted} `, csv(page, sheet, "curve")),

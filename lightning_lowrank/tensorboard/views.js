@@ -170,7 +170,7 @@ const COSTS = {
   overhead_percent_after_warm_up: ["Increase of the training time after the warm-up", "%"],
   time_ms: ["Time of each sample", "ms"],
   every_n_steps: ["Steps from one sample to the next", "steps"],
-  training_time_ms: ["Time of the training so far", "ms"],
+  training_time_ms: ["Time of the training so far", "s", 1e-3],
   failures: ["Failed measurements", "in all"],
   skipped_steps: ["Due samples that were skipped with their step", "in all"],
   solver_calls: ["Calls of eigensolvers", "per sample"],
@@ -206,7 +206,8 @@ function titleOf(key) {
 }
 
 function costFigure(key, lines) {
-  const [title, unit] = titleOf(key);
+  const [title, unit, scale = 1] = titleOf(key);
+  lines = lines.map((line) => ({ ...line, ys: line.ys.map((value) => value === undefined ? value : scale * value) }));
   return h("figure", { id: `cost-${key}` }, h("figcaption", {}, h("b", {}, title)), chart(lines, { title, x: "step", y: unit, zero: true, width: 420, height: 210 }),
     legend(lines.map((line) => ({ ...line, name: `${line.name}: ${brief(line.ys.at(-1))}` }))));
 }

@@ -86,6 +86,33 @@ def test_a_tensor_that_was_read_is_not_kept(
     assert alive() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.float32, torch.float64])
+def test_safetensors_are_read_at_any_place_of_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    drawn = {"bytes": (3,), "scalar": (), "none": (0, 4), "wide": (5, 3)}
+    state = {
+        name: torch.randn(shape).to(torch.float8_e5m2 if name == "bytes" else dtype) for name, shape in drawn.items()
+    }
+    file = tmp_path / "net.safetensors"
+    header, content = {}, b""
+    for name, tensor in state.items():  # in this order, so that all but the first lie at odd places
+        kind = "F8_E5M2" if name == "bytes" else {1: "F8_E4M3", 4: "F32", 8: "F64"}.get(dtype.itemsize, "F16")
+        kind = "BF16" if tensor.dtype == torch.bfloat16 else kind
+        new = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        begin, content = len(content), content + new
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, len(content)]}
+    words = json.dumps(header).encode()
+    file.write_bytes(len(words).to_bytes(8, "little") + words + content)
+
+    found = Checkpoint(file)
+
+    assert {name: found.tensor(name).dtype for name in state} == {name: one.dtype for name, one in state.items()}
+    for name, tensor in state.items():
+        assert_close(found.tensor(name).float(), tensor.float(), rtol=0, atol=0)
+    found.tensor("wide").zero_()  # a copy of what was read, not of the file
+    assert float(found.tensor("wide").float().abs().sum()) > 0
+
+
 def test_the_skeleton_has_the_names_shapes_and_ties_and_no_values(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight

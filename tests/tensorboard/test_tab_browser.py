@@ -127,7 +127,8 @@ def page(opened: WebDriver) -> WebDriver:
 
 
 def view(page: WebDriver, name: str) -> str:
-    page.find_element(By.ID, f"view-{name}").click()
+    # In one go: the bar is made anew when the window is resized.
+    page.execute_script("document.getElementById(arguments[0]).click()", f"view-{name}")
     settled(page)
     return page.find_element(By.ID, "view").text
 

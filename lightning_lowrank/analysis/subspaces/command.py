@@ -12,14 +12,19 @@ from rich.table import Table
 from rich.tree import Tree
 from torch import distributed as dist
 
+from lightning_lowrank.analysis.drawing import draw, numbers
+from lightning_lowrank.analysis.matrices import first
 from lightning_lowrank.analysis.showing import cell, print_json, show
 from lightning_lowrank.analysis.subspaces.fitting import Fitted, fit, settled, write_basis
-from lightning_lowrank.analysis.subspaces.models import Adapters, Models, base_of, is_adapter, models_of
+from lightning_lowrank.analysis.subspaces.models import Adapters, Models, models_of
+from lightning_lowrank.analysis.subspaces.states import writable
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.shared_subspaces.components import cosines
 
 # Models below which what is shared hangs on single ones.
 FEW = 10
+# Models above which their tree is not printed.
+LARGE = 64
 
 
 def subspace_fit(
@@ -33,6 +38,7 @@ def subspace_fit(
     exclude: list[str] | None = None,
     modes: bool = False,
     output: str | None = None,
+    page: str | None = None,
     json: bool = False,
 ) -> None:
     """Print which subspace many models share, compared with noise, and how much of a left-out model it contains.
@@ -48,6 +54,7 @@ def subspace_fit(
         exclude: Leave these out.
         modes: Also print what models share along each axis of each tensor, and along all axes (higher-order SVD).
         output: Safetensors file for the basis: the mean and the components of each tensor, as many as the largest k.
+        page: HTML file with charts of all numbers; k takes the place of steps.
         json: Print all numbers.
 
     Raises:
@@ -60,23 +67,27 @@ def subspace_fit(
         raise ValueError(f"{len(controls)} model(s) given as --control; components need at least three")
     if control_base is not None and not controls:
         raise ValueError("--control-base needs --control")
+    file = None if output is None else writable(output)
     bases = [base] * len(checkpoints) + [control_base] * len(controls)
     models = models_of([*checkpoints, *controls], bases, match, exclude)
     with processes() as team:
         found = fit(models, ks, len(checkpoints), team, modes=modes)
-        if output is not None:
+        if file is not None:
             if isnan(found.whole["explained"][str(ks[0])]):
                 raise ValueError("the models are equal: they have no components, and there is no basis to write")
-            write_basis(Path(output), models, found.parts, base or _base(checkpoints), team)
+            write_basis(file, models, found.parts, base or next(iter(adapted(models, len(checkpoints))), None), team)
         if team.rank:
             return
         warnings = cautions(models, len(checkpoints), ks, dropped, bool(controls))
+        warnings += strangers(models, found, len(checkpoints), base, control_base)
+        if page is not None:
+            draw(page, {"fit": {k: numbers("subspace", _shares(found, str(k))) for k in ks}})
         if json:
             print_json(_json(found, checkpoints, ks, dropped, warnings))
         else:
             _tell(found, checkpoints, ks, warnings)
-            if output is not None:
-                show(f"{escape(output)}: a basis of {ks[-1]} components for each tensor")
+            if file is not None:
+                show(f"{escape(str(file))}: a basis of {ks[-1]} components for each tensor")
 
 
 @contextmanager
@@ -120,8 +131,24 @@ def cautions(
     return found
 
 
-def _base(checkpoints: Sequence[str]) -> str | None:
-    return base_of(Path(checkpoints[0])) if is_adapter(Path(checkpoints[0])) else None
+def strangers(models: Models, found: Fitted, num_members: int, base: str | None, control_base: str | None) -> list[str]:
+    """Warnings about models that are not of the same kind as the others."""
+    warnings, size = [], len(models.paths)
+    if zero := [path for path, energy in zip(models.paths, found.gram.diagonal(), strict=True) if not float(energy)]:
+        warnings.append(f"{first(zero)} are equal to the base, or zero: they count as models, but are not left out")
+    if size > num_members and (base is None) != (control_base is None):
+        kinds = ("the weights", "the updates") if base is None else ("the updates", "the weights")
+        lacking = "--base" if base is None else "--control-base"
+        warnings.append(f"{kinds[0]} of models are compared with {kinds[1]} of controls; give {lacking}, or none")
+    if len(adapted(models, num_members)) > 1:
+        warnings.append(f"the adapters are for different bases, {first(adapted(models, num_members))}")
+    return warnings
+
+
+def adapted(models: Models, num_members: int) -> list[str]:
+    """Bases that adapters name, controls aside."""
+    bases = models.bases[:num_members] if isinstance(models, Adapters) else []
+    return list(dict.fromkeys(base for base in bases if base is not None))
 
 
 def _json(
@@ -148,7 +175,10 @@ def _tell(found: Fitted, checkpoints: Sequence[str], ks: Sequence[int], warnings
     show(_by_layer(found.layers, ks[-1]))
     if any("modes" in numbers for numbers in found.layers.values()):
         show(_by_mode(found.layers, ks))
-    show(_dendrogram(found, [Path(path).name for path in checkpoints]))
+    if len(checkpoints) > LARGE:
+        show(f"--json has the clusters of the models: a tree of {len(checkpoints)} is too large to read")
+    else:
+        show(_dendrogram(found, [Path(path).name for path in checkpoints]))
 
 
 ROWS = {
@@ -163,6 +193,15 @@ ROWS = {
     "  held by the basis": ("control", "held_by_basis"),
     "  by a random basis": ("control", "random"),
 }
+
+
+def _shares(found: Fitted, k: str) -> dict[str, dict[str, float]]:
+    """Of the whole and of each tensor: all that depends on k alone."""
+    rows = {}
+    for name, row in {"whole": found.whole, **found.layers}.items():
+        left = {f"left_out_{key}": values[k] for key, values in row["left_out"].items() if isinstance(values, dict)}
+        rows[name] = {"explained": row["explained"][k], "null": row["null"][k], **left}
+    return rows
 
 
 def _by_k(whole: Mapping[str, Any], ks: Sequence[int], num_models: int) -> Table:
@@ -189,11 +228,11 @@ def _by_layer(layers: Mapping[str, Any], k: int) -> Table:
     table = Table(title=f"each tensor, k={k}", title_justify="left", box=None)
     for heading in ("tensor", "numbers", "explained", "Gaussian", "mean", "basis", "mean and basis", "random"):
         table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
-    for name, numbers in layers.items():
-        left = numbers["left_out"]
-        values = [numbers["explained"], numbers["null"], *(left[key] for key in ("mean", "basis", "mean_and_basis"))]
+    for name, row in layers.items():
+        left = row["left_out"]
+        values = [row["explained"], row["null"], *(left[key] for key in ("mean", "basis", "mean_and_basis"))]
         cells = [cell(one[str(k)]) for one in (*values, left["random"])]
-        table.add_row(escape(name), str(numbers["num_parameters"]), *cells)
+        table.add_row(escape(name), str(row["num_parameters"]), *cells)
     return table
 
 
@@ -201,8 +240,8 @@ def _by_mode(layers: Mapping[str, Any], ks: Sequence[int]) -> Table:
     table = Table(title="each axis: explained / Gaussian, left out / random", title_justify="left", box=None)
     for heading in ("tensor", "axis", "size", *(f"k={k}" for k in ks)):
         table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
-    for name, numbers in layers.items():
-        for axis, one in numbers.get("modes", {}).items():
+    for name, row in layers.items():
+        for axis, one in row.get("modes", {}).items():
             keys = ("explained", "null", "left_out", "random")
             cells = ["{:.2f}/{:.2f} {:.2f}/{:.2f}".format(*(one[key][str(k)] for key in keys)) for k in ks]
             table.add_row(escape(name), axis, str(one["size"]), *cells)

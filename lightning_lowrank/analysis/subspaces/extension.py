@@ -4,7 +4,8 @@ Shape letters:  N models of the basis   M new models   K components
 """
 
 import json as json_
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_lowrank.analysis.showing import print_json
 from lightning_lowrank.analysis.subspaces.models import Models
-from lightning_lowrank.analysis.subspaces.states import Located, located, show_rows, worth
+from lightning_lowrank.analysis.subspaces.states import Located, held, located, show_rows, worth
 from lightning_lowrank.analysis.subspaces.writer import Writer
 from lightning_lowrank.analysis.tasks import task_of
 from lightning_lowrank.maths.shared_subspaces.extension import Subspace, extended
@@ -46,8 +47,8 @@ def subspace_extend(
         ValueError: A file cannot be read or written, a model is already in the basis or has another architecture, or k
             is out of range.
     """
-    place = located(basis, base)
-    place.refuse_loss([Path(output)])
+    place = located(basis, base, updates=models if data is None else ())
+    file = place.output(output)
     there = {Path(path).resolve() for path in place.basis.models}
     if known := [path for path in models if Path(path).resolve() in there]:
         raise ValueError(f"{basis} already contains {known}")
@@ -58,44 +59,32 @@ def subspace_extend(
         raise ValueError(
             f"k={k} must be from 1 to {most + len(models)}: {most} components of {basis}, and one per new model"
         )
-    _write(Path(output), place, found, count)
-    after = Located(Basis(output), place.base)
+    task = None if data is None else task_of(data)
+    _write(file, place, found, count)
+    after = Located(Basis(file), place.base)
     from_files = all(Path(path).exists() for path in place.basis.models)
-    old = place.models(place.basis.models) if from_files else None
-    rows = {path: _held(place, after, old, i, path, data) for i, path in enumerate(place.basis.models)}
-    size = len(rows)
-    rows |= {path: _held(place, after, found, i, path, data, size + i) for i, path in enumerate(models)}
+    old = place.models(place.basis.models).updates if from_files else partial(_remembered, place.basis)
+    rows: dict[str, dict[str, float]] = {}
+    for paths, updates in ((place.basis.models, old), (models, found.updates)):
+        for when, one in (("before", place), ("after", after)):
+            kept = held(one.basis, updates, max(one.basis.ks.values()))
+            for i, (path, shares) in enumerate(zip(paths, kept.shares, strict=True)):
+                row = rows.setdefault(path, {})
+                row[f"held {when}"] = shares["mean_and_basis"]
+                if task is not None:
+                    state = one.state({name: c[i] for name, c in kept.coefficients.items()})
+                    row |= {f"{key}, {when}": value for key, value in worth(task, state, path).items()}
     if json:
-        print_json({"k": count, "num_models": size + len(models), "from_files": from_files, "models": rows})
+        print_json({"k": count, "num_models": len(rows), "from_files": from_files, "models": rows})
         return
     how = "" if from_files else "; the files of the old models are missing, so their coefficients are used"
     show_rows(f"part of the energy that {basis} and {output} hold{how}", rows)
 
 
-def _held(
-    before: Located, after: Located, models: Models | None, i: int, path: str, data: str | None, at: int | None = None
-) -> dict[str, float]:
-    """What both bases hold of a model, and what is measured of it.
-
-    Args:
-        models: Whose i-th it is; None for the i-th of the old basis, without its file.
-        at: Its number in the new basis, i unless given.
-    """
-    lost, energy = {"before": 0.0, "after": 0.0}, 0.0
-    states: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
-    for name in before.basis.shapes:
-        shares = {"before": before.basis.share(name), "after": after.basis.share(name)}
-        x = models.tensor(i, name) if models is not None else shares["before"].rebuilt(shares["before"].coefficients[i])
-        energy += float(x.square().sum())
-        for when, share in shares.items():
-            states[when][name] = share.project(x)
-            lost[when] += float((x - share.rebuilt(states[when][name])).square().sum())
-    row = {f"held {when}": 1 - value / energy if energy else float("nan") for when, value in lost.items()}
-    if data is not None:
-        task = task_of(data)
-        for when, place in (("before", before), ("after", after)):
-            row |= {f"{key}, {when}": value for key, value in worth(task, place.state(states[when]), path).items()}
-    return row
+def _remembered(basis: Basis, name: str) -> Iterator[Tensor]:
+    """Updates of one tensor of the models of a basis, as their coefficients give them."""
+    share = basis.share(name)
+    return (share.rebuilt(coefficients) for coefficients in share.coefficients)
 
 
 def _write(file: Path, place: Located, models: Models, k: int) -> None:

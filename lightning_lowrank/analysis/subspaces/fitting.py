@@ -139,8 +139,7 @@ def of_gram(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[int], 
         "explained": _by(ks, explained(own, ks)),
         "null": _by(ks, gaussian_share(num_members - 1, num_parameters, ks)),
     }
-    held = evenly(num_members)
-    found = left_out(own, ks, held)
+    found = left_out(own, ks, evenly(num_members))
     chance = [min(1.0, k / num_parameters) for k in ks]
     numbers["left_out"] = {
         "mean": _by(ks, [found.mean] * len(ks)),
@@ -148,7 +147,7 @@ def of_gram(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[int], 
         "basis": _by(ks, found.basis),
         "mean_and_basis": _by(ks, found.mean_and_basis),
         "random": _by(ks, chance),
-        "num_left_out": len(held),
+        "num_left_out": len(found.held),
     }
     numbers["halves"] = _apart(gram, members[::2], members[1::2], ks, num_parameters)
     if len(gram) > num_members:
@@ -169,7 +168,7 @@ def _of_control(gram: Float[Tensor, "N N"], num_parameters: int, ks: Sequence[in
         "grassmann": _apart(gram, members, others, ks, num_parameters),
     }
     if own:
-        found = left_out(theirs, own)
+        found = left_out(theirs, own, evenly(len(others)))
         numbers["left_out"] = {
             "mean": _by(own, [found.mean] * len(own)),
             "mean_null": _by(own, [-1 / (len(others) - 1)] * len(own)),

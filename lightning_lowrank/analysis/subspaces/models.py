@@ -3,9 +3,9 @@
 Shape letters:  N models   K sums   P parameters of a tensor   R rank of a pair
 """
 
-import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_lowrank.analysis.matrices import first
-from lightning_lowrank.models.adapter_folders import CONFIG, AdapterFolder, Pair, read_adapter
-from lightning_lowrank.models.checkpoints import Checkpoint
+from lightning_lowrank.models.adapter_folders import CONFIG, WEIGHTS, AdapterFolder, Pair, read_adapter
+from lightning_lowrank.models.checkpoints import Checkpoint, files_of, is_finite
 from lightning_lowrank.models.names import fitting
 
 # Numbers in float64 that are in memory at a time.
 STRETCH = 2**22
+FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
 
 
 class Models(ABC):
@@ -27,16 +28,15 @@ class Models(ABC):
     Attributes:
         paths: Of the models.
         shapes: Of the tensors that are looked at, by name.
-        num_bytes: Of each file on disk.
     """
 
     paths: Sequence[str]
     shapes: Mapping[str, torch.Size]
 
     @property
+    @abstractmethod
     def num_bytes(self) -> list[int]:
-        """Bytes of each model on disk."""
-        return [size_on_disk(Path(path)) for path in self.paths]
+        """Bytes of the files with the weights of each model."""
 
     @property
     @abstractmethod
@@ -61,6 +61,10 @@ class Models(ABC):
     @abstractmethod
     def tensor(self, model: int, name: str) -> Float[Tensor, "..."]:
         """The update of one tensor of one model, in float64."""
+
+    def updates(self, name: str) -> Iterator[Float[Tensor, "..."]]:
+        """The updates of one tensor, model by model."""
+        return (self.tensor(i, name) for i in range(len(self.paths)))
 
     @abstractmethod
     def sums(self, name: str, weights: Float[Tensor, "K N"]) -> Iterator[Float[Tensor, "K _"]]:
@@ -95,12 +99,22 @@ class Checkpoints(Models):
         opened = {base: Checkpoint(base) for base in dict.fromkeys(bases) if base is not None}
         self._files = [Checkpoint(path) for path in paths]
         self._bases = [None if base is None else opened[base] for base in bases]
-        self.shapes = _chosen(self._files[0].shapes, match, exclude)
+        several = [file.shapes for file in self._files]
+        selected = _selected(several, match, exclude)
+        self.shapes = _chosen(several, selected)
+        if factors := [name for name in self.shapes if FACTOR.search(name)]:
+            raise ValueError(
+                f"{paths[0]} has factors of LoRA, such as {first(factors, 2)}. Factors are not unique: merge them into "
+                f"the weights, or give folders of peft with {CONFIG}"
+            )
         for file in (*self._files[1:], *opened.values()):
             _refuse_stranger(file, self._files[0], self.shapes)
-        for file in self._files[1:]:
-            if others := [n for n in _chosen(file.shapes, match, exclude) if n not in self.shapes]:
-                raise ValueError(f"{file.path} has {first(others)}, which {paths[0]} lacks; leave it out by exclude")
+        _refuse_more(self.paths, several, selected)
+
+    @property
+    def num_bytes(self) -> list[int]:
+        """Bytes of files, without what else a folder has."""
+        return [sum(part.stat().st_size for part in files_of(path)) for path in self.paths]
 
     @property
     def are_updates(self) -> bool:
@@ -118,9 +132,10 @@ class Checkpoints(Models):
         for rows in self._stretches(name):
             total += rows @ rows.T
         if not bool(total.isfinite().all()):
-            lost = [self.paths[i] for i in (~total.diagonal().isfinite()).nonzero().flatten().tolist()]
+            files = [*self._files, *dict.fromkeys(base for base in self._bases if base is not None)]
+            lost = [str(file.path) for file in files if not is_finite(file.tensor(name))]
             raise ValueError(
-                f"{name!r} is not finite in {first(lost)}; leave out the models, or the tensors with --exclude"
+                f"{name!r} is not finite in {first(lost)}; leave out the files, or the tensor with --exclude"
             )
         return total
 
@@ -137,9 +152,12 @@ class Checkpoints(Models):
     def is_related(self, num_models: int) -> bool:
         """Cosines of the weights are beyond six standard deviations of independent ones."""
         files = self._files[: min(8, num_models)]
-        rows = torch.stack([torch.cat([_standard(file.tensor(name)) for name in self.shapes]) for file in files])
-        alike = torch.nn.functional.cosine_similarity(rows[0], rows[1:])
-        return bool((alike > 6 / rows.shape[1] ** 0.5).all())
+        inner, count = torch.zeros(len(files) - 1, dtype=torch.float64), 0
+        for name in self.shapes:
+            rows = torch.stack([_standard(file.tensor(name)) for file in files])
+            if bool(rows.any(1).all()):  # in each of them the entries differ
+                inner, count = inner + rows[1:] @ rows[0], count + rows.shape[1]
+        return count > 0 and bool((inner / count > 6 / count**0.5).all())
 
     def _stretches(self, name: str) -> Iterator[Float[Tensor, "N _"]]:
         """Updates of a tensor, a part of it at a time: files are mapped, and only that part is read.
@@ -170,6 +188,7 @@ class Adapters(Models):
 
     Attributes:
         left_out: Parameters that were trained whole, which are no product.
+        bases: What each says it is for.
 
     Raises:
         ValueError: A folder is none of a LoRA adapter, or one adapts other weights than the first.
@@ -181,15 +200,22 @@ class Adapters(Models):
         self.paths = list(paths)
         self._folders = [read_adapter(path) for path in paths]
         shapes = [_shapes(folder) for folder in self._folders]
-        self.shapes = _chosen(shapes[0], match, exclude)
+        selected = _selected(shapes, match, exclude)
+        self.shapes = _chosen(shapes, selected)
         for path, others in zip(paths, shapes, strict=True):
-            wrong = [name for name, shape in self.shapes.items() if others.get(name) != shape]
-            if wrong or set(others) - set(shapes[0]):
+            if wrong := [name for name, shape in self.shapes.items() if others.get(name) != shape]:
                 raise ValueError(
-                    f"{path} and {paths[0]} adapt different weights, such as "
-                    f"{first(wrong or sorted(set(others) - set(shapes[0])))}"
+                    f"{path} and {paths[0]} adapt different weights, such as {first(wrong)}; leave them out with "
+                    "--exclude"
                 )
+        _refuse_more(self.paths, shapes, selected)
         self.left_out = sorted({name for folder in self._folders for name in folder.whole})
+        self.bases = [folder.base for folder in self._folders]
+
+    @property
+    def num_bytes(self) -> list[int]:
+        """Bytes of files, without what else a folder has."""
+        return [(Path(path) / WEIGHTS).stat().st_size for path in self.paths]
 
     @property
     def are_updates(self) -> bool:
@@ -211,7 +237,9 @@ class Adapters(Models):
 
     def tensor(self, model: int, name: str) -> Float[Tensor, "..."]:
         """One product, in the shape of the weight."""
-        return _product(self._pairs(name)[model]).reshape(self.shapes[name])
+        pair = self._pairs(name)[model]
+        product = pair.scaling * (pair.b.double() @ _wide(pair.a))
+        return (product.T if _is_flipped(self._folders[model], pair) else product).reshape(self.shapes[name])
 
     def sums(self, name: str, weights: Float[Tensor, "K N"]) -> Iterator[Float[Tensor, "K _"]]:
         """Weighted sums of products."""
@@ -238,16 +266,22 @@ def models_of(
     """Checkpoints, or adapters where all are adapters.
 
     Raises:
-        ValueError: A path is given twice, some are adapters and some are not, or a file cannot be read.
+        ValueError: A path is given twice, or is also a base, some are adapters and some are not, or a file cannot be
+            read.
     """
-    twice = [path for i, path in enumerate(paths) if Path(path).resolve() in {Path(p).resolve() for p in paths[:i]}]
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice; give each model once")
+    places: set[Path] = set()
+    for path in paths:
+        if Path(path).resolve() in places:
+            raise ValueError(f"{path} is given twice; give each model once")
+        places.add(Path(path).resolve())
+    if start := next((base for base in set(bases) if base is not None and Path(base).resolve() in places), None):
+        raise ValueError(f"{start} is given as a model and as a base, from which it does not differ; give it as a base")
     adapters = [path for path in paths if is_adapter(Path(path))]
     if not adapters:
         return Checkpoints(paths, bases, match, exclude)
     if len(adapters) < len(paths):
         others = [path for path in paths if path not in adapters]
+        Checkpoint(others[0])  # refuses what is neither
         raise ValueError(f"{first(adapters)} are LoRA adapters and {first(others)} are not; give only one kind")
     if any(base is not None for base in bases):
         raise ValueError("adapters are already updates; leave out --base and --control-base")
@@ -259,39 +293,48 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def base_of(path: Path) -> str | None:
-    """The base that an adapter names."""
-    found = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return None if found is None else str(found)
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of the weights in a folder."""
-    files: Iterable[Path] = [path] if path.is_file() else path.iterdir()
-    return sum(file.stat().st_size for file in files if file.suffix != ".json")
-
-
-def _chosen(
-    shapes: Mapping[str, torch.Size], match: Sequence[str] | None, exclude: Sequence[str] | None
-) -> dict[str, torch.Size]:
-    known = dict.fromkeys(shapes, nn.Module())
+def _selected(
+    several: Sequence[Mapping[str, torch.Size]], match: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
+    """Names of tensors that are asked for, of those that any of the models has."""
+    known = dict.fromkeys((name for shapes in several for name in shapes), nn.Module())
     wanted = set(known) if match is None else fitting("match", match, known)
     unwanted = set() if exclude is None else fitting("exclude", exclude, known)
-    kept = {name: shape for name, shape in shapes.items() if name in wanted - unwanted and shape.numel()}
+    return wanted - unwanted
+
+
+def _chosen(several: Sequence[Mapping[str, torch.Size]], selected: Collection[str]) -> dict[str, torch.Size]:
+    """Shapes of the tensors of the first model that are asked for, and that are not empty."""
+    kept = {name: shape for name, shape in several[0].items() if name in selected and shape.numel()}
     if not kept:
-        raise ValueError(f"match and exclude leave no tensor of {first(list(shapes))}")
+        raise ValueError(f"match and exclude leave no tensor of {first(list(several[0]))}")
     return kept
 
 
+def _refuse_more(paths: Sequence[str], several: Sequence[Mapping[str, torch.Size]], selected: Collection[str]) -> None:
+    """Refuse models that have tensors, asked for, which the first model lacks."""
+    for path, shapes in zip(paths, several, strict=True):
+        if others := [name for name in shapes if name in selected and name not in several[0]]:
+            raise ValueError(f"{path} has {first(others)}, which {paths[0]} lacks; leave it out with --exclude")
+
+
 def _refuse_stranger(file: Checkpoint, model: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    wrong = {
-        n: tuple(file.shapes[n]) if n in file.shapes else "missing" for n in shapes if file.shapes.get(n) != shapes[n]
-    }
-    if wrong:
+    if wrong := differing(file.shapes, shapes):
         raise ValueError(
-            f"{file.path} has another architecture than {model.path}: {first(list(wrong.items()), 4)}; leave "
-            "out the differing tensors with --exclude"
+            f"{file.path} has another architecture than {model.path}: {first(wrong, 4)}; leave out the differing "
+            "tensors with --exclude"
         )
+
+
+def differing(
+    shapes: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]
+) -> list[tuple[str, tuple[int, ...] | str]]:
+    """Tensors that are missing or have another shape, with that shape."""
+    return [
+        (name, tuple(shapes[name]) if name in shapes else "missing")
+        for name, shape in wanted.items()
+        if shapes.get(name) != shape
+    ]
 
 
 def shapes_of(path: str) -> Mapping[str, torch.Size]:
@@ -304,25 +347,28 @@ def shapes_of(path: str) -> Mapping[str, torch.Size]:
 
 
 def _standard(tensor: Tensor) -> Float[Tensor, " Q"]:
-    """Up to 65,536 entries with mean 0 and variance 1, none where all are equal."""
+    """Up to 65,536 entries with mean 0 and variance 1; zeros where all are equal."""
     flat = tensor.flatten()[:65536].double()
-    spread = flat.std(correction=0)
-    return (flat - flat.mean()) / spread if spread > 0 else flat[:0]
+    away = flat - flat.mean()
+    spread = away.square().mean().sqrt()
+    return away / spread if float(flat.min()) < float(flat.max()) else torch.zeros_like(flat)
 
 
 def _shapes(folder: AdapterFolder) -> dict[str, torch.Size]:
-    """Of the weights that an adapter is for: of an embedding its table has the inputs as rows."""
+    """Of the weights that an adapter is for."""
     found = {}
     for path, pair in folder.pairs.items():
         inner = pair.a.shape[1:]
-        found[f"{path}.weight"] = torch.Size((*inner, len(pair.b)) if pair.of_embedding else (len(pair.b), *inner))
+        found[f"{path}.weight"] = torch.Size(
+            (*inner, len(pair.b)) if _is_flipped(folder, pair) else (len(pair.b), *inner)
+        )
     return found
+
+
+def _is_flipped(folder: AdapterFolder, pair: Pair) -> bool:
+    """Whether a weight has its inputs as rows: the table of an embedding, or a matrix of `Conv1D` in transformers."""
+    return pair.of_embedding or (folder.inputs_as_rows and pair.a.ndim == 2)
 
 
 def _wide(a: Tensor) -> Float[Tensor, "R P"]:
     return a.double().flatten(1)
-
-
-def _product(pair: Pair) -> Float[Tensor, "M P"]:
-    product = pair.scaling * (pair.b.double() @ _wide(pair.a))
-    return product.T if pair.of_embedding else product

@@ -1,7 +1,7 @@
 """Models rebuilt from a basis, and what they are worth."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,30 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_lowrank.analysis.matrices import first
+from lightning_lowrank.analysis.overwriting import is_read
 from lightning_lowrank.analysis.showing import cell, show
-from lightning_lowrank.analysis.subspaces.models import Models, is_adapter, models_of, shapes_of
+from lightning_lowrank.analysis.subspaces.models import Models, differing, is_adapter, models_of, shapes_of
 from lightning_lowrank.analysis.tasks import Task, means
 from lightning_lowrank.models.basis_files import Basis
 from lightning_lowrank.models.checkpoints import Checkpoint
 
 # Of models by components, for each tensor by its name.
 Coefficients = Mapping[str, Tensor]
+PARTS = ("energy", "mean", "basis", "mean_and_basis")
+
+
+def writable(output: str) -> Path:
+    """A file that is to be written, before anything is computed for it.
+
+    Raises:
+        ValueError: Its name or its folder is wrong.
+    """
+    file = Path(output)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--output={output} is a file of safetensors; its name must end in .safetensors")
+    if not file.parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {file.parent}")
+    return file
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class Located:
 
     Attributes:
         basis: The file.
-        base: The checkpoint that updates are added to, None where the basis is of weights.
+        base: The checkpoint that updates are added to, None where the basis is of weights or no base is needed.
     """
 
     basis: Basis
@@ -44,10 +60,20 @@ class Located:
         Raises:
             ValueError: One of the files is one of them.
         """
-        known = [self.basis.path, *map(Path, self.basis.models), *([] if self.base is None else [self.base.path])]
+        known = [self.basis.path, *map(Path, self.basis.models)]
+        known += [Path(base) for base in (self.base_path, self.basis.base) if base is not None]
         for file in files:
-            if file.is_file() and any(one.exists() and one.samefile(file) for one in known):
+            if is_read(file, known):
                 raise ValueError(f"{file} is there, and {self.basis.path} is made of it: write to another place")
+
+    def output(self, file: str) -> Path:
+        """A file that is to be written.
+
+        Raises:
+            ValueError: It is one of those that are read, or its name or its folder is wrong.
+        """
+        self.refuse_loss([Path(file)])
+        return writable(file)
 
     def models(self, paths: Sequence[str]) -> Models:
         """Models on disk, as the basis takes them.
@@ -56,14 +82,12 @@ class Located:
             ValueError: One has another architecture, or is not finite.
         """
         bases = [None if is_adapter(Path(path)) else self.base_path for path in paths]
-        shapes = shapes_of(paths[0])
-        wrong = {n: tuple(shapes.get(n, ())) for n, shape in self.basis.shapes.items() if shapes.get(n) != shape}
-        if wrong:
+        if wrong := differing(shapes_of(paths[0]), self.basis.shapes):
             raise ValueError(
                 f"{self.basis.path} does not fit models such as {paths[0]}, which lack these tensors or have them "
-                f"in other shapes: {first(list(wrong.items()), 4)}"
+                f"in other shapes: {first(wrong, 4)}"
             )
-        found = models_of(paths, bases, [f"re:^{re.escape(name)}$" for name in self.basis.shapes])
+        found = models_of(paths, bases, [f"re:^({'|'.join(map(re.escape, self.basis.shapes))})$"])
         found.refuse_infinite()
         return found
 
@@ -91,16 +115,20 @@ class Located:
             yield name, update.float() if start is None else (start.double() + update).to(start.dtype)
 
 
-def located(basis: str, base: str | None) -> Located:
+def located(basis: str, base: str | None, *, updates: Sequence[str] = ()) -> Located:
     """A basis with its base.
 
     Args:
         base: Instead of the one that the basis names.
+        updates: Models that are all there is to read. If they and those of the basis are adapters, no base is needed.
 
     Raises:
         ValueError: A file cannot be read, or the base has another architecture or is not finite.
     """
     found = Basis(basis)
+    known = [Path(path) for path in (*updates, *found.models) if Path(path).exists()]
+    if base is None and updates and all(map(is_adapter, known)):
+        return Located(found, None)
     if not found.is_of_updates:
         if base is not None:
             raise ValueError(f"{basis} contains weights, not updates; leave out --base")
@@ -112,9 +140,8 @@ def located(basis: str, base: str | None) -> Located:
         raise ValueError(f"{basis} contains updates from {path}, which does not exist; give the base with --base")
     start = Checkpoint(path)
     start.refuse_infinite()
-    wrong = {n: tuple(start.shapes.get(n, ())) for n, shape in found.shapes.items() if start.shapes.get(n) != shape}
-    if wrong:
-        raise ValueError(f"{path} has another architecture than {basis}: {first(list(wrong.items()), 4)}")
+    if wrong := differing(start.shapes, found.shapes):
+        raise ValueError(f"{path} has another architecture than {basis}: {first(wrong, 4)}")
     return Located(found, start)
 
 
@@ -123,29 +150,70 @@ def stored(basis: Basis) -> Coefficients:
     return {name: basis.share(name).coefficients.double() for name in basis.shapes}
 
 
-def projected(basis: Basis, models: Models) -> Coefficients:
-    """Coefficients of other models."""
-    found = {}
+@dataclass(frozen=True)
+class Held:
+    """What a basis holds of several models.
+
+    Attributes:
+        shares: Of each model parts of its energy, all tensors together: in the mean, in the components, in both, and in
+            random components.
+        coefficients: Of the models about the mean.
+    """
+
+    shares: Sequence[Mapping[str, float]]
+    coefficients: Coefficients
+
+
+def held(basis: Basis, updates: Callable[[str], Iterable[Tensor]], k: int) -> Held:
+    """What `k` components hold of models.
+
+    Cost: each tensor of the basis and of each model is read once.
+
+    Args:
+        updates: Gives the updates of one tensor, model by model.
+    """
+    sums: list[dict[str, float]] = []
+    coefficients = {}
     for name in basis.shapes:
-        share = basis.share(name)
-        found[name] = torch.stack([share.project(models.tensor(i, name)) for i in range(len(models.paths))])
-    return found
+        share, rows = basis.share(name), []
+        directions, mean = share.directions[:k], share.mean.double().flatten()
+        for i, update in enumerate(updates(name)):
+            x = update.flatten()
+            away = x - mean
+            rows.append(directions @ away)
+            of_mean, of_both = float(x @ x - away @ away), float(rows[-1].square().sum())
+            parts = (float(x @ x), of_mean, float((directions @ x).square().sum()), of_mean + of_both)
+            sums += [dict.fromkeys(PARTS, 0.0)] if i == len(sums) else []
+            sums[i] = {key: sums[i][key] + part for key, part in zip(PARTS, parts, strict=True)}
+        coefficients[name] = torch.stack(rows)
+    size = sum(shape.numel() for shape in basis.shapes.values())
+    random = sum(min(k, shape.numel()) for shape in basis.shapes.values()) / size
+    return Held([_shares(one) | {"random": random} for one in sums], coefficients)
 
 
-def chosen_k(basis: Basis, k: int | None) -> int:
-    """How many components are used.
+def _shares(sums: Mapping[str, float]) -> dict[str, float]:
+    energy = sums["energy"]
+    return {key: sums[key] / energy if energy else float("nan") for key in PARTS if key != "energy"}
+
+
+def chosen_k(where: str | Path, ks: Iterable[int], k: int | None) -> int:
+    """How many components are used, all unless given.
+
+    Args:
+        where: The file that has them.
+        ks: How many it has of each tensor.
 
     Raises:
-        ValueError: The basis has fewer.
+        ValueError: There are fewer.
     """
-    most = max(basis.ks.values())
+    most = max(ks)
     if k is not None and not 1 <= k <= most:
-        raise ValueError(f"k={k} must be from 1 to {most}, the number of components in {basis.path}")
+        raise ValueError(f"k={k} must be from 1 to {most}, the number of components in {where}")
     return most if k is None else k
 
 
 def worth(task: Task, state: Iterator[tuple[str, Tensor]], model: str) -> dict[str, float]:
-    """The measures of a model: on the data with its name, or on all.
+    """The measures of a model: on the data with its name, or on all, which are then part of the names of measures.
 
     Raises:
         ValueError: The model is not of this network.
@@ -156,7 +224,10 @@ def worth(task: Task, state: Iterator[tuple[str, Tensor]], model: str) -> dict[s
         raise ValueError(f"the network has {first(missing)}, which {model} lacks")
     task.module.load_state_dict({name: given.get(name, value) for name, value in own.items()})
     stem = Path(model).stem
-    return means(task.module, {stem: task.data[stem]} if stem in task.data else task.data, task.measure)
+    if stem not in task.data:
+        return means(task.module, task.data, task.measure)
+    found = means(task.module, {stem: task.data[stem]}, task.measure)
+    return {key.removeprefix(f"{stem}/"): value for key, value in found.items()}
 
 
 def show_rows(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import json as json_
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
-from lightning_lowrank.analysis.subspaces.models import Models, size_on_disk
+from lightning_lowrank.analysis.subspaces.models import Models
 from lightning_lowrank.analysis.subspaces.states import (
     Coefficients,
     Located,
     chosen_k,
+    held,
     located,
-    projected,
     show_rows,
     stored,
     worth,
@@ -43,35 +44,18 @@ def subspace_project(
     Raises:
         ValueError: A file cannot be read, or a model has another architecture.
     """
-    place = located(basis, base)
-    count, found = chosen_k(place.basis, k), place.models(models)
-    rows = {path: shares(place.basis, found, i, count) for i, path in enumerate(models)}
+    place = located(basis, base, updates=models)
+    count = chosen_k(basis, place.basis.ks.values(), k)
+    found = held(place.basis, place.models(models).updates, count)
+    rows = dict(zip(models, found.shares, strict=True))
     if json:
-        coefficients = projected(place.basis, found)
         told = {
-            path: row | {"coefficients": {name: c[i].tolist() for name, c in coefficients.items()}}
+            path: {**row, "coefficients": {name: c[i].tolist() for name, c in found.coefficients.items()}}
             for i, (path, row) in enumerate(rows.items())
         }
         print_json({"k": count, "models": told})
     else:
         show_rows(f"part of the energy that {basis} holds, k={count}", rows)
-
-
-def shares(basis: Basis, models: Models, i: int, k: int) -> dict[str, float]:
-    """Parts of the energy of one model, all tensors together."""
-    sums = dict.fromkeys(("energy", "mean", "basis", "mean_and_basis"), 0.0)
-    for name in basis.shapes:
-        share, x = basis.share(name), models.tensor(i, name).flatten()
-        away, directions = x - share.mean.double().flatten(), share.directions[:k]
-        energy, of_mean = float(x @ x), float(x @ x - away @ away)
-        sums["energy"] += energy
-        sums["mean"] += of_mean
-        sums["basis"] += float((directions @ x).square().sum())
-        sums["mean_and_basis"] += of_mean + float((directions @ away).square().sum())
-    energy = sums.pop("energy")
-    size = sum(shape.numel() for shape in basis.shapes.values())
-    chance = sum(min(k, shape.numel()) for shape in basis.shapes.values()) / size
-    return {key: value / energy if energy else float("nan") for key, value in sums.items()} | {"random": chance}
 
 
 def subspace_compress(
@@ -99,21 +83,19 @@ def subspace_compress(
     Raises:
         ValueError: A file cannot be read or written, the data function fails, or a model has another architecture.
     """
-    place = located(basis, base)
-    place.refuse_loss([Path(output)])
-    count, found = chosen_k(place.basis, k), place.models(models)
-    coefficients = {name: c[:, :count] for name, c in projected(place.basis, found).items()}
-    write_coefficients(Path(output), coefficients, models)
-    sizes = bytes_of(place.basis, found, Path(output), count)
-    rows = {path: shares(place.basis, found, i, count) for i, path in enumerate(models)}
-    if data is not None:
-        task = task_of(data)
-        for i, path in enumerate(models):
-            before = worth(task, place.original(found, i), path)
-            after = worth(task, place.state({name: c[i] for name, c in coefficients.items()}), path)
-            rows[path] |= {
-                f"{key}, {when}": v for when, of in (("whole", before), ("rebuilt", after)) for key, v in of.items()
-            }
+    place = located(basis, base, updates=models if data is None else ())
+    file = place.output(output)
+    count, found = chosen_k(basis, place.basis.ks.values(), k), place.models(models)
+    task = None if data is None else task_of(data)
+    kept = held(place.basis, found.updates, count)
+    rows = {path: dict(row) for path, row in zip(models, kept.shares, strict=True)}
+    if task is not None:
+        for i, (path, row) in enumerate(rows.items()):
+            row |= {f"{key}, whole": v for key, v in worth(task, place.original(found, i), path).items()}
+            state = place.state({name: c[i] for name, c in kept.coefficients.items()})
+            row |= {f"{key}, rebuilt": v for key, v in worth(task, state, path).items()}
+    write_coefficients(file, place.basis, kept.coefficients, models)
+    sizes = bytes_of(place.basis, found, file, count)
     if json:
         print_json({"k": count, "bytes": sizes, "models": rows})
         return
@@ -130,7 +112,7 @@ def subspace_compress(
 def bytes_of(basis: Basis, models: Models, output: Path, k: int) -> dict[str, int | float]:
     """Size of models on disk and in the basis, in bytes and as ratios."""
     size = len(models.paths)
-    whole, part, shared = sum(models.num_bytes), size_on_disk(output), size_on_disk(basis.path)
+    whole, part, shared = sum(models.num_bytes), output.stat().st_size, basis.path.stat().st_size
     num_parameters = sum(shape.numel() for shape in basis.shapes.values())
     counts = {name: min(k, count) for name, count in basis.ks.items()}
     kept = sum((1 + counts[name]) * shape.numel() for name, shape in basis.shapes.items())
@@ -171,7 +153,7 @@ def subspace_reconstruct(
     known, found = _coefficients(place.basis, coefficients)
     if wrong := [one for one in models or [] if one not in known]:
         raise ValueError(f"there is no model {wrong}; the models are {known[:10]}")
-    count, folder = chosen_k(place.basis, k), Path(output)
+    count, folder = chosen_k(coefficients or basis, (c.shape[1] for c in found.values()), k), Path(output)
     stems = [Path(path).stem for path in known]
     names = [stem if stems.count(stem) == 1 else f"{i}_{stem}" for i, stem in enumerate(stems)]
     files = {i: folder / f"{names[i]}.safetensors" for i, path in enumerate(known) if models is None or path in models}
@@ -213,16 +195,16 @@ def subspace_merge(
         ValueError: A file cannot be read or written, or the data function fails.
     """
     place = located(basis, base)
-    place.refuse_loss([Path(output)])
+    file = place.output(output)
     known, found = _coefficients(place.basis, coefficients)
-    count = chosen_k(place.basis, k)
+    count = chosen_k(coefficients or basis, (c.shape[1] for c in found.values()), k)
+    task = None if data is None else task_of(data)
     means = {name: c.mean(0, keepdim=True) for name, c in found.items()}
     nothing = {name: torch.zeros_like(c) for name, c in means.items()}
     moved = sum(float(c[:, :count].square().sum()) for c in means.values()) ** 0.5
-    save(_state(place, means if of == "coefficients" else nothing, 0, count), Path(output))
+    save(_state(place, means if of == "coefficients" else nothing, 0, count), file)
     numbers: dict[str, Any] = {"models": known, "of": of, "k": count, "norm_of_mean_coefficients": moved}
-    if data is not None:
-        task = task_of(data)
+    if task is not None:
         for key, weights in (("mean", nothing), ("coefficients", means)):
             numbers[f"measured_{key}"] = worth(task, iter(_state(place, weights, 0, count).items()), "")
     if json:
@@ -235,13 +217,18 @@ def subspace_merge(
             show(f"  {key}: {escape(what)} {cell(value)}")
 
 
-def write_coefficients(file: Path, coefficients: Coefficients, models: Sequence[str]) -> None:
-    """Write coefficients of models, in single precision."""
-    metadata = {"format": COEFFICIENTS, "models": json_.dumps(list(models))}
+def write_coefficients(file: Path, basis: Basis, coefficients: Coefficients, models: Sequence[str]) -> None:
+    """Write coefficients of models in a basis, in single precision."""
+    metadata = {"format": COEFFICIENTS, "models": json_.dumps(list(models)), "basis": _mark(basis)}
     try:
         save_file({name: c.float().contiguous() for name, c in coefficients.items()}, file, metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be written: {error}") from error
+
+
+def _mark(basis: Basis) -> str:
+    """A digest that tells a basis from others."""
+    return sha256(basis.values().numpy().tobytes()).hexdigest()
 
 
 def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficients]:
@@ -253,8 +240,12 @@ def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficien
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     known = file.metadata() or {}
-    if known.get("format") != COEFFICIENTS or set(file.keys()) != set(basis.shapes):
-        raise ValueError(f"{path} has no coefficients in {basis.path}; lightning-lowrank subspace compress writes them")
+    if known.get("format") != COEFFICIENTS:
+        raise ValueError(f"{path} has no coefficients; lightning-lowrank subspace compress writes them")
+    if known["basis"] != _mark(basis):
+        raise ValueError(
+            f"{path} has coefficients in another basis than {basis.path}; give the basis they were written with"
+        )
     return json_.loads(known["models"]), {name: file.get_tensor(name).double() for name in basis.shapes}
 
 

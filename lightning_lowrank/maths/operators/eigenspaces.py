@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_lowrank.maths.operators.estimates import Estimate
 from lightning_lowrank.maths.operators.operators import Layout, Operator
-from lightning_lowrank.maths.spectra.lanczos import krylov
+from lightning_lowrank.maths.spectra.lanczos import krylov, outside
 from lightning_lowrank.maths.spectra.spectrum import (
     eigenvectors,
     full_precision,
@@ -154,7 +154,7 @@ def widened(
         across, size = images @ basis.mT, len(known.values)
         within = torch.cat([known.values.diag().to(across), across[:, :size].mT], 1)
         unit = torch.eye(len(images), dtype=basis.dtype, device=basis.device)
-        remainders = torch.cat([_outside(basis[size:], known.remainders), _outside(basis, images)])
+        remainders = torch.cat([outside(known.remainders, basis[size:]), outside(images, basis)])
         couplings = torch.block_diag(known.couplings.to(unit), unit)
         found = _pairs(basis, torch.cat([within, across]), couplings, remainders, count, lowest)
         return _since(found, pairs.before, pairs.vectors if earlier else None)
@@ -274,25 +274,17 @@ def _left_open(values: Float[Tensor, " m"], residuals: Float[Tensor, " m"]) -> F
     return ratio(2 * residuals.square(), gaps + (gaps.square() + 4 * residuals.square()).sqrt())
 
 
-def _outside(basis: Float[Tensor, "m P"], vectors: Float[Tensor, "n P"]) -> Float[Tensor, "n P"]:
-    """What vectors have outside of the span of orthonormal rows."""
-    # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
-    for _ in range(2):
-        vectors = vectors - (vectors @ basis.mT) @ basis
-    return vectors
-
-
 def _strongest(vectors: Float[Tensor, "n P"], basis: Float[Tensor, "m P"]) -> Float[Tensor, "1 P"]:
     """The direction outside of the span of orthonormal rows in which vectors have most of their squared length; any,
     where they have nothing.
     """
-    left = _outside(basis, vectors)
+    left = outside(vectors, basis)
     left = ratio(left, left.abs().max())  # its squares are within the dtype's range
     combination = _ritz(left @ left.mT)[1][:1].to(left)
     found, length = unit_vectors(combination @ left)
     found = torch.where(length[:, None] == 0, basis[-1:].roll(1, -1), found)
     # Of what is rounding more than rounding may lie within the span.
-    return unit_vectors(_outside(basis, found))[0]
+    return unit_vectors(outside(found, basis))[0]
 
 
 def _ends(found: int, k: int, lowest: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_lowrank.maths.spectra.spectrum import lengths_of, working_dtype
+from lightning_lowrank.maths.spectra.spectrum import working_dtype
 
 RowsToRows = Callable[[Tensor], Tensor]
 
@@ -75,7 +75,8 @@ class Layout:
     def energies(self, entries: Float[Tensor, "*B P"]) -> Float[Tensor, "*B L"]:
         """Squared length of the entries of each parameter, in double precision: squares of large losses need it."""
         wide = working_dtype(entries.device)
-        return torch.stack([lengths_of(part).to(wide).square() for part in entries.split(self.sizes, -1)], -1)
+        parts = entries.split(self.sizes, -1)
+        return torch.stack([torch.linalg.vector_norm(part, dim=-1, dtype=wide).square() for part in parts], -1)
 
 
 def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Tensor, " P"], Operator]:

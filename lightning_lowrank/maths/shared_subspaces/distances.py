@@ -71,15 +71,12 @@ def linkage(distances: Float[Tensor, "N N"]) -> list[tuple[int, int, float, int]
     References:
         Sokal & Michener (1958), University of Kansas Science Bulletin 38, for the unweighted mean (UPGMA).
     """
-    sizes = dict.fromkeys(range(len(distances)), 1)
-    between = {(i, j): float(distances[i, j]) for i in sizes for j in sizes if i < j}
-    joins = []
-    for new in range(len(distances), 2 * len(distances) - 1):
-        (a, b), height = min(between.items(), key=lambda entry: (entry[1], entry[0]))
-        for c in sizes.keys() - {a, b}:
-            to_a, to_b = (between.pop((min(c, one), max(c, one))) for one in (a, b))
-            between[c, new] = (sizes[a] * to_a + sizes[b] * to_b) / (sizes[a] + sizes[b])
-        del between[a, b]
-        sizes[new] = sizes.pop(a) + sizes.pop(b)
-        joins.append((a, b, height, sizes[new]))
+    size = len(distances)
+    near, labels, sizes, joins = distances.double().clone().fill_diagonal_(torch.inf), list(range(size)), [1] * size, []
+    for new in range(size, 2 * size - 1):
+        a, b = sorted(divmod(int(near.argmin()), size), key=labels.__getitem__)
+        joins.append((labels[a], labels[b], float(near[a, b]), sizes[a] + sizes[b]))
+        near[a] = near[:, a] = (sizes[a] * near[a] + sizes[b] * near[b]) / (sizes[a] + sizes[b])
+        near[b] = near[:, b] = near[a, a] = torch.inf
+        labels[a], sizes[a] = new, sizes[a] + sizes[b]
     return joins

@@ -3,6 +3,7 @@
 Shape letters:  N models   K components   H models that are left out, one at a time
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class LeftOut:
 def left_out(gram: Float[Tensor, "N N"], ks: Sequence[int], held: Sequence[int] | None = None) -> LeftOut:
     """Leave out one model at a time, and project it on what the others share.
 
-    Out of sample. A random subspace of `k` dimensions holds `k / P` of any model. NaN of models that are zero.
+    Out of sample. A random subspace of `k` dimensions holds `k / P` of any model. Models that are zero have no share:
+    they are not left out. If all are zero, the shares are NaN.
 
     Cost: an eigendecomposition of N - 1 x N - 1 for each.
 
@@ -41,7 +43,9 @@ def left_out(gram: Float[Tensor, "N N"], ks: Sequence[int], held: Sequence[int] 
         gram: Inner products of the models, not centred.
         held: Those that are left out, all unless given.
     """
-    chosen = range(len(gram)) if held is None else held
+    chosen = [i for i in (range(len(gram)) if held is None else held) if float(gram[i, i]) > 0]
+    if not chosen:
+        return LeftOut(math.nan, [math.nan] * len(ks), [math.nan] * len(ks), ())
     found = [float(value) for value in torch.stack([_one(gram, i, ks) for i in chosen]).mean(0)]
     return LeftOut(found[0], found[1 : 1 + len(ks)], found[1 + len(ks) :], tuple(chosen))
 

@@ -3,6 +3,7 @@
 Shape letters:  N models   D size of one axis   K directions
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def modes(
     Args:
         model: Gives the tensor of a model, in float64.
         num_models: N.
-        held: Models that are left out, one at a time.
+        held: Models that are left out, one at a time, unless they are zero. If all are, there are no shares.
 
     References:
         De Lathauwer, De Moor & Vandewalle (2000), SIAM J. Matrix Anal. Appl. 21(4), for the higher-order SVD.
@@ -64,6 +65,8 @@ def modes(
     outside = []
     for i in held:
         x, rest = model(i), num_models - 1
+        if not bool(x.any()):
+            continue
         mean = (num_models * found.mean - x) / rest
         bases = {axis: _directions(found.sums[axis] - _scatter(x, axis) - rest * _scatter(mean, axis)) for axis in axes}
         outside.append(_energies(x, bases))
@@ -118,7 +121,7 @@ def _mode(
         gaussian_share(size, (num_models - 1) * (shape.numel() // size), ks)
         if len(axes) == 1
         else [_share(noise, axes, k) for k in ks],
-        [sum(column) / len(rows) for column in zip(*rows, strict=True)],
+        [sum(column) / len(rows) for column in zip(*rows, strict=True)] or [math.nan] * len(ks),
         [prod(min(1.0, k / shape[axis]) for axis in axes) for k in ks],
     )
 

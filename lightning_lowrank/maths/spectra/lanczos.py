@@ -1,8 +1,8 @@
 """Krylov recurrences and the Gauss quadrature that they carry: from products with vectors to spectra, on the device,
 without waiting for it.
 
-Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps   W directions of a trial
-space
+Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps   V vectors   W
+directions of a trial space
 """
 
 from collections.abc import Callable
@@ -65,12 +65,16 @@ def krylov(
     for step in range(steps):
         if step > 0:
             projected[..., step - 1, step] = projected[..., step, step - 1] = across
-            vector = vector if spare is None else _or_else(vector, across, spare.roll(step, -1), basis[..., :step, :])
         basis[..., step, :] = vector
         product = multiply(vector)
         projected[..., step, step] = (product * vector.conj()).sum(-1)
         scale = torch.maximum(scale, lengths_of(product))
-        vector, across = _normalised(_orthogonal(product, basis[..., : step + 1, :]), scale)
+        # Both in one reading of the basis.
+        rows = [product] if spare is None else [product, spare.roll(step + 1, -1)]
+        left = outside(torch.stack(rows, -2), basis[..., : step + 1, :])
+        vector, across = _normalised(left[..., 0, :], scale)
+        if spare is not None:
+            vector = torch.where(across[..., None] == 0, unit_vectors(left[..., 1, :])[0], vector)
     return Krylov(basis, projected, across[..., None] * vector)
 
 
@@ -175,7 +179,8 @@ def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) 
         there, back = round_trip(right, shift)
         scale = torch.maximum(scale, lengths_of(there))
         left, along = _normalised(there, scale)
-        right, across = _normalised(_orthogonal(ratio(back, along[..., None]), basis[..., : step + 1, :]), scale)
+        back = ratio(back, along[..., None])[..., None, :]
+        right, across = _normalised(outside(back, basis[..., : step + 1, :])[..., 0, :], scale)
         shift = across[..., None] * left
         wide[..., step, step], wide[..., step, step + 1] = along, across
     return wide
@@ -192,24 +197,16 @@ def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"
     return nodes, vectors[..., 0, :].abs().square()
 
 
+def outside(vectors: Num[Tensor, "*B V N"], basis: Num[Tensor, "*B K N"]) -> Num[Tensor, "*B V N"]:
+    """What vectors have outside of the span of orthonormal rows."""
+    # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.mH) @ basis
+    return vectors
+
+
 def _normalised(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vector and length; both 0 where the length is rounding beside `scale`."""
     unit, length = unit_vectors(vector)
-    rounding = length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale
-    return torch.where(rounding[..., None], 0.0, unit), torch.where(rounding, 0.0, length)
-
-
-def _or_else(vector: Tensor, length: Tensor, spare: Tensor, basis: Tensor) -> Tensor:
-    """The vector, or where its length is 0 the part of another one that is outside of the span of the basis, as a unit
-    vector.
-    """
-    fresh, _ = _normalised(_orthogonal(spare, basis), lengths_of(spare))
-    return torch.where(length[..., None] == 0, fresh, vector)
-
-
-def _orthogonal(vector: Tensor, basis: Num[Tensor, "*B K N"]) -> Tensor:
-    """What is left of a vector outside of the span of orthonormal rows."""
-    # Twice is enough: one pass of Gram-Schmidt loses orthogonality in float32.
-    for _ in range(2):
-        vector = vector - ((vector[..., None, :] @ basis.mH) @ basis)[..., 0, :]
-    return vector
+    beyond = ~(length <= BREAKDOWN * torch.finfo(vector.dtype).eps * scale)
+    return unit * beyond[..., None], length * beyond

@@ -96,10 +96,11 @@ def unit_vectors(vectors: Num[Tensor, "*B K"]) -> tuple[Num[Tensor, "*B K"], Flo
     """
     if not vectors.shape[-1]:
         return vectors, torch.linalg.vector_norm(vectors, dim=-1)
-    largest = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=-1, keepdim=True)
-    scaled = ratio(vectors, largest)
+    # The infinity norm of torch gives the same number, and takes six times as long.
+    largest = vectors.abs().amax(-1, keepdim=True)
+    scaled = vectors / (largest + (largest == 0))
     lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return ratio(scaled, lengths), (largest * lengths)[..., 0]
+    return scaled / (lengths + (lengths == 0)), (largest * lengths)[..., 0]
 
 
 def lengths_of(vectors: Num[Tensor, "*B K"]) -> Float[Tensor, "*B"]:

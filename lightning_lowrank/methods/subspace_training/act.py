@@ -2,6 +2,7 @@
 named.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,12 +211,23 @@ def merge(module: nn.Module) -> nn.Module:
 
 
 def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before values are loaded: accept original weights, with zero coefficients."""
+    """Before values are loaded: accept original weights, with zero coefficients.
+
+    Raises:
+        ValueError: There are coefficients of other directions.
+    """
     state = prepared(module)
     assert state is not None
-    for place in places(module, all_names=True):
-        path, dot, local = place.key.rpartition(".")
-        within = f"{prefix}{path}{dot}parametrizations.{local}"
+    found = {f"{prefix}{place.parametrization}": place for place in places(module, all_names=True)}
+    coefficients = re.compile(rf"({re.escape(prefix)}(?:.*\.)?parametrizations\..*)\.0\.coefficients")
+    given = {hit[1]: len(value) for key, value in state_dict.items() if (hit := coefficients.fullmatch(key))}
+    own = {within: len(place.holder.coefficients) for within, place in found.items()}
+    if other := {name: (k, own.get(name, 0)) for name, k in given.items() if own.get(name) != k}:
+        raise ValueError(
+            "SubspaceTraining: the checkpoint has other numbers of directions than the module: "
+            f"{dict(list(other.items())[:4])}; give the same basis, k, match and exclude"
+        )
+    for within, place in found.items():
         if f"{within}.0.coefficients" in state_dict:
             state.settled = True
         elif prefix + place.key in state_dict:
@@ -287,16 +299,18 @@ def _prefix(basis: Basis, module: nn.Module) -> str:
     Raises:
         ValueError: The module lacks one of its parameters; a basis may have buffers too.
     """
-    names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+    everything = (module.named_parameters, module.named_buffers)
+    names = dict.fromkeys(name for named in everything for name, _ in named(remove_duplicate=False))
     first_name = next(iter(basis.shapes))
-    for prefix in (name.removesuffix(first_name) for name in names if name.endswith(first_name)):
-        if all(prefix + name in names for name in basis.shapes):
-            return prefix
-    missing = [name for name in basis.shapes if name not in names]
-    raise ValueError(
-        f"SubspaceTraining: {basis.path} is from another architecture: the module lacks {missing[:5]}; it has "
-        f"{names[:5]}"
-    )
+    prefixes = [name.removesuffix(first_name) for name in names if name.endswith(first_name)] or [""]
+    lacking = {prefix: [prefix + name for name in basis.shapes if prefix + name not in names] for prefix in prefixes}
+    prefix, missing = min(lacking.items(), key=lambda entry: len(entry[1]))
+    if missing:
+        raise ValueError(
+            f"SubspaceTraining: {basis.path} is from another architecture: the module lacks {missing[:5]}; it has "
+            f"{list(names)[:5]}"
+        )
+    return prefix
 
 
 def refuse_idle(name: str, training: Training, found: Sequence[Place]) -> None:
@@ -344,7 +358,7 @@ def _table(module: nn.Module, state: Prepared, found: Sequence[Place]) -> str:
 
 def _mark(directions: Tensor) -> Float[Tensor, " K"]:
     """A number of each direction that tells it from others."""
-    flat = directions.detach().cpu().double().flatten(1)
+    flat = directions.detach().cpu().double().reshape(len(directions), directions.shape[1:].numel())
     return flat @ torch.linspace(1, 2, flat.shape[1], dtype=torch.float64)
 
 

@@ -35,8 +35,7 @@ class AlongDirections(nn.Module):
 
     def change(self) -> Tensor:
         """The weighted sum of the directions."""
-        flat = self.coefficients.to(self.directions) @ self.directions.flatten(1)
-        change: Tensor = flat.reshape(self.directions.shape[1:])
+        change: Tensor = torch.tensordot(self.coefficients.to(self.directions), self.directions, 1)
         return change
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -61,6 +60,12 @@ class Place:
     layer: nn.Module
     local: str
     holder: AlongDirections
+
+    @property
+    def parametrization(self) -> str:
+        """Path of what computes the weight."""
+        path, dot, local = self.key.rpartition(".")
+        return f"{path}{dot}parametrizations.{local}"
 
     @property
     def weight(self) -> nn.Parameter:

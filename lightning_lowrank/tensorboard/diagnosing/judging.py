@@ -342,8 +342,9 @@ def _unjudged(curves: Curves, rules: Sequence[Rule]) -> Iterator[Finding]:
         if some:
             count = f"{len(some)} of {len(names)} quantities {'has' if len(some) == 1 else 'have'}"
             step = int(max(steps[name][-1] for name in some))
-            says = f"{count} {rule.says.format(value=LASTING, step=step, end=max(ends))}"
-            message = f"{says}, the first is {some[0]}. {rule.reason}. Try: {rule.advice}. See {rule.page}"
+            first = f": {some[0]}" if len(some) == 1 else f", such as {some[0]}"
+            says = f"{count} {rule.says.format(value=LASTING, step=step, end=max(ends))}{first}"
+            message = f"{says}. {rule.reason}. Try: {rule.advice}. See {rule.page}"
             known = (rule.name, rule.severity, WHOLE_MODEL, some[0], step, message, float(len(some)), "", 1)
             yield Finding(*known, says, rule.cause, rule.advice, rule.page)
 

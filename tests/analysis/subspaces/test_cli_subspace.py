@@ -73,6 +73,20 @@ def shares(rows: np.ndarray) -> list[float]:
     return [energies[:k].sum() / energies.sum() for k in KS]
 
 
+def left_out(paths: list[str], base: str) -> list[list[float]]:
+    """What the mean of others, their components, and both hold of a model, in the mean over models."""
+    rows = updates(paths, base)
+    found = []
+    for i, x in enumerate(rows):
+        others = np.delete(rows, i, 0)
+        away, energy = x - others.mean(0), x @ x
+        right = np.linalg.svd(others - others.mean(0), full_matrices=False)[2]
+        alone, about = (np.cumsum((right @ one) ** 2)[[k - 1 for k in KS]] for one in (x, away))
+        mean = np.full(len(KS), energy - away @ away)
+        found.append(np.stack([mean, alone, mean + about]) / energy)
+    return np.mean(found, 0).tolist()
+
+
 def test_what_is_explained_is_that_of_the_dense_matrix_whole_and_by_tensor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +98,8 @@ def test_what_is_explained_is_that_of_the_dense_matrix_whole_and_by_tensor(
     assert_allclose(list(found["whole"]["explained"].values()), shares(updates(paths, base)), rtol=1e-6)
     for name, values in by_name.items():
         assert_allclose(values, shares(updates(paths, base, name)), rtol=1e-6)
+    left = found["whole"]["left_out"]
+    assert_allclose([list(left[key].values()) for key in ("mean", "basis", "mean_and_basis")], left_out(paths, base))
     assert found["dropped_k"] == [8, 16] and "k=8,16 left out" in found["warnings"][0]
     assert set(found["layers"]["4.weight"]["modes"]) == {"0", "2", "all"}
     assert found["whole"]["left_out"]["mean_and_basis"]["2"] > 0.8 > 0.01 > found["whole"]["left_out"]["random"]["2"]
@@ -200,6 +216,98 @@ def test_a_basis_of_adapters_holds_their_products(tmp_path: Path, capsys: pytest
     energy = sum(float((whole[n] - base[n]).double().square().sum()) for n in base)
     lost = sum(float((whole[n] - rebuilt[n]).double().square().sum()) for n in base)
     assert_allclose(found["models"][paths[2]]["mean_and_basis"], 1 - lost / energy, rtol=1e-4)
+
+
+def test_adapters_need_no_base_where_nothing_is_rebuilt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, basis = adapters(tmp_path, False, {}), str(tmp_path / "basis.safetensors")
+    for i, path in enumerate(paths):  # as on a hub: a name, and no folder
+        config = Path(path) / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": f"hub/{i // 5}"}))
+    fitted = told(capsys, "fit", *paths, "--k", "3")
+    main(["subspace", "fit", *paths[:5], "--k", "3", "-o", basis])
+    capsys.readouterr()
+
+    rows = told(capsys, "project", basis, *paths[:5])["models"]
+    sizes = told(capsys, "compress", basis, *paths[:5], "-o", str(tmp_path / "c.safetensors"))["bytes"]
+    more = told(capsys, "extend", basis, paths[5], "--k", "4", "-o", str(tmp_path / "more.safetensors"))
+
+    assert any("for different bases, ['hub/0', 'hub/1']" in warning for warning in fitted["warnings"])
+    controlled = told(capsys, "fit", *paths[3:], "--k", "1", "--control", *paths[:3])["warnings"]
+    assert any("for different bases, ['hub/0', 'hub/1']" in warning for warning in controlled)
+    controlled = told(capsys, "fit", *paths[:3], "--k", "1", "--control", *paths[3:])["warnings"]
+    assert not any("for different bases" in warning for warning in controlled)
+    assert all(0.3 < row["mean_and_basis"] < 1 for row in rows.values())
+    assert sizes["models"] == sum((Path(path) / "adapter_model.safetensors").stat().st_size for path in paths[:5])
+    assert more["from_files"] and more["models"][paths[5]]["held after"] > more["models"][paths[5]]["held before"]
+    with pytest.raises(SystemExit, match="give the base with --base"):
+        main(["subspace", "merge", basis, "-o", str(tmp_path / "merged.safetensors")])
+
+
+def test_adapters_of_weights_with_inputs_as_rows_are_rebuilt_as_they_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, paths = {"square.weight": torch.zeros(4, 4), "wide.weight": torch.zeros(3, 6)}, []
+    save_file(base, tmp_path / "base.safetensors")
+    for i in range(4):
+        torch.manual_seed(i)
+        square, wide = (Pair(torch.randn(2, n), torch.randn(m, 2)) for m, n in ((4, 4), (6, 3)))
+        paths.append(str(tmp_path / f"{i}"))
+        write_adapter(paths[-1], AdapterFolder({"square": square, "wide": wide}, inputs_as_rows=True))
+    path, options = str(tmp_path / "basis.safetensors"), ["--base", str(tmp_path / "base.safetensors")]
+
+    main(["subspace", "fit", *paths, "--k", "2", "-o", path])
+    main(["subspace", "merge", path, *options, "-o", str(tmp_path / "mean.safetensors")])
+
+    merged = load_file(tmp_path / "mean.safetensors")
+    for name, mean in merged.items():
+        factors = [load_file(f"{one}/adapter_model.safetensors") for one in paths]
+        keys = [f"base_model.model.{name.removesuffix('weight')}lora_{letter}.weight" for letter in "BA"]
+        assert_close(mean, torch.stack([(one[keys[0]] @ one[keys[1]]).T for one in factors]).mean(0))
+
+
+def test_adapters_are_compared_in_what_all_of_them_adapt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = adapters(tmp_path, False, {})
+    torch.manual_seed(9)
+    pairs = {path: Pair(torch.randn(3, n), torch.randn(m, 3)) for path, (m, n) in {"a": (9, 7), "c": (4, 4)}.items()}
+    write_adapter(tmp_path / "other", AdapterFolder(pairs))
+    words = ["fit", *paths, str(tmp_path / "other"), "--match", "[ac].weight"]
+
+    found = told(capsys, *words, "--exclude", "c.weight")
+
+    assert set(found["layers"]) == {"a.weight"} and found["num_models"] == 7
+    with pytest.raises(SystemExit, match=r"other has \['c.weight'\], which .*plain0 lacks"):
+        main(["subspace", *words])
+
+
+def spoilt(folder: Path, how: str) -> None:
+    """One mistake in an adapter."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if how == "no alpha":
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "lora_alpha"}))
+    elif how == "half a pair":
+        save_file({k: v for k, v in load_file(weights).items() if "a.lora_B" not in k}, weights)
+    elif how == "no tensors":
+        weights.write_bytes(b"")
+    else:
+        config.write_text(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no alpha", r"adapter_config.json lacks \['lora_alpha'\]"),
+        ("half a pair", r"one factor without the other for \['a'\]"),
+        ("no tensors", "adapter_model.safetensors cannot be read"),
+        ("", "adapter_config.json cannot be read as JSON"),
+        ("[]", "contains a list"),
+    ],
+)
+def test_adapters_that_are_spoilt_are_refused_by_name(how: str, message: str, tmp_path: Path) -> None:
+    paths = adapters(tmp_path, False, {})
+    spoilt(Path(paths[3]), how)
+
+    with pytest.raises(SystemExit, match=f"plain3.*{message}"):
+        main(["subspace", "fit", *paths])
 
 
 # Used
@@ -329,9 +437,157 @@ def test_models_are_measured_whole_and_rebuilt_on_the_data_of_their_name(
 
     module, batches, measure = digits_like()
     module.load_state_dict(torch.load(paths[0], weights_only=True))
-    assert_allclose(found[paths[0]]["a/output, whole"], measure(module, batches["a"][0])["output"].item(), rtol=1e-5)
-    assert "a/output, rebuilt" in found[paths[0]] and "all/output, rebuilt" not in found[paths[0]]
+    assert_allclose(found[paths[0]]["output, whole"], measure(module, batches["a"][0])["output"].item(), rtol=1e-5)
+    assert "output, rebuilt" in found[paths[0]] and "all/output, rebuilt" not in found[paths[0]]
     assert {"a/output, whole", "all/output, whole"} < set(found[paths[1]])
+
+
+def broken() -> None:
+    """A task that there is not."""
+    raise RuntimeError("no data")
+
+
+def test_nothing_is_written_where_the_data_fail(basis: tuple[str, list[str], str], tmp_path: Path) -> None:
+    path, paths, _ = basis
+    (tmp_path / "later.pt").write_bytes(Path(paths[0]).read_bytes())
+    output = tmp_path / "out.safetensors"
+
+    for words in (["compress", path, paths[0]], ["merge", path], ["extend", path, str(tmp_path / "later.pt")]):
+        with pytest.raises(SystemExit, match="no data"):
+            main(["subspace", *words, "--data", f"{__name__}:broken", "-o", str(output)])
+        assert not output.exists()
+
+
+def test_coefficients_are_as_many_as_components_were_asked_for(
+    basis: tuple[str, list[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, paths, _ = basis
+
+    found = told(capsys, "project", path, paths[0], "--k", "2")["models"][paths[0]]
+
+    assert {name: len(values) for name, values in found["coefficients"].items()}["2.weight"] == 2
+
+
+def test_models_as_folders_count_the_bytes_of_their_weights_and_are_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, base = saved(tmp_path)
+    folders = [tmp_path / f"model {i}" for i in range(4)]
+    for folder, file in zip(folders, files, strict=False):
+        folder.mkdir()
+        save_file(torch.load(file, weights_only=True), folder / "model.safetensors")
+        (folder / "README.md").write_text("words" * 10000)
+    paths, path = [str(folder) for folder in folders], str(tmp_path / "basis.safetensors")
+    main(["subspace", "fit", *paths, "--base", base, "-o", path])
+    weights = {folder: (folder / "model.safetensors").read_bytes() for folder in folders}
+    capsys.readouterr()
+
+    found = told(capsys, "compress", path, *paths, "-o", str(tmp_path / "c.safetensors"))["bytes"]
+
+    assert found["models"] == sum(map(len, weights.values()))
+    for words in (["fit", *paths], ["extend", path, paths[1]], ["merge", path]):
+        with pytest.raises(SystemExit, match=r"part of it|is made of it"):
+            main(["subspace", *words, "-o", str(folders[1] / "model.safetensors")])
+    assert {folder: (folder / "model.safetensors").read_bytes() for folder in folders} == weights
+
+
+def test_tensors_without_an_axis_and_with_equal_entries_are_as_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scales, paths = [1.0, 2.0, 4.0, 8.0, 16.0], []
+    for i, scale in enumerate(scales):
+        torch.manual_seed(i)
+        gain = torch.ones(6) if i == 1 else torch.rand(6)
+        state = {"weight": torch.randn(5, 6), "scale": torch.tensor(scale), "gain": gain, "steps": torch.tensor(i)}
+        paths.append(str(tmp_path / f"{i}.pt"))
+        torch.save(state, paths[-1])
+    path, out = str(tmp_path / "basis.safetensors"), tmp_path / "out"
+    main(["subspace", "fit", *paths[:4], "--k", "2", "--modes", "-o", path])
+    main(["subspace", "reconstruct", path, "-o", str(out)])
+    capsys.readouterr()
+
+    own = told(capsys, "project", path, paths[4])["models"][paths[4]]["coefficients"]["scale"]
+    rows = told(capsys, "extend", path, paths[4], "--k", "3", "-o", str(tmp_path / "more.safetensors"))["models"]
+    ones = {name: torch.full((3,), 2.0) for name in ("a", "b")}
+    for i in range(3):
+        torch.save(ones | {"c": torch.rand(2) if i else torch.zeros(2)}, tmp_path / f"equal{i}.pt")
+    equal = told(capsys, "fit", *(str(tmp_path / f"equal{i}.pt") for i in range(3)))
+
+    assert [load_file(out / f"{i}.safetensors")["scale"].item() for i in range(4)] == pytest.approx(scales[:4])
+    assert np.abs(own) == pytest.approx([16 - np.mean(scales[:4])]) and rows[paths[4]]["held after"] > 0.99
+    assert not any("initialisation" in warning for warning in equal["warnings"])
+
+
+def test_tied_tensors_outside_a_basis_are_written_under_both_names(tmp_path: Path) -> None:
+    paths, base = [], tmp_path / "base.pt"
+    for i in range(5):
+        torch.manual_seed(i)
+        table = torch.randn(7, 4)
+        torch.save({"in.weight": table, "out.weight": table, "mid.weight": torch.randn(4, 4)}, tmp_path / f"{i}.pt")
+        paths.append(str(tmp_path / f"{i}.pt"))
+    base.write_bytes(Path(paths.pop()).read_bytes())
+    path, out = str(tmp_path / "basis.safetensors"), tmp_path / "merged.safetensors"
+    main(["subspace", "fit", *paths, "--base", str(base), "--match", "mid*", "--k", "2", "-o", path])
+
+    main(["subspace", "merge", path, "-o", str(out)])
+
+    start, merged = torch.load(base, weights_only=True), load_file(out)
+    assert torch.equal(merged["in.weight"], start["in.weight"])
+    assert torch.equal(merged["out.weight"], start["in.weight"])
+
+
+def test_models_that_did_not_change_are_named_and_not_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, base = saved(tmp_path)
+    same = str(tmp_path / "same.pt")
+    Path(same).write_bytes(Path(base).read_bytes())
+    start = torch.load(base, weights_only=True)
+    torch.save(torch.load(paths[0], weights_only=True) | {"2.weight": start["2.weight"]}, paths[0])
+
+    found = told(capsys, "fit", *paths, same, "--base", base, "--modes")
+
+    layer = found["layers"]["2.weight"]
+    assert any("same.pt" in warning and "equal to the base" in warning for warning in found["warnings"])
+    assert found["whole"]["left_out"]["num_left_out"] == 7 and layer["left_out"]["num_left_out"] == 6
+    assert layer["left_out"]["basis"]["2"] > 0.5 and layer["modes"]["0"]["left_out"]["2"] > 0.1
+
+
+def test_what_is_not_alike_among_models_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+    others, other_base = saved(tmp_path, seed=1)
+    for words, warning in (
+        (["--base", base, "--control", *others], "the updates of models are compared with the weights of controls"),
+        (["--control", *others, "--control-base", other_base], "the weights of models are compared with the updates"),
+    ):
+        found = told(capsys, "fit", *paths, *words)
+
+        assert any(one.startswith(warning) for one in found["warnings"])
+    found = told(capsys, "fit", *paths, "--base", base, "--control", *others, "--control-base", other_base)
+    assert not any("are compared with" in one for one in found["warnings"])
+
+
+def test_the_page_has_what_is_printed_by_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, base = saved(tmp_path)
+
+    told(capsys, "fit", *paths, "--base", base, "--page", str(tmp_path / "page.html"))
+
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"subspace_{name}" in page for name in ("explained", "null", "left_out_mean_and_basis"))
+    assert '"steps": [1, 2, 4]' in page and '"whole"' in page
+
+
+def test_the_tree_of_many_models_is_left_to_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = []
+    for i in range(70):
+        torch.manual_seed(i)
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        save_file({"w": torch.randn(9)}, paths[-1])
+
+    main(["subspace", "fit", *paths])
+
+    assert "a tree of 70 is too large" in capsys.readouterr().out
+    assert told(capsys, "fit", *paths[:66])["whole"]["left_out"]["num_left_out"] == 64
 
 
 # Processes
@@ -386,6 +642,21 @@ REFUSED = {
     "extended over the basis": (["extend", "basis", "short", "-o", "basis"], "is one of basis"),
     "merged over the base of the basis": (["merge", "basis", "-o", "base"], "is made of it"),
     "merged over a model of the basis": (["merge", "basis", "-o", "0"], "is made of it"),
+    "the base as a model": (["fit", "*", "base", "--base", "base"], "as a model and as a base"),
+    "a base that is not finite": (["fit", "*", "--base", "infinite"], r"not finite in \['[^']*infinite.pt'\];"),
+    "factors": (["fit", "factors", "0", "1"], r"factors of LoRA, such as \['a.lora_A'"),
+    "another ending": (["fit", "*", "-o", "x.pt"], "must end in .safetensors"),
+    "no folder": (["merge", "basis", "-o", "nowhere/x.safetensors"], "there is no folder nowhere"),
+    "coefficients in another basis": (
+        ["reconstruct", "basis", "--coefficients", "coefficients", "-o", "x"],
+        "in another basis than",
+    ),
+    "more components than coefficients": (
+        ["merge", "narrow", "--coefficients", "coefficients", "--k", "3", "-o", "x.safetensors"],
+        "from 1 to 2, the number of components in .*coefficients",
+    ),
+    "neither an adapter nor a model": (["fit", "adapter", "nowhere"], "there is no file or folder"),
+    "no coefficients": (["reconstruct", "basis", "--coefficients", "basis", "-o", "x"], "has no coefficients"),
     "rebuilt into a file": (["reconstruct", "basis", "-o", "other"], "cannot be made a folder"),
 }
 
@@ -395,6 +666,7 @@ def test_bad_input_is_refused_by_name(
     why: str, basis: tuple[str, list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, paths, base = basis
+    words, message = REFUSED[why]
     first = torch.load(paths[0], weights_only=True)
     torch.save({"0.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
     torch.save({name: value / 0 for name, value in first.items()}, tmp_path / "infinite.pt")
@@ -404,15 +676,23 @@ def test_bad_input_is_refused_by_name(
         torch.save(first, one)
     known = {str(i): [one] for i, one in enumerate(paths)} | {"*": paths, "same": same, "basis": [path], "base": [base]}
     known |= {name: [str(tmp_path / f"{name}.pt")] for name in ("other", "infinite", "nowhere", "short")}
-    before = {one: one.read_bytes() for one in tmp_path.iterdir()}
-    words, message = REFUSED[why]
+    torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2)}, tmp_path / "factors.pt")
+    known["factors"], known["coefficients"] = (
+        [str(tmp_path / "factors.pt")],
+        [str(tmp_path / "coefficients.safetensors")],
+    )
+    known["narrow"], known["adapter"] = [str(tmp_path / "narrow.safetensors")], adapters(tmp_path, False, {})
+    if "coefficients" in words:
+        main(["subspace", "fit", *paths[:5], "--base", base, "--k", "3", "-o", *known["narrow"]])
+        main(["subspace", "compress", *known["narrow"], *paths, "--k", "2", "-o", *known["coefficients"]])
+    before = {one: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()}
     monkeypatch.chdir(tmp_path)
 
     given = [one for word, before in zip(words, ["", *words], strict=False) for one in _given(word, before, known)]
     with pytest.raises(SystemExit) as refused:
         main(["subspace", *given])
     assert re.search(message, str(refused.value))
-    assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
+    assert {one: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()} == before
 
 
 def test_models_are_not_rebuilt_over_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

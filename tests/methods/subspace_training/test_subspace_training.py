@@ -195,3 +195,51 @@ def test_bad_input_is_refused_by_name(basis: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+class Scaled(nn.Module):
+    """A weight under two names, and a parameter without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+        self.last.weight = self.first.weight
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+def test_weights_of_two_names_stay_and_parameters_without_an_axis_move(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start, paths = Scaled(), []
+    for i in range(5):
+        other = copy.deepcopy(start)
+        for p in other.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        paths.append(str(tmp_path / f"{i}.pt"))
+        torch.save(other.state_dict(), paths[-1])
+    torch.save(start.state_dict(), tmp_path / "base.pt")
+    path = str(tmp_path / "basis.safetensors")
+    main(["subspace", "fit", *paths, "--base", str(tmp_path / "base.pt"), "--k", "2", "-o", path])
+
+    for basis in (path, "random"):
+        module = copy.deepcopy(start)
+        SubspaceTraining(basis, k=2, include_mean=False).prepare(module)
+        (coefficient,) = (p for name, p in module.named_parameters() if name.startswith("parametrizations.scale.0"))
+        coefficient.data += 3
+
+        merged = SubspaceTraining.merge(module)
+        assert abs(abs(float(merged.scale.detach()) - 2) - 3) < 1e-6
+        assert merged.first.weight is merged.last.weight
+        assert torch.equal(merged.first.weight, start.first.weight)
+
+
+def test_other_numbers_of_directions_are_named(basis: str) -> None:
+    saved, narrow = Deep(), Deep()
+    SubspaceTraining(basis, k=2).prepare(saved)
+    SubspaceTraining(basis, k=2, match="*.4.*").prepare(narrow)
+
+    for options in ({"k": 3}, {"k": 2, "match": "*.4.*"}):
+        module = Deep()
+        SubspaceTraining(basis, **options).prepare(module)
+        with pytest.raises(ValueError, match=r"net\.0\.parametrizations\.weight': \(2, [03]\)"):
+            module.load_state_dict(saved.state_dict())
+    saved.load_state_dict(narrow.state_dict())  # the others are weights without coefficients
