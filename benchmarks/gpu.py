@@ -74,6 +74,9 @@ class GPT(L.LightningModule):
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, width // 64) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
+        # Wider ones give probabilities below the smallest normal number, which some processors compute slowly.
+        for table in (self.tokens, self.places):
+            nn.init.normal_(table.weight, std=0.02)
         self.marks: list[Any] = []
 
     def forward(self, x: Tensor) -> Tensor:

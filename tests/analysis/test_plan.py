@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 
 from benchmarks import large
 from benchmarks.gpu import GPT
+from examples.char_transformer import CONTEXT, CharTransformer
 from lightning_lowrank.analysis.cli import main
-from lightning_lowrank.analysis.planning.counting import Counting, Work, counted
-from lightning_lowrank.analysis.planning.devices import devices, interpolated
+from lightning_lowrank.analysis.planning.counting import Counting, Moving, Work, counted
+from lightning_lowrank.analysis.planning.devices import Device, devices, interpolated
 from lightning_lowrank.analysis.planning.plan import Plan, plan_of, planned
 from lightning_lowrank.distributed import team
 from tests.processes import together
@@ -103,6 +105,52 @@ def test_a_step_takes_three_times_the_products_of_a_forward_pass() -> None:
     assert plan_of(with_inputs()[0], (), "cpu").share is None
 
 
+def test_a_step_reads_and_writes_the_operands_and_results_of_each_function() -> None:
+    rows, entries = 7, 20 * 30 + 30 * 5
+    of_linear, of_relu = rows * (20 + 30 + 30 + 5), rows * 2 * 30
+
+    by_inputs = planned(named("with_inputs"))
+
+    assert by_inputs.step_bytes == 3 * 4 * (entries + 30 + 5 + of_linear + of_relu)
+    assert plan_of(with_inputs()[0], (), "cpu").step_bytes is None
+
+
+def test_tokens_stand_for_the_inputs_of_a_transformer() -> None:
+    inputs = torch.zeros(8, CONTEXT, dtype=torch.long)
+
+    by_inputs = plan_of(CharTransformer(100), (inputs,), "cpu")
+    by_tokens = plan_of(CharTransformer(100), (), "cpu", tokens_per_step=inputs.numel())
+
+    assert by_tokens.step_bytes == pytest.approx(by_inputs.step_bytes, rel=0.1)
+    assert by_tokens.step_flops == pytest.approx(by_inputs.step_flops, rel=0.1)
+
+
+def test_only_what_makes_or_changes_a_tensor_moves_bytes() -> None:
+    x, lstm = torch.zeros(2, 100, 8, device="meta"), nn.LSTM(8, 8, batch_first=True, device="meta")
+    # Its states are made, read, and written.
+    of_lstm = 2 * x.numel() + 3 * 2 * 2 * 8 + sum(p.numel() for p in lstm.parameters())
+    jobs: dict[Callable[[], Any], int] = {
+        lambda: x.view(-1, 8).mT.unflatten(0, (2, 4)).to(torch.float32)[0].contiguous().shape: 2 * x.numel() // 2,
+        lambda: x.contiguous().to(torch.float32).detach(): 0,
+        lambda: x + 1: 2 * x.numel(),
+        lambda: x.add_(1): x.numel(),
+        lambda: lstm(x): of_lstm,
+    }
+
+    for job, numbers in jobs.items():
+        with counted(Counting()), Moving() as moving:
+            job()
+        assert moving.bytes == 4 * numbers
+
+
+def test_the_time_of_a_step_adds_up_its_kinds_of_work() -> None:
+    of_samples = dict.fromkeys(("sample_ms", "matrix_ms", "side_ms", "element_ns"), 0.0)
+    of_steps = {"step_ms": 1.0, "parameter_ms": 0.1, "entry_ns": 4.0, "byte_ns": 0.5, "training": 1e9}
+    device = Device("", (), (), (), **of_samples, **of_steps)
+
+    assert device.step(3e6, 2e6, 20, 10**6) == pytest.approx(1 + 2 + 4 + 1 + 3)
+
+
 def test_a_known_step_is_taken_as_it_is_said() -> None:
     said = plan_of(transformer(), (), "cpu", step_ms=10.0, every_n_steps=20)
 
@@ -131,6 +179,7 @@ def test_every_class_of_devices_was_measured_in_full() -> None:
     for device in devices().values():
         assert len(device.products) > 5 < len(device.eigenvalues)
         assert device.training > 0 < device.sample_ms
+        assert device.step_ms > 0 < device.byte_ns
         assert "torch" in device.what
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -84,6 +85,31 @@ class Counting(TorchDispatchMode):
             sides = [length for t in _tensors(args) for length in t.shape[-2:]]
             work = Work("products", first.dtype, min(sides))
             self.flops[work] += flop_registry[packet](*args, **kwargs, out_val=result)
+
+
+@dataclass
+class Moving(TorchFunctionMode):
+    """Counts the bytes that functions of torch read and write: of each that makes or changes a tensor, the operands and
+    the results. What a function does within, such as the steps of an LSTM, stays in the cache and is not counted.
+
+    Attributes:
+        bytes: So far.
+    """
+
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = list(_tensors((args, kwargs)))
+        versions = [t._version for t in operands]
+        result = function(*args, **(kwargs or {}))
+        known = set(map(_key, operands))
+        made = [t for t in _tensors(result) if _key(t) not in known]
+        if made or versions != [t._version for t in operands]:
+            self.bytes += sum(t.nbytes for t in (*operands, *made))
+        return result
 
 
 @contextmanager

@@ -34,7 +34,9 @@ class Device:
         element_ns: Of each number that is read.
         step_ms: Of a step of training, whatever it trains.
         parameter_ms: Of each parameter in a step.
-        training: Flops a second of a step.
+        entry_ns: Of each entry of the parameters in a step, for the optimizer.
+        byte_ns: Of each byte that a step reads or writes.
+        training: Flops a second of the products of a step.
     """
 
     what: str
@@ -47,6 +49,8 @@ class Device:
     element_ns: float
     step_ms: float
     parameter_ms: float
+    entry_ns: float
+    byte_ns: float
     training: float
 
     def sample(self, costs: Costs) -> float:
@@ -59,9 +63,10 @@ class Device:
         """Milliseconds of products and solvers alone."""
         return 1000 * sum(self._seconds(route, work, flops) for (route, work), flops in costs.flops.items())
 
-    def step(self, flops: float, num_parameters: int) -> float:
-        """Milliseconds of a training step."""
-        return self.step_ms + self.parameter_ms * num_parameters + 1000 * flops / self.training
+    def step(self, flops: float, num_bytes: float, num_tensors: int, num_parameters: int) -> float:
+        """Milliseconds of a training step of so many tensors, with so many entries in all."""
+        fixed = self.step_ms + self.parameter_ms * num_tensors
+        return fixed + 1e-6 * (self.entry_ns * num_parameters + self.byte_ns * num_bytes) + 1000 * flops / self.training
 
     def _seconds(self, route: str, work: Work, flops: int) -> float:
         rates = self.sketch if route == SKETCH else self.products if work.kind == "products" else self.eigenvalues

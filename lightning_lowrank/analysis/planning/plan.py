@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lowrank.analysis.architectures import call
+from lightning_lowrank.analysis.planning.counting import Counting, Moving, counted
 from lightning_lowrank.analysis.planning.devices import devices
 from lightning_lowrank.analysis.planning.rehearsal import META, Costs, rehearsed
 from lightning_lowrank.monitors.rank import OF_PARAMETERS, RankMonitor
@@ -17,6 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 Dtype = Literal["fp32", "bf16", "fp16", "fp64"]
 # Backward passes take twice what a forward pass does.
 PASSES = 3
+# What all functions of a transformer read and write of activations, over what its products do of them.
+ACTIVATIONS = 2.5
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
         every_n_steps: Cadence in optimizer steps.
         costs: Costs of a sample.
         step_flops: Flops of a training step on each device; None if unknown.
+        step_bytes: Bytes that functions of torch read and write in it; None if unknown.
         device: Class of devices.
         sample_ms: Milliseconds of a sample without communication; None if the class was not measured.
         step_ms: Milliseconds of a training step; None if unknown.
@@ -45,6 +48,7 @@ class Plan:
     every_n_steps: int
     costs: Costs
     step_flops: float | None
+    step_bytes: float | None
     device: str
     sample_ms: float | None
     step_ms: float | None
@@ -122,14 +126,26 @@ def plan_of(
     """The same for a module, which is moved to the meta device."""
     module.to(device=META, dtype=DTYPES[dtype])
     parameters = list(module.parameters())
-    counts = sum(p.numel() for p in parameters), len(parameters)
-    flops = _step_flops(module, inputs, tokens_per_step)
+    num_parameters, num_tensors = sum(p.numel() for p in parameters), len(parameters)
+    flops, moved = _of_inputs(module, inputs) if inputs else _of_tokens(module, tokens_per_step)
     costs = rehearsed(module, RankMonitor(sources, every_n_steps=every_n_steps), num_devices)
     known = devices().get(device)
-    if step_ms is None and known is not None and flops is not None and num_devices == 1:
-        step_ms = known.step(flops, len(parameters))
-    sample_ms = None if known is None else known.sample(costs)
-    return Plan(what, *counts, num_devices, dtype, every_n_steps, costs, flops, device, sample_ms, step_ms)
+    if step_ms is None and known is not None and flops is not None and moved is not None and num_devices == 1:
+        step_ms = known.step(flops, moved, num_tensors, num_parameters)
+    return Plan(
+        what,
+        num_parameters,
+        num_tensors,
+        num_devices,
+        dtype,
+        every_n_steps,
+        costs,
+        flops,
+        moved,
+        device,
+        None if known is None else known.sample(costs),
+        step_ms,
+    )
 
 
 def _refuse(
@@ -158,22 +174,27 @@ def _made(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     return module, tuple(inputs)
 
 
-def _step_flops(module: nn.Module, inputs: Sequence[Any], tokens: int | None) -> float | None:
-    """Of a forward and a backward pass of one device."""
-    if inputs:
-        on_meta = [value.to(META) if isinstance(value, Tensor) else value for value in inputs]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            try:
-                module(*on_meta)
-            except Exception as error:  # the user's own code
-                shapes = [list(value.shape) if isinstance(value, Tensor) else value for value in inputs]
-                why = next(iter(str(error).splitlines()), "")
-                raise ValueError(
-                    f"{type(module).__name__} fails on the inputs {shapes}: {type(error).__name__}: {why}"
-                ) from error
-        return float(PASSES * counter.get_total_flops())
+def _of_inputs(module: nn.Module, inputs: Sequence[Any]) -> tuple[float, float]:
+    """Flops and bytes of a forward and a backward pass of one device."""
+    on_meta = [value.to(META) if isinstance(value, Tensor) else value for value in inputs]
+    with counted(Counting()) as counting, Moving() as moving:
+        try:
+            module(*on_meta)
+        except Exception as error:  # the user's own code
+            shapes = [list(value.shape) if isinstance(value, Tensor) else value for value in inputs]
+            why = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"{type(module).__name__} fails on the inputs {shapes}: {type(error).__name__}: {why}"
+            ) from error
+    return float(PASSES * counting.flops.total()), float(PASSES * moving.bytes)
+
+
+def _of_tokens(module: nn.Module, tokens: int | None) -> tuple[float, float] | tuple[None, None]:
+    """The same of a transformer that multiplies that many rows by every matrix; None without a number."""
     if tokens is None:
-        return None
+        return None, None
     looked_up = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    entries = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in looked_up)
-    return 2.0 * PASSES * entries * tokens
+    matrices = [p for p in module.parameters() if p.ndim > 1 and id(p) not in looked_up]
+    flops = sum(2 * tokens * p.numel() for p in matrices)
+    moved = sum(p.itemsize * (p.numel() + ACTIVATIONS * tokens * (p.shape[0] + p[0].numel())) for p in matrices)
+    return float(PASSES * flops), float(PASSES * moved)
