@@ -30,8 +30,6 @@ class NumberRecorder(Recorder):
         asked = {quantity.name: quantity for quantity in self._source.quantities}
         self._asked: list[Quantity] = [asked[name] for name in probe.statistics]
         self._device = torch.device("cpu")
-        # Quantities that the source gave, numbers or not, each with its site.
-        self._given: set[tuple[str, str]] = set()
         super().__init__(probe, prefix=prefix)
 
     @property
@@ -68,15 +66,6 @@ class NumberRecorder(Recorder):
         """Least detail at which loggers get it."""
         return next((asked.detail for asked in self._named(quantity)), "all")
 
-    def has(self, quantity: str, site: str) -> bool:
-        """Whether the source has ever given it there."""
-        return any((asked.name, site) in self._given for asked in self._named(quantity))
-
-    def begin(self) -> None:
-        """Forget an earlier run."""
-        super().begin()
-        self._given = set()
-
     def gradients_final(self, optimizer: int, step: Step, generator: torch.Generator, team: Team) -> None:
         """Let the source read for itself."""
         self._source.gradients_final(step)
@@ -94,7 +83,6 @@ class NumberRecorder(Recorder):
             self.error = f"{type(trouble).__name__}: {trouble}"
         self._results.know({}, [numbers.site for numbers in found])
         self.expected |= dict.fromkeys(numbers.site for numbers in found)
-        self._given |= {(name, numbers.site) for numbers in found for name in numbers.values}
         if found and (self._source.shared or team.rank == 0):
             self._staged[BATCH] = [self._laid_out(found)]
 

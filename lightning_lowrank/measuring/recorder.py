@@ -83,10 +83,6 @@ class Recorder(ABC):
         """Least detail at which loggers get it."""
         return "core"
 
-    def has(self, quantity: str, site: str) -> bool:
-        """Whether a quantity without a number is missing there; not every site has every quantity."""
-        return True
-
     def sites_of(self, quantity: str) -> list[str]:
         """Where a quantity exists: the whole model, or sites."""
         return [site for site in self.expected if (site == WHOLE_MODEL) == self.is_global(quantity)]

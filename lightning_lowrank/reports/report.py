@@ -113,8 +113,7 @@ def report_of(
                 shown |= found if ends else {tag: x for tag, x in found.items() if tag.endswith("_median")}
             known = quantity.removesuffix("_error") if style.shows("all") else quantity
             if known in style.by_site:
-                there = {site: x for site, x in row.items() if not math.isnan(x) or recorder.has(quantity, site)}
-                sites |= {f"{quantity}/{site}": value for site, value in there.items()}
+                sites |= {f"{quantity}/{site}": value for site, value in row.items()}
     return Report(step, values, every, shown, sites)
 
 

@@ -271,13 +271,3 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert str(first) == str(second)
     for quantity, row in alone.items():
         assert first[quantity] == pytest.approx(row, rel=1e-4, abs=1e-6, nan_ok=True)
-
-
-def test_single_sites_have_curves_of_the_quantities_that_exist_there() -> None:
-    monitor = ActivationMonitor(every_n_steps=1, per_site=True)
-
-    tags = watched(InOrder(0, 1, Residual()), monitor, max_steps=2).tags()
-
-    assert {"activation_alignment/net.blocks.0", "activation_row_uniformity/net.blocks.0.mix.weight"} <= tags
-    assert not tags & {"activation_rms/net.blocks.0.mix.weight", "activation_row_uniformity/net.blocks.0"}
-    assert "activation_alignment/net.blocks.2" not in tags  # no block follows
