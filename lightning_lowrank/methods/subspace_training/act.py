@@ -220,8 +220,14 @@ def complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
     assert state is not None
     found = {f"{prefix}{place.parametrization}": place for place in places(module, all_names=True)}
     coefficients = re.compile(rf"({re.escape(prefix)}(?:.*\.)?parametrizations\..*)\.0\.coefficients")
-    given = {hit[1]: len(value) for key, value in state_dict.items() if (hit := coefficients.fullmatch(key))}
     own = {within: len(place.holder.coefficients) for within, place in found.items()}
+    # A parametrization of the user's may have coefficients too.
+    theirs = {f"{prefix}{name}" for name, _ in module.named_parameters()} - {f"{at}.0.coefficients" for at in own}
+    given = {
+        hit[1]: value.numel()
+        for key, value in state_dict.items()
+        if key not in theirs and (hit := coefficients.fullmatch(key))
+    }
     if other := {name: (k, own.get(name, 0)) for name, k in given.items() if own.get(name) != k}:
         raise ValueError(
             "SubspaceTraining: the checkpoint has other numbers of directions than the module: "

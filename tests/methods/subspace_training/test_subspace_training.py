@@ -243,3 +243,33 @@ def test_other_numbers_of_directions_are_named(basis: str) -> None:
         with pytest.raises(ValueError, match=r"net\.0\.parametrizations\.weight': \(2, [03]\)"):
             module.load_state_dict(saved.state_dict())
     saved.load_state_dict(narrow.state_dict())  # the others are weights without coefficients
+
+
+class Times(nn.Module):
+    """A parametrization of the user's, whose parameter has the name of ours."""
+
+    def __init__(self, coefficients: Tensor) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(coefficients)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.coefficients.sum()
+
+
+@pytest.mark.parametrize("coefficients", [torch.tensor(2.0), torch.ones(5)])
+def test_coefficients_of_the_users_own_are_loaded_as_ever(basis: str, coefficients: Tensor) -> None:
+    def made() -> Deep:
+        module = Deep()
+        module.extra = nn.Linear(3, 3)
+        torch.nn.utils.parametrize.register_parametrization(module.extra, "weight", Times(coefficients.clone()))
+        SubspaceTraining(basis, k=2, train_also=["extra*"]).prepare(module)
+        return module
+
+    saved, module = made(), made()
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter += 1
+    module.load_state_dict(saved.state_dict())
+
+    for one, other in zip(module.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(one, other)
