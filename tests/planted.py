@@ -147,6 +147,12 @@ MISTAKES: dict[str, Mistake] = {
         "gradients * slopes",
         (MATHS + "test_operators.py",),
     ),
+    "the change of the outputs along one vector is taken for that along another": Mistake(
+        "maths/operators/operators.py",
+        r"known is vector",
+        "known is not None",
+        (MATHS + "test_operators.py",),
+    ),
     "the weights of rows are forgotten": Mistake(
         "loss/output_loss.py",
         r"\(self\.row_weights\(\) / self\.num_rows\)\.sqrt\(\)",

@@ -223,6 +223,46 @@ def test_jacobian_products_are_those_of_the_whole_jacobian(network, text):
     assert_close(jacobian.backward(rows), rows.flatten() @ whole, rtol=0, atol=1e-10)
 
 
+def test_a_product_with_the_hessian_tells_the_change_of_the_outputs(network):
+    """Through the loss's own graph, with weights that are tied, and normalised batches."""
+    model, loss_of = network
+    params, given, noted = list(model.parameters()), [], []
+
+    def call(*inputs):
+        given.append(model(*inputs))
+        return given[0]
+
+    _, operator = hessian(loss_of(call), params, through=given[0], note=lambda *of: noted.append(of))
+    _, plain = hessian(loss_of(model), params)
+    direction = gaussian(operator.size)
+    jacobian = Jacobian(given[0].flatten(0, -2), params)
+
+    assert_close(operator.multiply(direction), plain.multiply(direction), rtol=0, atol=1e-13)
+    assert noted[0][0] is direction and len(noted) == 1
+    assert_close(noted[0][1].flatten(0, -2), jacobian.forward(direction), rtol=0, atol=1e-13)
+
+
+def test_a_product_tells_no_change_of_what_the_loss_is_linear_in():
+    weight, noted = torch.ones(3, dtype=torch.float64, requires_grad=True), []
+    squares = weight.square()
+    _, operator = hessian(squares.sum(), [weight], through=squares, note=lambda *of: noted.append(of))
+
+    assert_close(operator.multiply(torch.ones(3)), torch.full((3,), 2.0).double())
+    assert not noted
+
+
+def test_a_jacobian_does_not_take_one_direction_for_another():
+    """The change of the outputs is kept for products with the very same vector, and no longer."""
+    model, inputs, _ = classifier()
+    outputs, params = model(inputs), list(model.parameters())
+    jacobian = Jacobian(outputs, params)
+    one, other = gaussian(jacobian.size), gaussian(jacobian.size, seed=1)
+    found = [jacobian.forward(vector) for vector in (one, one, other, one)]
+    fresh = [Jacobian(outputs, params).forward(vector) for vector in (one, one, other, one)]
+
+    assert_close(found, fresh, rtol=0, atol=0)
+
+
 def test_a_relu_net_without_biases_is_homogeneous():
     """Euler: the product of the Jacobian with the parameters is the output, once for each layer."""
     model = nn.Sequential(

@@ -79,17 +79,35 @@ class Layout:
         return torch.stack([torch.linalg.vector_norm(part, dim=-1, dtype=wide).square() for part in parts], -1)
 
 
-def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Tensor, " P"], Operator]:
+def hessian(
+    loss: Float[Tensor, ""],
+    params: Sequence[Tensor],
+    *,
+    through: Tensor | None = None,
+    note: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Float[Tensor, " P"], Operator]:
     """The gradient of a loss, and its Hessian.
 
     A product is one backward pass through the graph of the gradient, which lives as long as the operator: about three
     times the memory of the forward pass. Parameters that the loss does not depend on have zeros.
+
+    Args:
+        through: A tensor on the way from the parameters to the loss.
+        note: Gets every vector that the Hessian is multiplied with, and the change of that tensor along it, which a
+            product computes anyway. Not called if the loss is linear in the tensor.
     """
-    dtype = _dtype(params)
-    gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+    dtype, between = _dtype(params), [] if through is None else [through]
+    slopes = torch.autograd.grad(
+        loss, [*params, *between], create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    gradient, after = slopes[: len(params)], [slope for slope in slopes[len(params) :] if slope.requires_grad]
 
     def multiply(vector: Tensor) -> Tensor:
-        return _flat(_products(gradient, params, _parts(vector, params)), dtype)
+        found = _products(gradient, [*params, *after], _parts(vector, params))
+        # The gradient is linear in the slope by that tensor: its derivative by it is the change along the vector.
+        if after and note is not None:
+            note(vector, found[-1])
+        return _flat(found[: len(params)], dtype)
 
     flat = _flat([g.detach() for g in gradient], dtype)
     return flat, Operator(len(flat), multiply, flat.device, dtype)
@@ -129,9 +147,22 @@ class Jacobian:
         keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
         return at, torch.autograd.grad(self.outputs, self.params, at, **keep)
 
+    @cached_property
+    def _last(self) -> list[tuple[Tensor, Tensor]]:
+        """The vector that was multiplied last, and its product."""
+        return []
+
+    def know(self, vector: Float[Tensor, " P"], change: Float[Tensor, "R C"]) -> None:
+        """Keep the change of the outputs along a direction until that along another is known."""
+        self._last[:] = [(vector, change.to(self.dtype))]
+
     def forward(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
-        """Change of the outputs along a direction in parameter space."""
-        return self._everywhere(lambda: self._change(vector), self.outputs.shape)
+        """Change of the outputs along a direction in parameter space; computed once for operators that are multiplied
+        with the same vector one after the other.
+        """
+        if not any(known is vector for known, _ in self._last):
+            self.know(vector, self._everywhere(lambda: self._change(vector), self.outputs.shape))
+        return self._last[0][1]
 
     def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
         """Product of the transpose with a vector in output space."""

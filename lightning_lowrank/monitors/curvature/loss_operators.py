@@ -1,10 +1,11 @@
 """The operators of a loss: what is asked for, on the graph of a step, the same on all processes.
 
-Shape letters:  P entries of all parameters
+Shape letters:  P entries of all parameters   n vectors
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.output_loss import ClosedForm, OutputLoss
 from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator, fisher, gauss_newton, hessian
+from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.monitors.curvature.stability import Threshold, threshold
 
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
@@ -39,6 +41,18 @@ class LossOperators:
     edge: Threshold | None
     error: Exception | None = None
 
+    def products(self, vectors: Float[Tensor, "n P"]) -> dict[str, Float[Tensor, "n P"]]:
+        """Of each operator with the same vectors: cheaper than one operator after the other, since they share the
+        change of the outputs along a vector, which a product with the Hessian contains.
+        """
+        names = [name for name in OPERATORS if name in self.operators]
+        products = {name: torch.empty_like(vectors) for name in names}
+        with full_precision(vectors.device):
+            for i, vector in enumerate(vectors):
+                for name in names:
+                    products[name][i] = self.operators[name].multiply(vector)
+        return products
+
 
 def loss_operators(
     loss: Float[Tensor, ""],
@@ -62,11 +76,20 @@ def loss_operators(
     params = list(named.values())
     found: dict[str, Operator] = {}
     error: Exception | None = None
+    seen: OutputLoss | None = None
     gradient = torch.zeros(0)
     try:
-        gradient, found["hessian"] = hessian(loss, params)
-        if set(asked) - {"hessian"}:
-            for name, operator in _of_outputs(outputs(), params, asked, seed):
+        seen = outputs() if set(asked) - {"hessian"} else None
+    except Exception as failed:  # the Hessian does without
+        error = failed
+    try:
+        if seen is None:
+            gradient, found["hessian"] = hessian(loss, params)
+        else:
+            jacobian = Jacobian(seen.outputs, params)
+            note = partial(_note, jacobian, seen)
+            gradient, found["hessian"] = hessian(loss, params, through=seen.given, note=note)
+            for name, operator in _of_outputs(seen, jacobian, asked, seed):
                 found[name] = operator
     except Exception as failed:
         error = failed
@@ -81,11 +104,15 @@ def loss_operators(
     return LossOperators(value, gradient, whole, Layout.of(named), edge, error)
 
 
+def _note(jacobian: Jacobian, outputs: OutputLoss, vector: Tensor, change: Tensor) -> None:
+    """What a product with the Hessian tells of the outputs."""
+    jacobian.know(vector, outputs.as_rows(change))
+
+
 def _of_outputs(
-    outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[str], seed: int
+    outputs: OutputLoss, jacobian: Jacobian, asked: Sequence[str], seed: int
 ) -> Iterator[tuple[str, Operator]]:
     """Those that are known from how the loss depends on the outputs."""
-    jacobian = Jacobian(outputs.outputs, params)
     if "gauss_newton" in asked:
         yield "gauss_newton", gauss_newton(jacobian, outputs.hessian_product)
     fishers = [name for name in asked if name.endswith("_fisher")]
