@@ -79,17 +79,24 @@ def spectral_estimate(
     if len(signs) < 2:
         raise ValueError(f"an estimate with an error needs at least 2 probes, not {len(signs)}")
     with full_precision(operator.device):
-        known = known or _nothing(operator)
-        of_known = known.images()
+        known, steps = known or _nothing(operator), min(steps, operator.size)
+        vectors, of_known, wide = known.vectors, known.images(), working_dtype(operator.device)
         images = torch.stack([operator.multiply(vector) for vector in signs]) if images is None else images
-        pairs, steps = zip(signs, images, strict=True), min(steps, operator.size)
-        found = [_probe(operator, known, of_known, *pair, steps, layout) for pair in pairs]
-        projected, counts, traces, squares = (torch.stack(parts) for parts in zip(*found, strict=True))
+        # The vectors outside of the known, and their products: what those of the known are is no new one.
+        along = signs @ vectors.mT
+        starts, left = (
+            torch.addmm(rows, along, basis, alpha=-1) for rows, basis in ((signs, vectors), (images, of_known))
+        )
+        lengths = torch.linalg.vector_norm(starts, dim=-1)
+        parts = zip(starts, _outside(left, vectors), lengths, strict=True)
+        projected = torch.stack([_projected(operator, vectors, *part, steps) for part in parts])
+        counts = lengths.to(wide).square()
+        layer_traces = layer_squares = signs[:, :0]
         if layout is not None:
-            traces = traces + layout.sums((of_known * known.vectors).sum(0))
-            squares = squares + layout.energies(of_known).sum(0)
-        spectrum = _spectrum(known, projected, counts, operator.size)
-        return SpectralEstimate(spectrum, 2 * known.residuals.square().sum(), traces, squares, images)
+            layer_traces = layout.sums(signs * left) + layout.sums((of_known * vectors).sum(0))
+            layer_squares = layout.energies(left) + layout.energies(of_known).sum(0)
+        spectrum = _spectrum(known, projected.to(wide), counts, operator.size)
+        return SpectralEstimate(spectrum, 2 * known.residuals.square().sum(), layer_traces, layer_squares, images)
 
 
 def random_signs(operator: Operator, num: int, generator: torch.Generator) -> Float[Tensor, "n P"]:
@@ -218,35 +225,37 @@ def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor
     return curves
 
 
-def _probe(
+def _projected(
     operator: Operator,
-    known: Eigenpairs,
-    of_known: Float[Tensor, "k P"],
-    signs: Float[Tensor, " P"],
-    image: Float[Tensor, " P"],
+    vectors: Float[Tensor, "k P"],
+    start: Float[Tensor, " P"],
+    product: Float[Tensor, " P"],
+    length: Float[Tensor, ""],
     steps: int,
-    layout: Layout | None,
-) -> tuple[Tensor, ...]:
-    """Complement of the known in the Krylov space of a sign vector, and its squared length; of the complement's image
-    the share per layer, and its squares.
+) -> Float[Tensor, "m m"]:
+    """The operator on the complement of orthonormal rows, in the Krylov space of a start vector there.
+
+    Args:
+        product: With the start vector, in the complement.
+        length: Of the start vector.
     """
-    vectors, wide = known.vectors, working_dtype(operator.device)
-
-    def outside(vector: Tensor) -> Tensor:
-        return vector - (vectors @ vector) @ vectors
-
-    start, image = outside(signs), image - (vectors @ signs) @ of_known
-    length = lengths_of(start)
-    ready = [ratio(outside(image), length)]  # the first product, which the image of the sign vector contains
-    space = krylov(lambda vector: ready.pop() if ready else outside(operator.multiply(vector)), start, steps)
-    projected, count = space.projected.to(wide), length.to(wide).square()
+    unit, image = ratio(start, length), ratio(product, length)
     if steps == 1:
         # What has the same first two moments: the length of the product is known, and no third is asked for.
-        across = lengths_of(space.remainder).to(wide)[None, None]
-        projected = torch.cat([torch.cat([projected, across], 1), torch.cat([across, projected], 1)])
-    if layout is None:
-        return projected, count, signs[:0], signs[:0]
-    return projected, count, layout.sums(signs * image), layout.energies(image)
+        mean = unit.dot(image)
+        across = lengths_of(image - mean * unit)
+        return torch.stack([mean, across, across, mean]).view(2, 2)
+    ready = [image]
+
+    def multiply(vector: Tensor) -> Tensor:
+        return ready.pop() if ready else _outside(operator.multiply(vector)[None], vectors)[0]
+
+    return krylov(multiply, unit, steps).projected
+
+
+def _outside(rows: Float[Tensor, "n P"], basis: Float[Tensor, "k P"]) -> Float[Tensor, "n P"]:
+    """What vectors have outside of the span of orthonormal rows."""
+    return torch.addmm(rows, rows @ basis.mT, basis, alpha=-1)
 
 
 def _nothing(operator: Operator) -> Eigenpairs:
