@@ -42,8 +42,10 @@ class LossOperators:
     error: Exception | None = None
 
     def products(self, vectors: Float[Tensor, "n P"]) -> dict[str, Float[Tensor, "n P"]]:
-        """Of each operator with the same vectors: cheaper than one operator after the other, since they share the
-        change of the outputs along a vector, which a product with the Hessian contains.
+        """Of each operator with the same vectors.
+
+        All operators take one vector after the other. The change of the outputs along it is then computed once, by the
+        product with the Hessian.
         """
         names = [name for name in OPERATORS if name in self.operators]
         products = {name: torch.empty_like(vectors) for name in names}
