@@ -5,7 +5,6 @@ Shape letters:  P entries of all parameters   n vectors
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,15 @@ from torch.optim import Optimizer
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.output_loss import ClosedForm, OutputLoss
-from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator, fisher, gauss_newton, hessian
+from lightning_lowrank.maths.operators.operators import (
+    Jacobian,
+    Layout,
+    Operator,
+    fisher,
+    gauss_newton,
+    hessian,
+    hessian_and_jacobian,
+)
 from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.monitors.curvature.stability import Threshold, threshold
 
@@ -88,9 +95,7 @@ def loss_operators(
         if seen is None:
             gradient, found["hessian"] = hessian(loss, params)
         else:
-            jacobian = Jacobian(seen.outputs, params)
-            note = partial(_note, jacobian, seen)
-            gradient, found["hessian"] = hessian(loss, params, through=seen.given, note=note)
+            gradient, found["hessian"], jacobian = hessian_and_jacobian(loss, params, seen.given, seen.as_rows)
             for name, operator in _of_outputs(seen, jacobian, asked, seed):
                 found[name] = operator
     except Exception as failed:
@@ -104,11 +109,6 @@ def loss_operators(
     edge = threshold(optimizers[0], params) if len(optimizers) == 1 else None
     value, gradient = (team.all_reduce(part) / team.size for part in (loss.detach().to(gradient), gradient))
     return LossOperators(value, gradient, whole, Layout.of(named), edge, error)
-
-
-def _note(jacobian: Jacobian, outputs: OutputLoss, vector: Tensor, change: Tensor) -> None:
-    """What a product with the Hessian tells of the outputs."""
-    jacobian.know(vector, outputs.as_rows(change))
 
 
 def _of_outputs(
