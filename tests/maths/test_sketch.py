@@ -230,7 +230,8 @@ def test_any_scale(scale):
 def test_batch_and_axis_of_probes():
     result = sketch(gaussian(2, 3, 80, 90), generator=generator(), num_probes=4)
 
-    assert result.values.shape[:3] == result.coarse.values.shape[:3] == (4, 2, 3)
+    assert result.weights.shape[:3] == result.coarse.weights.shape[:3] == (4, 2, 3)
+    assert result.values.shape[:3] == result.coarse.values.shape[:3] == (1, 2, 3)
 
 
 def test_not_finite_is_nan_there_only():
@@ -356,7 +357,7 @@ def quadratures(matrix, start, steps):
     starts = start @ space.basis[: len(start)].mT / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     size = len(space.basis)
     nodes, weights = rest_nodes(images @ images.mT, starts, size, torch.tensor(0.0))
-    return (nodes[:, :size], 2 * weights[:, :size]), (nodes[:, size:], 2 * weights[:, size:])
+    return (nodes[:size], 2 * weights[:, :size]), (nodes[size:], 2 * weights[:, size:])
 
 
 @pytest.mark.parametrize("rule", ["Gauss", "Radau"])

@@ -1,6 +1,7 @@
 """Estimates of the spectra of large matrices, and of the error of what is computed from them.
 
-Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short side   W directions of a space   V the
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short, L its
+long side   W directions of a space   V the
 first of them   P probes   K directions or nodes
 """
 
@@ -68,7 +69,7 @@ def sketch(
     """
     shape = (matrix.shape[-2], matrix.shape[-1])
     with full_precision(matrix.device):
-        tall, scale, energy = _scaled(matrix if shape[0] >= shape[1] else matrix.mT)
+        tall, scale, energy = _scaled(matrix)
 
         def draw(num: int) -> Tensor:
             size = (*tall.shape[:-2], num, tall.shape[-1])
@@ -225,17 +226,22 @@ class Atoms:
 
 def _scaled(
     matrix: Num[Tensor, "*B M N"],
-) -> tuple[Float[Tensor, "*B M N"], Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """In float32, and over its largest entry unless a matrix on CPU needs neither; that scale; and the energy."""
-    if matrix.device.type == "cpu" and matrix.dtype == torch.float32:
-        energy = _energy(matrix)
-        if ((energy > SAFE[0]) & (energy < SAFE[1])).all():
-            return matrix.contiguous(), torch.ones_like(energy), energy
-    matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
-    scale = torch.where(largest > 0, largest, 1.0)
-    scaled = (matrix / scale[..., None, None]).float().contiguous()
-    return scaled, scale.double(), _energy(scaled)
+) -> tuple[Float[Tensor, "*B L S"], Float[Tensor, "*B"], Float[Tensor, "*B"]]:
+    """With no fewer rows than columns, in float32, and over its largest entry unless a matrix on CPU needs neither.
+
+    Beside it, that scale, and the energy.
+    """
+    plain = matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    energy = _energy(matrix) if plain else None
+    if energy is not None and ((energy > SAFE[0]) & (energy < SAFE[1])).all():
+        scale = torch.ones_like(energy)
+    else:
+        matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+        largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
+        scale = torch.where(largest > 0, largest, 1.0)
+        matrix = (matrix / scale[..., None, None]).float()
+        scale, energy = scale.double(), _energy(matrix)
+    return (matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT).contiguous(), scale, energy
 
 
 def _energy(matrix: Float[Tensor, "*B M N"]) -> Float[Tensor, "*B"]:
@@ -286,8 +292,8 @@ def _there_and_back(
 
 def _nodes(
     gram: Float[Tensor, "*B W W"], starts: Float[Tensor, "*B P V"], size: int, floor: Float[Tensor, "*B"]
-) -> tuple[Float[Tensor, "P *B K"], Float[Tensor, "P *B K"]]:
-    """Nodes and weights of Gauss and Gauss-Radau quadrature in one, for each probe.
+) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]]:
+    """Nodes of Gauss and Gauss-Radau quadrature in one, and the weights of each probe.
 
     Args:
         gram: Of the images of the basis, and of the block that follows it.
@@ -305,14 +311,13 @@ def _nodes(
     outer, mixed = eigenvectors(torch.cat(rows, -2))
     first = starts @ turn[..., : starts.shape[-1], :]
     weights = torch.cat([first, first @ mixed[..., :size, :]], -1).square().movedim(-2, 0) / 2
-    nodes = torch.cat([inner, outer.clamp(min=0)], -1)
-    return nodes * (weights > FAINT), weights
+    return torch.cat([inner, outer.clamp(min=0)], -1) * (weights > FAINT).any(0), weights
 
 
 def _spectrum(
     atoms: Tensor,
     kept: Tensor,
-    rest: tuple[Float[Tensor, "P *B K"], Float[Tensor, "P *B K"]],
+    rest: tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]],
     energy: Tensor,
     shape: tuple[int, int],
     scale: Tensor,
@@ -320,21 +325,19 @@ def _spectrum(
     """Directions one by one and quadrature nodes for the rest, as one spectrum."""
     nodes, weights = rest
     count, left = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
-    nodes, weights = _matched(nodes, weights, ratio(left, count) * (left > TELLABLE * energy))
-    weights = weights * count[..., None]
-    values = torch.cat([atoms.expand(len(nodes), *atoms.shape), nodes], -1).sqrt() * scale[..., None]
-    values, weights = descending(values, torch.cat([kept.expand(len(nodes), *kept.shape), weights], -1))
-    return Spectrum(values, weights, shape, whole=False, num_probes=len(nodes))
+    weights = _matched(nodes, weights, ratio(left, count) * (left > TELLABLE * energy)) * count[..., None]
+    values = torch.cat([atoms, nodes], -1).sqrt() * scale[..., None]
+    values, weights = descending(values, torch.cat([kept.expand(len(weights), *kept.shape), weights], -1))
+    return Spectrum(values[None], weights, shape, whole=False, num_probes=len(weights))
 
 
 def _matched(
-    nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
-) -> tuple[Tensor, Tensor]:
-    """Nodes, and weights with sum 1, that have that mean; where the mean is 0 it is not known, and they stay as they
-    are.
+    nodes: Float[Tensor, "*B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
+) -> Float[Tensor, "P *B K"]:
+    """Weights with sum 1 that have that mean; where the mean is 0 it is not known, and they stay as they are.
 
-    The weights are tilted no more than it takes. The nodes are scaled where that does not suffice: in a probe that has
-    next to nothing of a direction that carries the rest.
+    The weights are tilted no more than it takes. Where that does not suffice, the largest or smallest node gets some
+    more: for a probe that has next to nothing of a direction that carries the rest.
     """
     known = mean[..., None] > 0
     before = (weights * nodes).sum(-1, keepdim=True)
@@ -342,7 +345,12 @@ def _matched(
     slope = ratio(mean[..., None] - before, variance) * known
     tilted = (weights * (1 + slope * (nodes - before))).clamp(min=0)
     tilted = tilted / tilted.sum(-1, keepdim=True)
-    return nodes * torch.where(known, ratio(mean[..., None], (tilted * nodes).sum(-1, keepdim=True)), 1.0), tilted
+    missing = (mean[..., None] - (tilted * nodes).sum(-1, keepdim=True)) * known
+    least, most = (nodes == nodes.amin(-1, keepdim=True)), (nodes == nodes.amax(-1, keepdim=True))
+    extreme = torch.where(missing < 0, least, most)
+    extreme = extreme / extreme.sum(-1, keepdim=True)
+    share = ratio(missing, (extreme * nodes).sum(-1, keepdim=True) - mean[..., None] + missing).clamp(0, 1)
+    return tilted + share * (extreme - tilted)
 
 
 def leave_one_out(spectrum: Spectrum) -> Spectrum:
@@ -354,5 +362,7 @@ def leave_one_out(spectrum: Spectrum) -> Spectrum:
 
 
 def _without(spectrum: Spectrum, probe: int) -> Spectrum:
-    values, weights = (torch.cat([x[:probe], x[probe + 1 :]]) for x in (spectrum.values, spectrum.weights))
+    values, weights = (
+        x if len(x) == 1 else torch.cat([x[:probe], x[probe + 1 :]]) for x in (spectrum.values, spectrum.weights)
+    )
     return replace(spectrum, values=values, weights=weights, num_probes=spectrum.num_probes - 1)
