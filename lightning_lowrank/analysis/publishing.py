@@ -92,7 +92,7 @@ class PublishReport(L.Callback):
         folder = Path(files.log_dir)
         page = folder / "report.html"
         try:
-            reader = reader_of(folder)
+            reader = reader_of(folder, lambda said: rank_zero_warn(f"lightning_lowrank: {said}"))
         except ValueError:  # no monitor has written anything yet
             return
         page.write_text(page_of(reader, folder.name, self.samples), encoding="utf-8")
