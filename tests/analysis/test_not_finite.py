@@ -22,10 +22,10 @@ def task() -> Any:
 
 
 COMMANDS = {
-    "merge-models": "merge-models 1.pt BAD --base 0.pt -o out",
-    "merge-models, base": "merge-models 1.pt 2.pt --base BAD -o out",
-    "merge": "merge lora BAD -o out",
-    "merge, adapter": "merge broken 0.pt -o out",
+    "merge-models": "merge-models 1.pt BAD --base 0.pt -o out.safetensors",
+    "merge-models, base": "merge-models 1.pt 2.pt --base BAD -o out.safetensors",
+    "merge": "merge lora BAD -o out.safetensors",
+    "merge, adapter": "merge broken 0.pt -o out.safetensors",
     "extract-lora": "extract-lora 0.pt BAD -o out",
     "advise-ranks": "advise-ranks 0.pt BAD --budget 1000 -o out",
     "masks": "masks 0.pt BAD --density 0.2",
