@@ -26,6 +26,7 @@ from lightning_lowrank.analysis.subspaces.states import (
 )
 from lightning_lowrank.analysis.tasks import task_of
 from lightning_lowrank.models.basis_files import Basis
+from lightning_lowrank.models.unreadable_files import why_unreadable
 
 COEFFICIENTS = "lightning-lowrank coefficients 1"
 
@@ -239,7 +240,7 @@ def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficien
     try:
         file: Any = safe_open(Path(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {why_unreadable(Path(path), error)}") from error
     known = file.metadata() or {}
     if known.get("format") != COEFFICIENTS:
         raise ValueError(f"{path} has no coefficients; lightning-lowrank subspace compress writes them")
