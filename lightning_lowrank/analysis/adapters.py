@@ -10,7 +10,14 @@ from rich.progress import track
 
 from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.drawing import draw, numbers
-from lightning_lowrank.analysis.low_rank import Extracted, change_energies, extracted, moved, with_adapter
+from lightning_lowrank.analysis.low_rank import (
+    Extracted,
+    change_energies,
+    extracted,
+    has_inputs_as_rows,
+    moved,
+    with_adapter,
+)
 from lightning_lowrank.analysis.matrices import first, places
 from lightning_lowrank.analysis.merging import refuse_strangers
 from lightning_lowrank.analysis.overwriting import folder, tensors_file, writable
@@ -128,7 +135,9 @@ def extract_lora(
     pairs = {row.path.removeprefix(prefix): row.pair for row in found if row.pair is not None}
     if not pairs:
         raise ValueError(f"{ranks} contains no rank above 0")
-    write_adapter(to, AdapterFolder(pairs, base=a))
+    matrices = [row.name for row in found if row.pair is not None and not row.pair.of_embedding]
+    as_rows = bool(matrices) and all(has_inputs_as_rows(name, module) for name in matrices)
+    write_adapter(to, AdapterFolder(pairs, base=a, inputs_as_rows=as_rows))
     left = [*others, *(name for name in changed if name not in names)]
     if page is not None:
         draw(page, {Path(output).name: {0: numbers("adapter", {row.name: _numbers(row) for row in found})}})
