@@ -259,9 +259,17 @@ def rates() -> Iterator[tuple[int, float, float]]:
         num = max(1, min(32, 2**20 // side**2))
         square, wide = (torch.randn(num, side, side * times) for times in (1, 5))
         once, more = (timed(partial(decompose, [m], "values")) for m in (square, wide))
-        # Other work on the machine may make the short job the longer one.
-        products = max((more - once) / 4, once / 20)
-        yield side, num * 2 * side**3 / products, num * 4 / 3 * side**3 / max(once - products, once / 20)
+        products, eigenvalues = parts(once, more)
+        yield side, num * 2 * side**3 / products, num * 4 / 3 * side**3 / eigenvalues
+
+
+def parts(once: float, more: float) -> tuple[float, float]:
+    """Seconds of the Gram products and of the eigenvalues in a job, from those of a job with five times the products.
+
+    Each is at least a twentieth of the job: other work on the machine may make the short job the longer one.
+    """
+    products = max((more - once) / 4, once / 20)
+    return products, max(once - products, once / 20)
 
 
 def sketches() -> Iterator[tuple[int, float]]:

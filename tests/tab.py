@@ -214,6 +214,16 @@ def write(folder: Path, *samples: tuple[int, dict[str, float]], name: str = "q",
     logger.experiment.close()
 
 
+def damage(folder: Path, share: float = 0.5) -> Path:
+    """Overwrite a few bytes in the middle of a run's event file, as a broken disk does."""
+    (file,) = folder.glob("*tfevents*")
+    content = bytearray(file.read_bytes())
+    place = int(share * len(content))
+    content[place : place + 64] = bytes(64)
+    file.write_bytes(content)
+    return file
+
+
 def forge(folder: Path, content: bytes, *tensors: np.ndarray[Any, Any]) -> None:
     """A run of somebody else under our name."""
     from tensorboard.compat.proto.summary_pb2 import Summary

@@ -10,9 +10,18 @@ from rich.progress import track
 
 from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.drawing import draw, numbers
-from lightning_lowrank.analysis.low_rank import Extracted, change_energies, extracted, moved, with_adapter
+from lightning_lowrank.analysis.low_rank import (
+    Extracted,
+    change_energies,
+    extracted,
+    has_inputs_as_rows,
+    moved,
+    with_adapter,
+)
 from lightning_lowrank.analysis.matrices import first, places
 from lightning_lowrank.analysis.merging import refuse_strangers
+from lightning_lowrank.analysis.overwriting import folder, tensors_file, writable
+from lightning_lowrank.analysis.runs import write
 from lightning_lowrank.analysis.showing import print_json, save, show, tell
 from lightning_lowrank.models.adapter_folders import AdapterFolder, read_adapter, write_adapter
 from lightning_lowrank.models.checkpoints import Checkpoint
@@ -56,17 +65,18 @@ def advise_ranks(
     Raises:
         ValueError: A file cannot be read, a pattern matches nothing, or the budget is too small.
     """
+    file = None if output is None else writable(output)
     one, other = Checkpoint(a), Checkpoint(b)
     found = places(one, module_of(one, model), match=match, exclude=exclude)
     watched = track(found, escape(b), console=Console(stderr=True), transient=True)
-    for file in (one, other):
-        file.refuse_infinite((n for place in found for n in place.names if n in file.shapes), WITHOUT)
+    for checkpoint in (one, other):
+        checkpoint.refuse_infinite((n for place in found for n in place.names if n in checkpoint.shapes), WITHOUT)
     energies = dict(change_energies(one, other, watched))
     if not energies:
         raise ValueError(f"{a} and {b} have no matrix of the same name and shape")
     advice = advise(energies, budget, method=method, least=least)
-    if output is not None:
-        advice.save(output)
+    if file is not None:
+        write(file, advice.text())
     if page is not None:
         rows = {name: {"rank": float(rank), "captured": advice.share(name)} for name, rank in advice.ranks.items()}
         draw(page, {Path(b).name: {0: numbers("advice", rows)}})
@@ -109,6 +119,7 @@ def extract_lora(
     Raises:
         ValueError: A file cannot be read, a pattern matches nothing, or no weight changed.
     """
+    to = folder(output)
     one, other = Checkpoint(a), Checkpoint(b)
     module, prefix = module_of(one, model), f"{within}." if within else ""
     chosen = {name for place in places(one, module, match=match, exclude=exclude) for name in place.names}
@@ -124,7 +135,9 @@ def extract_lora(
     pairs = {row.path.removeprefix(prefix): row.pair for row in found if row.pair is not None}
     if not pairs:
         raise ValueError(f"{ranks} contains no rank above 0")
-    write_adapter(output, AdapterFolder(pairs, base=a))
+    matrices = [row.name for row in found if row.pair is not None and not row.pair.of_embedding]
+    as_rows = bool(matrices) and all(has_inputs_as_rows(name, module) for name in matrices)
+    write_adapter(to, AdapterFolder(pairs, base=a, inputs_as_rows=as_rows))
     left = [*others, *(name for name in changed if name not in names)]
     if page is not None:
         draw(page, {Path(output).name: {0: numbers("adapter", {row.name: _numbers(row) for row in found})}})
@@ -151,10 +164,11 @@ def merge(adapter: str, base: str, *, within: str = "", model: str | None = None
     Raises:
         ValueError: A file cannot be read or written, the adapter is not for this base, or weights are not finite.
     """
+    file = tensors_file(output)
     start, pairs = Checkpoint(base), read_adapter(adapter)
     start.refuse_infinite()
     tensors = dict(with_adapter(start, pairs, within, module_of(start, model)))
-    save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
+    save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     show(f"{escape(output)}: {len(tensors)} tensors, the adapter changes {len(pairs.pairs)} of them")
 
 

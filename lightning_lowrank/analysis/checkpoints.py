@@ -13,6 +13,7 @@ from lightning_lowrank.analysis.architectures import module_of
 from lightning_lowrank.analysis.diff import TOP, Difference, differences
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.matrices import Place, places
+from lightning_lowrank.analysis.overwriting import tensors_file
 from lightning_lowrank.analysis.showing import print_json, save, show, tell
 from lightning_lowrank.analysis.spectra import STATISTICS, Row
 from lightning_lowrank.analysis.spectra import spectra as spectra_of
@@ -71,15 +72,17 @@ def spectra(
     Raises:
         ValueError: A file cannot be read or written, or a pattern matches nothing.
     """
+    file = None if output is None else tensors_file(output)
     found: dict[str, list[Row]] = {}
     for path in checkpoints:
-        file = Checkpoint(path)
-        there = _places(file, model, match=match, exclude=exclude, heads=heads)
+        checkpoint = Checkpoint(path)
+        there = _places(checkpoint, model, match=match, exclude=exclude, heads=heads)
         limit = sys.maxsize if exact else SKETCH_ABOVE
-        found[path] = list(_watched(spectra_of(file, there, statistics or STATISTICS, sketch_above=limit), there, path))
-    if output is not None:
-        _save(found, Path(output))
-        Console(stderr=True).print(f"wrote {escape(output)}")
+        measured = spectra_of(checkpoint, there, statistics or STATISTICS, sketch_above=limit)
+        found[path] = list(_watched(measured, there, path))
+    if file is not None:
+        _save(found, file)
+        Console(stderr=True).print(f"wrote {escape(str(file))}")
     if page is not None:
         draw(page, {path: {0: _drawn(rows)} for path, rows in found.items()})
     if json:

@@ -16,7 +16,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from lightning_lowrank.analysis.overwriting import is_read
+from lightning_lowrank.analysis.overwriting import is_read, writable
 
 # Where each command is and what it does, the most used first. Only the one that was asked for is imported: some take
 # torch.
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {key: value for key, value in vars(found).items() if key != "config"}
     try:
         refuse_overwriting(given)
+        if given.get("page"):
+            writable(given["page"], option="page")
         _command(name)(**given)
     except ValueError as error:
         sys.exit(f"lightning-lowrank: {error}")

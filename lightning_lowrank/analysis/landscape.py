@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.flatness import Flatness, flatness
+from lightning_lowrank.analysis.overwriting import tensors_file
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.analysis.tasks import inputs, task_of
 from lightning_lowrank.maths.operators.flat_directions import FlatDirections
@@ -46,13 +47,14 @@ def flat_directions(
     Raises:
         ValueError: A file cannot be read or written, the data function fails, or the network has too many parameters.
     """
+    file = None if output is None else tensors_file(output)
     task = task_of(data)
     task.module.load_state_dict(task.state(Checkpoint(checkpoint)))
     batches = next(iter(task.data.values()))
     found = flatness(task.module, batches, task.measure, match=match, tolerance=tolerance)
     causes = _causes(task.module, batches) if match is None else None
-    if output is not None:
-        save({"eigenvalues": found.eigenvalues, "flat": found.flat.contiguous()}, Path(output))
+    if file is not None:
+        save({"eigenvalues": found.eigenvalues, "flat": found.flat.contiguous()}, file)
     if page is not None:
         shares = {name: {"flat_share": share} for name, share in found.shares.items()}
         draw(page, {Path(checkpoint).name: {0: numbers("hessian", shares)}})

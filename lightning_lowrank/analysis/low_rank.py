@@ -119,10 +119,12 @@ def with_adapter(
 
     Args:
         within: The part of the model that the adapter is for.
-        module: Its classes tell which weights have their inputs as rows; without it, shapes decide.
+        module: Its classes tell which weights have their inputs as rows. Without it, shapes decide, and for square
+            weights those of the others and what the adapter says.
 
     Raises:
-        ValueError: The checkpoint lacks a weight of the adapter, or has it in another shape.
+        ValueError: The checkpoint lacks a weight of the adapter, has it in another shape, or has square weights of
+            which nobody knows how they lie.
     """
     prefix = f"{within}." if within else ""
     pairs = {f"{prefix}{path}.weight": pair for path, pair in adapter.pairs.items()}
@@ -135,15 +137,31 @@ def with_adapter(
     fit = {name: _fits(base.shapes[name], pair) for name, pair in pairs.items()}
     if wrong := [name for name, ways in fit.items() if not ways]:
         raise ValueError(f"the shapes of the adapter do not fit {base.path}: {first(wrong)}")
-    # A square weight fits both ways: it lies as others do whose shapes tell.
-    flipped = any(ways == {True} and not pairs[name].of_embedding for name, ways in fit.items())
+    flips = _flips(fit, pairs, adapter.inputs_as_rows, module)
     for name in base.shapes:
         tensor = base.tensor(name)
         if name in pairs:
-            told = has_inputs_as_rows(name, module) if module is not None else pairs[name].of_embedding or flipped
-            ways = fit[name]
-            tensor = _added(tensor, pairs[name], told if len(ways) == 2 else ways == {True})
+            tensor = _added(tensor, pairs[name], flips[name])
         yield name, whole[name].to(tensor) if name in whole else tensor
+
+
+def _flips(
+    fit: Mapping[str, set[bool]], pairs: Mapping[str, Pair], says_so: bool, module: nn.Module | None
+) -> dict[str, bool]:
+    """Which weights have their inputs as rows."""
+    sure = {name: ways == {True} for name, ways in fit.items() if len(ways) == 1}
+    sure |= {name: True for name in fit if pairs[name].of_embedding}
+    square = [name for name in fit if name not in sure]
+    if module is not None:
+        return sure | {name: has_inputs_as_rows(name, module) for name in square}
+    # They lie as the others do; peft says so too, as far as its one word goes for all layers.
+    others = {flip for name, flip in sure.items() if not pairs[name].of_embedding} | ({True} if says_so else set())
+    if square and len(others) == 2:
+        raise ValueError(
+            f"square weights such as {first(square)} may have their inputs as rows or as columns, and the adapter's "
+            "other weights have both; give --model, whose classes tell"
+        )
+    return sure | dict.fromkeys(square, others == {True})
 
 
 def has_inputs_as_rows(name: str, module: nn.Module | None) -> bool:

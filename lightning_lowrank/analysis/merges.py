@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 from rich.markup import escape
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.merging import Conflict, conflicts, merged, refuse_strangers
+from lightning_lowrank.analysis.overwriting import tensors_file
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.models.checkpoints import Checkpoint
 
@@ -44,14 +44,15 @@ def merge_models(
         ValueError: A file cannot be read or written, the models have different architectures, or weights are not
             finite.
     """
+    file = tensors_file(output)
     start, ends = Checkpoint(base), [Checkpoint(path) for path in models]
     refuse_strangers(start, ends)
-    for file in (start, *ends):
-        file.refuse_infinite(start.shapes)
+    for model in (start, *ends):
+        model.refuse_infinite(start.shapes)
     tensors = dict(merged(start, ends, method, scale=scale, density=density, seed=seed))
     matrices = [name for name, shape in start.shapes.items() if len(shape) > 1 and min(shape) > 1]
     found = list(conflicts(start, ends, matrices))
-    save({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output))
+    save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     if page is not None:
         draw(page, {pair: {0: numbers("conflict", rows)} for pair, rows in _by_pair(found, models).items()})
     if json:

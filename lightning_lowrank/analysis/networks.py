@@ -23,6 +23,7 @@ from lightning_lowrank.analysis.importance import Importance
 from lightning_lowrank.analysis.importance import importance as importance_of
 from lightning_lowrank.analysis.matrices import places
 from lightning_lowrank.analysis.overlaps import Overlap, overlaps
+from lightning_lowrank.analysis.overwriting import tensors_file
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.analysis.tasks import Task, inputs, task_of
 from lightning_lowrank.models.checkpoints import Checkpoint
@@ -62,6 +63,9 @@ def connect(
     Raises:
         ValueError: A file cannot be read, the data function fails, or no units can be permuted.
     """
+    file = None if output is None else tensors_file(output)
+    if file is not None and not match:
+        raise ValueError(f"--output={output} is for B with its units permuted; add --match")
     task = task_of(data)
     if calibrate is not None and calibrate not in task.data:
         raise ValueError(f"--calibrate={calibrate}: {data} has {list(task.data)}")
@@ -73,8 +77,8 @@ def connect(
         lines["matched"] = line(
             task.module, one, found.state, task.data, task.measure, points=points, calibrate=calibrate
         )
-        if output is not None:
-            save({name: tensor.contiguous() for name, tensor in task.whole(found.state).items()}, Path(output))
+        if file is not None:
+            save({name: tensor.contiguous() for name, tensor in task.whole(found.state).items()}, file)
     if page is not None:
         draw(page, {title: _along(one) for title, one in lines.items()})
     if json:

@@ -1,6 +1,8 @@
 """TensorBoard's tab as a single HTML file that needs no server, and other pages with its charts."""
 
 import html
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tensorboard.context import RequestContext
 
 from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.tensorboard.event_files import EventFiles
 from lightning_lowrank.tensorboard.series import Reader
 
 PAGE = """<!doctype html>
@@ -35,8 +38,16 @@ PAGE = """<!doctype html>
 SPECTRA = 40
 
 
-def reader_of(folder: Path) -> Reader:
+def _on_console(said: str) -> None:
+    sys.stderr.write(f"lightning-lowrank: {said}\n")
+
+
+def reader_of(folder: Path, warn: Callable[[str], object] = _on_console) -> Reader:
     """All series below a folder.
+
+    Args:
+        folder: Of a run or of several.
+        warn: What to do with a sentence about a damaged event file.
 
     Raises:
         ValueError: There are no event files.
@@ -46,7 +57,10 @@ def reader_of(folder: Path) -> Reader:
     multiplexer = EventMultiplexer(tensor_size_guidance={"lowrank": 0})
     multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    reader = Reader(MultiplexerDataProvider(multiplexer, str(folder)), RequestContext(), "")
+    reader = Reader(MultiplexerDataProvider(multiplexer, str(folder)), RequestContext(), "", EventFiles(folder))
+    for run in reader.started():
+        for said in reader.damage(run):
+            warn(f"{folder}: {said}")
     if not reader.runs():
         there = [str(file.relative_to(folder)) for file in sorted(folder.rglob("events.out.tfevents.*"))[:3]]
         if not there:

@@ -20,7 +20,8 @@ GROUP = "lowrank"
 
 class PublishReport(L.Callback):
     """Publish the report of `lightning-lowrank report` to Weights & Biases and MLflow, at every checkpoint and at the
-    end of the run. They then show the diagnosis and the maps of all layers without TensorBoard.
+    end of the run, unless it is still the same. They then show the diagnosis and the maps of all layers without
+    TensorBoard.
 
     Monitors write the numbers of single layers to TensorBoard's event files. If the Trainer has no logger for these,
     one is added after the others for the run, in `lowrank` below the Trainer's root. Weights & Biases gets the page as
@@ -55,9 +56,12 @@ class PublishReport(L.Callback):
             )
         self.samples, self.media = samples, media
         self._added: TensorBoardLogger | None = None
+        self._published = ""
+        self._warned: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Add a logger for event files if there is none."""
+        self._published = ""
         published = any(map(_publish_of, trainer.loggers))
         if stage == "fit" and published and not any(isinstance(one, TensorBoardLogger) for one in trainer.loggers):
             self._added = TensorBoardLogger(Path(trainer.default_root_dir) / "lowrank", name="")
@@ -87,19 +91,29 @@ class PublishReport(L.Callback):
         for error in each([files], lambda logger: self._send(logger, targets)):
             rank_zero_warn(f"lightning_lowrank: the report was not published ({type(error).__name__}: {error})")
 
+    def _warn(self, said: str) -> None:
+        """Once, since a damaged file is read again at every checkpoint."""
+        if said not in self._warned:
+            self._warned.add(said)
+            rank_zero_warn(f"lightning_lowrank: {said}")
+
     def _send(self, files: TensorBoardLogger, targets: list[Any]) -> None:
         files.experiment.flush()
         folder = Path(files.log_dir)
         page = folder / "report.html"
         try:
-            reader = reader_of(folder)
+            reader = reader_of(folder, self._warn)
         except ValueError:  # no monitor has written anything yet
             return
-        page.write_text(page_of(reader, folder.name, self.samples), encoding="utf-8")
+        content = page_of(reader, folder.name, self.samples)
+        if content == self._published:
+            return
+        page.write_text(content, encoding="utf-8")
         images = pictures(reader, folder) if self.media else {}
         errors = each(targets, lambda logger: _publish_of(logger)(logger, page, images))
         if errors:
             raise errors[0]
+        self._published = content
 
 
 def _publish_of(logger: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import rich
 from rich.markup import escape
 
+from lightning_lowrank.analysis.overwriting import writable
 from lightning_lowrank.analysis.page import page_of, reader_of
 from lightning_lowrank.analysis.plain_json import as_json
 from lightning_lowrank.reports.dashboard import Sample, leading, lines_of, summary_table
@@ -53,9 +54,10 @@ def report(run_dir: str, output: str = "report.html", samples: int = answers.LIM
     """
     if samples < 1:
         raise ValueError(f"--samples={samples} must be at least 1")
+    file = writable(output)
     reader = reader_of(Path(run_dir))
-    write(Path(output), page_of(reader, Path(run_dir).resolve().name, samples))
-    count, size = len(reader.runs()), Path(output).stat().st_size / 2**20
+    write(file, page_of(reader, Path(run_dir).resolve().name, samples))
+    count, size = len(reader.runs()), file.stat().st_size / 2**20
     sys.stdout.write(f"{output}: {count} run{'' if count == 1 else 's'}, {size:.1f} MiB\n")
 
 

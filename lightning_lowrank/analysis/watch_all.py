@@ -90,7 +90,7 @@ def watch_all(max_overhead: float = 0.05, detail: Detail = "core") -> list[Monit
     purse, monitors = Purse(max_overhead), []
     for entry in ENTRIES:
         monitor = entry.made(max_overhead, detail)
-        _keep(monitor, purse.allowance(entry.wish))
+        _keep(monitor, purse.allowance(entry.wish, monitor.label))
         monitors.append(monitor)
     return monitors
 

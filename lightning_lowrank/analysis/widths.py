@@ -1,7 +1,6 @@
 """`lightning-lowrank coordinate-check`."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from lightning_lowrank.analysis.architectures import imported
 from lightning_lowrank.analysis.coordinates import QUANTITIES, Layers, Power, powers, run, task_of
+from lightning_lowrank.analysis.overwriting import writable
 from lightning_lowrank.analysis.page import called
 from lightning_lowrank.analysis.runs import write
 from lightning_lowrank.analysis.showing import cell, print_json, show
@@ -43,13 +43,14 @@ def coordinate_check(
         ValueError: The function is missing or returns something else, an argument is out of range, or the file cannot
             be written.
     """
+    file = None if output is None else writable(output)
     found = runs(function, widths_of(widths), steps=steps, seeds=seeds)
     known = powers(found)
     plain = {name: _plain(rows, name, found) for name, rows in known.items()}
     title = f"{function}: powers of the width, {steps} steps, {seeds} seeds"
-    if output is not None:
-        write(Path(output), called("overWidths", {"title": title, "quantities": QUANTITIES, "layers": plain}, title))
-        Console(stderr=True).print(f"wrote {escape(output)}")
+    if file is not None:
+        write(file, called("overWidths", {"title": title, "quantities": QUANTITIES, "layers": plain}, title))
+        Console(stderr=True).print(f"wrote {escape(str(file))}")
     if json:
         print_json(plain)
         return

@@ -121,6 +121,13 @@ class Purse:
 
     Args:
         share: By which they may make training longer.
+
+    Attributes:
+        members: Of all monitors.
+        total_steps: Of the run, None while nobody knows.
+        news: Members of which something was decided that nobody has said, with the cadence that each had; None for the
+            first decision.
+        has_begun: That a run has begun was said.
     """
 
     def __init__(self, share: float) -> None:
@@ -129,9 +136,9 @@ class Purse:
         self.total_steps: int | None = None
         self.begin()
 
-    def allowance(self, wish: Wish) -> "Allowance":
+    def allowance(self, wish: Wish, name: str = "") -> "Allowance":
         """A schedule for one more monitor."""
-        self.members.append(Allowance(self, wish))
+        self.members.append(Allowance(self, wish, name))
         return self.members[-1]
 
     def begin(self) -> None:
@@ -141,6 +148,8 @@ class Purse:
         self._planned = -1
         # Steps of first samples: each member asks at every step.
         self.firsts: set[int] = set()
+        self.news: dict[Allowance, int | None] = {}
+        self.has_begun = False
 
     def wakes(self, step: int) -> bool:
         """Whether all have to look at the clock: one step after they did, all is known, and is shared out."""
@@ -220,16 +229,18 @@ class Allowance(Budget):
     Args:
         purse: Of all.
         wish: Of this one.
+        name: Of its monitor.
 
     Attributes:
-        is_idle: There is nothing to watch in this model.
+        absent: Why there is nothing to watch in this model; empty if there is.
+        watches: Where its monitor looks, in words.
         own: Seconds that it has taken.
         taken: Samples so far.
         first: Step of the first sample, None while nobody knows it.
     """
 
-    def __init__(self, purse: Purse, wish: Wish) -> None:
-        self.purse, self.wish, self.is_idle = purse, wish, False
+    def __init__(self, purse: Purse, wish: Wish, name: str) -> None:
+        self.purse, self.wish, self.name, self.absent = purse, wish, name, ""
         super().__init__(purse.share)
 
     def forget(self) -> None:
@@ -246,7 +257,8 @@ class Allowance(Budget):
         self.first: int | None = None
         # Our seconds after each sample.
         self._after: list[float] = []
-        self._was_due = self._has_news = self._is_out = False
+        self._was_due = self._is_out = False
+        self.watches = ""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Keep to the cadence that was chosen, whatever the share is now."""
@@ -266,7 +278,7 @@ class Allowance(Budget):
     @property
     def asks(self) -> bool:
         """Whether it is to be given something."""
-        return not (self.is_idle or self._is_out or self._is_resumed)
+        return not (self.absent or self._is_out or self._is_resumed)
 
     def plan(self, total_steps: int | None) -> None:
         """Training starts: who would have no room for three samples alone is left out at once."""
@@ -277,7 +289,7 @@ class Allowance(Budget):
     def rests(self, step: int) -> bool:
         """Whether nobody has to look at a step, not even at the clock."""
         if self._is_out or self._begun is None:
-            return self._is_out and not self._has_news
+            return self._is_out
         return not (self.purse.wakes(step) or self._was_due or self(step))
 
     def __call__(self, step: int) -> bool:
@@ -296,7 +308,7 @@ class Allowance(Budget):
         return self.taken + (super().count(total_steps) or 0)
 
     def observe(self, step: int, own: float, total: float, team: Team) -> bool:
-        """Take note of the seconds spent before a step begins: whether there is something to say."""
+        """Take note of the seconds spent before a step begins: whether there is something to say of any member."""
         self._now = Spent(step, own, total)
         if self._begun is None:
             self._begun = self._now
@@ -310,8 +322,7 @@ class Allowance(Budget):
         self.purse.observe(step, total - self._begun.total, team)
         self._was_due = self(step)
         self.taken, self._last = self.taken + self._was_due, step if self._was_due else self._last
-        news, self._has_news = self._has_news, False
-        return news
+        return bool(self.purse.news) or not self.purse.has_begun
 
     def sample_cost(self, step: float) -> float:
         """Seconds that a sample takes where a step takes so many: an estimate before the first one, which itself pays
@@ -332,7 +343,8 @@ class Allowance(Budget):
         self.sample, self.step = given.sample, given.step
         self.share = given.seconds / (given.step * given.rest)
         if not given.seconds and self._lacks:
-            self._is_out = self._has_news = True
+            self._is_out = True
+            self.purse.news[self] = self.every
         elif self.taken:
             self._keep_to(given)
         else:
@@ -345,9 +357,10 @@ class Allowance(Budget):
         if self._lacks:
             every = max(1, min(every, (self._end - 1 - self._last) // self._lacks))
         if self.every is None:
-            self._has_news, self._mark, self.num_samples = True, self._now, 0
+            self._mark, self.num_samples = self._now, 0
         elif every < NEAR * self.every and self.every < NEAR * every:
             return
+        self.purse.news[self] = self.every
         self.every, self._decided = every, self._last
 
     @property

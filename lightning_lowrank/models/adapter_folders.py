@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_lowrank.models.checkpoints import refuse_infinite
+from lightning_lowrank.models.unreadable_files import why_unreadable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -124,7 +125,7 @@ def _tensors_in(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {why_unreadable(file, error)}") from error
 
 
 def _pair(path: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:

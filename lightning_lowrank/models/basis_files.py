@@ -18,6 +18,8 @@ from jaxtyping import Float, Num
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_lowrank.models.unreadable_files import why_unreadable
+
 FORMAT = "lightning-lowrank subspace 1"
 
 
@@ -76,7 +78,7 @@ class Basis:
         try:
             self._file: Any = _opened(self.path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+            raise ValueError(f"{path} cannot be read as safetensors: {why_unreadable(self.path, error)}") from error
         known: dict[str, str] = self._file.metadata() or {}
         if known.get("format") != FORMAT:
             raise ValueError(f"{path} is not a basis; lightning-lowrank subspace fit ... --output writes one")

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_lowrank.models.unreadable_files import why_unreadable
+
 # Where trainers keep the weights in a dictionary of other things, Lightning first.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 # Of a folder, the first that is there.
@@ -188,7 +190,8 @@ def _file(path: Path) -> Path:
     there = sorted(one.name for one in path.iterdir() if one.suffix in SUFFIXES and one.suffix != ".json")
     if len(there) == 1:
         return path / there[0]
-    raise ValueError(f"{path} contains none of {list(FILES)}; give one of its files, {_some(there)}")
+    advice = f"give one of its files, {_some(there)}" if there else f"it has no {list(SUFFIXES[:-1])} file at all"
+    raise ValueError(f"{path} contains none of {list(FILES)}; {advice}")
 
 
 def _parts(file: Path) -> dict[Path, set[str] | None]:
@@ -197,11 +200,12 @@ def _parts(file: Path) -> dict[Path, set[str] | None]:
         return {file: None}
     try:
         index: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not an index of shards: it has no 'weight_map'") from error
+        shards = {name: file.parent / part for name, part in index.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not an index of shards: it has no 'weight_map' of tensors and files") from error
     parts: dict[Path, set[str] | None] = {}
-    for name, part in index.items():
-        names = parts.setdefault(file.parent / part, set())
+    for name, shard in shards.items():
+        names = parts.setdefault(shard, set())
         assert names is not None
         names.add(name)
     missing = [part.name for part in parts if not part.is_file()]
@@ -216,7 +220,7 @@ def _of_safetensors(file: Path) -> dict[str, tuple[Read, torch.Size]]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, for it is no mapping
             known = {name: (part.get_dtype(), torch.Size(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {why_unreadable(file, error)}") from error
     begins = _begins(file)
     return {
         name: (partial(_mapped, file, begins[name], DTYPES[dtype], shape), shape)
@@ -245,7 +249,7 @@ def _mapped(file: Path, begin: int, dtype: torch.dtype, shape: torch.Size) -> Te
 
 
 def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
-    content = _loaded(file)
+    content = loaded(file)
     state = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
     if not tensors:
@@ -256,29 +260,22 @@ def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
     return {name: (_Held(tensor.detach()), tensor.shape) for name, tensor in tensors.items()}
 
 
-def _loaded(file: Path) -> Mapping[str, Any]:
-    """What `torch.save` wrote, without running code in it."""
+def loaded(file: Path) -> Mapping[str, Any]:
+    """What `torch.save` wrote, without running code in it.
+
+    Raises:
+        ValueError: It is no dictionary, or cannot be read.
+    """
     try:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6, or torch.save(_use_new_zipfile_serialization=False)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes make of a reader of pickles
-        if "GLOBAL" in str(error):
-            raise ValueError(
-                f"{file} contains more than tensors and plain values, and loading it would run code. Save only the "
-                f"state_dict(): torch.save(model.state_dict(), ...). Message of torch: {_reason(error)}"
-            ) from error
-        raise ValueError(f"{file} cannot be read as a checkpoint: {_reason(error)}") from error
+        raise ValueError(f"{file} cannot be read as a checkpoint: {why_unreadable(file, error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} contains a {type(content).__name__}; expected a dictionary of tensors")
     return content
-
-
-def _reason(error: Exception) -> str:
-    """The line of torch's message that says what was found."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)
 
 
 def _some(names: Any, most: int = 5) -> str:

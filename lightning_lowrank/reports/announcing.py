@@ -1,11 +1,12 @@
 """The first words of every monitor: what it watches, where, how often, in how many samples, and what one costs."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from statistics import median
 
-from lightning_lowrank.measuring.allowances import FEWEST, SHORT, Allowance
+from lightning_lowrank.measuring.allowances import FEWEST, SHORT, Allowance, Purse
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.measuring.probe import Probe, due_at
@@ -25,6 +26,12 @@ def start_line(recorders: Sequence[Recorder], total_steps: int | None) -> str:
     """
     alike = groupby(recorders, lambda r: (places(r.expected), _when(r.probe, total_steps)))
     return "; ".join(f"{listed(r.name for r in some)} at {where} {when}" for (where, when), some in alike)
+
+
+def watched(label: str, recorders: Sequence[Recorder]) -> str:
+    """Where a monitor that shares a budget looks."""
+    alike = [(where, [r.name for r in some]) for where, some in groupby(recorders, lambda r: places(r.expected))]
+    return "; ".join(where if names == [label] else f"{listed(names)} at {where}" for where, names in alike)
 
 
 def num_samples(probes: Iterable[Probe], total_steps: int | None) -> int | None:
@@ -50,28 +57,67 @@ def chosen(budget: Budget, total_steps: int | None) -> str:
     every = budget.every or 1
     times = f"a sample takes {1000 * budget.sample:.3g} ms, a step {1000 * budget.step:.3g} ms"
     samples = _in_whole(None if total_steps is None else budget.count(total_steps), total_steps)
-    if isinstance(budget, Allowance):  # its share follows the costs of all, and may change
-        return f"{each(every)} for now: {times}, {percent(budget.sample / budget.step / every)} more time{samples}"
     return f"{each(every)} from now on: {times}, {percent(budget.share)} more time is allowed{samples}"
 
 
-def left_out(budget: Budget, total_steps: int | None) -> str:
-    """Why a monitor that shares a budget with others takes no sample, or no other."""
-    assert isinstance(budget, Allowance) and total_steps
-    known = not math.isnan(budget.sample)
-    steps = budget.sample / budget.step if known else budget.wish.cost
-    took = f"{plain(1000 * budget.sample)} ms, as long as " if known else ""
-    missing = FEWEST - budget.taken
-    what, more = ("no more samples in", "more ") if budget.taken else ("left out of", "")
-    share, whole = missing * steps / total_steps, percent(budget.purse.share)
-    reason = f"all monitors together may take {whole}"
-    if share <= budget.purse.share:
-        reason = f"less is left of the {whole} for all monitors together"
-    return (
-        f"{what} this run: a sample takes about {took}{plain(steps)} step{'' if plain(steps) == '1' else 's'} of "
-        f"training. {of_number(missing, f'{more}sample')} {'takes' if missing == 1 else 'take'} {plain(100 * share)} % "
-        f"of {of_number(total_steps, 'step')}, and {reason}"
-    )
+def of_all(purse: Purse) -> Iterator[str]:
+    """Lines about monitors that share a budget: at the start all, later those with news."""
+    told = [one for one in purse.members if one in purse.news or (one.is_left_out and not purse.has_begun)]
+    if not purse.has_begun:
+        yield from _beginning(purse)
+    yield from _cadences(purse, [one for one in told if not one.is_left_out])
+    yield from _left_out(purse, [one for one in told if one.is_left_out])
+    purse.news, purse.has_begun = {}, True
+
+
+def _beginning(purse: Purse) -> Iterator[str]:
+    """Who watches what, and who has nothing to watch."""
+    told = [f"{one.name} ({one.watches}{f', {each(one.every)}' if one.every else ''})" for one in _at_work(purse)]
+    if told:
+        needed = [one.name for one in _at_work(purse) if one.wish.needed]
+        is_long = needed and (purse.total_steps or 0) >= SHORT
+        fewest = f". In {purse.total_steps} steps {listed(needed)} have at least {FEWEST} samples" if is_long else ""
+        others = ", the others as many or none" if is_long and len(told) > len(needed) else ""
+        yield f"at most {percent(purse.share)} more time for {listed(told)}{fewest}{others}"
+    if absent := [f"{one.name} ({one.absent})" for one in purse.members if one.absent]:
+        yield f"left out of this run, as there is nothing to watch: {', '.join(absent)}"
+
+
+def _at_work(purse: Purse) -> list[Allowance]:
+    return [one for one in purse.members if one.watches]
+
+
+def _cadences(purse: Purse, members: Sequence[Allowance]) -> Iterator[str]:
+    """Cadences that were chosen, with their cost, and those that have changed."""
+    told = []
+    for one in members:
+        every, total, before = one.every or 1, purse.total_steps, purse.news[one]
+        if before is not None:
+            told.append(f"{one.name} {each(every)} instead of {before}")
+            continue
+        samples = _in_whole(None if total is None else one.count(total), total)
+        cost = f"{1000 * one.sample:.3g} ms a sample, {percent(one.sample / one.step / every)} more time{samples}"
+        told.append(f"{one.name} {each(every)} ({cost})")
+    if told:
+        yield f"cadences for now, with {1000 * members[0].step:.3g} ms a step: {', '.join(told)}"
+
+
+def _left_out(purse: Purse, members: Iterable[Allowance]) -> Iterator[str]:
+    """Who takes no sample, or no other, by the reason."""
+    total, whole, alike = purse.total_steps or 1, percent(purse.share), defaultdict(list)
+    for one in members:
+        is_known, missing = not math.isnan(one.sample), FEWEST - one.taken
+        steps = one.sample / one.step if is_known else one.wish.cost
+        took = f"{plain(1000 * one.sample)} ms or " if is_known else ""
+        long = f"{plain(steps)} step{'' if plain(steps) == '1' else 's'}"
+        more = f"{missing} more take" if one.taken else f"{missing} take"
+        told = f"{one.name} (a sample takes {took}{long}, {more} {plain(100 * missing * steps / total)} %)"
+        alike[bool(one.taken), is_known].append(told)
+    for (has_samples, is_known), several in alike.items():
+        what = "no more samples in" if has_samples else "left out of"
+        less = f"too little is left of the {whole} for all monitors together"
+        reason = less if is_known else f"all monitors together may take {whole} of {of_number(total, 'step')}"
+        yield f"{what} this run, as {reason}: {', '.join(several)}"
 
 
 class FirstSample:
@@ -172,10 +218,6 @@ def _when(probe: Probe, total_steps: int | None) -> str:
     match probe.schedule:
         case Every(n=steps) | Budget(every=int(steps)):
             return each(steps) + samples
-        case Allowance() as shared:
-            rest = "" if shared.wish.needed else ", or none"
-            fewest = f": at least {FEWEST} samples in {total_steps} steps{rest}" if (total_steps or 0) >= SHORT else ""
-            return f"within {percent(shared.purse.share)} more time for all monitors together{fewest}"
         case Budget() as budget:
             return f"for at most {percent(budget.share)} more time, measured in the first {WARM_UP} steps{samples}"
     return "as scheduled"

@@ -21,12 +21,13 @@ from lightning_lowrank.reports.announcing import (
     FirstSample,
     chosen,
     each,
-    left_out,
     named,
     num_samples,
+    of_all,
     percent,
     start_line,
     too_few,
+    watched,
 )
 from lightning_lowrank.reports.dashboard import Sample
 from lightning_lowrank.reports.loggers import Array
@@ -120,28 +121,29 @@ class Journal:
         if self.budget is not None:
             self.budget.plan(total_steps)
             if self.budget.is_left_out:
-                self.info_once(left_out(self.budget, total_steps))
                 return
         facts = {r.name: r.probe.source.facts() for r in recorders}
         kept = [f"{name} keeps {known['bytes']:,.0f} bytes" for name, known in facts.items() if "bytes" in known]
-        self.info_once("; ".join([start_line(recorders, total_steps), *kept]))
+        if isinstance(self.budget, Allowance):  # all who share it are told of together
+            self.budget.watches = "; ".join([watched(self.label, recorders), *kept])
+        else:
+            self.info_once("; ".join([start_line(recorders, total_steps), *kept]))
         few = too_few(num_samples(probes, total_steps), total_steps)
         if few:
             self._warn("few samples", few)
         self._first_sample = FirstSample(probes)
-        self._note(recorders)
+        if not isinstance(self.budget, Allowance):  # those have a note with their first sample
+            self._note(recorders)
 
     def refuse(self, error: Exception) -> bool:
-        """Refuse what cannot be measured; `False`, and a word, where nobody has asked for this monitor by name.
+        """Refuse what cannot be measured; `False`, and a word later, where nobody has asked for this monitor by name.
 
         Raises:
             ValueError: With the label.
         """
         if not isinstance(self.budget, Allowance):
             raise ValueError(f"{self.label}: {error}") from error
-        self.budget.is_idle = True
-        what = re.split(r"[:;]|\. ", str(error))[0]  # not what to do about it
-        self.info_once(f"left out of this run: {what}")
+        self.budget.absent = re.split(r"[:;]|\. ", str(error))[0]  # not what to do about it
         return False
 
     def act(self, training: Training) -> None:
@@ -195,7 +197,11 @@ class Journal:
                 self.info_once(told)
         budget = self.budget
         if budget is not None and budget.observe(step, self.clock.own, self.clock.total, training.team):
-            self.info_once((left_out if budget.is_left_out else chosen)(budget, self._total_steps))
+            if isinstance(budget, Allowance):
+                for line in of_all(budget.purse):
+                    rank_zero_info(f"lightning_lowrank watch_all: {line}")
+            else:
+                self.info_once(chosen(budget, self._total_steps))
 
     def end(self) -> None:
         """The run is over; another has a clock and a dashboard of its own."""

@@ -130,9 +130,13 @@ class RankAdvice:
             "peft": self.peft(),
         }
 
+    def text(self) -> str:
+        """What a JSON file of it contains."""
+        return json.dumps(self.json(), indent=2, allow_nan=False) + "\n"
+
     def save(self, file: str | Path) -> None:
         """Write a JSON file."""
-        Path(file).write_text(json.dumps(self.json(), indent=2, allow_nan=False) + "\n")
+        Path(file).write_text(self.text())
 
     def __rich__(self) -> Table:
         """The table that `rich.print` shows."""

@@ -127,8 +127,9 @@ def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> 
             if isinstance(values[0], Scaling):  # It knows itself where there is none of it, and `valid` is 0 there.
                 return function(*values, **parameters)
             values = tuple(map(pooled, values))
-            reads = reads_tail(next(iter(parameters.values()), default))
-            return _with_losses(function(*values, **parameters), values, whole_only=reads)
+            if reads_tail(next(iter(parameters.values()), default)) and not all(value.whole for value in values):
+                return torch.full_like(values[0].values[..., 0], torch.nan)
+            return _with_losses(function(*values, **parameters), values)
 
         guarded.reads_tail = reads_tail  # type: ignore[attr-defined]
         REGISTERED[name] = Statistic(name, guarded, takes, tail=reads_tail(default), **known)
@@ -159,13 +160,10 @@ def _refuse_others(name: str, takes: tuple[type, ...], values: tuple[Any, ...]) 
         )
 
 
-def _with_losses(result: Tensor, values: tuple[Any, ...], *, whole_only: bool) -> Tensor:
+def _with_losses(result: Tensor, values: tuple[Any, ...]) -> Tensor:
     result = result.to(values[0].values.dtype)
     for value in values:
-        lost = torch.isnan(value.values[..., 0])
-        if whole_only and not value.whole:
-            lost = torch.ones_like(lost)
-        result = torch.where(lost, torch.nan, result)
+        result = torch.where(torch.isnan(value.values[..., 0]), torch.nan, result)
     return result
 
 

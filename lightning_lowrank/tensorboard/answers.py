@@ -29,7 +29,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
-    """Every run with what it has, and its place among TensorBoard's, which gives it a colour."""
+    """Every run with what it has, its damaged files, and its place among TensorBoard's, which gives it a colour."""
     places = {run: place for place, run in enumerate(reader.started())}
     shown = ("kind", "name", "source", "statistic", "unit", "level", "says")
     found = reader.runs()
@@ -38,6 +38,7 @@ def runs(reader: Reader, arguments: Arguments) -> dict[str, Any]:
             {
                 "run": run,
                 "place": places.get(run, len(places)),
+                "damage": reader.damage(run),
                 "entries": [
                     {key: str(series[entry][-1].known.get(key, "")) for key in shown} for entry in sorted(series)
                 ],

@@ -61,6 +61,7 @@ export class Page {
     this.kept = kept;
     this.runs = new Map(runs.map(({ run, entries }) => [run, entries]));
     this.places = new Map(runs.map(({ run, place }) => [run, place]));
+    this.damage = runs.flatMap(({ damage }) => damage);
     if (runs.length) this.chosen ??= new Set([...this.runs.keys()].slice(0, AT_FIRST));
     if (!this.quantities().some(({ name }) => name === this.quantity)) this.quantity = this.opening();
     this.bars();
@@ -138,6 +139,7 @@ export class Page {
       h("button", { type: "button", id: `view-${view}`, "aria-pressed": String(view === this.view), onclick: () => { this.set({ view }).then(() => window.scrollTo(0, 0)); } }, text)));
     this.bar.replaceChildren(h("h1", {}, "Low rank"), tabs, this.choiceOfRuns(), this.actions(), ...(this.view === "map" ? [this.tools()] : []));
     if (this.kept) this.bar.append(h("p", { class: "note", role: "note" }, `TensorBoard keeps ${this.kept} samples of each curve (--samples_per_plugin); the others are not shown.`));
+    this.bar.append(...this.damage.map((said) => h("p", { class: "note", role: "note" }, `${said}.`)));
     if (focused) document.getElementById(focused)?.focus();
   }
 

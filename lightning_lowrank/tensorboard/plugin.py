@@ -11,6 +11,7 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBPlugin
 from werkzeug.wrappers import Request, Response
 
 from lightning_lowrank.tensorboard import answers
+from lightning_lowrank.tensorboard.event_files import EventFiles
 from lightning_lowrank.tensorboard.series import PLUGIN, Reader
 
 # TensorBoard warns of answers without it: what is said to be data is never to be run.
@@ -30,6 +31,7 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         super().__init__(context)
         self._provider = context.data_provider
+        self._files = EventFiles(Path(context.logdir).expanduser() if context.logdir else None)
         kept = (getattr(context.flags, "samples_per_plugin", None) or {}).get(PLUGIN, 0)
         self._kept = int(kept) if kept > 0 else None
 
@@ -65,7 +67,8 @@ class LowRankPlugin(TBPlugin):  # type: ignore[misc]
         return application
 
     def _reader(self, request: Request) -> Reader:
-        return Reader(self._provider, plugin_util.context(request.environ), plugin_util.experiment_id(request.environ))
+        context, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
+        return Reader(self._provider, context, experiment, self._files)
 
     def _data(self, answer: Callable[[Reader, answers.Arguments], dict[str, Any]], request: Request) -> Response:
         return _json(answer(self._reader(request), request.args.to_dict()) | {"kept": self._kept})

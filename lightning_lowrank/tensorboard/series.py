@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.data.provider import RunTagFilter
 
+from lightning_lowrank.tensorboard.event_files import EventFiles
+
 PLUGIN = "lowrank"
 KINDS = ("vector", "spectrum", "curve", "cost", "alert")
 
@@ -89,10 +91,11 @@ class Reader:
         provider: TensorBoard's.
         context: Of the request.
         experiment: Its id.
+        files: Where the provider reads, to tell what is damaged.
     """
 
-    def __init__(self, provider: Any, context: Any, experiment: str) -> None:
-        self._provider = provider
+    def __init__(self, provider: Any, context: Any, experiment: str, files: EventFiles) -> None:
+        self._provider, self._files = provider, files
         self._where = {"ctx": context, "experiment_id": experiment}
 
     def started(self) -> list[str]:
@@ -100,6 +103,10 @@ class Reader:
         listed = self._provider.list_runs(**self._where)
         begins = {run.run_name: math.inf if run.start_time is None else run.start_time for run in listed}
         return sorted(begins, key=lambda run: (begins[run], run))
+
+    def damage(self, run: str) -> list[str]:
+        """A sentence for each event file of a run that cannot be read to its end."""
+        return self._files.damage(run)
 
     def runs(self, only: str | None = None) -> Runs:
         """Run -> kind and name -> parts, of all runs or of one; what is not as we write it is left out."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lowrank.analysis.cli import main
 from tests.trainings import gpt2, mlp
@@ -170,6 +172,77 @@ def test_a_merge_of_an_adapter_of_peft_is_that_of_peft(make: Any, tmp_path: Path
     expected = theirs.merge_and_unload().state_dict()  # type: ignore[operator]
     for name, tensor in ours.items():
         assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+SQUARE = {
+    "of Conv1D alone": ["network.h.0.attn.c_proj"],
+    "of Conv1D beside others": ["network.h.0.attn.c_proj", "network.h.0.mlp.c_fc"],
+    "of a linear layer": ["0"],
+}
+
+
+def adapted(case: str, folder: Path) -> tuple[Any, str]:
+    """peft's model with pairs that are not zero, in a folder, and the checkpoint of the base."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 12)) if case == "of a linear layer" else gpt2()
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=SQUARE[case])
+    theirs = get_peft_model(copy.deepcopy(base.eval()), config)
+    for name, p in theirs.named_parameters():
+        p.data += 0.1 * torch.randn(p.shape) * ("lora_" in name)
+    theirs.save_pretrained(folder / "lora")
+    torch.save(base.state_dict(), folder / "base.pt")
+    return theirs, str(folder / "base.pt")
+
+
+@pytest.mark.parametrize("case", SQUARE)
+def test_square_weights_are_merged_as_they_lie_by_what_peft_says(case: str, tmp_path: Path) -> None:
+    theirs, base = adapted(case, tmp_path)
+
+    main(["merge", str(tmp_path / "lora"), base, "-o", str(tmp_path / "merged.safetensors")])
+
+    expected = theirs.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged.safetensors").items():
+        assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+class Both(nn.Module):
+    """Weights of both layouts, and a square one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.square, self.last = Conv1D(20, 12), Conv1D(20, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.square(self.wide(x[:, :12])))
+
+
+def test_square_weights_beside_both_layouts_need_the_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Both()
+    files = saved(tmp_path, base, moved_by(base, 2))
+    lora, merged = str(tmp_path / "lora"), str(tmp_path / "merged.safetensors")
+    model = ["--model", f"{__name__}:Both"]
+    main(["extract-lora", *files, "--energy", "1", *model, "-o", lora])
+
+    with pytest.raises(SystemExit, match=r"\['square\.weight'\] may have their inputs as rows .* give --model"):
+        main(["merge", lora, files[0], "-o", merged])
+    assert not Path(merged).exists()
+    main(["merge", lora, files[0], *model, "-o", merged])
+    for name, tensor in load_file(merged).items():
+        assert_close(tensor, torch.load(files[1], weights_only=True)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_extracted_says_how_its_weights_lie(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for make, model, expected in ((gpt2, ["--model", f"{__name__}:gpt2"], True), (lambda: mlp(16), [], False)):
+        base = make().eval()
+        words = ["--exclude", "head*", *model] if model else []
+        main(["extract-lora", *saved(tmp_path, base, moved_by(base, 2)), *words, "-o", str(tmp_path / "lora")])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PeftModel.from_pretrained(base, tmp_path / "lora")
+        config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert config["fan_in_fan_out"] is expected
 
 
 def test_a_part_of_the_model_may_be_what_peft_gets(tmp_path: Path) -> None:

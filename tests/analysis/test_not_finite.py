@@ -1,6 +1,9 @@
-"""Weights that are NaN or infinite: each command that would compute with them names the file and writes nothing."""
+"""Weights that are NaN, infinite or unreadable: each command that would compute with them names the file, says what is
+wrong, and writes nothing.
+"""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ def task() -> Any:
 
 
 COMMANDS = {
-    "merge-models": "merge-models 1.pt BAD --base 0.pt -o out",
-    "merge-models, base": "merge-models 1.pt 2.pt --base BAD -o out",
-    "merge": "merge lora BAD -o out",
-    "merge, adapter": "merge broken 0.pt -o out",
+    "merge-models": "merge-models 1.pt BAD --base 0.pt -o out.safetensors",
+    "merge-models, base": "merge-models 1.pt 2.pt --base BAD -o out.safetensors",
+    "merge": "merge lora BAD -o out.safetensors",
+    "merge, adapter": "merge broken 0.pt -o out.safetensors",
     "extract-lora": "extract-lora 0.pt BAD -o out",
     "advise-ranks": "advise-ranks 0.pt BAD --budget 1000 -o out",
     "masks": "masks 0.pt BAD --density 0.2",
@@ -38,6 +41,18 @@ COMMANDS = {
     "subspace extend": "subspace extend basis.safetensors BAD -o out.safetensors",
     "subspace merge": "subspace merge basis.safetensors --base BAD -o out.safetensors",
     "subspace reconstruct": "subspace reconstruct basis.safetensors --base BAD -o out",
+}
+READING = {name: words for name, words in COMMANDS.items() if "BAD" in words} | {
+    "spectra": "spectra BAD",
+    "diff": "diff 0.pt BAD",
+    "a basis": "subspace project BAD 0.pt",
+    "coefficients": "subspace reconstruct basis.safetensors --coefficients BAD -o out",
+}
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "text.pt": (b"hello world, this is text", "it is no checkpoint|it is not a file of safetensors"),
+    "empty.pt": (b"", "it is empty"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+    "text.safetensors": (b"hello world, this is text", "it is not a file of safetensors"),
 }
 
 
@@ -76,6 +91,32 @@ def test_a_file_and_a_tensor_are_named_and_nothing_is_written(
 
     assert re.search(rf"(?s)(?=.*{re.escape(there)})(?=.*2\.(weight|lora_A)).*not finite", str(refused.value))
     assert not list(folder.glob("out*"))
+
+
+@pytest.mark.parametrize("file", UNREADABLE)
+@pytest.mark.parametrize("command", READING)
+def test_an_unreadable_file_is_named_with_what_is_wrong(
+    command: str, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / file).write_bytes(UNREADABLE[file][0])
+
+    with pytest.raises(SystemExit) as refused:
+        main(READING[command].replace("BAD", file).split())
+
+    assert re.search(rf"{re.escape(file)} cannot be read as .*: ({UNREADABLE[file][1]})", str(refused.value))
+    assert not list(folder.glob("out*"))
+
+
+def test_an_unreadable_adapter_is_named_with_what_is_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    copied = Path(shutil.copytree("lora", tmp_path / "copied"))
+    (copied / "adapter_model.safetensors").write_bytes(b"")
+
+    with pytest.raises(SystemExit, match=r"adapter_model.safetensors cannot be read as safetensors: it is empty"):
+        main(["merge", str(copied), "0.pt", "-o", "out.safetensors"])
 
 
 def test_a_mask_of_minus_infinity_is_no_weight_and_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

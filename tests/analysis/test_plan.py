@@ -1,6 +1,7 @@
 """What a plan says: against formulas, against a real run of four processes, and of what it cannot know."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 
 from benchmarks import large
 from benchmarks.gpu import GPT
+from benchmarks.plan import parts
 from examples.char_transformer import CONTEXT, CharTransformer
 from lightning_lowrank.analysis.cli import main
 from lightning_lowrank.analysis.planning.counting import Counting, Moving, Work, counted
@@ -282,3 +284,25 @@ def test_numbers_below_1_are_refused() -> None:
     for options in ({"num_devices": 0}, {"step_ms": 0.0}, {"every_n_steps": 0}):
         with pytest.raises(ValueError, match="above 0"):
             partial(planned, named("transformer"))(**options)  # type: ignore[arg-type]
+
+
+def test_the_transformer_of_the_benchmarks_begins_where_one_does_that_was_never_trained() -> None:
+    torch.manual_seed(0)
+    module = GPT(depth=1, vocabulary=2000, length=32)
+    words = torch.randint(2000, (2, 33))
+
+    with torch.no_grad():
+        chances, loss = module(words[:, :-1]).softmax(-1), module.training_step([words], 0)
+    assert float(loss) == pytest.approx(math.log(2000), rel=0.1)
+    # Numbers below the smallest normal one are slow on some processors.
+    assert float(chances.min()) > torch.finfo(chances.dtype).tiny
+
+
+@pytest.mark.parametrize(("products", "eigenvalues"), [(2.0, 3.0), (0.5, 9.5)])
+def test_speeds_of_products_and_eigenvalues_are_told_apart(products: float, eigenvalues: float) -> None:
+    assert parts(products + eigenvalues, 5 * products + eigenvalues) == pytest.approx((products, eigenvalues))
+
+
+@pytest.mark.parametrize(("once", "more"), [(2.0, 1.0), (2.0, 2.0), (1.0, 100.0)])
+def test_no_speed_is_negative_or_infinite_though_other_work_delays_one_of_the_jobs(once: float, more: float) -> None:
+    assert min(parts(once, more)) >= once / 20

@@ -16,6 +16,7 @@ from lightning_lowrank import PublishReport, RankMonitor
 from lightning_lowrank.analysis.page import reader_of
 from lightning_lowrank.analysis.pictures import pictures
 from lightning_lowrank.reports.vectors import Row, Vectors
+from tests.tab import damage
 from tests.trainings import QUIET, Classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of wandb, mlflow and sqlalchemy
@@ -57,6 +58,57 @@ def test_wandb_has_the_page_as_a_medium(tmp_path: Path) -> None:
 
     pages = list((tmp_path / "wandb").rglob("media/html/**/*.html"))
     assert pages and "weight_stable_rank" in pages[-1].read_text()
+
+
+def test_no_page_is_published_twice(tmp_path: Path) -> None:
+    import wandb
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True, settings=wandb.Settings(console="off", silent=True))
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4, save_top_k=-1, save_last=True)
+    each_epoch = ModelCheckpoint(tmp_path / "epochs", every_n_epochs=1, save_top_k=-1)
+
+    published(tmp_path, logger, enable_checkpointing=True, more=[checkpoint, each_epoch])
+    wandb.finish()
+
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/html/**/*.html"))
+    pages = [file.read_text() for file in files]
+    assert len(pages) == len(set(pages)) == 2, files
+
+
+@pytest.mark.filterwarnings("always:.*is damaged")
+def test_a_damaged_event_file_is_a_warning_and_a_note_on_the_page(tmp_path: Path) -> None:
+    class Damaging(L.Callback):
+        """A broken disk, between two checkpoints."""
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                damage(tmp_path / "lowrank" / "version_0", 0.9)
+
+    logger = MLFlowLogger(
+        "tests", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "artifacts")
+    )
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4, save_top_k=-1)
+
+    with pytest.warns(UserWarning, match=r"lightning_lowrank: .*tfevents.* is damaged after step \d+: ") as warned:
+        published(tmp_path, logger, enable_checkpointing=True, more=[Damaging(), checkpoint])
+
+    assert len([one for one in warned if "is damaged" in str(one.message)]) == 1
+    (page,) = (tmp_path / "artifacts").rglob("lowrank/report.html")
+    assert "is damaged after step" in page.read_text()
+
+
+def test_every_run_of_a_callback_publishes_its_page(tmp_path: Path) -> None:
+    publish = PublishReport()
+    for name in ("one", "two"):
+        logger = MLFlowLogger(
+            name, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / name)
+        )
+        trainer = L.Trainer(
+            **QUIET, logger=logger, max_steps=8, default_root_dir=tmp_path, callbacks=[RankMonitor(), publish]
+        )
+        trainer.fit(Classifier())
+
+    assert len(list(tmp_path.rglob("lowrank/report.html"))) == 2
 
 
 MAPS = {f"map_{source}_effective_rank" for source in ("gradient", "update", "weight")}

@@ -23,7 +23,8 @@ class Run:
     Attributes:
         samples: Seconds that each sample of each monitor takes, by number and step.
         due: Steps of its samples.
-        news: At which steps each had something to say.
+        news: At which steps there was something to say of each.
+        changes: At which steps each had another cadence than before.
     """
 
     purse: Purse
@@ -31,6 +32,7 @@ class Run:
     num_steps: int
     due: list[list[int]] = field(default_factory=list)
     news: list[list[int]] = field(default_factory=list)
+    changes: list[list[int]] = field(default_factory=list)
     # Whether a monitor has said that its cadence stays although it costs too much.
     has_complained: bool = False
     # Seconds of ours and of all until each step.
@@ -39,7 +41,7 @@ class Run:
 
     def go(self, *, is_known: bool = True, dearer: float = 1.0) -> "Run":
         members, total = self.purse.members, 0.0
-        self.due, self.news = ([[] for _ in members] for _ in range(2))
+        self.due, self.news, self.changes = ([[] for _ in members] for _ in range(3))
         own = [0.0 for _ in members]
         for member in members:
             member.begin()
@@ -48,11 +50,16 @@ class Run:
             self.own.append(sum(own))
             self.total.append(total)
             total += STEP
+            before = [member.every for member in members]
             awake = [(i, member) for i, member in enumerate(members) if not member.rests(step)]
             for i, member in awake:
                 if member.observe(step, own[i], self.total[-1], Team()):
-                    self.news[i].append(step)
+                    for one in self.purse.news:
+                        self.news[members.index(one)].append(step)
+                    self.purse.news, self.purse.has_begun = {}, True
                 self.has_complained |= member.exceeded
+            for i, member in enumerate(members):
+                self.changes[i] += [step] * (member.every != before[i])
             for i, member in awake:  # samples are taken when all have looked at the clock
                 if member(step):
                     took = self.samples[i] * (dearer if step > self.num_steps / 2 else 1.0)
@@ -171,6 +178,12 @@ def test_a_sample_that_is_due_is_taken_though_the_budget_is_shared_out_again_at_
     assert [member.taken for member in found.purse.members] == [len(due) for due in found.due]
 
 
+def test_every_change_of_a_cadence_is_news() -> None:
+    ran = run([wish(0.5, 20), wish(2.0)], [0.005, 0.02], 40_000).go(dearer=10.0)
+
+    assert ran.news == ran.changes and all(len(steps) >= 2 for steps in ran.news)
+
+
 def test_samples_are_evenly_spaced_once_their_cost_is_known() -> None:
     ran = run([wish(0.1, 10), wish(2.0), wish(20.0)], [0.002, 0.01, 0.3], 20_000).go()
 
@@ -188,7 +201,7 @@ def test_who_proves_far_dearer_than_was_thought_stops_and_says_so() -> None:
 
 def test_one_that_finds_nothing_leaves_its_share_to_others() -> None:
     alone, idle = (run([wish(5.0, 10), wish(5.0, 10)], [0.05, 0.05], 2000) for _ in range(2))
-    idle.purse.members[1].is_idle = True
+    idle.purse.members[1].absent = "nothing"
 
     alone.go()
     for member in [idle.purse.members.pop()]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import weakref
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_never_runs(tmp_path: Path) -> None:
     torch.save({"state_dict": STATE, "hook": Code(str(tmp_path / "ran"))}, tmp_path / "evil.ckpt")
 
-    with pytest.raises(ValueError, match=r"evil\.ckpt contains more than tensors.*state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"evil\.ckpt cannot be read .*such as posix.mkdir, .*state_dict\(\)"):
         Checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -180,6 +182,87 @@ def empty(folder: Path) -> Path:
     return folder / "net.pt"
 
 
+def a_short_text(folder: Path) -> Path:
+    (folder / "net.pt").write_text("hello world, this is text")  # torch says: 101
+    return folder / "net.pt"
+
+
+def cut_in_the_middle(folder: Path) -> Path:
+    torch.save(STATE, folder / "net.pt")
+    (folder / "net.pt").write_bytes((folder / "net.pt").read_bytes()[:-40])
+    return folder / "net.pt"
+
+
+def cut_and_old(folder: Path) -> Path:
+    torch.save(STATE, folder / "net.pt", _use_new_zipfile_serialization=False)
+    (folder / "net.pt").write_bytes((folder / "net.pt").read_bytes()[:-40])
+    return folder / "net.pt"
+
+
+def damaged(folder: Path) -> Path:
+    torch.save(STATE, folder / "net.pt")
+    content = bytearray((folder / "net.pt").read_bytes())
+    place = content.index(b"data.pkl") + 60
+    content[place : place + 8] = b"\xff" * 8
+    (folder / "net.pt").write_bytes(content)
+    return folder / "net.pt"
+
+
+def a_module(folder: Path) -> Path:
+    torch.save(torch.nn.Linear(2, 2), folder / "net.pt")
+    return folder / "net.pt"
+
+
+def a_pickle(folder: Path) -> Path:
+    (folder / "net.pt").write_bytes(pickle.dumps({"path": folder}))
+    return folder / "net.pt"
+
+
+def a_program(folder: Path) -> Path:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / "net.pt")
+    return folder / "net.pt"
+
+
+def a_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "net.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    return folder / "net.pt"
+
+
+def a_pointer(folder: Path) -> Path:
+    (folder / "net.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    return folder / "net.safetensors"
+
+
+def one_of_safetensors(folder: Path) -> Path:
+    save_file(STATE, folder / "net.safetensors")
+    return (folder / "net.safetensors").rename(folder / "net.pt")
+
+
+def one_of_torch(folder: Path) -> Path:
+    torch.save(STATE, folder / "net.safetensors")
+    return folder / "net.safetensors"
+
+
+def a_text_of_safetensors(folder: Path) -> Path:
+    return a_text(folder).rename(folder / "net.safetensors")
+
+
+def a_list_for_an_index(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    return folder
+
+
+def a_number_for_a_shard(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    return folder
+
+
+def no_weights(folder: Path) -> Path:
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
 def an_object(folder: Path) -> Path:
     torch.save([1, 2], folder / "net.pt")
     return folder / "net.pt"
@@ -214,10 +297,25 @@ def of_many_processes(folder: Path) -> Path:
 REFUSED: dict[Callable[[Path], Path], str] = {
     half_of_the_shards: r"shards; \['model-00001-of-.*'\] are missing",
     a_short_shard: r"one\.safetensors lacks \['b'\]",
-    cut_short: r"net\.safetensors cannot be read as safetensors",
-    no_zip: r"net\.pt cannot be read as a checkpoint",
-    a_text: r"net\.pt cannot be read as a checkpoint",
-    empty: r"net\.pt cannot be read as a checkpoint: EOFError",
+    cut_short: r"net\.safetensors cannot be read as safetensors: it is cut off or damaged",
+    no_zip: r"net\.pt cannot be read as a checkpoint: it is no checkpoint",
+    a_text: r"net\.pt cannot be read as a checkpoint: it is no checkpoint",
+    a_short_text: r"net\.pt cannot be read as a checkpoint: it is no checkpoint",
+    empty: r"net\.pt cannot be read as a checkpoint: it is empty",
+    cut_in_the_middle: r"net\.pt cannot be read as a checkpoint: it is cut off; copy",
+    cut_and_old: r"net\.pt cannot be read as a checkpoint: it is cut off or damaged",
+    damaged: r"net\.pt cannot be read as a checkpoint: it is damaged",
+    a_module: r"such as torch\.nn\.modules\.linear\.Linear, and loading that would run code",
+    a_pickle: r"it was written by pickle, which can run code",
+    a_program: r"it is a program of TorchScript\. Save only the weights",
+    a_zip: r"net\.pt cannot be read as a checkpoint: it is no checkpoint",
+    a_pointer: "it is a pointer of Git LFS, not the file itself",
+    one_of_safetensors: r"it is a file of safetensors; rename it to end in \.safetensors",
+    one_of_torch: r"it is a file of torch\.save; rename it to end in \.pt",
+    a_text_of_safetensors: "it is not a file of safetensors",
+    a_list_for_an_index: "is not an index of shards",
+    a_number_for_a_shard: "is not an index of shards",
+    no_weights: r"contains none of .*; it has no \['\.safetensors', .*\] file at all",
     an_object: "contains a list; expected a dictionary of tensors",
     no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
@@ -228,6 +326,7 @@ REFUSED: dict[Callable[[Path], Path], str] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
 def test_what_cannot_be_read_is_refused_by_name(make: Callable[[Path], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[make]):

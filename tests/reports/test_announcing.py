@@ -22,9 +22,9 @@ from lightning_lowrank import (
     RankMonitor,
     watching,
 )
-from lightning_lowrank.measuring.allowances import Allowance, Grant, Purse, Wish
+from lightning_lowrank.measuring.allowances import Grant, Purse, Wish
 from lightning_lowrank.measuring.clock import Clock
-from lightning_lowrank.reports.announcing import FirstSample, chosen, left_out, num_samples, too_few
+from lightning_lowrank.reports.announcing import FirstSample, num_samples, of_all, too_few
 from tests.monitors import MONITORS
 from tests.trainings import QUIET, Classifier
 
@@ -176,41 +176,63 @@ def test_a_loop_whose_length_is_told_has_it_in_the_start_line(caplog: pytest.Log
     assert "every 5 steps: 3 samples in 15 steps" in caplog.text
 
 
-def granted(seconds: float, *, taken: int) -> Allowance:
-    """One of several monitors after it was given some seconds of the last 500 of 600 steps."""
+def granted(*seconds: float, taken: int = 0) -> Purse:
+    """Several monitors after each was given some seconds of the last 500 of 600 steps."""
     purse = Purse(0.05)
-    one = purse.allowance(Wish(1.0, 0.0, 1))
-    one.plan(600)
-    one.taken, one._last = taken, 90 * bool(taken)
-    one.grant(Grant(now=100, rest=500, seconds=seconds, sample=0.02, step=0.01, first=110))
-    return one
+    members = [purse.allowance(Wish(1.0, 0.0, 1), f"m{i}") for i in range(len(seconds))]
+    purse.has_begun = True
+    for one, some in zip(members, seconds, strict=True):
+        one.plan(600)
+        one.taken, one._last = taken, 90 * bool(taken)
+        one.grant(Grant(now=100, rest=500, seconds=some, sample=0.02, step=0.01, first=110))
+    return purse
 
 
-def test_a_share_of_one_budget_is_told_by_what_the_cadence_costs() -> None:
-    one = granted(0.3, taken=1)
+def test_cadences_of_one_budget_are_told_in_one_line_by_what_they_cost() -> None:
+    purse = granted(0.3, 0.1, taken=1)
 
-    line = chosen(one, 600)
-    assert line.startswith(f"every {one.every} steps for now: a sample takes 20 ms, a step 10 ms, ")
-    assert f" ms, {100 * 0.02 / 0.01 / one.every:.3g} % more time: " in line
+    (line,) = of_all(purse)
+    assert line.startswith("cadences for now, with 10 ms a step: m0 every ")
+    for one in purse.members:
+        cost = (
+            f"20 ms a sample, {100 * 0.02 / 0.01 / (one.every or 0):.3g} % more time: {one.count(600)} samples in 600"
+        )
+        assert f"{one.name} every {one.every} steps ({cost} steps)" in line
+    assert list(of_all(purse)) == []
+
+
+def test_a_cadence_that_changes_is_told_with_the_one_before_and_one_that_hardly_does_is_not() -> None:
+    purse = granted(0.3, 0.3, taken=1)
+    assert len(list(of_all(purse))) == 1
+    first, second = purse.members
+    before = first.every
+
+    first.grant(Grant(now=200, rest=400, seconds=0.05, sample=0.02, step=0.01, first=110))
+    second.grant(Grant(now=200, rest=400, seconds=0.24, sample=0.02, step=0.01, first=110))
+
+    assert list(of_all(purse)) == [
+        f"cadences for now, with 10 ms a step: m0 every {first.every} steps instead of {before}"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("taken", "told"),
-    [
-        (0, "left out of this run: a sample takes about 20 ms, as long as 2 steps of training. 3 samples take "),
-        (2, "no more samples in this run: a sample takes about 20 ms, as long as 2 steps of training. 1 more sample "),
-    ],
+    ("taken", "what", "missing"), [(0, "left out of", "3 take 1"), (2, "no more samples in", "1 more take 0.33")]
 )
-def test_what_would_fit_alone_is_left_out_because_of_others(taken: int, told: str) -> None:
-    line = left_out(granted(0.0, taken=taken), 600)
+def test_those_left_out_because_of_others_are_told_in_one_line(taken: int, what: str, missing: str) -> None:
+    cost = f"(a sample takes 20 ms or 2 steps, {missing} %)"
 
-    assert line.startswith(told)
-    assert line.endswith("of 600 steps, and less is left of the 5 % for all monitors together")
+    assert list(of_all(granted(0.0, 0.0, taken=taken))) == [
+        f"{what} this run, as too little is left of the 5 % for all monitors together: m0 {cost}, m1 {cost}"
+    ]
 
 
 def test_what_fits_in_no_case_is_held_against_the_whole_budget() -> None:
-    one = Purse(0.05).allowance(Wish(17.0, 0.0, 1))
-    one.plan(1)
+    purse = Purse(0.05)
+    for name, cost in (("dear", 17.0), ("one", 1.0)):
+        purse.allowance(Wish(cost, 0.0, 1), name).plan(1)
 
-    assert left_out(one, 1).endswith("3 samples take 5100 % of 1 step, and all monitors together may take 5 %")
+    whole = "left out of this run, as all monitors together may take 5 % of 1 step"
+    assert list(of_all(purse)) == [
+        f"{whole}: dear (a sample takes 17 steps, 3 take 5100 %), one (a sample takes 1 step, 3 take 300 %)"
+    ]
     assert too_few(1, 1).startswith("1 sample in 1 step is no curve. ")

@@ -14,10 +14,10 @@ from torch import distributed as dist
 
 from lightning_lowrank.analysis.drawing import draw, numbers
 from lightning_lowrank.analysis.matrices import first
+from lightning_lowrank.analysis.overwriting import tensors_file
 from lightning_lowrank.analysis.showing import cell, print_json, show
 from lightning_lowrank.analysis.subspaces.fitting import Fitted, fit, settled, write_basis
 from lightning_lowrank.analysis.subspaces.models import Adapters, Models, models_of
-from lightning_lowrank.analysis.subspaces.states import writable
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.maths.shared_subspaces.components import cosines
 
@@ -61,13 +61,13 @@ def subspace_fit(
         ValueError: A file cannot be read or written, the models have different architectures, there are too few models,
             or k is too large for them.
     """
+    file = None if output is None else tensors_file(output)
     ks, dropped = settled(k, len(checkpoints))
     controls = control or []
     if control is not None and len(controls) < 3:
         raise ValueError(f"{len(controls)} model(s) given as --control; components need at least three")
     if control_base is not None and not controls:
         raise ValueError("--control-base needs --control")
-    file = None if output is None else writable(output)
     bases = [base] * len(checkpoints) + [control_base] * len(controls)
     models = models_of([*checkpoints, *controls], bases, match, exclude)
     with processes() as team:

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_lowrank.analysis.matrices import first
-from lightning_lowrank.analysis.overwriting import is_read
+from lightning_lowrank.analysis.overwriting import is_read, tensors_file
 from lightning_lowrank.analysis.showing import cell, show
 from lightning_lowrank.analysis.subspaces.models import Models, differing, is_adapter, models_of, shapes_of
 from lightning_lowrank.analysis.tasks import Task, means
@@ -21,20 +21,6 @@ from lightning_lowrank.models.checkpoints import Checkpoint
 # Of models by components, for each tensor by its name.
 Coefficients = Mapping[str, Tensor]
 PARTS = ("energy", "mean", "basis", "mean_and_basis")
-
-
-def writable(output: str) -> Path:
-    """A file that is to be written, before anything is computed for it.
-
-    Raises:
-        ValueError: Its name or its folder is wrong.
-    """
-    file = Path(output)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"--output={output} is a file of safetensors; its name must end in .safetensors")
-    if not file.parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {file.parent}")
-    return file
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class Located:
             ValueError: It is one of those that are read, or its name or its folder is wrong.
         """
         self.refuse_loss([Path(file)])
-        return writable(file)
+        return tensors_file(file)
 
     def models(self, paths: Sequence[str]) -> Models:
         """Models on disk, as the basis takes them.

@@ -11,6 +11,7 @@ from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lightning_lowrank.analysis.overwriting import folder
 from lightning_lowrank.analysis.showing import cell, print_json, save, show
 from lightning_lowrank.analysis.subspaces.models import Models
 from lightning_lowrank.analysis.subspaces.states import (
@@ -25,6 +26,7 @@ from lightning_lowrank.analysis.subspaces.states import (
 )
 from lightning_lowrank.analysis.tasks import task_of
 from lightning_lowrank.models.basis_files import Basis
+from lightning_lowrank.models.unreadable_files import why_unreadable
 
 COEFFICIENTS = "lightning-lowrank coefficients 1"
 
@@ -153,15 +155,15 @@ def subspace_reconstruct(
     known, found = _coefficients(place.basis, coefficients)
     if wrong := [one for one in models or [] if one not in known]:
         raise ValueError(f"there is no model {wrong}; the models are {known[:10]}")
-    count, folder = chosen_k(coefficients or basis, (c.shape[1] for c in found.values()), k), Path(output)
+    count, there = chosen_k(coefficients or basis, (c.shape[1] for c in found.values()), k), folder(output)
     stems = [Path(path).stem for path in known]
     names = [stem if stems.count(stem) == 1 else f"{i}_{stem}" for i, stem in enumerate(stems)]
-    files = {i: folder / f"{names[i]}.safetensors" for i, path in enumerate(known) if models is None or path in models}
+    files = {i: there / f"{names[i]}.safetensors" for i, path in enumerate(known) if models is None or path in models}
     place.refuse_loss(files.values())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made a folder: {error}") from error
+        raise ValueError(f"{there} cannot be made a folder: {error}") from error
     for i, file in files.items():
         save(_state(place, found, i, count), file)
         show(f"{escape(str(file))}: {escape(known[i])} by {count} components")
@@ -238,7 +240,7 @@ def _coefficients(basis: Basis, path: str | None) -> tuple[list[str], Coefficien
     try:
         file: Any = safe_open(Path(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {why_unreadable(Path(path), error)}") from error
     known = file.metadata() or {}
     if known.get("format") != COEFFICIENTS:
         raise ValueError(f"{path} has no coefficients; lightning-lowrank subspace compress writes them")

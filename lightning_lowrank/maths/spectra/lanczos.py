@@ -2,7 +2,7 @@
 without waiting for it.
 
 Shape letters:  B any batch axes   N length of a vector   L length on the other side   K steps   V vectors   W
-directions of a trial space
+directions of a space   F following directions
 """
 
 from collections.abc import Callable
@@ -16,16 +16,17 @@ from lightning_lowrank.maths.spectra.spectrum import (
     eigenvalues,
     eigenvectors,
     lengths_of,
-    ratio,
     unit_vectors,
     working_dtype,
 )
 
 # Lengths below so many rounding units of the largest are taken for 0: the Krylov space is exhausted.
 BREAKDOWN = 30
+# Part of a spare row that is added to rows which may be zero: below the rounding of any that are not.
+FAINT = 1e-30
 
 Multiply = Callable[[Tensor], Tensor]
-RoundTrip = Callable[[Tensor, Tensor | float], tuple[Tensor, Tensor]]
+RoundTrip = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -112,78 +113,74 @@ def largest_eigenvalue(multiply: Multiply, start: Num[Tensor, "*B N"], steps: in
     return eigenvalues(tridiagonal.to(torch.promote_types(tridiagonal.dtype, working_dtype(start.device))))[..., -1]
 
 
+@dataclass(frozen=True)
+class BlockKrylov:
+    """`A^T A` within the Krylov space of a block of start vectors.
+
+    Attributes:
+        basis: Orthonormal rows, but for rounding in single precision; the span of the start vectors first.
+        images: What A makes of each of them.
+        following: The next block of the basis, which is in no image; empty where the space is full.
+        coupling: What `A^T A` adds to the last block of the basis outside of it, as coordinates along `following`.
+    """
+
+    basis: Float[Tensor, "*B W N"]
+    images: Float[Tensor, "*B W L"]
+    following: Float[Tensor, "*B F N"]
+    coupling: Float[Tensor, "*B V F"]
+
+
 def block_krylov(
-    tall: Float[Tensor, "*B L N"], width: int, rounds: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "*B N W"], Float[Tensor, "*B L W"]]:
-    """Orthonormal basis of a block Krylov space of `A^T A`, in which the strongest directions of A converge first, and
-    its image under A.
+    round_trip: RoundTrip, start: Float[Tensor, "*B V N"], steps: int, *, without: Float[Tensor, "*B D N"] | None = None
+) -> BlockKrylov:
+    """The block Krylov space of `A^T A`, in which the strongest directions of A converge first.
+
+    Where the space is exhausted early, as in a matrix of low rank, directions outside of it follow.
 
     Args:
-        tall: No fewer rows than columns.
-        width: Random start vectors.
-        rounds: Blocks past the first; all of them together have at most N directions.
-        generator: On the device of the matrix.
-    """
-    start = torch.randn(*tall.shape[:-1], width, generator=generator, device=tall.device, dtype=tall.dtype)
-    space = _orthonormal(tall.mT @ start)
-    images = image = tall @ space
-    for _ in range(rounds):
-        # Reflections complete the basis, orthonormal whatever comes: what a block of a low-rank matrix adds is
-        # rounding, in no direction.
-        block = _orthonormal(torch.cat([space, tall.mT @ _orthonormal(image)], -1))[..., space.shape[-1] :]
-        image = tall @ block
-        space, images = torch.cat([space, block], -1), torch.cat([images, image], -1)
-    return space, images
-
-
-def correction(space: Float[Tensor, "*B N W"]) -> Float[Tensor, "*B W W"]:
-    """What to multiply columns with that are orthonormal but for rounding, so that they are so in double precision: one
-    Newton step.
-
-    Reflections in single precision leave errors of 1e-5 in a thousand equal entries.
+        round_trip: `v -> A v, A^T A v` for rows v.
+        start: Any rows.
+        steps: Round trips made; fewer where the space is full before.
+        without: Orthonormal rows, or zeros, that span what is left out.
 
     References:
-        Bjorck & Bowie (1971), SIAM J. Numerical Analysis 8(2).
+        Golub & Underwood (1977), Mathematical Software III, The block Lanczos method, with full reorthogonalisation.
     """
-    gram = space.double().mT @ space.double()
-    return 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram
-
-
-def _orthonormal(block: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(block).Q
-    return basis
-
-
-def bidiagonal(round_trip: RoundTrip, start: Float[Tensor, "*B N"], steps: int) -> Float[Tensor, "*B K K+1"]:
-    """A rectangular operator between the Krylov spaces of a start vector: an upper bidiagonal matrix with one column
-    more than rows.
-
-    Small singular values keep more of their digits than in a recurrence with the Gram matrix.
-
-    Args:
-        round_trip: `(v, w) -> u, A^T u` with `u = A v - w`: both products in one reading of A.
-        start: On the side of v.
-        steps: Pairs of products.
-
-    References:
-        Golub & Kahan (1965), SIAM J. Numerical Analysis 2(2), Section 3; one-sided reorthogonalisation as in Simon &
-        Zha (2000), SIAM J. Scientific Computing 21(6).
-    """
-    basis = start.new_zeros(*start.shape[:-1], steps, start.shape[-1])
-    wide = start.new_zeros(*start.shape[:-1], steps, steps + 1)
-    scale = torch.zeros_like(lengths_of(start))
-    right, _ = _normalised(start, scale)
-    shift: Tensor | float = 0.0
+    first = 0 if without is None else without.shape[-2]
+    num, size = start.shape[-2:]
+    basis = start.new_empty(*start.shape[:-2], first + steps * num, size)
+    if without is not None:
+        basis[..., :first, :] = without
+    filled, images = first, []
+    following, coupling = _orthonormal(start, basis[..., :first, :], start)
     for step in range(steps):
-        basis[..., step, :] = right
-        there, back = round_trip(right, shift)
-        scale = torch.maximum(scale, lengths_of(there))
-        left, along = _normalised(there, scale)
-        back = ratio(back, along[..., None])[..., None, :]
-        right, across = _normalised(outside(back, basis[..., : step + 1, :])[..., 0, :], scale)
-        shift = across[..., None] * left
-        wide[..., step, step], wide[..., step, step + 1] = along, across
-    return wide
+        if not following.shape[-2]:
+            break
+        basis[..., filled : filled + following.shape[-2], :] = following
+        filled += following.shape[-2]
+        image, back = round_trip(following)
+        images.append(image)
+        spare = start[..., : back.shape[-2], :].roll(step + 1, -1)
+        following, coupling = _orthonormal(back, basis[..., :filled, :], spare)
+    return BlockKrylov(basis[..., first:filled, :], torch.cat(images, -2), following, coupling)
+
+
+def _orthonormal(
+    rows: Float[Tensor, "*B V N"], basis: Float[Tensor, "*B W N"], spare: Float[Tensor, "*B V N"]
+) -> tuple[Float[Tensor, "*B F N"], Float[Tensor, "*B V F"]]:
+    """Orthonormal rows for what given ones have outside of a basis, as many as there is room for; and the given ones'
+    coordinates along them.
+
+    The spare rows stand in for rows that are zero.
+    """
+    rows = rows - (basis @ rows.mT).mT @ basis
+    found = rows + FAINT * spare
+    # Rows that are rounding, or spare, are outside of the basis only once this is repeated at unit length.
+    for _ in range(2):
+        found = torch.linalg.qr(found.mT).Q.mT
+        found = found - (basis @ found.mT).mT @ basis
+    found = torch.linalg.qr(found.mT).Q.mT[..., : max(0, rows.shape[-1] - basis.shape[-2]), :]
+    return found, rows @ found.mT
 
 
 def quadrature(tridiagonal: Num[Tensor, "*B K K"]) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:

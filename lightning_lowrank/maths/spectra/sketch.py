@@ -1,7 +1,8 @@
 """Estimates of the spectra of large matrices, and of the error of what is computed from them.
 
-Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short side   L directions of a trial space   P
-probes   K steps or nodes
+Shape letters:  B any batch axes   M rows, N columns of a matrix   S its short, L its
+long side   W directions of a space   V the
+first of them   P probes   K directions or nodes
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from lightning_lowrank.maths.spectra.lanczos import bidiagonal, block_krylov, correction, largest_eigenvalue, quadrature
+from lightning_lowrank.maths.spectra.lanczos import BREAKDOWN, BlockKrylov, block_krylov, largest_eigenvalue
 from lightning_lowrank.maths.spectra.spectrum import (
     Spectrum,
     descending,
@@ -22,17 +23,20 @@ from lightning_lowrank.maths.spectra.spectrum import (
     ratio,
     short_gram,
     svd,
+    unit_vectors,
     working_dtype,
 )
 
-# Products of a block, past the first, in the trial space of `sketch`: blocks of it less one.
-ROUNDS = 2
+# Blocks of the Krylov space for the strongest directions. Its smaller space has one less.
+BLOCKS = 6
 # A direction is taken out where its residual is below this part of its energy: the energy is then off by the square.
-CONVERGED = 0.05
+CONVERGED = 0.02
 # Quadrature weights below this are rounding, and so are their nodes.
 FAINT = 1e-12
 # Entries of the matrix that a core's cache holds.
-CACHED = 2**18
+CACHED = 2**17
+# Energies of matrices of which float32 holds all products.
+SAFE = (1e-12, 1e24)
 # Energy that float32 products can still tell from 0, as a part of all.
 TELLABLE = 1e-5
 # Part of a statistic that float32 products may change.
@@ -40,10 +44,10 @@ ROUNDING = 1e-3
 
 
 def sketch(
-    matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, width: int = 25, steps: int = 28, num_probes: int = 8
+    matrix: Num[Tensor, "*B M N"], *, generator: torch.Generator, width: int = 16, steps: int = 14, num_probes: int = 16
 ) -> Spectrum:
     """An estimate of all singular values with O(M N) operations: the strongest directions one by one, the rest by
-    stochastic Lanczos quadrature.
+    stochastic quadrature in a block Krylov space.
 
     The rest is the mean of Gauss and Gauss-Radau quadrature, which overestimate and underestimate sums of singular
     values. It is reweighted so that the number of values and the energy are exact.
@@ -52,29 +56,44 @@ def sketch(
         matrix: Best with both sides above 1500; below, `svd` is as fast.
         generator: On the device of the matrix. Do not use the seed with which the matrix itself was drawn: probes that
             repeat its entries are not independent of it, and the error would not show this.
-        width: Number of start vectors of the block Krylov space for the strongest directions. Up to twice as many
+        width: Number of start vectors of the block Krylov space for the strongest directions. Up to five times as many
             directions are taken one by one, but only converged ones.
-        steps: Lanczos steps for the rest. `coarse` has half of them and a smaller trial space for the directions.
-        num_probes: Independent start vectors.
+        steps: Blocks of the Krylov space for the rest. `coarse` has half of them, and one block less for the
+            directions.
+        num_probes: Independent start vectors of that space.
 
     References:
         Musco & Musco (2015), NeurIPS, Algorithm 2, for the directions; Ubaru, Chen & Saad (2017), SIAM J. Matrix
         Analysis 38(4), for the quadrature; Golub & Meurant (2010), Matrices, Moments and Quadrature, Theorem 6.4 for
-        the bracket.
+        the bracket; Zimmerling, Druskin & Simoncini (2025), J. Scientific Computing 103, for blocks.
     """
     shape = (matrix.shape[-2], matrix.shape[-1])
     with full_precision(matrix.device):
-        tall, scale = _scaled(matrix if shape[0] >= shape[1] else matrix.mT)
-        # Three blocks fill the space of a small matrix.
-        width, steps = min(width, -(-min(shape) // (ROUNDS + 1))), min(steps, *shape)
-        atoms = _converged(tall, *block_krylov(tall, width, ROUNDS, generator))
-        wide = _krylov(tall, atoms.basis, num_probes, steps, generator)
-        energy = torch.linalg.vector_norm(tall, dim=-1).double().square().sum(-1)
-        fine = _spectrum(atoms.energies, atoms.kept, wide, energy, shape, scale)
-        coarse = _spectrum(
-            atoms.coarse, atoms.kept, wide[..., : (steps + 1) // 2, : (steps + 1) // 2 + 1], energy, shape, scale
-        )
-        return replace(fine, coarse=coarse)
+        tall, scale, energy = _scaled(matrix)
+
+        def draw(num: int) -> Tensor:
+            size = (*tall.shape[:-2], num, tall.shape[-1])
+            return torch.randn(size, generator=generator, device=tall.device, dtype=tall.dtype)
+
+        def round_trip(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            return _there_and_back(tall, vectors)
+
+        # At most half of the space of a small matrix: the rest needs room.
+        atoms = _converged(block_krylov(round_trip, draw(max(1, min(width, min(shape) // (2 * BLOCKS)))), BLOCKS))
+        probes = draw(num_probes)
+        rest = block_krylov(round_trip, probes, steps, without=atoms.basis)
+        images = torch.cat([rest.images, rest.following @ tall.mT], -2).double()
+        gram = images @ images.mT
+        starts = unit_vectors((probes @ rest.basis[..., :num_probes, :].mT).double())[0]
+        floor = (BREAKDOWN * torch.finfo(tall.dtype).eps) ** 2 * energy
+
+        def spectrum(strongest: Tensor, size: int) -> Spectrum:
+            inner = gram[..., : size + num_probes, : size + num_probes]
+            return _spectrum(strongest, atoms.kept, _nodes(inner, starts, size, floor), energy, shape, scale)
+
+        whole = rest.basis.shape[-2]
+        coarse = spectrum(atoms.coarse, min(-(-steps // 2) * num_probes, whole))
+        return replace(spectrum(atoms.energies, whole), coarse=coarse)
 
 
 def estimate(
@@ -193,112 +212,132 @@ class Atoms:
     """Directions that are taken out one by one.
 
     Attributes:
-        basis: Orthonormal columns, 0 where not kept.
+        basis: Orthonormal rows, 0 where not kept.
         energies: Squared singular values, 0 where not kept.
         coarse: The same from a smaller trial space.
         kept: Which of them have converged.
     """
 
-    basis: Float[Tensor, "*B S K"]
+    basis: Float[Tensor, "*B K S"]
     energies: Float[Tensor, "*B K"]
     coarse: Float[Tensor, "*B K"]
     kept: Float[Tensor, "*B K"]
 
 
-def _scaled(matrix: Num[Tensor, "*B M N"]) -> tuple[Float[Tensor, "*B M N"], Float[Tensor, "*B"]]:
-    """In float32, over its largest entry."""
-    matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
-    scale = torch.where(largest > 0, largest, 1.0)
-    return (matrix / scale[..., None, None]).float(), scale.double()
+def _scaled(
+    matrix: Num[Tensor, "*B M N"],
+) -> tuple[Float[Tensor, "*B L S"], Float[Tensor, "*B"], Float[Tensor, "*B"]]:
+    """With no fewer rows than columns, in float32, and over its largest entry unless a matrix on CPU needs neither.
+
+    Beside it, that scale, and the energy.
+    """
+    plain = matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    energy = _energy(matrix) if plain else None
+    if energy is not None and ((energy > SAFE[0]) & (energy < SAFE[1])).all():
+        scale = torch.ones_like(energy)
+    else:
+        matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+        largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
+        scale = torch.where(largest > 0, largest, 1.0)
+        matrix = (matrix / scale[..., None, None]).float()
+        scale, energy = scale.double(), _energy(matrix)
+    return (matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT).contiguous(), scale, energy
 
 
-def _converged(tall: Float[Tensor, "*B M S"], space: Float[Tensor, "*B S L"], images: Float[Tensor, "*B M L"]) -> Atoms:
-    """The strongest directions of a trial space, as many as the smaller one has, those that have converged."""
-    mended = correction(space)
-    gram = mended @ (images.double().mT @ images.double()) @ mended
-    smaller = gram.shape[-1] * ROUNDS // (ROUNDS + 1)
+def _energy(matrix: Float[Tensor, "*B M N"]) -> Float[Tensor, "*B"]:
+    # The length of all entries at once takes three times as long.
+    lengths: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return lengths.double().square().sum(-1)
+
+
+def _converged(space: BlockKrylov) -> Atoms:
+    """The strongest directions of a space, as many as the smaller one has, those that have converged."""
+    images = space.images.double()
+    gram = images @ images.mT
+    smaller = gram.shape[-1] * (BLOCKS - 1) // BLOCKS
     energies, turn = eigenvectors(gram)
-    energies, turn = energies.flip(-1)[..., :smaller].clamp(min=0), (mended @ turn.flip(-1)[..., :smaller]).to(tall)
+    energies, turn = energies.flip(-1)[..., :smaller].clamp(min=0), turn.flip(-1)[..., :smaller].mT
     coarse = eigenvalues(gram[..., :smaller, :smaller]).flip(-1).clamp(min=0)
-    basis = space @ turn
-    residual = torch.linalg.vector_norm(tall.mT @ (images @ turn) - basis * energies[..., None, :].to(tall), dim=-2)
+    last = space.coupling.shape[-2]
+    residual = torch.linalg.vector_norm(turn[..., -last:] @ space.coupling.double(), dim=-1)
     converged = (residual < CONVERGED * energies) & (energies > torch.finfo(torch.float32).eps ** 2 * energies[..., :1])
     # One that has not converged must not be found again, halved, in what is left by weaker ones.
     kept = converged.cummin(-1).values
-    return Atoms(basis * kept[..., None, :], energies * kept, coarse * kept, kept.double())
-
-
-def _krylov(
-    tall: Float[Tensor, "*B M S"],
-    basis: Float[Tensor, "*B S L"],
-    num_probes: int,
-    steps: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "P *B K K+1"]:
-    """The matrix without the directions of the basis, within the Krylov spaces of random vectors."""
-
-    def outside(vectors: Tensor) -> Tensor:
-        # Twice is enough: what one pass leaves in a strong direction is as large as what a weak rest has.
-        for _ in range(2):
-            vectors = vectors - (vectors @ basis) @ basis.mT
-        return vectors
-
-    def round_trip(vectors: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
-        there, back = _there_and_back(tall, vectors, shift)
-        return there, outside(back)
-
-    start = torch.randn(
-        *tall.shape[:-2], num_probes, tall.shape[-1], generator=generator, device=tall.device, dtype=tall.dtype
-    )
-    return bidiagonal(round_trip, outside(start), steps).double().movedim(-3, 0)
+    basis = turn.to(space.basis) @ space.basis
+    return Atoms(basis * kept[..., None], energies * kept, coarse * kept, kept.double())
 
 
 def _there_and_back(
-    tall: Float[Tensor, "*B M S"], vectors: Float[Tensor, "*B P S"], shift: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """`v A^T - shift`, and that times A, by a few rows of A at a time: the second product finds them in the cache of
-    the CPU.
+    tall: Float[Tensor, "*B M S"], vectors: Float[Tensor, "*B P S"]
+) -> tuple[Float[Tensor, "*B P M"], Float[Tensor, "*B P S"]]:
+    """`v A^T`, and that times A. On CPU by a few rows of A at a time: the second product finds them in the cache.
+
+    MKL is fastest with multiples of 16 vectors, as contiguous columns.
     """
-    rows = max(1, CACHED // tall.shape[-1]) if tall.device.type == "cpu" else tall.shape[-2]
-    there, back = vectors.new_empty(*vectors.shape[:-1], tall.shape[-2]), torch.zeros_like(vectors)
-    for first in range(0, tall.shape[-2], rows):
-        block, part = tall[..., first : first + rows, :], slice(first, first + rows)
-        image = vectors @ block.mT - (shift[..., part] if isinstance(shift, Tensor) else shift)
-        there[..., part] = image
-        back += image @ block
-    return there, back
+    if tall.device.type != "cpu":
+        there = vectors @ tall.mT
+        return there, there @ tall
+    if tall.ndim > 2:
+        pairs = [_there_and_back(one, v) for one, v in zip(tall.flatten(0, -3), vectors.flatten(0, -3), strict=True)]
+        there, back = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return there.reshape(*vectors.shape[:-1], -1), back.reshape(vectors.shape)
+    columns = vectors.mT.contiguous()
+    there, back = columns.new_empty(tall.shape[-2], columns.shape[-1]), columns.new_zeros(columns.mT.shape)
+    rows = max(1, CACHED // max(1, tall.shape[-1]))
+    for block, image in zip(tall.split(rows), there.split(rows), strict=True):
+        torch.mm(block, columns, out=image)
+        back.addmm_(image.mT, block)
+    return there.mT, back
+
+
+def _nodes(
+    gram: Float[Tensor, "*B W W"], starts: Float[Tensor, "*B P V"], size: int, floor: Float[Tensor, "*B"]
+) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]]:
+    """Nodes of Gauss and Gauss-Radau quadrature in one, and the weights of each probe.
+
+    Args:
+        gram: Of the images of the basis, and of the block that follows it.
+        starts: Probes as coordinates along the first rows of the basis.
+        size: Rows of the basis.
+        floor: Energies up to this are rounding.
+    """
+    inner, turn = eigenvectors(gram[..., :size, :size])
+    inner = inner.clamp(min=0)
+    told = inner > floor[..., None]
+    across = (turn.mT @ gram[..., :size, size:]) * told[..., None]
+    # With the smallest corner, the operator has as many zeros as the block that follows has rows: Radau's fixed nodes.
+    corner = across.mT @ ratio(across, (inner * told)[..., None])
+    rows = torch.cat([inner.diag_embed(), across], -1), torch.cat([across.mT, corner], -1)
+    outer, mixed = eigenvectors(torch.cat(rows, -2))
+    first = starts @ turn[..., : starts.shape[-1], :]
+    weights = torch.cat([first, first @ mixed[..., :size, :]], -1).square().movedim(-2, 0) / 2
+    return torch.cat([inner, outer.clamp(min=0)], -1) * (weights > FAINT).any(0), weights
 
 
 def _spectrum(
     atoms: Tensor,
     kept: Tensor,
-    wide: Float[Tensor, "P *B K K+1"],
+    rest: tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]],
     energy: Tensor,
     shape: tuple[int, int],
     scale: Tensor,
 ) -> Spectrum:
     """Directions one by one and quadrature nodes for the rest, as one spectrum."""
-    square = wide[..., :-1]
-    pairs = [quadrature(half.mT @ half) for half in (square, wide)]
-    nodes, weights = (torch.cat(parts, -1) for parts in zip(*pairs, strict=True))
-    nodes = nodes.clamp(min=0) * (weights > FAINT)
-    count, rest = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
-    nodes, weights = _matched(nodes, weights / 2, ratio(rest, count) * (rest > TELLABLE * energy))
-    weights = weights * count[..., None]
-    values = torch.cat([atoms.expand(len(nodes), *atoms.shape), nodes], -1).sqrt() * scale[..., None]
-    values, weights = descending(values, torch.cat([kept.expand(len(nodes), *kept.shape), weights], -1))
-    return Spectrum(values, weights, shape, whole=False, num_probes=len(nodes))
+    nodes, weights = rest
+    count, left = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
+    weights = _matched(nodes, weights, ratio(left, count) * (left > TELLABLE * energy)) * count[..., None]
+    values = torch.cat([atoms, nodes], -1).sqrt() * scale[..., None]
+    values, weights = descending(values, torch.cat([kept.expand(len(weights), *kept.shape), weights], -1))
+    return Spectrum(values[None], weights, shape, whole=False, num_probes=len(weights))
 
 
 def _matched(
-    nodes: Float[Tensor, "P *B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
-) -> tuple[Tensor, Tensor]:
-    """Nodes, and weights with sum 1, that have that mean; where the mean is 0 it is not known, and they stay as they
-    are.
+    nodes: Float[Tensor, "*B K"], weights: Float[Tensor, "P *B K"], mean: Float[Tensor, "*B"]
+) -> Float[Tensor, "P *B K"]:
+    """Weights with sum 1 that have that mean; where the mean is 0 it is not known, and they stay as they are.
 
-    The weights are tilted no more than it takes. The nodes are scaled where that does not suffice: in a probe that has
-    next to nothing of a direction that carries the rest.
+    The weights are tilted no more than it takes. Where that does not suffice, the largest or smallest node gets some
+    more: for a probe that has next to nothing of a direction that carries the rest.
     """
     known = mean[..., None] > 0
     before = (weights * nodes).sum(-1, keepdim=True)
@@ -306,7 +345,12 @@ def _matched(
     slope = ratio(mean[..., None] - before, variance) * known
     tilted = (weights * (1 + slope * (nodes - before))).clamp(min=0)
     tilted = tilted / tilted.sum(-1, keepdim=True)
-    return nodes * torch.where(known, ratio(mean[..., None], (tilted * nodes).sum(-1, keepdim=True)), 1.0), tilted
+    missing = (mean[..., None] - (tilted * nodes).sum(-1, keepdim=True)) * known
+    least, most = (nodes == nodes.amin(-1, keepdim=True)), (nodes == nodes.amax(-1, keepdim=True))
+    extreme = torch.where(missing < 0, least, most)
+    extreme = extreme / extreme.sum(-1, keepdim=True)
+    share = ratio(missing, (extreme * nodes).sum(-1, keepdim=True) - mean[..., None] + missing).clamp(0, 1)
+    return tilted + share * (extreme - tilted)
 
 
 def leave_one_out(spectrum: Spectrum) -> Spectrum:
@@ -318,5 +362,7 @@ def leave_one_out(spectrum: Spectrum) -> Spectrum:
 
 
 def _without(spectrum: Spectrum, probe: int) -> Spectrum:
-    values, weights = (torch.cat([x[:probe], x[probe + 1 :]]) for x in (spectrum.values, spectrum.weights))
+    values, weights = (
+        x if len(x) == 1 else torch.cat([x[:probe], x[probe + 1 :]]) for x in (spectrum.values, spectrum.weights)
+    )
     return replace(spectrum, values=values, weights=weights, num_probes=spectrum.num_probes - 1)

@@ -34,14 +34,14 @@ class Spectrum:
             whole.
         shape: Rows and columns of the matrix.
         whole: Whether every singular value is included. An estimate or a summary by moments is not whole.
-        num_probes: 0 when exact. Otherwise `values` and `weights` have a leading axis of this length, one independent
-            estimate each.
+        num_probes: 0 when exact. Otherwise `weights` has a leading axis of this length, one independent estimate each.
+            That of `values` has length 1 if all share them, or the same length.
         coarse: The same estimate from half the work. The difference of a statistic between the two is an error that
             more probes would not reduce.
     """
 
-    values: Float[Tensor, "*B K"]
-    weights: Float[Tensor, "*B K"]
+    values: Float[Tensor, "*#B K"]
+    weights: Float[Tensor, "*#B K"]
     shape: tuple[int, int]
     whole: bool = True
     num_probes: int = 0
@@ -124,19 +124,25 @@ def perplexity(masses: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]) ->
 
 
 def descending(
-    values: Float[Tensor, "*B K"], weights: Float[Tensor, "*B K"]
-) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K"]]:
-    """The same values, largest magnitude first, with their weights: the order of a `Spectrum`."""
+    values: Float[Tensor, "*B K"], weights: Float[Tensor, "*P K"]
+) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*P K"]]:
+    """The same values, largest magnitude first, with their weights: the order of a `Spectrum`.
+
+    Weights may have an axis in front, of probes that share the values.
+    """
     order = values.abs().argsort(-1, descending=True)
-    return values.gather(-1, order), weights.gather(-1, order)
+    return values.gather(-1, order), weights.gather(-1, order.expand_as(weights))
 
 
 def pooled(value: Any) -> Any:
     """The mean of an estimate's probes, as one spectrum; an exact one, or another value object, as it is."""
     if not isinstance(value, Spectrum) or not value.num_probes:
         return value
-    values, weights = (x.movedim(0, -2).flatten(-2) for x in (value.values, value.weights / value.num_probes))
-    values, weights = descending(values, weights)
+    values, weights = value.values, value.weights / value.num_probes
+    if len(values) == 1:
+        values, weights = values[0], weights.sum(0)
+    else:
+        values, weights = descending(*(x.movedim(0, -2).flatten(-2) for x in (values, weights)))
     return replace(value, values=values, weights=weights, num_probes=0, coarse=None)
 
 

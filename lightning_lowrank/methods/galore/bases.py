@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_lowrank.maths.spectra.decompose import decompose
-from lightning_lowrank.maths.spectra.spectrum import ratio
+from lightning_lowrank.maths.spectra.spectrum import pooled, ratio
 
 Basis = Literal["subspace", "svd", "random"]
 
@@ -109,12 +109,9 @@ class Projection:
 
     def best(self, matrix: Float[Tensor, "M N"]) -> Float[Tensor, ""]:
         """Largest share of a matrix's energy that any subspace of this size captures."""
-        spectrum = decompose([matrix], "values").spectra[0]
-        energies, weights = (part.flatten() for part in (spectrum.values.square(), spectrum.weights))
-        num_probes = spectrum.num_probes or 1
-        order = energies.argsort(descending=True)
-        energies, weights = energies[order], weights[order]
-        inside = (self.rank * num_probes - (weights.cumsum(0) - weights)).clamp(min=0)
+        spectrum = pooled(decompose([matrix], "values").spectra[0])
+        energies, weights = spectrum.values.square(), spectrum.weights
+        inside = (self.rank - (weights.cumsum(0) - weights)).clamp(min=0)
         return ratio((energies * weights.minimum(inside)).sum(), (energies * weights).sum())
 
     def made(

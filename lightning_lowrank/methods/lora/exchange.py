@@ -38,7 +38,8 @@ def export(module: nn.Module, folder: str | Path, within: str, base: str | None)
     trained = [name for name in state.choice.trained if name.startswith(prefix)]
     known = named(module)
     whole = {name.removeprefix(prefix): known[name].detach() for name in trained}
-    write_adapter(folder, AdapterFolder(pairs, whole, base))
+    kinds = {place.recipe.kind for place in found} - {"embedding"}
+    write_adapter(folder, AdapterFolder(pairs, whole, base, inputs_as_rows=kinds == {"transposed"}))
 
 
 @torch.no_grad()

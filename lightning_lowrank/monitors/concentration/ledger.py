@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_lowrank.models.checkpoints import loaded
 from lightning_lowrank.monitors.concentration.inequality import (
     entropy,
     gini,
@@ -105,7 +107,10 @@ def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
         ValueError: It cannot be read, or has none.
     """
     try:
-        callbacks = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+        callbacks = loaded(Path(path)).get("callbacks", {})
+    except ValueError as error:
+        raise ValueError(f"reference={error}") from error
+    try:
         probes = [
             probe
             for state in callbacks.values()
@@ -113,16 +118,17 @@ def importances_in(path: str | PathLike[str]) -> dict[str, dict[str, Tensor]]:
             for probe in state.get("probes", {}).items()
         ]
         watched = [kept.get("source", {}).get("ledgers", {}) for name, kept in probes if name.endswith("concentration")]
+        for ledgers in watched:
+            found = {
+                # A copy: the file is mapped, and a run may write over it.
+                name: {part: row.clone() for part, row in ledger["recent"].items()}
+                for name, ledger in ledgers.items()
+                if name.endswith("_gate") and ledger.get("recent")
+            }
+            if found:
+                return found
     except Exception as error:
-        raise ValueError(f"reference={str(path)!r}: {type(error).__name__}: {error}") from error
-    for ledgers in watched:
-        found = {
-            name: ledger["recent"]
-            for name, ledger in ledgers.items()
-            if name.endswith("_gate") and ledger.get("recent")
-        }
-        if found:
-            return found
+        raise ValueError(f"reference={str(path)!r}: its callbacks are not as Lightning writes them") from error
     if watched:
         raise ValueError(f"reference={str(path)!r}: its ConcentrationMonitor had no gates of heads or neurons")
     raise ValueError(

@@ -1,6 +1,7 @@
 """Adapters to peft and from it, checked by peft; and the three ways to save."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def test_peft_loads_what_is_exported(init: str, make: Any, tmp_path: Path) -> No
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     assert_close(loaded(X), net(X), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(loaded(X), make().eval()(X), atol=1e-3)
+
+
+def test_what_is_exported_says_how_its_weights_lie(tmp_path: Path) -> None:
+    for net, expected in ((gpt2(), True), (mlp(32), False)):
+        LoRA(r=2, exclude=["head.*"] if expected else None).prepare(net)
+        LoRA.export_adapter(disturbed(net), tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is expected
 
 
 @pytest.mark.parametrize("rslora", [False, True])
