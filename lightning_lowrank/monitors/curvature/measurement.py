@@ -71,7 +71,7 @@ class CurvatureEffort:
 EFFORTS = {
     "light": CurvatureEffort(100),
     "standard": CurvatureEffort(2000, further=7, following=4, wider=1, probes=5, steps=1),
-    "full": CurvatureEffort(25000, further=30, following=30, wider=1, lowest=1, probes=5, steps=40),
+    "full": CurvatureEffort(30000, further=30, following=30, wider=1, lowest=1, probes=5, steps=40),
 }
 
 
