@@ -37,8 +37,8 @@ FAINT = 1e-12
 CACHED = 2**17
 # Energies of matrices of which float32 holds all products.
 SAFE = (1e-12, 1e24)
-# Energy that float32 products can still tell from 0, as a part of all.
-TELLABLE = 1e-5
+# Energy of the rest as a part of all, below which its quadrature knows it better than a difference of float32 products.
+TELLABLE = 1e-3
 # Part of a statistic that float32 products may change.
 ROUNDING = 1e-3
 
