@@ -86,10 +86,13 @@ def sketch(
         gram = images @ images.mT
         starts = unit_vectors((probes @ rest.basis[..., :num_probes, :].mT).double())[0]
         floor = (BREAKDOWN * torch.finfo(tall.dtype).eps) ** 2 * energy
+        # Also of the coarse one: the directions that are left out are the same.
+        left = (energy - atoms.energies.sum(-1)).clamp(min=0)
+        left = left * (left > TELLABLE * energy)
 
         def spectrum(strongest: Tensor, size: int) -> Spectrum:
             inner = gram[..., : size + num_probes, : size + num_probes]
-            return _spectrum(strongest, atoms.kept, _nodes(inner, starts, size, floor), energy, shape, scale)
+            return _spectrum(strongest, atoms.kept, _nodes(inner, starts, size, floor), left, shape, scale)
 
         whole = rest.basis.shape[-2]
         coarse = spectrum(atoms.coarse, min(-(-steps // 2) * num_probes, whole))
@@ -318,14 +321,14 @@ def _spectrum(
     atoms: Tensor,
     kept: Tensor,
     rest: tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]],
-    energy: Tensor,
+    left: Tensor,
     shape: tuple[int, int],
     scale: Tensor,
 ) -> Spectrum:
     """Directions one by one and quadrature nodes for the rest, as one spectrum."""
     nodes, weights = rest
-    count, left = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
-    weights = _matched(nodes, weights, ratio(left, count) * (left > TELLABLE * energy)) * count[..., None]
+    count = min(shape) - kept.sum(-1)
+    weights = _matched(nodes, weights, ratio(left, count)) * count[..., None]
     values = torch.cat([atoms, nodes], -1).sqrt() * scale[..., None]
     values, weights = descending(values, torch.cat([kept.expand(len(weights), *kept.shape), weights], -1))
     return Spectrum(values[None], weights, shape, whole=False, num_probes=len(weights))
