@@ -32,7 +32,7 @@ from lightning_lowrank import CurvatureMonitor
 from lightning_lowrank.loss.tap import LossTap
 from lightning_lowrank.maths.operators.eigenspaces import Eigenpairs, overlap, top_eigenpairs
 from lightning_lowrank.maths.operators.operators import Jacobian, Operator, dense, gauss_newton, hessian
-from lightning_lowrank.maths.operators.traces import debiased, spectral_estimate, trace
+from lightning_lowrank.maths.operators.traces import debiased, random_signs, spectral_estimate, trace
 
 Job = Callable[[], object]
 
@@ -241,7 +241,7 @@ def peer(repeats: int) -> Table | None:
         gradient, operator = hessian(F.cross_entropy(net(images), labels), params)
         draw = torch.Generator().manual_seed(0)
         pairs = top_eigenpairs(operator, 5, further=gradient[None], num_products=14, generator=draw)
-        whole = spectral_estimate(operator, known=pairs.space, num_probes=4, steps=1, generator=draw)
+        whole = spectral_estimate(operator, random_signs(operator, 4, draw), known=pairs.space, steps=1)
         return pairs.values, float(debiased(trace, whole.spectrum).value)
 
     def theirs() -> tuple[Tensor, float]:

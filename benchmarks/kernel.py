@@ -66,7 +66,7 @@ def ours(net: nn.Module, images: Tensor, seed: int) -> float:
     jacobian, draw = Jacobian(net(images), list(net.parameters())), torch.Generator().manual_seed(seed)
     operator = kernel_operator(jacobian, "full")
     known = top_eigenpairs(operator, 3, num_products=7, generator=draw)
-    whole = traces.spectral_estimate(operator, known=known, num_probes=4, steps=2, generator=draw)
+    whole = traces.spectral_estimate(operator, traces.random_signs(operator, 4, draw), known=known, steps=2)
     return float(traces.participation_ratio(whole).value)
 
 

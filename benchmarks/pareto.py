@@ -58,12 +58,13 @@ def of_hessian(matrix: Operator, gradient: Tensor, trials: int) -> Table:
         return top_eigenpairs(matrix, TOP, further=gradient[None], num_products=products, generator=draw(seed))
 
     def wider(products: int, seed: int) -> Tensor:
-        signs = torch.randint(0, 2, (PROBES, matrix.size), generator=draw(100 + seed)).to(matrix.dtype) * 2 - 1
+        signs = traces.random_signs(matrix, PROBES, draw(100 + seed))
         images = torch.stack([matrix.multiply(row) for row in signs])
         return widened(matrix, krylov(products - 1, seed), images, num_products=1).values
 
     def trace(known: Eigenpairs | None, probes: int, seed: int) -> Tensor:
-        found = traces.spectral_estimate(matrix, known=known, num_probes=probes, steps=1, generator=draw(200 + seed))
+        signs = traces.random_signs(matrix, probes, draw(200 + seed))
+        found = traces.spectral_estimate(matrix, signs, known=known, steps=1)
         return traces.debiased(traces.trace, found.spectrum).value
 
     top, total = values.flip(0)[:TOP], values.sum()
@@ -91,9 +92,8 @@ def of_kernel(example: Example, trials: int) -> Table:
 
     def quadrature(pairs: int, seed: int) -> Tensor:
         steps = max(1, pairs // columns // PROBES)
-        found = traces.spectral_estimate(
-            kernel, known=modes(seed), num_probes=PROBES, steps=steps, generator=draw(300 + seed)
-        )
+        signs = traces.random_signs(kernel, PROBES, draw(300 + seed))
+        found = traces.spectral_estimate(kernel, signs, known=modes(seed), steps=steps)
         return traces.debiased(RANK, found.spectrum).value
 
     def projected(pairs: int, seed: int) -> Tensor:

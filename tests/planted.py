@@ -147,6 +147,24 @@ MISTAKES: dict[str, Mistake] = {
         "gradients * slopes",
         (MATHS + "test_operators.py",),
     ),
+    "the change of the outputs along one vector is taken for that along another": Mistake(
+        "maths/operators/operators.py",
+        r"known is vector",
+        "known is not None",
+        (MATHS + "test_operators.py",),
+    ),
+    "a search for the critical multiple trusts predictions for ever": Mistake(
+        "monitors/curvature/critical.py",
+        r"reach = max\(width - math\.log\(above / below\) / 2, 0\.0\)",
+        "reach = math.inf",
+        ("tests/monitors/curvature/test_critical.py",),
+    ),
+    "a search for the critical multiple does not look beyond what it predicts": Mistake(
+        "monitors/curvature/critical.py",
+        r"abs\(off\) - BEYOND",
+        "abs(off)",
+        ("tests/monitors/curvature/test_critical.py",),
+    ),
     "the weights of rows are forgotten": Mistake(
         "loss/output_loss.py",
         r"\(self\.row_weights\(\) / self\.num_rows\)\.sqrt\(\)",

@@ -60,8 +60,7 @@ class LossCall:
             raise ValueError(
                 f"{self.name} was called with size_average or reduce, which torch has replaced by reduction"
             )
-        with torch.enable_grad():  # for the outputs as rows
-            return FORMS[self.function](self.inputs, self.target, slope.detach(), **self.options)
+        return FORMS[self.function](self.inputs, self.target, slope.detach(), **self.options)
 
 
 def _cross_entropy(
@@ -74,14 +73,14 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> CrossEntropy:
-    outputs = _rows_of_classes(inputs)
+    outputs = _rows_of_classes(inputs.detach())
     weight = outputs.new_ones(outputs.shape[1]) if weight is None else weight
     weight, slope = (tensor.detach().to(_wide(inputs)) for tensor in (weight, slope))
     if target.shape == inputs.shape:
         share = slope / len(outputs) if reduction == "mean" else slope
         wanted = _rows_of_classes(target.to(weight))
         make = partial(_soft_targets, wanted, weight, share.reshape(-1).expand(len(outputs)), label_smoothing)
-        return CrossEntropy(outputs, make().sum(-1, keepdim=True), make)
+        return CrossEntropy(inputs, _rows_of_classes, make().sum(-1, keepdim=True), make)
     index = target.reshape(-1)
     counts = index != ignore_index
     index = torch.where(counts, index, 0)
@@ -89,7 +88,7 @@ def _cross_entropy(
     share = torch.where(counts, slope.reshape(-1) / total, 0.0)
     make = partial(_hard_targets, index, weight, share, label_smoothing)
     mass = share * ((1 - label_smoothing) * weight[index] + label_smoothing * weight.mean())
-    return CrossEntropy(outputs, mass[:, None], make)
+    return CrossEntropy(inputs, _rows_of_classes, mass[:, None], make)
 
 
 def _nll(inputs: Tensor, target: Tensor, slope: Tensor, **options: Any) -> CrossEntropy:
@@ -108,7 +107,7 @@ def _mse(
     wanted, weights = (_like(inputs, tensor) for tensor in (target, weight))
     total = weights.sum() if reduction == "mean" else 1.0
     shares = slope.to(weights) * weights / total
-    return SquaredError(_rows(inputs), _rows(wanted), _rows(shares))
+    return SquaredError(inputs, rows_of, rows_of(wanted), rows_of(shares))
 
 
 def _binary_cross_entropy(
@@ -122,7 +121,7 @@ def _binary_cross_entropy(
 ) -> BinaryCrossEntropy:
     wanted, weights, positives = (_like(inputs, tensor) for tensor in (target, weight, pos_weight))
     shares = slope.to(weights) * weights / (inputs.numel() if reduction == "mean" else 1)
-    return BinaryCrossEntropy(_rows(inputs), _rows(wanted), _rows(shares), _rows(positives))
+    return BinaryCrossEntropy(inputs, rows_of, rows_of(wanted), rows_of(shares), rows_of(positives))
 
 
 FORMS: dict[Callable[..., Tensor], Callable[..., ClosedForm]] = {
@@ -151,7 +150,7 @@ def _rows_of_classes(tensor: Tensor) -> Float[Tensor, "R C"]:
     return tensor[None] if tensor.ndim == 1 else tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
-def _rows(tensor: Tensor) -> Float[Tensor, "R C"]:
+def rows_of(tensor: Tensor) -> Float[Tensor, "R C"]:
     """Rows of something that has what is predicted at a position along its last axis; a vector is one number per
     example.
     """

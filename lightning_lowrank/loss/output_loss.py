@@ -26,10 +26,18 @@ class OutputLoss(ABC):
     All products are in the dtype of the outputs, in float32 at least, and on no graph.
 
     Attributes:
-        outputs: One row per position that is predicted, with the graph that made them.
+        given: The outputs as the loss took them, with the graph that made them.
+        as_rows: Makes rows of a tensor of their shape, one per position that is predicted.
     """
 
-    outputs: Float[Tensor, "R C"]
+    given: Float[Tensor, "..."]
+    as_rows: Callable[[Tensor], Float[Tensor, "R C"]]
+
+    @cached_property
+    def outputs(self) -> Float[Tensor, "R C"]:
+        """One row per position, on the graph."""
+        with torch.enable_grad():
+            return self.as_rows(self.given)
 
     @property
     def num_rows(self) -> int:
@@ -111,12 +119,10 @@ class Differentiated(OutputLoss):
 
     Attributes:
         loss: With its graph.
-        captured: The outputs as the model gave them.
         scale: What the loss has been multiplied by.
     """
 
     loss: Float[Tensor, ""]
-    captured: Float[Tensor, "..."]
     scale: Float[Tensor, ""] | float
 
     def value(self) -> Float[Tensor, ""]:
@@ -128,14 +134,14 @@ class Differentiated(OutputLoss):
     def hessian_product(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         if not self._slope.requires_grad:  # a loss that is linear
             return torch.zeros_like(rows)
-        along = rows.reshape(self.captured.shape).to(self._slope.dtype)
+        along = rows.reshape(self.given.shape).to(self._slope.dtype)
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        (product,) = torch.autograd.grad(self._slope, self.captured, along, **options)
+        (product,) = torch.autograd.grad(self._slope, self.given, along, **options)
         return self._rows(product)
 
     @cached_property
     def _slope(self) -> Tensor:
-        return torch.autograd.grad(self.loss, self.captured, create_graph=True)[0]
+        return torch.autograd.grad(self.loss, self.given, create_graph=True)[0]
 
     def _rows(self, slopes: Tensor) -> Float[Tensor, "R C"]:
         return slopes.reshape(self.outputs.shape).to(self._values.dtype) / self.scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from lightning_lowrank.loss.calls import FORMS, LossCall
+from lightning_lowrank.loss.calls import FORMS, LossCall, rows_of
 from lightning_lowrank.loss.output_loss import Differentiated, OutputLoss
 from lightning_lowrank.models.taps import Listener, in_training
 
@@ -116,9 +116,7 @@ class LossTap:
         (captured,) = self.outputs
         if torch.autograd.grad(loss, captured, retain_graph=True, allow_unused=True)[0] is None:
             raise ValueError("the loss does not depend on the output of output_module")
-        with torch.enable_grad():
-            rows = captured.reshape(-1, captured.shape[-1] if captured.ndim > 1 else 1)
-        return Differentiated(rows, loss, captured, scale)
+        return Differentiated(captured, rows_of, loss, scale)
 
     def _hear(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], loss: Any) -> None:
         # This runs inside the user's step: what cannot be recorded has not been heard.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_lowrank.loss.calls import LossCall
+from lightning_lowrank.loss.calls import LossCall, rows_of
 from lightning_lowrank.loss.output_loss import ClosedForm, Differentiated, OutputLoss
 
 DRAWS = 4_000
@@ -304,7 +304,7 @@ def exotic(outputs: Tensor) -> Tensor:
 
 def test_any_loss_can_be_differentiated_at_captured_outputs() -> None:
     outputs = draw(3, 2, 4).requires_grad_()
-    found = Differentiated(outputs.reshape(6, 4), 5 * exotic(outputs), outputs, 5.0)
+    found = Differentiated(outputs, rows_of, 5 * exotic(outputs), 5.0)
     rows = draw(6, 4, seed=7)
     expected = torch.autograd.functional.hvp(
         lambda flat: exotic(flat.view(3, 2, 4)), outputs.detach().view(6, 4), rows
@@ -316,7 +316,7 @@ def test_any_loss_can_be_differentiated_at_captured_outputs() -> None:
 
 def test_a_loss_that_is_linear_has_no_hessian() -> None:
     outputs = draw(3, 4).requires_grad_()
-    found = Differentiated(outputs.reshape(3, 4), outputs.sum(), outputs, 1.0)
+    found = Differentiated(outputs, rows_of, outputs.sum(), 1.0)
 
     assert_close(found.hessian_product(draw(3, 4)), torch.zeros(3, 4, dtype=torch.float64))
 

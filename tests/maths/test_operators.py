@@ -19,6 +19,7 @@ from lightning_lowrank.maths.operators.operators import (
     fisher,
     gauss_newton,
     hessian,
+    hessian_and_jacobian,
     output_gauss_newton,
     preconditioned,
 )
@@ -221,6 +222,55 @@ def test_jacobian_products_are_those_of_the_whole_jacobian(network, text):
 
     assert_close(jacobian.forward(direction).flatten(), whole @ direction, rtol=0, atol=1e-10)
     assert_close(jacobian.backward(rows), rows.flatten() @ whole, rtol=0, atol=1e-10)
+
+
+def test_a_product_with_the_hessian_tells_the_change_of_the_outputs(network):
+    """On the loss's own graph, with weights that are tied, and normalised batches."""
+    model, loss_of = network
+    params, given = list(model.parameters()), []
+
+    def call(*inputs):
+        given.append(model(*inputs))
+        return given[0]
+
+    def as_rows(outputs):
+        return outputs.flatten(0, -2)
+
+    gradient, operator, jacobian = hessian_and_jacobian(loss_of(call), params, given[0], as_rows)
+    plain_gradient, plain = hessian(loss_of(model), params)
+    one, other = gaussian(operator.size), gaussian(operator.size, seed=1)
+    fresh = Jacobian(as_rows(given[0]), params)
+    products = operator.multiply(one), jacobian.forward(one), jacobian.forward(other), jacobian.backward(fresh.outputs)
+
+    assert_close(gradient, plain_gradient, rtol=0, atol=1e-13)
+    assert_close(
+        products,
+        (plain.multiply(one), fresh.forward(one), fresh.forward(other), fresh.backward(fresh.outputs)),
+        rtol=0,
+        atol=1e-12,
+    )
+    assert not any(product.requires_grad for product in products)
+
+
+def test_a_loss_that_is_linear_in_the_outputs_has_their_jacobian_too():
+    weight = torch.arange(3.0, dtype=torch.float64, requires_grad=True)
+    squares = weight.square()
+    _, operator, jacobian = hessian_and_jacobian(squares.sum(), [weight], squares, lambda outputs: outputs[:, None])
+
+    assert_close(operator.multiply(torch.ones(3).double()), torch.full((3,), 2.0).double())
+    assert_close(jacobian.forward(torch.ones(3).double()), 2 * weight.detach()[:, None])
+
+
+def test_a_jacobian_does_not_take_one_direction_for_another():
+    """The change of the outputs is kept for products with the very same vector, and no longer."""
+    model, inputs, _ = classifier()
+    outputs, params = model(inputs), list(model.parameters())
+    jacobian = Jacobian(outputs, params)
+    one, other = gaussian(jacobian.size), gaussian(jacobian.size, seed=1)
+    found = [jacobian.forward(vector) for vector in (one, one, other, one)]
+    fresh = [Jacobian(outputs, params).forward(vector) for vector in (one, one, other, one)]
+
+    assert_close(found, fresh, rtol=0, atol=0)
 
 
 def test_a_relu_net_without_biases_is_homogeneous():

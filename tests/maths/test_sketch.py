@@ -15,7 +15,7 @@ from lightning_lowrank.maths.spectra.lanczos import (
 )
 from lightning_lowrank.maths.spectra.sketch import _nodes as rest_nodes
 from lightning_lowrank.maths.spectra.sketch import estimate, moments, sketch, top
-from lightning_lowrank.maths.spectra.spectrum import Spectrum, svd
+from lightning_lowrank.maths.spectra.spectrum import Spectrum, pooled, svd
 from lightning_lowrank.statistics.registry import find
 from tests.oracles.spectra import RANKS, entropy_rank, gaussian, generator, singular_values, with_values
 
@@ -242,6 +242,46 @@ def test_transposed_has_the_same_values():
     one, other = (find("stable_rank")(sketch(m, generator=generator())) for m in (matrix, matrix.mT))
 
     assert_close(one, other, rtol=1e-4, atol=0)
+
+
+PRECISIONS = {
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "all backends": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
+    "one backend": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+}
+
+
+def precisions():
+    """All that can be read of what the user set."""
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = "set for a backend"
+    return overall, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.fixture
+def settings():
+    before = torch.backends.fp32_precision, *precisions()
+    yield
+    torch.backends.fp32_precision = before[0]
+    torch.set_float32_matmul_precision(before[1])
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[2:]
+
+
+@pytest.mark.parametrize("setting", PRECISIONS)
+@pytest.mark.parametrize("summary", [moments, top, lambda m: pooled(sketch(m, generator=generator()))])
+def test_products_are_in_float32_whatever_the_training_has(summary, setting, settings):
+    """Lightning advises "medium" on most GPUs; on some processors it makes products of bfloat16, on GPUs of TF32."""
+    matrix = gaussian(300, 350, dtype=torch.float32)
+    expected = summary(matrix)
+    PRECISIONS[setting]()
+    as_set = precisions()
+    found = summary(matrix)
+
+    assert torch.equal(found.values, expected.values) and torch.equal(found.weights, expected.weights)
+    assert precisions() == as_set
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -15,7 +15,14 @@ from lightning_lowrank.maths.operators import traces
 from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
 from lightning_lowrank.maths.operators.estimates import student
 from lightning_lowrank.maths.operators.operators import Layout, Operator
-from lightning_lowrank.maths.operators.traces import density, exact_spectrum, negative_mass, spectral_estimate, trace
+from lightning_lowrank.maths.operators.traces import (
+    density,
+    exact_spectrum,
+    negative_mass,
+    random_signs,
+    spectral_estimate,
+    trace,
+)
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.maths.spectra.spectrum import pooled
 from tests.dispatch import Waits
@@ -43,7 +50,7 @@ def estimates(values, pairs):
     """One per seed: probes are independent, so that many of them are many estimates."""
     operator, _ = operator_of(values)
     found = spectral_estimate(
-        operator, known=pairs, num_probes=PROBES * SEEDS, steps=2, generator=generator(4), layout=LAYOUT
+        operator, random_signs(operator, PROBES * SEEDS, generator(4)), known=pairs, steps=2, layout=LAYOUT
     )
     parts = [slice(first, first + PROBES) for first in range(0, PROBES * SEEDS, PROBES)]
     return [
@@ -173,7 +180,7 @@ def test_an_error_holds_what_half_of_the_steps_would_have_said(name):
     values = [*10.0 * 0.97 ** np.arange(200), *-(5.0 * 0.97 ** np.arange(100))]
     operator, _ = operator_of(values)
     statistic = statistics.find(name)
-    found = spectral_estimate(operator, num_probes=60, steps=8, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 60, generator()), steps=8)
     result = traces.debiased(statistic, found.spectrum)
     blind = traces.debiased(statistic, replace(found.spectrum, coarse=None))
     off = (result.value - statistic(exact_spectrum(operator))).abs()
@@ -192,7 +199,7 @@ def test_what_is_known_takes_variance_away(values, drawn):
 def test_the_negative_mass_takes_forty_steps():
     bulk = gaussian(300).numpy()
     operator, _ = with_spectrum([30.0, -10.0, *bulk], size=302, dtype=torch.float64)
-    found = spectral_estimate(operator, known=known(operator, 20), num_probes=4, steps=40, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 4, generator()), known=known(operator, 20), steps=40)
     values = np.array([30.0, -10.0, *bulk])
     result = traces.debiased(negative_mass, found.spectrum)
 
@@ -206,7 +213,7 @@ def test_sums_over_known_spectra(name):
     """
     operator, _ = with_spectrum(SPECTRA[name])
     pairs = top_eigenpairs(operator, 3, lowest=1, num_products=12, generator=generator())
-    found = spectral_estimate(operator, known=pairs, num_probes=4, steps=10, generator=generator(1))
+    found = spectral_estimate(operator, random_signs(operator, 4, generator(1)), known=pairs, steps=10)
     sums = [float(np.sum(SPECTRA[name])), float(np.sum(np.square(SPECTRA[name])))]
 
     assert_close([trace(found.spectrum).item(), traces.trace_of_square(found).value.item()], sums, rtol=0.05, atol=1e-5)
@@ -214,7 +221,7 @@ def test_sums_over_known_spectra(name):
 
 def test_the_zero_operator_has_no_participation_and_no_negative_mass():
     operator, _ = with_spectrum([])
-    found = spectral_estimate(operator, num_probes=2, steps=4, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 2, generator()), steps=4)
 
     assert (traces.participation_ratio(found).value, negative_mass(found.spectrum)) == (0, 0)
 
@@ -232,7 +239,7 @@ def test_statistics_of_energies_take_signed_spectra(name):
 @pytest.mark.parametrize("name", ["participation_ratio", "effective_rank_energy", "energy_rank"])
 def test_statistics_of_energies_are_estimated_within_their_error(name):
     operator, _ = operator_of(INDEFINITE)
-    found = spectral_estimate(operator, known=known(operator, 12), num_probes=6, steps=30, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 6, generator()), known=known(operator, 12), steps=30)
     statistic = statistics.find(name)
     value, error = estimate(statistic, found.spectrum)
 
@@ -255,7 +262,7 @@ def test_an_exact_spectrum_has_no_error():
 
 def test_weights_add_up_to_the_size():
     operator, _ = with_spectrum(SPECTRA["clustered"])
-    found = spectral_estimate(operator, num_probes=3, steps=10, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 3, generator()), steps=10)
 
     assert_close(found.spectrum.weights.sum(-1), torch.full((3,), 500.0, dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -264,12 +271,12 @@ def test_an_estimate_without_an_error_is_refused():
     operator, _ = with_spectrum([1.0])
 
     with pytest.raises(ValueError, match="at least 2 probes, not 1"):
-        spectral_estimate(operator, num_probes=1, steps=3, generator=generator())
+        spectral_estimate(operator, random_signs(operator, 1, generator()), steps=3)
 
 
 def test_an_operator_that_is_not_finite_gives_nan():
     operator = Operator(9, lambda v: v * torch.nan, torch.device("cpu"), torch.float32)
-    found = spectral_estimate(operator, num_probes=2, steps=3, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 2, generator()), steps=3)
 
     assert trace(found.spectrum).isnan()
     assert traces.participation_ratio(found).value.isnan()
@@ -280,7 +287,7 @@ def test_nothing_waits_for_the_device():
     pairs, draws = top_eigenpairs(operator, 3, num_products=6, generator=generator()), generator()
     with Waits("cpu") as waits:
         found = spectral_estimate(
-            operator, known=pairs, num_probes=2, steps=4, generator=draws, layout=Layout.of({"a": torch.zeros(500)})
+            operator, random_signs(operator, 2, draws), known=pairs, steps=4, layout=Layout.of({"a": torch.zeros(500)})
         )
         traces.participation_ratio(found)
         density(found.spectrum)
@@ -290,7 +297,7 @@ def test_nothing_waits_for_the_device():
 
 def test_the_density_integrates_to_one():
     operator, _ = operator_of(INDEFINITE)
-    found = density(spectral_estimate(operator, num_probes=3, steps=20, generator=generator()).spectrum)
+    found = density(spectral_estimate(operator, random_signs(operator, 3, generator()), steps=20).spectrum)
 
     assert_close((found.curve.sum() * (found.grid[1] - found.grid[0])).item(), 1.0, rtol=0.01, atol=0)
 
@@ -320,7 +327,9 @@ def test_the_density_of_many_probes_is_near_the_truth():
     operator, _ = operator_of(INDEFINITE)
     exact = density(exact_spectrum(operator), width=0.05)
     found = density(
-        spectral_estimate(operator, known=known(operator, 12), num_probes=8, steps=30, generator=generator()).spectrum,
+        spectral_estimate(
+            operator, random_signs(operator, 8, generator()), known=known(operator, 12), steps=30
+        ).spectrum,
         width=0.05,
     )
 
@@ -329,6 +338,6 @@ def test_the_density_of_many_probes_is_near_the_truth():
 
 def test_an_estimate_pools_its_probes():
     operator, _ = operator_of(POSITIVE)
-    found = spectral_estimate(operator, num_probes=3, steps=10, generator=generator())
+    found = spectral_estimate(operator, random_signs(operator, 3, generator()), steps=10)
 
     assert_close(pooled(found.spectrum).weights.sum(), torch.tensor(float(SIZE), dtype=torch.float64))

@@ -85,8 +85,9 @@ class Silent(Classifier):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
-# Numbers that are read from the device in a sample, beside the report.
-READ = {"curvature": 1, "ntk": 2, "anatomy": 40}
+# Numbers that are read from the device in a sample, beside the report: by curvature one of each forward pass of its
+# search along the update, and one more.
+READ = {"curvature": 8, "ntk": 2, "anatomy": 40}
 
 
 @pytest.mark.parametrize("name", MONITORS)
@@ -98,7 +99,7 @@ def test_a_sample_of_any_monitor_waits_no_more_than_is_known(name: str) -> None:
         logger, _ = logged([monitor], lambda: Silent(Attending()))
 
     assert logger.numbers() and monitor.failures == 0
-    assert waits.seen.total() == 2 * READ.get(name, 0), waits.seen
+    assert waits.seen.total() <= 2 * READ.get(name, 0), waits.seen
 
 
 # On the device "meta", which has shapes and no numbers: to ask for one raises, and nothing comes back from it.

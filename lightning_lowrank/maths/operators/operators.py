@@ -85,14 +85,38 @@ def hessian(loss: Float[Tensor, ""], params: Sequence[Tensor]) -> tuple[Float[Te
     A product is one backward pass through the graph of the gradient, which lives as long as the operator: about three
     times the memory of the forward pass. Parameters that the loss does not depend on have zeros.
     """
-    dtype = _dtype(params)
-    gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+    gradient = _slopes(loss, params)
+    return _hessian_of(gradient, params, lambda vector: _products(gradient, params, _parts(vector, params)))
 
-    def multiply(vector: Tensor) -> Tensor:
-        return _flat(_products(gradient, params, _parts(vector, params)), dtype)
 
-    flat = _flat([g.detach() for g in gradient], dtype)
-    return flat, Operator(len(flat), multiply, flat.device, dtype)
+def hessian_and_jacobian(
+    loss: Float[Tensor, ""],
+    params: Sequence[Tensor],
+    given: Float[Tensor, "..."],
+    as_rows: Callable[[Tensor], Float[Tensor, "R C"]],
+) -> tuple[Float[Tensor, " P"], Operator, "Jacobian"]:
+    """The same, and the derivative of outputs that the loss was computed from, on the same graph.
+
+    A product with the Hessian contains the change of the outputs along its vector, which the Jacobian is told.
+
+    Args:
+        given: The outputs as the loss took them.
+        as_rows: Makes rows of a tensor of their shape.
+    """
+    *gradient, slope = _slopes(loss, [*params, given])
+    with torch.enable_grad():
+        outputs = as_rows(given)
+    if not slope.requires_grad:  # the loss is linear in the outputs
+        return *hessian(loss, params), Jacobian(outputs, params)
+    # The gradient is the product of the transpose with the slope, plus what does not depend on the slope.
+    jacobian = Jacobian(outputs, params, adjoint=(slope, gradient), as_rows=as_rows)
+
+    def products(vector: Tensor) -> Sequence[Tensor]:
+        *found, change = _products(gradient, [*params, slope], _parts(vector, params))
+        jacobian.know(vector, as_rows(change))
+        return found
+
+    return *_hessian_of(gradient, params, products), jacobian
 
 
 @dataclass(frozen=True)
@@ -104,11 +128,16 @@ class Jacobian:
         params: Parameters of the derivative.
         all_reduce: Sums over all processes, each of which has its own rows and zeros elsewhere. Every product is then
             that of all rows, the same on every process. It is NaN if one process failed, so that no process waits.
+        adjoint: A tensor, and for each parameter the product of the transpose with it, as a function of it. Linear up
+            to a constant, so that the derivative is the Jacobian. Made for the first product unless given.
+        as_rows: Makes rows of outputs of a tensor of that shape.
     """
 
     outputs: Float[Tensor, "R C"]
     params: Sequence[Tensor]
     all_reduce: Callable[[Tensor], Tensor] | None = None
+    adjoint: tuple[Tensor, Sequence[Tensor]] | None = None
+    as_rows: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -122,16 +151,29 @@ class Jacobian:
 
     @cached_property
     def _adjoint(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """A vector, and its product with the transpose as a function of it: linear, so that its derivative is the
-        Jacobian.
-        """
+        """The one that is given, or one of zeros."""
+        if self.adjoint is not None:
+            return self.adjoint
         at = torch.zeros_like(self.outputs, requires_grad=True)
         keep = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
         return at, torch.autograd.grad(self.outputs, self.params, at, **keep)
 
+    @cached_property
+    def _last(self) -> list[tuple[Tensor, Tensor]]:
+        """The vector that was multiplied last, and its product."""
+        return []
+
+    def know(self, vector: Float[Tensor, " P"], change: Float[Tensor, "R C"]) -> None:
+        """Keep the change of the outputs along a direction until that along another is known."""
+        self._last[:] = [(vector, change.to(self.dtype))]
+
     def forward(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
-        """Change of the outputs along a direction in parameter space."""
-        return self._everywhere(lambda: self._change(vector), self.outputs.shape)
+        """Change of the outputs along a direction in parameter space; computed once for operators that are multiplied
+        with the same vector one after the other.
+        """
+        if not any(known is vector for known, _ in self._last):
+            self.know(vector, self._everywhere(lambda: self._change(vector), self.outputs.shape))
+        return self._last[0][1]
 
     def backward(self, rows: Float[Tensor, "R C"]) -> Float[Tensor, " P"]:
         """Product of the transpose with a vector in output space."""
@@ -142,7 +184,7 @@ class Jacobian:
     def _change(self, vector: Float[Tensor, " P"]) -> Float[Tensor, "R C"]:
         at, image = self._adjoint
         (change,) = _products(image, [at], _parts(vector, self.params))
-        return change.to(self.dtype)
+        return (change if self.as_rows is None else self.as_rows(change)).to(self.dtype)
 
     def _everywhere(self, make: Callable[[], Tensor], shape: torch.Size) -> Tensor:
         if self.all_reduce is None:
@@ -214,6 +256,19 @@ def dense(operator: Operator) -> Float[Tensor, "n n"]:
 
 def _in_parameters(jacobian: Jacobian, multiply: Callable[[Tensor], Tensor]) -> Operator:
     return Operator(jacobian.size, multiply, jacobian.outputs.device, jacobian.dtype)
+
+
+def _slopes(loss: Float[Tensor, ""], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Derivatives of a loss, with their graph."""
+    return torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def _hessian_of(
+    gradient: Sequence[Tensor], params: Sequence[Tensor], products: Callable[[Tensor], Sequence[Tensor]]
+) -> tuple[Float[Tensor, " P"], Operator]:
+    dtype = _dtype(params)
+    flat = _flat([g.detach() for g in gradient], dtype)
+    return flat, Operator(len(flat), lambda vector: _flat(products(vector), dtype), flat.device, dtype)
 
 
 def _with(operator: Operator, multiply: Callable[[Tensor], Tensor]) -> Operator:

@@ -39,7 +39,7 @@ class SpectralEstimate:
         coupling: What the known pairs, not quite exact, keep of the squares: to be added to the sum of the spectrum's.
         layer_traces: Of the diagonal block of each parameter, one estimate per probe; empty without a layout.
         layer_squares: Squared Frobenius norm of the rows of each parameter, one estimate per probe.
-        images: Products of the operator with the random vectors; empty without a layout.
+        images: Products of the operator with the random vectors.
     """
 
     spectrum: Spectrum
@@ -51,15 +51,15 @@ class SpectralEstimate:
 
 def spectral_estimate(
     operator: Operator,
+    signs: Float[Tensor, "n P"],
     *,
+    images: Float[Tensor, "n P"] | None = None,
     known: Eigenpairs | None = None,
-    num_probes: int,
     steps: int,
-    generator: torch.Generator,
     layout: Layout | None = None,
 ) -> SpectralEstimate:
-    """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random:
-    `num_probes * steps` products.
+    """Stochastic Lanczos quadrature on the complement of the known eigenvectors, from signs drawn at random: `steps`
+    products for each.
 
     With one step it is Hutchinson's estimate of the trace, exact where nothing outside of the diagonal is left, and of
     the trace of the square. Sums over up to `2 steps - 1` powers of the eigenvalues are without bias. Of others, such
@@ -67,28 +67,46 @@ def spectral_estimate(
     positive one.
 
     Args:
+        signs: At least 2 vectors of `random_signs`, for there to be an error.
+        images: Products of the operator with them, if they are known.
         known: Pairs of this very operator, converged or not.
-        num_probes: At least 2, for there to be an error.
-        generator: On the device of the operator.
         layout: Where the operator's rows are those of parameters.
 
     References:
         Ubaru, Chen & Saad (2017), SIAM J. Matrix Analysis 38(4); deflation as in Meyer, Musco, Musco & Woodruff (2021),
         SOSA, Algorithm 1.
     """
-    if num_probes < 2:
-        raise ValueError(f"an estimate with an error needs at least 2 probes, not {num_probes}")
+    if len(signs) < 2:
+        raise ValueError(f"an estimate with an error needs at least 2 probes, not {len(signs)}")
     with full_precision(operator.device):
-        known = known or _nothing(operator)
-        found = [_probe(operator, known, min(steps, operator.size), generator, layout) for _ in range(num_probes)]
-        projected, counts, traces, squares, images, along = (torch.stack(parts) for parts in zip(*found, strict=True))
+        known, steps = known or _nothing(operator), min(steps, operator.size)
+        vectors, of_known, wide = known.vectors, known.images(), working_dtype(operator.device)
+        images = torch.stack([operator.multiply(vector) for vector in signs]) if images is None else images
+        # The vectors outside of the known, and their products: what those of the known are is no new one.
+        along = signs @ vectors.mT
+        starts, left = (
+            torch.addmm(rows, along, basis, alpha=-1) for rows, basis in ((signs, vectors), (images, of_known))
+        )
+        lengths = torch.linalg.vector_norm(starts, dim=-1)
+        parts = zip(starts, _outside(left, vectors), lengths, strict=True)
+        projected = torch.stack([_projected(operator, vectors, *part, steps) for part in parts])
+        counts = lengths.to(wide).square()
+        layer_traces = layer_squares = signs[:, :0]
         if layout is not None:
-            of_known = known.images()
-            traces = traces + layout.sums((of_known * known.vectors).sum(0))
-            squares = squares + layout.energies(of_known).sum(0)
-            images = images + along @ of_known
-        spectrum = _spectrum(known, projected, counts, operator.size)
-        return SpectralEstimate(spectrum, 2 * known.residuals.square().sum(), traces, squares, images)
+            layer_traces = layout.sums(signs * left) + layout.sums((of_known * vectors).sum(0))
+            layer_squares = layout.energies(left) + layout.energies(of_known).sum(0)
+        spectrum = _spectrum(known, projected.to(wide), counts, operator.size)
+        return SpectralEstimate(spectrum, 2 * known.residuals.square().sum(), layer_traces, layer_squares, images)
+
+
+def random_signs(operator: Operator, num: int, generator: torch.Generator) -> Float[Tensor, "n P"]:
+    """Vectors of as many entries as an operator has rows, each 1 or -1 by chance.
+
+    Args:
+        generator: On the device of the operator.
+    """
+    drawn = [torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device) for _ in range(num)]
+    return torch.stack([bits.to(operator.dtype) * 2 - 1 for bits in drawn])
 
 
 def exact_spectrum(operator: Operator) -> Spectrum:
@@ -207,35 +225,37 @@ def _smoothed(spectrum: Spectrum, grid: Float[Tensor, " G"], sigma: Float[Tensor
     return curves
 
 
-def _probe(
-    operator: Operator, known: Eigenpairs, steps: int, generator: torch.Generator, layout: Layout | None
-) -> tuple[Tensor, ...]:
-    """Complement of the basis in the Krylov space of a sign vector, and its squared length. For the image of the
-    complement: its share per layer, its squares and itself. Then the components of the sign vector along the basis.
+def _projected(
+    operator: Operator,
+    vectors: Float[Tensor, "k P"],
+    start: Float[Tensor, " P"],
+    product: Float[Tensor, " P"],
+    length: Float[Tensor, ""],
+    steps: int,
+) -> Float[Tensor, "m m"]:
+    """The operator on the complement of orthonormal rows, in the Krylov space of a start vector there.
+
+    Args:
+        product: With the start vector, in the complement.
+        length: Of the start vector.
     """
-    vectors, wide = known.vectors, working_dtype(operator.device)
-
-    def outside(vector: Tensor) -> Tensor:
-        return vector - (vectors @ vector) @ vectors
-
-    signs = (
-        torch.randint(0, 2, (operator.size,), generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
-    )
-    start = outside(signs)
-    length = lengths_of(start)
-    space = krylov(lambda vector: outside(operator.multiply(vector)), start, steps)
-    projected, count = space.projected.to(wide), length.to(wide).square()
+    unit, image = ratio(start, length), ratio(product, length)
     if steps == 1:
         # What has the same first two moments: the length of the product is known, and no third is asked for.
-        across = lengths_of(space.remainder).to(wide)[None, None]
-        projected = torch.cat([torch.cat([projected, across], 1), torch.cat([across, projected], 1)])
-    if layout is None:
-        return projected, count, signs[:0], signs[:0], signs[:0], vectors @ signs
-    # The product with the start vector, made before: within the complement, and outside of it.
-    next_row = space.basis[1] * space.projected[0, 1] if steps > 1 else space.remainder
-    image = length * (space.projected[0, 0] * space.basis[0] + next_row)
-    image = image + (known.couplings.to(signs) @ (known.remainders @ signs)) @ vectors
-    return projected, count, layout.sums(signs * image), layout.energies(image), image, vectors @ signs
+        mean = unit.dot(image)
+        across = lengths_of(image - mean * unit)
+        return torch.stack([mean, across, across, mean]).view(2, 2)
+    ready = [image]
+
+    def multiply(vector: Tensor) -> Tensor:
+        return ready.pop() if ready else _outside(operator.multiply(vector)[None], vectors)[0]
+
+    return krylov(multiply, unit, steps).projected
+
+
+def _outside(rows: Float[Tensor, "n P"], basis: Float[Tensor, "k P"]) -> Float[Tensor, "n P"]:
+    """What vectors have outside of the span of orthonormal rows."""
+    return torch.addmm(rows, rows @ basis.mT, basis, alpha=-1)
 
 
 def _nothing(operator: Operator) -> Eigenpairs:

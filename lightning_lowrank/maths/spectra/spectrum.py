@@ -153,13 +153,39 @@ def working_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast, which would turn a Gram matrix into bfloat16 without a word."""
-    with torch.no_grad():
+    """No gradients, no autocast, no float32 products in fewer bits: these spoil a Gram matrix without a word."""
+    with torch.no_grad(), _products_in_full():
         if torch.amp.is_autocast_available(device.type):
             with torch.autocast(device.type, enabled=False):
                 yield
         else:
             yield
+
+
+@contextmanager
+def _products_in_full() -> Iterator[None]:
+    """Float32 products in float32, whatever `torch.set_float32_matmul_precision` or the settings of backends allow."""
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody set it for a backend
+        overall = ""
+    if overall == "highest":
+        yield
+        return
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    before = {backend: backend.fp32_precision for backend in backends if hasattr(backend, "fp32_precision")}
+    try:
+        if overall:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            for backend in before:
+                backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if overall:
+            torch.set_float32_matmul_precision(overall)
+        for backend, bits in before.items():
+            backend.fp32_precision = bits
 
 
 def svd(matrix: Num[Tensor, "*B M N"], *, dtype: torch.dtype | None = None) -> Spectrum:

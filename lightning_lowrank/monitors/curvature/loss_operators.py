@@ -1,6 +1,6 @@
 """The operators of a loss: what is asked for, on the graph of a step, the same on all processes.
 
-Shape letters:  P entries of all parameters
+Shape letters:  P entries of all parameters   n vectors
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,16 @@ from torch.optim import Optimizer
 
 from lightning_lowrank.distributed.team import Team
 from lightning_lowrank.loss.output_loss import ClosedForm, OutputLoss
-from lightning_lowrank.maths.operators.operators import Jacobian, Layout, Operator, fisher, gauss_newton, hessian
+from lightning_lowrank.maths.operators.operators import (
+    Jacobian,
+    Layout,
+    Operator,
+    fisher,
+    gauss_newton,
+    hessian,
+    hessian_and_jacobian,
+)
+from lightning_lowrank.maths.spectra.spectrum import full_precision
 from lightning_lowrank.monitors.curvature.stability import Threshold, threshold
 
 OPERATORS = ("hessian", "gauss_newton", "empirical_fisher", "monte_carlo_fisher")
@@ -39,6 +48,20 @@ class LossOperators:
     edge: Threshold | None
     error: Exception | None = None
 
+    def products(self, vectors: Float[Tensor, "n P"]) -> dict[str, Float[Tensor, "n P"]]:
+        """Of each operator with the same vectors.
+
+        All operators take one vector after the other. The change of the outputs along it is then computed once, by the
+        product with the Hessian.
+        """
+        names = [name for name in OPERATORS if name in self.operators]
+        products = {name: torch.empty_like(vectors) for name in names}
+        with full_precision(vectors.device):
+            for i, vector in enumerate(vectors):
+                for name in names:
+                    products[name][i] = self.operators[name].multiply(vector)
+        return products
+
 
 def loss_operators(
     loss: Float[Tensor, ""],
@@ -62,11 +85,18 @@ def loss_operators(
     params = list(named.values())
     found: dict[str, Operator] = {}
     error: Exception | None = None
+    seen: OutputLoss | None = None
     gradient = torch.zeros(0)
     try:
-        gradient, found["hessian"] = hessian(loss, params)
-        if set(asked) - {"hessian"}:
-            for name, operator in _of_outputs(outputs(), params, asked, seed):
+        seen = outputs() if set(asked) - {"hessian"} else None
+    except Exception as failed:  # the Hessian does without
+        error = failed
+    try:
+        if seen is None:
+            gradient, found["hessian"] = hessian(loss, params)
+        else:
+            gradient, found["hessian"], jacobian = hessian_and_jacobian(loss, params, seen.given, seen.as_rows)
+            for name, operator in _of_outputs(seen, jacobian, asked, seed):
                 found[name] = operator
     except Exception as failed:
         error = failed
@@ -82,10 +112,9 @@ def loss_operators(
 
 
 def _of_outputs(
-    outputs: OutputLoss, params: Sequence[Tensor], asked: Sequence[str], seed: int
+    outputs: OutputLoss, jacobian: Jacobian, asked: Sequence[str], seed: int
 ) -> Iterator[tuple[str, Operator]]:
     """Those that are known from how the loss depends on the outputs."""
-    jacobian = Jacobian(outputs.outputs, params)
     if "gauss_newton" in asked:
         yield "gauss_newton", gauss_newton(jacobian, outputs.hessian_product)
     fishers = [name for name in asked if name.endswith("_fisher")]

@@ -1,9 +1,9 @@
 """One measurement of curvature: what is asked of each operator of a loss, and how much work goes into it.
 
-Shape letters:  P entries of all parameters   L parameters   k directions   G cells of a density
+Shape letters:  P entries of all parameters   L parameters   k directions   n random vectors   G cells of a density
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_lowrank.maths.operators.eigenspaces import (
     widened,
 )
 from lightning_lowrank.maths.operators.estimates import Estimate, Found
-from lightning_lowrank.maths.operators.operators import Layout, Operator, preconditioned
+from lightning_lowrank.maths.operators.operators import Operator, preconditioned
 from lightning_lowrank.maths.spectra.spectrum import lengths_of
 from lightning_lowrank.measuring.number_source import Quantity, refuse_top_k
 from lightning_lowrank.monitors.curvature.loss_operators import OPERATORS, LossOperators
@@ -71,8 +71,21 @@ class CurvatureEffort:
 EFFORTS = {
     "light": CurvatureEffort(100),
     "standard": CurvatureEffort(2000, further=7, following=4, wider=1, probes=5, steps=1),
-    "full": CurvatureEffort(25000, further=30, following=30, wider=1, lowest=1, probes=5, steps=40),
+    "full": CurvatureEffort(30000, further=30, following=30, wider=1, lowest=1, probes=5, steps=40),
 }
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Random vectors, the same for all operators, so that what two have in common is not left to chance twice.
+
+    Attributes:
+        signs: The vectors.
+        images: Products of each operator with them.
+    """
+
+    signs: Float[Tensor, "n P"]
+    images: Mapping[str, Float[Tensor, "n P"]]
 
 
 class Curvatures:
@@ -102,6 +115,7 @@ class Curvatures:
         """All that is asked for."""
         found, sums = Found(), dict[str, traces.SpectralEstimate]()
         self.resolved = is_resolved(loss.loss) & is_resolved(loss.gradient)
+        probes = self._probes(loss, generator) if self.effort.probes and loss.operators else None
         for name, operator in loss.operators.items():
             if self.valid is None:
                 found.values["curvature_symmetry_defect"] = defect = symmetry_defect(
@@ -111,8 +125,8 @@ class Curvatures:
                 self.valid = torch.where(torch.isfinite(defect), (defect < VALID).to(defect), torch.nan)
             if name == "hessian":
                 self._sharpness(operator, loss, found, generator)
-            if self.effort.probes:
-                sums[name] = self._of_operator(name, operator, loss, found, generator)
+            if probes is not None:
+                sums[name] = self._of_operator(name, loss, probes, found, generator)
         if sums.keys() >= RESIDUAL:
             _residual(sums["hessian"], sums["gauss_newton"], found)
         self._lead = None
@@ -152,10 +166,18 @@ class Curvatures:
             found.note("sharpness_over_threshold", Estimate(pairs.values[0], pairs.errors[0]))
             self.tops["edge"] = pairs.vectors
 
+    def _probes(self, loss: LossOperators, generator: torch.Generator) -> Probes:
+        """Drawn apart from what the searches draw, and multiplied with all operators at once, which is cheaper."""
+        operator = next(iter(loss.operators.values()))
+        draw = torch.Generator(operator.device).manual_seed(generator.initial_seed() ^ SIGNS)
+        signs = traces.random_signs(operator, self.effort.probes, draw)
+        return Probes(signs, loss.products(signs))
+
     def _of_operator(
-        self, name: str, operator: Operator, loss: LossOperators, found: Found, generator: torch.Generator
+        self, name: str, loss: LossOperators, probes: Probes, found: Found, generator: torch.Generator
     ) -> traces.SpectralEstimate:
         """The ends of its spectrum, and sums over it."""
+        operator = loss.operators[name]
         effort, before = self.effort, self.before(name, operator.size)
         k = max(1, min(self.top_k, operator.size - effort.lowest))
         leads = name == next(iter(loss.operators))
@@ -169,7 +191,7 @@ class Curvatures:
         # The pairs are found without a look at the random vectors, for the sums to have no bias: those of the other
         # operators, too, which have the same random vectors and begin where the first ended. The rest of the space
         # is another one next time: with it taken out, sums of a batch that stays would not compare.
-        sums = self._sums(name, operator, pairs, loss.layout, found, generator)
+        sums = self._sums(name, loss, pairs, probes, found)
         pairs = widened(operator, pairs, sums.images, lowest=effort.lowest, num_products=effort.wider)
         for label, value, error in zip(_labels(k, effort.lowest), pairs.values, pairs.errors, strict=False):
             found.note(f"{name}_{label}", Estimate(value, error))
@@ -184,12 +206,10 @@ class Curvatures:
         return sums
 
     def _sums(
-        self, name: str, operator: Operator, known: Eigenpairs, layout: Layout, found: Found, generator: torch.Generator
+        self, name: str, loss: LossOperators, known: Eigenpairs, probes: Probes, found: Found
     ) -> traces.SpectralEstimate:
-        # The same for all operators: what two have in common is not left to chance twice.
-        draw = torch.Generator(operator.device).manual_seed(generator.initial_seed() ^ SIGNS)
-        options: dict[str, Any] = {"num_probes": self.effort.probes, "steps": self.effort.steps}
-        whole = traces.spectral_estimate(operator, known=known, generator=draw, layout=layout, **options)
+        options: dict[str, Any] = {"known": known, "steps": self.effort.steps, "layout": loss.layout}
+        whole = traces.spectral_estimate(loss.operators[name], probes.signs, images=probes.images[name], **options)
         found.note(f"{name}_trace", traces.debiased(traces.trace, whole.spectrum))
         found.note(f"{name}_squared_norm", traces.trace_of_square(whole))
         if _knows_magnitudes(name, self.effort):

@@ -35,7 +35,7 @@ class CurvatureMonitor(Monitor):
         operators: Any of `hessian`, `gauss_newton`, `empirical_fisher`, `monte_carlo_fisher`. Empty for critical
             sharpness only, which needs only forward passes, so it works if the loss cannot be differentiated twice.
         top_k: Number of top directions to track.
-        every_n_steps: Cadence in optimizer steps; default 100, 2000 or 25000 by level, for at most 5 % of the time.
+        every_n_steps: Cadence in optimizer steps; default 100, 2000 or 30000 by level, for at most 5 % of the time.
         batch: "live": the loss of the step. "fixed": always the loss of the first batch seen, so that curves are
             comparable over time.
         loss_fn: `(module, batch) -> loss`, used instead of `training_step`; the batch is then fixed.

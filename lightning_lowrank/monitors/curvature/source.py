@@ -129,7 +129,7 @@ class Curvature(NumberSource):
         self._choice: Choice | None = None
         self._named: dict[str, nn.Parameter] = {}
         self._training: Training | None = None
-        self._multiple: Tensor | None = None
+        self._multiple: float | None = None
         self._movement = Movement()
         self._sample = Held()
         # The kept batch of the run that is resumed.
@@ -281,7 +281,7 @@ class Curvature(NumberSource):
         known = {"multiple": self._multiple, "valid": self.state.valid}
         kept = {"tops": dict(self.state.tops), "sines": dict(self.state.sines), "initial": dict(self._movement.initial)}
         stays = {} if self._shared or not self._stays else self._replay.state_dict() or self._waiting
-        return {**kept, **{name: tensor for name, tensor in known.items() if tensor is not None}, "replay": dict(stays)}
+        return {**kept, **{name: value for name, value in known.items() if value is not None}, "replay": dict(stays)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load them."""
@@ -289,7 +289,8 @@ class Curvature(NumberSource):
         self._waiting = state.get("replay", {})
         self.state.tops, self._movement.initial = dict(state.get("tops", {})), dict(state.get("initial", {}))
         self.state.sines = dict(state.get("sines", {}))
-        self._multiple, self.state.valid = state.get("multiple"), state.get("valid")
+        multiple, self.state.valid = state.get("multiple"), state.get("valid")
+        self._multiple = None if multiple is None else float(multiple)  # a tensor in older checkpoints
 
     @property
     def _stays(self) -> bool:
@@ -334,7 +335,8 @@ class Curvature(NumberSource):
 
         params, rate = list(self._trained.values()), self._sample.rate
         critical = along_update(params, list(self._movement.start.values()), loss, self._multiple)
-        multiple, error, self._multiple = critical.multiple, critical.error, critical.guess
+        self._multiple = critical.guess
+        multiple, error = torch.tensor([critical.multiple, critical.error], device=params[0].device)
         found.note("critical_multiple", Estimate(multiple, error))
         found.note("critical_sharpness", Estimate(2 / (rate * multiple), 2 * error / (rate * multiple.square())))
 

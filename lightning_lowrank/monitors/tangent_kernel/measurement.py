@@ -210,8 +210,8 @@ class TangentKernels:
         known = top_eigenpairs(operator, min(k + 1, operator.size), **options, generator=generator)
         estimated = None
         if name != "ntk" or self.kernel != "class_summed":
-            options = {"num_probes": effort.probes, "steps": effort.steps}
-            estimated = traces.spectral_estimate(operator, known=known.space, generator=generator, **options)
+            signs = traces.random_signs(operator, effort.probes, generator)
+            estimated = traces.spectral_estimate(operator, signs, known=known.space, steps=effort.steps)
         return Modes(self._followed(name, known, k), known, estimated, exact=False)
 
     def _followed(self, name: str, known: Eigenpairs, k: int) -> Eigenpairs:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from lightning_lowrank.maths.operators.eigenspaces import top_eigenpairs
 from lightning_lowrank.maths.operators.operators import Jacobian, Layout, gauss_newton
-from lightning_lowrank.maths.operators.traces import spectral_estimate
+from lightning_lowrank.maths.operators.traces import random_signs, spectral_estimate
 from lightning_lowrank.maths.spectra.sketch import estimate
 from lightning_lowrank.monitors.tangent_kernel import estimates
 from lightning_lowrank.monitors.tangent_kernel.kernels import (
@@ -129,7 +129,7 @@ def test_ranks_by_quadrature_in_output_space_are_within_their_error(statistic):
     model, inputs = mlp(), random(40, 5)
     operator = kernel_operator(jacobian_of(model, inputs), "full")
     known = top_eigenpairs(operator, 5, num_products=10, generator=generator())
-    found = spectral_estimate(operator, known=known, num_probes=6, steps=12, generator=generator(1)).spectrum
+    found = spectral_estimate(operator, random_signs(operator, 6, generator(1)), known=known, steps=12).spectrum
     value, error = estimate(statistic, found)
 
     assert abs(value - statistic(spectrum_of_modes(exact_modes(operator)))) <= error
