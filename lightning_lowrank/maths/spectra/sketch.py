@@ -50,7 +50,8 @@ def sketch(
     stochastic quadrature in a block Krylov space.
 
     The rest is the mean of Gauss and Gauss-Radau quadrature, which overestimate and underestimate sums of singular
-    values. It is reweighted so that the number of values and the energy are exact.
+    values. It is reweighted so that the number of values is exact, and the energy too where the rest has at least a
+    thousandth of it.
 
     Args:
         matrix: Best with both sides above 1500; below, `svd` is as fast.
