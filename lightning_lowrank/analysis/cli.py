@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {key: value for key, value in vars(found).items() if key != "config"}
     try:
         refuse_overwriting(given)
-        if given.get("page"):
+        if given.get("page") is not None:
             writable(given["page"], option="page")
         _command(name)(**given)
     except ValueError as error:

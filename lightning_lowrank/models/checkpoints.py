@@ -251,7 +251,16 @@ def _mapped(file: Path, begin: int, dtype: torch.dtype, shape: torch.Size) -> Te
 def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
     content = loaded(file)
     state = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if odd := [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]:
+        raise ValueError(
+            f"{file} has tensors without values ('meta') or without all entries (sparse), {_some(odd)}; "
+            "save them from the CPU, and as dense ones"
+        )
     if not tensors:
         raise ValueError(
             f"{file} has no floating-point tensors at the top or in any of {list(NESTED)}; "
@@ -260,7 +269,7 @@ def _of_pickle(file: Path) -> dict[str, tuple[Read, torch.Size]]:
     return {name: (_Held(tensor.detach()), tensor.shape) for name, tensor in tensors.items()}
 
 
-def loaded(file: Path) -> Mapping[str, Any]:
+def loaded(file: Path) -> Mapping[Any, Any]:
     """What `torch.save` wrote, without running code in it.
 
     Raises:

@@ -33,4 +33,4 @@ def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*
     target = (1 - epsilon) * (1 - 1e-12) * cumulative[..., -1:]
     taken = ratio(target - (cumulative - energies), energies).clamp(0, 1)
     # Weights such as a third do not add up to whole numbers.
-    return ((spectrum.weights * taken).sum(-1) - 1e-9).ceil()
+    return ((spectrum.weights * taken).sum(-1) - 1e-9).clamp(min=0).ceil()

@@ -48,7 +48,7 @@ def test_no_command_computes_what_it_cannot_write(
         main([*words(name), "-o", output])
 
 
-@pytest.mark.parametrize("page", ["missing/x.html", "."])
+@pytest.mark.parametrize("page", ["missing/x.html", ".", ""])
 @pytest.mark.parametrize("name", DRAWING)
 def test_no_command_computes_what_it_cannot_draw(
     name: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -278,6 +278,21 @@ def integers(folder: Path) -> Path:
     return folder
 
 
+def names_that_are_numbers(folder: Path) -> Path:
+    torch.save({0: torch.ones(2, 2)}, folder / "net.pt")
+    return folder / "net.pt"
+
+
+def without_values(folder: Path) -> Path:
+    torch.save({"a": torch.ones(2, 2, device="meta")}, folder / "net.pt")
+    return folder / "net.pt"
+
+
+def a_sparse_one(folder: Path) -> Path:
+    torch.save({"a": torch.eye(2).to_sparse(), "b": torch.eye(2)}, folder / "net.pt")
+    return folder / "net.pt"
+
+
 def several(folder: Path) -> Path:
     for name in ("a.pt", "b.pt"):
         torch.save(STATE, folder / name)
@@ -319,6 +334,9 @@ REFUSED: dict[Callable[[Path], Path], str] = {
     an_object: "contains a list; expected a dictionary of tensors",
     no_tensors: r"no floating-point tensors at the top .* its keys are \['epoch', 'loops'\]",
     integers: "no floating-point tensors",
+    names_that_are_numbers: r"no floating-point tensors at the top .* its keys are \[0\]",
+    without_values: r"net\.pt has tensors without values .*, \['a'\]; save them from the CPU",
+    a_sparse_one: r"net\.pt has tensors .* without all entries \(sparse\), \['a'\]",
     several: r"give one of its files, \['a\.pt', 'b\.pt'\]",
     another_kind: r"only \['\.safetensors'",
     of_many_processes: "consolidate_checkpoint",

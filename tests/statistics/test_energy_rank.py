@@ -38,3 +38,8 @@ def test_thirds_add_up():
     )
 
     assert energy_rank(weighted, epsilon=1e-6).item() == 3
+
+
+def test_rank_of_zero_has_no_sign():
+    """`-0` was printed."""
+    assert str(energy_rank(svd(torch.zeros(3, 4))).item()) == "0.0"

@@ -36,8 +36,8 @@ FAINT = 1e-12
 CACHED = 2**17
 # Energies of matrices of which float32 holds all products.
 SAFE = (1e-12, 1e24)
-# Energy that float32 products can still tell from 0, as a part of all.
-TELLABLE = 1e-5
+# Energy of the rest as a part of all, below which its quadrature knows it better than a difference of float32 products.
+TELLABLE = 1e-3
 # Part of a statistic that float32 products may change.
 ROUNDING = 1e-3
 
@@ -49,7 +49,8 @@ def sketch(
     stochastic quadrature in a block Krylov space.
 
     The rest is the mean of Gauss and Gauss-Radau quadrature, which overestimate and underestimate sums of singular
-    values. It is reweighted so that the number of values and the energy are exact.
+    values. It is reweighted so that the number of values is exact, and the energy too where the rest has at least a
+    thousandth of it.
 
     Args:
         matrix: Best with both sides above 1500; below, `svd` is as fast.
@@ -85,10 +86,13 @@ def sketch(
         gram = images @ images.mT
         starts = unit_vectors((probes @ rest.basis[..., :num_probes, :].mT).double())[0]
         floor = (BREAKDOWN * torch.finfo(tall.dtype).eps) ** 2 * energy
+        # Also of the coarse one: the directions that are left out are the same.
+        left = (energy - atoms.energies.sum(-1)).clamp(min=0)
+        left = left * (left > TELLABLE * energy)
 
         def spectrum(strongest: Tensor, size: int) -> Spectrum:
             inner = gram[..., : size + num_probes, : size + num_probes]
-            return _spectrum(strongest, atoms.kept, _nodes(inner, starts, size, floor), energy, shape, scale)
+            return _spectrum(strongest, atoms.kept, _nodes(inner, starts, size, floor), left, shape, scale)
 
         whole = rest.basis.shape[-2]
         coarse = spectrum(atoms.coarse, min(-(-steps // 2) * num_probes, whole))
@@ -317,14 +321,14 @@ def _spectrum(
     atoms: Tensor,
     kept: Tensor,
     rest: tuple[Float[Tensor, "*B K"], Float[Tensor, "P *B K"]],
-    energy: Tensor,
+    left: Tensor,
     shape: tuple[int, int],
     scale: Tensor,
 ) -> Spectrum:
     """Directions one by one and quadrature nodes for the rest, as one spectrum."""
     nodes, weights = rest
-    count, left = min(shape) - kept.sum(-1), (energy - atoms.sum(-1)).clamp(min=0)
-    weights = _matched(nodes, weights, ratio(left, count) * (left > TELLABLE * energy)) * count[..., None]
+    count = min(shape) - kept.sum(-1)
+    weights = _matched(nodes, weights, ratio(left, count)) * count[..., None]
     values = torch.cat([atoms, nodes], -1).sqrt() * scale[..., None]
     values, weights = descending(values, torch.cat([kept.expand(len(weights), *kept.shape), weights], -1))
     return Spectrum(values[None], weights, shape, whole=False, num_probes=len(weights))
