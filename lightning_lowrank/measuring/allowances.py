@@ -125,8 +125,8 @@ class Purse:
     Attributes:
         members: Of all monitors.
         total_steps: Of the run, None while nobody knows.
-        news: Members of which something was decided that nobody has said, with the cadence that each had; None for the
-            first decision.
+        news: Members of which something was decided that nobody has said.
+        said: The cadence of each that was said last.
         has_begun: That a run has begun was said.
     """
 
@@ -148,7 +148,8 @@ class Purse:
         self._planned = -1
         # Steps of first samples: each member asks at every step.
         self.firsts: set[int] = set()
-        self.news: dict[Allowance, int | None] = {}
+        self.news: set[Allowance] = set()
+        self.said: dict[Allowance, int] = {}
         self.has_begun = False
 
     def wakes(self, step: int) -> bool:
@@ -344,7 +345,7 @@ class Allowance(Budget):
         self.share = given.seconds / (given.step * given.rest)
         if not given.seconds and self._lacks:
             self._is_out = True
-            self.purse.news[self] = self.every
+            self.purse.news.add(self)
         elif self.taken:
             self._keep_to(given)
         else:
@@ -360,7 +361,7 @@ class Allowance(Budget):
             self._mark, self.num_samples = self._now, 0
         elif every < NEAR * self.every and self.every < NEAR * every:
             return
-        self.purse.news[self] = self.every
+        self.purse.news.add(self)
         self.every, self._decided = every, self._last
 
     @property

@@ -15,6 +15,8 @@ from lightning_lowrank.measuring.schedules import WARM_UP, Budget, Every, Spent
 
 # Percent of the training time from which on the cost of a sample is told, and steps by which a step is known.
 WORTH_SAYING, IDLE_STEPS = 2.0, 10
+# Factor by which a cadence must differ from what was said last to be said again: steps of a busy machine vary as much.
+FAR = 2
 
 
 def start_line(recorders: Sequence[Recorder], total_steps: int | None) -> str:
@@ -67,7 +69,7 @@ def of_all(purse: Purse) -> Iterator[str]:
         yield from _beginning(purse)
     yield from _cadences(purse, [one for one in told if not one.is_left_out])
     yield from _left_out(purse, [one for one in told if one.is_left_out])
-    purse.news, purse.has_begun = {}, True
+    purse.news, purse.has_begun = set(), True
 
 
 def _beginning(purse: Purse) -> Iterator[str]:
@@ -88,10 +90,13 @@ def _at_work(purse: Purse) -> list[Allowance]:
 
 
 def _cadences(purse: Purse, members: Sequence[Allowance]) -> Iterator[str]:
-    """Cadences that were chosen, with their cost, and those that have changed."""
+    """Cadences that were chosen, with their cost, and those that are far from what was said last."""
     told = []
     for one in members:
-        every, total, before = one.every or 1, purse.total_steps, purse.news[one]
+        every, total, before = one.every or 1, purse.total_steps, purse.said.get(one)
+        if before is not None and max(every, before) < FAR * min(every, before):
+            continue
+        purse.said[one] = every
         if before is not None:
             told.append(f"{one.name} {each(every)} instead of {before}")
             continue

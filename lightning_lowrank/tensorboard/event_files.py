@@ -60,15 +60,16 @@ class EventFile:
         return f"is damaged after step {self._step}: its later numbers are missing or wrong"
 
     def _read_on(self) -> bool:
+        size = self.path.stat().st_size
         with self.path.open("rb") as file:
             file.seek(self._offset)
             while len(header := file.read(12)) == 12:
                 length, checksum = struct.unpack("<QI", header)
                 if masked_crc32c(header[:8]) != checksum:
                     return True
-                body = file.read(length + 4)
-                if len(body) < length + 4:
+                if length + 4 > size - file.tell():
                     return False
+                body = file.read(length + 4)
                 if masked_crc32c(body[:-4]) != struct.unpack("<I", body[-4:])[0]:
                     return True
                 try:

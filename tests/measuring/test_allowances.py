@@ -56,7 +56,7 @@ class Run:
                 if member.observe(step, own[i], self.total[-1], Team()):
                     for one in self.purse.news:
                         self.news[members.index(one)].append(step)
-                    self.purse.news, self.purse.has_begun = {}, True
+                    self.purse.news, self.purse.has_begun = set(), True
                 self.has_complained |= member.exceeded
             for i, member in enumerate(members):
                 self.changes[i] += [step] * (member.every != before[i])

@@ -215,6 +215,23 @@ def test_a_cadence_that_changes_is_told_with_the_one_before_and_one_that_hardly_
     ]
 
 
+def test_a_cadence_that_drifts_is_told_when_it_is_far_from_what_was_said_last() -> None:
+    """A busy machine changed cadences dozens of times within seconds, and each was a line."""
+    purse = granted(0.3, 0.3, taken=1)
+    assert len(list(of_all(purse))) == 1
+    drifting = purse.members[0]
+    said, told = drifting.every, []
+    for seconds in (0.2, 0.3, 0.2, 0.12, 0.2, 0.1):
+        drifting.grant(Grant(now=100, rest=500, seconds=seconds, sample=0.02, step=0.01, first=110))
+        told.append((drifting.every, list(of_all(purse))))
+
+    far = [every for every, _ in told if every and said and every >= 2 * said]
+    assert len({every for every, _ in told}) >= 4
+    assert [line for _, lines in told for line in lines] == [
+        f"cadences for now, with 10 ms a step: m0 every {far[0]} steps instead of {said}"
+    ]
+
+
 @pytest.mark.parametrize(
     ("taken", "what", "missing"), [(0, "left out of", "3 take 1"), (2, "no more samples in", "1 more take 0.33")]
 )

@@ -46,6 +46,15 @@ def test_damage_is_said_to_be_where_tensorboard_stops(share: float, logs: Path) 
     assert ("at its beginning" if last < 0 else f"after step {last}: ") in said
 
 
+def test_a_record_that_claims_to_be_longer_than_any_memory_is_one_still_being_written(logs: Path) -> None:
+    (file,) = (logs / "run").glob("*tfevents*")
+    length = (2**62).to_bytes(8, "little")
+    with file.open("ab") as opened:
+        opened.write(length + masked_crc32c(length).to_bytes(4, "little") + b"begun")
+
+    assert EventFiles(logs).damage("run") == []
+
+
 @pytest.mark.parametrize("place", [0, 8, 12, 40, -1])  # in its length, the two checksums, and what it says
 def test_any_wrong_byte_of_a_record_is_damage(place: int, logs: Path) -> None:
     (file,) = (logs / "run").glob("*tfevents*")
