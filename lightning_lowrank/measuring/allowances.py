@@ -355,14 +355,19 @@ class Allowance(Budget):
         ahead = given.now + given.rest - self._last
         # The last one is half a spacing before the end; where nothing is left the next one is beyond it.
         every = max(self._spacing, math.ceil(ahead * given.sample / (given.seconds + given.sample / 2)))
-        if self._lacks:
-            every = max(1, min(every, (self._end - 1 - self._last) // self._lacks))
+        start, lacks = self._last, self._lacks
+        if lacks:
+            every = max(1, min(every, (self._end - 1 - start) // lacks))
+            if start + every <= given.now:  # overdue at the new cadence: at the next step, and the others after it
+                if lacks > 1:
+                    every = min(every, max(1, (self._end - 2 - given.now) // (lacks - 1)))
+                start = given.now + 1 - every
         if self.every is None:
             self._mark, self.num_samples = self._now, 0
         elif every < NEAR * self.every and self.every < NEAR * every:
             return
         self.purse.news.add(self)
-        self.every, self._decided = every, self._last
+        self.every, self._decided = every, start
 
     @property
     def _lacks(self) -> int:

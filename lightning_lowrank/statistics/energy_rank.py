@@ -3,18 +3,22 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_lowrank.maths.spectra.sketch import TELLABLE
 from lightning_lowrank.maths.spectra.spectrum import Spectrum, ratio
 from lightning_lowrank.statistics.registry import statistic
 
 
-@statistic(unit="directions", counts=True, parameter="epsilon", domain=(0.0, 0.99))
+@statistic(
+    unit="directions", counts=True, parameter="epsilon", domain=(0.0, 0.99), tail=lambda epsilon: epsilon < TELLABLE
+)
 def energy_rank(spectrum: Spectrum, *, epsilon: float = 0.1) -> Float[Tensor, "*B"]:
     """Smallest number of directions that contain all of the squared Frobenius norm except a share `epsilon`.
 
     Args:
         spectrum: Whole or sketched. If a value of a sketch stands for several, a part of it may suffice, and the count
             is rounded up.
-        epsilon: Share of the energy that may be left out. A tie within 1e-12 counts as enough.
+        epsilon: Share of the energy that may be left out. A tie within 1e-12 counts as enough. Below 1e-3 it is NaN for
+            a sketch, whose products in float32 do not tell where so little energy lies.
 
     Returns:
         An integer between 1 and `min(M, N)`; 0 for a zero matrix. It changes in steps of one, whereas other ranks

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial, wraps
-from inspect import cleandoc, get_annotations
+from inspect import Parameter, cleandoc, get_annotations, signature
 from typing import Any, Literal
 
 import numpy as np
@@ -118,7 +118,8 @@ def statistic(*, tail: bool | Callable[[float], bool] = False, **known: Any) -> 
         takes = tuple(
             a for k, a in get_annotations(function).items() if isinstance(a, type) and k != "return" and a is not float
         )
-        default = next(iter((function.__kwdefaults__ or {}).values()), 0.0)
+        defaults = (parameter.default for parameter in signature(function).parameters.values())
+        default = next((value for value in defaults if value is not Parameter.empty), 0.0)
         reads_tail = tail if callable(tail) else lambda _: tail
 
         @wraps(function)

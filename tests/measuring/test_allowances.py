@@ -1,12 +1,14 @@
 """A budget that several monitors share."""
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 
 from lightning_lowrank.distributed.team import Team
-from lightning_lowrank.measuring.allowances import Allowance, Ask, Purse, Wish, shared_out
+from lightning_lowrank.measuring.allowances import Allowance, Ask, Grant, Purse, Wish, shared_out
 
 # Seconds of a step.
 STEP = 0.01
@@ -39,7 +41,7 @@ class Run:
     own: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
 
-    def go(self, *, is_known: bool = True, dearer: float = 1.0) -> "Run":
+    def go(self, *, is_known: bool = True, dearer: float = 1.0, slower: Sequence[float] = ()) -> "Run":
         members, total = self.purse.members, 0.0
         self.due, self.news, self.changes = ([[] for _ in members] for _ in range(3))
         own = [0.0 for _ in members]
@@ -49,7 +51,7 @@ class Run:
         for step in range(self.num_steps):
             self.own.append(sum(own))
             self.total.append(total)
-            total += STEP
+            total += STEP * (slower[step] if slower else 1.0)
             before = [member.every for member in members]
             awake = [(i, member) for i, member in enumerate(members) if not member.rests(step)]
             for i, member in awake:
@@ -63,6 +65,7 @@ class Run:
             for i, member in awake:  # samples are taken when all have looked at the clock
                 if member(step):
                     took = self.samples[i] * (dearer if step > self.num_steps / 2 else 1.0)
+                    took *= slower[step] if slower else 1.0
                     self.due[i].append(step)
                     own[i], total = own[i] + took, total + took
         return self
@@ -112,6 +115,38 @@ def test_a_whole_run_keeps_the_budget_where_samples_take_what_was_thought_or_oth
     assert ran.share() <= 0.051
     assert all(len(due) == 0 or len(due) >= 3 for due in ran.due), ran.due
     assert len(ran.due[0]) >= 3
+
+
+@pytest.mark.parametrize("seed", range(50, 60))
+def test_each_that_is_not_left_out_has_three_samples_on_a_machine_with_other_work(seed: int) -> None:
+    draw, slower = random.Random(seed), [1.0]
+    while len(slower) < 300:
+        slower += [draw.choice([0.5, 1.0, 2.0, 6.0])] * draw.randint(1, 60)
+    costs = [6.0, 0.2, 1.0, 3.0, 4.0, 5.0, 2.0]
+    wishes = [wish(cost, 5, needed=i < 2) for i, cost in enumerate(costs)]
+
+    ran = run(wishes, [cost * STEP for cost in costs], 300, 0.5).go(slower=slower)
+
+    assert all(one.is_left_out or len(due) >= 3 for one, due in zip(ran.purse.members, ran.due, strict=True)), ran.due
+
+
+@pytest.mark.parametrize(("taken", "last"), [(2, 86), (1, 60), (1, 86)])
+def test_a_sample_that_is_overdue_at_a_new_cadence_is_taken_at_the_next_step(taken: int, last: int) -> None:
+    """As in a run on a busy machine: shorter and longer cadences in turn passed over the third sample."""
+    one = Purse(0.05).allowance(wish(1.0, 5))
+    one.begin()
+    one.plan(300)
+    one.taken, one._last = taken, last
+    due = []
+    for step in range(last + 1, 300):
+        if step in (120, 160, 202, 257):
+            seconds = 0.0209 if step == 202 else 0.0107
+            one.grant(Grant(step, 300 - step, seconds, sample=0.0107, step=0.005, first=0))
+        if one(step):
+            due.append(step)
+            one.taken, one._last = one.taken + 1, step
+
+    assert one.taken >= 3, due
 
 
 def test_what_proves_dearer_comes_seldomer_and_what_proves_cheaper_oftener() -> None:
