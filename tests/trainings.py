@@ -406,6 +406,7 @@ LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {case: critic_loss for case in
 
 def settings_of_torch() -> tuple[Any, ...]:
     """What is global and could be left changed."""
+    mkldnn: Any = torch.backends.mkldnn
     return (
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
@@ -413,6 +414,8 @@ def settings_of_torch() -> tuple[Any, ...]:
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        mkldnn.matmul.fp32_precision,
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
     )

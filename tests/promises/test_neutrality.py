@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
@@ -47,6 +48,20 @@ def test_training_is_the_same_with_each_alone(name: str, case: str, tmp_path: Pa
 
     assert_close(watched, unwatched(case), rtol=0, atol=0, equal_nan=True)
     assert monitors[name].latest is not None and monitors[name].latest.values
+
+
+@pytest.mark.parametrize("case", ["dropout and batch norm", "two optimizers in turn"])
+def test_training_with_products_in_fewer_bits_is_the_same(case: str, tmp_path: Path) -> None:
+    """Monitors multiply in float32, and leave it to training how it multiplies: `trained` compares the settings."""
+    make, options = CASES[case]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        unwatched = trained(make, options(), [], tmp_path)
+        watched = trained(make, options(), list(watchers(case).values()), tmp_path)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+    assert_close(watched, unwatched, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("name", "case"), REFUSED)

@@ -62,6 +62,13 @@ def sketch(
             directions.
         num_probes: Independent start vectors of that space.
 
+    Returns:
+        Values that all probes share, and the weights of each; with `coarse`, from which `estimate` has its error. All 0
+        for a zero matrix, NaN for one that is not finite. Without the smallest values: `whole` is False.
+
+    Cost: 20 readings of the matrix, each for 16 products with A and with its transpose: about 1,300 M N flops. Memory
+        of 560 vectors, and of a copy in float32. On CPU, a matrix in float32 that is not wide needs no copy.
+
     References:
         Musco & Musco (2015), NeurIPS, Algorithm 2, for the directions; Ubaru, Chen & Saad (2017), SIAM J. Matrix
         Analysis 38(4), for the quadrature; Golub & Meurant (2010), Matrices, Moments and Quadrature, Theorem 6.4 for

@@ -25,7 +25,8 @@ class Picture(nn.Module):
         self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).tanh()).reshape(-1, 3, 2, 2)  # type: ignore[no-any-return]
+        scores: Tensor = self.head(self.body(x).tanh())
+        return scores.reshape(-1, 3, 2, 2)
 
 
 def mlp() -> nn.Module:
