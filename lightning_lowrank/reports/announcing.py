@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from statistics import median
 
-from lightning_lowrank.measuring.allowances import FEWEST, SHORT, Allowance, Purse
+from lightning_lowrank.measuring.allowances import FEWEST, Allowance, Purse
 from lightning_lowrank.measuring.clock import Clock
 from lightning_lowrank.measuring.number_source import WHOLE_MODEL
 from lightning_lowrank.measuring.probe import Probe, due_at
@@ -77,10 +77,10 @@ def _beginning(purse: Purse) -> Iterator[str]:
     told = [f"{one.name} ({one.watches}{f', {each(one.every)}' if one.every else ''})" for one in _at_work(purse)]
     if told:
         needed = [one.name for one in _at_work(purse) if one.wish.needed]
-        is_long = needed and (purse.total_steps or 0) >= SHORT
-        fewest = f". In {purse.total_steps} steps {listed(needed)} have at least {FEWEST} samples" if is_long else ""
-        others = ", the others as many or none" if is_long and len(told) > len(needed) else ""
-        yield f"at most {percent(purse.share)} more time for {listed(told)}{fewest}{others}"
+        first = (
+            f". The first {FEWEST} samples of {listed(needed)} are taken even if that takes longer" if needed else ""
+        )
+        yield f"at most {percent(purse.share)} more time for {listed(told)}{first}"
     if absent := [f"{one.name} ({one.absent})" for one in purse.members if one.absent]:
         yield f"left out of this run, as there is nothing to watch: {', '.join(absent)}"
 

@@ -61,6 +61,8 @@ class EventFile:
 
     def _read_on(self) -> bool:
         size = self.path.stat().st_size
+        if size < self._offset:  # another file in its place
+            self._offset, self._step = 0, -1
         with self.path.open("rb") as file:
             file.seek(self._offset)
             while len(header := file.read(12)) == 12:

@@ -46,6 +46,18 @@ def test_damage_is_said_to_be_where_tensorboard_stops(share: float, logs: Path) 
     assert ("at its beginning" if last < 0 else f"after step {last}: ") in said
 
 
+def test_a_file_that_is_replaced_by_a_shorter_one_is_read_anew(logs: Path) -> None:
+    files = EventFiles(logs)
+    assert files.damage("run") == []
+    (file,) = (logs / "run").glob("*tfevents*")
+    content = bytearray(file.read_bytes()[: file.stat().st_size // 2])
+    content[0] ^= 1
+    file.write_bytes(content)
+
+    (said,) = files.damage("run")
+    assert "is damaged at its beginning" in said
+
+
 def test_a_record_that_claims_to_be_longer_than_any_memory_is_one_still_being_written(logs: Path) -> None:
     (file,) = (logs / "run").glob("*tfevents*")
     length = (2**62).to_bytes(8, "little")
