@@ -81,8 +81,8 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "what fails in a monitor ends the run": Mistake(
         "watching/watch.py",
-        r"except Exception as error: lost =",
-        "except ZeroDivisionError as error:\n                lost =",
+        r"except Exception as error: self\._lose\(error, loses=loses\)",
+        "except ZeroDivisionError as error:\n                self._lose(error, loses=loses)",
         (PROMISES + "test_faults.py::test_whatever_fails_in_taking_a_sample_training_goes_on",),
     ),
     # When things are read
@@ -152,6 +152,36 @@ MISTAKES: dict[str, Mistake] = {
         r"known is vector",
         "known is not None",
         (MATHS + "test_operators.py",),
+    ),
+    "what a sketch took out is found again in the rest": Mistake(
+        "maths/spectra/sketch.py", r", without=atoms\.basis", "", ("tests/maths/test_sketch.py",)
+    ),
+    "rows of an exhausted space are made orthogonal once": Mistake(
+        "maths/spectra/lanczos.py",
+        r"for _ in range\(2\): found = torch",
+        "for _ in range(1):\n        found = torch",
+        ("tests/maths/test_sketch.py",),
+    ),
+    "a weak rest has what float32 leaves of the energy": Mistake(
+        "maths/spectra/sketch.py", r"TELLABLE = 1e-3", "TELLABLE = 1e-5", ("tests/maths/test_sketch.py",)
+    ),
+    "the lower quadrature of a sketch has no zeros": Mistake(
+        "maths/spectra/sketch.py",
+        r"corner = across\.mT @ ratio\(across, ",
+        "corner = 2 * across.mT @ ratio(across, ",
+        ("tests/maths/test_sketch.py",),
+    ),
+    "products have as few bits as training allows": Mistake(
+        "maths/spectra/spectrum.py",
+        r"torch\.no_grad\(\), _products_in_full\(\)",
+        "torch.no_grad()",
+        ("tests/maths/test_sketch.py",),
+    ),
+    "a sample that is overdue waits for another cadence": Mistake(
+        "measuring/allowances.py",
+        r"start = given\.now \+ 1 - every",
+        "start = self._last",
+        ("tests/measuring/test_allowances.py",),
     ),
     "a search for the critical multiple trusts predictions for ever": Mistake(
         "monitors/curvature/critical.py",
